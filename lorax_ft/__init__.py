@@ -1,0 +1,76 @@
+"""lorax_ft: fine-tuning of language models in JAX with LoRA and everything that grew from it.
+
+Names are imported when they are first used, so that `import lorax_ft` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorax_ft.config import (
+        AdapterConfig,
+        Config,
+        DataConfig,
+        EvalConfig,
+        MeshConfig,
+        ModelConfig,
+        OptimConfig,
+        TrainConfig,
+        load_config,
+    )
+    from lorax_ft.inference.generate import answer, generate
+    from lorax_ft.interop.huggingface import save_model
+    from lorax_ft.interop.load import load_model
+    from lorax_ft.interop.peft import load_peft, save_peft
+    from lorax_ft.lowrank.adapters import (
+        add_adapters,
+        attach_adapters,
+        label,
+        merge_adapters,
+        partition,
+        with_dropout,
+        with_norms,
+    )
+    from lorax_ft.lowrank.intercept import adapt
+    from lorax_ft.lowrank.layout import layout
+    from lorax_ft.lowrank.linear import linear, merged_kernel
+    from lorax_ft.training.log import plot_losses
+    from lorax_ft.training.loop import train
+    from lorax_ft.training.losses import head_loss
+    from lorax_ft.training.optimizer import make_optimizer
+    from lorax_ft.training.step import TrainState, make_eval_step, make_train_step
+    from lorax_ft.tree import combine
+
+_ROOMS = {
+    "config": "AdapterConfig Config DataConfig EvalConfig MeshConfig ModelConfig OptimConfig TrainConfig load_config",
+    "tree": "combine",
+    "lowrank.adapters": "add_adapters attach_adapters label merge_adapters partition with_dropout with_norms",
+    "lowrank.intercept": "adapt",
+    "lowrank.layout": "layout",
+    "lowrank.linear": "linear merged_kernel",
+    "interop.huggingface": "save_model",
+    "interop.load": "load_model",
+    "interop.peft": "load_peft save_peft",
+    "inference.generate": "answer generate",
+    "training.log": "plot_losses",
+    "training.loop": "train",
+    "training.losses": "head_loss",
+    "training.optimizer": "make_optimizer",
+    "training.step": "TrainState make_eval_step make_train_step",
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}
+
+__all__ = sorted(_ROOM_OF)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'lorax_ft' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lorax_ft.{_ROOM_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

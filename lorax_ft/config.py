@@ -1,0 +1,344 @@
+"""What a run is: frozen dataclasses, checked when they are built. Imports no JAX.
+
+A config file is a Python file with `get_config() -> Config`; `scripts/train.py --config FILE` loads
+it and takes overrides such as `--adapter.rank 32`. The sentence under each field is its `--help`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED_MODEL = str(ASSETS / "tiny")
+EMBEDDED_DATA = str(ASSETS / "questions.jsonl")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str = EMBEDDED_MODEL
+    """Hugging Face folder, .gguf file or hub id of the checkpoint to fine-tune."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the base weights and of the activations; adapters and their moments are float32 always."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """Attention kernel; auto takes cuDNN where a GPU and bfloat16 allow it."""
+    remat: Literal["none", "dots", "mlp", "full"] = "full"
+    """What the backward pass recomputes: nothing; all but matrix products; all but the MLP's wide ones; whole layers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    rank: int = 8
+    """Rank r of the adapters."""
+    alpha: float = 16.0
+    """Numerator of the scale: alpha / r, or alpha / sqrt(r) if rank-stabilised."""
+    scaling: Literal["standard", "rank_stabilized"] = "standard"
+    """alpha / r (LoRA) or alpha / sqrt(r) (rsLoRA)."""
+    init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
+    """How A and B start: random A with B = 0 (kaiming, gaussian), or the top singular triples (pissa)."""
+    pissa_iterations: int | None = None
+    """Power iterations of PiSSA's randomised SVD; None computes the exact one."""
+    dora: bool = False
+    """Train a magnitude for each output channel beside the direction (DoRA)."""
+    dropout: float = 0.0
+    """Dropout rate on the adapter branch's input, in training only."""
+    keep_base: bool = False
+    """Leave the base weights as they are where the init would change them; the forward subtracts the start."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Modules to adapt: all-linear (all but the output head), names, path suffixes, or regular expressions."""
+    exclude: tuple[str, ...] = ()
+    """Modules to leave alone, written as targets are."""
+    layers: tuple[int, ...] = ()
+    """Indices of the layers to adapt, and nothing outside them; none given means everything."""
+    rank_pattern: tuple[str, ...] = ()
+    """Ranks by module, each as "pattern=rank"; the first match wins."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Alphas by module, each as "pattern=alpha"; the first match wins."""
+    train_whole: tuple[str, ...] = ()
+    """Modules whose own weights train in full, written as targets are; "all" is full fine-tuning."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "rank", "alpha")
+        _check(0 <= self.dropout < 1, f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
+        _check(
+            self.pissa_iterations is None or self.pissa_iterations >= 0,
+            f"adapter.pissa_iterations is {self.pissa_iterations}; it must be 0 or more, or None for the exact SVD",
+        )
+        _check(all(i >= 0 for i in self.layers), f"adapter.layers is {self.layers}; indices start at 0")
+        for field in ("rank_pattern", "alpha_pattern"):
+            for entry in getattr(self, field):
+                _pattern_value(entry, field, int if field == "rank_pattern" else float)
+        for pattern in (*self.targets, *self.exclude, *self.train_whole):
+            _regex(pattern, "adapter.targets, exclude or train_whole")
+        _check(
+            bool(self.targets or self.train_whole),
+            "adapter.targets and adapter.train_whole are empty: nothing would train",
+        )
+
+    def patterns(self, field: Literal["rank_pattern", "alpha_pattern"]) -> tuple[tuple[str, float], ...]:
+        """The (pattern, value) pairs of `rank_pattern` or `alpha_pattern`."""
+        return tuple(_pattern_value(entry, field, float) for entry in getattr(self, field))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: tuple[str, ...] = (EMBEDDED_DATA,)
+    """Training files (.jsonl, .json, .csv, .parquet) or one hub id, "owner/name" or "owner/name:subset"."""
+    validation: tuple[str, ...] = ()
+    """Validation files or one hub id; none given holds out some of the training rows."""
+    split: str = "train"
+    """Split to read of a hub id in data.train."""
+    validation_split: str = "test"
+    """Split to read of a hub id in data.validation."""
+    validation_rows: int = 200
+    """Training rows to hold out, at most a tenth of them, where no validation files are given."""
+    limit: int | None = None
+    """Largest number of training rows to read; None reads all."""
+    shape: Literal["auto", "messages", "alpaca", "sharegpt", "question_answer"] = "auto"
+    """Shape of a row; auto looks at the first row's fields."""
+    fields: tuple[str, ...] = ()
+    """Renamed fields, each as "expected=actual", such as "question=prompt"."""
+    system: str | None = None
+    """System message put before each conversation that has none."""
+    max_length: int = 256
+    """Tokens in a row; longer samples are cut."""
+    pack: bool = False
+    """Put several samples in a row, each blind to the others."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Tokens that count in the loss: those of the assistant's turns, or all."""
+
+    def __post_init__(self) -> None:
+        for field in ("train", "validation", "fields"):
+            _check(not isinstance(getattr(self, field), str), f"data.{field} is a string; give a tuple of strings")
+        _check(bool(self.train), "data.train is empty; give a file or a hub id")
+        _check(self.max_length >= 8, f"data.max_length is {self.max_length}; it must be at least 8 tokens")
+        _check(self.validation_rows >= 0, f"data.validation_rows is {self.validation_rows}; it must be 0 or more")
+        _check(self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be above 0")
+        for entry in self.fields:
+            _check(
+                re.fullmatch(r"\w+=.+", entry) is not None,
+                f'data.fields: {entry!r} is not of the form "expected=actual"',
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    optimizer: Literal["adamw", "adam", "nadamw", "lion", "sgd"] = "adamw"
+    """Optimiser, from optax; all work element by element, so that a stack of layers is no other than its layers."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of A, of magnitudes and of whole modules."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: the learning rate of B over that of A; the paper's value is 16."""
+    magnitude_ratio: float = 1.0
+    """The learning rate of DoRA's magnitudes over that of A."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the rate falls after warm-up; wsd is warmup-stable-decay, which falls over the last fifth."""
+    warmup_fraction: float = 0.03
+    """Share of the steps over which the rate rises from 0."""
+    final_fraction: float = 0.0
+    """The last rate over the peak rate, where the schedule falls."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of A, B and whole matrices; magnitudes, biases and norms are not decayed."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "lora_plus_ratio", "magnitude_ratio")
+        _within(self, "warmup_fraction", "final_fraction", "b1", "b2")
+        for field in ("weight_decay", "eps", "clip_norm"):
+            value = getattr(self, field)
+            _check(math.isfinite(value) and value >= 0, f"optim.{field} is {value}; it must be 0 or more and finite")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    output: str = "out/run"
+    """Folder for the adapter, the log, the plot and the checkpoints."""
+    overwrite: bool = False
+    """Delete the run that the output folder holds, if it holds one."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the output folder."""
+    steps: int | None = None
+    """Optimiser steps; None counts them from epochs."""
+    epochs: float = 1.0
+    """Passes over the training rows, where steps is None."""
+    batch_size: int = 16
+    """Rows in an optimiser step, over all devices."""
+    microbatches: int = 1
+    """Parts that a batch is cut into, to save memory; the result does not depend on it."""
+    neftune_alpha: float = 0.0
+    """NEFTune: strength of the uniform noise on the embeddings in training; the paper's values are 5 to 15."""
+    seed: int = 0
+    """Seed of the adapters, the order of rows, dropout and noise."""
+    log_every: int = 1
+    """Steps between two lines of the log."""
+    eval_every: int = 0
+    """Steps between two evaluations; 0 evaluates at the start and the end only."""
+    save_every: int = 0
+    """Steps between two checkpoints; 0 saves one at the end only."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Trackers that receive the log as well, where they are installed."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch_size", "microbatches", "log_every", "keep_checkpoints")
+        _check(self.steps is None or self.steps > 0, f"train.steps is {self.steps}; it must be above 0")
+        _check(
+            self.batch_size % self.microbatches == 0,
+            f"train.batch_size {self.batch_size} does not divide into {self.microbatches} microbatches",
+        )
+        for field in ("neftune_alpha", "eval_every", "save_every"):
+            _check(getattr(self, field) >= 0, f"train.{field} is {getattr(self, field)}; it must be 0 or more")
+        _check(not (self.resume and self.overwrite), "train.resume and train.overwrite exclude each other")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    rows: int = 64
+    """Validation rows whose loss is measured at each evaluation; 0 takes all."""
+    exact_match_rows: int = 100
+    """Validation questions answered before and after training, to count exact matches; 0 answers none."""
+    answer_pattern: str | None = None
+    r"""Regular expression whose first group is the answer to compare, such as "#### (-?[\d,.]+)"; None compares all."""
+    samples: int = 3
+    """Answers to show before and after training."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_new_tokens")
+        for field in ("rows", "exact_match_rows", "samples"):
+            _check(getattr(self, field) >= 0, f"eval.{field} is {getattr(self, field)}; it must be 0 or more")
+        if self.answer_pattern is not None:
+            compiled = _regex(self.answer_pattern, "eval.answer_pattern")
+            _check(
+                compiled.groups >= 1,
+                f"eval.answer_pattern {self.answer_pattern!r} has no group to take the answer from",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    data: int = -1
+    """Devices along the data axis (whole copies of the weights); -1 takes all that are left."""
+    fsdp: int = 1
+    """Devices along the fsdp axis (rows are split, and so are the weights)."""
+    tensor: int = 1
+    """Devices along the tensor axis (each matrix is split)."""
+
+    def __post_init__(self) -> None:
+        _check(self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1")
+        _positive(self, "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run: which model, which adapters, which data, how long, and where the result goes."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def to_json(self) -> str:
+        """The config as JSON, every field resolved."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Config:
+        """The config that `to_json` wrote.
+
+        Raises:
+          ValueError: a section or a field is unknown, or a value out of range.
+        """
+        sections: dict[str, Any] = {}
+        known: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+        for name, values in json.loads(text).items():
+            _check(name in known, f"unknown section {name!r} of the config; known: {', '.join(known)}")
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            try:
+                sections[name] = known[name](**values)
+            except TypeError as error:
+                raise ValueError(f"section {name!r} of the config: {error}") from error
+        return Config(**sections)
+
+
+def load_config(path: str | Path) -> Config:
+    """The config of a Python file with `get_config()`.
+
+    Raises:
+      ValueError: the file is missing, fails, or does not return a `Config`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ValueError(f"no config file at {path}" + (f"; beside it: {', '.join(near)}" if near else ""))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    _check(isinstance(config, Config), f"{path}: get_config() returned {type(config).__name__}, not a Config")
+    return config
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _section(config: Any) -> str:
+    return type(config).__name__.removesuffix("Config").lower()
+
+
+def _positive(config: Any, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _check(
+            math.isfinite(value) and value > 0, f"{_section(config)}.{field} is {value}; it must be above 0 and finite"
+        )
+
+
+def _within(config: Any, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _check(0 <= value <= 1, f"{_section(config)}.{field} is {value}; it must lie between 0 and 1")
+
+
+def _regex(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _pattern_value(entry: str, field: str, number: type[int] | type[float]) -> tuple[str, float]:
+    pattern, equals, value = entry.rpartition("=")
+    try:
+        parsed = number(value)
+        valid = bool(equals and pattern) and math.isfinite(parsed) and parsed > 0
+    except ValueError:
+        valid = False
+    _check(valid, f'adapter.{field}: {entry!r} is not of the form "pattern=value" with a value above 0')
+    _regex(pattern, f"adapter.{field}")
+    return pattern, parsed

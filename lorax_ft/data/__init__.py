@@ -1,0 +1,1 @@
+"""Rows from files or the hub, conversations, loss masks, packing, batches. numpy only: no JAX."""

@@ -1,0 +1,1 @@
+"""Generation with a cache, and the tuned model that a run left behind."""

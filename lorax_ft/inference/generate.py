@@ -1,0 +1,216 @@
+"""Tokens and text from a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorax_ft.data.chat import encode_prompt
+from lorax_ft.data.formats import Message
+from lorax_ft.inference.decode import Sampling, decode
+from lorax_ft.lowrank.adapters import with_norms
+from lorax_ft.models.llama import DecoderConfig
+from lorax_ft.models.model import Model
+from lorax_ft.tree import Tree, combine, flatten, split
+
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>")
+
+
+def generate(
+    model: Model,
+    params: Tree,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Sequence[int] | None = None,
+    key: Array | None = None,
+) -> list[list[int]]:
+    """Continues prompts, all in one batch.
+
+    A call compiles once for each number of prompts and each length of the padded prompts and of `max_new_tokens`,
+    both rounded up (`bucket`); sampling with any numbers is a second program.
+
+    Args:
+      model: gives the decoder's config, and the stop ids where none are given.
+      params: parameters, with or without adapters, on one device or on a mesh.
+      prompts: token ids, of any lengths above 0.
+      max_new_tokens: the longest continuation.
+      temperature: divides the logits before a token is drawn; 0 takes the likeliest token.
+      top_k: draws among the k likeliest tokens only.
+      top_p: draws among the fewest likeliest tokens whose probabilities sum up to p (1904.09751).
+      stop_ids: tokens that end a row; None takes `default_stop_ids`.
+      key: for drawing. What a row draws depends on the key and its index, not on the other rows.
+
+    Returns:
+      The new tokens of each row, up to its first stop id, which is left out.
+
+    Raises:
+      ValueError: a prompt is empty, is no text of this vocabulary, or is too long for the model's positions; a
+        number is out of range; or sampling lacks its key.
+    """
+    _check_sampling(temperature, top_k, top_p, key)
+    _check_prompts(prompts, max_new_tokens, model.config)
+    if not len(prompts):
+        return []
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    sampling = Sampling(
+        temperature=np.float32(temperature or 1),
+        top_k=np.int32(model.config.vocab_size if top_k is None else top_k),
+        top_p=np.float32(math.inf if top_p is None else top_p),
+    )
+    stop = np.array(default_stop_ids(model) if stop_ids is None else stop_ids, np.int32)
+    mesh = _mesh(params)
+    key = jax.random.key(0) if key is None else key
+    out, counts = decode(
+        _with_norms(params),
+        tokens,
+        lengths,
+        np.int32(max_new_tokens),
+        np.pad(stop, (0, bucket(len(stop) or 1) - len(stop)), constant_values=-1),
+        sampling,
+        jax.device_put(key, NamedSharding(mesh, P())) if mesh else key,
+        config=dataclasses.replace(model.config, attention="xla"),  # a single query is not a case for cuDNN's kernel
+        room=bucket(max_new_tokens),
+        greedy=temperature == 0,
+        mesh=mesh,
+    )
+    return [row[:count].tolist() for row, count in zip(np.asarray(out), np.asarray(counts), strict=True)]
+
+
+def answer(
+    model: Model,
+    params: Tree,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Sequence[int] | None = None,
+    key: Array | None = None,
+) -> list[str]:
+    """The assistant's next turn in each conversation, as stripped text without special tokens.
+
+    Args:
+      model: gives the tokenizer too.
+      params: parameters, with or without adapters.
+      conversations: messages that wait for the assistant.
+      max_new_tokens: the longest answer.
+      batch_size: answers at once; the prompts are taken by length, the longest first.
+      temperature: for `generate`, as are `top_k`, `top_p`, `stop_ids` and `key`.
+
+    Raises:
+      ValueError: as `generate`, or the tokenizer or its chat template is missing, or refuses a conversation.
+    """
+    if model.tokenizer is None:
+        raise ValueError(f"{model.source or 'the model'} has no tokenizer; take a checkpoint with a tokenizer.json")
+    _check_sampling(temperature, top_k, top_p, key)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be above 0")
+    prompts = [encode_prompt(messages, model.tokenizer) for messages in conversations]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    size = min(batch_size, len(order))
+    params = _with_norms(params)
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), size or 1):
+        chosen = order[start : start + size]
+        rows = generate(
+            model,
+            params,
+            [prompts[i] for i in chosen] + [prompts[chosen[-1]]] * (size - len(chosen)),  # one shape for all
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_ids=stop_ids,
+            key=None if key is None else jax.random.fold_in(key, start),
+        )
+        for i, row in zip(chosen, rows, strict=False):
+            text = model.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            answers[i] = text.strip()
+    return answers
+
+
+def default_stop_ids(model: Model) -> tuple[int, ...]:
+    """The end of text by tokenizer and config.json, and the end-of-turn tokens that the vocabulary holds."""
+    configured = model.hf_config.get("eos_token_id")
+    ids = set(configured if isinstance(configured, list | tuple) else [configured])
+    if model.tokenizer is not None:
+        added = model.tokenizer.get_added_vocab()
+        ids |= {model.tokenizer.eos_token_id, *(added.get(token) for token in END_OF_TURN)}
+    return tuple(sorted(ids - {None}))
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up, so that few lengths are compiled: a power of two from 32 to 256, then multiples of 256.
+
+    >>> [bucket(n) for n in (1, 33, 256, 700)]
+    [32, 64, 256, 768]
+    """
+    return max(32, 2 ** math.ceil(math.log2(length))) if length <= 256 else math.ceil(length / 256) * 256
+
+
+def _with_norms(params: Tree) -> Tree:
+    """The parameters with DoRA's norms, computed unless they stand there."""
+    paths = flatten(params)
+    if all(f"{path.removesuffix('magnitude')}norm" in paths for path in paths if path.endswith("/magnitude")):
+        return params
+    without, _ = split(params, lambda path: not path.endswith("/norm"))
+    return combine(without, _norms(without))
+
+
+@jax.jit
+def _norms(params: Tree) -> Tree:
+    return split(with_norms(params), lambda path: path.endswith("/norm"))[0]
+
+
+def _mesh(params: Tree) -> Mesh | None:
+    """The mesh that the parameters lie on, or None where they lie on one device."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding))
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None, key: Array | None) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}; it must be 0 or more and finite")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be above 0")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if temperature == 0 and (top_k, top_p) != (None, None):
+        name = "top_p" if top_k is None else "top_k"
+        raise ValueError(f"{name} is given, but at temperature 0 nothing is drawn; give a temperature such as 0.7")
+    if temperature > 0 and key is None:
+        raise ValueError(f"at temperature {temperature} tokens are drawn, which needs key=jax.random.key(seed)")
+
+
+def _check_prompts(prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, config: DecoderConfig) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be above 0")
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {number} holds no token")
+        if len(prompt) + max_new_tokens > config.max_positions:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_new_tokens {max_new_tokens} are more than the "
+                f"{config.max_positions} positions of the model; shorten one of them"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise ValueError(
+                f"prompt {number} holds the token {max(prompt, key=abs)}; the vocabulary holds {config.vocab_size}"
+            )

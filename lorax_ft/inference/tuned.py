@@ -1,0 +1,79 @@
+"""A tuned model from where a run left it, or from a model and an adapter. Imports JAX when it loads, not before."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lorax_ft.config import Config, ModelConfig
+
+if TYPE_CHECKING:
+    from lorax_ft.models.model import Model
+    from lorax_ft.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """Where a model is: in a run, or at a path with or without an adapter."""
+
+    run: str | None = None
+    """Output folder of a training run, such as out/pissa."""
+    model: str | None = None
+    """Hugging Face folder, .gguf file or hub id, in place of a run."""
+    adapter: str | None = None
+    """PEFT folder of an adapter for --model."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the weights; None takes the run's, and float32 without a run."""
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.model is None):
+            raise ValueError("give either --run FOLDER or --model PATH")
+        if self.adapter is not None and self.model is None:
+            raise ValueError("--adapter goes with --model; a run has its own adapter")
+
+
+def load_tuned(tuned: Tuned) -> tuple[Model, Tree]:
+    """The model, and its parameters with the adapter in them.
+
+    Raises:
+      ValueError: there is no such run, model or adapter, the run has not finished, or they do not fit each other.
+    """
+    config, adapter = locate(tuned)
+    from lorax_ft.interop.load import load_model
+    from lorax_ft.interop.peft import load_peft
+
+    model = load_model(config.path, revision=config.revision, dtype=config.dtype, attention=config.attention)
+    return model, model.params if adapter is None else load_peft(adapter, model)
+
+
+def locate(tuned: Tuned) -> tuple[ModelConfig, Path | None]:
+    """Which model to load, and the folder of its adapter or None; without loading anything.
+
+    Raises:
+      ValueError: there is no such run or adapter, or the run has not finished.
+    """
+    if tuned.model is not None:
+        adapter = None if tuned.adapter is None else _existing(Path(tuned.adapter), "adapter", "adapter_config.json")
+        return ModelConfig(path=tuned.model, dtype=tuned.dtype or "float32"), adapter
+    assert tuned.run is not None
+    run = _existing(Path(tuned.run), "run", "config.json")
+    config = Config.from_json((run / "config.json").read_text(encoding="utf-8")).model
+    config = dataclasses.replace(config, dtype=tuned.dtype or config.dtype)
+    if (run / "adapter").is_dir():
+        return config, run / "adapter"
+    if (run / "model").is_dir():  # full fine-tuning
+        return dataclasses.replace(config, path=str(run / "model"), revision=None), None
+    raise ValueError(f"{run} holds neither an adapter nor a model: its training has not come to an end")
+
+
+def _existing(folder: Path, what: str, marker: str) -> Path:
+    """The folder, which holds the file `marker`."""
+    if (folder / marker).is_file():
+        return folder
+    if folder.is_dir():
+        raise ValueError(f"{folder} holds no {what}: there is no {marker} in it")
+    others = sorted(path.parent.name for path in folder.parent.glob(f"*/{marker}"))
+    near = difflib.get_close_matches(folder.name, others, n=1, cutoff=0.3) or others[:1]
+    raise ValueError(f"no {what} at {folder}" + (f"; beside it there is {near[0]}" if near else ""))

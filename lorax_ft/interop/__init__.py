@@ -1,0 +1,1 @@
+"""Other people's names and files: Hugging Face checkpoints, GGUF files, PEFT adapters and tokenizers."""

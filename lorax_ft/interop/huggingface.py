@@ -1,0 +1,269 @@
+"""Hugging Face checkpoints: config.json, safetensors and the names in them, to our trees and back.
+
+A leaf `layers/mlp/up_proj/kernel` `[L, in, out]` holds the tensors `model.layers.{i}.mlp.up_proj.weight`
+`[out, in]` of all layers i. The logical path of one of them is `layers/{i}/mlp/up_proj/kernel`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from lorax_ft.interop.folder import new_folder
+from lorax_ft.models import FAMILIES
+from lorax_ft.models.llama import Decoder, DecoderConfig
+from lorax_ft.models.model import Model
+from lorax_ft.tree import Tree, flatten, unflatten
+
+Tensors = Mapping[str, Callable[[], np.ndarray]]
+"""Functions that read a checkpoint's tensors, by name."""
+Place = Callable[[str, np.ndarray], jax.Array]
+"""Puts a leaf on its devices: (slash path, array) -> array."""
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """The config.json of a checkpoint, and its tensors.
+
+    Raises:
+      ValueError: a file is missing or damaged, or the folder holds something else.
+    """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds an adapter, not a model; load its base model, then use load_peft")
+    config = read_json(folder / "config.json")
+    if (folder / WEIGHTS).is_file():
+        return config, _tensors(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read")
+    shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    return config, {name: read for shard in shards for name, read in _tensors(folder / shard).items()}
+
+
+def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: Any) -> DecoderConfig:
+    """The decoder that a config.json describes; `computing` holds its dtype, attention and remat.
+
+    Raises:
+      ValueError: the architecture or an option of it is not supported, or a size is missing.
+    """
+    c = dict(hf_config)
+    if c.get("model_type") not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{source} has the architecture {c.get('model_type')!r}; supported: {known}")
+    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+    options = {
+        "hidden_act": (c.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (bool(c.get("attention_bias")), False),
+        "mlp_bias": (bool(c.get("mlp_bias")), False),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1), 1),
+        "quantization_config": (c.get("quantization_config"), None),
+    }
+    for name, (given, supported) in options.items():
+        if given != supported:
+            raise ValueError(f"{source} has {name} {given!r} in its config.json; supported: {supported!r}")
+    try:
+        return DecoderConfig(
+            vocab_size=c["vocab_size"],
+            width=c["hidden_size"],
+            mlp_width=c["intermediate_size"],
+            layers=c["num_hidden_layers"],
+            heads=c["num_attention_heads"],
+            kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+            head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+            norm_eps=c.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000),
+            tied=c.get("tie_word_embeddings", False),
+            max_positions=c.get("max_position_embeddings", 2048),
+            **computing,
+        )
+    except KeyError as error:
+        raise ValueError(f"{source} lacks {error} in its config.json") from error
+
+
+def load_params(config: DecoderConfig, tensors: Tensors, *, source: str, place: Place | None = None) -> Tree:
+    """The parameters of a decoder, read tensor by tensor, in the dtype of its config.
+
+    Raises:
+      ValueError: a tensor is missing, is one too many, or has another shape.
+    """
+    shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
+    wanted = [name for path, shape in shapes.items() for name, _ in hf_names(path, shape)]
+    missing = sorted(set(wanted) - set(tensors))
+    if missing:
+        raise ValueError(f"{source} lacks the tensor {missing[0]}{_and_more(missing)}")
+    extra = sorted(name for name in set(tensors) - set(wanted) if not _ignored(name, config))
+    if extra:
+        raise ValueError(
+            f"{source} holds the tensor {extra[0]}{_and_more(extra)}, which its architecture does not have"
+        )
+    params = {}
+    for path, shape in shapes.items():
+        array = np.empty(shape, config.dtype)
+        for name, index in hf_names(path, shape):
+            value = tensors[name]()
+            value = value.T if path.endswith("/kernel") else value
+            if value.shape != array[index].shape:
+                raise ValueError(f"{source}: {name} has the shape {value.shape}, not {array[index].shape} (in, out)")
+            array[index] = value
+        params[path] = place(path, array) if place else jnp.asarray(array)
+    return unflatten(params)
+
+
+def save_model(folder: str | Path, params: Tree, model: Model, *, dtype: str | None = None) -> None:
+    """Writes `params` as a checkpoint that transformers and vLLM load, with the model's config and tokenizer.
+
+    Args:
+      folder: written beside and renamed.
+      params: merged parameters; with an `lm_head` of its own, a tied model becomes untied.
+      model: gives config and tokenizer.
+      dtype: of the tensors written; None keeps each as it is.
+
+    Raises:
+      ValueError: `params` hold adapters or lack a leaf, or the folder holds other files or the model itself.
+    """
+    untied = "kernel" in params.get("lm_head", {})
+    expected = flatten(abstract_params(model.config, tied=not untied))
+    flat = flatten(params)
+    strange = sorted(set(flat) ^ set(expected))
+    if strange:
+        adapted = any(path.rpartition("/")[2].startswith(("lora_", "magnitude")) for path in strange)
+        way_out = "call merge_adapters first" if adapted else "they are not the model's parameters"
+        raise ValueError(f"save_model: unexpected or missing leaf {strange[0]!r} in the parameters; {way_out}")
+    if Path(folder).resolve() == Path(model.source or " ").resolve():
+        raise ValueError(f"{folder} is where the model was loaded from; give another folder")
+    tensors = {
+        name: tensor for path, leaf in flat.items() for name, tensor in _hf_tensors(path, np.asarray(leaf), dtype)
+    }
+    config = _hf_config(model, tied=not untied, dtype=str(tensors["model.embed_tokens.weight"].dtype))
+    with new_folder(folder) as new:
+        (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(new)
+
+
+def abstract_params(config: DecoderConfig, *, tied: bool | None = None) -> Tree:
+    """The shapes of a decoder's parameters, as `jax.ShapeDtypeStruct`; `tied` overrides the config's."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    params: Tree = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+    if not (config.tied if tied is None else tied):
+        params = params | {"lm_head": {"kernel": jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)}}
+    return params
+
+
+def hf_names(path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """The checkpoint's tensors in the leaf at `path`, each with its index in the leaf.
+
+    >>> list(hf_names("layers/mlp/up_proj/kernel", (2, 8, 16)))
+    [('model.layers.0.mlp.up_proj.weight', 0), ('model.layers.1.mlp.up_proj.weight', 1)]
+    >>> list(hf_names("lm_head/kernel", (8, 32)))
+    [('lm_head.weight', Ellipsis)]
+    """
+    module, _, leaf = path.rpartition("/")
+    for logical, index in unstacked(module, shape[0]):
+        yield f"{hf_module(logical)}.{LEAVES[leaf]}", index
+
+
+def unstacked(path: str, layers: int) -> Iterator[tuple[str, Any]]:
+    """The modules that the module at `path` stacks, each with its index; itself, where it stacks none.
+
+    >>> list(unstacked("layers/mlp/up_proj", 2))
+    [('layers/0/mlp/up_proj', 0), ('layers/1/mlp/up_proj', 1)]
+    """
+    if path.startswith("layers/"):
+        for i in range(layers):
+            yield f"layers/{i}/{path.removeprefix('layers/')}", i
+    else:
+        yield path, ...
+
+
+def hf_module(path: str) -> str:
+    """Hugging Face's name of the module at a logical path.
+
+    >>> hf_module("layers/3/self_attn/q_proj")
+    'model.layers.3.self_attn.q_proj'
+    """
+    return path if path == "lm_head" else "model." + path.replace("/", ".")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; a missing or malformed file is a `ValueError`."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{file.parent} holds no {file.name}") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def tensor_names(file: Path) -> list[str]:
+    """The names in a safetensors file; a missing or damaged file is a `ValueError`."""
+    try:
+        with safetensors.safe_open(file, framework="numpy") as handle:
+            return list(handle.keys())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def read_tensor(file: Path, name: str) -> np.ndarray:
+    """One tensor of a safetensors file, without reading the others."""
+    with safetensors.safe_open(file, framework="numpy") as handle:
+        return handle.get_tensor(name)
+
+
+def _tensors(file: Path) -> Tensors:
+    return {name: functools.partial(read_tensor, file, name) for name in tensor_names(file)}
+
+
+def _hf_tensors(path: str, leaf: np.ndarray, dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
+    for name, index in hf_names(path, leaf.shape):
+        value = leaf[index]
+        yield name, np.ascontiguousarray(value.T if path.endswith("/kernel") else value, dtype)
+
+
+def _ignored(name: str, config: DecoderConfig) -> bool:
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tied)
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _hf_config(model: Model, *, tied: bool, dtype: str) -> dict[str, Any]:
+    c = model.config
+    sizes = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "intermediate_size": c.mlp_width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "rms_norm_eps": c.norm_eps,
+        "max_position_embeddings": c.max_positions,
+        "rope_theta": c.rope_theta,  # read by transformers 4 and vLLM; transformers 5 reads rope_parameters
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "tie_word_embeddings": tied,
+        "dtype": dtype,
+    }
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(model.tokenizer, name, None) for name in special}
+    kept = {name: value for name, value in model.hf_config.items() if name != "torch_dtype"}
+    return ids | kept | sizes

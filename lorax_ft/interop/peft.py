@@ -1,0 +1,258 @@
+"""PEFT adapter folders, written and read.
+
+PEFT keeps the factors transposed (`lora_A.weight` `[r, in]`, `lora_B.weight` `[out, r]`), tensors for each layer
+of a stack, and no start: A₀ and B₀ become further columns, A' = [A, A₀] and B' = [B; −B₀], on the original base.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from safetensors.numpy import save_file
+
+from lorax_ft.config import AdapterConfig
+from lorax_ft.interop.folder import new_folder
+from lorax_ft.interop.huggingface import LEAVES, hf_module, read_tensor, tensor_names, unstacked
+from lorax_ft.interop.peft_config import CONFIG, rank_and_scale, read_config, write_config
+from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, column_norm
+from lorax_ft.models.model import Model
+from lorax_ft.tree import Tree, from_modules, modules
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+SUFFIXES = {
+    ".lora_A.weight": "lora_a",
+    ".lora_B.weight": "lora_b",
+    ".lora_embedding_A": "lora_a",
+    ".lora_embedding_B": "lora_b",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",  # as some versions of PEFT wrote it
+    ".base_layer.weight": "base",  # the weight under an adapted embedding, which PEFT writes beside the adapter
+    ".weight": "whole",
+}
+Layers = Mapping[str, Layer]
+Matrix = dict[str, np.ndarray]
+"""The adapter of one layer of a stack."""
+
+
+def save_peft(folder: str | Path, params: Tree, model: Model, *, config: AdapterConfig | None = None) -> None:
+    """Writes the adapters in `params` as a folder that PEFT loads on the model's original checkpoint.
+
+    Modules without an adapter whose weights differ from `model.params` were trained whole: they are
+    written too. A start (PiSSA) becomes plain LoRA of twice the rank. Alpha is the scale times the rank.
+
+    Args:
+      folder: written beside and renamed.
+      params: base and adapters together.
+      model: the model as it was loaded; its source is named as the adapter's base.
+      config: what the adapters were made from, to record the dropout rate.
+
+    Raises:
+      ValueError: there is no adapter, an adapter stands on another base, or PEFT has no form for it.
+    """
+    layers, base = modules(params), modules(model.params)
+    adapters: dict[str, Matrix] = {}
+    whole: dict[str, np.ndarray] = {}
+    for path, layer in layers.items():
+        if "lora_a" not in layer:
+            whole |= _changed(path, layer, base)
+        elif not _base_is_changed(layer) and _changed(path, layer, base):
+            raise ValueError(f"save_peft: {path} is adapted, but its base is not the one that {model.source} holds")
+        else:
+            adapters |= _exported(path, layer)
+    if "embed_tokens/embedding" in whole and "lm_head" not in base and "kernel" not in layers.get("lm_head", {}):
+        whole["lm_head/kernel"] = whole["embed_tokens/embedding"]  # PEFT unties a table that it trains whole
+    _check(adapters, whole)
+    tensors = {name: tensor for path, matrix in adapters.items() for name, tensor in _tensors(path, matrix).items()}
+    saved = {path.rpartition("/")[0]: path.rpartition("/")[2] for path in whole}
+    tensors |= {f"{PREFIX}{hf_module(m)}.{LEAVES[leaf]}": whole[f"{m}/{leaf}"] for m, leaf in saved.items()}
+    peft_config = write_config(
+        {hf_module(path): matrix["lora_a"].shape[1] for path, matrix in adapters.items()},
+        {hf_module(path): matrix["lora_scale"].item() for path, matrix in adapters.items()},
+        modules=_known_modules(model),
+        base_model_name_or_path=model.source or None,
+        lora_dropout=config.dropout if config else 0.0,
+        modules_to_save=sorted(map(hf_module, saved)) or None,
+        use_dora=any("magnitude" in matrix for matrix in adapters.values()),
+    )
+    with new_folder(folder) as new:
+        (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, new / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_peft(folder: str | Path, model: Model) -> Tree:
+    """The model's parameters with the adapters of a PEFT folder in them.
+
+    Args:
+      folder: what `save_peft`, or PEFT's `save_pretrained`, wrote.
+      model: the adapter's base.
+
+    Raises:
+      ValueError: the folder is damaged, holds no LoRA or an option that is not supported, or does not fit the model.
+    """
+    folder = Path(folder)
+    config, known = read_config(folder), _known_modules(model)
+    adapters: dict[str, dict[Any, Matrix]] = {}
+    layers = modules(model.params)
+    for key in sorted(tensor_names(folder / WEIGHTS)):
+        module, leaf = _parse(key, folder)
+        if module not in known:
+            near = difflib.get_close_matches(module, known, n=1)
+            raise ValueError(
+                f"{folder}: the model has no module {module}" + (f"; the nearest is {near[0]}" if near else "")
+            )
+        path, index = known[module]
+        value = read_tensor(folder / WEIGHTS, key)
+        if leaf in ("base", "whole"):
+            if leaf == "whole" and path == "embed_tokens":  # PEFT trains a copy: a tied head keeps the table
+                layers.setdefault("lm_head", {"kernel": _base_kernel(layers, "lm_head")})
+            layers[path] = _with_whole(layers, path, index, value, where=f"{folder}: {key}")
+        else:
+            adapters.setdefault(path, {}).setdefault(index, {})[leaf] = value.T
+    if model.config.tied and "lm_head" in layers and jnp.array_equal(layers["lm_head"]["kernel"], _table(layers)):
+        del layers["lm_head"]
+    names = {place: module for module, place in known.items()}
+    for path, matrices in adapters.items():
+        for index, matrix in matrices.items():
+            _complete(matrix, config, names[path, index], where=folder)
+        kernel = _base_kernel(layers, path)
+        layers[path] = layers.get(path, {}) | _stacked(matrices, kernel, path=path, where=folder)
+    return from_modules(layers)
+
+
+def _known_modules(model: Model) -> dict[str, tuple[str, Any]]:
+    """Where the modules of the model stand, by Hugging Face's names: the module's path and the index in its stack."""
+    layers: Layers = {"lm_head": {}} | modules(model.params)
+    return {
+        hf_module(logical): (path, index) for path in layers for logical, index in unstacked(path, model.config.layers)
+    }
+
+
+def _base_kernel(layers: Layers, path: str) -> Array:
+    """The base weight at `path`; a tied head's is the table, transposed."""
+    layer = layers.get(path, {})
+    if path == "lm_head" and "kernel" not in layer:
+        return _table(layers)
+    return next(layer[name] for name in ("kernel", "embedding") if name in layer)
+
+
+def _table(layers: Layers) -> Array:
+    """The embedding table as an output head's kernel."""
+    return layers["embed_tokens"]["embedding"].T
+
+
+def _base_is_changed(layer: Layer) -> bool:
+    """Whether an init took its start out of the base weight."""
+    return "lora_a0" in layer and "start_scale" not in layer
+
+
+def _changed(path: str, layer: Layer, base: Layers) -> dict[str, np.ndarray]:
+    """The weights in a layer that are not the base's own, in PEFT's orientation, by logical slash path."""
+    changed = {}
+    for name in layer.keys() - ADAPTER_LEAVES - STEP_LEAVES:
+        leaf, old = layer[name], base[path][name] if path in base else _base_kernel(base, path)
+        donated = isinstance(old, Array) and old.is_deleted()  # by a step that trained it
+        if leaf is old or (not donated and jnp.array_equal(leaf, old)):
+            continue
+        for logical, index in unstacked(path, len(leaf)):
+            if donated or not jnp.array_equal(leaf[index], old[index]):
+                value = np.asarray(leaf[index])
+                changed[f"{logical}/{name}"] = value.T if name == "kernel" else value
+    return changed
+
+
+def _exported(path: str, layer: Layer) -> dict[str, Matrix]:
+    """The adapters of a stack, by logical path, without padding and with their start as columns of their own."""
+    leaves = {name: np.asarray(layer[name]) for name in ADAPTER_LEAVES & layer.keys()}
+    adapters = {}
+    for logical, index in unstacked(path, len(leaves["lora_a"])):
+        matrix = {name: leaf[index] for name, leaf in leaves.items()}
+        if matrix["lora_scale"] == 0:  # not adapted
+            continue
+        starts = [("lora_a", "lora_b", 1), ("lora_a0", "lora_b0", -1)][: 2 if "lora_a0" in matrix else 1]
+        used = np.any([matrix[a].any(0) | matrix[b].any(1) for a, b, _ in starts], axis=0)
+        used[0] |= not used.any()  # PEFT has no rank 0
+        adapters[logical] = {name: matrix[name] for name in ("lora_scale", "magnitude") if name in matrix} | {
+            "lora_a": np.concatenate([matrix[a][:, used] for a, _, _ in starts], axis=1),
+            "lora_b": np.concatenate([sign * matrix[b][used] for _, b, sign in starts]),
+        }
+    return adapters
+
+
+def _check(adapters: dict[str, Matrix], whole: dict[str, np.ndarray]) -> None:
+    if not adapters:
+        raise ValueError("save_peft: the parameters hold no adapter; save_model writes whole models")
+    if both := sorted(path for path in whole if path.rpartition("/")[0] in adapters):
+        raise ValueError(f"save_peft: {both[0]} is trained whole and its module is adapted; PEFT takes one of the two")
+    if len({"magnitude" in matrix for matrix in adapters.values()}) > 1:
+        raise ValueError("save_peft: some adapters have a DoRA magnitude and some have none; PEFT takes all or none")
+
+
+def _tensors(path: str, matrix: Matrix) -> dict[str, np.ndarray]:
+    name = PREFIX + hf_module(path)
+    a, b = ("lora_embedding_A", "lora_embedding_B") if path == "embed_tokens" else ("lora_A.weight", "lora_B.weight")
+    tensors = {f"{name}.{a}": matrix["lora_a"].T, f"{name}.{b}": matrix["lora_b"].T}
+    return tensors | ({f"{name}.lora_magnitude_vector": matrix["magnitude"]} if "magnitude" in matrix else {})
+
+
+def _parse(key: str, folder: Path) -> tuple[str, str]:
+    """The module's name and the leaf that a tensor of the folder is."""
+    for suffix, leaf in SUFFIXES.items():
+        if key.startswith(PREFIX) and key.endswith(suffix):
+            return key.removeprefix(PREFIX).removesuffix(suffix), leaf
+    raise ValueError(f"{folder} holds the tensor {key}, which is no LoRA's")
+
+
+def _with_whole(layers: Layers, path: str, index: Any, value: np.ndarray, *, where: str) -> Layer:
+    """The layer with the weight of one of its stack replaced."""
+    layer = layers.get(path) or {"kernel": _base_kernel(layers, path)}
+    name = next(name for name in ("kernel", "embedding", "scale") if name in layer)
+    old = layer[name]
+    value = value.T if name == "kernel" else value
+    if old[index].shape != value.shape:
+        raise ValueError(f"{where} has the shape {value.shape}; the model's is {old[index].shape} (in, out)")
+    dtype = jnp.promote_types(old.dtype, value.dtype)
+    return layer | {name: jnp.asarray(old, dtype).at[index].set(value)}
+
+
+def _complete(matrix: Matrix, config: Mapping[str, Any], module: str, *, where: Path) -> None:
+    """Checks the tensors of one module and puts its scale beside them."""
+    needed = ["lora_a", "lora_b", *(["magnitude"] if config.get("use_dora") else [])]
+    if missing := [name for name in needed if name not in matrix]:
+        raise ValueError(f"{where}: {module} has no {missing[0]}")
+    rank, scale = rank_and_scale(config, module)
+    matrix["lora_scale"] = np.asarray(scale)
+    if matrix["lora_a"].shape[1:] != (rank,) or matrix["lora_b"].shape[:1] != (rank,):
+        given = matrix["lora_a"].shape[-1]
+        raise ValueError(f"{where}: {module} has rank {given} in {WEIGHTS}, and {rank} in {CONFIG}")
+
+
+def _stacked(matrices: Mapping[Any, Matrix], kernel: Array, *, path: str, where: Path) -> Layer:
+    """The adapter leaves of a stack: zero padding to the largest rank, scale 0 where a layer is not adapted."""
+    *stack, rows, columns = kernel.shape
+    rank = max(matrix["lora_a"].shape[1] for matrix in matrices.values())
+    shapes = {"lora_a": (*stack, rows, rank), "lora_b": (*stack, rank, columns), "lora_scale": tuple(stack)}
+    leaves = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    for index, matrix in matrices.items():
+        a, b = matrix["lora_a"], matrix["lora_b"]
+        if (len(a), b.shape[1]) != (rows, columns):
+            raise ValueError(
+                f"{where}: A and B of {path} are for {len(a)} × {b.shape[1]}; the model has {rows} × {columns}"
+            )
+        leaves["lora_a"][index][:, : a.shape[1]] = a
+        leaves["lora_b"][index][: b.shape[0]] = b
+        leaves["lora_scale"][index] = matrix["lora_scale"]
+    layer = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+    if any("magnitude" in matrix for matrix in matrices.values()):
+        magnitude = np.array(column_norm(layer | {"kernel": kernel}))  # the identity, where there is no adapter
+        for index, matrix in matrices.items():
+            magnitude[index] = matrix["magnitude"].reshape(-1)
+        layer["magnitude"] = jnp.asarray(magnitude)
+    return layer

@@ -1,0 +1,114 @@
+"""The adapter_config.json of a PEFT folder: what it says of each module's rank and scale."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorax_ft.interop.huggingface import read_json
+
+CONFIG = "adapter_config.json"
+SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
+UNSUPPORTED = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
+    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
+)
+
+
+def write_config(
+    ranks: Mapping[str, int], scales: Mapping[str, float], *, modules: Iterable[str], **fields: Any
+) -> dict[str, Any]:
+    """The adapter_config.json of a LoRA.
+
+    Args:
+      ranks: by the full name of each adapted module.
+      scales: by the same names; float32 values, which alpha / rank gives back exactly.
+      modules: full names of all modules of the model.
+      **fields: further fields, written as they are.
+
+    >>> write_config({"h.0.q": 8, "h.1.q": 4}, {"h.0.q": 2.0, "h.1.q": 2.0}, modules=["h.0.q", "h.1.q", "h.1.k"])
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'inference_mode': True, 'bias': 'none', 'fan_in_fan_out': False,
+     'init_lora_weights': True, 'use_rslora': False, 'r': 8, 'lora_alpha': 16, 'target_modules': ['q'],
+     'rank_pattern': {'h.1.q': 4}, 'alpha_pattern': {'h.1.q': 8}}
+    """
+    alphas = {name: _alpha(scales[name], rank) for name, rank in ranks.items()}
+    r, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": sorted(_shortened(dict.fromkeys(ranks, True), modules)),
+        "rank_pattern": _shortened({name: rank for name, rank in ranks.items() if rank != r}, ranks),
+        "alpha_pattern": _shortened({name: value for name, value in alphas.items() if value != alpha}, ranks),
+        **fields,
+    }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder.
+
+    Raises:
+      ValueError: it is missing, is no LoRA's, or has an option that changes numbers and is not supported.
+    """
+    config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} holds an adapter of type {config.get('peft_type')!r}; supported: 'LORA'")
+    if config.get("init_lora_weights") not in SAFE_INITS:
+        raise ValueError(
+            f"{folder} starts from init_lora_weights {config['init_lora_weights']!r}, which changed its base; "
+            "save it in PEFT with path_initial_model_for_weight_conversion"
+        )
+    if given := [name for name in UNSUPPORTED if config.get(name)]:
+        raise ValueError(f"{folder} uses {given[0]} in its {CONFIG}, which is not supported")
+    return config
+
+
+def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, np.float32]:
+    """The rank of a module, and alpha / r or alpha / √r (rsLoRA)."""
+    rank = _matching(config.get("rank_pattern"), module, config["r"])
+    alpha = _matching(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return rank, np.float32(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    matching = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(matching, default)
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """The roundest alpha whose alpha / rank is `scale` in float32."""
+    for digits in (0, 4, 8):
+        alpha = round(float(scale) * rank, digits)
+        if np.float32(alpha / rank) == np.float32(scale):
+            return int(alpha) if alpha == int(alpha) else alpha
+    return float(scale) * rank
+
+
+def _shortened(values: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """`values` by last name where all modules of that last name have the same value, else by full name.
+
+    >>> _shortened({"h.0.q": 1, "h.1.q": 1, "h.0.k": 1}, ["h.0.q", "h.1.q", "h.0.k", "h.1.k"])
+    {'q': 1, 'h.0.k': 1}
+    """
+    groups: dict[str, list[str]] = {}
+    for name in modules:
+        groups.setdefault(name.rpartition(".")[2], []).append(name)
+    short: dict[str, Any] = {}
+    for last, names in groups.items():
+        held = {name: values[name] for name in names if name in values}
+        uniform = len(held) == len(names) and len(set(held.values())) == 1
+        short |= {last: held[names[0]]} if uniform else held
+    return short

@@ -1,0 +1,32 @@
+"""Tokenizers and their chat templates, by transformers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The transformers tokenizer of a folder, or None where the folder holds none.
+
+    Raises:
+      ValueError: its files cannot be read.
+    """
+    if not any((Path(folder) / name).is_file() for name in FILES):
+        return None
+    try:
+        return import_transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+def import_transformers() -> Any:
+    """transformers, without its advice to install PyTorch."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers

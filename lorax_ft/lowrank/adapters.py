@@ -1,0 +1,355 @@
+"""Adding adapters to a parameter tree, merging them, and splitting the tree into what trains and what does not.
+
+{"up_proj": {"kernel": W}}  →  {"up_proj": {"kernel": W, "lora_a": A, "lora_b": B, "lora_scale": s}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lorax_ft.config import AdapterConfig
+from lorax_ft.lowrank import initial
+from lorax_ft.lowrank.layout import Layout, logical_paths
+from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, column_norm, merged_kernel
+from lorax_ft.lowrank.pissa import pissa
+from lorax_ft.lowrank.spec import LayerSpec, as_canonical
+from lorax_ft.lowrank.targets import check_coverage, first_value, is_target, layer_index, matches
+from lorax_ft.tree import Tree, combine, flatten, from_modules, modules, split, unflatten
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one module gets: ranks and scales for each matrix of its stack, 0 where it gets nothing."""
+
+    paths: list[str]
+    ranks: np.ndarray
+    scales: np.ndarray
+
+
+def add_adapters(params: Tree, config: AdapterConfig, *, layout: Layout, key: Array) -> Tree:
+    """The parameters with low-rank leaves beside the kernels that `config.targets` means.
+
+    Args:
+      params: a tree of arrays; its leaves are shared with the result, not copied.
+      config: which modules, which rank, which start.
+      layout: the layers of the model (`lorax_ft.layout`, or a loaded model's own).
+      key: every leaf's randomness is folded from it and the leaf's path.
+
+    Returns:
+      A new tree. The base is changed only by inits that say so (PiSSA), and not with `keep_base`.
+
+    Raises:
+      ValueError: a pattern means no module, or a rank is above a matrix's smaller side.
+    """
+    layers = modules(nn.meta.unbox(params))
+    kernels = {path: _kernel(layers, path, spec) for path, spec in layout.items()}
+    for path, plan in plan_adapters(config, layout=layout, shapes={p: k.shape for p, k in kernels.items()}).items():
+        layer = layers.get(path, {})
+        if ADAPTER_LEAVES & layer.keys():
+            raise ValueError(f"{path} has an adapter already; merge it first (lorax_ft.merge_adapters)")
+        layers[path] = layer | _adapter(
+            kernels[path], config, spec=layout[path], plan=plan, key=key, owns=path != "lm_head" or "kernel" in layer
+        )
+    return from_modules(layers)
+
+
+def plan_adapters(config: AdapterConfig, *, layout: Layout, shapes: dict[str, tuple[int, ...]]) -> dict[str, Plan]:
+    """The modules that `config` adapts, with the rank and the scale of each matrix of their stacks.
+
+    Args:
+      config: patterns, ranks and alphas.
+      layout: the layers of the model.
+      shapes: their kernels' shapes.
+
+    Raises:
+      ValueError: a pattern means no module, all that targets mean is excluded, or a rank is above a matrix's
+        smaller side.
+    """
+    paths = {path: logical_paths(path, spec, shapes[path]) for path, spec in layout.items()}
+    _check_patterns(config, layout, paths)
+    plans = {}
+    for path, spec in layout.items():
+        ranks = np.array([_rank(config, name, spec) for name in paths[path]])
+        alphas = np.array([first_value(config.patterns("alpha_pattern"), name, config.alpha) for name in paths[path]])
+        if not ranks.any():
+            continue
+        stack, rows, columns = spec.sizes(shapes[path])
+        if ranks.max() > min(rows, columns):
+            raise ValueError(f"{path}: rank {ranks.max()} is above the smaller side of its matrix, {rows} × {columns}")
+        divisor = np.sqrt(np.maximum(ranks, 1)) if config.scaling == "rank_stabilized" else np.maximum(ranks, 1)
+        scales = np.where(ranks > 0, alphas / divisor, 0).astype(np.float32)
+        plans[path] = Plan(paths=paths[path], ranks=ranks.reshape(stack), scales=scales.reshape(stack))
+    if config.targets and not plans:
+        raise ValueError(f"adapter.exclude and adapter.layers leave nothing of adapter.targets {config.targets}")
+    return plans
+
+
+def attach_adapters(base: Tree, adapters: Tree, *, layout: Layout | None = None) -> Tree:
+    """An original base with adapter leaves put back on it: W − s A₀ B₀ is computed again from the kept start.
+
+    Args:
+      base: the parameters as they were loaded.
+      adapters: adapter leaves, as `partition(params, by="ownership")` gives them.
+      layout: needed where a kernel's axes are not in the order stack, in, out.
+    """
+    layers = modules(combine(base, adapters))
+    for path, layer in layers.items():
+        if "lora_a0" in layer and "start_scale" not in layer:
+            layers[path] = layer | _without_start(layer, layout[path] if layout else None)
+    return from_modules(layers)
+
+
+def merge_adapters(params: Tree, *, layout: Layout | None = None) -> Tree:
+    """The base model's tree again, with W − s₀ A₀ B₀ + s A B, times DoRA's m / n, as each kernel.
+
+    Args:
+      params: a tree with adapters.
+      layout: the layers of the model; needed where an embedding is adapted, or where a kernel's axes are
+        not in the order stack, in, out (some of `nn.Einsum`'s).
+
+    A tied output head whose adapter, or whose embedding's adapter, makes the two differ is untied: the
+    result then holds `lm_head/kernel`.
+
+    Raises:
+      ValueError: factors do not fit their kernel, or only the layout could tell how to merge.
+    """
+    layers = modules(_untied(params, layout))
+    merged = {}
+    for path, layer in layers.items():
+        base = {name: leaf for name, leaf in layer.items() if name not in ADAPTER_LEAVES | STEP_LEAVES}
+        if "lora_a" in layer:
+            spec = layout[path] if layout else None
+            kernel = merged_kernel(as_canonical(layer, spec))
+            name = "embedding" if "embedding" in layer else "kernel"
+            base[name] = spec.restored(name, kernel) if spec else kernel
+        merged[path] = base
+    return from_modules(merged)
+
+
+def with_norms(params: Tree, *, layout: Layout | None = None) -> Tree:
+    """The parameters with DoRA's detached norm ‖W + s A B‖ beside every magnitude; derived, never stored.
+
+    Args:
+      params: a tree with adapters.
+      layout: needed where a kernel's axes are not in the order stack, in, out.
+    """
+    return combine(params, norms(params, layout=layout))
+
+
+def norms(params: Tree, *, layout: Layout | None = None) -> Tree:
+    """The `norm` leaves alone, as `with_norms` adds them: they change only when A and B do."""
+    found: dict[str, Layer] = {}
+    for path, layer in modules(params).items():
+        if "magnitude" in layer:
+            base = {} if {"kernel", "embedding"} & layer.keys() else {"kernel": _tied_kernel(params)}
+            found[path] = {"norm": column_norm(as_canonical(layer | base, layout[path] if layout else None))}
+    return from_modules(found)
+
+
+def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:
+    """The parameters with a dropout key and rate beside every A, for one training step.
+
+    Args:
+      params: a tree with adapters.
+      key: each matrix's key is folded from it and the path.
+      rate: the share of the adapter branch's input to drop; 0 returns the tree as it is.
+    """
+    if rate == 0:
+        return params
+    layers = modules(params)
+    for path, layer in layers.items():
+        if "lora_a" in layer:
+            stack = layer["lora_scale"].shape
+            layer["dropout_key"] = (
+                jax.random.split(fold_path(key, path), stack or None) if stack else fold_path(key, path)
+            )
+            layer["dropout_rate"] = jnp.full(stack, rate, jnp.float32)
+    return from_modules(layers)
+
+
+def label(params: Tree, *, whole: Sequence[str] = ()) -> Tree:
+    """Each leaf's group for the optimiser.
+
+    `lora_a`, `lora_b`, `magnitude`; `weight` and `vector` for the matrices and for the biases and norms of
+    modules that train whole; else `frozen`.
+
+    Args:
+      params: a tree with adapters.
+      whole: patterns of modules whose own weights train; "all" means every one.
+
+    Raises:
+      ValueError: a pattern means no module.
+    """
+    layers = modules(params)
+    bases = [path for path, layer in layers.items() if layer.keys() - ADAPTER_LEAVES - STEP_LEAVES]
+    patterns = [p for p in whole if p != "all"]
+    check_coverage(patterns, lambda p: any(is_whole(path, (p,)) for path in bases), names=bases, where="train_whole")
+
+    def group(path: str, name: str) -> str:
+        if name in ("lora_a", "lora_b", "magnitude"):
+            return name
+        if name in ADAPTER_LEAVES | STEP_LEAVES or not is_whole(path, whole):
+            return "frozen"
+        return "weight" if name in ("kernel", "embedding") else "vector"
+
+    return from_modules({path: {name: group(path, name) for name in layer} for path, layer in layers.items()})
+
+
+def partition(
+    params: Tree, *, by: Literal["training", "ownership"] = "training", whole: Sequence[str] = ()
+) -> tuple[Tree, Tree]:
+    """Two trees, to be put together again by `combine`.
+
+    Args:
+      params: a tree with adapters.
+      by: "training": what trains, and what is frozen. "ownership": what belongs to the fine-tuning
+        (frozen scales and starts too), and what belongs to the base.
+      whole: patterns of modules whose own weights train, as for `label`.
+    """
+    labels = flatten(label(params, whole=whole))
+
+    def mine(path: str) -> bool:
+        return labels[path] != "frozen" or (by == "ownership" and path.rpartition("/")[2] in ADAPTER_LEAVES)
+
+    return split(params, mine)
+
+
+def is_whole(path: str, whole: Sequence[str]) -> bool:
+    """Whether the patterns `whole` mean the module at `path`, or one that it stands in."""
+    parts = path.split("/")
+    parents = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(pattern == "all" or any(matches(pattern, parent) for parent in parents) for pattern in whole)
+
+
+def fold_path(key: Array, path: str) -> Array:
+    """A key for the leaf or module at `path`."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def _kernel(layers: dict[str, Layer], path: str, spec: LayerSpec) -> Array:
+    layer = layers.get(path, {})
+    if spec.kind == "embed":
+        return layer["embedding"]
+    return layer["kernel"] if "kernel" in layer else layers["embed_tokens"]["embedding"].T
+
+
+def _tied_kernel(params: Tree) -> Array:
+    return params["embed_tokens"]["embedding"].T
+
+
+def _untied(params: Tree, layout: Layout | None) -> Tree:
+    """The tree with a head of its own where an adapter makes a tied head and its embedding differ."""
+    flat = flatten(params)
+    embeddings = [path for path, layer in modules(params).items() if {"embedding", "lora_a"} <= layer.keys()]
+    if embeddings and layout is None:
+        raise ValueError(f"{embeddings[0]} is adapted and may be the output head too: pass layout= to merge it")
+    tied = "lm_head/kernel" not in flat and layout is not None and "lm_head" in layout and layout["lm_head"].head
+    if ("lm_head/lora_a" in flat and "lm_head/kernel" not in flat) or (embeddings and tied):
+        flat = flat | {"lm_head/kernel": _tied_kernel(params)}
+    return unflatten(flat)
+
+
+def _rank(config: AdapterConfig, path: str, spec: LayerSpec) -> int:
+    """The rank of one matrix, 0 where it is not adapted."""
+    embed = spec.kind == "embed"
+    chosen = is_target(path, targets=config.targets, head=spec.head, embed=embed)
+    if not chosen or is_target(path, targets=config.exclude, head=spec.head, embed=embed):
+        return 0
+    index = layer_index(path)
+    if config.layers and index not in config.layers:
+        return 0
+    return int(first_value(config.patterns("rank_pattern"), path, config.rank))
+
+
+def _check_patterns(config: AdapterConfig, layout: Layout, paths: dict[str, list[str]]) -> None:
+    known = [(name, layout[path]) for path, names in paths.items() for name in names]
+    names = [name for name, _ in known]
+
+    def hit(pattern: str) -> bool:
+        return any(is_target(n, targets=(pattern,), head=s.head, embed=s.kind == "embed") for n, s in known)
+
+    check_coverage(config.targets, hit, names=names, where="adapter.targets")
+    check_coverage(config.exclude, hit, names=names, where="adapter.exclude")
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = [p for p, _ in config.patterns(field)]
+        check_coverage(patterns, lambda p: any(matches(p, n) for n in names), names=names, where=f"adapter.{field}")
+    indices = {layer_index(name) for name in names} - {None}
+    if missing := set(config.layers) - indices:
+        raise ValueError(
+            f"adapter.layers: there is no layer {min(missing)}; the model has layers 0 to {max(indices, default=-1)}"
+        )
+
+
+def _adapter(kernel: Array, config: AdapterConfig, *, spec: LayerSpec, plan: Plan, key: Array, owns: bool) -> Layer:
+    """The leaves that one module gets, its kernel included where the init changes it."""
+    w = spec.canonical("kernel", kernel)
+    stack, rows, columns = spec.sizes(kernel.shape)
+    n_in = len(spec.stack) + len(spec.ins)
+    rank = int(plan.ranks.max())
+    matrices = w.reshape(-1, rows, columns)
+    a, b = _start(matrices, config, spec=spec, plan=plan, key=key)
+    used = np.arange(rank) < plan.ranks.reshape(-1, 1)  # [L, r]: zero padding where a layer's rank is smaller
+    a, b = jnp.where(used[:, None, :], a, 0), jnp.where(used[:, :, None], b, 0)
+    scale = jnp.asarray(plan.scales)
+    leaves = {
+        "lora_a": spec.restored("lora_a", a.reshape(*w.shape[:n_in], rank)),
+        "lora_b": spec.restored("lora_b", b.reshape(*stack, rank, *w.shape[n_in:])),
+        "lora_scale": scale,
+    }
+    if config.init == "pissa" and spec.kind != "embed":
+        leaves |= {"lora_a0": leaves["lora_a"], "lora_b0": leaves["lora_b"]}
+        if config.keep_base or not owns:
+            leaves["start_scale"] = scale
+        else:
+            leaves |= _without_start(leaves | {"kernel": kernel}, spec)
+    if config.dora:
+        leaves["magnitude"] = column_norm(as_canonical({"kernel": kernel} | leaves, spec))
+    return leaves
+
+
+def _without_start(layer: Layer, spec: LayerSpec | None) -> Layer:
+    """The kernel W − s A₀ B₀."""
+    layer = as_canonical(layer, spec)
+    start = {"lora_a": layer["lora_a0"], "lora_b": layer["lora_b0"], "lora_scale": -layer["lora_scale"]}
+    kernel = merged_kernel(start | {"kernel": layer["kernel"]})
+    return {"kernel": spec.restored("kernel", kernel) if spec else kernel}
+
+
+def _start(w: Array, config: AdapterConfig, *, spec: LayerSpec, plan: Plan, key: Array) -> tuple[Array, Array]:
+    """A `[L, I, R]` and B `[L, R, O]` of a stack `[L, I, O]`, at full rank."""
+    count, rows, columns = w.shape
+    rank = int(plan.ranks.max())
+    # Experts share a logical path: their order in the stack tells them apart.
+    seeds = zip(plan.paths, _repeats(plan.paths), strict=True)
+    keys = jnp.stack([jax.random.fold_in(fold_path(key, path), i) for path, i in seeds])
+    if config.init == "pissa" and spec.kind != "embed":
+        a, b = pissa(w, rank=rank, iterations=config.pissa_iterations, keys=keys)
+        root = jnp.sqrt(jnp.maximum(jnp.asarray(plan.scales).reshape(-1, 1, 1), jnp.finfo(jnp.float32).tiny))
+        return a / root, b / root
+    if spec.kind == "embed":
+        return jnp.zeros((count, rows, rank), jnp.float32), jax.vmap(
+            lambda k: initial.embedding(k, columns=columns, rank=rank)
+        )(keys)
+    b = jnp.zeros((count, rank, columns), jnp.float32)
+    if config.init == "gaussian":
+        own_rank = np.maximum(plan.ranks, 1).reshape(-1, 1, 1)
+        return jax.vmap(lambda k: initial.gaussian(k, rows=rows, rank=rank))(keys) / own_rank.astype(np.float32), b
+    return jax.vmap(lambda k: initial.kaiming(k, rows=rows, rank=rank))(keys), b
+
+
+def _repeats(paths: list[str]) -> list[int]:
+    seen: dict[str, int] = {}
+    counts = []
+    for path in paths:
+        counts.append(seen.get(path, 0))
+        seen[path] = counts[-1] + 1
+    return counts

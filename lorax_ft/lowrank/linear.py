@@ -1,0 +1,196 @@
+"""The one forward of every method, and the merged kernel beside it.
+
+A layer is a dict of leaves; which leaves stand there says which method it is:
+
+    kernel | embedding  [*L, in, out]   W, the base weight
+    bias                [*L, out]       b
+    lora_a, lora_b      [*L, in, r], [*L, r, out]   A and B
+    lora_scale          [*L]            s
+    lora_a0, lora_b0    as A and B      A₀ and B₀: the start of an init that changes the base
+    start_scale         [*L]            s, where the base was kept whole and the forward subtracts s A₀ B₀
+    magnitude, norm     [*L, out]       DoRA's m and n
+    dropout_key, dropout_rate  [*L]     in a training step only
+
+`*L` are the leading axes of a stack, absent inside a scan; in and out may be several axes each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Layer = dict[str, Array]
+Dot = Callable[[Array, Array], Array]
+
+ADAPTER_LEAVES = frozenset({"lora_a", "lora_b", "lora_scale", "lora_a0", "lora_b0", "start_scale", "magnitude"})
+STEP_LEAVES = frozenset({"norm", "dropout_key", "dropout_rate"})
+NORM_BLOCK = 2**22  # elements of W + s A B that the norm holds at once
+
+
+def linear(layer: Layer, x: Array, dot: Dot, *, precision: lax.PrecisionLike = None) -> Array:
+    """y = b + g · (x W + s · x̃ A B), where g = m / n for DoRA and 1 otherwise.
+
+    With dropout and a magnitude, y = b + x W + (g − 1) · x̃ W + g s · x̃ A B, as PEFT has it.
+
+    Args:
+      layer: the layer's leaves, without stack axes.
+      x: the layer's input.
+      dot: `dot(x, k)`, the layer's product with any kernel of W's in axes: W itself, A or A₀.
+      precision: of the product with B, as the layer has it.
+
+    Returns:
+      The output, in the dtype of `dot(x, W)`.
+
+    Raises:
+      ValueError: a magnitude stands without its norm (`with_norms` computes it).
+
+    Source: LoRA (2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948).
+    """
+    if "magnitude" in layer and "norm" not in layer:
+        raise ValueError("this layer has a DoRA magnitude without its norm; call lorax_ft.with_norms(params) first")
+
+    def base(x: Array) -> Array:  # x W, less the start where the base was kept
+        y = dot(x, layer["kernel"])
+        return y - low_rank(x, ("lora_a0", "lora_b0", "start_scale"), y.dtype) if "start_scale" in layer else y
+
+    def low_rank(x: Array, names: tuple[str, str, str], dtype: jnp.dtype) -> Array:
+        a, b, s = (layer[name] for name in names)
+        b = (s.reshape(s.shape + (1,) * (b.ndim - s.ndim)) * b).astype(dtype)
+        return _expand(dot(x, a.astype(dtype)).astype(dtype), b, n_stack=s.ndim, precision=precision)
+
+    y = base(x)
+    if "lora_a" in layer:
+        dropped = _dropout(layer, x)
+        change = low_rank(dropped, ("lora_a", "lora_b", "lora_scale"), y.dtype)
+        if "magnitude" not in layer:
+            y = y + change
+        elif dropped is x:
+            y = (gain(layer) * (y + change)).astype(y.dtype)
+        else:
+            g = gain(layer)
+            y = (y + (g - 1) * base(dropped) + g * change).astype(y.dtype)
+    return y + layer["bias"].astype(y.dtype) if "bias" in layer else y
+
+
+def merged_kernel(layer: Layer) -> Array:
+    """(W − s₀ A₀ B₀ + s A B) · m / n, of W's shape and dtype, computed in float32 at the highest precision.
+
+    Args:
+      layer: the layer's leaves, with or without stack axes; the kernel's axes in the order stack, in, out.
+
+    Raises:
+      ValueError: the factors do not fit the kernel.
+    """
+    w = layer["kernel"]
+    if "lora_a" not in layer:
+        return w
+    merged = _over_stack(_merge_matrix, _matrices(layer)).reshape(w.shape)
+    if "magnitude" in layer:
+        g = gain(layer | {"norm": layer["norm"] if "norm" in layer else column_norm(layer)})
+        n_stack = layer["lora_scale"].ndim
+        n_in = layer["lora_a"].ndim - n_stack - 1
+        merged = merged * jnp.expand_dims(g, tuple(range(n_stack, n_stack + n_in)))
+    return merged.astype(w.dtype)
+
+
+def gain(layer: Layer) -> Array:
+    """DoRA's m / n in float32: 0 where n = 0, and 1 in a layer of a stack that is not adapted (s = 0)."""
+    m, n, s = layer["magnitude"], layer["norm"], layer["lora_scale"]
+    adapted = s.reshape(s.shape + (1,) * (m.ndim - s.ndim)) != 0
+    return jnp.where(adapted, jnp.where(n > 0, m / jnp.where(n > 0, n, 1), 0), 1)
+
+
+def column_norm(layer: Layer) -> Array:
+    """n = ‖W + s A B‖ over the in axes, `[*L, out]` in float32, a constant for the gradient.
+
+    A matrix of the stack is taken at a time, and of a large matrix every k-th row, so that no
+    full-size temporary exists and a sharded axis stays sharded.
+    """
+    n_stack = layer["lora_scale"].ndim
+    out_shape = layer["lora_b"].shape[n_stack + 1 :]
+    norms = _over_stack(_norm_matrix, _matrices(jax.tree.map(lax.stop_gradient, layer)))
+    return norms.reshape(*layer["lora_scale"].shape, *out_shape)
+
+
+def _expand(z: Array, b: Array, *, n_stack: int, precision: lax.PrecisionLike) -> Array:
+    """z B: the rank in z's last axis becomes B's out axes. Stack axes inside a layer count experts: `[..., E, r]`."""
+    out = b.shape[n_stack + 1 :]
+    if n_stack:
+        flat = b.reshape(math.prod(b.shape[:n_stack]), b.shape[n_stack], -1)
+        y = jnp.einsum("zer,ero->zeo", z.reshape(-1, *flat.shape[:2]), flat, precision=precision)
+    else:
+        y = jnp.matmul(z.reshape(-1, z.shape[-1]), b.reshape(b.shape[0], -1), precision=precision)
+    return y.reshape(*z.shape[:-1], *out)
+
+
+def _dropout(layer: Layer, x: Array) -> Array:
+    """x̃: the input of the adapter branch; x itself where there is nothing to drop."""
+    if "dropout_key" not in layer or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    keep = 1 - layer["dropout_rate"]
+    return jnp.where(jax.random.bernoulli(layer["dropout_key"], keep, x.shape), x / keep.astype(x.dtype), 0)
+
+
+def _matrices(layer: Layer) -> Layer:
+    """The leaves that make up W + s A B as matrices with one stack axis: `[L, I, O]`, `[L, I, R]`, `[L, R, O]`, `[L]`."""
+    w, a, b, s = (layer[name] for name in ("kernel", "lora_a", "lora_b", "lora_scale"))
+    n = s.ndim
+    n_in = a.ndim - n - 1
+    if w.shape[: n + n_in] != a.shape[:-1] or w.shape[n + n_in :] != b.shape[n + 1 :]:
+        raise ValueError(
+            f"A {a.shape} and B {b.shape} do not fit a kernel {w.shape} of axes stack, in, out; "
+            "pass layout= (see lorax_ft.layout) for kernels with another order of axes"
+        )
+    stack, rank = math.prod(s.shape), a.shape[-1]
+    rows = math.prod(a.shape[n:-1])
+    flat = {
+        "kernel": w.reshape(stack, rows, -1),
+        "lora_a": a.reshape(stack, rows, rank),
+        "lora_b": b.reshape(stack, rank, -1),
+        "lora_scale": s.reshape(stack),
+    }
+    if "start_scale" in layer:
+        flat |= {
+            "lora_a0": layer["lora_a0"].reshape(stack, rows, rank),
+            "lora_b0": layer["lora_b0"].reshape(stack, rank, -1),
+            "start_scale": layer["start_scale"].reshape(stack),
+        }
+    return flat
+
+
+def _over_stack(f: Callable[[Layer], Array], layers: Layer) -> Array:
+    return f({k: v[0] for k, v in layers.items()})[None] if layers["kernel"].shape[0] == 1 else lax.map(f, layers)
+
+
+def _merge_matrix(layer: Layer) -> Array:
+    """W + s A B of one matrix `[I, O]`, or of some of its rows, in float32."""
+    w = layer["kernel"].astype(jnp.float32)
+    w = w + layer["lora_scale"] * jnp.matmul(layer["lora_a"], layer["lora_b"], precision=lax.Precision.HIGHEST)
+    if "start_scale" in layer:
+        start = jnp.matmul(layer["lora_a0"], layer["lora_b0"], precision=lax.Precision.HIGHEST)
+        w = w - layer["start_scale"] * start
+    return w
+
+
+def _norm_matrix(layer: Layer) -> Array:
+    """‖W + s A B‖ of one matrix over its rows, `[O]`."""
+    rows, columns = layer["kernel"].shape
+    blocks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * columns <= NORM_BLOCK or n == rows))
+
+    def block_squares(part: Layer) -> Array:
+        return jnp.sum(_merge_matrix(layer | part) ** 2, axis=0)
+
+    by_row = {name: layer[name] for name in ("kernel", "lora_a", "lora_a0") if name in layer}
+    if blocks == 1:
+        return jnp.sqrt(block_squares(by_row))
+    strided = {k: v.reshape(rows // blocks, blocks, -1) for k, v in by_row.items()}
+
+    def add_block(i: Array, squares: Array) -> Array:
+        every_kth = {k: lax.dynamic_index_in_dim(v, i, axis=1, keepdims=False) for k, v in strided.items()}
+        return squares + block_squares(every_kth)
+
+    return jnp.sqrt(lax.fori_loop(0, blocks, add_block, jnp.zeros(columns, jnp.float32)))

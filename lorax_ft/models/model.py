@@ -1,0 +1,85 @@
+"""A loaded model: its functions, its parameters, its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lorax_ft.lowrank.intercept import adapt
+from lorax_ft.lowrank.layout import Layout, layout
+from lorax_ft.lowrank.linear import Layer, column_norm, linear
+from lorax_ft.lowrank.spec import LayerSpec
+from lorax_ft.models import llama
+from lorax_ft.models.llama import Cache, DecoderConfig
+from lorax_ft.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A decoder with its parameters. Its functions see adapters in whatever parameters they are given.
+
+    Letters: B batch, T tokens, D width, V vocabulary.
+    """
+
+    config: DecoderConfig
+    params: Tree
+    tokenizer: Any = None
+    """The transformers tokenizer, or None for a model without one."""
+    hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The checkpoint's own config.json."""
+    source: str = ""
+    """Where the checkpoint came from: a folder, a file or a hub id."""
+
+    @functools.cached_property
+    def module(self) -> llama.Decoder:
+        """The linen module."""
+        return llama.Decoder(self.config)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The layers that can be adapted, by slash path (see `lorax_ft.layout`)."""
+        tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        found = layout(lambda v, t: self.module.apply(v, t), self.params, tokens)
+        return found | {"lm_head": LayerSpec(kind="dense", stack=(), ins=(0,), outs=(1,), head=True)}
+
+    def features(
+        self,
+        params: Tree,
+        tokens: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        *,
+        noise: Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """Features `[B, T, D]` before the head, and the cache; arguments as `Decoder.__call__` has them."""
+        apply = adapt(self.module.apply)
+        return apply({"params": params}, tokens, positions, segment_ids, noise=noise, cache=cache)
+
+    def head(self, params: Tree) -> Layer:
+        """The output head as a layer for `linear`: its kernel `[D, V]` in the activations' dtype, and its adapter."""
+        layer = dict(params.get("lm_head", {}))
+        kernel = layer["kernel"] if "kernel" in layer else params["embed_tokens"]["embedding"].T
+        if "magnitude" in layer and "norm" not in layer:
+            layer["norm"] = column_norm(layer | {"kernel": kernel})
+        return layer | {"kernel": kernel.astype(self.config.dtype)}
+
+    def logits(self, params: Tree, features: Array) -> Array:
+        """Logits `[..., V]` of features `[..., D]`."""
+        return linear(self.head(params), features, head_dot)
+
+    def apply(self, variables: Mapping[str, Any], tokens: Array, *args: Any, **kwargs: Any) -> Array:
+        """Logits `[B, T, V]` of tokens `[B, T]`; `variables` is `{"params": params}`, as in linen."""
+        features, _ = self.features(variables["params"], tokens, *args, **kwargs)
+        return self.logits(variables["params"], features)
+
+
+def head_dot(x: Array, kernel: Array) -> Array:
+    """x `[..., D]` times kernel `[D, O]`, as rows."""
+    return llama.rows_dot_general(x, kernel, None)

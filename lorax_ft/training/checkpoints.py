@@ -1,0 +1,65 @@
+"""Checkpoints of a run: trained leaves, the optimiser's state and the step, by orbax.
+
+The step is the data's position too, since batches are a function of it. The base is not saved; the
+frozen leaves of the adapters (scales, starts) are, once.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lorax_ft.training.step import TrainState
+from lorax_ft.tree import Tree
+
+
+class Checkpoints:
+    """The checkpoints in a folder."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self._folder, self._keep = folder.absolute(), keep
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:  # makes the folder, so not before it is needed
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, enable_async_checkpointing=True)
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def latest(self) -> int | None:
+        """The newest checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, owned: Tree) -> None:
+        """Save the state and the adapters' frozen leaves, beside training."""
+        items = {"state": ocp.args.StandardSave(state._asdict())} | (
+            {"owned": ocp.args.StandardSave(owned)} if owned else {}
+        )
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, state: TrainState, owned: Tree) -> tuple[TrainState, Tree]:
+        """The newest checkpoint, placed as `state` and `owned` are.
+
+        Raises:
+          ValueError: there is none, or it was made with other adapters.
+        """
+        step = self.latest()
+        if step is None:
+            raise ValueError("there is no checkpoint to resume from; start without train.resume")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (state._asdict(), owned))
+        items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract[0])}
+        if owned:
+            items["owned"] = ocp.args.StandardRestore(abstract[1])
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"checkpoint {step} does not fit this run's adapters or optimiser: {reason}") from error
+        return TrainState(**restored["state"]), restored["owned"] if owned else {}
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

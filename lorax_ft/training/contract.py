@@ -1,0 +1,101 @@
+"""What must hold for a fine-tuning to be one, checked when a run starts and after its first updates.
+
+Adapters fail in silence: a layer the loss never reads, a scale of zero, a factor that never moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lorax_ft.tree import Tree, flatten
+
+
+def check_read(loss: Callable[[Tree], Any], trained: Tree) -> None:
+    """Raise where the loss never reads a trained leaf. Traces the loss once and computes nothing.
+
+    Args:
+      loss: a function of the trained leaves.
+      trained: the leaves, or their shapes.
+
+    Raises:
+      ValueError: with the paths of the leaves that no equation of the traced loss uses.
+    """
+    jaxpr = jax.make_jaxpr(loss)(trained).jaxpr
+    read = _read(jaxpr)
+    paths = ["/".join(str(key.key) for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(trained)[0]]
+    if unread := [path for path, var in zip(paths, jaxpr.invars, strict=True) if var not in read]:
+        raise ValueError(
+            f"the loss never reads {_some(unread)}: these layers are called in a way that adapters cannot see; "
+            "leave them out (adapter.exclude), or call them as linen layers inside adapt(apply)"
+        )
+
+
+def check_scales(params: Tree) -> None:
+    """Raise where all scales of an adapted module are 0, so that its adapter does nothing.
+
+    Raises:
+      ValueError: with the modules' paths.
+    """
+    scales = {path: leaf for path, leaf in flatten(params).items() if path.endswith("lora_scale")}
+    if zero := [path.removesuffix("/lora_scale") for path, scale in scales.items() if not bool(jnp.any(scale != 0))]:
+        raise ValueError(f"the scale of {_some(zero)} is 0, so the adapter does nothing; set adapter.alpha above 0")
+
+
+def moved(before: Tree, after: Tree) -> dict[str, Array]:
+    """For each leaf by slash path, whether it is finite and whether any element of it changed; jit it."""
+    old, new = flatten(before), flatten(after)
+    return {path: jnp.stack([jnp.isfinite(new[path]).all(), (old[path] != new[path]).any()]) for path in new}
+
+
+def check_moved(report: dict[str, Any], *, updates: int) -> None:
+    """Raise where a leaf that should have moved after `updates` updates has not, or is not finite.
+
+    After one update every B and every magnitude has moved; with B = 0 the first gradient of A is exactly
+    zero, so A is looked at after two (on an embedding, where A = 0, the other way round).
+
+    Args:
+      report: what `moved` returned, fetched.
+      updates: updates between its two trees, 1 or 2.
+
+    Raises:
+      ValueError: with the paths of those leaves.
+    """
+    if broken := [path for path, (finite, _) in report.items() if not finite]:
+        raise ValueError(
+            f"after update {updates}, {_some(broken)} holds values that are not finite; lower the learning rate"
+        )
+    if updates >= 2:
+        still = [path for path, (_, changed) in report.items() if not changed]
+    else:
+        pairs = {path.rpartition("/")[0] for path in report if path.rpartition("/")[2] in ("lora_a", "lora_b")}
+        still = [p for p in sorted(pairs) if not (report[f"{p}/lora_a"][1] or report[f"{p}/lora_b"][1])]
+    if still:
+        raise ValueError(
+            f"after update {updates}, {_some(still)} has not moved: its gradient is zero or its learning rate too small"
+        )
+
+
+def _read(jaxpr: Any) -> set[Any]:
+    """The variables of a jaxpr that some equation uses; one that an inner jaxpr ignores does not count."""
+    used = {var for var in jaxpr.outvars if not hasattr(var, "val")}
+    for eqn in jaxpr.eqns:
+        inner = [_open(value) for value in eqn.params.values() if hasattr(_open(value), "eqns")]
+        aligned = next((j for j in inner if len(j.invars) == len(eqn.invars)), None)
+        reads = None if aligned is None else _read(aligned)
+        for i, var in enumerate(eqn.invars):
+            if not hasattr(var, "val") and (reads is None or aligned.invars[i] in reads):
+                used.add(var)
+    return used
+
+
+def _open(value: Any) -> Any:
+    return getattr(value, "jaxpr", value)
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")

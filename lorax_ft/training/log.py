@@ -1,0 +1,106 @@
+"""What a run writes while it trains: trainer_log.jsonl, the trackers, and training_loss.png."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LOG = "trainer_log.jsonl"
+PLOT = "training_loss.png"
+
+
+class Log:
+    """The log of a run: one JSON object a line, and the same numbers to the trackers.
+
+    Args:
+      folder: the run's.
+      trackers: "tensorboard", "wandb".
+      settings: the run's config, for the trackers.
+      resumed: the step to go on from; later lines, of an interrupted attempt, are dropped.
+    """
+
+    def __init__(self, folder: Path, *, trackers: Sequence[str], settings: Mapping[str, Any], resumed: int = 0) -> None:
+        self._folder = folder
+        old = [line for line in read_log(folder) if line["step"] <= resumed] if resumed else []
+        self._file = (folder / LOG).open("w")
+        for line in old:
+            self._file.write(json.dumps(line) + "\n")
+        self._board: Any = None
+        self._wandb: Any = None
+        if "tensorboard" in trackers:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+        if "wandb" in trackers:
+            if importlib.util.find_spec("wandb") is None:
+                raise ValueError('train.report_to names wandb, which is not installed; pip install "lorax_ft[wandb]"')
+            import wandb
+
+            self._wandb = wandb.init(project="lorax_ft", dir=str(folder), config=dict(settings))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a line for `step`."""
+        self._file.write(json.dumps({"step": step} | dict(values)) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Close the file and the trackers, and draw the plot."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        plot_losses(self._folder)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log, or none where there is no log."""
+    file = folder / LOG
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def plot_losses(folder: Path) -> Path | None:
+    """Draw a run's training_loss.png from its log: raw and smoothed training loss, and validation points."""
+    lines = read_log(folder)
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    validation = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    if not train:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps, losses = np.array(train).T
+    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss")
+    axes.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="training loss, smoothed")
+    if validation:
+        axes.plot(*np.array(validation).T, "o-", color="#d94801", markersize=5, linewidth=1, label="validation loss")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    path = folder / PLOT
+    figure.savefig(path)
+    return path
+
+
+def smooth(values: np.ndarray, *, weight: float = 0.9) -> np.ndarray:
+    """An exponential moving average without the bias of its start."""
+    total, count, smoothed = 0.0, 0.0, []
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        count = weight * count + (1 - weight)
+        smoothed.append(total / count)
+    return np.array(smoothed)

@@ -1,0 +1,298 @@
+"""A run from its config to its saved adapter, as `scripts/train.py` does it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from lorax_ft.config import Config
+from lorax_ft.data.batches import evaluation_batches
+from lorax_ft.evaluation.exact_match import Answered, evaluate_answers
+from lorax_ft.interop.huggingface import save_model
+from lorax_ft.interop.peft import save_peft
+from lorax_ft.training import contract, report, sharding
+from lorax_ft.training.log import LOG, PLOT, Log
+from lorax_ft.training.progress import Progress
+from lorax_ft.training.start import Job, owned_leaves, start, step_key
+from lorax_ft.training.step import TrainState
+from lorax_ft.tree import Tree, combine, split
+
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What the model does on the validation rows."""
+
+    loss: float | None
+    exact_match: float | None
+    answered: Answered | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run came to."""
+
+    folder: Path
+    """The run's output folder."""
+    saved: Path
+    """The adapter's folder, or the model's where everything trains."""
+    steps: int
+    before: Evaluation
+    after: Evaluation
+    seconds: float
+
+
+def train(config: Config, *, dry_run: bool = False) -> Result | None:
+    """Fine-tune: the whole run, from the config to the saved adapter, the log and the plot.
+
+    Args:
+      config: the run.
+      dry_run: print what would train, the memory it takes and the first batch, and stop; writes nothing.
+
+    Returns:
+      What the run came to; None for a dry run.
+
+    Raises:
+      ValueError: bad input, or a loss that is not finite; what is on disk stays.
+    """
+    began = time.perf_counter()
+    console = report.make_console()
+    folder = Path(config.train.output)
+    if not dry_run:
+        _open_folder(config, folder)
+    report.print_config(console, config)
+    console.print(f"\nLoading {config.model.path} on {jax.device_count()} × {jax.devices()[0].device_kind} …")
+    job = start(config, folder=folder)
+    _print_start(console, job, dry_run=dry_run)
+    if dry_run:
+        return None
+    if jax.process_index() == 0:
+        (folder / CONFIG).write_text(config.to_json() + "\n")
+    log = Log(
+        folder,
+        trackers=config.train.report_to if jax.process_index() == 0 else (),
+        settings=dataclasses.asdict(config),
+        resumed=job.first_step,
+    )
+    before = _evaluate(job, job.state, console, "before")
+    log.write(job.first_step, _numbers(before))
+    try:
+        state = _train(job, log, console)
+    finally:
+        job.checkpoints.close()
+    after = _evaluate(job, state, console, "after")
+    log.write(job.steps, _numbers(after))
+    log.close()
+    saved = _save(job, state, folder)
+    result = Result(
+        folder=folder, saved=saved, steps=job.steps, before=before, after=after, seconds=time.perf_counter() - began
+    )
+    _print_end(console, job, result)
+    return result
+
+
+def _train(job: Job, log: Log, console: Console) -> TrainState:
+    """The steps. The loss of a step is fetched while the next one runs."""
+    config, state = job.config.train, job.state
+    pending: tuple[int, dict[str, Array], int] | None = None
+    key = step_key(job.config)
+    with Progress(console, first=job.first_step, steps=job.steps) as progress:
+        for step in range(job.first_step, job.steps):
+            batch, tokens = job.batch(step)
+            early = step - job.first_step < 2
+            before = jax.tree.map(jnp.copy, _adapters(state.trained)) if early else {}
+            state, metrics = job.step(state, job.frozen, batch, key)
+            if pending:
+                _record(pending, log, progress, every=config.log_every)
+            pending = (step + 1, metrics, tokens)
+            if early:
+                moved = jax.device_get(jax.jit(contract.moved)(before, _adapters(state.trained)))
+                contract.check_moved(moved, updates=1 + step - job.first_step + (job.first_step > 0))
+            last = step + 1 == job.steps
+            saving = last or (config.save_every and (step + 1) % config.save_every == 0)
+            evaluating = not last and config.eval_every and (step + 1) % config.eval_every == 0
+            if saving or evaluating:
+                _record(pending, log, progress, every=config.log_every)
+                pending = None
+            if saving:
+                job.checkpoints.save(step + 1, state, owned_leaves(dataclasses.replace(job, state=state)))
+            if evaluating and (loss := _validation_loss(job, state)) is not None:
+                log.write(step + 1, {"validation_loss": loss})
+                progress.note(f"step {step + 1}: validation loss {loss:.4f}")
+    return state
+
+
+def _record(pending: tuple[int, dict[str, Array], int], log: Log, progress: Progress, *, every: int) -> None:
+    """Fetch a step's metrics, stop at a loss that is not finite, and log."""
+    step, metrics, tokens = pending
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+        raise ValueError(
+            f"the loss at step {step} is {values['loss']} (gradient norm {values['grad_norm']}); the last good checkpoint "
+            "is kept: lower optim.learning_rate and go on from it with --train.resume"
+        )
+    rate = progress.advance(step, values, tokens)
+    if step % every == 0:
+        log.write(step, values | {"tokens_per_second": rate})
+
+
+def _evaluate(job: Job, state: TrainState, console: Console, when: str) -> Evaluation:
+    """Loss, exact match and sample answers on the validation rows."""
+    loss = _validation_loss(job, state)
+    config = job.config.eval
+    conversations = job.data.validation.conversations
+    rows = min(max(config.exact_match_rows, config.samples), len(conversations))
+    if not rows:
+        return Evaluation(loss=loss, exact_match=None, answered=None)
+    with console.status(f"Answering {rows} questions {when} training …"):
+        answered = evaluate_answers(
+            job.model,
+            combine(state.trained, job.frozen),
+            conversations[:rows],
+            max_new_tokens=config.max_new_tokens,
+            pattern=config.answer_pattern,
+        )
+    exact = answered.match.fraction if config.exact_match_rows else None
+    numbers = [f"validation loss {loss:.4f}"] if loss is not None else []
+    numbers += [f"exact match {exact:.1%} of {rows} answers"] if exact is not None else []
+    console.print(f"{when.capitalize()} training: {', '.join(numbers)}")
+    return Evaluation(loss=loss, exact_match=exact, answered=answered)
+
+
+def _validation_loss(job: Job, state: TrainState) -> float | None:
+    """The mean loss over the labelled tokens of the validation rows, or None without such rows."""
+    config, rows = job.config, job.data.validation.rows
+    if not rows:
+        return None
+    params = combine(state.trained, job.frozen)
+    size = config.train.batch_size // config.train.microbatches
+    sums = np.zeros(2)
+    for batch in evaluation_batches(rows, size, max_length=config.data.max_length, limit=config.eval.rows):
+        sums += np.array(jax.device_get(job.evaluate(params, sharding.place_batch(batch, job.mesh))))
+    return float(sums[0] / sums[1])
+
+
+def _save(job: Job, state: TrainState, folder: Path) -> Path:
+    """The adapter as a PEFT folder, or the model as a Hugging Face folder where everything trained."""
+    config = job.config.adapter
+    params = combine(state.trained, job.frozen)
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    full = "all" in config.train_whole and not config.targets
+    saved = folder / ("model" if full else "adapter")
+    if jax.process_index() == 0:
+        if saved.exists():
+            shutil.rmtree(saved)
+        if full:
+            save_model(saved, params, job.model)
+        else:
+            save_peft(saved, params, job.model, config=config)
+    return saved
+
+
+def _open_folder(config: Config, folder: Path) -> None:
+    """Make the output folder, or refuse where it holds something that would be lost."""
+    train = config.train
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"train.output {folder} is a file; give a folder")
+    holds = folder.is_dir() and any(folder.iterdir())
+    if train.resume:
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
+        _check_same_run(config, Config.from_json((folder / CONFIG).read_text()))
+    elif holds and not train.overwrite:
+        raise ValueError(
+            f"{folder} holds another run; give --train.resume, --train.overwrite or another --train.output"
+        )
+    elif holds and not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is not empty and holds no run; it is not deleted: give another --train.output")
+    elif holds and jax.process_index() == 0:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _check_same_run(now: Config, then: Config) -> None:
+    """Raise where a resumed run would not be the run that was interrupted."""
+    same = {
+        "model": ("path", "dtype"),
+        "adapter": tuple(f.name for f in dataclasses.fields(now.adapter)),
+        "data": tuple(f.name for f in dataclasses.fields(now.data)),
+        "optim": ("optimizer", "schedule", "learning_rate", "lora_plus_ratio", "magnitude_ratio"),
+        "train": ("batch_size", "seed", "neftune_alpha"),
+    }
+    for section, fields in same.items():
+        for field in fields:
+            old, new = getattr(getattr(then, section), field), getattr(getattr(now, section), field)
+            if old != new:
+                raise ValueError(
+                    f"{section}.{field} is {new!r}, but the run to resume had {old!r}; use the same, or another --train.output"
+                )
+
+
+def _adapters(trained: Tree) -> Tree:
+    """The trained leaves that belong to adapters."""
+    return split(trained, lambda path: path.rpartition("/")[2] in ("lora_a", "lora_b", "magnitude"))[0]
+
+
+def _numbers(evaluation: Evaluation) -> dict[str, float]:
+    values = {"validation_loss": evaluation.loss, "exact_match": evaluation.exact_match}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _print_start(console: Console, job: Job, *, dry_run: bool) -> None:
+    params = combine(job.state.trained, job.frozen)
+    train, validation = job.data.train, job.data.validation
+    console.print(
+        f"{len(train.conversations):,} samples in {len(train.rows):,} rows, {train.tokens:,} tokens, {train.labels:,} of "
+        f"them labelled; {train.cut:,} cut, {train.dropped:,} dropped; {len(validation.rows):,} rows to validate on.\n"
+    )
+    report.print_table(console, params, job.state.trained, layout=job.model.layout)
+    if dry_run:
+        memory = job.step.memory_analysis()
+        temporaries = memory.temp_size_in_bytes if memory else 0
+        parts = {
+            "base and other frozen leaves": job.frozen,
+            "trained leaves": job.state.trained,
+            "optimiser": job.state.opt_state,
+        }
+        report.print_memory(console, parts, temporaries=temporaries)
+        indices = job.batches.indices(job.first_step)
+        report.print_batch(console, job.model.tokenizer, [job.data.train.rows[i] for i in indices])
+    laps = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in job.seconds.items())
+    console.print(f"Ready: {laps}.")
+
+
+def _print_end(console: Console, job: Job, result: Result) -> None:
+    before, after, n = result.before.answered, result.after.answered, job.config.eval.samples
+    if before and after and n:
+        questions = [prompt[-1]["content"] for prompt in after.prompts[:n]]
+        columns = {"reference": after.references, "before": before.answers, "after": after.answers}
+        report.print_answers(console, "Answers", questions, columns)
+    rows = [("steps", f"{result.steps:,}"), ("time", f"{result.seconds:.0f} s")]
+    if result.after.loss is not None:
+        rows.append(("validation loss", f"{result.before.loss:.4f} → {result.after.loss:.4f}"))
+    if result.after.exact_match is not None:
+        rows.append(("exact match", f"{result.before.exact_match:.1%} → {result.after.exact_match:.1%}"))
+    rows += [
+        (result.saved.name, str(result.saved)),
+        ("loss plot", str(result.folder / PLOT)),
+        ("log", str(result.folder / LOG)),
+    ]
+    report.print_summary(console, rows, title="Done")
+    console.print("What to type next", style="bold")
+    console.print(f'  python scripts/generate.py --run {result.folder} "a question of yours"')
+    console.print(f"  python scripts/merge.py --run {result.folder} --output {result.folder}/merged")
+    console.print(
+        "  python scripts/train.py --config configs/pissa.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
+    )

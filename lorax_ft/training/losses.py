@@ -1,0 +1,94 @@
+"""Cross-entropy fused with the output head: full logits never exist, and are computed once.
+
+Letters: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lorax_ft.lowrank.linear import Dot, Layer, linear
+
+CHUNK_ROWS = 1024  # tokens whose logits exist at once, over all of the batch
+
+
+def head_loss(
+    layer: Layer, features: Array, targets: Array, weights: Array, *, dot: Dot, chunk_rows: int = CHUNK_ROWS
+) -> Array:
+    """Σ weights · cross-entropy of softmax(head(features)), in chunks of the tokens' axis.
+
+    The gradient to the features, and to those leaves of the head that train, is computed in the forward
+    pass beside the loss, so that logits are neither kept nor computed twice.
+
+    Args:
+      layer: the head for `linear`: kernel `[D, V]` and its adapter.
+      features: `[B, T, D]`.
+      targets: `[B, T]`, the next tokens.
+      weights: `[B, T]` float32; 0 leaves a token out.
+      dot: the head's product.
+      chunk_rows: tokens in a chunk; a chunk takes 4 · chunk_rows · V bytes.
+
+    Returns:
+      A float32 scalar, the sum.
+    """
+    chunks = _chunks(features.shape[0], features.shape[1], chunk_rows)
+    parts = [_split(x, chunks) for x in (features, targets, weights)]
+    return _fused(functools.partial(_chunk_loss, dot), layer, *parts)
+
+
+def _chunk_loss(dot: Dot, layer: Layer, features: Array, targets: Array, weights: Array) -> Array:
+    """Σ w (log Σ exp z − z_target) of one chunk, in float32."""
+    logits = linear(layer, features, dot).astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(loss: Callable[..., Array], layer: Layer, features: Array, targets: Array, weights: Array) -> Array:
+    """The sum of `loss` over chunks `[N, B, t, ...]`."""
+    return jnp.sum(lax.map(lambda chunk: loss(layer, *chunk), (features, targets, weights)))
+
+
+def _fused_forward(
+    loss: Callable[..., Array], layer: Any, features: Any, targets: Any, weights: Any
+) -> tuple[Array, Any]:
+    trained = {name: leaf.value for name, leaf in layer.items() if leaf.perturbed}
+    fixed = {name: leaf.value for name, leaf in layer.items() if not leaf.perturbed}
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
+
+    def chunk(total: tuple[Array, Layer], xs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Layer], Array]:
+        x, t, w = xs
+        value, (d_layer, d_x) = jax.value_and_grad(lambda l, x: loss(fixed | l, x, t, w), argnums=(0, 1))(trained, x)
+        return (total[0] + value, jax.tree.map(lambda t, d: t + d.astype(t.dtype), total[1], d_layer)), d_x
+
+    (total, d_layer), d_features = lax.scan(
+        chunk, (jnp.zeros(()), zeros), (features.value, targets.value, weights.value)
+    )
+    d_layer = {name: d_layer[name].astype(trained[name].dtype) if name in trained else None for name in layer}
+    return total, (d_layer, d_features)
+
+
+def _fused_backward(loss: Callable[..., Array], residuals: Any, g: Array) -> tuple[Any, Any, None, None]:
+    d_layer, d_features = jax.tree.map(lambda d: (g * d).astype(d.dtype), residuals)
+    return d_layer, d_features, None, None
+
+
+_fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)
+
+
+def _chunks(batch: int, tokens: int, chunk_rows: int) -> int:
+    """The smallest divisor of `tokens` that keeps a chunk at `chunk_rows` or fewer."""
+    return next(
+        n for n in range(1, tokens + 1) if tokens % n == 0 and (batch * tokens // n <= chunk_rows or n == tokens)
+    )
+
+
+def _split(x: Array, chunks: int) -> Array:
+    """`[B, T, ...]` as chunks `[N, B, T / N, ...]`: rows stay whole, so that a sharded batch stays in place."""
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0)

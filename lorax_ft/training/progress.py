@@ -1,0 +1,62 @@
+"""The progress of a run: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich import progress as bars
+from rich.console import Console
+
+LINES = 20  # lines of a run whose output goes to a file
+
+
+class Progress:
+    """Loss, learning rate, tokens a second and the time left.
+
+    Args:
+      console: where to.
+      first: steps done before.
+      steps: steps in all.
+    """
+
+    def __init__(self, console: Console, *, first: int, steps: int) -> None:
+        self._console, self._first, self._steps = console, first, steps
+        self._bar = bars.Progress(
+            bars.TextColumn("step {task.completed}/{task.total}"),
+            bars.BarColumn(bar_width=None),
+            bars.TextColumn("{task.description}"),
+            bars.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("compiled", total=steps, completed=first)
+        self._last = time.perf_counter()
+        self._rate = 0.0
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int, values: Mapping[str, float], tokens: int) -> float:
+        """Show that `step` is done; returns the tokens a second since the step before."""
+        now = time.perf_counter()
+        rate, self._last = tokens / max(now - self._last, 1e-9), now
+        self._rate = rate if step <= self._first + 2 else 0.9 * self._rate + 0.1 * rate
+        peak = max(value for name, value in values.items() if name.startswith("learning_rate"))
+        text = f"loss {values['loss']:.4f}  rate {peak:.2e}  {self._rate:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, description=text)
+        if not self._console.is_terminal and (step % max(self._steps // LINES, 1) == 0 or step == self._steps):
+            left = (self._steps - step) * tokens / max(self._rate, 1e-9)
+            self._console.print(f"step {step}/{self._steps}  {text}  {left:.0f} s left")
+        return rate
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(text)

@@ -1,0 +1,122 @@
+"""Where each leaf lives on the mesh: rules for the base by slash path, adapters derived from their kernel's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorax_ft.config import MeshConfig
+from lorax_ft.lowrank.linear import ADAPTER_LEAVES
+from lorax_ft.tree import Tree, first_match, flatten, unflatten
+
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of axes data, fsdp and tensor over all devices of all processes.
+
+    Args:
+      config: the axes' sizes.
+      devices: which devices; None takes all.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    rest = config.fsdp * config.tensor
+    data = len(devices) // rest if config.data == -1 else config.data
+    if data * rest != len(devices):
+        raise ValueError(
+            f"a mesh of data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} does not fit {len(devices)} devices"
+        )
+    # Explicit axes, which jax.make_mesh takes by default since 0.9, fail in nn.Embed on a sharded table.
+    shape = (data, config.fsdp, config.tensor)
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def param_shardings(shapes: Tree, rules: Rules, *, mesh: Mesh) -> Tree:
+    """A `NamedSharding` for every leaf.
+
+    Args:
+      shapes: the parameters or their shapes, adapters included.
+      rules: (regular expression, axes) for the base's leaves by slash path; the first match wins.
+      mesh: the devices.
+
+    Returns:
+      The tree of shardings. A's in axes and B's out axes lie as their kernel's do, the rank is whole. An
+      axis that does not divide by its mesh axis is whole on every device.
+
+    Raises:
+      ValueError: no rule matches a leaf.
+    """
+    flat = flatten(shapes)
+    return unflatten({path: _sharding(path, flat, rules, mesh) for path in flat})
+
+
+def state_shardings(tx: optax.GradientTransformation, trained: Tree, shardings: Tree, *, mesh: Mesh) -> Any:
+    """Shardings of an optimiser's state: what has a parameter's path and shape lies where it does, the rest everywhere."""
+    shapes, places = flatten(trained), flatten(shardings)
+
+    def place_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        suffixes = ("/".join(names[i:]) for i in range(len(names)))
+        same = next((p for p in suffixes if p in shapes and shapes[p].shape == leaf.shape), None)
+        return replicated(mesh) if same is None else places[same]
+
+    return jax.tree_util.tree_map_with_path(place_of, jax.eval_shape(tx.init, trained))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh, *, microbatched: bool) -> NamedSharding:
+    """Rows split over data and fsdp: `[B, T]`, or `[M, B, T]` where the batch is cut into microbatches."""
+    return NamedSharding(mesh, P(None, BATCH_AXES) if microbatched else P(BATCH_AXES))
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same in every process, as a global array; each process hands over its shards."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, microbatches: int = 0) -> dict[str, jax.Array]:
+    """A batch `[B, T]` on the mesh, as `[M, B / M, T]` where `microbatches` is given."""
+    sharding = batch_sharding(mesh, microbatched=microbatches > 0)
+    cut = {k: v.reshape(microbatches, -1, v.shape[-1]) if microbatches else v for k, v in batch.items()}
+    return {k: place(v, sharding) for k, v in cut.items()}
+
+
+def _sharding(path: str, flat: Mapping[str, Any], rules: Rules, mesh: Mesh) -> NamedSharding:
+    shape = flat[path].shape
+    parent, _, name = path.rpartition("/")
+    if name not in ADAPTER_LEAVES:
+        return NamedSharding(mesh, _fit(_axes(path, len(shape), rules), shape, mesh))
+    base = f"{parent}/embedding" if f"{parent}/embedding" in flat else f"{parent}/kernel"
+    n_stack = flat[f"{parent}/lora_scale"].ndim
+    n_in = flat[f"{parent}/lora_a"].ndim - n_stack - 1
+    n_out = flat[f"{parent}/lora_b"].ndim - n_stack - 1
+    kernel = _axes(base, n_stack + n_in + n_out, rules)
+    stack, ins, outs = kernel[:n_stack], kernel[n_stack : n_stack + n_in], kernel[n_stack + n_in :]
+    axes = {"lora_a": (*stack, *ins, None), "lora_b": (*stack, None, *outs), "magnitude": (*stack, *outs)}
+    axes |= {"lora_a0": axes["lora_a"], "lora_b0": axes["lora_b"]}
+    return NamedSharding(mesh, _fit(axes.get(name, stack), shape, mesh))
+
+
+def _axes(path: str, ndim: int, rules: Rules) -> tuple[str | None, ...]:
+    axes = first_match(rules, path)
+    if axes is None:
+        raise ValueError(f"no sharding rule matches the parameter {path}; add one beside the model")
+    return (*axes, *[None] * (ndim - len(axes)))
+
+
+def _fit(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)))

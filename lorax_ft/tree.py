@@ -1,0 +1,97 @@
+"""Parameter trees: nested dicts of arrays, whose leaves have slash paths such as `layers/mlp/up_proj/kernel`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+Tree = dict[str, Any]
+T = TypeVar("T")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nested dict by slash path, in the dict's order. Empty dicts vanish.
+
+    >>> flatten({"a": {"kernel": 1, "bias": 2}})
+    {'a/kernel': 1, 'a/bias': 2}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}/"))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+    """The nested dict of leaves by slash path: the inverse of `flatten`.
+
+    >>> unflatten({"a/kernel": 1, "a/bias": 2})
+    {'a': {'kernel': 1, 'bias': 2}}
+    """
+    tree: Tree = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def modules(tree: Mapping[str, Any]) -> dict[str, Tree]:
+    """The dicts that hold leaves directly, by slash path, with those leaves.
+
+    >>> modules({"a": {"kernel": 1, "inner": {"bias": 2}}})
+    {'a': {'kernel': 1}, 'a/inner': {'bias': 2}}
+    """
+    found: dict[str, Tree] = {}
+    for path, leaf in flatten(tree).items():
+        parent, _, name = path.rpartition("/")
+        found.setdefault(parent, {})[name] = leaf
+    return found
+
+
+def from_modules(layers: Mapping[str, Tree]) -> Tree:
+    """The nested dict of modules by slash path: the inverse of `modules`."""
+    return unflatten(
+        {f"{path}/{name}" if path else name: leaf for path, layer in layers.items() for name, leaf in layer.items()}
+    )
+
+
+def split(tree: Mapping[str, Any], keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """Two trees: the leaves whose slash path `keep` accepts, and the others."""
+    flat = flatten(tree)
+    return unflatten({p: v for p, v in flat.items() if keep(p)}), unflatten(
+        {p: v for p, v in flat.items() if not keep(p)}
+    )
+
+
+def combine(*trees: Mapping[str, Any]) -> Tree:
+    """One tree of the leaves of several, in any order.
+
+    Raises:
+      ValueError: two trees hold the same leaf, or one holds a leaf where another holds a dict.
+
+    >>> combine({"a": {"kernel": 1}}, {"a": {"lora_a": 2}})
+    {'a': {'kernel': 1, 'lora_a': 2}}
+    """
+    flat: dict[str, Any] = {}
+    for tree in trees:
+        for path, leaf in flatten(tree).items():
+            if path in flat:
+                raise ValueError(f"two of the trees hold the leaf {path!r}; combine takes parts that do not overlap")
+            flat[path] = leaf
+    for path in flat:
+        parent = path
+        while parent := parent.rpartition("/")[0]:
+            if parent in flat:
+                raise ValueError(f"{parent!r} is a leaf in one tree and holds {path!r} in another")
+    return unflatten(flat)
+
+
+def first_match(rules: Iterable[tuple[str, T]], path: str) -> T | None:
+    """The value of the first (regular expression, value) rule that matches the whole path, or None."""
+    return next((value for pattern, value in rules if re.fullmatch(pattern, path)), None)

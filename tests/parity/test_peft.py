@@ -1,0 +1,189 @@
+"""Adapters go to PEFT and come from it with the same logits. Needs torch and peft.
+
+All factors are random: with B = 0 every adapter agrees with every other.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+import transformers  # noqa: E402
+
+from lorax_ft.config import AdapterConfig  # noqa: E402
+from lorax_ft.interop.load import load_model  # noqa: E402
+from lorax_ft.interop.peft import load_peft, save_peft  # noqa: E402
+from lorax_ft.lowrank.adapters import add_adapters  # noqa: E402
+from lorax_ft.models.model import Model  # noqa: E402
+from lorax_ft.tree import flatten, from_modules, modules, unflatten  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch, transformers and PEFT to one another
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 15))
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(params=["tied", "untied"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=request.param == "tied",
+        initializer_range=0.2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def adapted(model: Model, config: AdapterConfig, seed: int = 1) -> dict:
+    """The model's parameters with random factors; ranks, padding, scales and starts as `config` has them."""
+    rng = np.random.default_rng(seed)
+    layers = modules(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)))
+    for layer in layers.values():
+        if "lora_a" in layer:
+            used = (layer["lora_a"] != 0).any(-2) | (layer["lora_b"] != 0).any(-1)
+            a, b = (jnp.asarray(rng.normal(0, 0.2, layer[name].shape), jnp.float32) for name in ("lora_a", "lora_b"))
+            layer |= {"lora_a": a * used[..., None, :], "lora_b": b * used[..., None]}
+        if "magnitude" in layer:
+            m = layer["magnitude"]
+            factor = rng.uniform(0.7, 1.3, m.shape).astype(np.float32)
+            layer["magnitude"] = jnp.where(layer["lora_scale"][..., None] > 0, m * factor, m)
+    return from_modules(layers)
+
+
+def our_logits(model: Model, params: dict) -> np.ndarray:
+    return np.asarray(jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(TOKENS)))(params))
+
+
+def their_logits(model: torch.nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.as_tensor(TOKENS)).logits.numpy()
+
+
+def assert_same_adapter(ours: np.ndarray, theirs: np.ndarray, base: np.ndarray) -> None:
+    assert np.abs(base - theirs).max() > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+EXPORTED = {
+    "lora": AdapterConfig(rank=4, alpha=9),
+    "rslora": AdapterConfig(rank=3, scaling="rank_stabilized"),
+    "dora": AdapterConfig(rank=4, alpha=4, dora=True),
+    "pissa": AdapterConfig(rank=4, alpha=4, init="pissa"),
+    "pissa_rslora": AdapterConfig(rank=3, alpha=4, init="pissa", scaling="rank_stabilized"),
+    "pissa_keep_base": AdapterConfig(rank=4, alpha=4, init="pissa", keep_base=True),
+    "pissa_dora": AdapterConfig(rank=4, alpha=4, init="pissa", dora=True),
+    "pissa_dora_rslora_patterns": AdapterConfig(
+        rank=4, init="pissa", dora=True, scaling="rank_stabilized", rank_pattern=("q_proj=2", "layers/1/mlp/up_proj=3")
+    ),
+    "patterns": AdapterConfig(rank=4, rank_pattern=("layers/1/.*=2", "v_proj=6"), alpha_pattern=("k_proj=5",)),
+    "some_layers": AdapterConfig(rank=2, layers=(0, 2), exclude=("down_proj",)),
+    "some_layers_dora": AdapterConfig(rank=2, layers=(1,), dora=True),
+    "embeddings": AdapterConfig(rank=3, targets=("embed_tokens", "q_proj")),
+    "embeddings_dora": AdapterConfig(rank=3, targets=("embed_tokens", "q_proj"), dora=True),
+    "head": AdapterConfig(rank=3, targets=("lm_head", "all-linear")),
+    "head_pissa": AdapterConfig(rank=3, targets=("lm_head", "all-linear"), init="pissa"),
+    "head_dora": AdapterConfig(rank=3, targets=("lm_head",), dora=True),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_peft_loads_ours(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    model = load_model(checkpoint)
+    params = adapted(model, EXPORTED[name])
+    save_peft(tmp_path / "adapter", params, model)
+    base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
+    plain = their_logits(base)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    count = sum(
+        name.endswith(("lora_A.default.weight", "lora_embedding_A.default")) for name, _ in theirs.named_parameters()
+    )
+    assert count == sum(int((layer["lora_scale"] > 0).sum()) for layer in modules(params).values() if "lora_a" in layer)
+    assert_same_adapter(our_logits(model, params), their_logits(theirs), plain)
+    assert_same_adapter(our_logits(model, load_peft(tmp_path / "adapter", model)), their_logits(theirs), plain)
+
+
+@pytest.mark.parametrize(
+    "changed", ["embed_tokens/embedding", "lm_head/kernel", "norm/scale", "layers/mlp/up_proj/kernel"]
+)
+def test_peft_loads_our_whole_modules(checkpoint: Path, tmp_path: Path, changed: str) -> None:
+    model = load_model(checkpoint)
+    flat = flatten(adapted(model, AdapterConfig(rank=2, targets=("q_proj", "v_proj"))))
+    old = flat.get(changed, flat["embed_tokens/embedding"].T)
+    noise = np.random.default_rng(2).normal(0, 0.3, old.shape).astype(np.float32)
+    params = unflatten(flat | {changed: old + noise if old.ndim < 3 else old.at[1].add(noise[1])})
+    save_peft(tmp_path / "adapter", params, model)
+    base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
+    plain = their_logits(base)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert_same_adapter(our_logits(model, params), their_logits(theirs), plain)
+
+
+IMPORTED = {
+    "lora": {"r": 4, "lora_alpha": 9, "target_modules": ALL_LINEAR},
+    "all_linear": {"r": 4, "target_modules": "all-linear"},
+    "rslora": {"r": 3, "lora_alpha": 16, "use_rslora": True, "target_modules": ALL_LINEAR},
+    "dora": {"r": 4, "use_dora": True, "target_modules": ALL_LINEAR},
+    "some_layers": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    "patterns": {
+        "r": 4,
+        "target_modules": r".*\.(q|v|up)_proj",
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2, "up_proj": 6},
+        "alpha_pattern": {r"layers\.\d\.self_attn\.v_proj": 3},
+        "use_rslora": True,
+    },
+    "embeddings": {"r": 3, "target_modules": ["embed_tokens", "q_proj"]},
+    "embeddings_dora": {"r": 3, "target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+    "head": {"r": 3, "target_modules": ["lm_head", "q_proj"]},
+    "whole_head": {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "whole_embeddings": {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "whole_norm": {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["input_layernorm", "model.norm"]},
+    "fan_in_fan_out": {"r": 3, "target_modules": ["q_proj"], "fan_in_fan_out": True},
+}
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_we_load_what_peft_writes(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
+    plain = their_logits(base)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **IMPORTED[name])
+    theirs = peft.get_peft_model(base, config)
+    torch.manual_seed(1)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = load_model(checkpoint)
+    assert_same_adapter(our_logits(model, load_peft(tmp_path / "adapter", model)), their_logits(theirs), plain)
+
+
+def test_a_converted_pissa_of_peft(checkpoint: Path, tmp_path: Path) -> None:
+    base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
+    plain = their_logits(base)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=ALL_LINEAR, init_lora_weights="pissa")
+    theirs = peft.get_peft_model(base, config)
+    theirs.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it: save the start first
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    expected = their_logits(theirs)
+    model = load_model(checkpoint)
+    theirs.save_pretrained(tmp_path / "raw")
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
+        load_peft(tmp_path / "raw", model)
+    theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["r"] == 8
+    assert_same_adapter(our_logits(model, load_peft(tmp_path / "adapter", model)), expected, plain)

@@ -1,0 +1,436 @@
+"""Generation with a cache against full forward passes without one, stops, sampling, exact match, the scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lorax_ft import cli
+from lorax_ft.config import AdapterConfig, Config, ModelConfig
+from lorax_ft.evaluation.exact_match import evaluate_answers, exact_match
+from lorax_ft.inference.decode import Sampling, decode, pick
+from lorax_ft.inference.generate import answer, default_stop_ids, generate
+from lorax_ft.inference.tuned import Tuned, locate
+from lorax_ft.interop.huggingface import save_model
+from lorax_ft.interop.load import load_model
+from lorax_ft.interop.peft import save_peft
+from lorax_ft.lowrank.adapters import add_adapters, with_norms
+from lorax_ft.models.llama import Decoder, DecoderConfig
+from lorax_ft.models.model import Model
+from lorax_ft.tree import flatten, unflatten
+
+ROOT = Path(__file__).parent.parent
+CONFIG = DecoderConfig(
+    vocab_size=97,
+    width=32,
+    mlp_width=48,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    tied=True,
+    max_positions=64,
+)
+PROMPTS = [[5, 17, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [96], list(range(40))]
+NEW = 12
+CASES = {
+    "base": None,
+    "lora": AdapterConfig(rank=4),
+    "dora": AdapterConfig(rank=4, dora=True, targets=("all-linear", "lm_head", "embed_tokens")),
+}
+
+
+def make_model(tokenizer: object = None) -> Model:
+    params = Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    params = jax.tree.map(lambda leaf: leaf * 3, params)  # so that the likeliest token varies
+    return Model(config=CONFIG, params=params, tokenizer=tokenizer)
+
+
+def make_params(model: Model, adapter: AdapterConfig | None) -> dict:
+    """The parameters with random factors and magnitudes."""
+    if adapter is None:
+        return model.params
+    flat = flatten(add_adapters(model.params, adapter, layout=model.layout, key=jax.random.key(1)))
+    rng = np.random.default_rng(2)
+    names = ("lora_a", "lora_b", "magnitude")
+    return unflatten(
+        {
+            path: leaf * (1 + 0.3 * rng.random(leaf.shape, np.float32)) + 0.05 * rng.random(leaf.shape, np.float32)
+            if path.rpartition("/")[2] in names
+            else leaf
+            for path, leaf in flat.items()
+        }
+    )
+
+
+def reference(model: Model, params: dict, prompt: list[int], new: int) -> list[int]:
+    """The likeliest token of a full forward pass, again and again."""
+    params, tokens = with_norms(params), list(prompt)
+    forward = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
+    for _ in range(new):
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(tokens)] = tokens
+        tokens.append(int(jnp.argmax(forward(params, padded)[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return make_model()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_equals_full_forward_passes(model: Model, case: str) -> None:
+    params = make_params(model, CASES[case])
+    expected = [reference(model, params, prompt, NEW) for prompt in PROMPTS]
+    assert generate(model, params, PROMPTS, max_new_tokens=NEW, stop_ids=()) == expected
+    assert len({token for row in expected for token in row}) > 5
+    if case != "base":
+        assert expected != [reference(model, model.params, prompt, NEW) for prompt in PROMPTS]
+
+
+def test_a_row_does_not_depend_on_the_others(model: Model) -> None:
+    together = generate(model, model.params, PROMPTS, max_new_tokens=NEW, stop_ids=())
+    for row in (0, 3):
+        assert generate(model, model.params, [PROMPTS[row]], max_new_tokens=NEW, stop_ids=()) == [together[row]]
+    options = {"max_new_tokens": NEW, "stop_ids": (), "temperature": 1.0, "key": jax.random.key(3)}
+    drawn = generate(model, model.params, PROMPTS, **options)
+    others = [PROMPTS[0], PROMPTS[2], PROMPTS[1], PROMPTS[3]]
+    assert generate(model, model.params, others, **options)[0] == drawn[0]
+
+
+def test_stops(model: Model) -> None:
+    rows = generate(model, model.params, PROMPTS, max_new_tokens=NEW, stop_ids=())
+    stop = rows[1][4]
+    stopped = generate(model, model.params, PROMPTS, max_new_tokens=NEW, stop_ids=(stop, 96))
+    assert stopped == [cut(row, {stop, 96}) for row in rows]
+    assert len(stopped[1]) <= 4
+    assert generate(model, model.params, PROMPTS, max_new_tokens=3, stop_ids=()) == [row[:3] for row in rows]
+
+
+def test_stops_early(model: Model) -> None:
+    """The loop ends when all rows have: the rest of the room stays at 0."""
+    tokens, lengths = np.full((4, 64), 7, np.int32), np.array([3, 5, 7, 9], np.int32)
+    options = {"config": dataclasses.replace(CONFIG, attention="xla"), "room": 32, "greedy": True, "mesh": None}
+    ((first,),) = generate(model, model.params, [[7, 7, 7]], max_new_tokens=1, stop_ids=())
+    stop = np.arange(32, dtype=np.int32) + first // 32 * 32
+    sampling = Sampling(np.float32(1), np.int32(97), np.float32(1))
+    key = jax.random.key(0)
+    out, counts = decode(model.params, tokens, lengths, np.int32(32), stop, sampling, key, **options)
+    last = max(int(count) for count in counts)
+    assert last < 31
+    assert not np.asarray(out)[:, last + 1 :].any()
+
+
+def cut(row: list[int], stops: set[int]) -> list[int]:
+    return row[: next((i for i, token in enumerate(row) if token in stops), len(row))]
+
+
+def test_sampling(model: Model) -> None:
+    options = {"max_new_tokens": NEW, "stop_ids": ()}
+    greedy = generate(model, model.params, PROMPTS, **options)
+    draws = [
+        generate(model, model.params, PROMPTS, temperature=2.0, key=jax.random.key(k), **options) for k in (1, 1, 2)
+    ]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+    assert draws[0] != greedy
+    key = jax.random.key(1)
+    assert generate(model, model.params, PROMPTS, temperature=2.0, top_k=1, key=key, **options) == greedy
+    assert generate(model, model.params, PROMPTS, temperature=2.0, top_p=1e-6, key=key, **options) == greedy
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "expected"),
+    [
+        (1.0, 4, np.inf, [0.4, 0.3, 0.2, 0.1]),
+        (0.5, 4, np.inf, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+        (1.0, 2, np.inf, [4 / 7, 3 / 7, 0, 0]),
+        (1.0, 4, 0.65, [4 / 7, 3 / 7, 0, 0]),  # 0.4 is not enough, 0.4 + 0.3 is
+        (1.0, 4, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
+        (1.0, 3, 0.75, [4 / 7, 3 / 7, 0, 0]),  # of the three that are left, two hold 7/9
+    ],
+)
+def test_pick_draws_from_the_right_distribution(temperature: float, top_k: int, top_p: float, expected: list) -> None:
+    n = 20_000
+    scores = jnp.tile(jnp.log(jnp.array([0.2, 0.4, 0.1, 0.3])), (n, 1))
+    drawn = pick(scores, jax.random.key(0), Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p)))
+    share = np.bincount(np.asarray(drawn), minlength=4) / n
+    np.testing.assert_allclose(share[[1, 3, 0, 2]], expected, atol=0.015)
+
+
+def test_the_second_call_is_compiled_already(model: Model) -> None:
+    def call(params: dict, shift: int, **options: float) -> None:
+        prompts = [[(token + shift) % 97 for token in prompt[: 40 - shift]] for prompt in PROMPTS]
+        generate(model, params, prompts, max_new_tokens=9 + shift, stop_ids=(5,) * shift, **options)
+
+    params = make_params(model, CASES["dora"])
+    call(params, 0)
+    call(model.params, 0, temperature=0.5, top_k=5, key=jax.random.key(0))
+    before = decode._cache_size()
+    call(jax.tree.map(lambda leaf: leaf * 1.01, params), 3)
+    call(model.params, 2, temperature=0.8, top_p=0.9, key=jax.random.key(5))
+    assert decode._cache_size() == before
+
+
+def test_no_parameter_is_a_constant(model: Model) -> None:
+    """What the compiled program holds itself does not grow with the model."""
+    abstract = jax.eval_shape(lambda: model.params)
+    sampling = Sampling(np.float32(1), np.int32(97), np.float32(1))
+    shape = jax.ShapeDtypeStruct((2, 32), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    options = {"config": CONFIG, "room": 32, "greedy": True, "mesh": None}
+    stop = np.zeros(1, np.int32)
+    text = decode.lower(abstract, *shape, np.int32(4), stop, sampling, jax.random.key(0), **options).as_text()
+    assert len(text) < 200_000
+    assert "97x32xf32>" in text
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, "tests")
+from test_generate import *
+from lorax_ft.config import MeshConfig
+from lorax_ft.models.llama import SHARDING_RULES
+from lorax_ft.training.sharding import make_mesh, param_shardings
+model = make_model()
+params = make_params(model, CASES["dora"])
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+placed = jax.device_put(params, param_shardings(params, SHARDING_RULES, mesh=mesh))
+print([generate(model, placed, prompts, max_new_tokens=NEW) for prompts in (PROMPTS, PROMPTS[:3])])
+"""
+
+
+def test_on_eight_devices(model: Model) -> None:
+    """Sharded parameters; four rows divide by data and fsdp, three do not."""
+    done = run_python("-c", SHARDED, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert done.returncode == 0, done.stderr
+    expected = generate(model, make_params(model, CASES["dora"]), PROMPTS, max_new_tokens=NEW)
+    assert json.loads(done.stdout) == [expected, expected[:3]]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompts": [[1], []]}, "prompt 2 holds no token"),
+        ({"prompts": [[1, 97]]}, "prompt 1 holds the token 97; the vocabulary holds 97"),
+        ({"prompts": [[1] * 60]}, "60 tokens and max_new_tokens 5 are more than the 64 positions"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0}, "needs key"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_p": 0.9}, "top_p is given, but at temperature 0"),
+    ],
+)
+def test_bad_input(model: Model, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        generate(model, model.params, **{"prompts": [[1]], "max_new_tokens": 5} | options)
+    assert "\n" not in str(error.value)
+    assert generate(model, model.params, [], max_new_tokens=5) == []
+
+
+WORDS = [f"w{i}" for i in range(90)]
+TEMPLATE = "{% for m in messages %}<|im_start|> {{ m.content }} <|im_end|> {% endfor %}<|im_start|>"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+
+
+@pytest.fixture(scope="module")
+def speaker() -> Model:
+    """A model with a tokenizer."""
+    return make_model(make_tokenizer())
+
+
+def test_default_stop_ids(speaker: Model, model: Model) -> None:
+    assert default_stop_ids(speaker) == (0, 2)
+    assert default_stop_ids(dataclasses.replace(speaker, hf_config={"eos_token_id": [5, 2]})) == (0, 2, 5)
+    assert default_stop_ids(dataclasses.replace(model, hf_config={"eos_token_id": 7})) == (7,)
+    assert default_stop_ids(model) == ()
+
+
+def asked(*words: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": " ".join(words)}]
+
+
+def test_answers_in_batches(speaker: Model) -> None:
+    conversations = [asked(*WORDS[i : i + 3 * i + 1]) for i in range(5)]
+    alone = [answer(speaker, speaker.params, [c], max_new_tokens=8)[0] for c in conversations]
+    assert answer(speaker, speaker.params, conversations, max_new_tokens=8, batch_size=2) == alone
+    assert answer(speaker, speaker.params, [], max_new_tokens=8) == []
+    assert all(text == text.strip() and "<|" not in text for text in alone)
+    assert len(set(alone)) > 1
+    with pytest.raises(ValueError, match="no tokenizer"):
+        answer(make_model(), speaker.params, conversations, max_new_tokens=8)
+
+
+def test_evaluate_answers(speaker: Model) -> None:
+    questions = [asked("w1", "w2"), asked("w3"), asked("w4", "w5", "w6")]
+    said = answer(speaker, speaker.params, questions, max_new_tokens=6, batch_size=2)
+    references = [said[0], "something else", f"  {said[2]}\n"]
+    conversations = [
+        [*question, {"role": "assistant", "content": text}, *asked("more")]
+        for question, text in zip(questions, references, strict=True)
+    ]
+    result = evaluate_answers(speaker, speaker.params, conversations, max_new_tokens=6, batch_size=2)
+    assert (result.prompts, result.answers, result.references) == (questions, said, references)
+    assert result.match.correct == (True, False, True)
+    first = evaluate_answers(speaker, speaker.params, conversations, max_new_tokens=6, rows=2)
+    assert (first.match.count, first.match.total, first.match.fraction) == (1, 2, 0.5)
+    with pytest.raises(ValueError, match="conversation 1 has no assistant turn"):
+        evaluate_answers(speaker, speaker.params, questions, max_new_tokens=6)
+    with pytest.raises(ValueError, match=r"does not match reference 1: 'w"):
+        evaluate_answers(speaker, speaker.params, conversations, max_new_tokens=6, pattern="#### (.*)")
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "pattern", "same"),
+    [
+        (" 42\n", "42", None, True),
+        ("42.", "42", None, False),
+        ("", "42", None, False),
+        ("so 2 + 2 = 4\n#### 1,008", "#### 1008", r"#### (-?[\d,.]+)", True),
+        ("#### 3 no, #### -18.", "1 #### 2 #### -18", r"#### (-?[\d,.]+)", True),
+        ("#### 18.5", "#### 18", r"#### (-?[\d,.]+)", False),
+        ("1008", "#### 1008", r"#### (-?[\d,.]+)", False),
+        ("#### 18", "#### 118", r"#### (-?[\d,.]+)", False),
+        ("answer:  yes, sir ", "answer: yes, sir", "answer:(.*)", True),
+        ("answer: yes sir", "answer: yes, sir", "answer:(.*)", False),  # a comma in a text is no number's
+        ("b", "a", "(a)|b", False),
+    ],
+)
+def test_exact_match(said: str, wanted: str, pattern: str | None, same: bool) -> None:
+    assert exact_match([said], [wanted], pattern=pattern).correct == (same,)
+
+
+@pytest.mark.parametrize(
+    ("answers", "references", "pattern", "words"),
+    [
+        ([], [], None, "0 answers and 0 references"),
+        (["a"], ["a", "b"], None, "1 answers and 2 references"),
+        (["a", "#1"], ["#1", "b"], "#(.)", "does not match reference 2: 'b'"),
+        (["a"], ["a"], "a", "has no group"),
+        (["a"], ["a"], "(a", "is not a regular expression"),
+    ],
+)
+def test_exact_match_refuses(answers: list[str], references: list[str], pattern: str | None, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        exact_match(answers, references, pattern=pattern)
+
+
+def test_locate(tmp_path: Path) -> None:
+    run = tmp_path / "pissa"
+    run.mkdir()
+    (run / "config.json").write_text(Config(model=ModelConfig(path="base", dtype="bfloat16")).to_json())
+    with pytest.raises(ValueError, match="has not come to an end"):
+        locate(Tuned(run=str(run)))
+    (run / "model").mkdir()
+    config, adapter = locate(Tuned(run=str(run)))
+    assert (config.path, config.dtype, adapter) == (str(run / "model"), "bfloat16", None)
+    (run / "adapter").mkdir()
+    config, adapter = locate(Tuned(run=str(run), dtype="float32"))
+    assert (config.path, config.dtype, adapter) == ("base", "float32", run / "adapter")
+    with pytest.raises(ValueError, match=r"no run at .*; beside it there is pissa"):
+        locate(Tuned(run=str(tmp_path / "pisa")))
+    with pytest.raises(ValueError, match=r"holds no adapter: there is no adapter_config\.json"):
+        locate(Tuned(model="base", adapter=str(tmp_path)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    count: int = 1
+    """How many."""
+    mode: str = "a"
+    """Which."""
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ValueError(f"count is {self.count}; it must be 0 or more")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cuont", "3"], "Unrecognized options: --cuont, 3; did you mean --count?"),
+        (["--count", "three"], "invalid literal for int() with base 10: 'three'"),
+        (["--count", "-3"], "count is -3; it must be 0 or more"),
+        (["--count"], "--count"),
+    ],
+)
+def test_arguments_fail_in_one_line(argv: list[str], message: str) -> None:
+    assert cli.parse(Options, argv=["--count", "2"], default=Options(mode="b")) == Options(2, "b")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        cli.parse(Options, argv=argv)
+    assert "\n" not in str(error.value)
+    assert not set("│╭─") & set(str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "printed"),
+    [
+        (ValueError("two\n  lines"), 2, "error: two lines\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "error: a.txt: No such file or directory\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_one_line_errors(
+    error: BaseException, status: int, printed: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(SystemExit) as end, cli.one_line_errors():
+        raise error
+    assert end.value.code == status
+    assert capsys.readouterr().err == printed
+
+
+def test_scripts(speaker: Model, tmp_path: Path) -> None:
+    """The whole way: an adapter on disk is asked, merged, and gives the same answer; then bad input."""
+    base, run, merged = tmp_path / "base", tmp_path / "run", tmp_path / "merged"
+    save_model(base, speaker.params, speaker)
+    save_peft(run / "adapter", make_params(speaker, CASES["lora"]), dataclasses.replace(speaker, source=str(base)))
+    (run / "config.json").write_text(Config(model=ModelConfig(path=str(base))).to_json())
+
+    def call(script: str, *args: str) -> tuple[int, str, str]:
+        done = run_python(f"scripts/{script}.py", *args)
+        return done.returncode, done.stdout, done.stderr
+
+    assert call("merge", "--run", str(run), "--output", str(merged))[::2] == (0, "")
+    model = load_model(merged)
+    expected, before = (answer(model, p, [asked("w7 w8")], max_new_tokens=8)[0] for p in (model.params, speaker.params))
+    assert expected != before
+    asking = call("generate", "--run", str(run), "w7 w8", "--max-new-tokens", "8")
+    assert asking == (0, f"{expected}\n", "")
+    message = f"error: {merged} is not empty; give another folder, or --overwrite to replace the model in it\n"
+    assert call("merge", "--run", str(run), "--output", str(merged)) == (2, "", message)
+    message = f"error: no run at {tmp_path / 'rum'}; beside it there is run\n"
+    assert call("generate", "--run", str(tmp_path / "rum"), "w7") == (2, "", message)
+
+
+def run_python(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )

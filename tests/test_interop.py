@@ -1,0 +1,498 @@
+"""Checkpoints, tokenizers and adapters there and back, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lorax_ft.config import AdapterConfig
+from lorax_ft.interop.folder import new_folder
+from lorax_ft.interop.huggingface import abstract_params, save_model
+from lorax_ft.interop.load import load_model
+from lorax_ft.interop.peft import load_peft, save_peft
+from lorax_ft.lowrank.adapters import add_adapters, merge_adapters
+from lorax_ft.models.llama import DecoderConfig
+from lorax_ft.models.model import Model
+from lorax_ft.tree import combine, flatten, from_modules, modules, unflatten
+
+CONFIG = DecoderConfig(
+    vocab_size=40,
+    width=16,
+    mlp_width=24,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    norm_eps=1e-5,
+    rope_theta=5000.0,
+    tied=False,
+    max_positions=64,
+)
+TOKENS = jnp.arange(24).reshape(2, 12) % 40
+
+
+def random_model(*, tied: bool = False, seed: int = 0) -> Model:
+    config = dataclasses.replace(CONFIG, tied=tied)
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: jnp.asarray(rng.normal(leaf.shape in [(16,), (3, 16)], 0.3, leaf.shape), jnp.float32)  # noqa: E731
+    params = jax.tree.map(draw, abstract_params(config))
+    return Model(config=config, params=params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config: DecoderConfig, params: dict) -> jax.Array:
+    return Model(config=config, params={}).apply({"params": params}, TOKENS)
+
+
+def saved_model(folder: Path, *, tied: bool = False) -> Model:
+    model = random_model(tied=tied)
+    save_model(folder, model.params, model)
+    return load_model(folder)
+
+
+def randomised(params: dict, seed: int = 1) -> dict:
+    """The tree with random factors and magnitudes in place of the starts, whose B is zero; padding stays zero."""
+    rng = np.random.default_rng(seed)
+    layers = modules(params)
+    for layer in layers.values():
+        if "lora_a" in layer:
+            used = (layer["lora_a"] != 0).any(-2) | (layer["lora_b"] != 0).any(-1)
+            a, b = (jnp.asarray(rng.normal(0, 0.3, layer[n].shape), jnp.float32) for n in ("lora_a", "lora_b"))
+            layer |= {"lora_a": a * used[..., None, :], "lora_b": b * used[..., None]}
+        if "magnitude" in layer:
+            layer["magnitude"] *= jnp.where(layer["lora_scale"][..., None] > 0, 1.3, 1.0)
+    return from_modules(layers)
+
+
+def assert_trees_equal(got: dict, expected: dict) -> None:
+    got, expected = flatten(got), flatten(expected)
+    assert sorted(got) == sorted(expected)
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(got[path], leaf, err_msg=path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoints_come_back_bitwise(tmp_path: Path, tied: bool) -> None:
+    model = random_model(tied=tied)
+    save_model(tmp_path / "model", model.params, model)
+    again = load_model(tmp_path / "model")
+    assert again.config == model.config
+    assert again.source == str(tmp_path / "model")
+    assert_trees_equal(again.params, model.params)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_checkpoint_names_and_orientation(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model", tied=True)
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    assert len(tensors) == 2 + 3 * 9
+    up = model.params["layers"]["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_array_equal(tensors["model.layers.2.mlp.up_proj.weight"], up[2].T)
+    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], model.params["embed_tokens"]["embedding"])
+
+
+def test_bfloat16_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = random_model()
+    save_model(tmp_path / "model", model.params, model, dtype="bfloat16")
+    assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
+    again = load_model(tmp_path / "model", dtype="bfloat16")
+    assert_trees_equal(again.params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
+
+
+def test_place_sees_every_leaf(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model")
+    seen = {}
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        seen[path] = array.dtype
+        return jnp.asarray(array) * 2
+
+    doubled = load_model(tmp_path / "model", dtype="bfloat16", place=place)
+    assert set(seen) == set(flatten(doubled.params))
+    assert set(seen.values()) == {np.dtype(jnp.bfloat16)}
+    plain = load_model(tmp_path / "model", dtype="bfloat16")
+    assert_trees_equal(doubled.params, jax.tree.map(lambda leaf: leaf * 2, plain.params))
+
+
+def test_an_untied_head_unties_the_checkpoint(tmp_path: Path) -> None:
+    model = random_model(tied=True)
+    head = {"lm_head": {"kernel": jnp.ones((16, 40))}}
+    save_model(tmp_path / "model", combine(model.params, head), model)
+    assert json.loads((tmp_path / "model/config.json").read_text())["tie_word_embeddings"] is False
+    assert_trees_equal(load_model(tmp_path / "model").params["lm_head"], head["lm_head"])
+
+
+def test_redundant_tensors_are_ignored(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model", tied=True)
+    file = tmp_path / "model/model.safetensors"
+    tensors = load_file(file)
+    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    tensors |= {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    save_file(tensors, file)
+    assert_trees_equal(load_model(tmp_path / "model").params, model.params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "architecture 'mamba'; supported: llama"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type 'llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type 'linear'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_hidden_layers": 4}, "lacks the tensor model.layers.3.input_layernorm.weight and 8 more"),
+        ({"num_hidden_layers": 2}, "holds the tensor model.layers.2.input_layernorm.weight and 8 more"),
+        ({"intermediate_size": 32}, r"mlp.down_proj.weight has the shape \(24, 16\), not \(32, 16\)"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(tmp_path: Path, change: dict, message: str) -> None:
+    saved_model(tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spelling", [{"rope_theta": 7.0, "rope_parameters": None}, {"rope_parameters": {"rope_theta": 7.0}}]
+)
+def test_rope_theta_stands_in_two_places(tmp_path: Path, spelling: dict) -> None:
+    saved_model(tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    config = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("rope")}
+    file.write_text(json.dumps(config | spelling))
+    assert load_model(tmp_path / "model").config.rope_theta == 7.0
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model")
+    for name, text, message in [
+        ("model.safetensors", "no tensors", "cannot be read"),
+        ("config.json", "{", "is not valid JSON"),
+        ("config.json", "[]", "holds a list, not an object"),
+    ]:
+        kept = (tmp_path / "model" / name).read_bytes()
+        (tmp_path / "model" / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path / "model")
+        (tmp_path / "model" / name).write_bytes(kept)
+    (tmp_path / "model/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"only safetensors are read"):
+        load_model(tmp_path / "model")
+    (tmp_path / "model/config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no config.json"):
+        load_model(tmp_path / "model")
+
+
+def test_missing_paths_name_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_model(tmp_path / "tiny_llama")
+    with pytest.raises(ValueError, match=r"no model at .*tiny_lama; in .* there is tiny_llama"):
+        load_model(tmp_path / "tiny_lama")
+    with pytest.raises(ValueError, match=r"there is no folder"):
+        load_model(f"{tmp_path}/nowhere/model")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"in . there is tiny_llama"):
+        load_model("tiny_lama")
+    with pytest.raises(ValueError, match=r"is a file but not a .gguf"):
+        load_model("tiny_llama/config.json")
+
+
+def test_hub_ids_fail_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"the hub id nobody/nothing at revision main failed") as error:
+        load_model("nobody/nothing", revision="main")
+    assert "\n" not in str(error.value)
+
+
+def test_save_model_refuses(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model")
+    adapted = add_adapters(model.params, AdapterConfig(), layout=model.layout, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"call merge_adapters first"):
+        save_model(tmp_path / "merged", adapted, model)
+    with pytest.raises(ValueError, match=r"they are not the model's parameters"):
+        save_model(tmp_path / "merged", {"norm": model.params["norm"]}, model)
+    with pytest.raises(ValueError, match=r"where the model was loaded from"):
+        save_model(tmp_path / "model", model.params, model)
+    save_model(tmp_path / "merged", merge_adapters(adapted), model)
+    assert_trees_equal(load_model(tmp_path / "merged").params, model.params)
+
+
+def test_folders_are_whole_or_absent(tmp_path: Path) -> None:
+    folder = tmp_path / "deep/folder"
+    for text in ("first", "second"):
+        with new_folder(folder) as new:
+            (new / "file").write_text(text)
+        assert (folder / "file").read_text() == text
+    with pytest.raises(RuntimeError), new_folder(folder) as new:
+        raise RuntimeError(new)
+    (folder / "notes").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes, which would be lost"), new_folder(folder) as new:
+        (new / "file").write_text("fourth")
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"file": "second", "notes": "mine"}
+    assert [p.name for p in folder.parent.iterdir()] == ["folder"]
+    with pytest.raises(ValueError, match=r"is a file"), new_folder(folder / "file"):
+        pass
+
+
+ADAPTERS = {
+    "lora": AdapterConfig(rank=3, alpha=7),
+    "rslora": AdapterConfig(rank=3, scaling="rank_stabilized"),
+    "dora": AdapterConfig(rank=2, dora=True),
+    "layers": AdapterConfig(rank=2, layers=(0, 2), targets=("q_proj", "down_proj")),
+    "dora_layers": AdapterConfig(rank=2, layers=(1,), targets=("q_proj",), dora=True),
+    "patterns": AdapterConfig(rank=4, rank_pattern=("layers/1/.*up_proj=2", "q_proj=3"), alpha_pattern=("k_proj=5",)),
+    "embeddings": AdapterConfig(rank=2, targets=("all-linear", "embed_tokens", "lm_head")),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_come_back_bitwise(tmp_path: Path, name: str, tied: bool) -> None:
+    model = saved_model(tmp_path / "model", tied=tied)
+    params = randomised(add_adapters(model.params, ADAPTERS[name], layout=model.layout, key=jax.random.key(0)))
+    save_peft(tmp_path / "adapter", params, model)
+    again = load_peft(tmp_path / "adapter", model)
+    assert_trees_equal(again, params)
+    assert again["norm"]["scale"] is model.params["norm"]["scale"]
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("dora", [True, False])
+def test_a_start_becomes_twice_the_rank_on_the_original_base(tmp_path: Path, dora: bool, keep_base: bool) -> None:
+    model = saved_model(tmp_path / "model")
+    config = AdapterConfig(rank=3, alpha=6, init="pissa", dora=dora, keep_base=keep_base, rank_pattern=("q_proj=2",))
+    params = randomised(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)))
+    save_peft(tmp_path / "adapter", params, model)
+    written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["rank_pattern"]) == (6, 12, {"q_proj": 4})
+    again = load_peft(tmp_path / "adapter", model)
+    for path, layer in modules(again).items():
+        if "lora_a" in layer:
+            np.testing.assert_array_equal(layer["kernel"], modules(model.params)[path]["kernel"])
+    expected = logits(model.config, params)
+    assert jnp.abs(expected - logits(model.config, model.params)).max() > 0.1
+    np.testing.assert_allclose(logits(model.config, again), expected, atol=2e-5)
+
+
+def test_adapter_config(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model")
+    config = ADAPTERS["patterns"]
+    params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    save_peft(tmp_path / "adapter", params, model, config=dataclasses.replace(config, dropout=0.1))
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text()) == {
+        "alpha_pattern": {"k_proj": 5},
+        "base_model_name_or_path": str(tmp_path / "model"),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": 16,
+        "lora_dropout": 0.1,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 4,
+        "rank_pattern": {"model.layers.1.mlp.up_proj": 2, "q_proj": 3},
+        "target_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def test_adapter_names_of_some_layers(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model")
+    config = AdapterConfig(rank=2, layers=(1,), targets=("q_proj", "lm_head"))
+    params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    save_peft(tmp_path / "adapter", params, model)
+    written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert written["target_modules"] == ["lm_head", "model.layers.1.self_attn.q_proj"]
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "adapter/adapter_model.safetensors").items()}
+    assert shapes == {
+        "base_model.model.lm_head.lora_A.weight": (2, 16),
+        "base_model.model.lm_head.lora_B.weight": (40, 2),
+        "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": (2, 16),
+        "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight": (32, 2),
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "changed", ["embed_tokens/embedding", "lm_head/kernel", "norm/scale", "layers/mlp/up_proj/kernel"]
+)
+def test_modules_trained_whole_come_back(tmp_path: Path, changed: str, tied: bool) -> None:
+    model = saved_model(tmp_path / "model", tied=tied)
+    config = AdapterConfig(rank=2, targets=("q_proj",))
+    params = randomised(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)))
+    flat = flatten(params)
+    old = flat.get(changed, flat["embed_tokens/embedding"].T)
+    params = unflatten(flat | {changed: old + 0.5 if old.ndim < 3 else old.at[1].add(0.5)})
+    save_peft(tmp_path / "adapter", params, model)
+    again = load_peft(tmp_path / "adapter", model)
+    np.testing.assert_array_equal(flatten(again)[changed], flatten(params)[changed])
+    np.testing.assert_array_equal(logits(model.config, again), logits(model.config, params))
+    names = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["modules_to_save"]
+    module = changed.rpartition("/")[0].replace("/", ".")
+    expected = {"lm_head": ["lm_head"], "layers.mlp.up_proj": ["model.layers.1.mlp.up_proj"]}.get(
+        module, [f"model.{module}"]
+    )
+    assert names == (["lm_head", *expected] if tied and "embed" in changed else expected)
+
+
+def test_save_peft_refuses(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model", tied=True)
+    add = lambda config: add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))  # noqa: E731
+    with pytest.raises(ValueError, match=r"hold no adapter"):
+        save_peft(tmp_path / "adapter", model.params, model)
+    shifted = jax.tree.map(lambda leaf: leaf + 1, model.params)
+    moved = add_adapters(shifted, AdapterConfig(), layout=model.layout, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"its base is not the one"):
+        save_peft(tmp_path / "adapter", moved, model)
+    flat = flatten(add(AdapterConfig(targets=("lm_head",))))
+    both = unflatten(flat | {"embed_tokens/embedding": flat["embed_tokens/embedding"] + 1})
+    with pytest.raises(ValueError, match=r"lm_head/kernel is trained whole and its module is adapted"):
+        save_peft(tmp_path / "adapter", both, model)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "type 'IA3'; supported: 'LORA'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed its base"),
+        ({"lora_bias": True}, "uses lora_bias"),
+        ({"r": 5}, "has rank 2 in adapter_model.safetensors, and 5 in adapter_config.json"),
+        ({"use_dora": True}, "self_attn.q_proj has no magnitude"),
+    ],
+)
+def test_adapters_that_do_not_fit(tmp_path: Path, change: dict, message: str) -> None:
+    model = saved_model(tmp_path / "model")
+    config = AdapterConfig(rank=2, targets=("q_proj",))
+    save_peft(
+        tmp_path / "adapter", add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)), model
+    )
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load_peft(tmp_path / "adapter", model)
+
+
+def test_adapter_of_another_model(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model")
+    config = AdapterConfig(rank=2, targets=("q_proj",))
+    save_peft(
+        tmp_path / "adapter", add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)), model
+    )
+    wider = dataclasses.replace(CONFIG, head_dim=4)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(wider))
+    with pytest.raises(ValueError, match=r"A and B of layers/self_attn/q_proj are for 16 × 32; the model has 16 × 16"):
+        load_peft(tmp_path / "adapter", Model(config=wider, params=params))
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    renamed = {name.replace("q_proj", "query"): tensor for name, tensor in load_file(file).items()}
+    save_file(renamed, file)
+    with pytest.raises(ValueError, match=r"no module model.layers.0.self_attn.query; the nearest is"):
+        load_peft(tmp_path / "adapter", model)
+    save_file({"base_model.model.odd": np.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"which is no LoRA's"):
+        load_peft(tmp_path / "adapter", model)
+    with pytest.raises(ValueError, match=r"holds no adapter_config.json"):
+        load_peft(tmp_path / "model", model)
+    with pytest.raises(ValueError, match=r"holds an adapter, not a model"):
+        load_model(tmp_path / "adapter")
+
+
+def write_gguf(file: Path, model: Model, *, architecture: str = "llama", pre: str = "smollm") -> None:
+    """A GGUF file as llama.cpp's converter writes it: q and k permuted, matrices in Q8_0."""
+    c = model.config
+    letters = ["<|end|>", "<|user|>", *(chr(0x21 + i) for i in range(35)), "Ġ", "Ġ1", "ab"]
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_block_count(c.layers)
+    writer.add_context_length(c.max_positions)
+    writer.add_embedding_length(c.width)
+    writer.add_feed_forward_length(c.mlp_width)
+    writer.add_head_count(c.heads)
+    writer.add_head_count_kv(c.kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(letters)
+    writer.add_token_types([3, 3] + [1] * (len(letters) - 2))
+    writer.add_token_merges(["Ġ 1"])
+    writer.add_eos_token_id(0)
+    writer.add_chat_template("{{ messages[0].content }}")
+    flat = flatten(model.params)
+    names = {"o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {f"{n}_proj": f"attn_{n}" for n in "qkv"} | {f"{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")}
+    for path, leaf in flat.items():
+        if not path.startswith("layers/"):
+            name = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[path.split("/")[0]]
+            writer.add_tensor(f"{name}.weight", np.array(leaf.T if name == "output" else leaf))
+            continue
+        module = path.split("/")[-2]
+        for i, matrix in enumerate(np.array(leaf)):
+            matrix = np.ascontiguousarray(matrix.T)
+            heads = {"q_proj": c.heads, "k_proj": c.kv_heads}.get(module)
+            if heads:
+                matrix = matrix.reshape(heads, 2, -1, c.width).swapaxes(1, 2).reshape(matrix.shape)
+            writer.add_tensor(f"blk.{i}.{names[module]}.weight", matrix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gguf_files(tmp_path: Path, tied: bool) -> None:
+    model = random_model(tied=tied)
+    write_gguf(tmp_path / "model.gguf", model)
+    again = load_model(tmp_path / "model.gguf")
+    assert again.config == model.config
+    assert_trees_equal(again.params, model.params)
+    tokenizer = again.tokenizer
+    ids = tokenizer("<|user|>A 11").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|user|>", "A", "Ġ", "1", "1"]  # digits stand alone: no "Ġ1"
+    assert tokenizer.decode(ids) == "<|user|>A 11"
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|end|>", 0)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False) == "A"
+    save_model(tmp_path / "folder", again.params, again)
+    folder = load_model(tmp_path / "folder")
+    assert folder.tokenizer("<|user|>A 11").input_ids == ids
+    assert folder.tokenizer.chat_template == tokenizer.chat_template
+    assert_trees_equal(folder.params, model.params)
+
+
+def test_gguf_files_that_are_not_supported(tmp_path: Path) -> None:
+    model = random_model()
+    write_gguf(tmp_path / "other.gguf", model, architecture="mamba")
+    with pytest.raises(ValueError, match=r"architecture 'mamba'; supported: llama"):
+        load_model(tmp_path / "other.gguf")
+    write_gguf(tmp_path / "tokens.gguf", model, pre="qwen2")
+    with pytest.raises(ValueError, match=r"tokenizer gpt2/qwen2; supported: gpt2/smollm"):
+        load_model(tmp_path / "tokens.gguf")
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"is not a readable GGUF file"):
+        load_model(tmp_path / "damaged.gguf")
+    with pytest.raises(ValueError, match=r"in .* there is damaged.gguf|there is .*other.gguf"):
+        load_model(tmp_path / "othr.gguf")
+
+
+def test_a_damaged_tokenizer(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model")
+    (tmp_path / "model/tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"the tokenizer in .* cannot be read") as error:
+        load_model(tmp_path / "model")
+    assert "\n" not in str(error.value)
