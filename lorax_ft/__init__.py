@@ -24,15 +24,8 @@ if TYPE_CHECKING:
     from lorax_ft.interop.huggingface import save_model
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft, save_peft
-    from lorax_ft.lowrank.adapters import (
-        add_adapters,
-        attach_adapters,
-        label,
-        merge_adapters,
-        partition,
-        with_dropout,
-        with_norms,
-    )
+    from lorax_ft.lowrank.adapters import add_adapters, attach_adapters, merge_adapters, with_dropout, with_norms
+    from lorax_ft.lowrank.groups import label, partition
     from lorax_ft.lowrank.intercept import adapt
     from lorax_ft.lowrank.layout import layout
     from lorax_ft.lowrank.linear import linear, merged_kernel
@@ -46,7 +39,8 @@ if TYPE_CHECKING:
 _ROOMS = {
     "config": "AdapterConfig Config DataConfig EvalConfig MeshConfig ModelConfig OptimConfig TrainConfig load_config",
     "tree": "combine",
-    "lowrank.adapters": "add_adapters attach_adapters label merge_adapters partition with_dropout with_norms",
+    "lowrank.adapters": "add_adapters attach_adapters merge_adapters with_dropout with_norms",
+    "lowrank.groups": "label partition",
     "lowrank.intercept": "adapt",
     "lowrank.layout": "layout",
     "lowrank.linear": "linear merged_kernel",
@@ -62,7 +56,7 @@ _ROOMS = {
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
-__all__ = sorted(_ROOM_OF)  # noqa: PLE0605
+__all__ = sorted(_ROOM_OF)
 __version__ = "0.1.0"
 
 

@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_MODEL = str(ASSETS / "tiny")
-EMBEDDED_DATA = str(ASSETS / "questions.jsonl")
+EMBEDDED_DATA = str(ASSETS / "questions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """Which checkpoint, and how it is computed."""
+
     path: str = EMBEDDED_MODEL
     """Hugging Face folder, .gguf file or hub id of the checkpoint to fine-tune."""
     revision: str | None = None
@@ -30,11 +32,13 @@ class ModelConfig:
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Attention kernel; auto takes cuDNN where a GPU and bfloat16 allow it."""
     remat: Literal["none", "dots", "mlp", "full"] = "full"
-    """What the backward pass recomputes: nothing; all but matrix products; all but the MLP's wide ones; whole layers."""
+    """What the backward pass recomputes: nothing, all but matrix products, all but the MLP's wide ones, or all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
+    """Which modules get low-rank leaves, of which rank, and how they start."""
+
     rank: int = 8
     """Rank r of the adapters."""
     alpha: float = 16.0
@@ -89,16 +93,18 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """What to learn from, and in which form the model sees it."""
+
     train: tuple[str, ...] = (EMBEDDED_DATA,)
-    """Training files (.jsonl, .json, .csv, .parquet) or one hub id, "owner/name" or "owner/name:subset"."""
+    """Training files (.jsonl, .json, .csv, .parquet), or a folder or hub id ("owner/name:subset") with splits."""
     validation: tuple[str, ...] = ()
-    """Validation files or one hub id; none given holds out some of the training rows."""
+    """Validation files, folder or hub id; none takes the training folder's other split, or holds out rows."""
     split: str = "train"
-    """Split to read of a hub id in data.train."""
+    """Split to read of a folder or hub id in data.train."""
     validation_split: str = "test"
-    """Split to read of a hub id in data.validation."""
+    """Split to read of a folder or hub id to validate on."""
     validation_rows: int = 200
-    """Training rows to hold out, at most a tenth of them, where no validation files are given."""
+    """Training rows to hold out, at most a tenth of them, where nothing else is there to validate on; 0: no validation."""
     limit: int | None = None
     """Largest number of training rows to read; None reads all."""
     shape: Literal["auto", "messages", "alpaca", "sharegpt", "question_answer"] = "auto"
@@ -130,6 +136,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    """The optimiser, its rates and their schedule."""
+
     optimizer: Literal["adamw", "adam", "nadamw", "lion", "sgd"] = "adamw"
     """Optimiser, from optax; all work element by element, so that a stack of layers is no other than its layers."""
     learning_rate: float = 2e-4
@@ -165,6 +173,8 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """How long to train, in which batches, and what to write where."""
+
     output: str = "out/run"
     """Folder for the adapter, the log, the plot and the checkpoints."""
     overwrite: bool = False
@@ -208,6 +218,8 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
+    """What to measure and to show on the validation rows."""
+
     rows: int = 64
     """Validation rows whose loss is measured at each evaluation; 0 takes all."""
     exact_match_rows: int = 100
@@ -233,6 +245,8 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
+    """How the devices share the work."""
+
     data: int = -1
     """Devices along the data axis (whole copies of the weights); -1 takes all that are left."""
     fsdp: int = 1
@@ -291,7 +305,8 @@ def load_config(path: str | Path) -> Config:
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ValueError(f"no config file at {path}" + (f"; beside it: {', '.join(near)}" if near else ""))
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

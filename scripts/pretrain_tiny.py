@@ -15,7 +15,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 import optax
 import optax.contrib
 from jax import Array
-from tiny_corpus import SHARES, Chat, documents
+from tiny_corpus import Chat, documents
 from tiny_questions import make_questions
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -68,10 +68,10 @@ def main() -> None:
     )
     rows = pack(documents(options.seed), tokenizer, options.steps * options.batch, length=options.length)
     print(f"{int(rows['weights'].sum()):,} tokens to predict, made in {time.time() - began:.0f} s", flush=True)
-    params = train(config, rows, options)
+    skills = functools.partial(measure, config, tokenizer=tokenizer, seed=options.seed + 2)
+    params = train(config, rows, options, skills)
     params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params)  # as they are stored
-    skills = measure(config, jax.tree.map(lambda leaf: leaf.astype(np.float32), params), tokenizer, options.seed + 2)
-    print("; ".join(f"{name} {share:.1%}" for name, share in skills.items()))
+    print(f"as stored: {skills(jax.tree.map(lambda leaf: leaf.astype(np.float32), params))}")
     write(options.output, config, params, tokenizer)
     print(f"{options.output}: done in {time.time() - began:.0f} s")
 
@@ -141,8 +141,8 @@ def _encoded(texts: Iterator[str | Chat], tokenizer: Tokenizer, length: int) -> 
                 yield encoding.ids
 
 
-def train(config: DecoderConfig, rows: Rows, options: argparse.Namespace) -> Any:
-    """Parameters after one pass over the rows, `options.batch` at a time."""
+def train(config: DecoderConfig, rows: Rows, options: argparse.Namespace, skills: Callable[[Any], str]) -> Any:
+    """Parameters after one pass over the rows, `options.batch` at a time; prints the loss and the skills now and then."""
     module = Decoder(config)
     params = module.init(jax.random.key(options.seed), rows["tokens"][:1])["params"]
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True)
@@ -157,6 +157,8 @@ def train(config: DecoderConfig, rows: Rows, options: argparse.Namespace) -> Any
         if (number + 1) % 100 == 0:
             mean = np.mean(jax.device_get(losses[-100:]))
             print(f"step {number + 1}: loss {mean:.4f}, {time.time() - began:.0f} s", flush=True)
+        if (number + 1) % 500 == 0:
+            print(f"  {skills(params)}", flush=True)
     return params
 
 
@@ -197,14 +199,15 @@ def _logits(module: Decoder, params: Any, tokens: Array, *args: Array) -> Array:
     return rows.reshape(*tokens.shape, -1)
 
 
-def measure(config: DecoderConfig, params: Any, tokenizer: Tokenizer, seed: int) -> dict[str, float]:
+def measure(config: DecoderConfig, params: Any, *, tokenizer: Tokenizer, seed: int) -> str:
     """For each kind of conversation, the share of last answers that greedy decoding gets right to the letter."""
     chats: dict[str, list[Chat]] = {}
-    for document in itertools.islice(documents(seed), 8_000):
+    for document in itertools.islice(documents(seed), 6_000):
         if not isinstance(document, str):
             chats.setdefault(_skill(document), []).append(document)
     predict = jax.jit(lambda tokens: jnp.argmax(_logits(Decoder(config), params, tokens), axis=-1))
-    return {name: _exact(predict, sample[:256], tokenizer) for name, sample in sorted(chats.items())}
+    shares = {name: _exact(predict, sample[:128], tokenizer) for name, sample in sorted(chats.items())}
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
 
 def _skill(chat: Chat) -> str:
@@ -220,20 +223,15 @@ def _skill(chat: Chat) -> str:
 _WORDS = {"epeat": "copying", "Say": "copying", "larger": "comparing", "more": "comparing", "after": "comparing"}
 
 
-def _exact(predict: Any, chats: Sequence[Chat], tokenizer: Tokenizer) -> float:
-    tokens = np.zeros((256, 192), np.int32)
-    right = 0
-    spans = []
-    for row, chat in enumerate(chats):
+def _exact(predict: Callable[[np.ndarray], Array], chats: Sequence[Chat], tokenizer: Tokenizer) -> float:
+    tokens, spans = np.zeros((128, 128), np.int32), []
+    for row, chat in zip(tokens, chats, strict=False):
         before = "".join(itertools.starmap(_turn, chat[:-1])) + _asked(chat[-1][0])
-        start = len(tokenizer.encode(before).ids)
-        ids = tokenizer.encode(f"{before}{chat[-1][1]}{STOP}").ids
-        tokens[row, : len(ids)] = ids
-        spans.append((start, len(ids)))
-    predicted = np.asarray(predict(tokens))
-    for row, (start, end) in enumerate(spans):
-        right += bool(np.all(predicted[row, start - 1 : end - 1] == tokens[row, start:end]))
-    return right / len(chats)
+        ids = tokenizer.encode(before + chat[-1][1] + STOP).ids
+        row[: len(ids)] = ids
+        spans.append(slice(len(tokenizer.encode(before).ids), len(ids)))
+    predicted = np.roll(predict(tokens), 1, axis=1)
+    return float(np.mean([np.all(a[span] == b[span]) for a, b, span in zip(predicted, tokens, spans, strict=False)]))
 
 
 def write(folder: Path, config: DecoderConfig, params: Any, tokenizer: Tokenizer) -> None:
@@ -253,7 +251,9 @@ def write(folder: Path, config: DecoderConfig, params: Any, tokenizer: Tokenizer
         (new / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     for name, rows in zip(("train", "test"), make_questions(0, 3_000, 400), strict=True):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder.parent / f"questions_{name}.jsonl").write_text(lines)
+        file = folder.parent / "questions" / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(lines)
 
 
 def _options() -> argparse.Namespace:
@@ -265,8 +265,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--vocabulary", type=int, default=768, help="tokens of the tokenizer")
-    parser.add_argument("--width", type=int, default=192, help="width of the model, a multiple of 64")
-    parser.add_argument("--mlp-width", type=int, default=512, help="width inside the MLP")
+    parser.add_argument("--width", type=int, default=128, help="width of the model, a multiple of 64")
+    parser.add_argument("--mlp-width", type=int, default=384, help="width inside the MLP")
     parser.add_argument("--layers", type=int, default=6, help="layers")
     return parser.parse_args()
 

@@ -121,7 +121,7 @@ def _state(rng: random.Random, person: Person, thing: Thing, owned: int, past: b
 
 def together(rng: random.Random) -> str:
     """A plain text that sets what two people have side by side, or what lies in boxes."""
-    (one, two), (thing, _), (holder, holders) = two_people(rng), two_things(rng), rng.choice(HOLDERS)
+    (one, two), (thing, _), (_, holders) = two_people(rng), two_things(rng), rng.choice(HOLDERS)
     a, b = rng.randint(2, 49), rng.randint(2, 49)
     draw = rng.random()
     if draw < 0.35:
@@ -163,7 +163,8 @@ def recall(rng: random.Random) -> Chat:
         actor = rng.choice((one, two))
         facts.append(f"{actor.name} {verb.now} {count(c, thing)}{verb.tail} at the {place}.")
         does = f"{actor.name} {verb.now} {count(c, thing)}{verb.tail}"
-        asked = asked[:2] + [
+        asked = [
+            *asked[:2],
             (f"How many {thing[1]} does {actor.he} {verb.base}{verb.tail}?", f"{actor.He} {does.partition(' ')[2]}."),
             (f"Who {verb.now} {count(c, thing)}{verb.tail}?", f"{does}."),
             (f"Where is {actor.name}?", f"{actor.name} is at the {place}."),

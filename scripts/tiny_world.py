@@ -38,20 +38,52 @@ class Verb:
 
 
 PEOPLE = tuple(
-    [Person(name, "he", "him", "his") for name in "Tom Ben Max Sam Leo Jack Finn Hugo Omar Luke Paul Carl".split()]
-    + [Person(name, "she", "her", "her") for name in "Anna Lily Mia Zoe Emma Nora Ruby Ella Ivy Rosa Jane Kate".split()]
+    Person(name, *pronouns)
+    for pronouns, names in (
+        (
+            ("he", "him", "his"),
+            ("Tom", "Ben", "Max", "Sam", "Leo", "Jack", "Finn", "Hugo", "Omar", "Luke", "Paul", "Carl"),
+        ),
+        (
+            ("she", "her", "her"),
+            ("Anna", "Lily", "Mia", "Zoe", "Emma", "Nora", "Ruby", "Ella", "Ivy", "Rosa", "Jane", "Kate"),
+        ),
+    )
+    for name in names
 )
 THINGS = tuple(
     (word, word + "s")
     for word in (
-        "apple pear plum orange lemon cookie egg nut book pencil coin stamp marble card shell stone flower toy "
-        "balloon button sticker bead candle ticket"
-    ).split()
+        "apple",
+        "pear",
+        "plum",
+        "orange",
+        "lemon",
+        "cookie",
+        "egg",
+        "nut",
+        "book",
+        "pencil",
+        "coin",
+        "stamp",
+        "marble",
+        "card",
+        "shell",
+        "stone",
+        "flower",
+        "toy",
+        "balloon",
+        "button",
+        "sticker",
+        "bead",
+        "candle",
+        "ticket",
+    )
 )
 HOLDERS = (("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("jar", "jars"), ("tray", "trays"))
-PLACES = "market park school garden beach shop farm kitchen library station".split()
-COLOURS = "red blue green yellow white black brown small big old new".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+PLACES = ("market", "park", "school", "garden", "beach", "shop", "farm", "kitchen", "library", "station")
+COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "small", "big", "old", "new")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 GAIN = (
     Verb("buys", "bought", "buy"),
     Verb("finds", "found", "find"),

@@ -1,13 +1,14 @@
 """Fine-tune a model.
 
-    python scripts/train.py --config configs/pissa.py
-    python scripts/train.py --config configs/dora.py --model.path MODEL --data.train FILE.jsonl --adapter.rank 32
+python scripts/train.py --config configs/pissa.py
+python scripts/train.py --config configs/dora.py --model.path MODEL --data.train FILE.jsonl --adapter.rank 32
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 from lorax_ft import cli
 from lorax_ft.config import Config, load_config
@@ -36,7 +37,7 @@ def main() -> None:
         train(Config(**_values(args)), dry_run=args.dry_run)
 
 
-def _values(config: Config) -> dict[str, object]:
+def _values(config: Config) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +20,13 @@ import numpy as np
 import pytest
 from jax import Array
 
-from lorax_ft.lowrank.intercept import adapt
-from lorax_ft.lowrank.layout import Layout, layout
+from lorax_ft import adapt, layout
+from lorax_ft.lowrank.layout import Layout
 from lorax_ft.models.llama import Decoder, DecoderConfig
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, flatten, unflatten
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / f"lorax_ft_tests_{os.getuid()}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
@@ -140,7 +139,23 @@ class Boxed(nn.Module):
     def __call__(self, x: Array) -> Array:
         initial = nn.initializers.lecun_normal()
         x = nn.tanh(nn.Dense(16, kernel_init=nn.with_partitioning(initial, ("data", None)), name="first")(x))
-        return nn.DenseGeneral((2, 4), kernel_init=nn.with_partitioning(initial, (None, "data", None)), name="second")(x)
+        return nn.DenseGeneral((2, 4), kernel_init=nn.with_partitioning(initial, (None, "data", None)), name="second")(
+            x
+        )
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """JAX's usual dtype promotion, for tests that run optax's schedules, which add an int32 count to a float (0.2.8)."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """No implicit promotion between types: what the library's own numerics are held to."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -170,7 +185,8 @@ def randomise() -> Randomise:
 def _decoder(**fields: Any) -> Model:
     config = dataclasses.replace(TINY, **fields)
     tokens = jnp.zeros((1, 8), jnp.int32)
-    params = Decoder(config).init(jax.random.key(0), tokens)["params"]
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention promotes
+        params = Decoder(config).init(jax.random.key(0), tokens)["params"]
     if not config.tied:
         kernel = jax.random.normal(jax.random.key(1), (config.width, config.vocab_size)) / config.width**0.5
         params = params | {"lm_head": {"kernel": kernel}}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorax_ft import cli
-from lorax_ft.config import AdapterConfig, Config, ModelConfig
+from lorax_ft.config import AdapterConfig, Config, MeshConfig, ModelConfig
 from lorax_ft.evaluation.exact_match import evaluate_answers, exact_match
 from lorax_ft.inference.decode import Sampling, decode, pick
 from lorax_ft.inference.generate import answer, default_stop_ids, generate
@@ -27,24 +28,13 @@ from lorax_ft.interop.huggingface import save_model
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import save_peft
 from lorax_ft.lowrank.adapters import add_adapters, with_norms
-from lorax_ft.models.llama import Decoder, DecoderConfig
+from lorax_ft.models.llama import SHARDING_RULES
 from lorax_ft.models.model import Model
-from lorax_ft.tree import flatten, unflatten
+from lorax_ft.training.sharding import make_mesh, param_shardings
+from lorax_ft.tree import Tree
 
 ROOT = Path(__file__).parent.parent
-CONFIG = DecoderConfig(
-    vocab_size=97,
-    width=32,
-    mlp_width=48,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    tied=True,
-    max_positions=64,
-)
+CACHE = str(jax.config.jax_compilation_cache_dir)
 PROMPTS = [[5, 17, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [96], list(range(40))]
 NEW = 12
 CASES = {
@@ -54,53 +44,42 @@ CASES = {
 }
 
 
-def make_model(tokenizer: object = None) -> Model:
-    params = Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-    params = jax.tree.map(lambda leaf: leaf * 3, params)  # so that the likeliest token varies
-    return Model(config=CONFIG, params=params, tokenizer=tokenizer)
-
-
-def make_params(model: Model, adapter: AdapterConfig | None) -> dict:
-    """The parameters with random factors and magnitudes."""
-    if adapter is None:
-        return model.params
-    flat = flatten(add_adapters(model.params, adapter, layout=model.layout, key=jax.random.key(1)))
-    rng = np.random.default_rng(2)
-    names = ("lora_a", "lora_b", "magnitude")
-    return unflatten(
-        {
-            path: leaf * (1 + 0.3 * rng.random(leaf.shape, np.float32)) + 0.05 * rng.random(leaf.shape, np.float32)
-            if path.rpartition("/")[2] in names
-            else leaf
-            for path, leaf in flat.items()
-        }
-    )
-
-
-def reference(model: Model, params: dict, prompt: list[int], new: int) -> list[int]:
-    """The likeliest token of a full forward pass, again and again."""
-    params, tokens = with_norms(params), list(prompt)
-    forward = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
-    for _ in range(new):
-        padded = np.zeros((1, 64), np.int32)
-        padded[0, : len(tokens)] = tokens
-        tokens.append(int(jnp.argmax(forward(params, padded)[0, len(tokens) - 1])))
-    return tokens[len(prompt) :]
+@pytest.fixture(scope="module")
+def model(decoder: Callable[..., Model]) -> Model:
+    return decoder()
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
-    return make_model()
+def params(model: Model, randomise: Callable[..., Tree]) -> Callable[[str], Tree]:
+    """The parameters of a case, with random factors and magnitudes."""
+
+    def build(case: str) -> Tree:
+        config = CASES[case]
+        if config is None:
+            return model.params
+        return randomise(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(1)))
+
+    return functools.cache(build)
+
+
+def reference(model: Model, params: Tree, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """The likeliest token of a full forward pass over everything so far, again and again."""
+    params, rows = with_norms(params), [list(prompt) for prompt in prompts]
+    forward = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
+    for _ in range(new):
+        padded = np.array([row + [0] * (64 - len(row)) for row in rows], np.int32)
+        likeliest = np.asarray(jnp.argmax(forward(params, padded), axis=-1))
+        rows = [[*row, int(best[len(row) - 1])] for row, best in zip(rows, likeliest, strict=True)]
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_equals_full_forward_passes(model: Model, case: str) -> None:
-    params = make_params(model, CASES[case])
-    expected = [reference(model, params, prompt, NEW) for prompt in PROMPTS]
-    assert generate(model, params, PROMPTS, max_new_tokens=NEW, stop_ids=()) == expected
+def test_greedy_equals_full_forward_passes(model: Model, params: Callable[[str], Tree], case: str) -> None:
+    expected = reference(model, params(case), PROMPTS, NEW)
+    rows = generate(model, params(case), PROMPTS, max_new_tokens=NEW, stop_ids=())
+    assert rows == expected
     assert len({token for row in expected for token in row}) > 5
-    if case != "base":
-        assert expected != [reference(model, model.params, prompt, NEW) for prompt in PROMPTS]
+    assert case == "base" or rows != generate(model, model.params, PROMPTS, max_new_tokens=NEW, stop_ids=())
 
 
 def test_a_row_does_not_depend_on_the_others(model: Model) -> None:
@@ -125,7 +104,7 @@ def test_stops(model: Model) -> None:
 def test_stops_early(model: Model) -> None:
     """The loop ends when all rows have: the rest of the room stays at 0."""
     tokens, lengths = np.full((4, 64), 7, np.int32), np.array([3, 5, 7, 9], np.int32)
-    options = {"config": dataclasses.replace(CONFIG, attention="xla"), "room": 32, "greedy": True, "mesh": None}
+    options = {"config": dataclasses.replace(model.config, attention="xla"), "room": 32, "greedy": True, "mesh": None}
     ((first,),) = generate(model, model.params, [[7, 7, 7]], max_new_tokens=1, stop_ids=())
     stop = np.arange(32, dtype=np.int32) + first // 32 * 32
     sampling = Sampling(np.float32(1), np.int32(97), np.float32(1))
@@ -173,16 +152,15 @@ def test_pick_draws_from_the_right_distribution(temperature: float, top_k: int, 
     np.testing.assert_allclose(share[[1, 3, 0, 2]], expected, atol=0.015)
 
 
-def test_the_second_call_is_compiled_already(model: Model) -> None:
-    def call(params: dict, shift: int, **options: float) -> None:
+def test_the_second_call_is_compiled_already(model: Model, params: Callable[[str], Tree]) -> None:
+    def call(params: Tree, shift: int, **options: float) -> None:
         prompts = [[(token + shift) % 97 for token in prompt[: 40 - shift]] for prompt in PROMPTS]
         generate(model, params, prompts, max_new_tokens=9 + shift, stop_ids=(5,) * shift, **options)
 
-    params = make_params(model, CASES["dora"])
-    call(params, 0)
+    call(params("dora"), 0)
     call(model.params, 0, temperature=0.5, top_k=5, key=jax.random.key(0))
     before = decode._cache_size()
-    call(jax.tree.map(lambda leaf: leaf * 1.01, params), 3)
+    call(jax.tree.map(lambda leaf: leaf * 1.01, params("dora")), 3)
     call(model.params, 2, temperature=0.8, top_p=0.9, key=jax.random.key(5))
     assert decode._cache_size() == before
 
@@ -192,34 +170,20 @@ def test_no_parameter_is_a_constant(model: Model) -> None:
     abstract = jax.eval_shape(lambda: model.params)
     sampling = Sampling(np.float32(1), np.int32(97), np.float32(1))
     shape = jax.ShapeDtypeStruct((2, 32), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    options = {"config": CONFIG, "room": 32, "greedy": True, "mesh": None}
+    options = {"config": model.config, "room": 32, "greedy": True, "mesh": None}
     stop = np.zeros(1, np.int32)
     text = decode.lower(abstract, *shape, np.int32(4), stop, sampling, jax.random.key(0), **options).as_text()
     assert len(text) < 200_000
     assert "97x32xf32>" in text
 
 
-SHARDED = """
-import sys
-sys.path.insert(0, "tests")
-from test_generate import *
-from lorax_ft.config import MeshConfig
-from lorax_ft.models.llama import SHARDING_RULES
-from lorax_ft.training.sharding import make_mesh, param_shardings
-model = make_model()
-params = make_params(model, CASES["dora"])
-mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-placed = jax.device_put(params, param_shardings(params, SHARDING_RULES, mesh=mesh))
-print([generate(model, placed, prompts, max_new_tokens=NEW) for prompts in (PROMPTS, PROMPTS[:3])])
-"""
-
-
-def test_on_eight_devices(model: Model) -> None:
+def test_on_eight_devices(model: Model, params: Callable[[str], Tree]) -> None:
     """Sharded parameters; four rows divide by data and fsdp, three do not."""
-    done = run_python("-c", SHARDED, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
-    assert done.returncode == 0, done.stderr
-    expected = generate(model, make_params(model, CASES["dora"]), PROMPTS, max_new_tokens=NEW)
-    assert json.loads(done.stdout) == [expected, expected[:3]]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    sharded = jax.device_put(params("dora"), param_shardings(params("dora"), SHARDING_RULES, mesh=mesh))
+    expected = generate(model, params("dora"), PROMPTS, max_new_tokens=NEW)
+    assert generate(model, sharded, PROMPTS, max_new_tokens=NEW) == expected
+    assert generate(model, sharded, PROMPTS[:3], max_new_tokens=NEW) == expected[:3]
 
 
 @pytest.mark.parametrize(
@@ -260,9 +224,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def speaker() -> Model:
-    """A model with a tokenizer."""
-    return make_model(make_tokenizer())
+def speaker(model: Model) -> Model:
+    """The model with a tokenizer."""
+    return dataclasses.replace(model, tokenizer=make_tokenizer())
 
 
 def test_default_stop_ids(speaker: Model, model: Model) -> None:
@@ -276,7 +240,7 @@ def asked(*words: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": " ".join(words)}]
 
 
-def test_answers_in_batches(speaker: Model) -> None:
+def test_answers_in_batches(speaker: Model, model: Model) -> None:
     conversations = [asked(*WORDS[i : i + 3 * i + 1]) for i in range(5)]
     alone = [answer(speaker, speaker.params, [c], max_new_tokens=8)[0] for c in conversations]
     assert answer(speaker, speaker.params, conversations, max_new_tokens=8, batch_size=2) == alone
@@ -284,7 +248,7 @@ def test_answers_in_batches(speaker: Model) -> None:
     assert all(text == text.strip() and "<|" not in text for text in alone)
     assert len(set(alone)) > 1
     with pytest.raises(ValueError, match="no tokenizer"):
-        answer(make_model(), speaker.params, conversations, max_new_tokens=8)
+        answer(model, speaker.params, conversations, max_new_tokens=8)
 
 
 def test_evaluate_answers(speaker: Model) -> None:
@@ -406,15 +370,19 @@ def test_one_line_errors(
     assert capsys.readouterr().err == printed
 
 
-def test_scripts(speaker: Model, tmp_path: Path) -> None:
+def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) -> None:
     """The whole way: an adapter on disk is asked, merged, and gives the same answer; then bad input."""
     base, run, merged = tmp_path / "base", tmp_path / "run", tmp_path / "merged"
     save_model(base, speaker.params, speaker)
-    save_peft(run / "adapter", make_params(speaker, CASES["lora"]), dataclasses.replace(speaker, source=str(base)))
+    save_peft(run / "adapter", params("lora"), dataclasses.replace(speaker, source=str(base)))
     (run / "config.json").write_text(Config(model=ModelConfig(path=str(base))).to_json())
 
     def call(script: str, *args: str) -> tuple[int, str, str]:
-        done = run_python(f"scripts/{script}.py", *args)
+        command = [sys.executable, f"scripts/{script}.py", *args]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": CACHE}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         return done.returncode, done.stdout, done.stderr
 
     assert call("merge", "--run", str(run), "--output", str(merged))[::2] == (0, "")
@@ -427,10 +395,3 @@ def test_scripts(speaker: Model, tmp_path: Path) -> None:
     assert call("merge", "--run", str(run), "--output", str(merged)) == (2, "", message)
     message = f"error: no run at {tmp_path / 'rum'}; beside it there is run\n"
     assert call("generate", "--run", str(tmp_path / "rum"), "w7") == (2, "", message)
-
-
-def run_python(*args: str, **environment: str) -> subprocess.CompletedProcess:
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(
-        [sys.executable, *args], cwd=ROOT, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )

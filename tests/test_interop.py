@@ -67,7 +67,7 @@ def randomised(params: dict, seed: int = 1) -> dict:
         if "lora_a" in layer:
             used = (layer["lora_a"] != 0).any(-2) | (layer["lora_b"] != 0).any(-1)
             a, b = (jnp.asarray(rng.normal(0, 0.3, layer[n].shape), jnp.float32) for n in ("lora_a", "lora_b"))
-            layer |= {"lora_a": a * used[..., None, :], "lora_b": b * used[..., None]}
+            layer |= {"lora_a": jnp.where(used[..., None, :], a, 0), "lora_b": jnp.where(used[..., None], b, 0)}
         if "magnitude" in layer:
             layer["magnitude"] *= jnp.where(layer["lora_scale"][..., None] > 0, 1.3, 1.0)
     return from_modules(layers)
@@ -314,7 +314,7 @@ def test_adapter_config(tmp_path: Path) -> None:
 
 def test_adapter_names_of_some_layers(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model")
-    config = AdapterConfig(rank=2, layers=(1,), targets=("q_proj", "lm_head"))
+    config = AdapterConfig(rank=2, targets=("layers/1/self_attn/q_proj", "lm_head"))
     params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
     save_peft(tmp_path / "adapter", params, model)
     written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
@@ -332,23 +332,27 @@ def test_adapter_names_of_some_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changed", ["embed_tokens/embedding", "lm_head/kernel", "norm/scale", "layers/mlp/up_proj/kernel"]
 )
-def test_modules_trained_whole_come_back(tmp_path: Path, changed: str, tied: bool) -> None:
+def test_modules_trained_whole_come_back(tmp_path: Path, changed: str, tied: bool, told: bool) -> None:
     model = saved_model(tmp_path / "model", tied=tied)
     config = AdapterConfig(rank=2, targets=("q_proj",))
     params = randomised(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)))
     flat = flatten(params)
     old = flat.get(changed, flat["embed_tokens/embedding"].T)
     params = unflatten(flat | {changed: old + 0.5 if old.ndim < 3 else old.at[1].add(0.5)})
-    save_peft(tmp_path / "adapter", params, model)
+    module = changed.rpartition("/")[0]
+    told_config = dataclasses.replace(config, train_whole=(module,)) if told else None
+    save_peft(tmp_path / "adapter", params, model, config=told_config)
     again = load_peft(tmp_path / "adapter", model)
     np.testing.assert_array_equal(flatten(again)[changed], flatten(params)[changed])
     np.testing.assert_array_equal(logits(model.config, again), logits(model.config, params))
     names = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["modules_to_save"]
-    module = changed.rpartition("/")[0].replace("/", ".")
-    expected = {"lm_head": ["lm_head"], "layers.mlp.up_proj": ["model.layers.1.mlp.up_proj"]}.get(
-        module, [f"model.{module}"]
-    )
-    assert names == (["lm_head", *expected] if tied and "embed" in changed else expected)
+    expected = {
+        "embed_tokens": ["lm_head", "model.embed_tokens"] if tied else ["model.embed_tokens"],
+        "lm_head": ["lm_head"],
+        "norm": ["model.norm"],
+        "layers/mlp/up_proj": [f"model.layers.{i}.mlp.up_proj" for i in (range(3) if told else [1])],
+    }
+    assert names == expected[module]
 
 
 def test_save_peft_refuses(tmp_path: Path) -> None:
@@ -358,7 +362,7 @@ def test_save_peft_refuses(tmp_path: Path) -> None:
         save_peft(tmp_path / "adapter", model.params, model)
     shifted = jax.tree.map(lambda leaf: leaf + 1, model.params)
     moved = add_adapters(shifted, AdapterConfig(), layout=model.layout, key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"its base is not the one"):
+    with pytest.raises(ValueError, match=r"is adapted and its own weights changed too"):
         save_peft(tmp_path / "adapter", moved, model)
     flat = flatten(add(AdapterConfig(targets=("lm_head",))))
     both = unflatten(flat | {"embed_tokens/embedding": flat["embed_tokens/embedding"] + 1})

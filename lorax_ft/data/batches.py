@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from lorax_ft.config import DataConfig
 from lorax_ft.data.chat import Sample, Tokenizer, encode_all
 from lorax_ft.data.formats import Message, detect_shape, to_messages
 from lorax_ft.data.packing import Batch, collate, pack
-from lorax_ft.data.sources import Row, read_rows
+from lorax_ft.data.sources import Row, find_split, read_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,14 +92,15 @@ def evaluation_batches(
 def load_data(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Dataset:
     """Reads, converts and tokenises the data of a run.
 
-    The seed chooses the validation rows where no validation files are given.
+    Where no validation files are given, a training folder's other split is taken, or else rows are held out by the seed.
 
     Raises:
       ValueError: a source or a row cannot be used (see `read_rows`, `to_messages`, `encode_all`).
     """
     train = read_rows(config.train, split=config.split, limit=config.limit)
-    if config.validation:
-        validation = read_rows(config.validation, split=config.validation_split)
+    beside = len(config.train) == 1 and Path(config.train[0]).is_dir() and config.validation_rows > 0
+    if config.validation or (beside and find_split(config.train[0], config.validation_split)):
+        validation = read_rows(config.validation or config.train, split=config.validation_split)
     else:
         train, validation = _hold_out(train, min(config.validation_rows, len(train) // 10), seed)
     return Dataset(

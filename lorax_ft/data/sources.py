@@ -35,8 +35,9 @@ def read_rows(
     """The rows of files and hub data sets, one source after the other.
 
     Args:
-      paths: files (.jsonl, .json, .csv, .parquet), or hub ids as "owner/name" or "owner/name:subset".
-      split: the split of a hub data set.
+      paths: files (.jsonl, .json, .csv, .parquet), folders with a file for each split, such as `train.jsonl`, or
+        hub ids as "owner/name" or "owner/name:subset".
+      split: the split of a folder or a hub data set.
       limit: the largest number of rows, over all sources; what lies behind is not read.
       revision: branch, tag or commit of a hub data set.
 
@@ -48,11 +49,21 @@ def read_rows(
     return list(itertools.islice(rows, limit))
 
 
+def find_split(folder: str, split: str) -> str | None:
+    """The file of a split in a folder, such as `train.jsonl`, or None."""
+    return next((str(f) for s in SUPPORTED if (f := Path(folder) / f"{split}{s}").is_file()), None)
+
+
 def _read(path: str, split: str, revision: str | None) -> Iterator[Row]:
     """The rows of one source, at least one."""
     file = Path(path)
     if file.is_file():
         rows = _read_file(path)
+    elif file.is_dir():
+        split_file = find_split(path, split)
+        if split_file is None:
+            raise ValueError(f"{path} holds no file {' or '.join(split + suffix for suffix in SUPPORTED)}")
+        rows = _read_file(split_file)
     elif _is_hub_id(path):
         rows = _read_hub(path, split, revision)
     else:

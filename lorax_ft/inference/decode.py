@@ -91,7 +91,7 @@ def decode(
         token = pick(scores, None if greedy else jax.random.fold_in(key, state.step), sampling)
         stopped = state.stopped | jnp.any(token[:, None] == stop, axis=1)
         out = lax.dynamic_update_slice(state.out, token[:, None], (0, state.step))
-        return State(state.step + 1, out, token, state.counts + ~stopped, stopped, state.cache)
+        return State(state.step + 1, out, token, state.counts + (~stopped).astype(jnp.int32), stopped, state.cache)
 
     def body(state: State) -> State:
         positions = (lengths + state.step - 1)[:, None]

@@ -20,7 +20,10 @@ from lorax_ft.models.llama import DecoderConfig
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, combine, flatten, split
 
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>")
+END_OF_TURN = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>"),
+    *("<|endoftext|>", "<|end_of_text|>"),
+)
 
 
 def generate(
@@ -81,7 +84,7 @@ def generate(
         np.int32(max_new_tokens),
         np.pad(stop, (0, bucket(len(stop) or 1) - len(stop)), constant_values=-1),
         sampling,
-        jax.device_put(key, NamedSharding(mesh, P())) if mesh else key,
+        _everywhere(key, mesh) if mesh else key,
         config=dataclasses.replace(model.config, attention="xla"),  # a single query is not a case for cuDNN's kernel
         room=bucket(max_new_tokens),
         greedy=temperature == 0,
@@ -146,7 +149,7 @@ def answer(
 
 
 def default_stop_ids(model: Model) -> tuple[int, ...]:
-    """The end of text by tokenizer and config.json, and the end-of-turn tokens that the vocabulary holds."""
+    """The end of text by tokenizer and config.json, and the usual ends of turns and texts in the vocabulary."""
     configured = model.hf_config.get("eos_token_id")
     ids = set(configured if isinstance(configured, list | tuple) else [configured])
     if model.tokenizer is not None:
@@ -176,6 +179,13 @@ def _with_norms(params: Tree) -> Tree:
 @jax.jit
 def _norms(params: Tree) -> Tree:
     return split(with_norms(params), lambda path: path.endswith("/norm"))[0]
+
+
+def _everywhere(key: Array, mesh: Mesh) -> Array:
+    """The key on every device of the mesh; device_put cannot place a key on devices of other processes (jax 0.10)."""
+    data, sharding = np.asarray(jax.random.key_data(key)), NamedSharding(mesh, P())
+    placed = jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
+    return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(key))
 
 
 def _mesh(params: Tree) -> Mesh | None:

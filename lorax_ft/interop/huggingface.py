@@ -6,6 +6,7 @@ A leaf `layers/mlp/up_proj/kernel` `[L, in, out]` holds the tensors `model.layer
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -157,7 +158,8 @@ def save_model(folder: str | Path, params: Tree, model: Model, *, dtype: str | N
 def abstract_params(config: DecoderConfig, *, tied: bool | None = None) -> Tree:
     """The shapes of a decoder's parameters, as `jax.ShapeDtypeStruct`; `tied` overrides the config's."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    params: Tree = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+    decoder = Decoder(dataclasses.replace(config, dtype="float32"))  # as parameters are by default
+    params: Tree = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["params"]
     if not (config.tied if tied is None else tied):
         params = params | {"lm_head": {"kernel": jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)}}
     return params
@@ -252,6 +254,7 @@ def _hf_config(model: Model, *, tied: bool, dtype: str) -> dict[str, Any]:
         "vocab_size": c.vocab_size,
         "hidden_size": c.width,
         "intermediate_size": c.mlp_width,
+        "hidden_act": "silu",
         "num_hidden_layers": c.layers,
         "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,

@@ -21,6 +21,7 @@ from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import LEAVES, hf_module, read_tensor, tensor_names, unstacked
 from lorax_ft.interop.peft_config import CONFIG, rank_and_scale, read_config, write_config
+from lorax_ft.lowrank.groups import is_whole
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, column_norm
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, from_modules, modules
@@ -45,26 +46,28 @@ Matrix = dict[str, np.ndarray]
 def save_peft(folder: str | Path, params: Tree, model: Model, *, config: AdapterConfig | None = None) -> None:
     """Writes the adapters in `params` as a folder that PEFT loads on the model's original checkpoint.
 
-    Modules without an adapter whose weights differ from `model.params` were trained whole: they are
-    written too. A start (PiSSA) becomes plain LoRA of twice the rank. Alpha is the scale times the rank.
+    Modules trained whole are written too. A start (PiSSA) becomes plain LoRA of twice the rank. Alpha is the
+    scale times the rank.
 
     Args:
       folder: written beside and renamed.
       params: base and adapters together.
       model: the model as it was loaded; its source is named as the adapter's base.
-      config: what the adapters were made from, to record the dropout rate.
+      config: what the adapters were made from: says which modules were trained whole, and the dropout rate.
+        None compares the weights with the model's own, and records no dropout.
 
     Raises:
-      ValueError: there is no adapter, an adapter stands on another base, or PEFT has no form for it.
+      ValueError: there is no adapter, a module is both adapted and trained whole, or the folder holds other files.
     """
     layers, base = modules(params), modules(model.params)
     adapters: dict[str, Matrix] = {}
     whole: dict[str, np.ndarray] = {}
     for path, layer in layers.items():
+        changed = _changed(path, layer, base, config)
         if "lora_a" not in layer:
-            whole |= _changed(path, layer, base)
-        elif not _base_is_changed(layer) and _changed(path, layer, base):
-            raise ValueError(f"save_peft: {path} is adapted, but its base is not the one that {model.source} holds")
+            whole |= changed
+        elif changed:
+            raise ValueError(f"save_peft: {path} is adapted and its own weights changed too; PEFT has no form for it")
         else:
             adapters |= _exported(path, layer)
     if "embed_tokens/embedding" in whole and "lm_head" not in base and "kernel" not in layers.get("lm_head", {}):
@@ -116,7 +119,7 @@ def load_peft(folder: str | Path, model: Model) -> Tree:
             layers[path] = _with_whole(layers, path, index, value, where=f"{folder}: {key}")
         else:
             adapters.setdefault(path, {}).setdefault(index, {})[leaf] = value.T
-    if model.config.tied and "lm_head" in layers and jnp.array_equal(layers["lm_head"]["kernel"], _table(layers)):
+    if model.config.tied and "lm_head" in layers and not _differ(layers["lm_head"]["kernel"], _table(layers)):
         del layers["lm_head"]
     names = {place: module for module, place in known.items()}
     for path, matrices in adapters.items():
@@ -148,24 +151,28 @@ def _table(layers: Layers) -> Array:
     return layers["embed_tokens"]["embedding"].T
 
 
-def _base_is_changed(layer: Layer) -> bool:
-    """Whether an init took its start out of the base weight."""
-    return "lora_a0" in layer and "start_scale" not in layer
-
-
-def _changed(path: str, layer: Layer, base: Layers) -> dict[str, np.ndarray]:
-    """The weights in a layer that are not the base's own, in PEFT's orientation, by logical slash path."""
+def _changed(path: str, layer: Layer, base: Layers, config: AdapterConfig | None) -> dict[str, np.ndarray]:
+    """The layer's own weights where they were trained, in PEFT's orientation, by logical slash path."""
+    if config is not None and not is_whole(path, config.train_whole):
+        return {}
+    if config is None and "lora_a0" in layer and "start_scale" not in layer:  # the init changed them
+        return {}
     changed = {}
     for name in layer.keys() - ADAPTER_LEAVES - STEP_LEAVES:
-        leaf, old = layer[name], base[path][name] if path in base else _base_kernel(base, path)
-        donated = isinstance(old, Array) and old.is_deleted()  # by a step that trained it
-        if leaf is old or (not donated and jnp.array_equal(leaf, old)):
-            continue
+        leaf = layer[name]
+        old = base[path][name] if path in base else _base_kernel(base, path)
         for logical, index in unstacked(path, len(leaf)):
-            if donated or not jnp.array_equal(leaf[index], old[index]):
+            if config is not None or _differ(leaf, old, index):
                 value = np.asarray(leaf[index])
                 changed[f"{logical}/{name}"] = value.T if name == "kernel" else value
     return changed
+
+
+def _differ(leaf: Array, old: Array, index: Any = ...) -> bool:
+    if leaf is old:
+        return False
+    donated = isinstance(old, Array) and old.is_deleted()  # by a step that trained it
+    return donated or not jnp.array_equal(leaf[index], old[index].astype(leaf.dtype))
 
 
 def _exported(path: str, layer: Layer) -> dict[str, Matrix]:
@@ -219,7 +226,7 @@ def _with_whole(layers: Layers, path: str, index: Any, value: np.ndarray, *, whe
     if old[index].shape != value.shape:
         raise ValueError(f"{where} has the shape {value.shape}; the model's is {old[index].shape} (in, out)")
     dtype = jnp.promote_types(old.dtype, value.dtype)
-    return layer | {name: jnp.asarray(old, dtype).at[index].set(value)}
+    return layer | {name: jnp.asarray(old, dtype).at[index].set(jnp.asarray(value, dtype))}
 
 
 def _complete(matrix: Matrix, config: Mapping[str, Any], module: str, *, where: Path) -> None:

@@ -1,0 +1,1 @@
+"""The heart: low-rank leaves in a parameter tree, and the one forward that reads them."""

@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
-from collections.abc import Sequence
-from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -18,21 +15,12 @@ from jax import Array
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank import initial
-from lorax_ft.lowrank.layout import Layout, logical_paths
+from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, column_norm, merged_kernel
 from lorax_ft.lowrank.pissa import pissa
 from lorax_ft.lowrank.spec import LayerSpec, as_canonical
-from lorax_ft.lowrank.targets import check_coverage, first_value, is_target, layer_index, matches
-from lorax_ft.tree import Tree, combine, flatten, from_modules, modules, split, unflatten
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What one module gets: ranks and scales for each matrix of its stack, 0 where it gets nothing."""
-
-    paths: list[str]
-    ranks: np.ndarray
-    scales: np.ndarray
+from lorax_ft.lowrank.targets import Plan, plan_adapters
+from lorax_ft.tree import Tree, combine, flatten, from_modules, modules, unflatten
 
 
 def add_adapters(params: Tree, config: AdapterConfig, *, layout: Layout, key: Array) -> Tree:
@@ -56,41 +44,9 @@ def add_adapters(params: Tree, config: AdapterConfig, *, layout: Layout, key: Ar
         layer = layers.get(path, {})
         if ADAPTER_LEAVES & layer.keys():
             raise ValueError(f"{path} has an adapter already; merge it first (lorax_ft.merge_adapters)")
-        layers[path] = layer | _adapter(
-            kernels[path], config, spec=layout[path], plan=plan, key=key, owns=path != "lm_head" or "kernel" in layer
-        )
+        owns = path != "lm_head" or "kernel" in layer  # a tied head's kernel is the embedding's
+        layers[path] = layer | _adapter(kernels[path], config, spec=layout[path], plan=plan, key=key, owns=owns)
     return from_modules(layers)
-
-
-def plan_adapters(config: AdapterConfig, *, layout: Layout, shapes: dict[str, tuple[int, ...]]) -> dict[str, Plan]:
-    """The modules that `config` adapts, with the rank and the scale of each matrix of their stacks.
-
-    Args:
-      config: patterns, ranks and alphas.
-      layout: the layers of the model.
-      shapes: their kernels' shapes.
-
-    Raises:
-      ValueError: a pattern means no module, all that targets mean is excluded, or a rank is above a matrix's
-        smaller side.
-    """
-    paths = {path: logical_paths(path, spec, shapes[path]) for path, spec in layout.items()}
-    _check_patterns(config, layout, paths)
-    plans = {}
-    for path, spec in layout.items():
-        ranks = np.array([_rank(config, name, spec) for name in paths[path]])
-        alphas = np.array([first_value(config.patterns("alpha_pattern"), name, config.alpha) for name in paths[path]])
-        if not ranks.any():
-            continue
-        stack, rows, columns = spec.sizes(shapes[path])
-        if ranks.max() > min(rows, columns):
-            raise ValueError(f"{path}: rank {ranks.max()} is above the smaller side of its matrix, {rows} × {columns}")
-        divisor = np.sqrt(np.maximum(ranks, 1)) if config.scaling == "rank_stabilized" else np.maximum(ranks, 1)
-        scales = np.where(ranks > 0, alphas / divisor, 0).astype(np.float32)
-        plans[path] = Plan(paths=paths[path], ranks=ranks.reshape(stack), scales=scales.reshape(stack))
-    if config.targets and not plans:
-        raise ValueError(f"adapter.exclude and adapter.layers leave nothing of adapter.targets {config.targets}")
-    return plans
 
 
 def attach_adapters(base: Tree, adapters: Tree, *, layout: Layout | None = None) -> Tree:
@@ -169,65 +125,10 @@ def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:
     for path, layer in layers.items():
         if "lora_a" in layer:
             stack = layer["lora_scale"].shape
-            layer["dropout_key"] = (
-                jax.random.split(fold_path(key, path), stack or None) if stack else fold_path(key, path)
-            )
+            one = fold_path(key, path)
+            layer["dropout_key"] = jax.random.split(one, stack) if stack else one
             layer["dropout_rate"] = jnp.full(stack, rate, jnp.float32)
     return from_modules(layers)
-
-
-def label(params: Tree, *, whole: Sequence[str] = ()) -> Tree:
-    """Each leaf's group for the optimiser.
-
-    `lora_a`, `lora_b`, `magnitude`; `weight` and `vector` for the matrices and for the biases and norms of
-    modules that train whole; else `frozen`.
-
-    Args:
-      params: a tree with adapters.
-      whole: patterns of modules whose own weights train; "all" means every one.
-
-    Raises:
-      ValueError: a pattern means no module.
-    """
-    layers = modules(params)
-    bases = [path for path, layer in layers.items() if layer.keys() - ADAPTER_LEAVES - STEP_LEAVES]
-    patterns = [p for p in whole if p != "all"]
-    check_coverage(patterns, lambda p: any(is_whole(path, (p,)) for path in bases), names=bases, where="train_whole")
-
-    def group(path: str, name: str) -> str:
-        if name in ("lora_a", "lora_b", "magnitude"):
-            return name
-        if name in ADAPTER_LEAVES | STEP_LEAVES or not is_whole(path, whole):
-            return "frozen"
-        return "weight" if name in ("kernel", "embedding") else "vector"
-
-    return from_modules({path: {name: group(path, name) for name in layer} for path, layer in layers.items()})
-
-
-def partition(
-    params: Tree, *, by: Literal["training", "ownership"] = "training", whole: Sequence[str] = ()
-) -> tuple[Tree, Tree]:
-    """Two trees, to be put together again by `combine`.
-
-    Args:
-      params: a tree with adapters.
-      by: "training": what trains, and what is frozen. "ownership": what belongs to the fine-tuning
-        (frozen scales and starts too), and what belongs to the base.
-      whole: patterns of modules whose own weights train, as for `label`.
-    """
-    labels = flatten(label(params, whole=whole))
-
-    def mine(path: str) -> bool:
-        return labels[path] != "frozen" or (by == "ownership" and path.rpartition("/")[2] in ADAPTER_LEAVES)
-
-    return split(params, mine)
-
-
-def is_whole(path: str, whole: Sequence[str]) -> bool:
-    """Whether the patterns `whole` mean the module at `path`, or one that it stands in."""
-    parts = path.split("/")
-    parents = ["/".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(pattern == "all" or any(matches(pattern, parent) for parent in parents) for pattern in whole)
 
 
 def fold_path(key: Array, path: str) -> Array:
@@ -258,37 +159,6 @@ def _untied(params: Tree, layout: Layout | None) -> Tree:
     return unflatten(flat)
 
 
-def _rank(config: AdapterConfig, path: str, spec: LayerSpec) -> int:
-    """The rank of one matrix, 0 where it is not adapted."""
-    embed = spec.kind == "embed"
-    chosen = is_target(path, targets=config.targets, head=spec.head, embed=embed)
-    if not chosen or is_target(path, targets=config.exclude, head=spec.head, embed=embed):
-        return 0
-    index = layer_index(path)
-    if config.layers and index not in config.layers:
-        return 0
-    return int(first_value(config.patterns("rank_pattern"), path, config.rank))
-
-
-def _check_patterns(config: AdapterConfig, layout: Layout, paths: dict[str, list[str]]) -> None:
-    known = [(name, layout[path]) for path, names in paths.items() for name in names]
-    names = [name for name, _ in known]
-
-    def hit(pattern: str) -> bool:
-        return any(is_target(n, targets=(pattern,), head=s.head, embed=s.kind == "embed") for n, s in known)
-
-    check_coverage(config.targets, hit, names=names, where="adapter.targets")
-    check_coverage(config.exclude, hit, names=names, where="adapter.exclude")
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = [p for p, _ in config.patterns(field)]
-        check_coverage(patterns, lambda p: any(matches(p, n) for n in names), names=names, where=f"adapter.{field}")
-    indices = {layer_index(name) for name in names} - {None}
-    if missing := set(config.layers) - indices:
-        raise ValueError(
-            f"adapter.layers: there is no layer {min(missing)}; the model has layers 0 to {max(indices, default=-1)}"
-        )
-
-
 def _adapter(kernel: Array, config: AdapterConfig, *, spec: LayerSpec, plan: Plan, key: Array, owns: bool) -> Layer:
     """The leaves that one module gets, its kernel included where the init changes it."""
     w = spec.canonical("kernel", kernel)
@@ -306,7 +176,8 @@ def _adapter(kernel: Array, config: AdapterConfig, *, spec: LayerSpec, plan: Pla
         "lora_scale": scale,
     }
     if config.init == "pissa" and spec.kind != "embed":
-        leaves |= {"lora_a0": leaves["lora_a"], "lora_b0": leaves["lora_b"]}
+        # Copies: A and B are donated to the step, their start stays.
+        leaves |= {"lora_a0": jnp.copy(leaves["lora_a"]), "lora_b0": jnp.copy(leaves["lora_b"])}
         if config.keep_base or not owns:
             leaves["start_scale"] = scale
         else:

@@ -18,7 +18,7 @@ def kaiming(key: Array, *, rows: int, rank: int) -> Array:
 
 
 def gaussian(key: Array, *, rows: int, rank: int) -> Array:
-    """A · r `[in, r]`, standard normal: divided by the matrix's own rank it is PEFT's "gaussian", of deviation 1 / r."""
+    """A · r `[in, r]`, standard normal: over the matrix's own rank it is PEFT's "gaussian", of deviation 1 / r."""
     return jax.random.normal(key, (rank, rows), jnp.float32).T
 
 

@@ -133,7 +133,8 @@ def _run(module: nn.Module, fields: dict[str, Any], name: str, kernel: Array, x:
     """The module's own code on another kernel, without its bias."""
     if name == "kernel":
         fields = fields | {"use_bias": False}
-    return module.clone(parent=None, name=None, **fields).apply({"params": {name: kernel}}, x)
+    y: Array = module.clone(parent=None, name=None, **fields).apply({"params": {name: kernel}}, x)  # type: ignore
+    return y
 
 
 def _trace_einsum(module: nn.Module, shape: tuple[int, ...], args: Any, kwargs: Mapping[str, Any]) -> Traced | None:

@@ -136,7 +136,7 @@ def _dropout(layer: Layer, x: Array) -> Array:
 
 
 def _matrices(layer: Layer) -> Layer:
-    """The leaves that make up W + s A B as matrices with one stack axis: `[L, I, O]`, `[L, I, R]`, `[L, R, O]`, `[L]`."""
+    """The leaves of W + s A B as matrices with one stack axis: `[L, I, O]`, `[L, I, R]`, `[L, R, O]`, `[L]`."""
     w, a, b, s = (layer[name] for name in ("kernel", "lora_a", "lora_b", "lora_scale"))
     n = s.ndim
     n_in = a.ndim - n - 1
@@ -184,7 +184,7 @@ def _norm_matrix(layer: Layer) -> Array:
     def block_squares(part: Layer) -> Array:
         return jnp.sum(_merge_matrix(layer | part) ** 2, axis=0)
 
-    by_row = {name: layer[name] for name in ("kernel", "lora_a", "lora_a0") if name in layer}
+    by_row: Layer = {name: leaf for name, leaf in layer.items() if name in ("kernel", "lora_a", "lora_a0")}
     if blocks == 1:
         return jnp.sqrt(block_squares(by_row))
     strided = {k: v.reshape(rows // blocks, blocks, -1) for k, v in by_row.items()}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental import multihost_utils
 from threadpoolctl import threadpool_limits
 
 OVERSAMPLING = 10
@@ -36,7 +37,7 @@ def pissa(w: Array, *, rank: int, iterations: int | None, keys: Array) -> tuple[
     if iterations is None:
         if isinstance(w, jax.core.Tracer):
             raise ValueError("the exact SVD runs on the host, outside jit and eval_shape; set adapter.pissa_iterations")
-        a, b = exact(np.asarray(w), rank=rank)
+        a, b = exact(np.asarray(w), rank=rank) if w.is_fully_addressable else _shared_exact(w, rank=rank)
         return jnp.asarray(a), jnp.asarray(b)
     return randomised(w, keys, rank=rank, iterations=iterations)
 
@@ -65,6 +66,17 @@ def exact(w: np.ndarray, *, rank: int) -> tuple[np.ndarray, np.ndarray]:
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(factors, w))
     return np.stack([a for a, _ in parts]), np.stack([b for _, b in parts])
+
+
+def _shared_exact(w: Array, *, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """`exact` of an array on several hosts: each takes some of the matrices, and all get the same factors."""
+    n, i = jax.process_count(), jax.process_index()
+    whole = multihost_utils.process_allgather(w, tiled=True)
+    padded = -(-len(whole) // n)  # every host hands over as many
+    mine = np.minimum(np.arange(padded) * n + i, len(whole) - 1)
+    parts = multihost_utils.process_allgather(exact(whole[mine], rank=rank))  # [n, padded, ...]
+    a, b = (np.moveaxis(part, 0, 1).reshape(-1, *part.shape[2:])[: len(whole)] for part in parts)
+    return a, b
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "iterations"))

@@ -40,7 +40,7 @@ class LayerSpec:
         return leaf.transpose([sorted(axes).index(axis) for axis in axes])
 
     def restored(self, name: str, leaf: Array) -> Array:
-        """The inverse of `canonical`: A and B have the kernel's own order of axes, with r for the first out or in axis."""
+        """The inverse of `canonical`: in A and B too, axes stand in the kernel's order, r for the first replaced."""
         axes = self._axes(name)
         return leaf.transpose([axes.index(axis) for axis in sorted(axes)])
 

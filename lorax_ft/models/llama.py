@@ -73,6 +73,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """`[..., D]` to `[..., D]`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         full = x.astype(jnp.float32)
         full = full * lax.rsqrt(jnp.mean(full**2, axis=-1, keepdims=True) + self.eps)
@@ -88,6 +89,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Array, cos: Array, sin: Array, mask: Array | None, positions: Array, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
+        """`[B, T, D]` to `[B, T, D]`; cos and sin `[B, T, 1, C/2]`, mask `[B, 1, T, S]`, positions `[B, T]`."""
         c = self.config
         q = _dense(c, c.heads * c.head_dim, "q_proj")(x)
         k = _dense(c, c.kv_heads * c.head_dim, "k_proj")(x)
@@ -111,6 +113,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """`[B, T, D]` to `[B, T, D]`."""
         c = self.config
         gate = checkpoint_name(_dense(c, c.mlp_width, "gate_proj")(x), "mlp")
         up = checkpoint_name(_dense(c, c.mlp_width, "up_proj")(x), "mlp")
@@ -127,6 +130,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, cos: Array, sin: Array, mask: Array | None, positions: Array, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
+        """`[B, T, D]` to `[B, T, D]`; cos and sin `[B, T, 1, C/2]`, mask `[B, 1, T, S]`, positions `[B, T]`."""
         c = self.config
         y, cache = Attention(c, name="self_attn")(
             RMSNorm(c.norm_eps, name="input_layernorm")(x), cos, sin, mask, positions, cache

@@ -76,7 +76,7 @@ def check_moved(report: dict[str, Any], *, updates: int) -> None:
         still = [p for p in sorted(pairs) if not (report[f"{p}/lora_a"][1] or report[f"{p}/lora_b"][1])]
     if still:
         raise ValueError(
-            f"after update {updates}, {_some(still)} has not moved: its gradient is zero or its learning rate too small"
+            f"after update {updates}, {_some(still)} did not move: a gradient is zero or a learning rate too small"
         )
 
 
@@ -86,9 +86,9 @@ def _read(jaxpr: Any) -> set[Any]:
     for eqn in jaxpr.eqns:
         inner = [_open(value) for value in eqn.params.values() if hasattr(_open(value), "eqns")]
         aligned = next((j for j in inner if len(j.invars) == len(eqn.invars)), None)
-        reads = None if aligned is None else _read(aligned)
+        reads = _read(aligned) if aligned else set()
         for i, var in enumerate(eqn.invars):
-            if not hasattr(var, "val") and (reads is None or aligned.invars[i] in reads):
+            if not hasattr(var, "val") and (aligned is None or aligned.invars[i] in reads):
                 used.add(var)
     return used
 

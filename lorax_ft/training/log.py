@@ -22,16 +22,27 @@ class Log:
       trackers: "tensorboard", "wandb".
       settings: the run's config, for the trackers.
       resumed: the step to go on from; later lines, of an interrupted attempt, are dropped.
+      writes: False in all but one of several processes: they would write over each other's lines.
     """
 
-    def __init__(self, folder: Path, *, trackers: Sequence[str], settings: Mapping[str, Any], resumed: int = 0) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        trackers: Sequence[str],
+        settings: Mapping[str, Any],
+        resumed: int = 0,
+        writes: bool = True,
+    ) -> None:
+        self._folder, self._writes = folder, writes
+        self._board: Any = None
+        self._wandb: Any = None
+        if not writes:
+            return
         old = [line for line in read_log(folder) if line["step"] <= resumed] if resumed else []
         self._file = (folder / LOG).open("w")
         for line in old:
             self._file.write(json.dumps(line) + "\n")
-        self._board: Any = None
-        self._wandb: Any = None
         if "tensorboard" in trackers:
             from tensorboardX import SummaryWriter
 
@@ -45,6 +56,8 @@ class Log:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a line for `step`."""
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step} | dict(values)) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -55,6 +68,8 @@ class Log:
 
     def close(self) -> None:
         """Close the file and the trackers, and draw the plot."""
+        if not self._writes:
+            return
         self._file.close()
         if self._board is not None:
             self._board.close()

@@ -20,14 +20,17 @@ from lorax_ft.data.batches import evaluation_batches
 from lorax_ft.evaluation.exact_match import Answered, evaluate_answers
 from lorax_ft.interop.huggingface import save_model
 from lorax_ft.interop.peft import save_peft
+from lorax_ft.lowrank.groups import partition
 from lorax_ft.training import contract, report, sharding
+from lorax_ft.training.folder import check_folder, make_folder
 from lorax_ft.training.log import LOG, PLOT, Log
 from lorax_ft.training.progress import Progress
-from lorax_ft.training.start import Job, owned_leaves, start, step_key
+from lorax_ft.training.start import Job, start, step_key
+from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree, combine, split
 
-CONFIG = "config.json"
+OWN_RUN = "--config configs/pissa.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,23 +73,24 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
     console = report.make_console()
     folder = Path(config.train.output)
     if not dry_run:
-        _open_folder(config, folder)
+        check_folder(config)
     report.print_config(console, config)
     console.print(f"\nLoading {config.model.path} on {jax.device_count()} × {jax.devices()[0].device_kind} …")
     job = start(config, folder=folder)
     _print_start(console, job, dry_run=dry_run)
     if dry_run:
         return None
-    if jax.process_index() == 0:
-        (folder / CONFIG).write_text(config.to_json() + "\n")
+    make_folder(config)
     log = Log(
         folder,
-        trackers=config.train.report_to if jax.process_index() == 0 else (),
+        trackers=config.train.report_to,
         settings=dataclasses.asdict(config),
         resumed=job.first_step,
+        writes=jax.process_index() == 0,
     )
     before = _evaluate(job, job.state, console, "before")
-    log.write(job.first_step, _numbers(before))
+    if not job.first_step:
+        log.write(0, _numbers(before))
     try:
         state = _train(job, log, console)
     finally:
@@ -126,7 +130,7 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
                 _record(pending, log, progress, every=config.log_every)
                 pending = None
             if saving:
-                job.checkpoints.save(step + 1, state, owned_leaves(dataclasses.replace(job, state=state)))
+                job.checkpoints.save(step + 1, state, owned_leaves(state.trained, job.frozen))
             if evaluating and (loss := _validation_loss(job, state)) is not None:
                 log.write(step + 1, {"validation_loss": loss})
                 progress.note(f"step {step + 1}: validation loss {loss:.4f}")
@@ -139,8 +143,8 @@ def _record(pending: tuple[int, dict[str, Array], int], log: Log, progress: Prog
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
         raise ValueError(
-            f"the loss at step {step} is {values['loss']} (gradient norm {values['grad_norm']}); the last good checkpoint "
-            "is kept: lower optim.learning_rate and go on from it with --train.resume"
+            f"the loss at step {step} is {values['loss']} (gradient norm {values['grad_norm']}); "
+            "the last good checkpoint is kept: lower optim.learning_rate and start again"
         )
     rate = progress.advance(step, values, tokens)
     if step % every == 0:
@@ -187,8 +191,9 @@ def _save(job: Job, state: TrainState, folder: Path) -> Path:
     """The adapter as a PEFT folder, or the model as a Hugging Face folder where everything trained."""
     config = job.config.adapter
     params = combine(state.trained, job.frozen)
-    if jax.process_count() > 1:
-        params = multihost_utils.process_allgather(params, tiled=True)
+    if jax.process_count() > 1:  # the base stays where it is, and is the model's own in save_peft's eyes
+        owned, base = partition(params, by="ownership", whole=config.train_whole)
+        params = combine(multihost_utils.process_allgather(owned, tiled=True), base)
     full = "all" in config.train_whole and not config.targets
     saved = folder / ("model" if full else "adapter")
     if jax.process_index() == 0:
@@ -198,46 +203,9 @@ def _save(job: Job, state: TrainState, folder: Path) -> Path:
             save_model(saved, params, job.model)
         else:
             save_peft(saved, params, job.model, config=config)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("saved")
     return saved
-
-
-def _open_folder(config: Config, folder: Path) -> None:
-    """Make the output folder, or refuse where it holds something that would be lost."""
-    train = config.train
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"train.output {folder} is a file; give a folder")
-    holds = folder.is_dir() and any(folder.iterdir())
-    if train.resume:
-        if not (folder / CONFIG).is_file():
-            raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
-        _check_same_run(config, Config.from_json((folder / CONFIG).read_text()))
-    elif holds and not train.overwrite:
-        raise ValueError(
-            f"{folder} holds another run; give --train.resume, --train.overwrite or another --train.output"
-        )
-    elif holds and not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is not empty and holds no run; it is not deleted: give another --train.output")
-    elif holds and jax.process_index() == 0:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _check_same_run(now: Config, then: Config) -> None:
-    """Raise where a resumed run would not be the run that was interrupted."""
-    same = {
-        "model": ("path", "dtype"),
-        "adapter": tuple(f.name for f in dataclasses.fields(now.adapter)),
-        "data": tuple(f.name for f in dataclasses.fields(now.data)),
-        "optim": ("optimizer", "schedule", "learning_rate", "lora_plus_ratio", "magnitude_ratio"),
-        "train": ("batch_size", "seed", "neftune_alpha"),
-    }
-    for section, fields in same.items():
-        for field in fields:
-            old, new = getattr(getattr(then, section), field), getattr(getattr(now, section), field)
-            if old != new:
-                raise ValueError(
-                    f"{section}.{field} is {new!r}, but the run to resume had {old!r}; use the same, or another --train.output"
-                )
 
 
 def _adapters(trained: Tree) -> Tree:
@@ -254,8 +222,9 @@ def _print_start(console: Console, job: Job, *, dry_run: bool) -> None:
     params = combine(job.state.trained, job.frozen)
     train, validation = job.data.train, job.data.validation
     console.print(
-        f"{len(train.conversations):,} samples in {len(train.rows):,} rows, {train.tokens:,} tokens, {train.labels:,} of "
-        f"them labelled; {train.cut:,} cut, {train.dropped:,} dropped; {len(validation.rows):,} rows to validate on.\n"
+        f"{len(train.conversations):,} samples in {len(train.rows):,} rows, {train.tokens:,} tokens, of them "
+        f"{train.labels:,} labelled; {train.cut:,} samples cut, {train.dropped:,} dropped; "
+        f"{len(validation.rows):,} rows to validate on.\n"
     )
     report.print_table(console, params, job.state.trained, layout=job.model.layout)
     if dry_run:
@@ -293,6 +262,4 @@ def _print_end(console: Console, job: Job, result: Result) -> None:
     console.print("What to type next", style="bold")
     console.print(f'  python scripts/generate.py --run {result.folder} "a question of yours"')
     console.print(f"  python scripts/merge.py --run {result.folder} --output {result.folder}/merged")
-    console.print(
-        "  python scripts/train.py --config configs/pissa.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
-    )
+    console.print(f"  python scripts/train.py {OWN_RUN}")

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from lorax_ft.config import OptimConfig
-from lorax_ft.lowrank.adapters import label
+from lorax_ft.lowrank.groups import label
 from lorax_ft.tree import Tree
 
 DECAYED = ("lora_a", "lora_b", "weight")
@@ -72,8 +72,7 @@ def _group(config: OptimConfig, group: str, ratio: float, steps: int) -> optax.G
     decay = config.weight_decay if group in DECAYED else 0.0
     moments = {"b1": config.b1, "b2": config.b2}
     if config.optimizer == "sgd":
-        inner = optax.inject_hyperparams(optax.sgd, static_args=("momentum",))(rate, momentum=config.b1)
-        return optax.chain(optax.add_decayed_weights(decay), inner) if decay else inner
+        return optax.inject_hyperparams(_sgd, static_args=("momentum", "decay"))(rate, momentum=config.b1, decay=decay)
     if config.optimizer == "adam":
         return optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps"))(rate, eps=config.eps, **moments)
     if config.optimizer == "lion":
@@ -82,3 +81,7 @@ def _group(config: OptimConfig, group: str, ratio: float, steps: int) -> optax.G
     factory = optax.adamw if config.optimizer == "adamw" else optax.nadamw
     adamw = optax.inject_hyperparams(factory, static_args=("b1", "b2", "eps", "weight_decay"))
     return adamw(rate, weight_decay=decay, eps=config.eps, **moments)
+
+
+def _sgd(learning_rate: optax.ScalarOrSchedule, momentum: float, decay: float) -> optax.GradientTransformation:
+    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(learning_rate, momentum=momentum))

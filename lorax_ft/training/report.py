@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -46,7 +47,7 @@ def print_config(console: Console, config: Config) -> None:
 def adapter_rows(params: Tree, trained: Tree, *, layout: Layout) -> list[Row]:
     """A row for each module that trains: path, matrices, shape, rank, scale, dtype, sharding, parameters."""
     layers, base = modules(trained), modules(params)
-    rows = []
+    rows: list[Row] = []
     for path, leaves in layers.items():
         layer = base[path]
         dtype = ", ".join(sorted({str(leaf.dtype) for leaf in leaves.values()}))
@@ -68,11 +69,11 @@ def adapter_rows(params: Tree, trained: Tree, *, layout: Layout) -> list[Row]:
 
 def matrix_ranks(layer: Mapping[str, Any]) -> np.ndarray:
     """The rank of each matrix of a stack: the columns of A, or rows of B, that are not padding."""
-    scales = np.asarray(layer["lora_scale"])
-    a, b = np.asarray(layer["lora_a"]), np.asarray(layer["lora_b"])
+    scales, a, b = np.asarray(layer["lora_scale"]), layer["lora_a"], layer["lora_b"]
     n = scales.ndim
-    used = (a != 0).any(axis=tuple(range(n, a.ndim - 1))) | (b != 0).any(axis=tuple(range(n + 1, b.ndim)))
-    return (used.sum(axis=-1) * (scales != 0)).reshape(-1)
+    # On the devices: the factors may lie on several hosts.
+    columns, rows = jnp.any(a != 0, axis=tuple(range(n, a.ndim - 1))), jnp.any(b != 0, axis=tuple(range(n + 1, b.ndim)))
+    return (np.asarray(columns | rows).sum(axis=-1) * (scales != 0)).reshape(-1)
 
 
 def print_table(console: Console, params: Tree, trained: Tree, *, layout: Layout) -> None:

@@ -34,7 +34,8 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     data = len(devices) // rest if config.data == -1 else config.data
     if data * rest != len(devices):
         raise ValueError(
-            f"a mesh of data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} does not fit {len(devices)} devices"
+            f"a mesh of data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} "
+            f"does not fit {len(devices)} devices"
         )
     # Explicit axes, which jax.make_mesh takes by default since 0.9, fail in nn.Embed on a sharded table.
     shape = (data, config.fsdp, config.tensor)
@@ -61,7 +62,7 @@ def param_shardings(shapes: Tree, rules: Rules, *, mesh: Mesh) -> Tree:
 
 
 def state_shardings(tx: optax.GradientTransformation, trained: Tree, shardings: Tree, *, mesh: Mesh) -> Any:
-    """Shardings of an optimiser's state: what has a parameter's path and shape lies where it does, the rest everywhere."""
+    """Shardings of an optimiser's state: moments lie where their parameter does, all else is on every device."""
     shapes, places = flatten(trained), flatten(shardings)
 
     def place_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
@@ -18,14 +17,15 @@ from jax.sharding import Mesh
 from lorax_ft.config import Config
 from lorax_ft.data.batches import Batches, Dataset, load_data
 from lorax_ft.interop.load import load_model
-from lorax_ft.lowrank.adapters import add_adapters, attach_adapters, partition
+from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.models.llama import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training import contract, sharding
 from lorax_ft.training.checkpoints import Checkpoints
 from lorax_ft.training.optimizer import make_optimizer
+from lorax_ft.training.state import base_of, fresh_state, resumed_state
 from lorax_ft.training.step import TrainState, batch_loss, make_eval_step, make_train_step
-from lorax_ft.tree import Tree, combine, flatten, split, unflatten
+from lorax_ft.tree import Tree, combine, flatten, unflatten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,12 @@ def start(config: Config, *, folder: Path) -> Job:
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
     tx = make_optimizer(config.optim, steps=steps)
     checkpoints = Checkpoints(folder / "checkpoints", keep=train.keep_checkpoints)
-    state, frozen, model = _state(config, model, tx, checkpoints if train.resume else None, mesh=mesh)
+    if train.resume:
+        state, frozen = resumed_state(model, config.adapter, tx, mesh=mesh, checkpoints=checkpoints)
+    else:
+        key = jax.random.fold_in(jax.random.key(train.seed), 0)
+        state, frozen = fresh_state(model, config.adapter, tx, mesh=mesh, key=key)
+    model = base_of(model, state, frozen)
     clock.lap("adapters")
     evaluate = jax.jit(make_eval_step(model, packed=False))
     job = Job(
@@ -127,81 +132,11 @@ def _load(config: Config, mesh: Mesh) -> Model:
     return load_model(m.path, revision=m.revision, dtype=m.dtype, attention=m.attention, remat=m.remat, place=place)
 
 
-def _state(
-    config: Config, model: Model, tx: optax.GradientTransformation, resume: Checkpoints | None, *, mesh: Mesh
-) -> tuple[TrainState, Tree, Model]:
-    """The state to train from, the frozen leaves, and the model with the base that stands beside the adapters."""
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
-    whole = config.adapter.train_whole
-    # The shapes of the tree with adapters, from a trace: the exact SVD runs on the host and cannot be traced.
-    traceable = dataclasses.replace(config.adapter, pissa_iterations=0)
-    shapes = jax.eval_shape(
-        lambda p: _float32_whole(add_adapters(p, traceable, layout=model.layout, key=key), whole), model.params
-    )
-    shardings = flatten(sharding.param_shardings(shapes, SHARDING_RULES, mesh=mesh))
-    trained_shapes, _ = partition(shapes, whole=whole)
-    trained_shardings = unflatten({path: shardings[path] for path in flatten(trained_shapes)})
-    state_shardings = TrainState(
-        step=sharding.replicated(mesh),  # type: ignore[arg-type]
-        trained=trained_shardings,
-        opt_state=sharding.state_shardings(tx, trained_shapes, trained_shardings, mesh=mesh),
-    )
-    if resume is None:
-        params = _float32_whole(add_adapters(model.params, config.adapter, layout=model.layout, key=key), whole)
-        contract.check_scales(params)
-        params = unflatten({path: _move(leaf, shardings[path]) for path, leaf in flatten(params).items()})
-        trained, frozen = partition(params, whole=whole)
-        opt_state = jax.jit(tx.init, out_shardings=state_shardings.opt_state)(trained)
-        state = TrainState(sharding.place(np.zeros((), np.int32), state_shardings.step), trained, opt_state)  # type: ignore[arg-type]
-    else:
-        owned_shapes = _owned(shapes, whole)
-        abstract = TrainState(
-            jax.ShapeDtypeStruct((), jnp.int32), trained_shapes, jax.eval_shape(tx.init, trained_shapes)
-        )
-        placed = jax.tree.map(_with_sharding, abstract, state_shardings)
-        owned = unflatten({p: _with_sharding(s, shardings[p]) for p, s in flatten(owned_shapes).items()})
-        state, owned = resume.restore(placed, owned)
-        adapters = {p: v for p, v in flatten(combine(state.trained, owned)).items() if p not in flatten(model.params)}
-        _, frozen = partition(attach_adapters(model.params, unflatten(adapters)), whole=whole)
-    base, _ = split(combine(state.trained, frozen), lambda path: path in flatten(model.params))
-    return state, frozen, dataclasses.replace(model, params=base)
-
-
-def _owned(params: Tree, whole: tuple[str, ...]) -> Tree:
-    """The frozen leaves that belong to the fine-tuning: scales and starts."""
-    trained, _ = partition(params, whole=whole)
-    owned, _ = partition(params, by="ownership", whole=whole)
-    return split(owned, lambda path: path not in flatten(trained))[0]
-
-
-def owned_leaves(job: Job) -> Tree:
-    """The frozen leaves of a job that a checkpoint needs: scales and starts."""
-    return _owned(combine(job.state.trained, job.frozen), job.config.adapter.train_whole)
-
-
-def _float32_whole(params: Tree, whole: tuple[str, ...]) -> Tree:
-    """The parameters with modules that train whole in float32, since bfloat16 rounds small updates away."""
-    trained, frozen = partition(params, whole=whole)
-    return combine(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained), frozen)
-
-
-def _move(leaf: Array, target: Any) -> Array:
-    if leaf.sharding == target:
-        return leaf
-    return sharding.place(np.asarray(leaf), target) if leaf.is_fully_addressable else jax.device_put(leaf, target)
-
-
-def _with_sharding(leaf: Any, target: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target)
-
-
 def _check_contract(job: Job, batch: dict[str, Array]) -> None:
     """Every leaf that trains is read by the loss."""
     first = {name: rows[0] for name, rows in batch.items()}
 
     def loss(trained: Tree) -> Array:
-        from lorax_ft.lowrank.adapters import with_norms
-
         return batch_loss(job.model, with_norms(combine(trained, job.frozen)), first, packed=job.config.data.pack)
 
     contract.check_read(loss, job.state.trained)
@@ -211,8 +146,8 @@ def _check_mesh(config: Config, mesh: Mesh) -> None:
     rows, devices = config.train.batch_size // config.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % devices:
         raise ValueError(
-            f"train.batch_size {config.train.batch_size} in {config.train.microbatches} microbatches gives {rows} rows, "
-            f"which do not divide over data × fsdp = {devices} devices"
+            f"train.batch_size {config.train.batch_size} in {config.train.microbatches} microbatches gives {rows} "
+            f"rows, which do not divide over data × fsdp = {devices} devices"
         )
 
 

@@ -54,7 +54,7 @@ def adapted(model: Model, config: AdapterConfig, seed: int = 1) -> dict:
         if "lora_a" in layer:
             used = (layer["lora_a"] != 0).any(-2) | (layer["lora_b"] != 0).any(-1)
             a, b = (jnp.asarray(rng.normal(0, 0.2, layer[name].shape), jnp.float32) for name in ("lora_a", "lora_b"))
-            layer |= {"lora_a": a * used[..., None, :], "lora_b": b * used[..., None]}
+            layer |= {"lora_a": jnp.where(used[..., None, :], a, 0), "lora_b": jnp.where(used[..., None], b, 0)}
         if "magnitude" in layer:
             m = layer["magnitude"]
             factor = rng.uniform(0.7, 1.3, m.shape).astype(np.float32)

@@ -1,0 +1,18 @@
+"""DoRA (2402.09353): a magnitude for each output channel beside LoRA's direction.
+
+    python scripts/train.py --config configs/dora.py
+
+@CARD@
+"""
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        adapter=AdapterConfig(rank=16, alpha=32, dora=True),
+        data=DataConfig(max_length=96),
+        optim=OptimConfig(learning_rate=3e-3),
+        train=TrainConfig(output="out/dora", steps=150, batch_size=32),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=40),
+    )

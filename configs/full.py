@@ -1,0 +1,18 @@
+"""Full fine-tuning: no adapter, every parameter trains; the baseline. Saves a model instead of an adapter.
+
+    python scripts/train.py --config configs/full.py
+
+@CARD@
+"""
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        adapter=AdapterConfig(targets=(), train_whole=("all",)),
+        data=DataConfig(max_length=96),
+        optim=OptimConfig(learning_rate=1e-3),
+        train=TrainConfig(output="out/full", steps=150, batch_size=32),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=40),
+    )

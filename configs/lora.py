@@ -1,0 +1,18 @@
+"""LoRA (2106.09685): A random, B zero, scale alpha / r, on all linear layers.
+
+    python scripts/train.py --config configs/lora.py
+
+@CARD@
+"""
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        adapter=AdapterConfig(rank=16, alpha=32),
+        data=DataConfig(max_length=96),
+        optim=OptimConfig(learning_rate=3e-3),
+        train=TrainConfig(output="out/lora", steps=150, batch_size=32),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=40),
+    )

@@ -1,0 +1,18 @@
+"""LoRA+ (2402.12354): B learns 16 times as fast as A.
+
+    python scripts/train.py --config configs/lora_plus.py
+
+@CARD@
+"""
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        adapter=AdapterConfig(rank=16, alpha=32),
+        data=DataConfig(max_length=96),
+        optim=OptimConfig(learning_rate=1e-3, lora_plus_ratio=16),
+        train=TrainConfig(output="out/lora_plus", steps=150, batch_size=32),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=40),
+    )

@@ -1,0 +1,18 @@
+"""PiSSA (2404.02948): A and B start from the top singular triples, so the first steps already move what matters.
+
+    python scripts/train.py --config configs/pissa.py
+
+@CARD@
+"""
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        adapter=AdapterConfig(rank=16, alpha=16, init="pissa"),
+        data=DataConfig(max_length=96),
+        optim=OptimConfig(learning_rate=2e-3),
+        train=TrainConfig(output="out/pissa", steps=150, batch_size=32),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=40),
+    )

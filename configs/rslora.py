@@ -1,0 +1,18 @@
+"""rsLoRA (2312.03732): LoRA with the scale alpha / √r, which keeps high ranks learning.
+
+    python scripts/train.py --config configs/rslora.py
+
+@CARD@
+"""
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        adapter=AdapterConfig(rank=16, alpha=8, scaling="rank_stabilized"),
+        data=DataConfig(max_length=96),
+        optim=OptimConfig(learning_rate=3e-3),
+        train=TrainConfig(output="out/rslora", steps=150, batch_size=32),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=40),
+    )

@@ -1,0 +1,72 @@
+"""The output folder of a run: what it holds, and when it may be used again."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from lorax_ft.config import Config
+
+CONFIG = "config.json"
+
+
+def check_folder(config: Config) -> None:
+    """Refuse an output folder where something would be lost. Changes nothing.
+
+    Raises:
+      ValueError: the folder holds a run and neither resume nor overwrite is given, or holds something else, or
+        there is no run to resume, or the run to resume was another.
+    """
+    folder, train = Path(config.train.output), config.train
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"train.output {folder} is a file; give a folder")
+    holds_run = (folder / CONFIG).is_file()
+    holds = folder.is_dir() and any(folder.iterdir())
+    if train.resume and not holds_run:
+        raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
+    if train.resume:
+        _check_same_run(config, Config.from_json((folder / CONFIG).read_text()))
+    elif holds and not holds_run:
+        raise ValueError(f"{folder} is not empty and holds no run, so it is left alone; give another --train.output")
+    elif holds and not train.overwrite:
+        raise ValueError(
+            f"{folder} holds another run; give --train.resume, --train.overwrite or another --train.output"
+        )
+
+
+def make_folder(config: Config) -> None:
+    """Make the output folder, of which `check_folder` approved, with the resolved config in it.
+
+    Called when all else is loaded, so that a run that is overwritten is not lost to one that cannot start.
+    """
+    folder = Path(config.train.output)
+    if jax.process_index() == 0:
+        if folder.exists() and not config.train.resume:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(config.to_json() + "\n")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("output folder")
+
+
+def _check_same_run(now: Config, then: Config) -> None:
+    """Raise where a resumed run would not be the run that was interrupted."""
+    same = {
+        "model": ("path", "dtype"),
+        "adapter": tuple(f.name for f in dataclasses.fields(now.adapter)),
+        "data": tuple(f.name for f in dataclasses.fields(now.data)),
+        "optim": ("optimizer", "schedule", "learning_rate", "lora_plus_ratio", "magnitude_ratio"),
+        "train": ("batch_size", "seed", "neftune_alpha"),
+    }
+    for section, fields in same.items():
+        for field in fields:
+            old, new = getattr(getattr(then, section), field), getattr(getattr(now, section), field)
+            if old != new:
+                raise ValueError(
+                    f"{section}.{field} is {new!r}, but the run to resume had {old!r}; "
+                    "use the same, or another --train.output"
+                )

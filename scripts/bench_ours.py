@@ -1,0 +1,167 @@
+"""This library's variants, which `bench.py` measures: each is a process that waits for its turns.
+
+python scripts/bench_ours.py VARIANT --model MODEL --batch 4 --tokens 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from bench_peft import serve
+from jax import Array
+
+import lorax_ft as lft
+from lorax_ft.interop.gguf import read_gguf
+from lorax_ft.interop.huggingface import decoder_config, read_folder
+from lorax_ft.models.llama import Decoder
+from lorax_ft.models.model import Model
+from lorax_ft.tree import Tree
+
+STEPS: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {},
+    "rslora": {"adapter": {"scaling": "rank_stabilized"}},
+    "lora_plus": {"optim": {"lora_plus_ratio": 16.0}},
+    "pissa": {"adapter": {"init": "pissa"}},
+    "dora": {"adapter": {"dora": True}},
+    "full": {"adapter": {"targets": (), "train_whole": ("all",)}},
+    **{f"lora_remat_{remat}": {"model": {"remat": remat}} for remat in ("none", "dots", "mlp", "full")},
+}
+INITS: dict[str, dict[str, Any]] = {
+    "pissa_exact": {"init": "pissa"},
+    "pissa_niter_4": {"init": "pissa", "pissa_iterations": 4},
+    "lora_start": {},
+}
+COMPILES = {f"lora_layers_{layers}": layers for layers in (2, 8, 30)}
+PRODUCTS = 20  # in one measurement of their rate
+Facts = dict[str, Any]
+
+
+def main() -> None:
+    """Builds a variant, then serves its calls."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variant", choices=[*STEPS, *INITS, *COMPILES])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--batch", required=True, type=int)
+    parser.add_argument("--tokens", required=True, type=int)
+    args = parser.parse_args()
+    shape = (1, args.batch, args.tokens)
+    if args.variant in INITS:
+        start = _start(args.model, INITS[args.variant])
+        serve(lambda: start, {})
+    elif args.variant in STEPS:
+        step, facts = _step(args.model, STEPS[args.variant], shape)
+        serve(lambda: step, facts)
+    else:
+        serve(lambda: lambda: None, _compiling(args.model, COMPILES[args.variant], shape))
+
+
+def model_config(path: str) -> dict[str, Any]:
+    """The config.json of a Hugging Face folder, or what a .gguf file holds of it."""
+    return read_gguf(Path(path))[0] if path.endswith(".gguf") else read_folder(Path(path))[0]
+
+
+def make_product() -> Callable[[], float]:
+    """A function that measures the rate of a float32 product [1024, 576] x [576, 1536], in GFLOP/s."""
+    x, w = jnp.ones((1024, 576)), jnp.ones((576, 1536))
+    product = jax.jit(jnp.matmul).lower(x, w).compile()
+
+    def rate() -> float:
+        began = time.perf_counter()
+        for _ in range(PRODUCTS):
+            product(x, w).block_until_ready()
+        return PRODUCTS * 2 * 1024 * 576 * 1536 / (time.perf_counter() - began) / 1e9
+
+    return rate
+
+
+def _step(path: str, changes: dict[str, dict[str, Any]], shape: tuple[int, ...]) -> tuple[Callable[[], None], Facts]:
+    """A compiled training step, and what compiling took."""
+    config = lft.Config(
+        model=lft.ModelConfig(path=path, **changes.get("model", {})),
+        adapter=lft.AdapterConfig(**{"rank": 8} | changes.get("adapter", {})),
+        optim=lft.OptimConfig(**changes.get("optim", {})),
+    )
+    model = lft.load_model(path, remat=config.model.remat)
+    tx = lft.make_optimizer(config.optim, steps=1000)
+    state, frozen = _state(model, config.adapter, tx)
+    model = dataclasses.replace(model, params={})  # they stand in state and frozen; PiSSA's base is another one
+    batch, key = _batch(model.config.vocab_size, shape), jax.random.key(2)
+    compiled, facts = _compile(model, tx, state, frozen, batch)
+
+    def step() -> None:
+        nonlocal state
+        state, metrics = jax.block_until_ready(compiled(state, frozen, batch, key))
+        if not jnp.isfinite(metrics["loss"]):
+            raise FloatingPointError("the loss is not finite")
+
+    return step, facts
+
+
+def _start(path: str, changes: dict[str, Any]) -> Callable[[], None]:
+    """Adding adapters of rank 16."""
+    model = lft.load_model(path)
+    config = lft.AdapterConfig(rank=16, **changes)
+    layout, key = model.layout, jax.random.key(1)
+    return lambda: jax.block_until_ready(lft.add_adapters(model.params, config, layout=layout, key=key))
+
+
+def _compiling(path: str, layers: int, shape: tuple[int, ...]) -> Facts:
+    """What compiling LoRA's step takes for so many layers; there are no weights, only shapes."""
+    remat = lft.ModelConfig().remat
+    sizes = dataclasses.replace(decoder_config(model_config(path), source=path, remat=remat), layers=layers)
+    batch = _batch(sizes.vocab_size, shape)
+    init = Decoder(sizes).init
+    model = Model(config=sizes, params=jax.eval_shape(init, jax.random.key(0), batch["tokens"][0])["params"])
+    tx = lft.make_optimizer(lft.OptimConfig(), steps=1000)
+
+    def start(params: Tree) -> tuple[lft.TrainState, Tree]:
+        return _state(dataclasses.replace(model, params=params), lft.AdapterConfig(rank=8), tx)
+
+    state, frozen = jax.eval_shape(start, model.params)
+    return _compile(model, tx, state, frozen, batch)[1]
+
+
+def _state(model: Model, config: lft.AdapterConfig, tx: optax.GradientTransformation) -> tuple[lft.TrainState, Tree]:
+    params = lft.add_adapters(model.params, config, layout=model.layout, key=jax.random.key(1))
+    trained, frozen = lft.partition(params, whole=config.train_whole)
+    return lft.TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained)), frozen
+
+
+def _compile(
+    model: Model, tx: optax.GradientTransformation, state: lft.TrainState, frozen: Tree, batch: dict[str, Array]
+) -> tuple[Any, Facts]:
+    """The step, compiled ahead, with seconds of tracing and compiling and GB of temporaries."""
+    jitted = jax.jit(lft.make_train_step(model, tx, packed=False), donate_argnums=0)
+    began = time.perf_counter()
+    lowered = jitted.lower(state, frozen, batch, jax.random.key(2))
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
+    facts = {"trace": traced - began, "compile": done - traced}
+    if memory := compiled.memory_analysis():  # not every backend has it
+        facts["temporaries"] = memory.temp_size_in_bytes / 1e9
+    return compiled, facts
+
+
+def _batch(vocabulary: int, shape: tuple[int, ...]) -> dict[str, Array]:
+    """Random tokens `[1, B, T]`, all of which count, a sample a row."""
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, vocabulary)
+    return {
+        "tokens": tokens,
+        "targets": jnp.roll(tokens, -1, axis=-1),
+        "weights": jnp.ones(shape, jnp.float32),
+        "positions": jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape),
+        "segment_ids": jnp.ones(shape, jnp.int32),
+    }
+
+
+if __name__ == "__main__":
+    main()

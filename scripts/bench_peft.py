@@ -1,0 +1,169 @@
+"""The peers that `bench.py` measures: PEFT, and torch alone, as they install and at their best.
+
+`bench.py` starts it with the Python of an environment that has torch, transformers and peft:
+
+    PEER_PYTHON scripts/bench_peft.py VARIANT --model-config CONFIG.json --cores 2 --batch 4 --tokens 256
+
+The weights are random, since no time here depends on them. At its top it imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STEPS: dict[str, dict[str, Any]] = {
+    "peft_lora": {},
+    "peft_lora_checkpointing": {"checkpointing": True},
+    "peft_dora": {"dora": True},
+    "peft_lora_bf16_autocast": {"bf16": True},
+    "peft_lora_mkl_avx512": {"avx512": True},
+    "torch_full": {"full": True},
+}
+INITS: dict[str, dict[str, Any]] = {
+    "peft_pissa": {"init_lora_weights": "pissa"},
+    "peft_pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
+    "peft_lora_start": {},
+}
+NOTES = {
+    "peft_lora_bf16_autocast": "torch's autocast: matrix products in bfloat16, which are not the same numbers",
+    "peft_lora_mkl_avx512": "float32, with MKL made to believe that the processor is Intel's, as torch alone does not",
+}
+MKL_AVX512 = 12  # the first of MKL_CBWR_Get_Auto_Branch's values that means AVX-512
+
+# MKL takes AVX-512 where this function, which it exports, says that the processor is Intel's.
+SHIM = "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(void) { return 1; }\n"
+
+
+def main() -> None:
+    """Builds a variant, then serves its calls."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variant", choices=[*STEPS, *INITS])
+    parser.add_argument("--model-config", required=True, type=Path)
+    for name in ("cores", "batch", "tokens"):
+        parser.add_argument(f"--{name}", required=True, type=int)
+    args = parser.parse_args()
+    if STEPS.get(args.variant, {}).get("avx512"):
+        _preload_shim()
+    import peft
+    import torch
+    import transformers
+
+    torch.set_num_threads(args.cores)
+    torch.manual_seed(0)
+    facts = {"versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)}}
+    sizes = json.loads(args.model_config.read_text())
+    config = transformers.AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if args.variant in INITS:
+        serve(_init(model, INITS[args.variant]), facts)
+    else:
+        step = _step(model, batch=args.batch, tokens=args.tokens, **STEPS[args.variant])
+        serve(lambda: step, facts)
+
+
+def serve(prepare: Callable[[], Callable[[], Any]], facts: dict[str, Any]) -> None:
+    """Says that it is ready, then makes a call for each line that it reads and says how long it took.
+
+    Args:
+      prepare: gives the call to time; its own time does not count. Calls end when their work is done.
+      facts: what to say about the variant first.
+    """
+    print(json.dumps(facts), flush=True)
+    for _ in sys.stdin:
+        call = prepare()
+        began = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+
+
+def _step(
+    model: Any,
+    *,
+    batch: int,
+    tokens: int,
+    full: bool = False,
+    dora: bool = False,
+    checkpointing: bool = False,
+    bf16: bool = False,
+    avx512: bool = False,
+) -> Callable[[], None]:
+    """A training step of AdamW on random tokens, all of which count."""
+    import peft
+    import torch
+
+    if avx512:
+        _check_avx512()
+    if not full:
+        lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
+        model = peft.get_peft_model(model, lora)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
+    ids = torch.randint(0, model.config.vocab_size, (batch, tokens))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if not torch.isfinite(loss):
+            raise FloatingPointError("the loss is not finite")
+
+    return step
+
+
+def _init(model: Any, lora: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
+    """Adding adapters of rank 16 to a fresh copy of the model."""
+    import peft
+
+    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **lora)
+
+    def prepare() -> Callable[[], Any]:
+        fresh = copy.deepcopy(model)
+        return lambda: peft.get_peft_model(fresh, config)
+
+    return prepare
+
+
+def _preload_shim() -> None:
+    """Starts this process again with the shim loaded before torch's MKL; needs a C compiler."""
+    if "LD_PRELOAD" in os.environ:
+        return
+    folder = Path(tempfile.mkdtemp(prefix="bench_mkl_"))
+    (folder / "shim.c").write_text(SHIM)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c"], check=True)
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"LD_PRELOAD": str(folder / "shim.so")})
+
+
+def _check_avx512() -> None:
+    """Raises RuntimeError unless the MKL inside torch has chosen AVX-512."""
+    import ctypes
+
+    import torch
+
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    branch = library.mkl_serv_cbwr_get_auto_branch()
+    if branch < MKL_AVX512:
+        raise RuntimeError(f"MKL did not take its AVX-512 path (branch {branch})")
+
+
+if __name__ == "__main__":
+    main()

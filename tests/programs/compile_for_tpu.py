@@ -1,0 +1,136 @@
+"""Compiles a training step ahead of time for a TPU topology, and prints what it takes as one line of JSON.
+
+    TPU_SKIP_MDS_QUERY=1 python tests/programs/compile_for_tpu.py '{"topology": "v5e:2x2", "config": {...}, ...}'
+
+Needs libtpu (the extra tpu-compile), but no TPU. A process of its own, since libtpu makes every start of JAX noisy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from lorax_ft.config import Config
+from lorax_ft.interop.huggingface import abstract_params
+from lorax_ft.lowrank.adapters import add_adapters
+from lorax_ft.lowrank.groups import partition
+from lorax_ft.models.llama import SHARDING_RULES, DecoderConfig
+from lorax_ft.models.model import Model
+from lorax_ft.training import sharding
+from lorax_ft.training.optimizer import make_optimizer
+from lorax_ft.training.step import TrainState, make_train_step
+from lorax_ft.tree import Tree, flatten, unflatten
+
+
+def main() -> None:
+    """Compile what the first argument says: topology, config (`Config.to_json`) and decoder (its fields)."""
+    options = json.loads(sys.argv[1])
+    config = Config.from_json(json.dumps(options["config"]))
+    model = Model(config=DecoderConfig(**options["decoder"]), params={})
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=options["topology"])
+    mesh = sharding.make_mesh(config.mesh, devices=topology.devices)
+    state, frozen, batch = abstract_arguments(model, config, mesh)
+    began = time.perf_counter()
+    compiled = compile_step(model, config, mesh, state, frozen, batch)
+    memory = compiled.memory_analysis()
+    if dump := os.environ.get("DUMP_HLO"):
+        open(dump, "w").write(compiled.as_text())
+    report = {
+        "seconds": time.perf_counter() - began,
+        "chips": mesh.size,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "frozen_bytes": total_bytes(frozen),
+        "state_bytes": total_bytes(state),
+        "frozen_bytes_a_chip": bytes_a_chip(frozen),
+        "state_bytes_a_chip": bytes_a_chip(state),
+        "gathered": gathered(compiled.as_text()),
+        "kernels": sorted({tuple(leaf.shape) for p, leaf in flatten(frozen).items() if p.endswith("/kernel")}),
+    }
+    print(json.dumps(report))
+
+
+def abstract_arguments(model: Model, config: Config, mesh: Mesh) -> tuple[TrainState, Tree, Tree]:
+    """Shapes of state, frozen leaves and batch, with their shardings."""
+    base = abstract_params(model.config)
+    model = Model(config=model.config, params=base)
+    whole = config.adapter.train_whole
+    params = jax.eval_shape(
+        lambda p: add_adapters(p, config.adapter, layout=model.layout, key=jax.random.key(0)), base
+    )
+    places = flatten(sharding.param_shardings(params, SHARDING_RULES, mesh=mesh))
+    trained, frozen = partition(params, whole=whole)
+    tx = make_optimizer(config.optim, steps=100)
+    trained_places = unflatten({path: places[path] for path in flatten(trained)})
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(tx.init, trained))
+    state_places = TrainState(
+        sharding.replicated(mesh), trained_places, sharding.state_shardings(tx, trained, trained_places, mesh=mesh)
+    )
+    frozen_places = unflatten({path: places[path] for path in flatten(frozen)})
+    train = config.train
+    shape = (train.microbatches, train.batch_size // train.microbatches, config.data.max_length)
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    dtypes |= {"positions": jnp.int32, "segment_ids": jnp.int32}
+    batch_place = sharding.batch_sharding(mesh, microbatched=True)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_place) for name, dtype in dtypes.items()}
+    return jax.tree.map(_placed, state, state_places), jax.tree.map(_placed, frozen, frozen_places), batch
+
+
+def compile_step(model: Model, config: Config, mesh: Mesh, state: TrainState, frozen: Tree, batch: Tree) -> Any:
+    """The step, compiled as `lorax_ft.training.start.compile_step` does it."""
+    step = make_train_step(
+        model,
+        make_optimizer(config.optim, steps=100),
+        packed=config.data.pack,
+        dropout=config.adapter.dropout,
+        neftune_alpha=config.train.neftune_alpha,
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(mesh))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    with jax.set_mesh(mesh):
+        return jitted.lower(state, frozen, batch, key).compile()
+
+
+def gathered(text: str) -> list[list[int]]:
+    """The shapes that all-gathers of a compiled program result in, without repeats."""
+    shapes: set[tuple[int, ...]] = set()
+    for line in text.splitlines():
+        result, found, _ = line.partition(" all-gather")
+        if found and " = " in line:
+            shapes |= {tuple(map(int, s.split(","))) for s in re.findall(r"\w+\[([\d,]+)\]", result.split(" = ", 1)[1])}
+    return sorted(map(list, shapes))
+
+
+def total_bytes(tree: Tree) -> int:
+    """The bytes of all leaves of a tree."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def bytes_a_chip(tree: Tree) -> int:
+    """The bytes of a tree's shards on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _placed(leaf: Any, place: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""One of several processes that train together over gloo: real runs, one after another.
+
+    python tests/programs/train_process.py PORT PROCESSES INDEX DEVICES CONFIG.json [CONFIG.json ...]
+
+Each process has DEVICES CPU devices. Prints a line of JSON for each run: {"steps": ..., "saved": ...}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MPLBACKEND"] = "Agg"
+
+import jax
+
+from lorax_ft.config import Config
+
+
+def main(port: int, processes: int, index: int, devices: int, *files: str) -> None:
+    """Join the others, then train."""
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if cache := os.environ.get("TESTS_COMPILATION_CACHE"):
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.distributed.initialize(f"127.0.0.1:{port}", processes, index)
+    assert jax.device_count() == processes * devices
+    from lorax_ft.training.loop import train
+
+    for file in files:
+        result = train(Config.from_json(Path(file).read_text()))
+        assert result is not None
+        print(json.dumps({"steps": result.steps, "saved": str(result.saved)}), flush=True)
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:5]), *sys.argv[5:])

@@ -1,0 +1,264 @@
+"""What the papers claim, as far as a small machine can check it: one test a claim."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import Array
+
+from lorax_ft import (
+    AdapterConfig,
+    add_adapters,
+    combine,
+    label,
+    linear,
+    merge_adapters,
+    merged_kernel,
+    partition,
+    with_norms,
+)
+from lorax_ft.lowrank.linear import column_norm
+from lorax_ft.models.llama import Decoder, DecoderConfig
+from lorax_ft.models.model import Model
+from lorax_ft.tree import Tree, flatten, modules
+
+KEY = jax.random.key(11)
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+
+def test_claim_1_a_fresh_adapter_is_the_base(zoo: Any) -> None:
+    """LoRA (2106.09685), rsLoRA (2312.03732): bitwise; DoRA (2402.09353): to 1e-6."""
+    case = zoo("decoder")
+    base = case.plain(case.params)
+    for fields in ({}, {"scaling": "rank_stabilized"}, {"dora": True}):
+        config = AdapterConfig(rank=4, **fields)
+        fresh = case.forward(add_adapters(case.params, config, layout=case.layout, key=KEY))
+        if "dora" in fields:
+            np.testing.assert_allclose(fresh, base, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(fresh, base)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4.0, 64.0])
+@pytest.mark.parametrize("iterations", [None, 4])
+def test_claim_2_pissas_residual_and_factors_make_up_the_base(zoo: Any, alpha: float, iterations: int | None) -> None:
+    """W' + s A B = W for any alpha, to 5e-7 in float32 (2404.02948)."""
+    case = zoo("decoder")
+    config = AdapterConfig(rank=4, alpha=alpha, init="pissa", pissa_iterations=iterations)
+    params = add_adapters(case.params, config, layout=case.layout, key=KEY)
+    base = modules(case.params)
+    for path, layer in modules(params).items():
+        if "lora_a" in layer:
+            s, a, b = (np.float64(layer[name]) for name in ("lora_scale", "lora_a", "lora_b"))
+            error = np.float64(layer["kernel"]) + s[:, None, None] * (a @ b) - np.float64(base[path]["kernel"])
+            assert np.abs(error).max() < 5e-7
+            assert distance(layer["kernel"], base[path]["kernel"]) > 0.05
+
+
+def distance(got: Array, want: Array) -> float:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def test_claim_3_merged_equals_unmerged(zoo: Any, randomise: Any) -> None:
+    """To 1e-5, and merging leaves the adapted parameters as they were, so that nothing needs restoring."""
+    case = zoo("decoder")
+    config = AdapterConfig(rank=4, init="pissa", dora=True, scaling="rank_stabilized")
+    params = randomise(add_adapters(case.params, config, layout=case.layout, key=KEY))
+    before = {path: np.array(leaf) for path, leaf in flatten(params).items()}
+    merged = merge_adapters(params, layout=case.layout)
+    assert distance(case.plain(merged), case.forward(params)) < 1e-5
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(leaf, before[path])
+
+
+def test_claim_4_pissa_is_plain_lora_of_twice_the_rank(zoo: Any, randomise: Any) -> None:
+    """W' + s A B = W + s [A, A₀] [B; −B₀], to 1e-6."""
+    case = zoo("decoder")
+    config = AdapterConfig(rank=4, alpha=6.0, init="pissa")
+    params = randomise(add_adapters(case.params, config, layout=case.layout, key=KEY), size=0.05)
+    plain = modules(case.params)
+    for path, layer in modules(params).items():
+        if "lora_a" in layer:
+            plain[path] = plain[path] | {
+                "lora_a": jnp.concatenate([layer["lora_a"], layer["lora_a0"]], axis=-1),
+                "lora_b": jnp.concatenate([layer["lora_b"], -layer["lora_b0"]], axis=-2),
+                "lora_scale": jnp.full(3, 2 * config.alpha / (2 * config.rank)),
+            }
+            want = np.asarray(merged_kernel(layer))
+            np.testing.assert_allclose(merged_kernel(plain[path]), want, atol=1e-6 * np.abs(want).max())
+
+
+def test_claim_5_the_first_gradients() -> None:
+    """At B = 0, dA = 0 exactly and dB = s · (x A)ᵀ dy."""
+    rng = np.random.default_rng(0)
+    layer = {"kernel": rng.normal(size=(6, 5)), "lora_a": rng.normal(size=(6, 2)), "lora_b": np.zeros((2, 5))}
+    layer = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in layer.items()} | {"lora_scale": jnp.float32(0.7)}
+    x, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 6), (4, 5)))
+    got = jax.grad(lambda la: jnp.sum(dy * linear(la, x, jnp.matmul)))(layer)
+    np.testing.assert_array_equal(got["lora_a"], 0)
+    np.testing.assert_allclose(got["lora_b"], 0.7 * (x @ layer["lora_a"]).T @ dy, rtol=1e-5)
+    np.testing.assert_allclose(got["lora_b"], 0.7 * layer["lora_a"].T @ got["kernel"], rtol=1e-5, atol=1e-6)
+
+
+def test_claim_6_detaching_doras_norm_leaves_the_magnitudes_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dm is the same with the norm detached or not; dA and dB are not (2402.09353, section 4.3)."""
+    rng = np.random.default_rng(1)
+    shapes = {"kernel": (6, 5), "lora_a": (6, 2), "lora_b": (2, 5), "magnitude": (5,)}
+    layer = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    layer |= {"lora_scale": jnp.float32(0.7)}
+    x, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 6), (4, 5)))
+
+    def gradient(*, detached: bool) -> Tree:
+        def loss(layer: Tree) -> Array:
+            whole = layer["kernel"] + layer["lora_scale"] * layer["lora_a"] @ layer["lora_b"]
+            norm = column_norm(layer) if detached else jnp.linalg.norm(whole, axis=0)
+            return jnp.sum(dy * linear(layer | {"norm": norm}, x, jnp.matmul))
+
+        return jax.grad(loss)(layer)
+
+    detached, attached = gradient(detached=True), gradient(detached=False)
+    np.testing.assert_allclose(detached["magnitude"], attached["magnitude"], rtol=1e-5, atol=1e-6)
+    assert distance(detached["lora_a"], attached["lora_a"]) > 0.01
+    assert not jax.grad(lambda la: jnp.sum(column_norm(la)))(layer)["lora_b"].any()
+
+
+@pytest.mark.parametrize(("removed", "tolerance"), [(0.0, 1e-6), (0.9, 2e-6), (0.99, 2e-5), (0.999, 2e-4)])
+def test_claim_7_the_norm_where_the_adapter_nearly_cancels_the_kernel(removed: float, tolerance: float) -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(64, 4)).astype(np.float32), rng.normal(size=(4, 48)).astype(np.float32)
+    kernel = (np.float64(a) @ np.float64(b) + (1 - removed) * rng.normal(size=(64, 48))).astype(np.float32)
+    layer = {"kernel": kernel, "lora_a": a, "lora_b": b, "lora_scale": np.float32(-1 if removed else 1)}
+    dense = np.float64(kernel) + np.float64(layer["lora_scale"]) * (np.float64(a) @ np.float64(b))
+    got = column_norm({name: jnp.asarray(leaf) for name, leaf in layer.items()})
+    assert np.abs(got / np.linalg.norm(dense, axis=0) - 1).max() < tolerance
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_claim_7_a_gain_near_one_is_not_erased_in_bfloat16(dropout: bool) -> None:
+    """m / n − 1 = 1e-3 is nothing in bfloat16 (its step at 1 is 8e-3), and all of the magnitude's first updates."""
+    x = 1000 * jnp.ones((1, 4), jnp.bfloat16)
+    layer = {"kernel": jnp.eye(4, dtype=jnp.bfloat16), "lora_a": jnp.zeros((4, 2)), "lora_b": jnp.zeros((2, 4))}
+    layer |= {"lora_scale": jnp.float32(1), "magnitude": jnp.full(4, 1 + 4e-3), "norm": jnp.ones(4)}
+    layer |= {"dropout_key": KEY, "dropout_rate": jnp.float32(1e-6)} if dropout else {}
+    assert np.float32(linear(layer, x, jnp.matmul)).max() == 1004  # bfloat16's step at 1000 is 4
+
+
+def test_claim_8_counts_of_smollm2() -> None:
+    """All linear layers: 305,280 · r low-rank parameters; DoRA adds 155,520."""
+    config = DecoderConfig(
+        vocab_size=49152,
+        width=576,
+        mlp_width=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        norm_eps=1e-5,
+        rope_theta=1e5,
+        tied=True,
+        max_positions=8192,
+    )
+    params = jax.eval_shape(Decoder(config).init, KEY, jnp.zeros((1, 2), jnp.int32))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
+    model = Model(config=config, params=params)
+    for rank in (1, 8):
+        adapter = AdapterConfig(rank=rank, dora=True)
+        found = jax.eval_shape(lambda p, c=adapter: add_adapters(p, c, layout=model.layout, key=KEY), params)
+        sizes: dict[str, int] = {}
+        for path, leaf in flatten(partition(found)[0]).items():
+            name = path.rpartition("/")[2]
+            sizes[name] = sizes.get(name, 0) + leaf.size
+        assert sizes["lora_a"] + sizes["lora_b"] == 305_280 * rank
+        assert sizes["magnitude"] == 155_520
+
+
+def adam_by_label(params: Tree, ratio: float) -> optax.GradientTransformation:
+    """LoRA+ (2402.12354) as labels and `optax.multi_transform` say it."""
+    groups = {"lora_a": optax.adam(1e-3), "lora_b": optax.adam(1e-3 * ratio), "frozen": optax.set_to_zero()}
+    return optax.multi_transform(groups, label(params))
+
+
+def test_claim_9_lora_plus(zoo: Any) -> None:
+    """λ = 1 is LoRA bit for bit; Adam's first move of B is λ times that at the common rate."""
+    case = zoo("decoder")
+    params = add_adapters(case.params, AdapterConfig(rank=2), layout=case.layout, key=KEY)
+    trained, frozen = partition(params)
+
+    @jax.jit
+    def gradient(trained: Tree) -> Tree:
+        return jax.grad(lambda t: jnp.sum(case.apply({"params": combine(t, frozen)}, *case.example) ** 2))(trained)
+
+    def trajectory(tx: optax.GradientTransformation, steps: int) -> Tree:
+        now, state = trained, tx.init(trained)
+        for _ in range(steps):
+            updates, state = tx.update(gradient(now), state)
+            now = optax.apply_updates(now, updates)
+        return flatten(now)
+
+    plain, one = trajectory(optax.adam(1e-3), 3), trajectory(adam_by_label(trained, 1.0), 3)
+    for path, leaf in plain.items():
+        np.testing.assert_array_equal(leaf, one[path])
+        assert not np.array_equal(leaf, flatten(trained)[path])
+    first, sixteen = trajectory(optax.adam(1e-3), 1), trajectory(adam_by_label(trained, 16.0), 1)
+    for path, leaf in first.items():
+        if path.endswith("lora_b"):  # B starts at 0: where it is, is how far it moved
+            np.testing.assert_allclose(sixteen[path], 16 * leaf, rtol=1e-6)
+
+
+def test_claim_10_what_rates_and_scales_have_in_common() -> None:
+    """With Adam (eps 0): alpha / (p q), A's start and rate · p, B's rate · q: the same trajectory."""
+    p, q = 3.0, 0.25
+    rng = np.random.default_rng(3)
+    kernel, start, x, y = (rng.normal(size=shape) for shape in ((6, 5), (6, 2), (8, 6), (8, 5)))
+
+    def losses(alpha: float, *, p: float, q: float) -> list[float]:
+        fixed = {"kernel": jnp.asarray(kernel), "lora_scale": jnp.asarray(alpha / 2)}
+        layer = {"lora_a": p * jnp.asarray(start), "lora_b": jnp.zeros((2, 5))}
+        groups = {"lora_a": optax.adam(0.01 * p, eps=0), "lora_b": optax.adam(0.01 * q, eps=0)}
+        tx = optax.multi_transform(groups, label(layer))
+
+        @jax.jit
+        def step(layer: Tree, state: Any, t: Array) -> tuple[Tree, Any, Array]:
+            def loss(layer: Tree) -> Array:
+                return jnp.mean((linear(fixed | layer, jnp.asarray(x), jnp.matmul) - jnp.asarray(y)) ** 2)
+
+            value, g = jax.value_and_grad(loss)(layer)
+            # A's first gradient is exactly 0, and Adam without eps divides 0 by 0
+            g = jax.tree.map(lambda d: jnp.where((t == 0) & (d == 0), 1e-30, d), g)
+            updates, state = tx.update(g, state)
+            updates["lora_a"] = jnp.where(t == 0, 0, updates["lora_a"])
+            return optax.apply_updates(layer, updates), state, value
+
+        state, values = tx.init(layer), []
+        for t in range(20):
+            layer, state, value = step(layer, state, jnp.asarray(t))
+            values.append(float(value))
+        return values
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        one, other = losses(4.0, p=1, q=1), losses(4.0 / (p * q), p=p, q=q)
+    assert one[-1] < 0.9 * one[0]
+    np.testing.assert_allclose(one, other, rtol=1e-10)
+
+
+def test_the_norm_is_computed_from_the_adapters_alone_and_never_stored(zoo: Any, randomise: Any) -> None:
+    """Once a step, outside the microbatches: it does not depend on the batch, and no gradient flows into it."""
+    case = zoo("decoder")
+    params = randomise(add_adapters(case.params, AdapterConfig(rank=2, dora=True), layout=case.layout, key=KEY))
+    trained, frozen = partition(params)
+
+    def loss(trained: Tree, norms: bool) -> Array:
+        whole = combine(trained, frozen)
+        whole = with_norms(whole, layout=case.layout) if norms else whole
+        return jnp.sum(jnp.sin(case.apply({"params": whole}, *case.example)))
+
+    outside, inside = (flatten(jax.jit(jax.grad(loss), static_argnums=1)(trained, norms)) for norms in (True, False))
+    for path in outside:
+        assert distance(outside[path], inside[path]) < 1e-5, path

@@ -1,0 +1,52 @@
+"""The public face: what README and `import lorax_ft` promise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lorax_ft
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def test_every_public_name_can_be_imported() -> None:
+    assert [name for name in lorax_ft.__all__ if getattr(lorax_ft, name).__doc__ is None] == []
+    with pytest.raises(AttributeError, match="no attribute 'lorra'"):
+        lorax_ft.lorra  # noqa: B018
+
+
+def test_importing_everything_pulls_in_no_other_framework_and_is_quick() -> None:
+    code = """
+import sys, time, jax
+began = time.perf_counter()
+import lorax_ft
+for name in lorax_ft.__all__: getattr(lorax_ft, name)
+heavy = ("torch", "tensorflow", "tensorboardX", "matplotlib")
+print(time.perf_counter() - began, *[name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, *frameworks = done.stdout.split()
+    assert frameworks == []
+    assert float(seconds) < 6  # a third of that on a quiet machine
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_loads_and_survives_its_json(path: Path) -> None:
+    config = lorax_ft.load_config(path)
+    assert lorax_ft.Config.from_json(config.to_json()) == config
+    text = path.read_text()
+    assert f"python scripts/train.py --config configs/{path.name}" in text
+
+
+def test_help_is_quick_and_has_a_sentence_for_each_option() -> None:
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "scripts/train.py", "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - began < 5  # half a second on a quiet machine
+    assert "jax" not in done.stderr
+    for option in ("--adapter.rank", "--train.resume", "--data.fields", "--dry-run"):
+        assert option in done.stdout

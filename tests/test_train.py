@@ -1,0 +1,179 @@
+"""The real main: every config trains, stops and resumes; bad input costs one line and nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+import lorax_ft as lft
+from lorax_ft.config import EMBEDDED_DATA
+from lorax_ft.training.log import read_log
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem != "smollm2_gsm8k"]
+SHORT = ["--eval.rows", "8", "--eval.exact_match_rows", "2", "--eval.samples", "1", "--eval.max_new_tokens", "4"]
+SHORT += ["--train.batch_size", "8", "--mesh.fsdp", "2", "--mesh.tensor", "1"]
+
+Main = Callable[..., int]
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Main:
+    """scripts/train.py's main, called with a command line; returns its exit status."""
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts/train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_script", module)
+    spec.loader.exec_module(module)
+
+    def call(*argv: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        try:
+            module.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return call
+
+
+def config(name: str) -> tuple[str, str]:
+    return "--config", str(ROOT / "configs" / f"{name}.py")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_log(folder) if "loss" in line}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_trains_and_resumes_as_if_never_stopped(name: str, main: Main, tmp_path: Path) -> None:
+    steps = ["--optim.schedule", "constant", "--train.save_every", 2]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert main(*config(name), *SHORT, *steps, "--train.steps", 3, "--train.output", whole) == 0
+    assert main(*config(name), *SHORT, *steps, "--train.steps", 2, "--train.output", halves) == 0
+    assert main(*config(name), *SHORT, *steps, "--train.steps", 3, "--train.output", halves, "--train.resume") == 0
+    assert losses(whole) == losses(halves)
+    assert len(set(losses(whole).values())) == 3
+    saved = ("model", "model.safetensors") if name == "full" else ("adapter", "adapter_model.safetensors")
+    assert (halves.joinpath(*saved)).read_bytes() == (whole.joinpath(*saved)).read_bytes()
+    assert (halves / "training_loss.png").stat().st_size > 10_000
+    assert lft.Config.from_json((halves / "config.json").read_text()).train.steps == 3
+
+
+def test_the_saved_adapter_gives_the_loss_that_training_ended_with(main: Main, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(*config("combined"), *SHORT, "--train.steps", 4, "--train.output", out, "--eval.rows", 8) == 0
+    final = read_log(out)[-1]["validation_loss"]
+    model = lft.load_model(lft.ModelConfig().path)
+    tuned = lft.load_peft(out / "adapter", model)
+    run = lft.Config.from_json((out / "config.json").read_text())
+    from lorax_ft.data.batches import evaluation_batches, load_data
+
+    data = load_data(run.data, model.tokenizer, seed=run.train.seed)
+    (batch,) = evaluation_batches(data.validation.rows, 8, max_length=run.data.max_length, limit=8)
+    total, count = jax.jit(lft.make_eval_step(model, packed=False))(tuned, batch)
+    assert float(total / count) == pytest.approx(final, rel=1e-4)
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(main: Main, tmp_path: Path, capsys: Any) -> None:
+    assert main(*config("dora"), *SHORT, "--train.output", tmp_path / "run", "--dry-run") == 0
+    said = capsys.readouterr().out
+    for part in ("layers/self_attn/q_proj", "16 + m", "parameters train", "optimiser", "⟦", "<|im_start|>assistant"):
+        assert part in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    main: Main, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "run"
+    bad = [
+        "--optim.optimizer",
+        "sgd",
+        "--optim.clip_norm",
+        0,
+        "--optim.learning_rate",
+        "1e18",
+        "--optim.warmup_fraction",
+        0,
+    ]
+    bad += ["--train.steps", 40, "--train.save_every", 1]
+    assert main(*config("lora"), *SHORT, *bad, "--train.output", out) == 2
+    error = capsys.readouterr().err
+    assert "step" in error
+    assert error.count("\n") == 1
+    kept = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
+    assert all(math.isfinite(loss) for step, loss in losses(out).items() if step <= kept)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--adapter.rnk", "4"], "did you mean --adapter.rank"),
+        (["--adapter.rank", "0"], "adapter.rank is 0"),
+        (["--adapter.rank", "1000"], "rank 1000 is above the smaller side"),
+        (["--adapter.targets", "q_porj"], "did you mean 'q_proj'"),
+        (["--adapter.layers", "99"], "there is no layer 99"),
+        (["--model.path", "/no/such/model"], "/no/such/model"),
+        (["--data.train", "no_such.jsonl"], "no_such.jsonl"),
+        (["--data.train", "bad.jsonl"], "bad.jsonl, line 2"),
+        (["--data.train", "empty.jsonl"], "no rows"),
+        (["--data.train", "mute.jsonl"], "mute.jsonl, line 1"),
+        (["--model.path", "bert"], "llama"),
+        (["--optim.learning_rate", "-1"], "optim.learning_rate is -1"),
+        (["--optim.schedule", "cosin"], "cosin"),
+        (["--train.microbatches", "3"], "does not divide"),
+        (["--mesh.fsdp", "3"], "does not fit"),
+        (["--train.output", "notes"], "holds no run"),
+        (["--train.output", "old"], "holds another run"),
+        (["--train.output", "fresh", "--train.resume"], "no run to resume"),
+        (["--config", "configs/lroa.py"], "no config file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_gets_one_line_and_loses_nothing(
+    argv: list[str], said: str, main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a", \n')
+    Path("empty.jsonl").write_text("")
+    Path("mute.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    Path("bert").mkdir()
+    Path("bert/config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    for name, file in (("notes", "my.txt"), ("old", "config.json")):
+        Path(name).mkdir()
+        (Path(name) / file).write_text(lft.Config().to_json())
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    rest = [] if "--config" in argv else config("lora")
+    assert main(*rest, *SHORT, "--train.steps", "1", "--train.output", "fresh", *argv) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_resuming_another_run_is_refused(main: Main, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text(lft.load_config(ROOT / "configs/lora.py").to_json())
+    assert main(*config("dora"), "--train.output", out, "--train.resume") == 2
+    assert "adapter.dora is True, but the run to resume had False" in capsys.readouterr().err
+
+
+def test_the_embedded_questions_are_distinct() -> None:
+    parts = [(Path(EMBEDDED_DATA) / f"{split}.jsonl").read_text().splitlines() for split in ("train", "test")]
+    questions = [[json.loads(line)["question"] for line in part] for part in parts]
+    assert len({*questions[0], *questions[1]}) == len(questions[0]) + len(questions[1]) == 3400
+    workings = [{json.loads(line)["answer"] for line in part} for part in parts]
+    assert len(workings[0] & workings[1]) < 0.1 * len(workings[1])  # nor can many answers be learnt by heart
