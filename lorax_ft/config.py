@@ -104,7 +104,7 @@ class DataConfig:
     validation_split: str = "test"
     """Split to read of a folder or hub id to validate on."""
     validation_rows: int = 200
-    """Training rows to hold out, at most a tenth of them, where nothing else is there to validate on; 0: no validation."""
+    """Training rows to hold out, at most a tenth of them, where there is nothing else to validate on; 0 is none."""
     limit: int | None = None
     """Largest number of training rows to read; None reads all."""
     shape: Literal["auto", "messages", "alpaca", "sharegpt", "question_answer"] = "auto"

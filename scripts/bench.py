@@ -1,8 +1,6 @@
-"""Measure the training step, PiSSA's start and compilation, beside PEFT's.
+"""Measure the training step, PiSSA's start (`--what pissa`) and compilation (`--what compile`), beside PEFT's.
 
-    python scripts/bench.py --model SmolLM2-135M-Instruct.gguf --peer PEER/bin/python
-    python scripts/bench.py --model SmolLM2-135M-Instruct.gguf --peer PEER/bin/python --what pissa
-    python scripts/bench.py --model SmolLM2-135M-Instruct.gguf --what compile
+    python scripts/bench.py --model SmolLM2-135M-Instruct.gguf --peer PEER/bin/python --what step
 
 A step trains 4 rows of 256 random tokens, all of which count, in float32 with AdamW; adapters of rank 8 (16 for
 PiSSA's start) sit on all linear layers. Every variant is a process of its own. They take turns, so that whatever
@@ -127,7 +125,7 @@ def main(args: Args) -> None:
     versions = {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")}
     for rounds in samples.values():
         versions |= rounds[0].get("versions", {})
-    title += "; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    title = ", ".join([title, *(f"{name} {version}" for name, version in versions.items())])
     _print(console, title, samples, markdown=args.markdown)
 
 
@@ -164,8 +162,8 @@ def _afresh(args: Args, names: list[str], config: Path, *, product: Product, con
             rate = product()
             with _process(args, name, config) as process:
                 calls = [process.call() for _ in range(CALLS[args.what])]
-            first = {"first": calls[0]["seconds"], **calls[-1]} if calls else {}
-            turn[name] = process.facts | {"product": rate} | first
+            called = {"first": calls[0]["seconds"], **calls[-1]} if calls else {}
+            turn[name] = process.facts | {"product": rate} | called
         _add(samples, turn, names[0], console)
     return samples
 
@@ -190,12 +188,9 @@ def _process(args: Args, name: str, config: Path, *, warmup: int = 0) -> Iterato
     else:
         command = [sys.executable, str(HERE / "bench_ours.py"), name, "--model", args.model]
     command += ["--batch", str(ROWS), "--tokens", str(TOKENS)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stderr=errors, env=environment, **pipes) as popen,
-    ):
+    options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    options["env"] = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **options) as popen:
         try:
             process = Process(name=name, popen=popen, errors=errors, facts={})
             process.facts.update(process.reply())
@@ -222,9 +217,8 @@ def _names(args: Args, known: list[str]) -> list[str]:
 
 def _condition() -> str:
     """The machine, its load and the date."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    cpu = next((line.partition(": ")[2] for line in info.splitlines() if "model name" in line), platform.processor())
     return f"{cpu}, {CORES} cores, load {os.getloadavg()[0]:.1f} at the start, {datetime.date.today()}"
 
 

@@ -142,7 +142,7 @@ def _encoded(texts: Iterator[str | Chat], tokenizer: Tokenizer, length: int) -> 
 
 
 def train(config: DecoderConfig, rows: Rows, options: argparse.Namespace, skills: Callable[[Any], str]) -> Any:
-    """Parameters after one pass over the rows, `options.batch` at a time; prints the loss and the skills now and then."""
+    """Parameters after one pass over the rows, `options.batch` at a time; prints loss and skills as it goes."""
     module = Decoder(config)
     params = module.init(jax.random.key(options.seed), rows["tokens"][:1])["params"]
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True)
@@ -249,11 +249,10 @@ def write(folder: Path, config: DecoderConfig, params: Any, tokenizer: Tokenizer
     with new_folder(folder) as new:
         save_model(new, params, Model(config=config, params=params, tokenizer=fast, hf_config={"hidden_act": "silu"}))
         (new / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-    for name, rows in zip(("train", "test"), make_questions(0, 3_000, 400), strict=True):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        file = folder.parent / "questions" / f"{name}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(lines)
+    questions = folder.parent / "questions"
+    questions.mkdir(exist_ok=True)
+    for split, rows in make_questions(0, train=3_000, test=400).items():
+        (questions / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _options() -> argparse.Namespace:

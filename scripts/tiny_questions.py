@@ -5,40 +5,37 @@ A row is a word problem of one or two steps and its answer with the working, as 
     {"question": "Tom has 12 apples. He buys 5 more and gives 3 away. How many apples does he have now?",
      "answer": "12 + 5 = 17\\n17 - 3 = 14\\n#### 14"}
 
-Training and test rows never share a pair of kind and numbers: 12 + 5 - 3 is asked in one of them only.
+There are ten kinds of problems. The pretrained model knows their words and their arithmetic (`tiny_corpus.py`),
+but has never answered one.
 """
 
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Callable, Sequence
 
 from tiny_world import GAIN, HOLDERS, LARGEST, LOSE, PEOPLE, PLACES, THINGS, two_people
 
 Step = tuple[int, str, int]
 Draw = tuple[str, list[Step]]  # the question, the steps of its working
-TEST_SHARE = 8
-"""One in so many combinations of kind and numbers belongs to the test rows."""
 
 
-def make_questions(seed: int, train: int, test: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training and test rows, each with `question` and `answer`, in equal shares of all kinds; no question twice."""
+def make_questions(seed: int, *, train: int, test: int) -> dict[str, list[dict[str, str]]]:
+    """Rows of "train" and "test", each with `question` and `answer`.
+
+    No two have the same kind with the same numbers, so that no test question was trained on in other words.
+    """
     rng = random.Random(seed)
-    rows: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
-    seen: set[str] = set()
-    kinds = list(KINDS.items())
-    while len(rows[0]) < train or len(rows[1]) < test:
-        for is_test, wanted in enumerate((train, test)):
-            name, draw = kinds[len(rows[is_test]) % len(kinds)]
-            question, steps = draw(rng)
-            held_out = zlib.crc32(f"{name} {steps}".encode()) % TEST_SHARE == 0
-            if len(rows[is_test]) < wanted and held_out == bool(is_test) and _valid(steps) and question not in seen:
-                seen.add(question)
-                rows[is_test].append({"question": question, "answer": answer(steps)})
-    for part in rows:
-        rng.shuffle(part)
-    return rows
+    rows: list[dict[str, str]] = []
+    seen: set[tuple[str, tuple[Step, ...]]] = set()
+    while len(rows) < train + test:
+        kind = rng.choice(list(KINDS))
+        question, steps = KINDS[kind](rng)
+        if (kind, tuple(steps)) not in seen and all(1 <= value(*step) <= LARGEST for step in steps):
+            seen.add((kind, tuple(steps)))
+            rows.append({"question": question, "answer": answer(steps)})
+    rng.shuffle(rows)
+    return {"train": rows[:train], "test": rows[train:]}
 
 
 def answer(steps: Sequence[Step]) -> str:
@@ -50,10 +47,6 @@ def answer(steps: Sequence[Step]) -> str:
 def value(a: int, sign: str, b: int) -> int:
     """What a sum, a difference or a product comes to."""
     return a + b if sign == "+" else a - b if sign == "-" else a * b
-
-
-def _valid(steps: Sequence[Step]) -> bool:
-    return all(1 <= value(*step) <= LARGEST for step in steps)
 
 
 def _how_many(rng: random.Random, things: str, name: str, he: str) -> str:
@@ -97,6 +90,7 @@ def _difference(rng: random.Random) -> Draw:
     thing = rng.choice(THINGS)[1]
     a, b = rng.randint(4, 60), rng.randint(2, 50)
     facts = [f"{one.name} has {a} {thing}.", f"{two.name} has {b} {thing}."]
+    rng.shuffle(facts)
     return (
         f"{' '.join(facts)} How many more {thing} does {one.name} have than {two.name}?",
         [(a, "-", b)],

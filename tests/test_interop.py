@@ -328,6 +328,7 @@ def test_adapter_names_of_some_layers(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     "changed", ["embed_tokens/embedding", "lm_head/kernel", "norm/scale", "layers/mlp/up_proj/kernel"]

@@ -92,7 +92,7 @@ def evaluation_batches(
 def load_data(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Dataset:
     """Reads, converts and tokenises the data of a run.
 
-    Where no validation files are given, a training folder's other split is taken, or else rows are held out by the seed.
+    Where no validation files are given, a training folder's other split is taken, or rows are held out by the seed.
 
     Raises:
       ValueError: a source or a row cannot be used (see `read_rows`, `to_messages`, `encode_all`).

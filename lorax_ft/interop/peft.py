@@ -59,30 +59,18 @@ def save_peft(folder: str | Path, params: Tree, model: Model, *, config: Adapter
     Raises:
       ValueError: there is no adapter, a module is both adapted and trained whole, or the folder holds other files.
     """
-    layers, base = modules(params), modules(model.params)
-    adapters: dict[str, Matrix] = {}
-    whole: dict[str, np.ndarray] = {}
-    for path, layer in layers.items():
-        changed = _changed(path, layer, base, config)
-        if "lora_a" not in layer:
-            whole |= changed
-        elif changed:
-            raise ValueError(f"save_peft: {path} is adapted and its own weights changed too; PEFT has no form for it")
-        else:
-            adapters |= _exported(path, layer)
-    if "embed_tokens/embedding" in whole and "lm_head" not in base and "kernel" not in layers.get("lm_head", {}):
-        whole["lm_head/kernel"] = whole["embed_tokens/embedding"]  # PEFT unties a table that it trains whole
-    _check(adapters, whole)
+    adapters, whole = _collected(params, model, config)
     tensors = {name: tensor for path, matrix in adapters.items() for name, tensor in _tensors(path, matrix).items()}
-    saved = {path.rpartition("/")[0]: path.rpartition("/")[2] for path in whole}
-    tensors |= {f"{PREFIX}{hf_module(m)}.{LEAVES[leaf]}": whole[f"{m}/{leaf}"] for m, leaf in saved.items()}
+    for path, weight in whole.items():
+        module, _, leaf = path.rpartition("/")
+        tensors[f"{PREFIX}{hf_module(module)}.{LEAVES[leaf]}"] = weight
     peft_config = write_config(
         {hf_module(path): matrix["lora_a"].shape[1] for path, matrix in adapters.items()},
         {hf_module(path): matrix["lora_scale"].item() for path, matrix in adapters.items()},
         modules=_known_modules(model),
         base_model_name_or_path=model.source or None,
         lora_dropout=config.dropout if config else 0.0,
-        modules_to_save=sorted(map(hf_module, saved)) or None,
+        modules_to_save=sorted({hf_module(path.rpartition("/")[0]) for path in whole}) or None,
         use_dora=any("magnitude" in matrix for matrix in adapters.values()),
     )
     with new_folder(folder) as new:
@@ -128,6 +116,27 @@ def load_peft(folder: str | Path, model: Model) -> Tree:
         kernel = _base_kernel(layers, path)
         layers[path] = layers.get(path, {}) | _stacked(matrices, kernel, path=path, where=folder)
     return from_modules(layers)
+
+
+def _collected(
+    params: Tree, model: Model, config: AdapterConfig | None
+) -> tuple[dict[str, Matrix], dict[str, np.ndarray]]:
+    """The adapters by logical path, and the weights trained whole by logical slash path."""
+    layers, base = modules(params), modules(model.params)
+    adapters: dict[str, Matrix] = {}
+    whole: dict[str, np.ndarray] = {}
+    for path, layer in layers.items():
+        changed = _changed(path, layer, base, config)
+        if "lora_a" not in layer:
+            whole |= changed
+        elif changed:
+            raise ValueError(f"save_peft: {path} is adapted and its own weights changed too; PEFT has no form for it")
+        else:
+            adapters |= _exported(path, layer)
+    if "embed_tokens/embedding" in whole and "lm_head" not in base and "kernel" not in layers.get("lm_head", {}):
+        whole["lm_head/kernel"] = whole["embed_tokens/embedding"]  # PEFT unties a table that it trains whole
+    _check(adapters, whole)
+    return adapters, whole
 
 
 def _known_modules(model: Model) -> dict[str, tuple[str, Any]]:

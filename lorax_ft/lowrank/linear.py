@@ -131,8 +131,9 @@ def _dropout(layer: Layer, x: Array) -> Array:
     """x̃: the input of the adapter branch; x itself where there is nothing to drop."""
     if "dropout_key" not in layer or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    keep = 1 - layer["dropout_rate"]
-    return jnp.where(jax.random.bernoulli(layer["dropout_key"], keep, x.shape), x / keep.astype(x.dtype), 0)
+    key, rate = (layer[name].reshape(-1)[0] for name in ("dropout_key", "dropout_rate"))  # experts share x
+    keep = (1 - rate).astype(x.dtype)
+    return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0)
 
 
 def _matrices(layer: Layer) -> Layer:

@@ -8,6 +8,7 @@ Hugging Face's checkpoints.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 Cache = dict[str, Array]
+ROW_AXES = ("data", "fsdp")  # the mesh axes that rows are split over
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -132,6 +135,7 @@ class Block(nn.Module):
     ) -> tuple[Array, Cache | None]:
         """`[B, T, D]` to `[B, T, D]`; cos and sin `[B, T, 1, C/2]`, mask `[B, 1, T, S]`, positions `[B, T]`."""
         c = self.config
+        x = split_rows(x)
         y, cache = Attention(c, name="self_attn")(
             RMSNorm(c.norm_eps, name="input_layernorm")(x), cos, sin, mask, positions, cache
         )
@@ -186,7 +190,19 @@ class Decoder(nn.Module):
             length=c.layers,
         )
         x, cache = layers(c, name="layers")(x, cos, sin, mask, positions, cache)
-        return RMSNorm(c.norm_eps, name="norm")(x), cache
+        return split_rows(RMSNorm(c.norm_eps, name="norm")(x)), cache
+
+
+def split_rows(x: Array) -> Array:
+    """x `[B, ...]` with its rows split over the ambient mesh (`jax.set_mesh`), if there is one that divides them.
+
+    Without it XLA may leave the width split, as the embedding table is, and gather the whole batch on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec(axes))
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from pathlib import Path
 
@@ -120,15 +119,15 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
             if pending:
                 _record(pending, log, progress, every=config.log_every)
             pending = (step + 1, metrics, tokens)
-            if early:
-                moved = jax.device_get(jax.jit(contract.moved)(before, _adapters(state.trained)))
-                contract.check_moved(moved, updates=1 + step - job.first_step + (job.first_step > 0))
             last = step + 1 == job.steps
             saving = last or (config.save_every and (step + 1) % config.save_every == 0)
             evaluating = not last and config.eval_every and (step + 1) % config.eval_every == 0
-            if saving or evaluating:
+            if early or saving or evaluating:  # nothing is saved of a step whose loss was not looked at
                 _record(pending, log, progress, every=config.log_every)
                 pending = None
+            if early:
+                moved = jax.device_get(jax.jit(contract.moved)(before, _adapters(state.trained)))
+                contract.check_moved(moved, updates=1 + step - job.first_step + (job.first_step > 0))
             if saving:
                 job.checkpoints.save(step + 1, state, owned_leaves(state.trained, job.frozen))
             if evaluating and (loss := _validation_loss(job, state)) is not None:
@@ -183,7 +182,8 @@ def _validation_loss(job: Job, state: TrainState) -> float | None:
     size = config.train.batch_size // config.train.microbatches
     sums = np.zeros(2)
     for batch in evaluation_batches(rows, size, max_length=config.data.max_length, limit=config.eval.rows):
-        sums += np.array(jax.device_get(job.evaluate(params, sharding.place_batch(batch, job.mesh))))
+        with jax.set_mesh(job.mesh):
+            sums += np.array(jax.device_get(job.evaluate(params, sharding.place_batch(batch, job.mesh))))
     return float(sums[0] / sums[1])
 
 
@@ -197,8 +197,6 @@ def _save(job: Job, state: TrainState, folder: Path) -> Path:
     full = "all" in config.train_whole and not config.targets
     saved = folder / ("model" if full else "adapter")
     if jax.process_index() == 0:
-        if saved.exists():
-            shutil.rmtree(saved)
         if full:
             save_model(saved, params, job.model)
         else:

@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from lorax_ft.lowrank.linear import Dot, Layer, linear
 
+Labels = dict[str, Array]
 CHUNK_ROWS = 1024  # tokens whose logits exist at once, over all of the batch
 
 
@@ -38,45 +39,44 @@ def head_loss(
       A float32 scalar, the sum.
     """
     chunks = _chunks(features.shape[0], features.shape[1], chunk_rows)
-    parts = [_split(x, chunks) for x in (features, targets, weights)]
-    return _fused(functools.partial(_chunk_loss, dot), layer, *parts)
+    labels = {"targets": _split(targets, chunks), "weights": _split(weights, chunks), "chunk": jnp.arange(chunks)}
+    return _fused(functools.partial(_chunk_loss, dot), layer, _split(features, chunks), labels)
 
 
-def _chunk_loss(dot: Dot, layer: Layer, features: Array, targets: Array, weights: Array) -> Array:
+def _chunk_loss(dot: Dot, layer: Layer, features: Array, labels: Labels) -> Array:
     """Σ w (log Σ exp z − z_target) of one chunk, in float32."""
+    if "dropout_key" in layer:  # each chunk drops other features
+        layer = layer | {"dropout_key": jax.random.fold_in(layer["dropout_key"], labels["chunk"])}
     logits = linear(layer, features, dot).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
+    picked = jnp.take_along_axis(logits, labels["targets"][..., None], axis=-1)[..., 0]
+    return jnp.sum(labels["weights"] * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(loss: Callable[..., Array], layer: Layer, features: Array, targets: Array, weights: Array) -> Array:
+def _fused(loss: Callable[..., Array], layer: Layer, features: Array, labels: Labels) -> Array:
     """The sum of `loss` over chunks `[N, B, t, ...]`."""
-    return jnp.sum(lax.map(lambda chunk: loss(layer, *chunk), (features, targets, weights)))
+    return jnp.sum(lax.map(lambda chunk: loss(layer, *chunk), (features, labels)))
 
 
-def _fused_forward(
-    loss: Callable[..., Array], layer: Any, features: Any, targets: Any, weights: Any
-) -> tuple[Array, Any]:
+def _fused_forward(loss: Callable[..., Array], layer: Any, features: Any, labels: Any) -> tuple[Array, Any]:
     trained = {name: leaf.value for name, leaf in layer.items() if leaf.perturbed}
     fixed = {name: leaf.value for name, leaf in layer.items() if not leaf.perturbed}
+    labels = {name: leaf.value for name, leaf in labels.items()}
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
 
-    def chunk(total: tuple[Array, Layer], xs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Layer], Array]:
-        x, t, w = xs
-        value, (d_layer, d_x) = jax.value_and_grad(lambda l, x: loss(fixed | l, x, t, w), argnums=(0, 1))(trained, x)
+    def chunk(total: tuple[Array, Layer], xs: tuple[Array, Labels]) -> tuple[tuple[Array, Layer], Array]:
+        x, y = xs
+        value, (d_layer, d_x) = jax.value_and_grad(lambda l, x: loss(fixed | l, x, y), argnums=(0, 1))(trained, x)
         return (total[0] + value, jax.tree.map(lambda t, d: t + d.astype(t.dtype), total[1], d_layer)), d_x
 
-    (total, d_layer), d_features = lax.scan(
-        chunk, (jnp.zeros(()), zeros), (features.value, targets.value, weights.value)
-    )
+    (total, d_layer), d_features = lax.scan(chunk, (jnp.zeros(()), zeros), (features.value, labels))
     d_layer = {name: d_layer[name].astype(trained[name].dtype) if name in trained else None for name in layer}
     return total, (d_layer, d_features)
 
 
-def _fused_backward(loss: Callable[..., Array], residuals: Any, g: Array) -> tuple[Any, Any, None, None]:
+def _fused_backward(loss: Callable[..., Array], residuals: Any, g: Array) -> tuple[Any, Any, None]:
     d_layer, d_features = jax.tree.map(lambda d: (g * d).astype(d.dtype), residuals)
-    return d_layer, d_features, None, None
+    return d_layer, d_features, None
 
 
 _fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)

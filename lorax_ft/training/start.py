@@ -113,7 +113,8 @@ def compile_step(job: Job, tx: optax.GradientTransformation, batch: dict[str, Ar
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, job.state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
-    return jitted.lower(job.state, job.frozen, batch, step_key(config)).compile()
+    with jax.set_mesh(job.mesh):  # by which the model keeps rows split (`split_rows`)
+        return jitted.lower(job.state, job.frozen, batch, step_key(config)).compile()
 
 
 def step_key(config: Config) -> Array:

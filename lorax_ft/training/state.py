@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.adapters import add_adapters, attach_adapters
-from lorax_ft.lowrank.groups import partition
+from lorax_ft.lowrank.groups import is_whole, partition
 from lorax_ft.models.llama import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training import contract, sharding
 from lorax_ft.training.checkpoints import Checkpoints
 from lorax_ft.training.step import TrainState
-from lorax_ft.tree import Tree, combine, flatten, split
+from lorax_ft.tree import Tree, combine, flatten, modules, split
 
 
 def abstract_state(
@@ -98,6 +98,9 @@ def base_of(model: Model, state: TrainState, frozen: Tree) -> Model:
 def _with_adapters(params: Tree, config: AdapterConfig, *, model: Model, key: Array) -> Tree:
     """The parameters with adapters; modules that train whole in float32, since bfloat16 rounds small updates away."""
     params = add_adapters(params, config, layout=model.layout, key=key)
+    both = [p for p, layer in modules(params).items() if "lora_a" in layer and is_whole(p, config.train_whole)]
+    if both:
+        raise ValueError(f"{both[0]} is meant by adapter.targets and by adapter.train_whole; give it to one of them")
     trained, frozen = partition(params, whole=config.train_whole)
     return combine(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained), frozen)
 
