@@ -1,4 +1,4 @@
-"""One table of cases that every method joins with a line: its start, its merge, its gradients, in every kind of model."""
+"""One table of cases that every method joins with a line: start, merge and gradients, in every kind of model."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_zero_adapter_keeps_the_type_that_the_layer_promotes_to() -> None:
     np.testing.assert_array_equal(got, want)
 
 
-# ---------------------------------------------------------------------------------------------------- gradients
+# -------------------- gradients
 
 
 def reference(layer: dict[str, Array], x: Array, *, x_dropped: Array | None = None) -> Array:
@@ -278,7 +278,7 @@ def _merged(layer: Tree, w: Array, spec: Any) -> Array:
     return jnp.einsum(f"{order},{stack}{outs}->{order}", merged, layer["magnitude"] / norm)
 
 
-# ------------------------------------------------------------------------------------- stacks, patterns, randomness
+# -------------------- stacks, patterns, randomness
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_kaiming_and_gaussian_have_pefts_spread(decoder: Any) -> None:
         assert gaussian[name]["lora_a"].std() == pytest.approx(1 / 32, rel=3e-2)
 
 
-# --------------------------------------------------------------------------------------- embeddings, heads, whole modules
+# -------------------- embeddings, heads, whole modules
 
 
 def test_an_adapted_embedding_changes_the_lookup_alone(zoo: Any, adapted: Adapted, randomise: Any) -> None:
@@ -497,12 +497,23 @@ def test_trained_leaves_share_no_buffer_with_frozen_ones(adapted: Adapted, metho
     assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(trained)} & set(pointers)
 
 
-# ------------------------------------------------------------------------------------------------------------ dropout
+# -------------------- dropout
 
 
 def test_dropout_of_rate_zero_is_no_dropout(adapted: Adapted) -> None:
     params = adapted("decoder", "kaiming-standard")
     assert with_dropout(params, KEY, rate=0.0) is params
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize("model", ["decoder", "einsums"])
+def test_dropout_takes_keys_of_both_styles(
+    zoo: Any, adapted: Adapted, randomise: Any, model: str, make_key: Any
+) -> None:
+    case = zoo(model)
+    params = randomise(adapted(model, "kaiming-standard"))
+    y = case.forward(with_dropout(params, make_key(0), rate=0.5))
+    assert distance(y, case.forward(params)) > 1e-3
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -576,7 +587,7 @@ def test_every_layer_of_a_stack_drops_differently(adapted: Adapted) -> None:
     assert layer["up_proj"]["dropout_rate"].shape == (3,)
 
 
-# ------------------------------------------------------------------------------------------------------- the norm
+# -------------------- the norm
 
 
 def test_a_magnitude_without_its_norm_raises() -> None:
@@ -655,7 +666,7 @@ def test_the_norm_makes_no_full_size_temporary(
     assert compiled.memory_analysis().temp_size_in_bytes < matrices * 4 * 512 * 1024
 
 
-# ------------------------------------------------------------------------------------------------------ PiSSA's SVD
+# -------------------- PiSSA's SVD
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
@@ -711,7 +722,7 @@ def test_starts_can_be_planned_without_arrays(zoo: Any) -> None:
         jax.eval_shape(lambda p: add_adapters(p, config, layout=case.layout, key=KEY), case.params)
 
 
-# ------------------------------------------------------------------------------------------------------ interception
+# -------------------- interception
 
 
 def test_adapting_twice_is_adapting_once(zoo: Any, adapted: Adapted, randomise: Any) -> None:
@@ -857,7 +868,7 @@ def test_several_adapters_over_one_base_by_vmap(zoo: Any, adapted: Adapted, rand
         assert distance(y, case.forward(tree)) < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------------ mistakes
+# -------------------- mistakes
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,8 @@ def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:
     """
     if rate == 0:
         return params
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
     layers = modules(params)
     for path, layer in layers.items():
         if "lora_a" in layer:

@@ -63,16 +63,18 @@ def linear(layer: Layer, x: Array, dot: Dot, *, precision: lax.PrecisionLike = N
         return _expand(dot(x, a.astype(dtype)).astype(dtype), b, n_stack=s.ndim, precision=precision)
 
     y = base(x)
+    dtype = y.dtype
     if "lora_a" in layer:
         dropped = _dropout(layer, x)
-        change = low_rank(dropped, ("lora_a", "lora_b", "lora_scale"), y.dtype)
+        change = low_rank(dropped, ("lora_a", "lora_b", "lora_scale"), dtype)
         if "magnitude" not in layer:
             y = y + change
         elif dropped is x:
-            y = (gain(layer) * (y + change)).astype(y.dtype)
+            y = (gain(layer) * (y + change).astype(jnp.float32)).astype(dtype)
         else:
             g = gain(layer)
-            y = (y + (g - 1) * base(dropped) + g * change).astype(y.dtype)
+            y, again, change = (part.astype(jnp.float32) for part in (y, base(dropped), change))
+            y = (y + (g - 1) * again + g * change).astype(dtype)
     return y + layer["bias"].astype(y.dtype) if "bias" in layer else y
 
 

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import multihost_utils
 from threadpoolctl import threadpool_limits
 
-OVERSAMPLING = 10
+OVERSAMPLING = 4
 
 
 def pissa(w: Array, *, rank: int, iterations: int | None, keys: Array) -> tuple[Array, Array]:
@@ -39,7 +39,8 @@ def pissa(w: Array, *, rank: int, iterations: int | None, keys: Array) -> tuple[
             raise ValueError("the exact SVD runs on the host, outside jit and eval_shape; set adapter.pissa_iterations")
         a, b = exact(np.asarray(w), rank=rank) if w.is_fully_addressable else _shared_exact(w, rank=rank)
         return jnp.asarray(a), jnp.asarray(b)
-    return randomised(w, keys, rank=rank, iterations=iterations)
+    with threadpool_limits(1, user_api="blas"):  # LAPACK's, on a CPU
+        return jax.block_until_ready(randomised(w, keys, rank=rank, iterations=iterations))
 
 
 def exact(w: np.ndarray, *, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +63,7 @@ def exact(w: np.ndarray, *, rank: int) -> tuple[np.ndarray, np.ndarray]:
         a, b = (near, far) if wide else (far.T, near.T)
         return a.astype(np.float32), b.astype(np.float32)
 
-    # One BLAS thread a matrix: with more, OpenBLAS's threads wait for each other (numpy 2.4, 50 times slower).
+    # One BLAS thread a matrix: with more, OpenBLAS's threads wait for each other (numpy 2.4, up to 50 times slower).
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(factors, w))
     return np.stack([a for a, _ in parts]), np.stack([b for _, b in parts])
@@ -81,19 +82,24 @@ def _shared_exact(w: Array, *, rank: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=("rank", "iterations"))
 def randomised(w: Array, keys: Array, *, rank: int, iterations: int) -> tuple[Array, Array]:
-    """By a randomised SVD with power iterations (Halko et al., 0909.4061), float32 at the highest precision."""
+    """By a randomised SVD with power iterations (Halko et al., 0909.4061), float32 at the highest precision.
+
+    The basis Q spans the short side; it is made orthonormal once an iteration, Q ← qr(M Mᵀ Q), and M ≈ Q Qᵀ M.
+    """
     matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
     def factors(pair: tuple[Array, Array]) -> tuple[Array, Array]:
-        matrix, key = pair
-        m = matrix.astype(jnp.float32)
-        width = min(rank + OVERSAMPLING, *m.shape)
-        q = jnp.linalg.qr(matmul(m, jax.random.normal(key, (m.shape[1], width))))[0]
+        w, key = pair
+        wide = w.shape[0] <= w.shape[1]
+        m = (w if wide else w.T).astype(jnp.float32)  # [n, long]
+        y = matmul(m, jax.random.normal(key, (m.shape[1], min(rank + OVERSAMPLING, m.shape[0]))))
         for _ in range(iterations):
-            q = jnp.linalg.qr(matmul(m.T, q))[0]
-            q = jnp.linalg.qr(matmul(m, q))[0]
-        u, s, vt = jnp.linalg.svd(matmul(q.T, m), full_matrices=False)
-        root = jnp.sqrt(s[:rank])
-        return matmul(q, u[:, :rank]) * root, root[:, None] * vt[:rank]
+            y = matmul(m, matmul(m.T, jnp.linalg.qr(y)[0]))
+        q = jnp.linalg.qr(y)[0]
+        b = matmul(q.T, m)
+        squares, u = jnp.linalg.eigh(matmul(b, b.T))  # ascending
+        u, root = u[:, ::-1][:, :rank], jnp.maximum(squares[::-1][:rank], 0) ** 0.25  # √S, where the squares are S²
+        near, far = matmul(q, u) * root, matmul(u.T, b) / jnp.where(root > 0, root, 1)[:, None]
+        return (near, far) if wide else (far.T, near.T)
 
     return lax.map(factors, (w, keys))

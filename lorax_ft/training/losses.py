@@ -75,7 +75,7 @@ def _fused_forward(loss: Callable[..., Array], layer: Any, features: Any, labels
 
 
 def _fused_backward(loss: Callable[..., Array], residuals: Any, g: Array) -> tuple[Any, Any, None]:
-    d_layer, d_features = jax.tree.map(lambda d: (g * d).astype(d.dtype), residuals)
+    d_layer, d_features = jax.tree.map(lambda d: (g * d.astype(g.dtype)).astype(d.dtype), residuals)
     return d_layer, d_features, None
 
 

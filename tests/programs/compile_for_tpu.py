@@ -7,6 +7,7 @@ Needs libtpu (the extra tpu-compile), but no TPU. A process of its own, since li
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from lorax_ft.models.model import Model
 from lorax_ft.training import sharding
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.step import TrainState, make_train_step
-from lorax_ft.tree import Tree, flatten, unflatten
+from lorax_ft.tree import Tree, flatten, split, unflatten
 
 
 def main() -> None:
@@ -43,11 +44,10 @@ def main() -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=options["topology"])
     mesh = sharding.make_mesh(config.mesh, devices=topology.devices)
     state, frozen, batch = abstract_arguments(model, config, mesh)
+    kernels, _ = split(frozen, lambda path: path.endswith(("/kernel", "/embedding")))
     began = time.perf_counter()
     compiled = compile_step(model, config, mesh, state, frozen, batch)
     memory = compiled.memory_analysis()
-    if dump := os.environ.get("DUMP_HLO"):
-        open(dump, "w").write(compiled.as_text())
     report = {
         "seconds": time.perf_counter() - began,
         "chips": mesh.size,
@@ -56,23 +56,25 @@ def main() -> None:
         "alias_bytes": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "frozen_bytes": total_bytes(frozen),
+        "kernel_bytes": total_bytes(kernels),
+        "kernel_bytes_a_chip": bytes_a_chip(kernels),
         "state_bytes": total_bytes(state),
         "frozen_bytes_a_chip": bytes_a_chip(frozen),
         "state_bytes_a_chip": bytes_a_chip(state),
         "gathered": gathered(compiled.as_text()),
-        "kernels": sorted({tuple(leaf.shape) for p, leaf in flatten(frozen).items() if p.endswith("/kernel")}),
+        "kernels": sorted({tuple(leaf.shape) for leaf in jax.tree.leaves(kernels)}),
     }
     print(json.dumps(report))
 
 
 def abstract_arguments(model: Model, config: Config, mesh: Mesh) -> tuple[TrainState, Tree, Tree]:
     """Shapes of state, frozen leaves and batch, with their shardings."""
-    base = abstract_params(model.config)
+    dtype = jnp.dtype(model.config.dtype)
+    base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model.config))
     model = Model(config=model.config, params=base)
     whole = config.adapter.train_whole
-    params = jax.eval_shape(
-        lambda p: add_adapters(p, config.adapter, layout=model.layout, key=jax.random.key(0)), base
-    )
+    traceable = dataclasses.replace(config.adapter, pissa_iterations=0)  # the exact SVD runs on the host
+    params = jax.eval_shape(lambda p: add_adapters(p, traceable, layout=model.layout, key=jax.random.key(0)), base)
     places = flatten(sharding.param_shardings(params, SHARDING_RULES, mesh=mesh))
     trained, frozen = partition(params, whole=whole)
     tx = make_optimizer(config.optim, steps=100)

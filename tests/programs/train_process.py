@@ -2,7 +2,8 @@
 
     python tests/programs/train_process.py PORT PROCESSES INDEX DEVICES CONFIG.json [CONFIG.json ...]
 
-Each process has DEVICES CPU devices. Prints a line of JSON for each run: {"steps": ..., "saved": ...}.
+Each process has DEVICES CPU devices. Prints a line of JSON for each run: the steps, and the files that this process
+opened for writing in the run's folder, apart from checkpoints, which orbax writes from all processes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
@@ -31,11 +33,22 @@ def main(port: int, processes: int, index: int, devices: int, *files: str) -> No
     assert jax.device_count() == processes * devices
     from lorax_ft.training.loop import train
 
+    opened: set[str] = set()
+    sys.addaudithook(lambda event, args: _note(opened, event, args))
     for file in files:
+        opened.clear()
         result = train(Config.from_json(Path(file).read_text()))
         assert result is not None
-        print(json.dumps({"steps": result.steps, "saved": str(result.saved)}), flush=True)
+        names = {os.path.relpath(path, result.folder) for path in opened}
+        written = sorted(name for name in names if not name.startswith(("..", "checkpoints")))
+        print(json.dumps({"steps": result.steps, "written": written}), flush=True)
     jax.distributed.shutdown()
+
+
+def _note(opened: set[str], event: str, args: tuple[Any, ...]) -> None:
+    """Note a file that is opened for writing: `open` has the arguments path, mode, flags."""
+    if event == "open" and isinstance(args[0], str | os.PathLike) and args[2] & (os.O_WRONLY | os.O_RDWR):
+        opened.add(os.fspath(args[0]))
 
 
 if __name__ == "__main__":

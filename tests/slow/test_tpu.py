@@ -1,0 +1,109 @@
+"""Training steps compile ahead of time for TPUs, split as they should be. Needs libtpu (`.[tpu-compile]`), no TPU.
+
+libtpu makes every start of JAX noisy: where it is in an environment of its own, name that environment's Python in
+LORAX_FT_TPU_PYTHON. Takes some minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, load_config
+from lorax_ft.interop.huggingface import decoder_config
+
+ROOT = Path(__file__).parents[2]
+PYTHON = os.environ.get("LORAX_FT_TPU_PYTHON")
+CHIP = 16e9  # bytes of memory in a v5e
+
+pytestmark = pytest.mark.skipif(
+    PYTHON is None and importlib.util.find_spec("libtpu") is None,
+    reason='libtpu is not installed: pip install ".[tpu-compile]", or name its Python in LORAX_FT_TPU_PYTHON',
+)
+
+QWEN_7B = {
+    "vocab_size": 152064,
+    "width": 3584,
+    "mlp_width": 18944,
+    "layers": 28,
+    "heads": 28,
+    "kv_heads": 4,
+    "head_dim": 128,
+    "norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tied": False,
+    "max_positions": 32768,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [("v5e:2x2", MeshConfig(data=1, fsdp=4)), ("v5e:4x4", MeshConfig(data=4, fsdp=2, tensor=2))],
+)
+def test_the_step_of_the_pissa_config_compiles(topology: str, mesh: MeshConfig) -> None:
+    config = dataclasses.replace(load_config(ROOT / "configs/pissa.py"), mesh=mesh)
+    m = config.model
+    fields = json.loads((Path(m.path) / "config.json").read_text())
+    decoder = decoder_config(fields, source=m.path, dtype=m.dtype, attention=m.attention, remat=m.remat)
+    report = compile_for(topology, config, dataclasses.asdict(decoder))
+    check(report, config, split=mesh.fsdp * mesh.tensor, width=decoder.width)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_seven_billion_parameters_fit_sixteen_chips(dora: bool) -> None:
+    config = Config(
+        model=ModelConfig(dtype="bfloat16"),
+        adapter=AdapterConfig(rank=16, dora=dora),
+        data=DataConfig(max_length=2048),
+        train=TrainConfig(batch_size=16),
+        mesh=MeshConfig(data=1, fsdp=16),
+    )
+    report = compile_for("v5e:4x4", config, QWEN_7B)
+    check(report, config, split=16, width=QWEN_7B["width"])
+    assert report["frozen_bytes"] > 15e9
+    assert report["argument_bytes"] < 1.5e9
+    assert report["temporary_bytes"] < 4e9
+    assert [1, 3584, 18944] in report["gathered"]  # a layer's weights when they are needed
+
+
+def check(report: dict[str, Any], config: Config, *, split: int, width: Any) -> None:
+    """The base is split, what the step takes is what its arguments hold, and nothing large is gathered."""
+    assert report["chips"] == {"v5e:2x2": 4, "v5e:4x4": 16}[report["topology"]]
+    assert report["temporary_bytes"] > 0
+    assert report["argument_bytes"] + report["temporary_bytes"] + report["output_bytes"] < CHIP + report["alias_bytes"]
+    assert report["kernel_bytes_a_chip"] == report["kernel_bytes"] / split
+    a_chip = report["frozen_bytes_a_chip"] + report["state_bytes_a_chip"]
+    assert a_chip <= report["argument_bytes"] < 2 * a_chip  # the batch, and factors padded to tiles of 128 columns
+    assert report["alias_bytes"] > 0.9 * report["state_bytes_a_chip"]  # the state is donated
+    whole_stacks = [shape for shape in report["gathered"] if shape in report["kernels"] and len(shape) == 3]
+    assert not whole_stacks, f"all-gathers of all layers at once: {whole_stacks}"
+    rows = config.train.batch_size // config.train.microbatches
+    batches = [shape for shape in report["gathered"] if shape == [rows, config.data.max_length, width]]
+    assert not batches, f"all-gathers of the whole batch's activations: {batches}"
+
+
+def compile_for(topology: str, config: Config, decoder: dict[str, Any]) -> dict[str, Any]:
+    """What the step of a config takes on a topology; `tests/programs/compile_for_tpu.py` in a process of its own."""
+    options = {"topology": topology, "config": dataclasses.asdict(config), "decoder": decoder}
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    done = subprocess.run(
+        [PYTHON or sys.executable, str(ROOT / "tests/programs/compile_for_tpu.py"), json.dumps(options)],
+        env=environment | {"TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout.strip().splitlines()[-1]) | {"topology": topology}
+    print(json.dumps({name: value for name, value in report.items() if name != "kernels"}))
+    return report
