@@ -5,6 +5,11 @@
 writes `lorax_ft/assets/tiny`, an ordinary Hugging Face folder, and beside it the questions to fine-tune on.
 `tiny_corpus.py` says what the model reads and what it never reads.
 
+The model in the repository: 1,279,616 parameters, 4.85 million tokens read once in 2,500 updates, loss 0.735 at the
+end, 19 minutes on 2 busy cores. Right to the letter of 128 unseen conversations of each kind, by greedy decoding:
+sums 99 %, differences 100 %, products 100 %, chains of two 99 %, copying 90 %, comparing 70 %, recalling 59 % (it
+often takes a fact of the other person). Of the questions to fine-tune on it answers none.
+
 Letters: N rows, B batch, T tokens, D width, V vocabulary.
 """
 
@@ -259,7 +264,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ASSETS / "tiny", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the text and of the weights")
-    parser.add_argument("--steps", type=int, default=3_000, help="updates")
+    parser.add_argument("--steps", type=int, default=2_500, help="updates")
     parser.add_argument("--batch", type=int, default=16, help="rows in an update")
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate")
