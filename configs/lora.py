@@ -11,8 +11,8 @@ from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, Optim
 def get_config() -> Config:
     return Config(
         adapter=AdapterConfig(rank=16, alpha=32),
-        data=DataConfig(max_length=96),
+        data=DataConfig(max_length=80),
         optim=OptimConfig(learning_rate=3e-3),
         train=TrainConfig(output="out/lora", steps=150, batch_size=32),
-        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=40),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=32),
     )

@@ -12,6 +12,12 @@ from typing import Any, Literal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Eight devices share two cores: XLA's concurrent order of collectives deadlocks there (jaxlib 0.10.2), and its
+# patience of 40 s is short.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_cpu_collective_call_terminate_timeout_seconds=300",
+)
 
 import flax.linen as nn
 import jax

@@ -158,10 +158,11 @@ def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     write(tmp_path / "train.jsonl", "{}")
+    (tmp_path / "bare").mkdir()
     cases = {
         f"{tmp_path}/trian.jsonl": "no file .*; the nearest in its folder is train.jsonl",
         f"{tmp_path}/none/a.jsonl": "there is no folder",
-        f"{tmp_path}": "is a folder; name its files",
+        f"{tmp_path}/bare": r"holds no file train\.jsonl or train\.json or",
         "owner/name": "no such file, and the hub gave no split 'train' .*: Couldn't reach the Hub$",
         "trian.jsonll": "no file trian.jsonll",
     }
@@ -466,7 +467,7 @@ def test_load_data(questions: str) -> None:
 
 
 def test_validation_rows_are_held_out_by_seed(questions: str) -> None:
-    config = DataConfig(train=(questions,), validation=(), validation_rows=5)
+    config = DataConfig(train=(questions,), validation_rows=2)
 
     def answers(seed: int) -> tuple[list[str], list[str]]:
         data = load_data(config, BYTES, seed=seed)
@@ -475,11 +476,23 @@ def test_validation_rows_are_held_out_by_seed(questions: str) -> None:
         return train, validation
 
     train, validation = answers(0)
-    assert len(validation) == 5
+    assert len(validation) == 2
     assert sorted(train + validation, key=int) == [str(i + 1) for i in range(20)]
     assert answers(0) == (train, validation) != answers(1)
-    with pytest.raises(ValueError, match=r"data\.validation_rows is 20, but there are 20 rows"):
-        load_data(DataConfig(train=(questions,), validation=(), validation_rows=20), BYTES, seed=0)
+    many = load_data(DataConfig(train=(questions,), validation_rows=20), BYTES, seed=0)
+    assert len(many.validation.conversations) == 2  # a tenth at most
+
+
+def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
+    for split, count in (("train", 20), ("test", 3)):
+        lines = [json.dumps({"question": f"{split} {i}", "answer": str(i)}) for i in range(count)]
+        write(tmp_path / f"{split}.jsonl", "\n".join(lines))
+    both = load_data(DataConfig(train=(str(tmp_path),)), BYTES, seed=0)
+    assert (len(both.train.rows), len(both.validation.rows)) == (20, 3)
+    none = load_data(DataConfig(train=(str(tmp_path),), validation_rows=0), BYTES, seed=0)
+    assert (len(none.train.rows), len(none.validation.rows)) == (20, 0)
+    other = load_data(DataConfig(train=(str(tmp_path),), validation_split="dev"), BYTES, seed=0)
+    assert (len(other.train.rows), len(other.validation.rows)) == (18, 2)
 
 
 def test_importing_the_data_room_is_cheap() -> None:

@@ -314,14 +314,20 @@ def test_scanned_equals_unscanned(
     assert distance(zoo("vit_rematted").forward(stacked), y) < 1e-6
 
 
-@pytest.mark.parametrize("fields", [{"layers": (1,)}, {"exclude": ("layers/[02]/.*",)}])
-@pytest.mark.parametrize("method", ["kaiming-standard", "kaiming-standard-dora", "pissa_kept-standard-dora"])
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("kaiming-standard", {"layers": (1,)}),
+        ("kaiming-standard-dora", {"exclude": ("layers/[02]/.*",)}),
+        ("pissa_kept-standard-dora", {"layers": (1,)}),
+    ],
+)
 def test_layers_without_an_adapter_are_a_fixed_point(
     zoo: Any, adapted: Adapted, randomise: Any, method: str, fields: dict[str, Any]
 ) -> None:
     """No gradient reaches the padding of a stack's other layers, and merging leaves their kernels bitwise alone."""
     case = zoo("vit_scanned")
-    params = adapted("vit_scanned", method, **fields)
+    params = adapted("vit_scanned", method, targets=("up", "attention/query"), **fields)
     active = params["layers"]["up"]["lora_b"][1]
     params["layers"]["up"]["lora_b"] = params["layers"]["up"]["lora_b"].at[1].set(jnp.ones_like(active))
     trained, frozen = partition(params)
@@ -506,14 +512,14 @@ def test_dropout_of_rate_zero_is_no_dropout(adapted: Adapted) -> None:
 
 
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
-@pytest.mark.parametrize("model", ["decoder", "einsums"])
+@pytest.mark.parametrize(("model", "target"), [("vit_scanned", "up"), ("einsums", "experts_up")])
 def test_dropout_takes_keys_of_both_styles(
-    zoo: Any, adapted: Adapted, randomise: Any, model: str, make_key: Any
+    zoo: Any, adapted: Adapted, randomise: Any, model: str, target: str, make_key: Any
 ) -> None:
     case = zoo(model)
-    params = randomise(adapted(model, "kaiming-standard"))
+    params = randomise(adapted(model, "kaiming-standard", targets=(target,)))
     y = case.forward(with_dropout(params, make_key(0), rate=0.5))
-    assert distance(y, case.forward(params)) > 1e-3
+    assert distance(y, case.forward(params)) > 1e-4
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -544,14 +550,14 @@ def test_dropout_drops_the_share_it_says_and_scales_the_rest() -> None:
 def test_dropout_acts_on_the_adapter_branch_only(zoo: Any, adapted: Adapted) -> None:
     """With B = 0 nothing changes; with PiSSA the kept start is subtracted in full."""
     case = zoo("decoder")
-    start = with_dropout(adapted("decoder", "kaiming-standard"), KEY, rate=0.5)
+    start = with_dropout(adapted("decoder", "kaiming-standard", targets=("up_proj",)), KEY, rate=0.5)
     np.testing.assert_array_equal(case.forward(start), case.plain(case.params))
     kept, moved = (
-        with_dropout(adapted("decoder", f"{name}-standard", targets=("all-linear",)), KEY, rate=0.5)
+        with_dropout(adapted("decoder", f"{name}-standard", targets=("up_proj",)), KEY, rate=0.5)
         for name in ("pissa_kept", "pissa")
     )
     assert distance(case.forward(kept), case.forward(moved)) < 1e-5
-    assert distance(case.forward(kept), case.plain(case.params)) > 1e-2
+    assert distance(case.forward(kept), case.plain(case.params)) > 1e-3
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -568,15 +574,23 @@ def test_dora_with_dropout_is_pefts_formula(kept: bool) -> None:
     assert distance(got, want) < 1e-6
 
 
-@pytest.mark.parametrize("model", ["decoder", "vit_rematted", "convolutions", "einsums"])
-def test_every_model_takes_dropout(zoo: Any, adapted: Adapted, randomise: Any, model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "target"),
+    [("decoder", "lm_head"), ("vit_rematted", "query"), ("convolutions", "second"), ("einsums", "experts_up")],
+)
+def test_every_model_takes_dropout(zoo: Any, adapted: Adapted, randomise: Any, model: str, target: str) -> None:
     case = zoo(model)
-    params = randomise(adapted(model, "pissa_kept-rank_stabilized-dora"))
-    one, same, other = (case.forward(with_dropout(params, jax.random.key(i), rate=0.3)) for i in (0, 0, 1))
-    np.testing.assert_array_equal(one, same)
-    assert distance(other, one) > 1e-3
-    trained, frozen = partition(with_dropout(params, KEY, rate=0.3))
-    g = jax.jit(jax.grad(lambda t: jnp.sum(adapt(case.apply)({"params": combine(t, frozen)}, *case.example))))(trained)
+    params = randomise(adapted(model, "pissa_kept-rank_stabilized-dora", targets=(target,)))
+    trained, frozen = partition(params)
+
+    @jax.jit
+    def loss(trained: Tree, key: Array) -> Array:
+        whole = with_dropout(combine(trained, frozen), key, rate=0.3)
+        return jnp.sum(adapt(case.apply)({"params": whole}, *case.example))
+
+    value = jax.value_and_grad(loss)
+    (one, g), (same, _), (other, _) = (value(trained, jax.random.key(i)) for i in (0, 0, 1))
+    assert one == same != other
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(g))
 
 
@@ -860,7 +874,8 @@ def test_a_layer_of_many_modules_in_a_vmap_is_a_stack() -> None:
 def test_several_adapters_over_one_base_by_vmap(zoo: Any, adapted: Adapted, randomise: Any) -> None:
     """A leading axis over the adapters' tree: the base is not copied, each answer is the adapter's own."""
     case = zoo("vit_scanned")
-    trees = [randomise(adapted("vit_scanned", "kaiming-standard-dora"), seed) for seed in (1, 2)]
+    start = adapted("vit_scanned", "kaiming-standard-dora", targets=("up", "query", "classes"))
+    trees = [randomise(start, seed) for seed in (1, 2)]
     owned, base = zip(*(partition(tree, by="ownership") for tree in trees), strict=True)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *owned)
     many = jax.vmap(lambda mine: adapt(case.apply)({"params": combine(mine, base[0])}, *case.example))(stacked)

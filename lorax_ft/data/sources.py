@@ -178,8 +178,6 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _missing(file: Path) -> str:
-    if file.is_dir():
-        return f"{file} is a folder; name its files ({', '.join(SUPPORTED)})"
     if not file.parent.is_dir():
         return f"no file {file}: there is no folder {file.parent}"
     near = difflib.get_close_matches(file.name, [p.name for p in file.parent.iterdir()], n=1)

@@ -1,0 +1,41 @@
+"""Every config, trained to its end on the embedded model, learns the task; and the real model learns GSM8K's form."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorax_ft.training.log import read_log
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))]
+METHODS = [name for name in CONFIGS if name != "smollm2_gsm8k"]
+
+
+def train(*argv: object) -> None:
+    subprocess.run([sys.executable, ROOT / "scripts/train.py", *map(str, argv)], check=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_config_learns_the_embedded_task(name: str, tmp_path: Path) -> None:
+    train("--config", ROOT / f"configs/{name}.py", "--train.output", tmp_path / name)
+    log = read_log(tmp_path / name)
+    assert log[0]["exact_match"] < 0.1
+    assert log[-1]["exact_match"] > 0.8
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_trains_smollm2_on_gsm8k(name: str, tmp_path: Path) -> None:
+    model, data = os.environ.get("LORAX_FT_SMOLLM2"), os.environ.get("LORAX_FT_GSM8K")
+    if not (model and data):
+        pytest.skip("set LORAX_FT_SMOLLM2 to a folder or .gguf file, and LORAX_FT_GSM8K to a folder with train.jsonl")
+    small = ["--train.steps", 20, "--train.batch_size", 2, "--data.max_length", 128, "--data.limit", 400]
+    small += ["--eval.rows", 16, "--eval.exact_match_rows", 0, "--eval.samples", 0, "--optim.learning_rate", 1e-4]
+    train("--config", ROOT / f"configs/{name}.py", "--model.path", model, "--data.train", data, *small,
+          "--data.validation", Path(data) / "test.jsonl", "--train.output", tmp_path / name)  # fmt: skip
+    losses = [line["validation_loss"] for line in read_log(tmp_path / name) if "validation_loss" in line]
+    assert losses[-1] < losses[0]
