@@ -54,7 +54,6 @@ def parse(args_type: type[Args], *, default: Args | None = None, argv: Sequence[
                 args_type,
                 args=argv,
                 default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as end:
         if not end.code:
