@@ -1,4 +1,11 @@
-"""SmolLM2-135M-Instruct learns GSM8K's working and its "#### answer", with LoRA on all linear layers."""
+"""SmolLM2-135M-Instruct learns GSM8K's working and its "#### answer", with LoRA on all linear layers.
+
+    python scripts/train.py --config configs/smollm2_gsm8k.py
+
+With local copies: `--model.path MODEL.gguf --data.train gsm8k/train.jsonl --data.validation gsm8k/test.jsonl`.
+About 6 s a step of 4 × 256 tokens on two CPU cores. With one row of 160 tokens a step instead, the validation loss fell
+from 1.85 to 1.06 in 100 steps (docs/LOG.md).
+"""
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 

@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Compiled programs are kept between runs: most of these tests' time is XLA's.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"lorax_ft_tests_{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Eight devices share two cores: XLA's concurrent order of collectives deadlocks there (jaxlib 0.10.2), and its
 # patience of 40 s is short.
 os.environ.setdefault(
@@ -33,8 +36,6 @@ from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, flatten, unflatten
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / f"lorax_ft_tests_{os.getuid()}"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 Randomise = Callable[..., Tree]
 

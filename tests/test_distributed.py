@@ -213,8 +213,7 @@ def train_in_processes(folder: Path, configs: list[Path], *, processes: int, dev
         port = free.getsockname()[1]
     program = Path(__file__).parent / "programs/train_process.py"
     root = str(Path(__file__).parents[1])
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"PYTHONPATH": root, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment = os.environ | {"PYTHONPATH": root, "TF_CPP_MIN_LOG_LEVEL": "2"}
     environment["TESTS_COMPILATION_CACHE"] = jax.config.jax_compilation_cache_dir or ""
     started = []
     for i in range(processes):

@@ -47,8 +47,13 @@ TABLE: dict[str, dict[str, Any]] = {
     )
 }
 EVERYWHERE = ("kaiming-standard", "gaussian-standard-dora", "pissa-rank_stabilized", "pissa_kept-rank_stabilized-dora")
-MODELS = ("decoder_untied", "vit_scanned", "vit_unrolled", "vit_rematted", "convolutions", "einsums", "boxed")
-CASES = [("decoder", method) for method in TABLE] + list(itertools.product(MODELS, EVERYWHERE))
+MODELS = ("vit_scanned", "convolutions", "einsums", "boxed")
+VARIANTS = ("decoder_untied", "vit_unrolled", "vit_rematted")
+CASES = [
+    *(("decoder", method) for method in TABLE),
+    *itertools.product(MODELS, EVERYWHERE),
+    *((model, EVERYWHERE[-1]) for model in VARIANTS),
+]
 TARGETS = {"decoder": ("all-linear", "lm_head"), "decoder_untied": ("all-linear", "lm_head", "embed_tokens")}
 KEY = jax.random.key(7)
 

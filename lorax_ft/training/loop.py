@@ -29,7 +29,10 @@ from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree, combine, split
 
-OWN_RUN = "--config configs/pissa.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
+OWN_RUN = (
+    "--config configs/pissa.py --model.path MODEL --data.train FILE.jsonl --data.max_length 512 "
+    "--eval.answer_pattern None --train.output out/mine"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
