@@ -13,6 +13,6 @@ def get_config() -> Config:
         adapter=AdapterConfig(rank=16, alpha=32),
         data=DataConfig(max_length=80),
         optim=OptimConfig(learning_rate=3e-3),
-        train=TrainConfig(output="out/lora", steps=150, batch_size=32),
+        train=TrainConfig(output="out/lora", steps=150, batch_size=32, eval_every=30),
         eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=32),
     )

@@ -72,6 +72,8 @@ def start(config: Config, *, folder: Path) -> Job:
     mesh = sharding.make_mesh(config.mesh)
     _check_mesh(config, mesh)
     model = _load(config, mesh)
+    if model.tokenizer is None:
+        raise ValueError(f"{config.model.path} holds no tokenizer; put its tokenizer.json beside the weights")
     data = load_data(config.data, model.tokenizer, seed=config.train.seed)
     _check_vocabulary(data, model)
     clock.lap("model and data")
