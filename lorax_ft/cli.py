@@ -91,13 +91,16 @@ def _message(error: Exception) -> str:
 
 def _unboxed(box: str) -> str:
     """The first section of tyro's box of an error, and the names of similar arguments, in one line."""
-    lines = [re.sub(r"\x1b\[[\d;]*m", "", line).strip("│╭╮╰╯ ") for line in box.splitlines()]
+    # Where the output is not Unicode, tyro draws no box: rules of -, the first under a title.
+    plain = re.sub(r"\x1b\[[\d;]*m", "", box)
+    lines = [re.sub(r"-{3,}", lambda rule: "─" * len(rule[0]), line).strip("│╭╮╰╯ ") for line in plain.splitlines()]
     sections: list[list[str]] = [[]]
     for line in lines:
         if set(line) == {"─"}:
             sections.append([])
         elif line and "─ " not in line and " ─" not in line:
             sections[-1].append(line)
+    sections = sections if "╭" in plain else sections[1:]
     message = " ".join(next(filter(None, sections), ["the arguments cannot be read"]))
     message = re.sub(r"^Error parsing [A-Z]\w*: ", "", message).rstrip(".")
     unknown = message.startswith("Unrecognized")

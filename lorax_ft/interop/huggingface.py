@@ -44,6 +44,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds an adapter, not a model; load its base model, then use load_peft")
     config = read_json(folder / "config.json")
+    decoder_config(config, source=str(folder))  # an architecture that is not supported is said before a missing file
     if (folder / WEIGHTS).is_file():
         return config, _tensors(folder / WEIGHTS)
     if not (folder / INDEX).is_file():

@@ -33,7 +33,8 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
       A `LayerSpec` for every Dense, DenseGeneral, Einsum, Conv and Embed that the trace calls.
 
     Raises:
-      ValueError: a scan slices the parameters along another axis than the first.
+      ValueError: a scan slices the parameters along another axis than the first. Their shapes tell, so a kernel
+        with as many rows as the scan has layers passes unseen.
 
     >>> model = nn.Dense(3)
     >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 2)))["params"]
