@@ -30,7 +30,8 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
       *example: inputs, or their shapes (`jax.ShapeDtypeStruct`).
 
     Returns:
-      A `LayerSpec` for every Dense, DenseGeneral, Einsum, Conv and Embed that the trace calls.
+      A `LayerSpec` for every Dense, DenseGeneral, Einsum, Conv and Embed that the trace calls. A method under
+      `nn.jit` that has run with these shapes before is not traced again, so its layers are not seen.
 
     Raises:
       ValueError: a scan slices the parameters along another axis than the first. Their shapes tell, so a kernel
