@@ -82,6 +82,7 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
     _print_start(console, job, dry_run=dry_run)
     if dry_run:
         return None
+    before = _evaluate(job, job.state, console, "before")  # first, as a wrong answer pattern is found here
     make_folder(config)
     log = Log(
         folder,
@@ -90,7 +91,6 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
         resumed=job.first_step,
         writes=jax.process_index() == 0,
     )
-    before = _evaluate(job, job.state, console, "before")
     if not job.first_step:
         log.write(0, _numbers(before))
     try:
