@@ -202,7 +202,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Checkpoints to keep."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Trackers that receive the log as well, where they are installed."""
+    """Trackers that receive the log as well; wandb is installed by an extra of its own."""
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "microbatches", "log_every", "keep_checkpoints")

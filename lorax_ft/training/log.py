@@ -48,8 +48,6 @@ class Log:
 
             self._board = SummaryWriter(str(folder / "tensorboard"))
         if "wandb" in trackers:
-            if importlib.util.find_spec("wandb") is None:
-                raise ValueError('train.report_to names wandb, which is not installed; pip install "lorax_ft[wandb]"')
             import wandb
 
             self._wandb = wandb.init(project="lorax_ft", dir=str(folder), config=dict(settings))
@@ -76,6 +74,16 @@ class Log:
         if self._wandb is not None:
             self._wandb.finish()
         plot_losses(self._folder)
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Refuse a tracker that cannot be had.
+
+    Raises:
+      ValueError: wandb is named and not installed.
+    """
+    if "wandb" in trackers and importlib.util.find_spec("wandb") is None:
+        raise ValueError('train.report_to names wandb, which is not installed; pip install "lorax_ft[wandb]"')
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

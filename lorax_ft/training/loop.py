@@ -22,7 +22,7 @@ from lorax_ft.interop.peft import save_peft
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.training import contract, report, sharding
 from lorax_ft.training.folder import check_folder, make_folder
-from lorax_ft.training.log import LOG, PLOT, Log
+from lorax_ft.training.log import LOG, PLOT, Log, check_trackers
 from lorax_ft.training.progress import Progress
 from lorax_ft.training.start import Job, start, step_key
 from lorax_ft.training.state import owned_leaves
@@ -74,6 +74,7 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
     began = time.perf_counter()
     console = report.make_console()
     folder = Path(config.train.output)
+    check_trackers(config.train.report_to)
     if not dry_run:
         check_folder(config)
     report.print_config(console, config)
