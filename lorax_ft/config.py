@@ -30,7 +30,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the base weights and of the activations; adapters and their moments are float32 always."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention kernel; auto takes cuDNN where a GPU and bfloat16 allow it."""
+    """Attention kernel; auto takes cuDNN on a GPU in bfloat16, causal blocks on a CPU, and XLA elsewhere."""
     remat: Literal["none", "dots", "mlp", "full"] = "full"
     """What the backward pass recomputes: nothing, all but matrix products, all but the MLP's wide ones, or all."""
 

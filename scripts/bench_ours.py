@@ -21,7 +21,7 @@ from jax import Array
 import lorax_ft as lft
 from lorax_ft.interop.gguf import read_gguf
 from lorax_ft.interop.huggingface import decoder_config, read_folder
-from lorax_ft.models.llama import Decoder
+from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree
 

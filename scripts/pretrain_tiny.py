@@ -16,6 +16,7 @@ Letters: N rows, B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -37,8 +38,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.interop.huggingface import save_model
-from lorax_ft.models.llama import Decoder, DecoderConfig
+from lorax_ft.interop.huggingface import decoder_config, save_model
+from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.model import Model
 
 START, STOP, END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -57,27 +59,30 @@ def main() -> None:
     options = _options()
     began = time.time()
     tokenizer = train_tokenizer(itertools.islice(documents(options.seed + 1), 20_000), options.vocabulary)
-    config = DecoderConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        width=options.width,
-        mlp_width=options.mlp_width,
-        layers=options.layers,
-        heads=options.width // 32,
-        kv_heads=options.width // 64,
-        head_dim=32,
-        norm_eps=1e-5,
-        rope_theta=10_000.0,
-        tied=True,
-        max_positions=512,
-        remat="dots",
-    )
+    hf_config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": options.width,
+        "intermediate_size": options.mlp_width,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.width // 32,
+        "num_key_value_heads": options.width // 64,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,  # read by transformers 4 and vLLM; transformers 5 reads rope_parameters
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "max_position_embeddings": 512,
+    }
+    config = decoder_config(hf_config | {"tie_word_embeddings": True}, source="the embedded model", remat="dots")
     rows = pack(documents(options.seed), tokenizer, options.steps * options.batch, length=options.length)
     print(f"{int(rows['weights'].sum()):,} tokens to predict, made in {time.time() - began:.0f} s", flush=True)
     skills = functools.partial(measure, config, tokenizer=tokenizer, seed=options.seed + 2)
     params = train(config, rows, options, skills)
     params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params)  # as they are stored
     print(f"as stored: {skills(jax.tree.map(lambda leaf: leaf.astype(np.float32), params))}")
-    write(options.output, config, params, tokenizer)
+    write(options.output, Model(config=config, params=params, hf_config=hf_config), tokenizer)
     print(f"{options.output}: done in {time.time() - began:.0f} s")
 
 
@@ -239,20 +244,21 @@ def _exact(predict: Callable[[np.ndarray], Array], chats: Sequence[Chat], tokeni
     return float(np.mean([np.all(a[span] == b[span]) for a, b, span in zip(predicted, tokens, spans, strict=False)]))
 
 
-def write(folder: Path, config: DecoderConfig, params: Any, tokenizer: Tokenizer) -> None:
+def write(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     """The folder as Hugging Face has it, and the questions beside it."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=START,
         eos_token=STOP,
         pad_token=END,
-        model_max_length=config.max_positions,
+        model_max_length=model.config.max_positions,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
     ids = {"bos_token_id": fast.bos_token_id, "eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
+    model = dataclasses.replace(model, tokenizer=fast, hf_config={**model.hf_config, **ids})
     with new_folder(folder) as new:
-        save_model(new, params, Model(config=config, params=params, tokenizer=fast, hf_config={"hidden_act": "silu"}))
+        save_model(new, model.params, model)
         (new / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     questions = folder.parent / "questions"
     questions.mkdir(exist_ok=True)

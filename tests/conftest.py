@@ -31,8 +31,10 @@ from jax import Array
 
 from lorax_ft import adapt, layout
 from lorax_ft.lowrank.layout import Layout
-from lorax_ft.models.llama import Decoder, DecoderConfig
+from lorax_ft.models.config import DecoderConfig, LayerKind
+from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.model import Model
+from lorax_ft.models.rope import Rope
 from lorax_ft.tree import Tree, flatten, unflatten
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -48,7 +50,7 @@ TINY = DecoderConfig(
     kv_heads=2,
     head_dim=8,
     norm_eps=1e-5,
-    rope_theta=1e4,
+    kinds=(LayerKind(rope=Rope(dims=8, theta=1e4)),),
     tied=True,
     max_positions=64,
 )

@@ -24,8 +24,9 @@ from lorax_ft import (
     partition,
     with_norms,
 )
+from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.lowrank.linear import column_norm
-from lorax_ft.models.llama import Decoder, DecoderConfig
+from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, flatten, modules
 
@@ -154,19 +155,9 @@ def test_claim_7_a_gain_near_one_is_not_erased_in_bfloat16(dropout: bool) -> Non
 
 def test_claim_8_counts_of_smollm2() -> None:
     """All linear layers: 305,280 · r low-rank parameters; DoRA adds 155,520."""
-    config = DecoderConfig(
-        vocab_size=49152,
-        width=576,
-        mlp_width=1536,
-        layers=30,
-        heads=9,
-        kv_heads=3,
-        head_dim=64,
-        norm_eps=1e-5,
-        rope_theta=1e5,
-        tied=True,
-        max_positions=8192,
-    )
+    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    config = decoder_config({"model_type": "llama"} | sizes | heads, source="SmolLM2-135M")
     params = jax.eval_shape(Decoder(config).init, KEY, jnp.zeros((1, 2), jnp.int32))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
     model = Model(config=config, params=params)

@@ -35,10 +35,10 @@ from lorax_ft.config import (
     OptimConfig,
     TrainConfig,
 )
-from lorax_ft.interop.huggingface import abstract_params, save_model
+from lorax_ft.interop.huggingface import abstract_params, decoder_config, save_model
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.lowrank.groups import partition
-from lorax_ft.models.llama import SHARDING_RULES, DecoderConfig
+from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training import sharding
 from lorax_ft.training.log import read_log
@@ -52,6 +52,18 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 STEPS, ROWS, TOKENS = 3, 16, 16
+HF_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+}
 SIZES: dict[str, int] = {"vocab_size": 96, "width": 32, "mlp_width": 48, "layers": 2, "heads": 4, "kv_heads": 2}
 MESHES = {  # and the microbatches on it
     "data=8": (MeshConfig(data=8), 1),
@@ -169,13 +181,13 @@ def test_only_the_first_process_writes(in_two_processes: Path) -> None:
 def write_model_and_data(folder: Path) -> None:
     """A random model with a byte-level tokenizer, and questions."""
     tokenizer = byte_tokenizer()
-    sizes = {**SIZES, "vocab_size": len(tokenizer)}
-    config = DecoderConfig(**sizes, head_dim=8, norm_eps=1e-5, rope_theta=1e4, tied=True, max_positions=64)
+    hf_config = {**HF_CONFIG, "vocab_size": len(tokenizer)}
+    config = decoder_config(hf_config, source="these tests")
     rng = np.random.default_rng(0)
     mean = {path: float(path.endswith("scale")) for path in flatten(abstract_params(config))}
     shapes = flatten(abstract_params(config))
     params = unflatten({p: jnp.asarray(rng.normal(mean[p], 0.2, s.shape), jnp.float32) for p, s in shapes.items()})
-    save_model(folder / "model", params, Model(config=config, params=params, tokenizer=tokenizer))
+    save_model(folder / "model", params, Model(config=config, params=params, tokenizer=tokenizer, hf_config=hf_config))
     rows = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

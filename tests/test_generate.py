@@ -28,7 +28,7 @@ from lorax_ft.interop.huggingface import save_model
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import save_peft
 from lorax_ft.lowrank.adapters import add_adapters, with_norms
-from lorax_ft.models.llama import SHARDING_RULES
+from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training.sharding import make_mesh, param_shardings
 from lorax_ft.tree import Tree
@@ -225,8 +225,22 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def speaker(model: Model) -> Model:
-    """The model with a tokenizer."""
-    return dataclasses.replace(model, tokenizer=make_tokenizer())
+    """The model with a tokenizer and a config.json."""
+    c = model.config
+    hf_config = {
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "intermediate_size": c.mlp_width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        "eos_token_id": None,
+    }
+    return dataclasses.replace(model, tokenizer=make_tokenizer(), hf_config=hf_config)
 
 
 def test_default_stop_ids(speaker: Model, model: Model) -> None:

@@ -16,27 +16,29 @@ from safetensors.numpy import load_file, save_file
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.interop.huggingface import abstract_params, save_model
+from lorax_ft.interop.huggingface import abstract_params, decoder_config, save_model
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, save_peft
 from lorax_ft.lowrank.adapters import add_adapters, merge_adapters
-from lorax_ft.models.llama import DecoderConfig
+from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import Model
 from lorax_ft.tree import combine, flatten, from_modules, modules, unflatten
 
-CONFIG = DecoderConfig(
-    vocab_size=40,
-    width=16,
-    mlp_width=24,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    norm_eps=1e-5,
-    rope_theta=5000.0,
-    tied=False,
-    max_positions=64,
-)
+HF_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 64,
+}
+CONFIG = decoder_config(HF_CONFIG, source="these tests")
 TOKENS = jnp.arange(24).reshape(2, 12) % 40
 
 
@@ -45,7 +47,7 @@ def random_model(*, tied: bool = False, seed: int = 0) -> Model:
     rng = np.random.default_rng(seed)
     draw = lambda leaf: jnp.asarray(rng.normal(leaf.shape in [(16,), (3, 16)], 0.3, leaf.shape), jnp.float32)  # noqa: E731
     params = jax.tree.map(draw, abstract_params(config))
-    return Model(config=config, params=params)
+    return Model(config=config, params=params, hf_config=HF_CONFIG)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -144,12 +146,11 @@ def test_redundant_tensors_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "architecture 'mamba'; supported: llama"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"attention_bias": True}, "attention_bias True"),
-        ({"mlp_bias": True}, "mlp_bias True"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type 'linear'"),
+        ({"model_type": "mamba"}, "architecture 'mamba'; supported: llama, mistral, "),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'; supported: silu"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"attention_bias": True}, "lacks the tensor model.layers.0.self_attn.k_proj.bias and 11 more"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}}, "rope_type 'dynamic'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_hidden_layers": 4}, "lacks the tensor model.layers.3.input_layernorm.weight and 8 more"),
         ({"num_hidden_layers": 2}, "holds the tensor model.layers.2.input_layernorm.weight and 8 more"),
@@ -173,7 +174,7 @@ def test_rope_theta_stands_in_two_places(tmp_path: Path, spelling: dict) -> None
     file = tmp_path / "model/config.json"
     config = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("rope")}
     file.write_text(json.dumps(config | spelling))
-    assert load_model(tmp_path / "model").config.rope_theta == 7.0
+    assert load_model(tmp_path / "model").config.kinds[0].rope.theta == 7.0
 
 
 def test_damaged_folders(tmp_path: Path) -> None:
@@ -400,7 +401,7 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
     save_peft(
         tmp_path / "adapter", add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)), model
     )
-    wider = dataclasses.replace(CONFIG, head_dim=4)
+    wider = decoder_config(HF_CONFIG | {"head_dim": 4}, source="these tests")
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(wider))
     with pytest.raises(ValueError, match=r"A and B of layers/self_attn/q_proj are for 16 × 32; the model has 16 × 16"):
         load_peft(tmp_path / "adapter", Model(config=wider, params=params))
@@ -431,7 +432,7 @@ def write_gguf(file: Path, model: Model, *, architecture: str = "llama", pre: st
     writer.add_head_count_kv(c.kv_heads)
     writer.add_key_length(c.head_dim)
     writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_rope_freq_base(c.kinds[0].rope.theta)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(letters)

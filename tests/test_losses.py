@@ -11,9 +11,14 @@ import pytest
 from jax import Array
 
 from lorax_ft.lowrank.linear import column_norm, linear
-from lorax_ft.models.model import head_dot
+from lorax_ft.models.parts import rows_dot_general
 from lorax_ft.training.losses import head_loss
 from lorax_ft.tree import Tree
+
+
+def score(layer: dict[str, Array], features: Array) -> Array:
+    return linear(layer, features, lambda x, kernel: rows_dot_general(x, kernel, None))
+
 
 B, T, D, V, R = 2, 12, 8, 31, 3
 
@@ -51,7 +56,7 @@ def problem(kind: str, dtype: Any = jnp.float32) -> tuple[Tree, Tree, Array, Arr
 
 
 def plain(layer: Tree, features: Array, targets: Array, weights: Array) -> Array:
-    logits = linear(layer, features, head_dot).astype(jnp.float32)
+    logits = score(layer, features).astype(jnp.float32)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
     return -jnp.sum(weights * picked)
 
@@ -62,7 +67,7 @@ def test_equals_plain_cross_entropy_and_its_gradients(kind: str, chunk_rows: int
     trained, fixed, features, targets, weights = problem(kind)
 
     def fused(trained: Tree, features: Array) -> Array:
-        return head_loss(fixed | trained, features, targets, weights, dot=head_dot, chunk_rows=chunk_rows)
+        return head_loss(fixed | trained, features, targets, weights, score=score, chunk_rows=chunk_rows)
 
     def want(trained: Tree, features: Array) -> Array:
         return plain(fixed | trained, features, targets, weights)
@@ -80,7 +85,7 @@ def test_equals_plain_cross_entropy_and_its_gradients(kind: str, chunk_rows: int
 def test_any_number_of_tokens(tokens: int) -> None:
     trained, fixed, features, targets, weights = problem("lora")
     x, t, w = features[:, :tokens], targets[:, :tokens], weights[:, :tokens]
-    got = head_loss(fixed | trained, x, t, w, dot=head_dot, chunk_rows=6)
+    got = head_loss(fixed | trained, x, t, w, score=score, chunk_rows=6)
     np.testing.assert_allclose(got, plain(fixed | trained, x, t, w), rtol=1e-6)
 
 
@@ -88,7 +93,7 @@ def test_weights_of_zero_leave_tokens_out() -> None:
     trained, fixed, features, targets, _ = problem("lora")
 
     def loss(features: Array) -> Array:
-        return head_loss(fixed | trained, features, targets, jnp.zeros((B, T)), dot=head_dot, chunk_rows=4)
+        return head_loss(fixed | trained, features, targets, jnp.zeros((B, T)), score=score, chunk_rows=4)
 
     value, gradient = jax.value_and_grad(loss)(features)
     assert value == 0
@@ -101,7 +106,7 @@ def test_bfloat16_sums_gradients_over_chunks_in_float32(kind: str) -> None:
 
     def gradient(chunk_rows: int) -> Tree:
         def loss(trained: Tree) -> Array:
-            return head_loss(fixed | trained, features, targets, weights, dot=head_dot, chunk_rows=chunk_rows)
+            return head_loss(fixed | trained, features, targets, weights, score=score, chunk_rows=chunk_rows)
 
         return jax.grad(loss)(trained)
 
@@ -117,7 +122,7 @@ def test_a_head_with_dropout_has_a_gradient() -> None:
     trained, fixed, features, targets, weights = problem("dropout")
 
     def loss(trained: Tree) -> Array:
-        return head_loss(fixed | trained, features, targets, weights, dot=head_dot, chunk_rows=8)
+        return head_loss(fixed | trained, features, targets, weights, score=score, chunk_rows=8)
 
     gradient = jax.grad(loss)(trained)
     assert all(np.isfinite(leaf).all() and leaf.any() for leaf in gradient.values())
@@ -130,7 +135,7 @@ def test_chunks_drop_differently() -> None:
 
     def loss_of(i: int) -> float:
         weights = jnp.zeros((1, 8)).at[0, i].set(1)
-        return float(head_loss(fixed | trained, x, t, weights, dot=head_dot, chunk_rows=1))
+        return float(head_loss(fixed | trained, x, t, weights, score=score, chunk_rows=1))
 
     assert len({round(loss_of(i), 4) for i in range(8)}) > 4
 
@@ -139,7 +144,7 @@ def test_the_logits_are_computed_once_and_never_whole() -> None:
     trained, fixed, features, targets, weights = problem("lora")
 
     def loss(trained: Tree, features: Array) -> Array:
-        return head_loss(fixed | trained, features, targets, weights, dot=head_dot, chunk_rows=8)
+        return head_loss(fixed | trained, features, targets, weights, score=score, chunk_rows=8)
 
     forward = str(jax.make_jaxpr(lambda t, x: loss(t, x))(trained, features))
     backward = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(trained, features))
@@ -158,7 +163,7 @@ def test_under_vmap_over_adapters_and_recomputation() -> None:
     trained, fixed, features, targets, weights = problem("lora")
 
     def loss(trained: Tree) -> Array:
-        return head_loss(fixed | trained, features, targets, weights, dot=head_dot, chunk_rows=8)
+        return head_loss(fixed | trained, features, targets, weights, score=score, chunk_rows=8)
 
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), trained)
     many = jax.vmap(jax.grad(jax.checkpoint(loss)))(stacked)

@@ -17,7 +17,8 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax_ft.models.llama import Cache, DecoderConfig, empty_cache
+from lorax_ft.models.attention import Cache, empty_cache
+from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree
 

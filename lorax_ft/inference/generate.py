@@ -16,7 +16,7 @@ from lorax_ft.data.chat import encode_prompt
 from lorax_ft.data.formats import Message
 from lorax_ft.inference.decode import Sampling, decode
 from lorax_ft.lowrank.adapters import with_norms
-from lorax_ft.models.llama import DecoderConfig
+from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, combine, flatten, split
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from lorax_ft.interop.families import FAMILIES
 from lorax_ft.interop.huggingface import Tensors
 from lorax_ft.interop.tokenizer import import_transformers
-from lorax_ft.models import FAMILIES
 
 NAMES = {
     "attn_q": "self_attn.q_proj",

@@ -6,6 +6,7 @@ A leaf `layers/mlp/up_proj/kernel` `[L, in, out]` holds the tensors `model.layer
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -19,14 +20,19 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from lorax_ft.interop.families import FAMILIES
+from lorax_ft.interop.families.family import describe_common
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.models import FAMILIES
-from lorax_ft.models.llama import Decoder, DecoderConfig
+from lorax_ft.interop.tokenizer import import_transformers
+from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, flatten, unflatten
 
 Tensors = Mapping[str, Callable[[], np.ndarray]]
 """Functions that read a checkpoint's tensors, by name."""
+Names = Mapping[str, str]
+"""A family's own names for parts of paths."""
 Place = Callable[[str, np.ndarray], jax.Array]
 """Puts a leaf on its devices: (slash path, array) -> array."""
 
@@ -57,51 +63,34 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
     """The decoder that a config.json describes; `computing` holds its dtype, attention and remat.
 
     Raises:
-      ValueError: the architecture or an option of it is not supported, or a size is missing.
+      ValueError: the architecture or an option of it is not supported, or a value is none of its type.
     """
-    c = dict(hf_config)
-    if c.get("model_type") not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"{source} has the architecture {c.get('model_type')!r}; supported: {known}")
-    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
-    options = {
-        "hidden_act": (c.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (bool(c.get("attention_bias")), False),
-        "mlp_bias": (bool(c.get("mlp_bias")), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1), 1),
-        "quantization_config": (c.get("quantization_config"), None),
-    }
-    for name, (given, supported) in options.items():
-        if given != supported:
-            raise ValueError(f"{source} has {name} {given!r} in its config.json; supported: {supported!r}")
-    try:
-        return DecoderConfig(
-            vocab_size=c["vocab_size"],
-            width=c["hidden_size"],
-            mlp_width=c["intermediate_size"],
-            layers=c["num_hidden_layers"],
-            heads=c["num_attention_heads"],
-            kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-            head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-            norm_eps=c.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000),
-            tied=c.get("tie_word_embeddings", False),
-            max_positions=c.get("max_position_embeddings", 2048),
-            **computing,
+    kind = hf_config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{source} has the architecture {kind!r}; supported: {', '.join(FAMILIES)}")
+    if hf_config.get("quantization_config") is not None:
+        raise ValueError(
+            f"{source} has a quantization_config in its config.json; take the checkpoint that it came from"
         )
-    except KeyError as error:
-        raise ValueError(f"{source} lacks {error} in its config.json") from error
+    try:
+        config = import_transformers().CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(hf_config)))
+        described = describe_common(config) | FAMILIES[kind].describe(config)
+    except Exception as error:  # transformers' checks raise errors of several types
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source}: its config.json has {reason}") from error
+    return DecoderConfig(**described, **computing)
 
 
-def load_params(config: DecoderConfig, tensors: Tensors, *, source: str, place: Place | None = None) -> Tree:
+def load_params(
+    config: DecoderConfig, tensors: Tensors, *, names: Names, source: str, place: Place | None = None
+) -> Tree:
     """The parameters of a decoder, read tensor by tensor, in the dtype of its config.
 
     Raises:
       ValueError: a tensor is missing, is one too many, or has another shape.
     """
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
-    wanted = [name for path, shape in shapes.items() for name, _ in hf_names(path, shape)]
+    wanted = [name for path, shape in shapes.items() for name, _ in hf_names(path, shape, names)]
     missing = sorted(set(wanted) - set(tensors))
     if missing:
         raise ValueError(f"{source} lacks the tensor {missing[0]}{_and_more(missing)}")
@@ -113,7 +102,7 @@ def load_params(config: DecoderConfig, tensors: Tensors, *, source: str, place: 
     params = {}
     for path, shape in shapes.items():
         array = np.empty(shape, config.dtype)
-        for name, index in hf_names(path, shape):
+        for name, index in hf_names(path, shape, names):
             value = tensors[name]()
             value = value.T if path.endswith("/kernel") else value
             if value.shape != array[index].shape:
@@ -133,7 +122,8 @@ def save_model(folder: str | Path, params: Tree, model: Model, *, dtype: str | N
       dtype: of the tensors written; None keeps each as it is.
 
     Raises:
-      ValueError: `params` hold adapters or lack a leaf, or the folder holds other files or the model itself.
+      ValueError: `params` hold adapters or lack a leaf, the model has no `hf_config`, or the folder holds other
+        files or the model itself.
     """
     untied = "kernel" in params.get("lm_head", {})
     expected = flatten(abstract_params(model.config, tied=not untied))
@@ -143,12 +133,17 @@ def save_model(folder: str | Path, params: Tree, model: Model, *, dtype: str | N
         adapted = any(path.rpartition("/")[2].startswith(("lora_", "magnitude")) for path in strange)
         way_out = "call merge_adapters first" if adapted else "they are not the model's parameters"
         raise ValueError(f"save_model: unexpected or missing leaf {strange[0]!r} in the parameters; {way_out}")
+    if not model.hf_config:
+        raise ValueError("save_model: the model has no hf_config, so there is no config.json to write")
     if Path(folder).resolve() == Path(model.source or " ").resolve():
         raise ValueError(f"{folder} is where the model was loaded from; give another folder")
     tensors = {
-        name: tensor for path, leaf in flat.items() for name, tensor in _hf_tensors(path, np.asarray(leaf), dtype)
+        name: np.ascontiguousarray(value.T if path.endswith("/kernel") else value, dtype)
+        for path, leaf in flat.items()
+        for name, value in _hf_tensors(path, np.asarray(leaf), family_names(model.hf_config))
     }
-    config = _hf_config(model, tied=not untied, dtype=str(tensors["model.embed_tokens.weight"].dtype))
+    written = {"tie_word_embeddings": not untied, "dtype": str(tensors["model.embed_tokens.weight"].dtype)}
+    config = {k: v for k, v in model.hf_config.items() if k != "torch_dtype"} | written
     with new_folder(folder) as new:
         (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
@@ -166,39 +161,51 @@ def abstract_params(config: DecoderConfig, *, tied: bool | None = None) -> Tree:
     return params
 
 
-def hf_names(path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+def hf_names(path: str, shape: tuple[int, ...], names: Names) -> Iterator[tuple[str, Any]]:
     """The checkpoint's tensors in the leaf at `path`, each with its index in the leaf.
 
-    >>> list(hf_names("layers/mlp/up_proj/kernel", (2, 8, 16)))
-    [('model.layers.0.mlp.up_proj.weight', 0), ('model.layers.1.mlp.up_proj.weight', 1)]
-    >>> list(hf_names("lm_head/kernel", (8, 32)))
-    [('lm_head.weight', Ellipsis)]
+    >>> list(hf_names("layers/mlp/up_proj/kernel", (2, 8, 16), {}))
+    [('model.layers.0.mlp.up_proj.weight', (0,)), ('model.layers.1.mlp.up_proj.weight', (1,))]
+    >>> list(hf_names("lm_head/kernel", (8, 32), {}))
+    [('lm_head.weight', ())]
     """
     module, _, leaf = path.rpartition("/")
-    for logical, index in unstacked(module, shape[0]):
-        yield f"{hf_module(logical)}.{LEAVES[leaf]}", index
+    for logical, index in unstacked(module, shape):
+        yield f"{hf_module(logical, names)}.{LEAVES[leaf]}", index
 
 
-def unstacked(path: str, layers: int) -> Iterator[tuple[str, Any]]:
+def unstacked(path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The modules that the module at `path` stacks, each with its index; itself, where it stacks none.
 
-    >>> list(unstacked("layers/mlp/up_proj", 2))
-    [('layers/0/mlp/up_proj', 0), ('layers/1/mlp/up_proj', 1)]
+    Args:
+      path: of a module.
+      shape: of one of its leaves: layers come first, then experts.
+
+    >>> list(unstacked("layers/mlp/up_proj", (2, 8, 16)))
+    [('layers/0/mlp/up_proj', (0,)), ('layers/1/mlp/up_proj', (1,))]
+    >>> list(unstacked("layers/mlp/experts/up_proj", (1, 2, 8, 16)))
+    [('layers/0/mlp/experts/0/up_proj', (0, 0)), ('layers/0/mlp/experts/1/up_proj', (0, 1))]
     """
-    if path.startswith("layers/"):
-        for i in range(layers):
-            yield f"layers/{i}/{path.removeprefix('layers/')}", i
-    else:
-        yield path, ...
+    parts = path.split("/")
+    stacks = [part for part in ("layers", "experts") if part in parts]
+    for index in np.ndindex(*shape[: len(stacks)]):
+        numbers = dict(zip(stacks, index, strict=True))
+        yield "/".join(f"{part}/{numbers[part]}" if part in numbers else part for part in parts), index
 
 
-def hf_module(path: str) -> str:
-    """Hugging Face's name of the module at a logical path.
+def hf_module(path: str, names: Names) -> str:
+    """Hugging Face's name of the module at a logical path; `names` are the family's own for parts of it.
 
-    >>> hf_module("layers/3/self_attn/q_proj")
-    'model.layers.3.self_attn.q_proj'
+    >>> hf_module("layers/3/mlp/up_proj", {}), hf_module("layers/3/mlp/experts/0/up_proj", {"up_proj": "w3"})
+    ('model.layers.3.mlp.up_proj', 'model.layers.3.mlp.experts.0.w3')
     """
-    return path if path == "lm_head" else "model." + path.replace("/", ".")
+    return path if path == "lm_head" else ".".join(["model", *(names.get(part, part) for part in path.split("/"))])
+
+
+def family_names(hf_config: Mapping[str, Any]) -> Names:
+    """The names of a checkpoint's family for parts of paths, where they are not ours."""
+    kind = hf_config.get("model_type")
+    return FAMILIES[kind].names if kind in FAMILIES else {}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -233,10 +240,9 @@ def _tensors(file: Path) -> Tensors:
     return {name: functools.partial(read_tensor, file, name) for name in tensor_names(file)}
 
 
-def _hf_tensors(path: str, leaf: np.ndarray, dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
-    for name, index in hf_names(path, leaf.shape):
-        value = leaf[index]
-        yield name, np.ascontiguousarray(value.T if path.endswith("/kernel") else value, dtype)
+def _hf_tensors(path: str, leaf: np.ndarray, names: Names) -> Iterator[tuple[str, np.ndarray]]:
+    for name, index in hf_names(path, leaf.shape, names):
+        yield name, leaf[index]
 
 
 def _ignored(name: str, config: DecoderConfig) -> bool:
@@ -245,29 +251,3 @@ def _ignored(name: str, config: DecoderConfig) -> bool:
 
 def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _hf_config(model: Model, *, tied: bool, dtype: str) -> dict[str, Any]:
-    c = model.config
-    sizes = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "intermediate_size": c.mlp_width,
-        "hidden_act": "silu",
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads,
-        "head_dim": c.head_dim,
-        "rms_norm_eps": c.norm_eps,
-        "max_position_embeddings": c.max_positions,
-        "rope_theta": c.rope_theta,  # read by transformers 4 and vLLM; transformers 5 reads rope_parameters
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "tie_word_embeddings": tied,
-        "dtype": dtype,
-    }
-    special = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: getattr(model.tokenizer, name, None) for name in special}
-    kept = {name: value for name, value in model.hf_config.items() if name != "torch_dtype"}
-    return ids | kept | sizes

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorax_ft.interop.gguf import read_gguf
-from lorax_ft.interop.huggingface import Place, decoder_config, load_params, read_folder
+from lorax_ft.interop.huggingface import Place, decoder_config, family_names, load_params, read_folder
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.models.model import Model
 
@@ -29,7 +29,7 @@ def load_model(
       path: a Hugging Face folder, a .gguf file, or a hub id such as "HuggingFaceTB/SmolLM2-135M".
       revision: branch, tag or commit of a hub id.
       dtype: of the parameters and the activations.
-      attention: the attention kernel; auto takes cuDNN where a GPU and bfloat16 allow it.
+      attention: the attention kernel; auto takes cuDNN on a GPU in bfloat16, causal blocks on a CPU, and XLA elsewhere.
       remat: what the backward pass recomputes.
       place: puts each leaf on its devices, `(slash path, numpy array) -> jax.Array`; one leaf at a time is on the host.
 
@@ -44,7 +44,7 @@ def load_model(
         tokenizer = load_tokenizer(location)
     source = str(path)
     config = decoder_config(hf_config, source=source, dtype=dtype, attention=attention, remat=remat)
-    params = load_params(config, tensors, source=source, place=place)
+    params = load_params(config, tensors, names=family_names(hf_config), source=source, place=place)
     return Model(config=config, params=params, tokenizer=tokenizer, hf_config=hf_config, source=source)
 
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.interop.huggingface import LEAVES, hf_module, read_tensor, tensor_names, unstacked
+from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, read_tensor, tensor_names, unstacked
 from lorax_ft.interop.peft_config import CONFIG, rank_and_scale, read_config, write_config
 from lorax_ft.lowrank.groups import is_whole
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, column_norm
@@ -60,17 +60,19 @@ def save_peft(folder: str | Path, params: Tree, model: Model, *, config: Adapter
       ValueError: there is no adapter, a module is both adapted and trained whole, or the folder holds other files.
     """
     adapters, whole = _collected(params, model, config)
-    tensors = {name: tensor for path, matrix in adapters.items() for name, tensor in _tensors(path, matrix).items()}
+    names = family_names(model.hf_config)
+    named = {path: hf_module(path, names) for path in adapters}
+    tensors = {k: v for path, matrix in adapters.items() for k, v in _tensors(path, named[path], matrix).items()}
     for path, weight in whole.items():
         module, _, leaf = path.rpartition("/")
-        tensors[f"{PREFIX}{hf_module(module)}.{LEAVES[leaf]}"] = weight
+        tensors[f"{PREFIX}{hf_module(module, names)}.{LEAVES[leaf]}"] = weight
     peft_config = write_config(
-        {hf_module(path): matrix["lora_a"].shape[1] for path, matrix in adapters.items()},
-        {hf_module(path): matrix["lora_scale"].item() for path, matrix in adapters.items()},
+        {named[path]: matrix["lora_a"].shape[1] for path, matrix in adapters.items()},
+        {named[path]: matrix["lora_scale"].item() for path, matrix in adapters.items()},
         modules=_known_modules(model),
         base_model_name_or_path=model.source or None,
         lora_dropout=config.dropout if config else 0.0,
-        modules_to_save=sorted({hf_module(path.rpartition("/")[0]) for path in whole}) or None,
+        modules_to_save=sorted({hf_module(path.rpartition("/")[0], names) for path in whole}) or None,
         use_dora=any("magnitude" in matrix for matrix in adapters.values()),
     )
     with new_folder(folder) as new:
@@ -142,9 +144,9 @@ def _collected(
 def _known_modules(model: Model) -> dict[str, tuple[str, Any]]:
     """Where the modules of the model stand, by Hugging Face's names: the module's path and the index in its stack."""
     layers: Layers = {"lm_head": {}} | modules(model.params)
-    return {
-        hf_module(logical): (path, index) for path in layers for logical, index in unstacked(path, model.config.layers)
-    }
+    stack = (model.config.layers, model.config.experts.count if model.config.experts else 1)
+    names = family_names(model.hf_config)
+    return {hf_module(logical, names): (path, index) for path in layers for logical, index in unstacked(path, stack)}
 
 
 def _base_kernel(layers: Layers, path: str) -> Array:
@@ -170,14 +172,14 @@ def _changed(path: str, layer: Layer, base: Layers, config: AdapterConfig | None
     for name in layer.keys() - ADAPTER_LEAVES - STEP_LEAVES:
         leaf = layer[name]
         old = base[path][name] if path in base else _base_kernel(base, path)
-        for logical, index in unstacked(path, len(leaf)):
+        for logical, index in unstacked(path, leaf.shape):
             if config is not None or _differ(leaf, old, index):
                 value = np.asarray(leaf[index])
                 changed[f"{logical}/{name}"] = value.T if name == "kernel" else value
     return changed
 
 
-def _differ(leaf: Array, old: Array, index: Any = ...) -> bool:
+def _differ(leaf: Array, old: Array, index: tuple[int, ...] = ()) -> bool:
     if leaf is old:
         return False
     donated = isinstance(old, Array) and old.is_deleted()  # by a step that trained it
@@ -188,7 +190,7 @@ def _exported(path: str, layer: Layer) -> dict[str, Matrix]:
     """The adapters of a stack, by logical path, without padding and with their start as columns of their own."""
     leaves = {name: np.asarray(layer[name]) for name in ADAPTER_LEAVES & layer.keys()}
     adapters = {}
-    for logical, index in unstacked(path, len(leaves["lora_a"])):
+    for logical, index in unstacked(path, leaves["lora_a"].shape):
         matrix = {name: leaf[index] for name, leaf in leaves.items()}
         if matrix["lora_scale"] == 0:  # not adapted
             continue
@@ -211,8 +213,9 @@ def _check(adapters: dict[str, Matrix], whole: dict[str, np.ndarray]) -> None:
         raise ValueError("save_peft: some adapters have a DoRA magnitude and some have none; PEFT takes all or none")
 
 
-def _tensors(path: str, matrix: Matrix) -> dict[str, np.ndarray]:
-    name = PREFIX + hf_module(path)
+def _tensors(path: str, name: str, matrix: Matrix) -> dict[str, np.ndarray]:
+    """The tensors of the adapter at a logical path, whose module has a name in the checkpoint."""
+    name = PREFIX + name
     a, b = ("lora_embedding_A", "lora_embedding_B") if path == "embed_tokens" else ("lora_A.weight", "lora_B.weight")
     tensors = {f"{name}.{a}": matrix["lora_a"].T, f"{name}.{b}": matrix["lora_b"].T}
     return tensors | ({f"{name}.lora_magnitude_vector": matrix["magnitude"]} if "magnitude" in matrix else {})

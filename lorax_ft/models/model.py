@@ -15,8 +15,10 @@ from lorax_ft.lowrank.intercept import adapt
 from lorax_ft.lowrank.layout import Layout, layout
 from lorax_ft.lowrank.linear import Layer, column_norm, linear
 from lorax_ft.lowrank.spec import LayerSpec
-from lorax_ft.models import llama
-from lorax_ft.models.llama import Cache, DecoderConfig
+from lorax_ft.models.attention import Cache
+from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.decoder import Decoder
+from lorax_ft.models.parts import rows_dot_general, softcap
 from lorax_ft.tree import Tree
 
 
@@ -37,9 +39,9 @@ class Model:
     """Where the checkpoint came from: a folder, a file or a hub id."""
 
     @functools.cached_property
-    def module(self) -> llama.Decoder:
+    def module(self) -> Decoder:
         """The linen module."""
-        return llama.Decoder(self.config)
+        return Decoder(self.config)
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -70,16 +72,16 @@ class Model:
             layer["norm"] = column_norm(layer | {"kernel": kernel})
         return layer | {"kernel": kernel.astype(self.config.dtype)}
 
+    def score(self, head: Layer, features: Array) -> Array:
+        """Logits `[..., V]` of features `[..., D]`, by a head as `head` gives it."""
+        logits = linear(head, features, lambda x, kernel: rows_dot_general(x, kernel, None))
+        return softcap(logits, self.config.logit_softcap)
+
     def logits(self, params: Tree, features: Array) -> Array:
         """Logits `[..., V]` of features `[..., D]`."""
-        return linear(self.head(params), features, head_dot)
+        return self.score(self.head(params), features)
 
     def apply(self, variables: Mapping[str, Any], tokens: Array, *args: Any, **kwargs: Any) -> Array:
         """Logits `[B, T, V]` of tokens `[B, T]`; `variables` is `{"params": params}`, as in linen."""
         features, _ = self.features(variables["params"], tokens, *args, **kwargs)
         return self.logits(variables["params"], features)
-
-
-def head_dot(x: Array, kernel: Array) -> Array:
-    """x `[..., D]` times kernel `[D, O]`, as rows."""
-    return llama.rows_dot_general(x, kernel, None)

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lorax_ft.lowrank.linear import Dot, Layer, linear
+from lorax_ft.lowrank.linear import Layer
 
 Labels = dict[str, Array]
+Score = Callable[[Layer, Array], Array]
 CHUNK_ROWS = 1024  # tokens whose logits exist at once, over all of the batch
 
 
 def head_loss(
-    layer: Layer, features: Array, targets: Array, weights: Array, *, dot: Dot, chunk_rows: int = CHUNK_ROWS
+    layer: Layer, features: Array, targets: Array, weights: Array, *, score: Score, chunk_rows: int = CHUNK_ROWS
 ) -> Array:
     """Σ weights · cross-entropy of softmax(head(features)), in chunks of the tokens' axis.
 
@@ -28,11 +29,11 @@ def head_loss(
     pass beside the loss, so that logits are neither kept nor computed twice.
 
     Args:
-      layer: the head for `linear`: kernel `[D, V]` and its adapter.
+      layer: the head: kernel `[D, V]` and its adapter.
       features: `[B, T, D]`.
       targets: `[B, T]`, the next tokens.
       weights: `[B, T]` float32; 0 leaves a token out.
-      dot: the head's product.
+      score: the logits `[..., V]` of a head and features `[..., D]`.
       chunk_rows: tokens in a chunk; a chunk takes 4 · chunk_rows · V bytes.
 
     Returns:
@@ -40,14 +41,14 @@ def head_loss(
     """
     chunks = _chunks(features.shape[0], features.shape[1], chunk_rows)
     labels = {"targets": _split(targets, chunks), "weights": _split(weights, chunks), "chunk": jnp.arange(chunks)}
-    return _fused(functools.partial(_chunk_loss, dot), layer, _split(features, chunks), labels)
+    return _fused(functools.partial(_chunk_loss, score), layer, _split(features, chunks), labels)
 
 
-def _chunk_loss(dot: Dot, layer: Layer, features: Array, labels: Labels) -> Array:
+def _chunk_loss(score: Score, layer: Layer, features: Array, labels: Labels) -> Array:
     """Σ w (log Σ exp z − z_target) of one chunk, in float32."""
     if "dropout_key" in layer:  # each chunk drops other features
         layer = layer | {"dropout_key": jax.random.fold_in(layer["dropout_key"], labels["chunk"])}
-    logits = linear(layer, features, dot).astype(jnp.float32)
+    logits = score(layer, features).astype(jnp.float32)
     picked = jnp.take_along_axis(logits, labels["targets"][..., None], axis=-1)[..., 0]
     return jnp.sum(labels["weights"] * (jax.nn.logsumexp(logits, axis=-1) - picked))
 

@@ -18,7 +18,7 @@ from lorax_ft.config import Config
 from lorax_ft.data.batches import Batches, Dataset, load_data
 from lorax_ft.interop.load import load_model
 from lorax_ft.lowrank.adapters import with_norms
-from lorax_ft.models.llama import SHARDING_RULES
+from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training import contract, sharding
 from lorax_ft.training.checkpoints import Checkpoints

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.adapters import add_adapters, attach_adapters
 from lorax_ft.lowrank.groups import is_whole, partition
-from lorax_ft.models.llama import SHARDING_RULES
+from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training import contract, sharding
 from lorax_ft.training.checkpoints import Checkpoints

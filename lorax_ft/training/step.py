@@ -14,7 +14,7 @@ import optax
 from jax import Array
 
 from lorax_ft.lowrank.adapters import norms, with_dropout, with_norms
-from lorax_ft.models.model import Model, head_dot
+from lorax_ft.models.model import Model
 from lorax_ft.training.losses import head_loss
 from lorax_ft.training.optimizer import learning_rates
 from lorax_ft.tree import Tree, combine, flatten
@@ -104,7 +104,7 @@ def batch_loss(model: Model, params: Tree, batch: Batch, *, packed: bool, noise:
     """Σ weights · cross-entropy over a batch `[B, T]`."""
     segments = batch["segment_ids"] if packed else None
     features, _ = model.features(params, batch["tokens"], batch["positions"], segments, noise=noise)
-    return head_loss(model.head(params), features, batch["targets"], batch["weights"], dot=head_dot)
+    return head_loss(model.head(params), features, batch["targets"], batch["weights"], score=model.score)
 
 
 def neftune(key: Array, segment_ids: Array, *, alpha: float, width: int) -> Array:

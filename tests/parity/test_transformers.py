@@ -1,9 +1,11 @@
-"""Our logits are those of transformers' LlamaForCausalLM, and it loads what we write. Needs torch."""
+"""Our logits are those of transformers' models of every family, and it loads what we write. Needs torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,28 +22,91 @@ SIZES = {
     "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
 }
-CASES = {
-    "tied_grouped": {"tie_word_embeddings": True, "num_key_value_heads": 2},
-    "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
-    "one_key_head": {"num_key_value_heads": 1, "rms_norm_eps": 1e-3},
-    "wide_heads": {
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [2.0, 3.0, 4.0],
+    "partial_rotary_factor": 0.75,
+}
+GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24, "num_hidden_layers": 4}
+CASES: dict[str, dict[str, Any]] = {
+    "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama_untied": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama_one_key_head": {"model_type": "llama", "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+    "llama_wide_heads": {
+        "model_type": "llama",
         "head_dim": 16,
-        "num_key_value_heads": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     },
+    "llama_biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama3": {"model_type": "llama", "rope_parameters": LLAMA3},
+    "llama_linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+    },
+    "llama_yarn": {"model_type": "llama", "head_dim": 16, "rope_parameters": YARN},
+    "mistral": {"model_type": "mistral", "sliding_window": 8},
+    "mistral_without_window": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2_upper_windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "head_dim": 16,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "gemma": {"model_type": "gemma", "head_dim": 16},
+    "gemma2": {"model_type": "gemma2", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, **GEMMA},
+    "gemma3": {"model_type": "gemma3_text", "layer_types": ["sliding_attention"] * 3 + ["full_attention"], **GEMMA},
+    "phi3": {"model_type": "phi3", "sliding_window": 8},
+    "phi4_mini": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 16,
+        "rope_parameters": LONGROPE,
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
+    "olmo2": {"model_type": "olmo2"},
 }
+LLAMAS = ["llama_tied", "llama_untied", "llama_wide_heads"]
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 21))
 
 
-def checkpoint(folder: Path, case: str = "tied_grouped", **options: object) -> transformers.LlamaForCausalLM:
+def checkpoint(folder: Path, case: str = "llama_tied", **options: object) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, **CASES[case], initializer_range=0.2)
-    model = transformers.LlamaForCausalLM(config).eval()
+    fields = SIZES | CASES[case]
+    config = transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for name, weight in model.named_parameters():
-        if "norm" in name:
-            weight.data.normal_(1, 0.3)
+        if "norm" in name or name.endswith("bias"):
+            weight.data.normal_(float("norm" in name), 0.3)
     model.save_pretrained(folder, **options)
     return model
 
@@ -55,10 +120,21 @@ def reference(model: torch.nn.Module, tokens: np.ndarray, **options: torch.Tenso
 def test_logits(tmp_path: Path, case: str) -> None:
     theirs = checkpoint(tmp_path / "model", case)
     ours = load_model(tmp_path / "model")
-    logits = ours.apply({"params": ours.params}, jnp.asarray(TOKENS))
+    apply = jax.jit(lambda *inputs: ours.apply({"params": ours.params}, *inputs))
     expected = reference(theirs, TOKENS)
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(apply(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    far = np.broadcast_to(np.arange(2000, 2021), TOKENS.shape)
+    expected = reference(theirs, TOKENS, position_ids=torch.as_tensor(far.copy()))
+    np.testing.assert_allclose(apply(TOKENS, far), expected, atol=1e-4, rtol=1e-4)
+    padding = np.arange(21) < np.array([21, 9])[:, None]
+    expected = reference(theirs, TOKENS, attention_mask=torch.as_tensor(padding.astype(int)))
+    padded = np.asarray(apply(TOKENS, None, padding.astype(int)))
+    np.testing.assert_allclose(padded[padding], expected[padding], atol=1e-4, rtol=1e-4)
+    positions = np.broadcast_to(np.concatenate([np.arange(8), np.arange(13)]), TOKENS.shape)
+    segments = np.broadcast_to(np.repeat([1, 2], [8, 13]), TOKENS.shape)
+    expected = np.concatenate([reference(theirs, part) for part in (TOKENS[:, :8], TOKENS[:, 8:])], axis=1)
+    np.testing.assert_allclose(apply(TOKENS, positions, segments), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_sharded_checkpoint(tmp_path: Path) -> None:
@@ -75,33 +151,11 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
 
 def test_bfloat16_checkpoint(tmp_path: Path) -> None:
     checkpoint(tmp_path / "float32").to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     ours = load_model(tmp_path / "model")
     np.testing.assert_allclose(
         ours.apply({"params": ours.params}, jnp.asarray(TOKENS)), reference(theirs, TOKENS), atol=1e-4, rtol=1e-4
     )
-
-
-def test_right_padding(tmp_path: Path) -> None:
-    theirs = checkpoint(tmp_path / "model")
-    ours = load_model(tmp_path / "model")
-    lengths = np.array([21, 9])
-    mask = np.arange(21) < lengths[:, None]
-    expected = reference(theirs, TOKENS, attention_mask=torch.as_tensor(mask.astype(int)))
-    logits = ours.apply({"params": ours.params}, jnp.asarray(TOKENS), None, jnp.asarray(mask, jnp.int32))
-    np.testing.assert_allclose(np.asarray(logits)[mask], expected[mask], atol=1e-4, rtol=1e-4)
-
-
-def test_packed_samples_are_as_separate_ones(tmp_path: Path) -> None:
-    theirs = checkpoint(tmp_path / "model")
-    ours = load_model(tmp_path / "model")
-    lengths = (8, 10)  # and 3 tokens of padding
-    segments = np.repeat([1, 2, 0], [*lengths, 3])[None]
-    positions = np.concatenate([np.arange(n) for n in (*lengths, 3)])[None]
-    logits = ours.apply({"params": ours.params}, jnp.asarray(TOKENS[:1]), jnp.asarray(positions), jnp.asarray(segments))
-    first, second = TOKENS[:1, :8], TOKENS[:1, 8:18]
-    np.testing.assert_allclose(logits[:, :8], reference(theirs, first), atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(logits[:, 8:18], reference(theirs, second), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -109,18 +163,21 @@ def test_transformers_loads_what_we_write(tmp_path: Path, case: str) -> None:
     theirs = checkpoint(tmp_path / "model", case)
     ours = load_model(tmp_path / "model")
     save_model(tmp_path / "again", ours.params, ours)
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager")
     np.testing.assert_array_equal(reference(again, TOKENS), reference(theirs, TOKENS))
-    assert again.config.rope_parameters == theirs.config.rope_parameters
+    assert again.config.to_dict() | {"dtype": None, "_name_or_path": None} == theirs.config.to_dict() | {
+        "dtype": None,
+        "_name_or_path": None,
+    }
     save_model(tmp_path / "half", ours.params, ours, dtype="bfloat16")
-    assert transformers.LlamaForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
 def test_transformers_loads_an_untied_model(tmp_path: Path) -> None:
-    checkpoint(tmp_path / "model", "tied_grouped")
+    checkpoint(tmp_path / "model", "llama_tied")
     ours = load_model(tmp_path / "model")
     params = ours.params | {"lm_head": {"kernel": ours.params["embed_tokens"]["embedding"].T + 0.1}}
     save_model(tmp_path / "again", params, ours)
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager")
     logits = ours.apply({"params": params}, jnp.asarray(TOKENS))
     np.testing.assert_allclose(logits, reference(again, TOKENS), atol=1e-4, rtol=1e-4)

@@ -25,10 +25,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from lorax_ft.config import Config
-from lorax_ft.interop.huggingface import abstract_params
+from lorax_ft.interop.huggingface import abstract_params, decoder_config
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.lowrank.groups import partition
-from lorax_ft.models.llama import SHARDING_RULES, DecoderConfig
+from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training import sharding
 from lorax_ft.training.optimizer import make_optimizer
@@ -37,10 +37,13 @@ from lorax_ft.tree import Tree, flatten, split, unflatten
 
 
 def main() -> None:
-    """Compile what the first argument says: topology, config (`Config.to_json`) and decoder (its fields)."""
+    """Compile what the first argument says: topology, config (`Config.to_json`) and config.json of a model."""
     options = json.loads(sys.argv[1])
     config = Config.from_json(json.dumps(options["config"]))
-    model = Model(config=DecoderConfig(**options["decoder"]), params={})
+    m = config.model
+    # By name, as auto goes by the backend that runs this program: a CPU.
+    decoder = decoder_config(options["decoder"], source="the test", dtype=m.dtype, attention="xla", remat=m.remat)
+    model = Model(config=decoder, params={})
     topology = topologies.get_topology_desc(platform="tpu", topology_name=options["topology"])
     mesh = sharding.make_mesh(config.mesh, devices=topology.devices)
     state, frozen, batch = abstract_arguments(model, config, mesh)

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, load_config
-from lorax_ft.interop.huggingface import decoder_config
 
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("LORAX_FT_TPU_PYTHON")
@@ -30,18 +29,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 QWEN_7B = {
+    "model_type": "qwen2",
     "vocab_size": 152064,
-    "width": 3584,
-    "mlp_width": 18944,
-    "layers": 28,
-    "heads": 28,
-    "kv_heads": 4,
-    "head_dim": 128,
-    "norm_eps": 1e-6,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
     "rope_theta": 1e6,
-    "tied": False,
-    "max_positions": 32768,
-    "dtype": "bfloat16",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
 }
 
 
@@ -51,11 +49,9 @@ QWEN_7B = {
 )
 def test_the_step_of_the_pissa_config_compiles(topology: str, mesh: MeshConfig) -> None:
     config = dataclasses.replace(load_config(ROOT / "configs/pissa.py"), mesh=mesh)
-    m = config.model
-    fields = json.loads((Path(m.path) / "config.json").read_text())
-    decoder = decoder_config(fields, source=m.path, dtype=m.dtype, attention=m.attention, remat=m.remat)
-    report = compile_for(topology, config, dataclasses.asdict(decoder))
-    check(report, config, split=mesh.fsdp * mesh.tensor, width=decoder.width)
+    fields = json.loads((Path(config.model.path) / "config.json").read_text())
+    report = compile_for(topology, config, fields)
+    check(report, config, split=mesh.fsdp * mesh.tensor, width=fields["hidden_size"])
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -68,7 +64,7 @@ def test_seven_billion_parameters_fit_sixteen_chips(dora: bool) -> None:
         mesh=MeshConfig(data=1, fsdp=16),
     )
     report = compile_for("v5e:4x4", config, QWEN_7B)
-    check(report, config, split=16, width=QWEN_7B["width"])
+    check(report, config, split=16, width=QWEN_7B["hidden_size"])
     assert report["frozen_bytes"] > 15e9
     assert report["argument_bytes"] < 1.5e9
     assert report["temporary_bytes"] < 4e9

@@ -1,0 +1,39 @@
+"""Families of checkpoints: how a config.json describes our decoder, and what its tensors are called.
+
+A family is one file here with a `Family`, and a line in `FAMILIES` under the `model_type` of its config.json. What its
+models do that no other's do is a field of `DecoderConfig` and a line in `lorax_ft/models`; a line in the table of
+tests/parity/test_transformers.py proves that the logits are transformers'.
+"""
+
+from __future__ import annotations
+
+from lorax_ft.interop.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from lorax_ft.interop.families.family import Family
+
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
+    "phi3": phi3.FAMILY,
+    "smollm3": smollm3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "mixtral": mixtral.FAMILY,
+}

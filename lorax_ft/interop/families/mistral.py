@@ -1,0 +1,7 @@
+"""Mistral: Llama with a sliding window (2310.06825)."""
+
+from __future__ import annotations
+
+from lorax_ft.interop.families.family import Family
+
+FAMILY = Family(describe=lambda c: {})

@@ -1,0 +1,19 @@
+"""Mixtral: Mistral with a sparse MLP in every layer (2401.04088)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorax_ft.interop.families.family import Family
+from lorax_ft.models.config import Experts
+
+
+def describe(c: Any) -> dict[str, Any]:
+    """Fields of `DecoderConfig`."""
+    return {"experts": Experts(count=c.num_local_experts, chosen=c.num_experts_per_tok, renormalised=True)}
+
+
+FAMILY = Family(
+    describe=describe,
+    names={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+)

@@ -1,0 +1,7 @@
+"""Phi 3, 3.5 and 4: q, k and v in one projection, gate and up in another (2404.14219)."""
+
+from __future__ import annotations
+
+from lorax_ft.interop.families.family import Family
+
+FAMILY = Family(describe=lambda c: {"fused": True})

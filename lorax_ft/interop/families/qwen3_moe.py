@@ -1,0 +1,19 @@
+"""Qwen 3 with a sparse MLP in every layer (2505.09388)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorax_ft.interop.families.family import Family
+from lorax_ft.models.config import Experts
+
+
+def describe(c: Any) -> dict[str, Any]:
+    """Fields of `DecoderConfig`."""
+    if c.mlp_only_layers or c.decoder_sparse_step != 1:
+        raise ValueError("layers with a dense MLP among sparse ones; supported: all sparse")
+    experts = Experts(count=c.num_experts, chosen=c.num_experts_per_tok, renormalised=c.norm_topk_prob)
+    return {"qk_norm": "head", "mlp_width": c.moe_intermediate_size, "experts": experts}
+
+
+FAMILY = Family(describe=describe)
