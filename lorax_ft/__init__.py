@@ -17,14 +17,22 @@ if TYPE_CHECKING:
         MeshConfig,
         ModelConfig,
         OptimConfig,
+        Sampling,
         TrainConfig,
         load_config,
     )
-    from lorax_ft.inference.generate import answer, generate
+    from lorax_ft.inference.generate import answer, generate, stream, stream_texts
     from lorax_ft.interop.huggingface import save_model
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft, save_peft
-    from lorax_ft.lowrank.adapters import add_adapters, attach_adapters, merge_adapters, with_dropout, with_norms
+    from lorax_ft.lowrank.adapters import (
+        add_adapters,
+        attach_adapters,
+        merge_adapters,
+        switched_off,
+        with_dropout,
+        with_norms,
+    )
     from lorax_ft.lowrank.groups import label, partition
     from lorax_ft.lowrank.intercept import adapt
     from lorax_ft.lowrank.layout import layout
@@ -37,9 +45,10 @@ if TYPE_CHECKING:
     from lorax_ft.tree import combine
 
 _ROOMS = {
-    "config": "AdapterConfig Config DataConfig EvalConfig MeshConfig ModelConfig OptimConfig TrainConfig load_config",
+    "config": "AdapterConfig Config DataConfig EvalConfig MeshConfig ModelConfig OptimConfig Sampling TrainConfig "
+    "load_config",
     "tree": "combine",
-    "lowrank.adapters": "add_adapters attach_adapters merge_adapters with_dropout with_norms",
+    "lowrank.adapters": "add_adapters attach_adapters merge_adapters switched_off with_dropout with_norms",
     "lowrank.groups": "label partition",
     "lowrank.intercept": "adapt",
     "lowrank.layout": "layout",
@@ -47,7 +56,7 @@ _ROOMS = {
     "interop.huggingface": "save_model",
     "interop.load": "load_model",
     "interop.peft": "load_peft save_peft",
-    "inference.generate": "answer generate",
+    "inference.generate": "answer generate stream stream_texts",
     "training.log": "plot_losses",
     "training.loop": "train",
     "training.losses": "head_loss",

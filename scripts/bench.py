@@ -147,8 +147,10 @@ def _together(args: Args, names: list[str], config: Path, *, product: Product, c
                     group[name] = stack.enter_context(_process(args, name, config, warmup=WARMUP))
                 except ValueError as error:
                     console.print(f"{name} is left out: {error}", markup=False)
-            for _ in range(args.rounds):
-                turn = {name: p.facts | {"product": product()} | p.call() for name, p in group.items()}
+            for turned in range(args.rounds):  # another variant begins each round
+                order = [*group][turned % len(group) :] + [*group][: turned % len(group)]
+                turn = {name: group[name].facts | {"product": product()} | group[name].call() for name in order}
+                turn = {name: turn[name] for name in group}
                 _add(samples, turn, names[0], console)
     return samples
 

@@ -3,63 +3,91 @@
     python scripts/generate.py --run out/pissa "What is 12 + 30?"
     python scripts/generate.py --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter my/adapter "Who wrote Faust?"
 
+    python scripts/generate.py --run out/pissa --file questions.txt > answers.jsonl
+
 Without a question it reads one from each line.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from lorax_ft import cli
+from lorax_ft.config import Sampling
 from lorax_ft.inference.tuned import Tuned, load_tuned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Tuned):
+class Args(Tuned, Sampling):
     """Ask a tuned model something; without a question, read one from each line."""
 
     question: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION")] = None
     """What to ask; none given reads questions line by line, each on its own."""
+    file: str | None = None
+    """Text file with a question on each line; the answers are printed as JSON lines."""
+    batch_size: int = 8
+    """Questions of a file that are answered at once."""
     system: str | None = None
     """System message before the question."""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time; above, tokens are drawn, and 1 draws as the model is."""
-    top_k: int | None = None
-    """Draw among the k likeliest tokens only."""
-    top_p: float | None = None
-    """Draw among the fewest likeliest tokens whose probabilities sum up to p."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, and are left out."""
     seed: int = 0
     """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        Tuned.__post_init__(self)
+        Sampling.__post_init__(self)
+        if self.question is not None and self.file is not None:
+            raise ValueError("give a question or --file, not both")
 
 
 def main(args: Args) -> None:
     """Loads the model and answers."""
+    questions = None if args.file is None else _read(Path(args.file))
     model, params = load_tuned(args)
     import jax
 
     from lorax_ft.inference.generate import answer
 
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    key = jax.random.key(args.seed)
-    for number, question in enumerate(_questions(args.question)):
-        (text,) = answer(
+
+    def ask(questions: list[str], number: int) -> list[str]:
+        return answer(
             model,
             params,
-            [[*system, {"role": "user", "content": question}]],
+            [[*system, {"role": "user", "content": question}] for question in questions],
             max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            key=jax.random.fold_in(key, number),
+            batch_size=args.batch_size,
+            sampling=args,
+            stop_strings=args.stop,
+            key=jax.random.fold_in(jax.random.key(args.seed), number),
         )
-        print(text, flush=True)
+
+    if questions is not None:
+        for question, text in zip(questions, ask(questions, 0), strict=True):
+            print(json.dumps({"question": question, "answer": text}, ensure_ascii=False))
+        return
+    for number, question in enumerate(_questions(args.question)):
+        print(*ask([question], number), flush=True)
+
+
+def _read(file: Path) -> list[str]:
+    """The questions of a file."""
+    if not file.is_file():
+        raise ValueError(f"no file at {file}")
+    questions = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not questions:
+        raise ValueError(f"{file} holds no question")
+    return questions
 
 
 def _questions(given: str | None) -> Iterator[str]:

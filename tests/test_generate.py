@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +22,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorax_ft import cli
-from lorax_ft.config import AdapterConfig, Config, MeshConfig, ModelConfig
+from lorax_ft.config import AdapterConfig, Config, MeshConfig, ModelConfig, Sampling
 from lorax_ft.evaluation.exact_match import evaluate_answers, exact_match
-from lorax_ft.inference.decode import Sampling, decode, pick
-from lorax_ft.inference.generate import answer, default_stop_ids, generate
+from lorax_ft.inference.decode import Draw, extend, pick, prefill
+from lorax_ft.inference.generate import answer, default_stop_ids, generate, stream
 from lorax_ft.inference.tuned import Tuned, locate
 from lorax_ft.interop.huggingface import save_model
 from lorax_ft.interop.load import load_model
@@ -86,7 +89,7 @@ def test_a_row_does_not_depend_on_the_others(model: Model) -> None:
     together = generate(model, model.params, PROMPTS, max_new_tokens=NEW, stop_ids=())
     for row in (0, 3):
         assert generate(model, model.params, [PROMPTS[row]], max_new_tokens=NEW, stop_ids=()) == [together[row]]
-    options = {"max_new_tokens": NEW, "stop_ids": (), "temperature": 1.0, "key": jax.random.key(3)}
+    options = {"max_new_tokens": NEW, "stop_ids": (), "sampling": Sampling(temperature=1.0), "key": jax.random.key(3)}
     drawn = generate(model, model.params, PROMPTS, **options)
     others = [PROMPTS[0], PROMPTS[2], PROMPTS[1], PROMPTS[3]]
     assert generate(model, model.params, others, **options)[0] == drawn[0]
@@ -101,18 +104,46 @@ def test_stops(model: Model) -> None:
     assert generate(model, model.params, PROMPTS, max_new_tokens=3, stop_ids=()) == [row[:3] for row in rows]
 
 
+def draw(
+    *, temperature: float = 1, top_k: int = 97, top_p: float = np.inf, penalty: float = 1, stop: tuple[int, ...] = (-1,)
+) -> Draw:
+    numbers = (np.float32(temperature), np.int32(top_k), np.float32(top_p), np.float32(penalty))
+    return Draw(*numbers, stop=np.array(stop, np.int32), key=jax.random.key(0))
+
+
 def test_stops_early(model: Model) -> None:
     """The loop ends when all rows have: the rest of the room stays at 0."""
     tokens, lengths = np.full((4, 64), 7, np.int32), np.array([3, 5, 7, 9], np.int32)
-    options = {"config": dataclasses.replace(model.config, attention="xla"), "room": 32, "greedy": True, "mesh": None}
+    options = {"config": dataclasses.replace(model.config, attention="xla"), "greedy": True, "mesh": None}
     ((first,),) = generate(model, model.params, [[7, 7, 7]], max_new_tokens=1, stop_ids=())
-    stop = np.arange(32, dtype=np.int32) + first // 32 * 32
-    sampling = Sampling(np.float32(1), np.int32(97), np.float32(1))
-    key = jax.random.key(0)
-    out, counts = decode(model.params, tokens, lengths, np.int32(32), stop, sampling, key, **options)
-    last = max(int(count) for count in counts)
+    chosen = draw(stop=tuple(range(first // 32 * 32, first // 32 * 32 + 32)))
+    state = prefill(model.params, tokens, lengths, chosen, room=32, **options)
+    state = extend(model.params, state, np.int32(32), chosen, **options)
+    last = max(int(count) for count in state.counts)
     assert last < 31
-    assert not np.asarray(out)[:, last + 1 :].any()
+    assert not np.asarray(state.out)[:, last + 1 :].any()
+
+
+def test_streaming_gives_the_same_tokens_a_few_at_a_time(model: Model) -> None:
+    whole = generate(model, model.params, PROMPTS, max_new_tokens=NEW, stop_ids=())
+    parts = list(stream(model, model.params, PROMPTS, max_new_tokens=NEW, chunk=5, stop_ids=()))
+    assert [len(rows[0]) for rows in parts] == [5, 10, NEW]
+    assert all(row == full[: len(row)] for rows in parts for row, full in zip(rows, whole, strict=True))
+    stopped = [*stream(model, model.params, PROMPTS[:1], max_new_tokens=NEW, chunk=1, stop_ids=(whole[0][3],))]
+    assert stopped[-1] == [whole[0][: whole[0].index(whole[0][3])]]
+    assert len(stopped) <= 4
+
+
+def test_repetition_penalty(model: Model) -> None:
+    """A strong one lets no token come twice, and damps those of the prompt but not those of the padding."""
+    params = jax.tree.map(lambda leaf: leaf, model.params)
+    greedy = generate(model, params, PROMPTS, max_new_tokens=NEW, stop_ids=())
+    assert any(len(set(row)) < NEW or set(row) & set(p) for row, p in zip(greedy, PROMPTS, strict=True))
+    penalty = Sampling(repetition_penalty=1e6)
+    for row, prompt in zip(
+        generate(model, params, PROMPTS, max_new_tokens=NEW, stop_ids=(), sampling=penalty), PROMPTS, strict=True
+    ):
+        assert len({*row, *prompt}) == NEW + len(prompt)
 
 
 def cut(row: list[int], stops: set[int]) -> list[int]:
@@ -123,14 +154,21 @@ def test_sampling(model: Model) -> None:
     options = {"max_new_tokens": NEW, "stop_ids": ()}
     greedy = generate(model, model.params, PROMPTS, **options)
     draws = [
-        generate(model, model.params, PROMPTS, temperature=2.0, key=jax.random.key(k), **options) for k in (1, 1, 2)
+        generate(model, model.params, PROMPTS, sampling=Sampling(temperature=2.0), key=jax.random.key(k), **options)
+        for k in (1, 1, 2)
     ]
     assert draws[0] == draws[1]
     assert draws[0] != draws[2]
     assert draws[0] != greedy
     key = jax.random.key(1)
-    assert generate(model, model.params, PROMPTS, temperature=2.0, top_k=1, key=key, **options) == greedy
-    assert generate(model, model.params, PROMPTS, temperature=2.0, top_p=1e-6, key=key, **options) == greedy
+    assert (
+        generate(model, model.params, PROMPTS, sampling=Sampling(temperature=2.0, top_k=1), key=key, **options)
+        == greedy
+    )
+    assert (
+        generate(model, model.params, PROMPTS, sampling=Sampling(temperature=2.0, top_p=1e-6), key=key, **options)
+        == greedy
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +185,7 @@ def test_sampling(model: Model) -> None:
 def test_pick_draws_from_the_right_distribution(temperature: float, top_k: int, top_p: float, expected: list) -> None:
     n = 20_000
     scores = jnp.tile(jnp.log(jnp.array([0.2, 0.4, 0.1, 0.3])), (n, 1))
-    drawn = pick(scores, jax.random.key(0), Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p)))
+    drawn = pick(scores, jax.random.key(0), draw(temperature=temperature, top_k=top_k, top_p=top_p))
     share = np.bincount(np.asarray(drawn), minlength=4) / n
     np.testing.assert_allclose(share[[1, 3, 0, 2]], expected, atol=0.015)
 
@@ -158,21 +196,20 @@ def test_the_second_call_is_compiled_already(model: Model, params: Callable[[str
         generate(model, params, prompts, max_new_tokens=9 + shift, stop_ids=(5,) * shift, **options)
 
     call(params("dora"), 0)
-    call(model.params, 0, temperature=0.5, top_k=5, key=jax.random.key(0))
-    before = decode._cache_size()
+    call(model.params, 0, sampling=Sampling(temperature=0.5, top_k=5), key=jax.random.key(0))
+    before = prefill._cache_size(), extend._cache_size()
     call(jax.tree.map(lambda leaf: leaf * 1.01, params("dora")), 3)
-    call(model.params, 2, temperature=0.8, top_p=0.9, key=jax.random.key(5))
-    assert decode._cache_size() == before
+    call(model.params, 2, sampling=Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.1), key=jax.random.key(5))
+    assert (prefill._cache_size(), extend._cache_size()) == before
 
 
 def test_no_parameter_is_a_constant(model: Model) -> None:
     """What the compiled program holds itself does not grow with the model."""
     abstract = jax.eval_shape(lambda: model.params)
-    sampling = Sampling(np.float32(1), np.int32(97), np.float32(1))
     shape = jax.ShapeDtypeStruct((2, 32), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    options = {"config": model.config, "room": 32, "greedy": True, "mesh": None}
-    stop = np.zeros(1, np.int32)
-    text = decode.lower(abstract, *shape, np.int32(4), stop, sampling, jax.random.key(0), **options).as_text()
+    options = {"config": model.config, "greedy": True, "mesh": None}
+    state = jax.eval_shape(functools.partial(prefill, room=32, **options), abstract, *shape, draw())
+    text = extend.lower(abstract, state, np.int32(4), draw(), **options).as_text()
     assert len(text) < 200_000
     assert "97x32xf32>" in text
 
@@ -193,17 +230,21 @@ def test_on_eight_devices(model: Model, params: Callable[[str], Tree]) -> None:
         ({"prompts": [[1, 97]]}, "prompt 1 holds the token 97; the vocabulary holds 97"),
         ({"prompts": [[1] * 60]}, "60 tokens and max_new_tokens 5 are more than the 64 positions"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": 1.0}, "needs key"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"top_p": 0.9}, "top_p is given, but at temperature 0"),
+        ({"sampling": {"temperature": -1.0}}, "temperature is -1.0"),
+        ({"sampling": {"temperature": float("nan")}}, "temperature is nan"),
+        ({"sampling": {"temperature": 1.0}}, "needs key"),
+        ({"sampling": {"top_k": 0}}, "top_k is 0"),
+        ({"sampling": {"top_p": 1.5}}, "top_p is 1.5"),
+        ({"sampling": {"repetition_penalty": 0.0}}, "repetition_penalty is 0.0"),
+        ({"sampling": {"top_p": 0.9}}, "top_p is given, but at temperature 0"),
     ],
 )
 def test_bad_input(model: Model, options: dict, words: str) -> None:
+    def call(*, prompts: Any = ([1],), max_new_tokens: int = 5, sampling: Any = types.MappingProxyType({})) -> None:
+        generate(model, model.params, prompts, max_new_tokens=max_new_tokens, sampling=Sampling(**sampling))
+
     with pytest.raises(ValueError, match=words) as error:
-        generate(model, model.params, **{"prompts": [[1]], "max_new_tokens": 5} | options)
+        call(**options)
     assert "\n" not in str(error.value)
     assert generate(model, model.params, [], max_new_tokens=5) == []
 
@@ -391,12 +432,10 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     save_peft(run / "adapter", params("lora"), dataclasses.replace(speaker, source=str(base)))
     (run / "config.json").write_text(Config(model=ModelConfig(path=str(base))).to_json())
 
-    def call(script: str, *args: str) -> tuple[int, str, str]:
+    def call(script: str, *args: str, said: str = "") -> tuple[int, str, str]:
         command = [sys.executable, f"scripts/{script}.py", *args]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": CACHE}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, input=said)
         return done.returncode, done.stdout, done.stderr
 
     assert call("merge", "--run", str(run), "--output", str(merged))[::2] == (0, "")
@@ -409,3 +448,18 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     assert call("merge", "--run", str(run), "--output", str(merged)) == (2, "", message)
     message = f"error: no run at {tmp_path / 'rum'}; beside it there is run\n"
     assert call("generate", "--run", str(tmp_path / "rum"), "w7") == (2, "", message)
+    (tmp_path / "questions.txt").write_text("w7 w8\n\nw9\n")
+    status, printed, _ = call(
+        "generate", "--run", str(run), "--file", f"{tmp_path}/questions.txt", *["--max-new-tokens", "8"]
+    )
+    assert status == 0
+    assert json.loads(printed.splitlines()[0]) == {"question": "w7 w8", "answer": expected}
+    assert len(printed.splitlines()) == 2
+    said = "w7 w8\n/clear\n/adapter off\nw7 w8\n/clear\n/adapter on\nw7 w8\n/nonsense\n/adapter nowhere\n/exit\nw1\n"
+    status, printed, errors = call("chat", "--run", str(run), "--max-new-tokens", "8", said=said)
+    assert (status, errors) == (0, "")
+    lines = [line.strip() for line in printed.splitlines()]
+    assert lines[:7] == [expected, "cleared", "adapter: off", before, "cleared", "adapter: on", expected]
+    assert lines[7] == "error: there is no command /nonsense; /help lists them"
+    assert lines[8].startswith("error: nowhere holds no adapter_config.json")
+    assert len(lines) == 9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -110,11 +111,19 @@ def test_bfloat16_is_saved_and_loaded(tmp_path: Path) -> None:
     assert_trees_equal(again.params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
 
 
+def all_of(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in shape)
+
+
 def test_place_sees_every_leaf(tmp_path: Path) -> None:
     saved_model(tmp_path / "model")
     seen = {}
 
-    def place(path: str, array: np.ndarray) -> jax.Array:
+    def place(path: str, shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+        half = shape[-1] // 2  # as a device of two would read it
+        array = read(all_of(shape))
+        first = read((*all_of(shape[:-1]), slice(0, half)))
+        np.testing.assert_array_equal(array[..., :half], first)
         seen[path] = array.dtype
         return jnp.asarray(array) * 2
 

@@ -1,4 +1,4 @@
-"""The compiled program of generation: one pass over the prompts, then a loop that makes a token a round.
+"""The two compiled programs of generation: one reads the prompts, the other makes a token a round.
 
 Letters: B rows of a batch, T tokens of a padded prompt, S slots of the cache, N room for new tokens, D width,
 V vocabulary.
@@ -25,16 +25,20 @@ from lorax_ft.tree import Tree
 BATCH_AXES = ("data", "fsdp")  # the mesh's axes that rows are split over
 
 
-class Sampling(NamedTuple):
-    """How a token is drawn, as scalars, so that other numbers are no other program."""
+class Draw(NamedTuple):
+    """How tokens are chosen and where a row ends, as arrays, so that other values are no other program."""
 
     temperature: Array | np.float32
     top_k: Array | np.int32
     top_p: Array | np.float32
+    repetition_penalty: Array | np.float32
+    stop: Array | np.ndarray
+    """Ids that end a row, of any number; -1 is none."""
+    key: Array
 
 
 class State(NamedTuple):
-    """What goes around the loop."""
+    """Rows on their way."""
 
     step: Array
     """New tokens so far."""
@@ -42,92 +46,104 @@ class State(NamedTuple):
     """The new tokens, [B, N]; what follows a row's stop means nothing."""
     last: Array
     """The newest token, [B]."""
+    position: Array
+    """The slot of the newest token, [B]."""
     counts: Array
     """New tokens of each row before its stop, [B]."""
     stopped: Array
     """Which rows have met a stop id, [B]."""
+    seen: Array
+    """Which tokens stand in each row, [B, V]."""
     cache: Cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "room", "greedy", "mesh"))
-def decode(
+def prefill(
     params: Tree,
     tokens: Array,
     lengths: Array,
-    limit: Array,
-    stop: Array,
-    sampling: Sampling,
-    key: Array,
+    draw: Draw,
     *,
     config: DecoderConfig,
     room: int,
     greedy: bool,
     mesh: Mesh | None,
-) -> tuple[Array, Array]:
-    """Continues prompts until every row has met a stop id or `limit` new tokens are made.
+) -> State:
+    """Reads prompts, and makes the first token of each row.
 
     Args:
       params: parameters, with DoRA's norms.
       tokens: `[B, T]`, prompts padded on the right. The padding's keys and values lie in slots that no earlier
         position sees, and a new token overwrites its slot before anything looks there.
       lengths: `[B]`, of the prompts.
-      limit: at most N.
-      stop: ids, of any number; -1 is none.
-      sampling: how a token is drawn.
-      key: for drawing.
+      draw: how a token is chosen.
       config: the decoder's.
-      room: N.
-      greedy: takes the likeliest token each time; `sampling` and `key` play no part then.
+      room: N, the most new tokens.
+      greedy: takes the likeliest token each time; temperature, top_k, top_p and key play no part then.
       mesh: where the parameters lie, if on more than one device.
-
-    Returns:
-      The new tokens `[B, N]`, and how many of each row come before its stop, `[B]`.
     """
     model = Model(config=config, params={})
-    head = {"lm_head": model.head(params)}  # once, not in each round of the loop
     tokens, lengths = (_by_row(x, mesh) for x in (tokens, lengths))
+    rows = len(tokens)
+    features, cache = model.features(params, tokens, cache=empty_cache(config, rows, tokens.shape[1] + room))
+    assert cache is not None
+    last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    zeros = jnp.zeros(rows, jnp.int32)
+    prompt = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    seen = jnp.zeros((rows, config.vocab_size), bool).at[jnp.arange(rows)[:, None], tokens].max(prompt)
+    out = jnp.zeros((rows, room), jnp.int32)
+    state = State(jnp.int32(0), out, zeros, lengths - 1, zeros, zeros > 0, seen, cache)
+    return _advance(state, model.logits(params, last), draw, greedy=greedy)
 
-    def advance(state: State, features: Array) -> State:
-        scores = model.logits(head, features).astype(jnp.float32)  # [B, D] -> [B, V]
-        token = pick(scores, None if greedy else jax.random.fold_in(key, state.step), sampling)
-        stopped = state.stopped | jnp.any(token[:, None] == stop, axis=1)
-        out = lax.dynamic_update_slice(state.out, token[:, None], (0, state.step))
-        return State(state.step + 1, out, token, state.counts + (~stopped).astype(jnp.int32), stopped, state.cache)
+
+@functools.partial(jax.jit, static_argnames=("config", "greedy", "mesh"), donate_argnames=("state",))
+def extend(
+    params: Tree, state: State, until: Array, draw: Draw, *, config: DecoderConfig, greedy: bool, mesh: Mesh | None
+) -> State:
+    """Goes on until every row has met a stop id, or `until` new tokens are made; arguments as in `prefill`."""
+    model = Model(config=config, params={})
+    head = {"lm_head": model.head(params)}  # once, not in each round of the loop
 
     def body(state: State) -> State:
-        positions = (lengths + state.step - 1)[:, None]
-        features, cache = model.features(params, state.last[:, None], positions, cache=state.cache)
+        features, cache = model.features(params, state.last[:, None], state.position[:, None], cache=state.cache)
         assert cache is not None
-        return advance(state._replace(cache=cache), features[:, 0])
+        return _advance(state._replace(cache=cache), model.logits(head, features[:, 0]), draw, greedy=greedy)
 
-    cache = empty_cache(config, len(tokens), tokens.shape[1] + room)
-    features, filled = model.features(params, tokens, cache=cache)
-    assert filled is not None
-    last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    first = advance(_start(len(tokens), room, filled), last)
-    end = lax.while_loop(lambda state: (state.step < limit) & ~jnp.all(state.stopped), body, first)
-    return _whole(end.out, mesh), _whole(end.counts, mesh)
+    end = lax.while_loop(lambda state: (state.step < until) & ~jnp.all(state.stopped), body, state)
+    return end._replace(out=_whole(end.out, mesh), counts=_whole(end.counts, mesh), stopped=_whole(end.stopped, mesh))
 
 
-def pick(scores: Array, key: Array | None, sampling: Sampling) -> Array:
+def pick(scores: Array, key: Array | None, draw: Draw) -> Array:
     """The next token `[B]` by logits `[B, V]`: the likeliest without a key, else one drawn by each row's own key."""
     if key is None:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
     order = jnp.argsort(scores, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(scores, order, axis=-1) / sampling.temperature
-    ranked = jnp.where(jnp.arange(scores.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
+    ranked = jnp.take_along_axis(scores, order, axis=-1) / draw.temperature
+    ranked = jnp.where(jnp.arange(scores.shape[-1]) < draw.top_k, ranked, -jnp.inf)
     p = jax.nn.softmax(ranked)
-    ranked = jnp.where(jnp.cumsum(p, axis=-1) - p < sampling.top_p, ranked, -jnp.inf)
+    ranked = jnp.where(jnp.cumsum(p, axis=-1) - p < draw.top_p, ranked, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(scores)))
     drawn = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def _start(rows: int, room: int, cache: Cache) -> State:
-    """No new token yet."""
-    zeros = jnp.zeros(rows, jnp.int32)
-    out = jnp.zeros((rows, room), jnp.int32)
-    return State(jnp.int32(0), out, last=zeros, counts=zeros, stopped=zeros > 0, cache=cache)
+def _advance(state: State, scores: Array, draw: Draw, *, greedy: bool) -> State:
+    """The state with one token more, by logits `[B, V]`."""
+    scores = scores.astype(jnp.float32)
+    damped = jnp.where(scores < 0, scores * draw.repetition_penalty, scores / draw.repetition_penalty)
+    scores = jnp.where(state.seen, damped, scores)  # 1909.05858
+    token = pick(scores, None if greedy else jax.random.fold_in(draw.key, state.step), draw)
+    stopped = state.stopped | jnp.any(token[:, None] == draw.stop, axis=1)
+    return State(
+        step=state.step + 1,
+        out=lax.dynamic_update_slice(state.out, token[:, None], (0, state.step)),
+        last=token,
+        position=state.position + 1,
+        counts=state.counts + (~stopped).astype(jnp.int32),
+        stopped=stopped,
+        seen=state.seen.at[jnp.arange(len(token)), token].set(True),
+        cache=state.cache,
+    )
 
 
 def _by_row(x: Array, mesh: Mesh | None) -> Array:

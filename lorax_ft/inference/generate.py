@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -12,14 +12,17 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lorax_ft.config import Sampling
 from lorax_ft.data.chat import encode_prompt
 from lorax_ft.data.formats import Message
-from lorax_ft.inference.decode import Sampling, decode
+from lorax_ft.inference.decode import Draw, extend, prefill
 from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, combine, flatten, split
 
+GREEDY = Sampling()
+STOP_CHUNK = 16  # tokens between two looks at the text
 END_OF_TURN = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>"),
     *("<|endoftext|>", "<|end_of_text|>"),
@@ -32,25 +35,21 @@ def generate(
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] | None = None,
     key: Array | None = None,
 ) -> list[list[int]]:
     """Continues prompts, all in one batch.
 
-    A call compiles once for each number of prompts and each length of the padded prompts and of `max_new_tokens`,
-    both rounded up (`bucket`); sampling with any numbers is a second program.
+    Two programs are compiled for each number of prompts and each length of the padded prompts and of
+    `max_new_tokens`, both rounded up (`bucket`); sampling with any numbers is another two.
 
     Args:
       model: gives the decoder's config, and the stop ids where none are given.
       params: parameters, with or without adapters, on one device or on a mesh.
       prompts: token ids, of any lengths above 0.
       max_new_tokens: the longest continuation.
-      temperature: divides the logits before a token is drawn; 0 takes the likeliest token.
-      top_k: draws among the k likeliest tokens only.
-      top_p: draws among the fewest likeliest tokens whose probabilities sum up to p (1904.09751).
+      sampling: how a token is chosen.
       stop_ids: tokens that end a row; None takes `default_stop_ids`.
       key: for drawing. What a row draws depends on the key and its index, not on the other rows.
 
@@ -61,36 +60,72 @@ def generate(
       ValueError: a prompt is empty, is no text of this vocabulary, or is too long for the model's positions; a
         number is out of range; or sampling lacks its key.
     """
-    _check_sampling(temperature, top_k, top_p, key)
+    *_, rows = stream(
+        model,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        chunk=max_new_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        key=key,
+    )
+    return rows
+
+
+def stream(
+    model: Model,
+    params: Tree,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int,
+    chunk: int,
+    sampling: Sampling = GREEDY,
+    stop_ids: Sequence[int] | None = None,
+    key: Array | None = None,
+) -> Iterator[list[list[int]]]:
+    """`generate`, a few tokens at a time.
+
+    Args:
+      model: as for `generate`, and so is all that is not named here.
+      chunk: new tokens between two results; any number is the same program.
+
+    Yields:
+      The new tokens of each row so far, up to its first stop id; the last result is what `generate` returns.
+    """
     _check_prompts(prompts, max_new_tokens, model.config)
+    if sampling.temperature > 0 and key is None:
+        raise ValueError(
+            f"at temperature {sampling.temperature} tokens are drawn, which needs key=jax.random.key(seed)"
+        )
     if not len(prompts):
-        return []
+        yield []
+        return
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    sampling = Sampling(
-        temperature=np.float32(temperature or 1),
-        top_k=np.int32(model.config.vocab_size if top_k is None else top_k),
-        top_p=np.float32(math.inf if top_p is None else top_p),
-    )
     stop = np.array(default_stop_ids(model) if stop_ids is None else stop_ids, np.int32)
     mesh = _mesh(params)
     key = jax.random.key(0) if key is None else key
-    out, counts = decode(
-        _with_norms(params),
-        tokens,
-        lengths,
-        np.int32(max_new_tokens),
-        np.pad(stop, (0, bucket(len(stop) or 1) - len(stop)), constant_values=-1),
-        sampling,
-        _everywhere(key, mesh) if mesh else key,
-        config=dataclasses.replace(model.config, attention="xla"),  # a single query is not a case for cuDNN's kernel
-        room=bucket(max_new_tokens),
-        greedy=temperature == 0,
-        mesh=mesh,
+    draw = Draw(
+        temperature=np.float32(sampling.temperature or 1),
+        top_k=np.int32(model.config.vocab_size if sampling.top_k is None else sampling.top_k),
+        top_p=np.float32(math.inf if sampling.top_p is None else sampling.top_p),
+        repetition_penalty=np.float32(sampling.repetition_penalty),
+        stop=np.pad(stop, (0, bucket(len(stop) or 1) - len(stop)), constant_values=-1),
+        key=_everywhere(key, mesh) if mesh else key,
     )
-    return [row[:count].tolist() for row, count in zip(np.asarray(out), np.asarray(counts), strict=True)]
+    config = dataclasses.replace(model.config, attention="xla")  # a single query is not a case for cuDNN's kernel
+    params, greedy = with_all_norms(params), sampling.temperature == 0
+    room = bucket(max_new_tokens)
+    state = prefill(params, tokens, lengths, draw, config=config, room=room, greedy=greedy, mesh=mesh)
+    for until in [*range(chunk, max_new_tokens, chunk), max_new_tokens]:
+        state = extend(params, state, np.int32(until), draw, config=config, greedy=greedy, mesh=mesh)
+        out, counts, stopped = (np.asarray(x) for x in (state.out, state.counts, state.stopped))
+        yield [row[:count].tolist() for row, count in zip(out, counts, strict=True)]
+        if stopped.all():
+            return
 
 
 def answer(
@@ -100,10 +135,9 @@ def answer(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
     key: Array | None = None,
 ) -> list[str]:
     """The assistant's next turn in each conversation, as stripped text without special tokens.
@@ -114,38 +148,72 @@ def answer(
       conversations: messages that wait for the assistant.
       max_new_tokens: the longest answer.
       batch_size: answers at once; the prompts are taken by length, the longest first.
-      temperature: for `generate`, as are `top_k`, `top_p`, `stop_ids` and `key`.
+      sampling: how a token is chosen.
+      stop_ids: tokens that end an answer; None takes `default_stop_ids`.
+      stop_strings: texts that end an answer, and are left out.
+      key: for drawing.
 
     Raises:
       ValueError: as `generate`, or the tokenizer or its chat template is missing, or refuses a conversation.
     """
     if model.tokenizer is None:
         raise ValueError(f"{model.source or 'the model'} has no tokenizer; take a checkpoint with a tokenizer.json")
-    _check_sampling(temperature, top_k, top_p, key)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be above 0")
     prompts = [encode_prompt(messages, model.tokenizer) for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     size = min(batch_size, len(order))
-    params = _with_norms(params)
+    params = with_all_norms(params)
     answers = [""] * len(prompts)
     for start in range(0, len(order), size or 1):
         chosen = order[start : start + size]
-        rows = generate(
+        texts = stream_texts(
             model,
             params,
             [prompts[i] for i in chosen] + [prompts[chosen[-1]]] * (size - len(chosen)),  # one shape for all
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            chunk=STOP_CHUNK if stop_strings else max_new_tokens,
+            sampling=sampling,
             stop_ids=stop_ids,
+            stop_strings=stop_strings,
             key=None if key is None else jax.random.fold_in(key, start),
         )
-        for i, row in zip(chosen, rows, strict=False):
-            text = model.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        *_, last = texts
+        for i, text in zip(chosen, last, strict=False):
             answers[i] = text.strip()
     return answers
+
+
+def stream_texts(
+    model: Model,
+    params: Tree,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int,
+    chunk: int,
+    sampling: Sampling = GREEDY,
+    stop_ids: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    key: Array | None = None,
+) -> Iterator[list[str]]:
+    """`stream`, as texts without special tokens, which end before the first of `stop_strings`."""
+    found_rows = stream(
+        model,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        chunk=chunk,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        key=key,
+    )
+    for rows in found_rows:
+        decode = model.tokenizer.decode
+        texts = [decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
+        ends = [[found for stop in stop_strings if (found := text.find(stop)) >= 0] for text in texts]
+        yield [text[: min(end)] if end else text for text, end in zip(texts, ends, strict=True)]
+        if all(ends):
+            return
 
 
 def default_stop_ids(model: Model) -> tuple[int, ...]:
@@ -167,8 +235,8 @@ def bucket(length: int) -> int:
     return max(32, 2 ** math.ceil(math.log2(length))) if length <= 256 else math.ceil(length / 256) * 256
 
 
-def _with_norms(params: Tree) -> Tree:
-    """The parameters with DoRA's norms, computed unless they stand there."""
+def with_all_norms(params: Tree) -> Tree:
+    """The parameters with DoRA's norms, computed unless they stand there; for many calls with the same adapter."""
     paths = flatten(params)
     if all(f"{path.removesuffix('magnitude')}norm" in paths for path in paths if path.endswith("/magnitude")):
         return params
@@ -193,20 +261,6 @@ def _mesh(params: Tree) -> Mesh | None:
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
     meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding))
     return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
-
-
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None, key: Array | None) -> None:
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature is {temperature}; it must be 0 or more and finite")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be above 0")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    if temperature == 0 and (top_k, top_p) != (None, None):
-        name = "top_p" if top_k is None else "top_k"
-        raise ValueError(f"{name} is given, but at temperature 0 nothing is drawn; give a temperature such as 0.7")
-    if temperature > 0 and key is None:
-        raise ValueError(f"at temperature {temperature} tokens are drawn, which needs key=jax.random.key(seed)")
 
 
 def _check_prompts(prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, config: DecoderConfig) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lorax_ft.interop.families import FAMILIES
 from lorax_ft.interop.huggingface import Tensors
+from lorax_ft.interop.stored import Index, Stored
 from lorax_ft.interop.tokenizer import import_transformers
 
 NAMES = {
@@ -56,7 +57,10 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
         config = _hf_config(metadata, tied="lm_head.weight" not in names.values())
         rows = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
         heads = {name: rows.get(name.rpartition(".")[0].rpartition(".")[2]) for name in names.values()}
-        tensors = {names[t.name]: functools.partial(_read, t, heads[names[t.name]]) for t in reader.tensors}
+        tensors = {
+            names[t.name]: Stored(tuple(map(int, t.shape[::-1])), functools.partial(_read, t, heads[names[t.name]]))
+            for t in reader.tensors
+        }
         return config, tensors, _tokenizer(metadata, file)
     except KeyError as error:
         raise ValueError(f"{file} lacks {error} in its metadata") from error
@@ -70,14 +74,14 @@ def _hf_name(name: str) -> str:
     return ".".join([*(["model.layers", block[1]] if block else []), NAMES[module], leaf])
 
 
-def _read(tensor: Any, heads: int | None) -> np.ndarray:
-    """The decoded tensor; with `heads`, its rows in Hugging Face's half-split rotary order."""
+def _read(tensor: Any, heads: int | None, index: Index) -> np.ndarray:
+    """A part of the decoded tensor; with `heads`, its rows in Hugging Face's half-split rotary order."""
     import gguf
 
     array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     if heads is None:
-        return array
-    return array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+        return array[index]
+    return array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)[index]
 
 
 def _hf_config(metadata: Metadata, *, tied: bool) -> dict[str, Any]:

@@ -11,30 +11,31 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from safetensors.numpy import save_file
 
 from lorax_ft.interop.families import FAMILIES
 from lorax_ft.interop.families.family import describe_common
 from lorax_ft.interop.folder import new_folder
+from lorax_ft.interop.stored import Index, Stored, stored_tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, flatten, unflatten
 
-Tensors = Mapping[str, Callable[[], np.ndarray]]
-"""Functions that read a checkpoint's tensors, by name."""
+Tensors = Mapping[str, Stored]
+"""A checkpoint's tensors, by name."""
 Names = Mapping[str, str]
 """A family's own names for parts of paths."""
-Place = Callable[[str, np.ndarray], jax.Array]
-"""Puts a leaf on its devices: (slash path, array) -> array."""
+Place = Callable[[str, tuple[int, ...], Callable[[Index], np.ndarray]], jax.Array]
+"""Puts a leaf on its devices: (slash path, shape, function that reads a part of it) -> array."""
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,11 +53,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
     config = read_json(folder / "config.json")
     decoder_config(config, source=str(folder))  # an architecture that is not supported is said before a missing file
     if (folder / WEIGHTS).is_file():
-        return config, _tensors(folder / WEIGHTS)
+        return config, stored_tensors(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read")
     shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-    return config, {name: read for shard in shards for name, read in _tensors(folder / shard).items()}
+    return config, {name: stored for shard in shards for name, stored in stored_tensors(folder / shard).items()}
 
 
 def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: Any) -> DecoderConfig:
@@ -90,26 +91,52 @@ def load_params(
       ValueError: a tensor is missing, is one too many, or has another shape.
     """
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
-    wanted = [name for path, shape in shapes.items() for name, _ in hf_names(path, shape, names)]
-    missing = sorted(set(wanted) - set(tensors))
+    wanted = {
+        path: [(n, i, shape[len(i) :]) for n, i in hf_names(path, shape, names)] for path, shape in shapes.items()
+    }
+    flat = [entry for entries in wanted.values() for entry in entries]
+    missing = sorted({name for name, _, _ in flat} - set(tensors))
     if missing:
         raise ValueError(f"{source} lacks the tensor {missing[0]}{_and_more(missing)}")
-    extra = sorted(name for name in set(tensors) - set(wanted) if not _ignored(name, config))
+    extra = sorted(name for name in tensors.keys() - {name for name, _, _ in flat} if not _ignored(name, config))
     if extra:
         raise ValueError(
             f"{source} holds the tensor {extra[0]}{_and_more(extra)}, which its architecture does not have"
         )
     params = {}
-    for path, shape in shapes.items():
-        array = np.empty(shape, config.dtype)
-        for name, index in hf_names(path, shape, names):
-            value = tensors[name]()
-            value = value.T if path.endswith("/kernel") else value
-            if value.shape != array[index].shape:
-                raise ValueError(f"{source}: {name} has the shape {value.shape}, not {array[index].shape} (in, out)")
-            array[index] = value
-        params[path] = place(path, array) if place else jnp.asarray(array)
+    for path, entries in wanted.items():
+        for name, _, shape in entries:
+            if tensors[name].shape != (shape[::-1] if path.endswith("/kernel") else shape):
+                raise ValueError(f"{source}: {name} has the shape {tensors[name].shape[::-1]}, not {shape} (in, out)")
+    for path, entries in wanted.items():
+        parts = {index: tensors[name] for name, index, _ in entries}
+        read = functools.partial(_read_leaf, parts, shapes[path], config.dtype, path.endswith("/kernel"))
+        params[path] = (place or _place_here)(path, shapes[path], read)
     return unflatten(params)
+
+
+def _read_leaf(
+    parts: Mapping[tuple[int, ...], Stored], shape: tuple[int, ...], dtype: str, transposed: bool, index: Index
+) -> np.ndarray:
+    """The part of a leaf `[*stack, in, out]` in `index`, of whose stack each entry is a tensor."""
+    ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+    n = len(next(iter(parts)))
+    inside = tuple(slice(r.start, r.stop) for r in ranges[n:])
+    leaf = np.empty([len(r) for r in ranges], dtype)
+
+    def fill(place: tuple[int, ...]) -> None:
+        part = parts[tuple(r[i] for r, i in zip(ranges, place, strict=False))]
+        value = part.read(inside[::-1] if transposed else inside)
+        leaf[place] = value.T if transposed else value
+
+    with ThreadPoolExecutor() as pool:  # copies of arrays run side by side
+        list(pool.map(fill, np.ndindex(*leaf.shape[:n])))
+    return leaf
+
+
+def _place_here(path: str, shape: tuple[int, ...], read: Callable[[Index], np.ndarray]) -> jax.Array:
+    """The leaf on the default device."""
+    return jnp.asarray(read(tuple(slice(0, size) for size in shape)))
 
 
 def save_model(folder: str | Path, params: Tree, model: Model, *, dtype: str | None = None) -> None:
@@ -219,25 +246,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
     return content
-
-
-def tensor_names(file: Path) -> list[str]:
-    """The names in a safetensors file; a missing or damaged file is a `ValueError`."""
-    try:
-        with safetensors.safe_open(file, framework="numpy") as handle:
-            return list(handle.keys())
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def read_tensor(file: Path, name: str) -> np.ndarray:
-    """One tensor of a safetensors file, without reading the others."""
-    with safetensors.safe_open(file, framework="numpy") as handle:
-        return handle.get_tensor(name)
-
-
-def _tensors(file: Path) -> Tensors:
-    return {name: functools.partial(read_tensor, file, name) for name in tensor_names(file)}
 
 
 def _hf_tensors(path: str, leaf: np.ndarray, names: Names) -> Iterator[tuple[str, np.ndarray]]:

@@ -31,7 +31,7 @@ def load_model(
       dtype: of the parameters and the activations.
       attention: the attention kernel; auto takes cuDNN on a GPU in bfloat16, causal blocks on a CPU, and XLA elsewhere.
       remat: what the backward pass recomputes.
-      place: puts each leaf on its devices, `(slash path, numpy array) -> jax.Array`; one leaf at a time is on the host.
+      place: puts each leaf on its devices, `(slash path, shape, read) -> jax.Array`; `read(slices)` gives a part of it.
 
     Raises:
       ValueError: nothing is there, or it is damaged or not supported.

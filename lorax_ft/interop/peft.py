@@ -19,8 +19,9 @@ from safetensors.numpy import save_file
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, read_tensor, tensor_names, unstacked
+from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, unstacked
 from lorax_ft.interop.peft_config import CONFIG, rank_and_scale, read_config, write_config
+from lorax_ft.interop.stored import stored_tensors
 from lorax_ft.lowrank.groups import is_whole
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, column_norm
 from lorax_ft.models.model import Model
@@ -94,7 +95,7 @@ def load_peft(folder: str | Path, model: Model) -> Tree:
     config, known = read_config(folder), _known_modules(model)
     adapters: dict[str, dict[Any, Matrix]] = {}
     layers = modules(model.params)
-    for key in sorted(tensor_names(folder / WEIGHTS)):
+    for key, stored in sorted(stored_tensors(folder / WEIGHTS).items()):
         module, leaf = _parse(key, folder)
         if module not in known:
             near = difflib.get_close_matches(module, known, n=1)
@@ -102,7 +103,7 @@ def load_peft(folder: str | Path, model: Model) -> Tree:
                 f"{folder}: the model has no module {module}" + (f"; the nearest is {near[0]}" if near else "")
             )
         path, index = known[module]
-        value = read_tensor(folder / WEIGHTS, key)
+        value = stored.read(())
         if leaf in ("base", "whole"):
             if leaf == "whole" and path == "embed_tokens":  # PEFT trains a copy: a tied head keeps the table
                 layers.setdefault("lm_head", {"kernel": _base_kernel(layers, "lm_head")})

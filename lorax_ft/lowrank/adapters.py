@@ -91,6 +91,30 @@ def merge_adapters(params: Tree, *, layout: Layout | None = None) -> Tree:
     return from_modules(merged)
 
 
+def switched_off(params: Tree, *, layout: Layout | None = None) -> Tree:
+    """The parameters with all adapters switched off, in the same structure: no program is compiled anew.
+
+    s becomes 0; where an init changed the base, A and B become the start instead, W − s A₀ B₀ + s A₀ B₀ = W, and
+    DoRA's magnitude the norm of W.
+
+    Args:
+      params: a tree with adapters.
+      layout: needed where a kernel's axes are not in the order stack, in, out.
+    """
+    layers = modules(params)
+    for path, layer in layers.items():
+        if "lora_a0" in layer and "start_scale" not in layer:
+            layer = layer | {"lora_a": layer["lora_a0"], "lora_b": layer["lora_b0"]}
+            if "magnitude" in layer:
+                n = column_norm(as_canonical(layer, layout[path] if layout else None))
+                layer |= {name: n for name in ("magnitude", "norm") if name in layer}
+            layers[path] = layer
+        elif "lora_a" in layer:
+            scales = {name: layer[name] for name in ("lora_scale", "start_scale") if name in layer}
+            layers[path] = layer | {name: jnp.zeros_like(s) for name, s in scales.items()}
+    return from_modules(layers)
+
+
 def with_norms(params: Tree, *, layout: Layout | None = None) -> Tree:
     """The parameters with DoRA's detached norm ‖W + s A B‖ beside every magnitude; derived, never stored.
 

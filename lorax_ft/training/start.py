@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,10 @@ def step_key(config: Config) -> Array:
 def _load(config: Config, mesh: Mesh) -> Model:
     """The base, each leaf on its devices."""
 
-    def place(path: str, array: np.ndarray) -> Array:
-        shapes = unflatten({path: array})
-        return sharding.place(array, flatten(sharding.param_shardings(shapes, SHARDING_RULES, mesh=mesh))[path])
+    def place(path: str, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> Array:
+        shapes = unflatten({path: jax.ShapeDtypeStruct(shape, config.model.dtype)})
+        on = flatten(sharding.param_shardings(shapes, SHARDING_RULES, mesh=mesh))[path]
+        return jax.make_array_from_callback(shape, on, read)  # each process reads its own parts
 
     m = config.model
     return load_model(m.path, revision=m.revision, dtype=m.dtype, attention=m.attention, remat=m.remat, place=place)

@@ -1,0 +1,42 @@
+"""Tensors as they lie in files: their shapes, and any part of them, read when it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint."""
+
+    shape: tuple[int, ...]
+    read: Callable[[Index], np.ndarray]
+    """The part of it in these slices; all of it for ()."""
+
+
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+      ValueError: the file is missing or damaged.
+    """
+    try:
+        handle = safetensors.safe_open(file, framework="numpy")
+        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return {name: Stored(shape, functools.partial(_read, handle, name)) for name, shape in shapes.items()}
+
+
+def _read(handle: Any, name: str, index: Index) -> np.ndarray:
+    array: np.ndarray = handle.get_slice(name)[index] if index else handle.get_tensor(name)
+    return array

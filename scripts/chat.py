@@ -1,0 +1,168 @@
+"""Talk with a tuned model.
+
+    python scripts/chat.py --run out/pissa
+    python scripts/chat.py --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter my/adapter --temperature 0.7
+
+The answers appear as they are made. /help lists the commands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from lorax_ft import cli
+from lorax_ft.config import Sampling
+from lorax_ft.inference.tuned import Tuned, load_tuned
+
+if TYPE_CHECKING:
+    from lorax_ft.models.model import Model
+    from lorax_ft.tree import Tree
+
+HELP = """/adapter on|off|PATH   switch the adapter on or off, or take another PEFT folder
+/system TEXT           set the system message; without a text, remove it
+/clear                 forget the conversation
+/exit                  leave (or Ctrl-D; Ctrl-C stops an answer)"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(Tuned, Sampling):
+    """Talk with a tuned model."""
+
+    system: str | None = None
+    """System message before the conversation."""
+    max_new_tokens: int = 512
+    """Longest answer, in tokens."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        Tuned.__post_init__(self)
+        Sampling.__post_init__(self)
+
+
+@dataclasses.dataclass
+class Chat:
+    """A conversation, and the parameters that carry it on."""
+
+    model: Model
+    adapted: Tree
+    """The parameters with the newest adapter."""
+    params: Tree
+    """`adapted`, or the same with the adapter switched off."""
+    system: str | None
+    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+    def reply(self, text: str, args: Args) -> Iterator[str]:
+        """The answer to `text`, as it grows; both are remembered."""
+        import jax
+
+        from lorax_ft.data.chat import encode_prompt
+        from lorax_ft.inference.generate import stream_texts
+
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt = encode_prompt([*system, *asked], self.model.tokenizer)
+        key = jax.random.fold_in(jax.random.key(args.seed), len(asked))
+        room = min(args.max_new_tokens, self.model.config.max_positions - len(prompt))
+        if room < 1:
+            raise ValueError("the conversation has become longer than the model's positions; /clear starts anew")
+        said = ""
+        try:
+            for (said,) in stream_texts(
+                self.model, self.params, [prompt], max_new_tokens=room, chunk=1, sampling=args, key=key
+            ):
+                yield said
+        finally:  # what was said before an interruption counts
+            self.messages = [*asked, {"role": "assistant", "content": said.strip()}]
+
+
+def main(args: Args) -> None:
+    """Loads the model and talks."""
+    model, params = load_tuned(args)
+    from lorax_ft.inference.generate import with_all_norms
+
+    params = with_all_norms(params)
+    chat = Chat(model=model, adapted=params, params=params, system=args.system)
+    if sys.stdin.isatty():
+        print(f"{args.run or args.model}: type a message, or /help", file=sys.stderr)
+    for line in _lines():
+        if line == "/exit":
+            return
+        try:
+            if line.startswith("/"):
+                print(_command(chat, line))
+            else:
+                _print_growing(chat.reply(line, args))
+        except KeyboardInterrupt:
+            print()
+        except ValueError as error:
+            print(f"error: {error}")
+
+
+def _command(chat: Chat, line: str) -> str:
+    """Does what a line that begins with a slash says; returns what to print."""
+    name, _, rest = line.partition(" ")
+    commands: dict[str, Callable[[Chat, str], str]] = {
+        "/adapter": _adapter,
+        "/system": _system,
+        "/clear": _clear,
+        "/help": lambda chat, rest: HELP,
+    }
+    if name not in commands:
+        raise ValueError(f"there is no command {name}; /help lists them")
+    return commands[name](chat, rest.strip())
+
+
+def _adapter(chat: Chat, which: str) -> str:
+    from lorax_ft.inference.generate import with_all_norms
+    from lorax_ft.interop.peft import load_peft
+    from lorax_ft.lowrank.adapters import switched_off
+
+    if which == "off":
+        chat.params = switched_off(chat.adapted, layout=chat.model.layout)
+    elif which == "on":
+        chat.params = chat.adapted
+    elif which:
+        chat.params = chat.adapted = with_all_norms(load_peft(which, chat.model))
+    else:
+        raise ValueError("give /adapter on, off or the path of a PEFT folder")
+    return f"adapter: {which}"
+
+
+def _system(chat: Chat, text: str) -> str:
+    chat.system = text or None
+    return f"system: {text or 'none'}"
+
+
+def _clear(chat: Chat, rest: str) -> str:
+    chat.messages = []
+    return "cleared"
+
+
+def _lines() -> Iterator[str]:
+    """What a person types."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line:
+            yield line
+
+
+def _print_growing(texts: Iterator[str]) -> None:
+    """Prints a text as it grows; a character that is not whole yet waits for the rest of its bytes."""
+    shown = 0
+    text = ""
+    for text in texts:
+        ready = text.rstrip("\ufffd")
+        print(ready[shown:], end="", flush=True)
+        shown = max(shown, len(ready))
+    print(text[shown:])
+
+
+if __name__ == "__main__":
+    cli.run(main, Args)
