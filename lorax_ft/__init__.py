@@ -22,13 +22,12 @@ if TYPE_CHECKING:
         load_config,
     )
     from lorax_ft.inference.generate import answer, generate, stream, stream_texts
-    from lorax_ft.interop.huggingface import save_model
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft, save_peft
+    from lorax_ft.interop.save import save_model
     from lorax_ft.lowrank.adapters import (
         add_adapters,
         attach_adapters,
-        merge_adapters,
         switched_off,
         with_dropout,
         with_norms,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from lorax_ft.lowrank.intercept import adapt
     from lorax_ft.lowrank.layout import layout
     from lorax_ft.lowrank.linear import linear, merged_kernel
+    from lorax_ft.lowrank.merge import merge_adapters, merge_weighted, unmerge_adapters
     from lorax_ft.training.log import plot_losses
     from lorax_ft.training.loop import train
     from lorax_ft.training.losses import head_loss
@@ -47,13 +47,14 @@ if TYPE_CHECKING:
 _ROOMS = {
     "config": "AdapterConfig Config DataConfig EvalConfig MeshConfig ModelConfig OptimConfig Sampling TrainConfig "
     "load_config",
+    "lowrank.merge": "merge_adapters merge_weighted unmerge_adapters",
     "tree": "combine",
-    "lowrank.adapters": "add_adapters attach_adapters merge_adapters switched_off with_dropout with_norms",
+    "lowrank.adapters": "add_adapters attach_adapters switched_off with_dropout with_norms",
     "lowrank.groups": "label partition",
     "lowrank.intercept": "adapt",
     "lowrank.layout": "layout",
     "lowrank.linear": "linear merged_kernel",
-    "interop.huggingface": "save_model",
+    "interop.save": "save_model",
     "interop.load": "load_model",
     "interop.peft": "load_peft save_peft",
     "inference.generate": "answer generate stream stream_texts",

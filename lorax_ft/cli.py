@@ -77,8 +77,8 @@ def one_line_errors() -> Iterator[None]:
         sys.stdout.flush()
         print(f"error: {_message(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -102,7 +102,9 @@ def _unboxed(box: str) -> str:
             sections[-1].append(line)
     sections = sections if "╭" in plain else sections[1:]
     message = " ".join(next(filter(None, sections), ["the arguments cannot be read"]))
-    message = re.sub(r"^Error parsing [A-Z]\w*: ", "", message).rstrip(".")
+    checked = re.match(r"Error parsing \w+: ", message)  # by the dataclass itself, which says what to do
+    message = message[checked.end() if checked else 0 :].rstrip(".")
     unknown = message.startswith("Unrecognized")
     near = [line.split()[0] for section in sections[1:] for line in section if unknown and line.startswith("--")]
-    return message + (f"; did you mean {near[0]}?" if near else "; --help lists all options")
+    hint = "" if checked else "; --help lists all options"
+    return message + (f"; did you mean {near[0]}?" if near else hint)

@@ -45,8 +45,8 @@ class AdapterConfig:
     """Numerator of the scale: alpha / r, or alpha / sqrt(r) if rank-stabilised."""
     scaling: Literal["standard", "rank_stabilized"] = "standard"
     """alpha / r (LoRA) or alpha / sqrt(r) (rsLoRA)."""
-    init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
-    """How A and B start: random A with B = 0 (kaiming, gaussian), or the top singular triples (pissa)."""
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
+    """How A and B start: random A with B = 0 (kaiming, gaussian), top singular triples (pissa), or by QR (olora)."""
     pissa_iterations: int | None = None
     """Power iterations of PiSSA's randomised SVD; None computes the exact one."""
     dora: bool = False
@@ -56,7 +56,8 @@ class AdapterConfig:
     keep_base: bool = False
     """Leave the base weights as they are where the init would change them; the forward subtracts the start."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Modules to adapt: all-linear (all but the output head), names, path suffixes, or regular expressions."""
+    """Modules to adapt: all-linear (all but embeddings, routers and a language model's head), names, suffixes, or
+    regular expressions."""
     exclude: tuple[str, ...] = ()
     """Modules to leave alone, written as targets are."""
     layers: tuple[int, ...] = ()
@@ -65,6 +66,9 @@ class AdapterConfig:
     """Ranks by module, each as "pattern=rank"; the first match wins."""
     alpha_pattern: tuple[str, ...] = ()
     """Alphas by module, each as "pattern=alpha"; the first match wins."""
+    start_from: str | None = None
+    """PEFT folder whose adapter trains on; it says rank, alpha, targets and DoRA, and what is given here of them is not
+    used."""
     train_whole: tuple[str, ...] = ()
     """Modules whose own weights train in full, written as targets are; "all" is full fine-tuning."""
 
@@ -178,7 +182,7 @@ class TrainConfig:
     output: str = "out/run"
     """Folder for the adapter, the log, the plot and the checkpoints."""
     overwrite: bool = False
-    """Delete the run that the output folder holds, if it holds one."""
+    """Delete the run that the output folder holds, once the new one has begun; other files stay."""
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
     steps: int | None = None
@@ -198,7 +202,7 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between two evaluations; 0 evaluates at the start and the end only."""
     save_every: int = 0
-    """Steps between two checkpoints; 0 saves one at the end only."""
+    """Steps between two checkpoints; 0 saves one at the end, or where the run is interrupted (Ctrl-C)."""
     keep_checkpoints: int = 2
     """Checkpoints to keep."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
@@ -206,7 +210,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "microbatches", "log_every", "keep_checkpoints")
-        _check(self.steps is None or self.steps > 0, f"train.steps is {self.steps}; it must be above 0")
+        _check(
+            self.steps is None or 0 < self.steps < 2**31,
+            f"train.steps is {self.steps}; it must be above 0 and below 2^31",
+        )
+        _check(self.seed >= 0, f"train.seed is {self.seed}; it must be 0 or more")
         _check(
             self.batch_size % self.microbatches == 0,
             f"train.batch_size {self.batch_size} does not divide into {self.microbatches} microbatches",
@@ -335,6 +343,7 @@ def load_config(path: str | Path) -> Config:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ValueError(f"no config file at {path}" + (f"; beside it: {', '.join(near)}" if near else ""))
+    _check(path.suffix == ".py", f"{path} is no .py file with get_config()")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

@@ -39,7 +39,7 @@ ROWS, TOKENS = 4, 256
 WARMUP = 2  # steps before the first that counts
 LARGEST = 6e9  # bytes: no process takes more, and so much is left free before another starts
 CALLS = {"pissa": 2, "compile": 0}  # of a process that lives for one turn
-PEERS = (*bench_peft.STEPS, *bench_peft.INITS)
+PEERS = {**bench_peft.STEPS, **bench_peft.INITS, **bench_peft.SERVES}
 Sample = dict[str, Any]
 Samples = dict[str, list[Sample]]
 Product = Callable[[], float]
@@ -65,8 +65,8 @@ class Args:
     """Hugging Face folder or .gguf file."""
     peer: str | None = None
     """Python with torch, transformers and peft; none given measures this library alone."""
-    what: Literal["step", "pissa", "compile"] = "step"
-    """The training step, PiSSA's start of all matrices, or tracing and compiling by number of layers."""
+    what: Literal["step", "pissa", "serve", "compile"] = "step"
+    """The training step; PiSSA's start of all matrices; loading, decoding and merging; or compiling by layers."""
     rounds: int = 5
     """Turns of each variant."""
     variants: str | None = None
@@ -111,15 +111,20 @@ def main(args: Args) -> None:
         raise ValueError(f"--rounds is {args.rounds}; it must be above 0")
     import bench_ours  # JAX, which --help does not wait for
 
-    ours = {"step": bench_ours.STEPS, "pissa": bench_ours.INITS, "compile": bench_ours.COMPILES}
-    peers = {"step": bench_peft.STEPS, "pissa": bench_peft.INITS, "compile": {}}
+    ours = {
+        "step": bench_ours.STEPS,
+        "pissa": bench_ours.INITS,
+        "serve": bench_ours.SERVES,
+        "compile": bench_ours.COMPILES,
+    }
+    peers = {"step": bench_peft.STEPS, "pissa": bench_peft.INITS, "serve": bench_peft.SERVES, "compile": {}}
     names = _names(args, [*ours[args.what], *peers[args.what]])
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     title = f"{args.what}: {Path(args.model).name}, {_condition()}"
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(bench_ours.model_config(args.model)))
-        samples = (_together if args.what == "step" else _afresh)(
+        samples = (_together if args.what in ("step", "serve") else _afresh)(
             args, names, config, product=bench_ours.make_product(), console=console
         )
     versions = {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")}
@@ -188,8 +193,8 @@ def _process(args: Args, name: str, config: Path, *, warmup: int = 0) -> Iterato
         command = [args.peer, str(HERE / "bench_peft.py"), name, "--model-config", str(config)]
         command += ["--cores", str(CORES)]
     else:
-        command = [sys.executable, str(HERE / "bench_ours.py"), name, "--model", args.model]
-    command += ["--batch", str(ROWS), "--tokens", str(TOKENS)]
+        command = [sys.executable, str(HERE / "bench_ours.py"), name]
+    command += ["--model", args.model, "--batch", str(ROWS), "--tokens", str(TOKENS)]
     options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     options["env"] = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **options) as popen:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from bench_peft import serve
+from bench_peft import NEW, PROMPT, serve
 from jax import Array
 
 import lorax_ft as lft
@@ -39,6 +39,12 @@ INITS: dict[str, dict[str, Any]] = {
     "pissa_niter_4": {"init": "pissa", "pissa_iterations": 4},
     "lora_start": {},
 }
+SERVES: dict[str, dict[str, Any]] = {
+    "load": {"what": "load"},
+    "decode_1": {"what": "decode", "rows": 1},
+    "decode_8": {"what": "decode", "rows": 8},
+    "merge": {"what": "merge"},
+}
 COMPILES = {f"lora_layers_{layers}": layers for layers in (2, 8, 30)}
 PRODUCTS = 20  # in one measurement of their rate
 Facts = dict[str, Any]
@@ -47,7 +53,7 @@ Facts = dict[str, Any]
 def main() -> None:
     """Builds a variant, then serves its calls."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("variant", choices=[*STEPS, *INITS, *COMPILES])
+    parser.add_argument("variant", choices=[*STEPS, *INITS, *SERVES, *COMPILES])
     parser.add_argument("--model", required=True)
     parser.add_argument("--batch", required=True, type=int)
     parser.add_argument("--tokens", required=True, type=int)
@@ -56,6 +62,9 @@ def main() -> None:
     if args.variant in INITS:
         start = _start(args.model, INITS[args.variant])
         serve(lambda: start, {})
+    elif args.variant in SERVES:
+        call = _serving(args.model, **SERVES[args.variant])
+        serve(lambda: call, {})
     elif args.variant in STEPS:
         step, facts = _step(args.model, STEPS[args.variant], shape)
         serve(lambda: step, facts)
@@ -111,6 +120,18 @@ def _start(path: str, changes: dict[str, Any]) -> Callable[[], None]:
     config = lft.AdapterConfig(rank=16, **changes)
     layout, key = model.layout, jax.random.key(1)
     return lambda: jax.block_until_ready(lft.add_adapters(model.params, config, layout=layout, key=key))
+
+
+def _serving(path: str, *, what: str, rows: int = 0) -> Callable[[], Any]:
+    """Loading, NEW tokens after a prompt of PROMPT in each row, or merging adapters of rank 16."""
+    if what == "load":
+        return lambda: jax.block_until_ready(lft.load_model(path).params)
+    model = lft.load_model(path)
+    if what == "merge":
+        params = lft.add_adapters(model.params, lft.AdapterConfig(rank=16), layout=model.layout, key=jax.random.key(1))
+        return lambda: jax.block_until_ready(lft.merge_adapters(params, layout=model.layout))
+    prompts = [list(range(100 + row, 100 + row + PROMPT)) for row in range(rows)]
+    return lambda: lft.generate(model, model.params, prompts, max_new_tokens=NEW, stop_ids=())
 
 
 def _compiling(path: str, layers: int, shape: tuple[int, ...]) -> Facts:

@@ -36,6 +36,13 @@ INITS: dict[str, dict[str, Any]] = {
     "peft_pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
     "peft_lora_start": {},
 }
+SERVES: dict[str, dict[str, Any]] = {
+    "transformers_load": {"what": "load"},
+    "transformers_decode_1": {"what": "decode", "rows": 1},
+    "transformers_decode_8": {"what": "decode", "rows": 8},
+    "peft_merge": {"what": "merge"},
+}
+PROMPT, NEW = 32, 64  # tokens
 NOTES = {
     "peft_lora_bf16_autocast": "torch's autocast: matrix products in bfloat16, which are not the same numbers",
     "peft_lora_mkl_avx512": "float32, with MKL made to believe that the processor is Intel's, as torch alone does not",
@@ -49,8 +56,9 @@ SHIM = "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(
 def main() -> None:
     """Builds a variant, then serves its calls."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("variant", choices=[*STEPS, *INITS])
+    parser.add_argument("variant", choices=[*STEPS, *INITS, *SERVES])
     parser.add_argument("--model-config", required=True, type=Path)
+    parser.add_argument("--model", required=True)
     for name in ("cores", "batch", "tokens"):
         parser.add_argument(f"--{name}", required=True, type=int)
     args = parser.parse_args()
@@ -63,10 +71,15 @@ def main() -> None:
     torch.set_num_threads(args.cores)
     torch.manual_seed(0)
     facts = {"versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)}}
+    if args.variant == "transformers_load":
+        serve(lambda: lambda: _load(args.model), facts)
+        return
     sizes = json.loads(args.model_config.read_text())
     config = transformers.AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if args.variant in INITS:
+    if args.variant in SERVES:
+        serve(_serving(model, **SERVES[args.variant]), facts)
+    elif args.variant in INITS:
         serve(_init(model, INITS[args.variant]), facts)
     else:
         step = _step(model, batch=args.batch, tokens=args.tokens, **STEPS[args.variant])
@@ -141,6 +154,41 @@ def _init(model: Any, lora: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
         return lambda: peft.get_peft_model(fresh, config)
 
     return prepare
+
+
+def _load(path: str) -> None:
+    """Loads a folder, tokenizer included; each page of the weights is touched, as they are mapped from the file."""
+    import torch
+    import transformers
+
+    transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.flatten()[::1024].sum()
+
+
+def _serving(model: Any, *, what: str, rows: int = 0) -> Callable[[], Callable[[], Any]]:
+    """NEW tokens after a prompt of PROMPT in each row, or merging adapters of rank 16."""
+    import peft
+    import torch
+
+    if what == "merge":
+        config = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(model, config)
+
+        def prepare() -> Callable[[], Any]:
+            adapted.unmerge_adapter()
+            return adapted.merge_adapter
+
+        return prepare
+    model.eval()
+    ids = torch.stack([torch.arange(100 + row, 100 + row + PROMPT) for row in range(rows)])
+
+    def decode() -> None:
+        with torch.no_grad():
+            model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+
+    return lambda: decode
 
 
 def _preload_shim() -> None:

@@ -8,6 +8,7 @@ The answers appear as they are made. /help lists the commands.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ class Args(Tuned, Sampling):
     def __post_init__(self) -> None:
         Tuned.__post_init__(self)
         Sampling.__post_init__(self)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be above 0")
 
 
 @dataclasses.dataclass
@@ -87,9 +90,11 @@ def main(args: Args) -> None:
     params = with_all_norms(params)
     chat = Chat(model=model, adapted=params, params=params, system=args.system)
     if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # arrow keys and a history; not on Windows
+            import readline  # noqa: F401
         print(f"{args.run or args.model}: type a message, or /help", file=sys.stderr)
     for line in _lines():
-        if line == "/exit":
+        if line.split()[0] == "/exit":
             return
         try:
             if line.startswith("/"):
@@ -99,7 +104,7 @@ def main(args: Args) -> None:
         except KeyboardInterrupt:
             print()
         except ValueError as error:
-            print(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
 
 
 def _command(chat: Chat, line: str) -> str:
@@ -121,6 +126,8 @@ def _adapter(chat: Chat, which: str) -> str:
     from lorax_ft.interop.peft import load_peft
     from lorax_ft.lowrank.adapters import switched_off
 
+    if which in ("on", "off") and chat.adapted is chat.model.params:
+        raise ValueError("there is no adapter; /adapter PATH takes one")
     if which == "off":
         chat.params = switched_off(chat.adapted, layout=chat.model.layout)
     elif which == "on":

@@ -1,7 +1,8 @@
-"""Merge an adapter into its model.
+"""Merge an adapter into its model, or several with weights.
 
     python scripts/merge.py --run out/pissa --output out/merged
     python scripts/merge.py --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter my/adapter --output out/merged
+    python scripts/merge.py --run out/pissa --also other/adapter --weights 0.7 0.3 --output out/merged
 
 The folder that it writes is a Hugging Face checkpoint, which transformers and vLLM load.
 """
@@ -9,6 +10,7 @@ The folder that it writes is a Hugging Face checkpoint, which transformers and v
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from lorax_ft import cli
@@ -17,12 +19,24 @@ from lorax_ft.inference.tuned import Tuned, load_tuned, locate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Tuned):
-    """Merge an adapter into its model, as a folder that transformers and vLLM load."""
+    """Merge an adapter into its model, or several with weights, as a folder that transformers and vLLM load."""
 
     output: str
     """Folder to write."""
+    also: tuple[str, ...] = ()
+    """PEFT folders of further adapters of the same model."""
+    weights: tuple[float, ...] = ()
+    """Strength of each adapter, the first one's first; none given merges each as it is."""
     overwrite: bool = False
     """Replace the model that the output folder holds, if it holds one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count = 1 + len(self.also)
+        if self.weights and len(self.weights) != count:
+            raise ValueError(f"there are {count} adapters and {len(self.weights)} weights; give one for each")
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"weights are {self.weights}; they must be finite")
 
 
 def main(args: Args) -> None:
@@ -36,11 +50,16 @@ def main(args: Args) -> None:
     if adapter is None:
         raise ValueError(f"there is nothing to merge: {config.path} is a whole model, without an adapter")
     model, params = load_tuned(args)
-    from lorax_ft.interop.huggingface import save_model
-    from lorax_ft.lowrank.adapters import merge_adapters
+    from lorax_ft.interop.peft import load_peft
+    from lorax_ft.interop.save import save_model
+    from lorax_ft.lowrank.merge import merge_weighted
 
-    save_model(output, merge_adapters(params), model)
-    print(f"merged {adapter} into {config.path}: {output}")
+    if args.also or args.weights:
+        adapted = [params, *(load_peft(folder, model) for folder in args.also)]
+        weights = args.weights or (1.0,) * len(adapted)
+        params = merge_weighted(model.params, adapted, weights, layout=model.layout)
+    save_model(output, params, model)
+    print(f"merged {', '.join([str(adapter), *args.also])} into {config.path}: {output}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.interop.huggingface import decoder_config, save_model
+from lorax_ft.interop.huggingface import decoder_config
+from lorax_ft.interop.save import save_model
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.model import Model

@@ -153,6 +153,13 @@ class Boxed(nn.Module):
         )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Programs of one file do not stay for the others: each maps memory, and Linux gives a process 65,530 maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def standard_promotion() -> Iterator[None]:
     """JAX's usual dtype promotion, for tests that run optax's schedules: they add an int32 count to a float (0.2.8)."""

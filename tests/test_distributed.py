@@ -35,7 +35,8 @@ from lorax_ft.config import (
     OptimConfig,
     TrainConfig,
 )
-from lorax_ft.interop.huggingface import abstract_params, decoder_config, save_model
+from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.models.decoder import SHARDING_RULES

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib.util
+import io
 import json
 import os
 import re
@@ -22,19 +25,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorax_ft import cli
-from lorax_ft.config import AdapterConfig, Config, MeshConfig, ModelConfig, Sampling
+from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig, Config, MeshConfig, ModelConfig, Sampling
 from lorax_ft.evaluation.exact_match import evaluate_answers, exact_match
 from lorax_ft.inference.decode import Draw, extend, pick, prefill
 from lorax_ft.inference.generate import answer, default_stop_ids, generate, stream
 from lorax_ft.inference.tuned import Tuned, locate
-from lorax_ft.interop.huggingface import save_model
 from lorax_ft.interop.load import load_model
-from lorax_ft.interop.peft import save_peft
+from lorax_ft.interop.peft import load_peft, save_peft
+from lorax_ft.interop.save import save_model
+from lorax_ft.interop.save_gguf import save_gguf
 from lorax_ft.lowrank.adapters import add_adapters, with_norms
 from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training.sharding import make_mesh, param_shardings
-from lorax_ft.tree import Tree
+from lorax_ft.tree import Tree, flatten
 
 ROOT = Path(__file__).parent.parent
 CACHE = str(jax.config.jax_compilation_cache_dir)
@@ -457,9 +461,92 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     assert len(printed.splitlines()) == 2
     said = "w7 w8\n/clear\n/adapter off\nw7 w8\n/clear\n/adapter on\nw7 w8\n/nonsense\n/adapter nowhere\n/exit\nw1\n"
     status, printed, errors = call("chat", "--run", str(run), "--max-new-tokens", "8", said=said)
-    assert (status, errors) == (0, "")
+    assert status == 0
     lines = [line.strip() for line in printed.splitlines()]
     assert lines[:7] == [expected, "cleared", "adapter: off", before, "cleared", "adapter: on", expected]
-    assert lines[7] == "error: there is no command /nonsense; /help lists them"
-    assert lines[8].startswith("error: nowhere holds no adapter_config.json")
-    assert len(lines) == 9
+    assert len(lines) == 7
+    wrong = errors.splitlines()
+    assert wrong[0] == "error: there is no command /nonsense; /help lists them"
+    assert wrong[1].startswith("error: nowhere holds no adapter_config.json")
+    assert len(wrong) == 2
+    for weights, text in ((("0.5", "0.5"), expected), (("0", "0"), before)):  # of the same adapter twice
+        folder = tmp_path / f"merged{weights[0]}"
+        twice = ["--also", str(run / "adapter"), "--weights", *weights, "--output", str(folder)]
+        assert call("merge", "--run", str(run), *twice)[::2] == (0, "")
+        merged_model = load_model(folder)
+        assert answer(merged_model, merged_model.params, [asked("w7 w8")], max_new_tokens=8) == [text]
+    status, _, errors = call("merge", "--run", str(run), "--weights", "1", "2", "--output", "x")
+    assert status == 2
+    assert errors.startswith("error: there are 1 adapters and 2 weights; give one for each")
+
+
+def test_export(speaker: Model, params: Callable[[str], Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each target is read again by what it is for, as far as that is installed; what cannot be written says why."""
+    save_model(tmp_path / "base", speaker.params, speaker)
+    speaker = load_model(tmp_path / "base")
+    save_peft(tmp_path / "lora", params("lora"), speaker)
+    dora = add_adapters(speaker.params, AdapterConfig(rank=4, dora=True), layout=speaker.layout, key=jax.random.key(1))
+    save_peft(tmp_path / "dora", dora, speaker)
+
+    spec = importlib.util.spec_from_file_location("export_script", ROOT / "scripts/export.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "export_script", script)
+    spec.loader.exec_module(script)
+
+    def export(adapter: str, target: str, output: str, *rest: str) -> str:
+        where = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / adapter)]
+        given = [*where, "--target", target, "--output", str(tmp_path / output), *rest]
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            script.main(cli.parse(script.Args, argv=given))
+        return said.getvalue()
+
+    assert "PeftModel" in export("lora", "peft", "peft")
+    assert_close(logits(speaker, load_peft(tmp_path / "peft", speaker)), logits(speaker, params("lora")))
+    assert "--max-lora-rank 16" in export("lora", "vllm", "vllm")
+    assert json.loads((tmp_path / "vllm/adapter_config.json").read_text())["use_dora"] is False
+    assert "merged" in export("dora", "vllm", "vllm_dora")
+    assert_close(logits(load_model(tmp_path / "vllm_dora")), logits(speaker, dora))
+    assert "AutoModelForCausalLM" in export("lora", "hf", "hf")
+    assert_close(logits(load_model(tmp_path / "hf")), logits(speaker, params("lora")))
+    with pytest.raises(ValueError, match=r"rank 4, above max_lora_rank 1: export with --max-lora-rank 8"):
+        export("lora", "vllm", "other", "--max-lora-rank", "1")
+    with pytest.raises(ValueError, match=r"max_lora_rank is 3; vLLM takes 1, 8"):
+        export("lora", "vllm", "other", "--max-lora-rank", "3")
+    with pytest.raises(ValueError, match=r"hf is not empty; give another folder, or --overwrite"):
+        export("lora", "hf", "hf")
+    with pytest.raises(ValueError, match=r"not written as GGUF; supported: byte-level BPE as smollm, llama-bpe, qwen2"):
+        export("lora", "gguf", "tuned.gguf")
+    with pytest.raises(ValueError, match=r"is no .gguf file"):
+        export("lora", "gguf", "tuned.bin")
+    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "tuned.gguf").exists()
+
+
+def logits(model: Model, params: Tree | None = None) -> np.ndarray:
+    return np.asarray(model.apply({"params": params or model.params}, jnp.arange(24).reshape(2, 12)))
+
+
+def assert_close(ours: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "step"), [("F16", 2**-11), ("Q8_0", 1 / 127)])
+def test_the_embedded_model_as_gguf(tmp_path: Path, kind: Any, step: float) -> None:
+    model = load_model(EMBEDDED_MODEL)
+    config = AdapterConfig(rank=4, init="pissa")
+    params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    save_gguf(tmp_path / "tiny.gguf", params, model, kind=kind)
+    again = load_model(tmp_path / "tiny.gguf")
+    for path, leaf in flatten(again.params).items():
+        want = np.asarray(flatten(model.params)[path])
+        assert np.abs(leaf - want).max() <= step * np.abs(want).max(), path
+    text = "Tom has 14 apples.\n<|im_start|>user"
+    assert again.tokenizer.encode(text) == model.tokenizer.encode(text)
+    chat = [{"role": "user", "content": "hi"}]
+    assert answer(again, again.params, [chat], max_new_tokens=8) == answer(
+        model, model.params, [chat], max_new_tokens=8
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.interop.huggingface import abstract_params, decoder_config, save_model
+from lorax_ft.interop.huggingface import abstract_params, decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, save_peft
-from lorax_ft.lowrank.adapters import add_adapters, merge_adapters
+from lorax_ft.interop.save import save_model
+from lorax_ft.lowrank.adapters import add_adapters
+from lorax_ft.lowrank.merge import merge_adapters
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import Model
 from lorax_ft.tree import combine, flatten, from_modules, modules, unflatten
@@ -54,6 +59,19 @@ def random_model(*, tied: bool = False, seed: int = 0) -> Model:
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config: DecoderConfig, params: dict) -> jax.Array:
     return Model(config=config, params={}).apply({"params": params}, TOKENS)
+
+
+def moved(params: dict, seed: int = 1) -> dict:
+    """The parameters with other factors and magnitudes."""
+    rng = np.random.default_rng(seed)
+    trained = ("lora_a", "lora_b", "magnitude")
+    flat = flatten(params)
+    return unflatten(
+        {
+            path: leaf + jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32) if path.endswith(trained) else leaf
+            for path, leaf in flat.items()
+        }
+    )
 
 
 def saved_model(folder: Path, *, tied: bool = False) -> Model:
@@ -113,6 +131,49 @@ def test_bfloat16_is_saved_and_loaded(tmp_path: Path) -> None:
 
 def all_of(shape: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(0, size) for size in shape)
+
+
+LOADING = """
+import re, sys, threading
+import jax, jax.numpy as jnp
+from lorax_ft import load_model
+
+def held():  # bytes of memory that are no file's
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+load_model(sys.argv[1])  # what the first call imports
+before, peak, done = held(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, held())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+leaves = jax.tree.leaves(load_model(sys.argv[2]).params)
+jax.block_until_ready(leaves)
+done.set()
+watcher.join()
+print(peak - before, sum(leaf.nbytes for leaf in leaves), max(leaf.nbytes for leaf in leaves))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_holds_the_model_and_a_tensor(tmp_path: Path) -> None:
+    """On the host at most the placed model and its largest leaf, which is a tensor of its own here."""
+    saved_model(tmp_path / "small")
+    sizes = {"vocab_size": 40_000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16}
+    hf_config = HF_CONFIG | sizes | {"tie_word_embeddings": True}
+    config = decoder_config(hf_config, source="these tests")
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_params(config))
+    save_model(tmp_path / "model", params, Model(config=config, params=params, hf_config=hf_config), shard_bytes=10**7)
+    command = [sys.executable, "-c", LOADING, str(tmp_path / "small"), str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    held, model, largest = map(int, done.stdout.split())
+    assert model > 90e6
+    assert largest == 40_000 * 256 * 4
+    assert held < model + largest
 
 
 def test_place_sees_every_leaf(tmp_path: Path) -> None:
@@ -230,14 +291,48 @@ def test_hub_ids_fail_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_save_model_refuses(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model")
     adapted = add_adapters(model.params, AdapterConfig(), layout=model.layout, key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"call merge_adapters first"):
-        save_model(tmp_path / "merged", adapted, model)
-    with pytest.raises(ValueError, match=r"they are not the model's parameters"):
+    with pytest.raises(ValueError, match=r"these are not the model's parameters"):
         save_model(tmp_path / "merged", {"norm": model.params["norm"]}, model)
     with pytest.raises(ValueError, match=r"where the model was loaded from"):
         save_model(tmp_path / "model", model.params, model)
-    save_model(tmp_path / "merged", merge_adapters(adapted), model)
+    with pytest.raises(ValueError, match=r"no hf_config"):
+        save_model(tmp_path / "merged", model.params, dataclasses.replace(model, hf_config={}))
+    assert not (tmp_path / "merged").exists()
+    save_model(tmp_path / "merged", adapted, model, shard_bytes=3000)  # B is 0: the base again
     assert_trees_equal(load_model(tmp_path / "merged").params, model.params)
+
+
+def test_adapters_are_merged_as_they_are_saved(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model", tied=True)
+    config = AdapterConfig(rank=2, dora=True, targets=("all-linear", "embed_tokens", "lm_head"))
+    params = moved(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)))
+    save_model(tmp_path / "merged", params, model)
+    merged = load_model(tmp_path / "merged")
+    assert not merged.config.tied
+    assert_trees_equal(merged.params, merge_adapters(params, layout=model.layout))
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_disk_that_is_full_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    """The limit on a file's size stands for the full disk: writes fail in the middle."""
+    saved_model(tmp_path / "model")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged/config.json").write_text("old")
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "from lorax_ft import cli, load_model, save_model\n"
+        "with cli.one_line_errors():\n"
+        f"    model = load_model({str(tmp_path / 'model')!r})\n"
+        f"    save_model({str(tmp_path / 'merged')!r}, model.params, model)\n"
+    )
+    options = {"capture_output": True, "text": True, "env": {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}}
+    done = subprocess.run([sys.executable, "-c", program], **options)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "File too large" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] in (["model", "merged"], ["merged", "model"])
+    assert (tmp_path / "merged/config.json").read_text() == "old"
 
 
 def test_folders_are_whole_or_absent(tmp_path: Path) -> None:
@@ -492,11 +587,11 @@ def test_gguf_files(tmp_path: Path, tied: bool) -> None:
 
 def test_gguf_files_that_are_not_supported(tmp_path: Path) -> None:
     model = random_model()
-    write_gguf(tmp_path / "other.gguf", model, architecture="mamba")
-    with pytest.raises(ValueError, match=r"architecture 'mamba'; supported: llama"):
+    write_gguf(tmp_path / "other.gguf", model, architecture="qwen2")
+    with pytest.raises(ValueError, match=r"architecture 'qwen2'; supported in GGUF: llama"):
         load_model(tmp_path / "other.gguf")
-    write_gguf(tmp_path / "tokens.gguf", model, pre="qwen2")
-    with pytest.raises(ValueError, match=r"tokenizer gpt2/qwen2; supported: gpt2/smollm"):
+    write_gguf(tmp_path / "tokens.gguf", model, pre="falcon")
+    with pytest.raises(ValueError, match=r"tokenizer gpt2/falcon; supported: gpt2/smollm, gpt2/llama-bpe"):
         load_model(tmp_path / "tokens.gguf")
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"is not a readable GGUF file"):

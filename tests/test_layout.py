@@ -61,7 +61,7 @@ LITERAL["vit_rematted"] = LITERAL["vit_scanned"]
 def test_a_models_layers(zoo: Any, model: str) -> None:
     found = zoo(model).layout
     assert {path: (s.kind, s.stack, s.ins, s.outs, s.experts) for path, s in found.items()} == LITERAL[model]
-    assert [path for path, spec in found.items() if spec.head] == (["lm_head"] if model == "decoder" else [])
+    assert [path for path, spec in found.items() if spec.by_name] == (["lm_head"] if model == "decoder" else [])
 
 
 def test_an_unrolled_model_has_no_stacks(zoo: Any) -> None:

@@ -23,8 +23,11 @@ from lorax_ft import (
     layout,
     linear,
     merge_adapters,
+    merge_weighted,
     merged_kernel,
     partition,
+    switched_off,
+    unmerge_adapters,
     with_dropout,
     with_norms,
 )
@@ -39,6 +42,7 @@ INITS: dict[str, dict[str, Any]] = {
     "pissa": {"init": "pissa"},
     "pissa_randomised": {"init": "pissa", "pissa_iterations": 2},
     "pissa_kept": {"init": "pissa", "keep_base": True},
+    "olora": {"init": "olora"},
 }
 TABLE: dict[str, dict[str, Any]] = {
     f"{init}-{scaling}{'-dora' if dora else ''}": {**fields, "scaling": scaling, "dora": dora}
@@ -76,7 +80,7 @@ def adapted(zoo: Any) -> Adapted:
 
 
 def changes_base(method: str) -> bool:
-    return method.startswith("pissa")
+    return method.startswith(("pissa", "olora"))
 
 
 def distance(got: Array, want: Array) -> float:
@@ -109,6 +113,51 @@ def test_merged_equals_forward_with_random_factors(
     assert distance(base, forward) > 1e-2
     untied = {"lm_head/kernel"} if model == "decoder" else set()
     assert set(flatten(merged)) == set(flatten(nn.meta.unbox(case.params))) | untied
+
+
+@pytest.mark.parametrize(
+    "method", ["kaiming-standard", "pissa-rank_stabilized", "pissa_kept-rank_stabilized", "olora-standard"]
+)
+def test_unmerging_restores_the_base(zoo: Any, adapted: Adapted, randomise: Any, method: str) -> None:
+    case = zoo("einsums")
+    params = randomise(adapted("einsums", method))
+    merged = merge_adapters(params, layout=case.layout)
+    back = flatten(unmerge_adapters(merged, params, layout=case.layout))
+    for path, leaf in flatten(params).items():
+        if path in back:
+            assert distance(back[path], leaf) < 1e-5, path
+    assert any(distance(leaf, back[path]) > 1e-3 for path, leaf in flatten(merged).items())
+    with pytest.raises(ValueError, match="do not tell the base"):
+        unmerge_adapters(merged, adapted("einsums", "gaussian-standard-dora"), layout=case.layout)
+
+
+def test_several_adapters_merge_with_weights(zoo: Any, adapted: Adapted, randomise: Any) -> None:
+    """The change of the sum is the sum of the changes, DoRA's and embeddings' too."""
+    case = zoo("decoder")
+    methods = ("kaiming-standard", "pissa_kept-rank_stabilized-dora")
+    targets = ("all-linear", "embed_tokens")
+    parts = [randomise(adapted("decoder", method, targets=targets), seed=i) for i, method in enumerate(methods)]
+    got = flatten(merge_weighted(case.params, parts, [0.7, -0.4], layout=case.layout))
+    alone = [flatten(merge_adapters(part, layout=case.layout)) for part in parts]
+    base = flatten(case.params)
+    base["lm_head/kernel"] = base["embed_tokens/embedding"].T
+    assert set(got) == set(base)
+    for path, leaf in got.items():
+        want = base[path] + 0.7 * (alone[0][path] - base[path]) - 0.4 * (alone[1][path] - base[path])
+        assert distance(leaf, want) < 1e-6, path
+    with pytest.raises(ValueError, match="2 adapters and 1 weights"):
+        merge_weighted(case.params, parts, [1.0])
+
+
+def test_switched_off_is_the_base_in_the_same_structure(zoo: Any, adapted: Adapted, randomise: Any) -> None:
+    case = zoo("decoder")
+    plain = case.plain(case.params)
+    for method in ("kaiming-standard-dora", "pissa-rank_stabilized", "pissa-standard-dora", "pissa_kept-standard-dora"):
+        params = randomise(adapted("decoder", method))
+        off = switched_off(params, layout=case.layout)
+        assert jax.tree.map(jnp.shape, off) == jax.tree.map(jnp.shape, params)
+        assert distance(case.forward(off), plain) < 2e-5, method
+        assert distance(case.forward(params), plain) > 1e-2, method
 
 
 @pytest.mark.parametrize(("model", "method"), CASES)

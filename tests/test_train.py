@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 import lorax_ft as lft
 from lorax_ft.config import EMBEDDED_DATA
 from lorax_ft.training.log import read_log
+from lorax_ft.training.progress import Progress
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem != "smollm2_gsm8k"]
+CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in ("smollm2_gsm8k", "own")]
 SHORT = ["--eval.rows", "8", "--eval.exact_match_rows", "2", "--eval.samples", "1", "--eval.max_new_tokens", "4"]
 SHORT += ["--train.batch_size", "8", "--mesh.fsdp", "2", "--mesh.tensor", "1"]
 
@@ -30,6 +32,7 @@ GOLDEN = {
     "lora": (5.1320, 3.2186, 2.2792),
     "lora_plus": (5.1320, 2.1389, 1.6312),
     "neftune": (5.0425, 3.2802, 2.3766),
+    "olora": (5.1320, 2.5085, 2.0601),
     "pissa": (5.1320, 2.3646, 2.1024),
     "rslora": (5.1320, 3.2186, 2.2792),  # alpha / √r is LoRA's scale here
 }
@@ -97,6 +100,64 @@ def test_the_saved_adapter_gives_the_loss_that_training_ended_with(main: Main, t
     assert float(total / count) == pytest.approx(final, rel=1e-4)
 
 
+def test_an_interrupted_run_loses_nothing(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Ctrl-C ends the run after its step, with a checkpoint, from which it goes on as if never stopped."""
+    steps = [*config("lora"), *SHORT, "--optim.schedule", "constant", "--train.steps", 5]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert main(*steps, "--train.output", whole) == 0
+    advance = Progress.advance
+
+    def stopped(self: Progress, step: int, *rest: Any) -> float:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return advance(self, step, *rest)
+
+    monkeypatch.setattr(Progress, "advance", stopped)
+    assert main(*steps, "--train.output", halves) == 130
+    assert "interrupted after step 3; --train.resume goes on from there" in capsys.readouterr().err
+    assert [path.name for path in (halves / "checkpoints").iterdir()] == ["3"]
+    monkeypatch.undo()
+    assert main(*steps, "--train.output", halves, "--train.resume") == 0
+    said = capsys.readouterr().out
+    assert "Going on from step 3 of 5." in said
+    first = read_log(whole)[0]["validation_loss"]
+    assert f"{first:.4f} → " in said  # of the run's start, not of step 3
+    assert losses(halves) == losses(whole)
+
+
+def test_overwriting_deletes_a_run_and_nothing_else(main: Main, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(*config("lora"), *SHORT, "--train.steps", 1, "--train.output", out) == 0
+    (out / "notes.txt").write_text("mine")
+    (out / "adapter/old").write_text("of the old run")
+    overwriting = ["--train.steps", 2, "--train.output", out, "--train.overwrite"]
+    assert main(*config("lora"), *SHORT, *overwriting) == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "adapter/old").exists()
+    assert len(losses(out)) == 2
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_an_adapter_trains_on(main: Main, tmp_path: Path, capsys: Any) -> None:
+    """From a PEFT folder, as if its run had not ended; and stopped and resumed."""
+    first, second, halves = tmp_path / "first", tmp_path / "second", tmp_path / "halves"
+    assert main(*config("combined"), *SHORT, "--train.steps", 3, "--train.output", first) == 0
+    end = read_log(first)[-1]["validation_loss"]
+    more = [*config("lora"), *SHORT, "--adapter.start_from", first / "adapter", "--optim.schedule", "constant"]
+    assert main(*more, "--train.steps", 3, "--train.output", second) == 0
+    log = read_log(second)
+    assert log[0]["validation_loss"] == pytest.approx(end, rel=1e-4)
+    assert log[-1]["validation_loss"] < end
+    assert "32 + m" in capsys.readouterr().out  # a PiSSA of rank 16 as PEFT keeps it
+    assert main(*more, "--train.steps", 2, "--train.save_every", 1, "--train.output", halves) == 0
+    assert main(*more, "--train.steps", 3, "--train.output", halves, "--train.resume") == 0
+    assert losses(halves) == losses(second)
+    saved = "adapter/adapter_model.safetensors"
+    assert (halves / saved).read_bytes() == (second / saved).read_bytes()
+
+
 def test_a_dry_run_shows_everything_and_writes_nothing(main: Main, tmp_path: Path, capsys: Any) -> None:
     assert main(*config("dora"), *SHORT, "--train.output", tmp_path / "run", "--dry-run") == 0
     said = capsys.readouterr().out
@@ -136,10 +197,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         (["--optim.schedule", "cosin"], "cosin"),
         (["--train.microbatches", "3"], "does not divide"),
         (["--mesh.fsdp", "3"], "does not fit"),
+        (["--adapter.start_from", "notes"], "notes holds no adapter_config.json"),
         (["--train.output", "notes"], "holds no run"),
         (["--train.output", "old"], "holds another run"),
         (["--train.output", "fresh", "--train.resume"], "no run to resume"),
         (["--config", "configs/lroa.py"], "no config file"),
+        (["--config", "bad.jsonl"], "bad.jsonl is no .py file with get_config()"),
+        (["--model.attention", "cudnn"], "which needs a GPU"),
+        (["--train.steps", "99999999999999"], "below 2^31"),
+        (["--train.output", "model", "--train.overwrite"], "model is not empty and holds no run"),
+        (["--train.output", "/proc/nowhere"], "nothing can be written to /proc"),
+        (["--data.train", "silent.jsonl"], "the assistant's text (turn 2) is empty"),
+        (["--data.fields", "question=foo"], "no field 'foo'; it has question, answer"),
         (
             ["--train.output", "old", "--train.overwrite", "--eval.answer_pattern", "= (x)"],
             "does not match reference 1",
@@ -154,6 +223,9 @@ def test_bad_input_gets_one_line_and_loses_nothing(
     monkeypatch.chdir(tmp_path)
     Path("bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a", \n')
     Path("empty.jsonl").write_text("")
+    Path("silent.jsonl").write_text('{"question": "a", "answer": " "}\n')
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps({"model_type": "llama"}))
     Path("mute.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     Path("bert").mkdir()
     Path("bert/config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))

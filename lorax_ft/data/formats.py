@@ -33,6 +33,11 @@ def detect_shape(row: Row, *, fields: Sequence[str] = ()) -> Shape:
     'question_answer'
     """
     renames = _renames(fields)
+    for name, actual in renames.items():
+        if actual not in row.fields and name not in _IN_TURNS:
+            raise ValueError(
+                f"{row.where}: data.fields {name}={actual}: no field {actual!r}; it has {_names(row.fields)}"
+            )
     for shape, needed in _REQUIRED.items():
         if all(renames.get(name, name) in row.fields for name in needed):
             return shape
@@ -77,6 +82,9 @@ def to_messages(row: Row, *, shape: Shape, fields: Sequence[str] = (), system: s
         raise ValueError(
             f"{row.where}: no turn is the assistant's, so there is nothing to learn; remove or complete it"
         )
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError(f"{row.where}: the assistant's text (turn {number}) is empty; remove or complete it")
     return _with_system(messages, system)
 
 

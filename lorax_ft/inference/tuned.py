@@ -59,7 +59,10 @@ def locate(tuned: Tuned) -> tuple[ModelConfig, Path | None]:
         return ModelConfig(path=tuned.model, dtype=tuned.dtype or "float32"), adapter
     assert tuned.run is not None
     run = _existing(Path(tuned.run), "run", "config.json")
-    config = Config.from_json((run / "config.json").read_text(encoding="utf-8")).model
+    try:
+        config = Config.from_json((run / "config.json").read_text(encoding="utf-8")).model
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{run} holds no run: its config.json is another; is it a model (--model {run})?") from error
     config = dataclasses.replace(config, dtype=tuned.dtype or config.dtype)
     if (run / "adapter").is_dir():
         return config, run / "adapter"

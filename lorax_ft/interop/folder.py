@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,21 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         fresh = Path(scratch) / "new"
         fresh.mkdir()
         yield fresh
+        for file in fresh.rglob("*"):  # safetensors' are readable by their owner alone
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
         others = sorted(_names(target) - _names(fresh))
         if others:
             raise ValueError(f"{target} holds {', '.join(others[:3])}, which would be lost; give another folder")
         if target.exists():
             target.rename(Path(scratch) / "old")
         fresh.rename(target)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _names(folder: Path) -> set[str]:

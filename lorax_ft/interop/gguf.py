@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from lorax_ft.interop.families import FAMILIES
 from lorax_ft.interop.huggingface import Tensors
 from lorax_ft.interop.stored import Index, Stored
 from lorax_ft.interop.tokenizer import import_transformers
@@ -32,7 +31,10 @@ NAMES = {
     "output": "lm_head",
 }
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of the tokens that are never split
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens; 3 and 4 are never split
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = {"smollm": None, "llama-bpe": WORDS % r"\p{N}{1,3}", "qwen2": WORDS % r"\p{N}"}
+"""llama.cpp's names for how a text is cut into words, by a regular expression; smollm's cuts digits apart."""
 Metadata = dict[str, Any]
 
 
@@ -50,9 +52,8 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
     except (OSError, ValueError, IndexError) as error:
         raise ValueError(f"{file} is not a readable GGUF file: {error}") from error
     try:
-        if metadata["general.architecture"] not in FAMILIES:
-            architecture, known = metadata["general.architecture"], ", ".join(FAMILIES)
-            raise ValueError(f"{file} has the architecture {architecture!r}; supported: {known}")
+        if (architecture := metadata["general.architecture"]) != "llama":
+            raise ValueError(f"{file} has the architecture {architecture!r}; supported in GGUF: llama")
         names = {tensor.name: _hf_name(tensor.name) for tensor in reader.tensors}
         config = _hf_config(metadata, tied="lm_head.weight" not in names.values())
         rows = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
@@ -64,6 +65,18 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
         return config, tensors, _tokenizer(metadata, file)
     except KeyError as error:
         raise ValueError(f"{file} lacks {error} in its metadata") from error
+
+
+def pre_tokenizer(name: str) -> Any:
+    """How a text is cut into words before its bytes are merged, by llama.cpp's name for it."""
+    from tokenizers import Regex, pre_tokenizers
+
+    words = PRE_TOKENIZERS[name]
+    cut: Any = pre_tokenizers.Digits(individual_digits=True)
+    if words is not None:
+        cut = pre_tokenizers.Split(Regex(words), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=words is None)
+    return pre_tokenizers.Sequence([cut, bytes_])
 
 
 def _hf_name(name: str) -> str:
@@ -108,20 +121,19 @@ def _hf_config(metadata: Metadata, *, tied: bool) -> dict[str, Any]:
 
 
 def _tokenizer(metadata: Metadata, file: Path) -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models
 
-    kind = f"{metadata['tokenizer.ggml.model']}/{metadata.get('tokenizer.ggml.pre')}"
-    if kind != "gpt2/smollm" or metadata.get("tokenizer.ggml.add_bos_token"):
+    kind, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS or metadata.get("tokenizer.ggml.add_bos_token"):
+        known = ", ".join(f"gpt2/{name}" for name in PRE_TOKENIZERS)
         raise ValueError(
-            f"{file} has the tokenizer {kind}; supported: gpt2/smollm; use the Hugging Face folder instead"
+            f"{file} has the tokenizer {kind}/{pre}; supported: {known}; use the Hugging Face folder instead"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     whole = [(token, t == CONTROL) for token, t in zip(tokens, types, strict=True) if t in (CONTROL, USER_DEFINED)]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in whole])

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: config.json, safetensors and the names in them, to our trees and back.
+"""Hugging Face checkpoints: config.json, safetensors and the names in them, to our trees.
 
 A leaf `layers/mlp/up_proj/kernel` `[L, in, out]` holds the tensors `model.layers.{i}.mlp.up_proj.weight`
 `[out, in]` of all layers i. The logical path of one of them is `layers/{i}/mlp/up_proj/kernel`.
@@ -10,7 +10,8 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from lorax_ft.interop.families import FAMILIES
 from lorax_ft.interop.families.family import describe_common
-from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.stored import Index, Stored, stored_tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
-from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, flatten, unflatten
 
 Tensors = Mapping[str, Stored]
@@ -39,6 +37,8 @@ Place = Callable[[str, tuple[int, ...], Callable[[Index], np.ndarray]], jax.Arra
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+READERS = 4  # tensors that are read at once
+ALIGNMENT = 64  # bytes
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -97,12 +97,10 @@ def load_params(
     flat = [entry for entries in wanted.values() for entry in entries]
     missing = sorted({name for name, _, _ in flat} - set(tensors))
     if missing:
-        raise ValueError(f"{source} lacks the tensor {missing[0]}{_and_more(missing)}")
+        raise ValueError(f"{source} lacks the tensor {missing[0]}{and_more(missing)}")
     extra = sorted(name for name in tensors.keys() - {name for name, _, _ in flat} if not _ignored(name, config))
     if extra:
-        raise ValueError(
-            f"{source} holds the tensor {extra[0]}{_and_more(extra)}, which its architecture does not have"
-        )
+        raise ValueError(f"{source} holds the tensor {extra[0]}{and_more(extra)}, which its architecture does not have")
     params = {}
     for path, entries in wanted.items():
         for name, _, shape in entries:
@@ -122,60 +120,29 @@ def _read_leaf(
     ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     n = len(next(iter(parts)))
     inside = tuple(slice(r.start, r.stop) for r in ranges[n:])
-    leaf = np.empty([len(r) for r in ranges], dtype)
+    leaf = _aligned_empty([len(r) for r in ranges], np.dtype(dtype))
 
     def fill(place: tuple[int, ...]) -> None:
         part = parts[tuple(r[i] for r, i in zip(ranges, place, strict=False))]
         value = part.read(inside[::-1] if transposed else inside)
         leaf[place] = value.T if transposed else value
 
-    with ThreadPoolExecutor() as pool:  # copies of arrays run side by side
+    with ThreadPoolExecutor(READERS) as pool:  # copies of arrays run side by side
         list(pool.map(fill, np.ndindex(*leaf.shape[:n])))
     return leaf
 
 
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array that JAX takes on a CPU without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
 def _place_here(path: str, shape: tuple[int, ...], read: Callable[[Index], np.ndarray]) -> jax.Array:
     """The leaf on the default device."""
-    return jnp.asarray(read(tuple(slice(0, size) for size in shape)))
-
-
-def save_model(folder: str | Path, params: Tree, model: Model, *, dtype: str | None = None) -> None:
-    """Writes `params` as a checkpoint that transformers and vLLM load, with the model's config and tokenizer.
-
-    Args:
-      folder: written beside and renamed.
-      params: merged parameters; with an `lm_head` of its own, a tied model becomes untied.
-      model: gives config and tokenizer.
-      dtype: of the tensors written; None keeps each as it is.
-
-    Raises:
-      ValueError: `params` hold adapters or lack a leaf, the model has no `hf_config`, or the folder holds other
-        files or the model itself.
-    """
-    untied = "kernel" in params.get("lm_head", {})
-    expected = flatten(abstract_params(model.config, tied=not untied))
-    flat = flatten(params)
-    strange = sorted(set(flat) ^ set(expected))
-    if strange:
-        adapted = any(path.rpartition("/")[2].startswith(("lora_", "magnitude")) for path in strange)
-        way_out = "call merge_adapters first" if adapted else "they are not the model's parameters"
-        raise ValueError(f"save_model: unexpected or missing leaf {strange[0]!r} in the parameters; {way_out}")
-    if not model.hf_config:
-        raise ValueError("save_model: the model has no hf_config, so there is no config.json to write")
-    if Path(folder).resolve() == Path(model.source or " ").resolve():
-        raise ValueError(f"{folder} is where the model was loaded from; give another folder")
-    tensors = {
-        name: np.ascontiguousarray(value.T if path.endswith("/kernel") else value, dtype)
-        for path, leaf in flat.items()
-        for name, value in _hf_tensors(path, np.asarray(leaf), family_names(model.hf_config))
-    }
-    written = {"tie_word_embeddings": not untied, "dtype": str(tensors["model.embed_tokens.weight"].dtype)}
-    config = {k: v for k, v in model.hf_config.items() if k != "torch_dtype"} | written
-    with new_folder(folder) as new:
-        (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(new)
+    return jax.device_put(read(tuple(slice(0, size) for size in shape)))
 
 
 def abstract_params(config: DecoderConfig, *, tied: bool | None = None) -> Tree:
@@ -248,14 +215,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _hf_tensors(path: str, leaf: np.ndarray, names: Names) -> Iterator[tuple[str, np.ndarray]]:
-    for name, index in hf_names(path, leaf.shape, names):
-        yield name, leaf[index]
-
-
 def _ignored(name: str, config: DecoderConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tied)
 
 
-def _and_more(names: list[str]) -> str:
+def and_more(names: list[str]) -> str:
+    """How many names stand behind the first, for an error."""
     return f" and {len(names) - 1} more" if len(names) > 1 else ""

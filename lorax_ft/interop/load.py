@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorax_ft.interop.gguf import read_gguf
-from lorax_ft.interop.huggingface import Place, decoder_config, family_names, load_params, read_folder
+from lorax_ft.interop.huggingface import Place, decoder_config, family_names, load_params, read_folder, read_json
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.models.model import Model
 
@@ -42,10 +42,18 @@ def load_model(
     else:
         hf_config, tensors = read_folder(location)
         tokenizer = load_tokenizer(location)
+    generation = location / "generation_config.json"
     source = str(path)
     config = decoder_config(hf_config, source=source, dtype=dtype, attention=attention, remat=remat)
     params = load_params(config, tensors, names=family_names(hf_config), source=source, place=place)
-    return Model(config=config, params=params, tokenizer=tokenizer, hf_config=hf_config, source=source)
+    return Model(
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        hf_config=hf_config,
+        source=source,
+        generation_config=read_json(generation) if generation.is_file() else {},
+    )
 
 
 def _locate(path: str | Path, revision: str | None) -> Path:

@@ -60,7 +60,7 @@ def save_peft(folder: str | Path, params: Tree, model: Model, *, config: Adapter
     Raises:
       ValueError: there is no adapter, a module is both adapted and trained whole, or the folder holds other files.
     """
-    adapters, whole = _collected(params, model, config)
+    adapters, whole = collect_adapters(params, model, config)
     names = family_names(model.hf_config)
     named = {path: hf_module(path, names) for path in adapters}
     tensors = {k: v for path, matrix in adapters.items() for k, v in _tensors(path, named[path], matrix).items()}
@@ -121,10 +121,14 @@ def load_peft(folder: str | Path, model: Model) -> Tree:
     return from_modules(layers)
 
 
-def _collected(
+def collect_adapters(
     params: Tree, model: Model, config: AdapterConfig | None
 ) -> tuple[dict[str, Matrix], dict[str, np.ndarray]]:
-    """The adapters by logical path, and the weights trained whole by logical slash path."""
+    """The adapters by logical path, and the weights trained whole by logical slash path, as `save_peft` writes them.
+
+    Raises:
+      ValueError: as `save_peft`, where PEFT has no form for what was trained.
+    """
     layers, base = modules(params), modules(model.params)
     adapters: dict[str, Matrix] = {}
     whole: dict[str, np.ndarray] = {}

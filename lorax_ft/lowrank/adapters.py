@@ -1,4 +1,4 @@
-"""Adding adapters to a parameter tree, merging them, and splitting the tree into what trains and what does not.
+"""Adding adapters to a parameter tree, switching them off, and what a step needs beside them.
 
 {"up_proj": {"kernel": W}}  →  {"up_proj": {"kernel": W, "lora_a": A, "lora_b": B, "lora_scale": s}}
 """
@@ -16,11 +16,14 @@ from jax import Array
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank import initial
 from lorax_ft.lowrank.layout import Layout
-from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, column_norm, merged_kernel
+from lorax_ft.lowrank.linear import ADAPTER_LEAVES, Layer, column_norm, merged_kernel
+from lorax_ft.lowrank.olora import olora
 from lorax_ft.lowrank.pissa import pissa
 from lorax_ft.lowrank.spec import LayerSpec, as_canonical
 from lorax_ft.lowrank.targets import Plan, plan_adapters
-from lorax_ft.tree import Tree, combine, flatten, from_modules, modules, unflatten
+from lorax_ft.tree import Tree, combine, from_modules, modules
+
+CHANGES_BASE = ("pissa", "olora")  # inits whose start is taken out of the base
 
 
 def add_adapters(params: Tree, config: AdapterConfig, *, layout: Layout, key: Array) -> Tree:
@@ -33,7 +36,7 @@ def add_adapters(params: Tree, config: AdapterConfig, *, layout: Layout, key: Ar
       key: every leaf's randomness is folded from it and the leaf's path.
 
     Returns:
-      A new tree. The base is changed only by inits that say so (PiSSA), and not with `keep_base`.
+      A new tree. The base is changed only by inits that say so (PiSSA, OLoRA), and not with `keep_base`.
 
     Raises:
       ValueError: a pattern means no module, or a rank is above a matrix's smaller side.
@@ -62,33 +65,6 @@ def attach_adapters(base: Tree, adapters: Tree, *, layout: Layout | None = None)
         if "lora_a0" in layer and "start_scale" not in layer:
             layers[path] = layer | _without_start(layer, layout[path] if layout else None)
     return from_modules(layers)
-
-
-def merge_adapters(params: Tree, *, layout: Layout | None = None) -> Tree:
-    """The base model's tree again, with W − s₀ A₀ B₀ + s A B, times DoRA's m / n, as each kernel.
-
-    Args:
-      params: a tree with adapters.
-      layout: the layers of the model; needed where an embedding is adapted, or where a kernel's axes are
-        not in the order stack, in, out (some of `nn.Einsum`'s).
-
-    A tied output head whose adapter, or whose embedding's adapter, makes the two differ is untied: the
-    result then holds `lm_head/kernel`.
-
-    Raises:
-      ValueError: factors do not fit their kernel, or only the layout could tell how to merge.
-    """
-    layers = modules(_untied(params, layout))
-    merged = {}
-    for path, layer in layers.items():
-        base = {name: leaf for name, leaf in layer.items() if name not in ADAPTER_LEAVES | STEP_LEAVES}
-        if "lora_a" in layer:
-            spec = layout[path] if layout else None
-            kernel = merged_kernel(as_canonical(layer, spec))
-            name = "embedding" if "embedding" in layer else "kernel"
-            base[name] = spec.restored(name, kernel) if spec else kernel
-        merged[path] = base
-    return from_modules(merged)
 
 
 def switched_off(params: Tree, *, layout: Layout | None = None) -> Tree:
@@ -130,7 +106,7 @@ def norms(params: Tree, *, layout: Layout | None = None) -> Tree:
     found: dict[str, Layer] = {}
     for path, layer in modules(params).items():
         if "magnitude" in layer:
-            base = {} if {"kernel", "embedding"} & layer.keys() else {"kernel": _tied_kernel(params)}
+            base = {} if {"kernel", "embedding"} & layer.keys() else {"kernel": tied_kernel(params)}
             found[path] = {"norm": column_norm(as_canonical(layer | base, layout[path] if layout else None))}
     return from_modules(found)
 
@@ -169,20 +145,9 @@ def _kernel(layers: dict[str, Layer], path: str, spec: LayerSpec) -> Array:
     return layer["kernel"] if "kernel" in layer else layers["embed_tokens"]["embedding"].T
 
 
-def _tied_kernel(params: Tree) -> Array:
+def tied_kernel(params: Tree) -> Array:
+    """The kernel of a tied output head."""
     return params["embed_tokens"]["embedding"].T
-
-
-def _untied(params: Tree, layout: Layout | None) -> Tree:
-    """The tree with a head of its own where an adapter makes a tied head and its embedding differ."""
-    flat = flatten(params)
-    embeddings = [path for path, layer in modules(params).items() if {"embedding", "lora_a"} <= layer.keys()]
-    if embeddings and layout is None:
-        raise ValueError(f"{embeddings[0]} is adapted and may be the output head too: pass layout= to merge it")
-    tied = "lm_head/kernel" not in flat and layout is not None and "lm_head" in layout and layout["lm_head"].head
-    if ("lm_head/lora_a" in flat and "lm_head/kernel" not in flat) or (embeddings and tied):
-        flat = flat | {"lm_head/kernel": _tied_kernel(params)}
-    return unflatten(flat)
 
 
 def _adapter(kernel: Array, config: AdapterConfig, *, spec: LayerSpec, plan: Plan, key: Array, owns: bool) -> Layer:
@@ -201,7 +166,7 @@ def _adapter(kernel: Array, config: AdapterConfig, *, spec: LayerSpec, plan: Pla
         "lora_b": spec.restored("lora_b", b.reshape(*stack, rank, *w.shape[n_in:])),
         "lora_scale": scale,
     }
-    if config.init == "pissa" and spec.kind != "embed":
+    if config.init in CHANGES_BASE and spec.kind != "embed":
         # Copies: A and B are donated to the step, their start stays.
         leaves |= {"lora_a0": jnp.copy(leaves["lora_a"]), "lora_b0": jnp.copy(leaves["lora_b"])}
         if config.keep_base or not owns:
@@ -228,6 +193,8 @@ def _start(w: Array, config: AdapterConfig, *, spec: LayerSpec, plan: Plan, key:
     # Experts share a logical path: their order in the stack tells them apart.
     seeds = zip(plan.paths, _repeats(plan.paths), strict=True)
     keys = jnp.stack([jax.random.fold_in(fold_path(key, path), i) for path, i in seeds])
+    if config.init == "olora" and spec.kind != "embed":
+        return olora(w, rank=rank)
     if config.init == "pissa" and spec.kind != "embed":
         a, b = pissa(w, rank=rank, iterations=config.pissa_iterations, keys=keys)
         root = jnp.sqrt(jnp.maximum(jnp.asarray(plan.scales).reshape(-1, 1, 1), jnp.finfo(jnp.float32).tiny))

@@ -31,8 +31,8 @@ class LayerSpec:
     """How many of the stack axes count experts."""
     scanned: tuple[int, ...] = ()
     """For each scan that the layer stands in, the parts of the path before its index."""
-    head: bool = False
-    """Whether the layer is a language model's output head, which "all-linear" leaves out."""
+    by_name: bool = False
+    """Whether "all-linear" leaves it out: an output head, a router."""
 
     def canonical(self, name: str, leaf: Array) -> Array:
         """The leaf called `name` with its axes in the order stack, in, out; r stands for the axes it replaces."""

@@ -72,9 +72,9 @@ def matches(pattern: str, path: str) -> bool:
     )
 
 
-def is_target(path: str, *, targets: Sequence[str], head: bool, embed: bool) -> bool:
-    """Whether `targets` mean the module at `path`; "all-linear" means all but output heads and embeddings."""
-    return any(not (head or embed) if t == "all-linear" else matches(t, path) for t in targets)
+def is_target(path: str, *, targets: Sequence[str], by_name: bool, embed: bool) -> bool:
+    """Whether `targets` mean the module at `path`; "all-linear" means all but heads, routers and embeddings."""
+    return any(not (by_name or embed) if t == "all-linear" else matches(t, path) for t in targets)
 
 
 def layer_index(path: str) -> int | None:
@@ -112,8 +112,8 @@ def check_coverage(patterns: Iterable[str], hit: Callable[[str], bool], *, names
 def _rank(config: AdapterConfig, path: str, spec: LayerSpec) -> int:
     """The rank of one matrix, 0 where it is not adapted."""
     embed = spec.kind == "embed"
-    chosen = is_target(path, targets=config.targets, head=spec.head, embed=embed)
-    if not chosen or is_target(path, targets=config.exclude, head=spec.head, embed=embed):
+    chosen = is_target(path, targets=config.targets, by_name=spec.by_name, embed=embed)
+    if not chosen or is_target(path, targets=config.exclude, by_name=spec.by_name, embed=embed):
         return 0
     index = layer_index(path)
     if config.layers and index not in config.layers:
@@ -126,7 +126,7 @@ def _check_patterns(config: AdapterConfig, layout: Layout, paths: dict[str, list
     names = [name for name, _ in known]
 
     def hit(pattern: str) -> bool:
-        return any(is_target(n, targets=(pattern,), head=s.head, embed=s.kind == "embed") for n, s in known)
+        return any(is_target(n, targets=(pattern,), by_name=s.by_name, embed=s.kind == "embed") for n, s in known)
 
     check_coverage(config.targets, hit, names=names, where="adapter.targets")
     check_coverage(config.exclude, hit, names=names, where="adapter.exclude")

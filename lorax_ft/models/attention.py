@@ -65,7 +65,7 @@ def surroundings(
     distinct = tuple(dict.fromkeys(kinds))
     dims = next((kind.rope.dims for kind in distinct if kind.rope), 2)
     still = (jnp.ones((*positions.shape, 1, dims // 2)), jnp.zeros((*positions.shape, 1, dims // 2)))
-    turns = [rotary(kind.rope, positions) if kind.rope else still for kind in distinct]
+    turns = [rotary(kind.rope, positions, length=slots) if kind.rope else still for kind in distinct]
     cos, sin = (jnp.stack(parts) for parts in zip(*turns, strict=True))
     # A token's place in its row, or in the cache; a window that is longer than the row hides nothing.
     rows = positions if slots else jnp.arange(positions.shape[1])[None]
@@ -134,7 +134,9 @@ def _write(cache: Array, new: Array, positions: Array) -> Array:
 
 
 def _attention_kernel(config: DecoderConfig) -> Literal["xla", "cudnn", "blocks"]:
+    backend = jax.default_backend()
+    if config.attention == "cudnn" and backend != "gpu":
+        raise ValueError(f"model.attention is cudnn, which needs a GPU, and this is a {backend}; take auto")
     if config.attention != "auto":
         return config.attention
-    backend = jax.default_backend()
     return "blocks" if backend == "cpu" else "cudnn" if backend == "gpu" and config.dtype == "bfloat16" else "xla"

@@ -35,6 +35,8 @@ class Model:
     """The transformers tokenizer, or None for a model without one."""
     hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The checkpoint's own config.json."""
+    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The checkpoint's generation_config.json, where it has one."""
     source: str = ""
     """Where the checkpoint came from: a folder, a file or a hub id."""
 
@@ -48,7 +50,8 @@ class Model:
         """The layers that can be adapted, by slash path (see `lorax_ft.layout`)."""
         tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         found = layout(lambda v, t: self.module.apply(v, t), self.params, tokens)
-        return found | {"lm_head": LayerSpec(kind="dense", stack=(), ins=(0,), outs=(1,), head=True)}
+        found |= {p: dataclasses.replace(found[p], by_name=True) for p in found if p.endswith("mlp/gate")}  # routers
+        return found | {"lm_head": LayerSpec(kind="dense", stack=(), ins=(0,), outs=(1,), by_name=True)}
 
     def features(
         self,

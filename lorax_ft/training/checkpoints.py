@@ -47,7 +47,9 @@ class Checkpoints:
         """
         step = self.latest()
         if step is None:
-            raise ValueError("there is no checkpoint to resume from; start without train.resume")
+            raise ValueError(
+                "there is no checkpoint to resume from; start anew with --train.overwrite in place of --train.resume"
+            )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (state._asdict(), owned))
         items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract[0])}
         if owned:

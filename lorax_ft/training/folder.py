@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import tempfile
 from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
 
 from lorax_ft.config import Config
+from lorax_ft.training.log import LOG, PLOT
 
 CONFIG = "config.json"
+OWN = (CONFIG, "adapter", "model", "checkpoints", "tensorboard", "wandb", LOG, PLOT)  # what a run writes
 
 
 def check_folder(config: Config) -> None:
@@ -19,12 +21,17 @@ def check_folder(config: Config) -> None:
 
     Raises:
       ValueError: the folder holds a run and neither resume nor overwrite is given, or holds something else, or
-        there is no run to resume, or the run to resume was another.
+        there is no run to resume, or the run to resume was another, or the folder may not be written.
     """
     folder, train = Path(config.train.output), config.train
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"train.output {folder} is a file; give a folder")
-    holds_run = (folder / CONFIG).is_file()
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    try:
+        tempfile.TemporaryDirectory(dir=existing, prefix=".writable-").cleanup()
+    except OSError as error:
+        raise ValueError(f"train.output {folder}: nothing can be written to {existing}: {error.strerror}") from error
+    holds_run = _is_run(folder / CONFIG)
     holds = folder.is_dir() and any(folder.iterdir())
     if train.resume and not holds_run:
         raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
@@ -45,12 +52,29 @@ def make_folder(config: Config) -> None:
     """
     folder = Path(config.train.output)
     if jax.process_index() == 0:
-        if folder.exists() and not config.train.resume:
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if not config.train.resume:
+            _remove_run(folder)
         (folder / CONFIG).write_text(config.to_json() + "\n")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("output folder")
+
+
+def _is_run(file: Path) -> bool:
+    """Whether a config.json is a run's, and not a model's."""
+    try:
+        Config.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, AttributeError):
+        return False
+    return True
+
+
+def _remove_run(folder: Path) -> None:
+    """Delete what a run left in the folder, and nothing else: moved aside first, so that it is gone at once."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".old-") as aside:
+        for name in OWN:
+            if (folder / name).exists():
+                (folder / name).rename(Path(aside) / name)
 
 
 def _check_same_run(now: Config, then: Config) -> None:

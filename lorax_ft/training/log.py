@@ -107,11 +107,16 @@ def plot_losses(folder: Path) -> Path | None:
     axes = figure.add_subplot()
     steps, losses = np.array(train).T
     axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss")
-    axes.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="training loss, smoothed")
+    weight = 1 - 1 / min(max(len(losses) / 10, 2), 10)  # over a tenth of a short run, and ten steps of a long one
+    axes.plot(steps, smooth(losses, weight=weight), color="#08519c", linewidth=2, label="training loss, smoothed")
     if validation:
         axes.plot(*np.array(validation).T, "o-", color="#d94801", markersize=5, linewidth=1, label="validation loss")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
-    axes.set_ylim(bottom=0)
+    values = [value for _, value in (*train, *validation)]
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     path = folder / PLOT

@@ -17,22 +17,20 @@ from rich.console import Console
 from lorax_ft.config import Config
 from lorax_ft.data.batches import evaluation_batches
 from lorax_ft.evaluation.exact_match import Answered, evaluate_answers
-from lorax_ft.interop.huggingface import save_model
 from lorax_ft.interop.peft import save_peft
+from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.training import contract, report, sharding
 from lorax_ft.training.folder import check_folder, make_folder
-from lorax_ft.training.log import LOG, PLOT, Log, check_trackers
+from lorax_ft.training.interrupt import Interruption
+from lorax_ft.training.log import LOG, PLOT, Log, check_trackers, read_log
 from lorax_ft.training.progress import Progress
 from lorax_ft.training.start import Job, start, step_key
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree, combine, split
 
-OWN_RUN = (
-    "--config configs/pissa.py --model.path MODEL --data.train FILE.jsonl --data.max_length 512 "
-    "--eval.answer_pattern None --train.output out/mine"
-)
+OWN_RUN = "--config configs/own.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +81,8 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
     _print_start(console, job, dry_run=dry_run)
     if dry_run:
         return None
+    if job.first_step:
+        console.print(f"Going on from step {job.first_step} of {job.steps}.")
     before = _evaluate(job, job.state, console, "before")  # first, as a wrong answer pattern is found here
     make_folder(config)
     log = Log(
@@ -114,7 +114,7 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
     config, state = job.config.train, job.state
     pending: tuple[int, dict[str, Array], int] | None = None
     key = step_key(job.config)
-    with Progress(console, first=job.first_step, steps=job.steps) as progress:
+    with Progress(console, first=job.first_step, steps=job.steps) as progress, Interruption() as interruption:
         for step in range(job.first_step, job.steps):
             batch, tokens = job.batch(step)
             early = step - job.first_step < 2
@@ -124,7 +124,8 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
                 _record(pending, log, progress, every=config.log_every)
             pending = (step + 1, metrics, tokens)
             last = step + 1 == job.steps
-            saving = last or (config.save_every and (step + 1) % config.save_every == 0)
+            stopping = interruption.asked and not last and jax.process_count() == 1  # several would have to agree
+            saving = last or stopping or (config.save_every and (step + 1) % config.save_every == 0)
             evaluating = not last and config.eval_every and (step + 1) % config.eval_every == 0
             if early or saving or evaluating:  # nothing is saved of a step whose loss was not looked at
                 _record(pending, log, progress, every=config.log_every)
@@ -134,6 +135,9 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
                 contract.check_moved(moved, updates=1 + step - job.first_step + (job.first_step > 0))
             if saving:
                 job.checkpoints.save(step + 1, state, owned_leaves(state.trained, job.frozen))
+            if stopping:
+                job.checkpoints.close()
+                raise KeyboardInterrupt(f"interrupted after step {step + 1}; --train.resume goes on from there")
             if evaluating and (loss := _validation_loss(job, state)) is not None:
                 log.write(step + 1, {"validation_loss": loss})
                 progress.note(f"step {step + 1}: validation loss {loss:.4f}")
@@ -173,7 +177,10 @@ def _evaluate(job: Job, state: TrainState, console: Console, when: str) -> Evalu
     exact = answered.match.fraction if config.exact_match_rows else None
     numbers = [f"validation loss {loss:.4f}"] if loss is not None else []
     numbers += [f"exact match {exact:.1%} of {rows} answers"] if exact is not None else []
-    console.print(f"{when.capitalize()} training: {', '.join(numbers)}")
+    started = when == "before" and job.first_step
+    console.print(
+        f"{f'At step {job.first_step}' if started else f'{when.capitalize()} training'}: {', '.join(numbers)}"
+    )
     return Evaluation(loss=loss, exact_match=exact, answered=answered)
 
 
@@ -251,10 +258,11 @@ def _print_end(console: Console, job: Job, result: Result) -> None:
         columns = {"reference": after.references, "before": before.answers, "after": after.answers}
         report.print_answers(console, "Answers", questions, columns)
     rows = [("steps", f"{result.steps:,}"), ("time", f"{result.seconds:.0f} s")]
-    if result.after.loss is not None:
-        rows.append(("validation loss", f"{result.before.loss:.4f} → {result.after.loss:.4f}"))
-    if result.after.exact_match is not None:
-        rows.append(("exact match", f"{result.before.exact_match:.1%} → {result.after.exact_match:.1%}"))
+    first = next(iter(read_log(result.folder)), {}) if job.first_step else _numbers(result.before)
+    for name, form in (("validation_loss", ".4f"), ("exact_match", ".1%")):
+        now = _numbers(result.after).get(name)
+        if now is not None and name in first:
+            rows.append((name.replace("_", " "), f"{first[name]:{form}} → {now:{form}}"))
     rows += [
         (result.saved.name, str(result.saved)),
         ("loss plot", str(result.folder / PLOT)),
@@ -262,6 +270,10 @@ def _print_end(console: Console, job: Job, result: Result) -> None:
     ]
     report.print_summary(console, rows, title="Done")
     console.print("What to type next", style="bold")
-    console.print(f'  python scripts/generate.py --run {result.folder} "a question of yours"')
-    console.print(f"  python scripts/merge.py --run {result.folder} --output {result.folder}/merged")
-    console.print(f"  python scripts/train.py {OWN_RUN}")
+    for command in (
+        f'generate.py --run {result.folder} "a question of yours"',
+        f"chat.py --run {result.folder}",
+        f"merge.py --run {result.folder} --output {result.folder}/merged",
+        f"train.py {OWN_RUN}",
+    ):
+        console.print(f"  python scripts/{command}", soft_wrap=True)  # one line, to be copied

@@ -21,6 +21,7 @@ from lorax_ft.lowrank.layout import Layout
 from lorax_ft.tree import Tree, flatten, modules
 
 Row = tuple[str, ...]
+WIDE = 100  # columns of a terminal that hold all of the table of what trains
 
 
 def make_console() -> Console:
@@ -79,12 +80,14 @@ def matrix_ranks(layer: Mapping[str, Any]) -> np.ndarray:
 def print_table(console: Console, params: Tree, trained: Tree, *, layout: Layout) -> None:
     """What is adapted, and the share of the parameters that trains."""
     table = Table(box=box.SIMPLE_HEAD, title="What trains", title_justify="left", title_style="bold", pad_edge=False)
-    for name in ("module", "matrices", "shape", "rank", "scale", "dtype", "sharding", "parameters"):
-        right = name in ("matrices", "shape", "rank", "scale", "parameters")
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    names = ("module", "matrices", "shape", "rank", "scale", "dtype", "sharding", "parameters")
+    shown = [name for name in names if console.width >= WIDE or name not in ("matrices", "dtype", "sharding")]
+    for name in shown:
+        left = name in ("module", "dtype", "sharding")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "sharding", overflow="fold")
     rows = adapter_rows(params, trained, layout=layout)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(cell for name, cell in zip(names, row, strict=True) if name in shown))
     console.print(table)
     count = sum(int(row[-1].replace(",", "")) for row in rows)
     base = base_count(params)

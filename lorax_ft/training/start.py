@@ -17,7 +17,10 @@ from jax.sharding import Mesh
 from lorax_ft.config import Config
 from lorax_ft.data.batches import Batches, Dataset, load_data
 from lorax_ft.interop.load import load_model
+from lorax_ft.interop.peft import load_peft
+from lorax_ft.interop.peft_config import read_config
 from lorax_ft.lowrank.adapters import with_norms
+from lorax_ft.lowrank.groups import is_whole
 from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training import contract, sharding
@@ -74,6 +77,8 @@ def start(config: Config, *, folder: Path) -> Job:
     model = _load(config, mesh)
     if model.tokenizer is None:
         raise ValueError(f"{config.model.path} holds no tokenizer; put its tokenizer.json beside the weights")
+    if config.adapter.start_from is not None:
+        model = _with_adapter(model, config)
     data = load_data(config.data, model.tokenizer, seed=config.train.seed)
     _check_vocabulary(data, model)
     clock.lap("model and data")
@@ -134,6 +139,17 @@ def _load(config: Config, mesh: Mesh) -> Model:
 
     m = config.model
     return load_model(m.path, revision=m.revision, dtype=m.dtype, attention=m.attention, remat=m.remat, place=place)
+
+
+def _with_adapter(model: Model, config: Config) -> Model:
+    """The model with the adapter that is to train on."""
+    folder = Path(config.adapter.start_from or "")
+    for module in read_config(folder).get("modules_to_save") or ():
+        if not is_whole(module.removeprefix("model.").replace(".", "/"), config.adapter.train_whole):
+            raise ValueError(
+                f"{folder} holds {module}, trained whole; give --adapter.train_whole {module} to go on with it"
+            )
+    return dataclasses.replace(model, params=load_peft(folder, model))
 
 
 def _check_contract(job: Job, batch: dict[str, Array]) -> None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.adapters import add_adapters, attach_adapters
 from lorax_ft.lowrank.groups import is_whole, partition
+from lorax_ft.lowrank.linear import ADAPTER_LEAVES
 from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training import contract, sharding
@@ -75,9 +76,9 @@ def resumed_state(
     """
     abstract, frozen = abstract_state(model, config, tx, mesh=mesh)
     state, owned = checkpoints.restore(abstract, owned_leaves(abstract.trained, frozen))
-    base = flatten(model.params)
-    adapters, _ = split(combine(state.trained, owned), lambda path: path not in base)
-    _, frozen = partition(attach_adapters(model.params, adapters), whole=config.train_whole)
+    base, _ = split(model.params, lambda path: path.rpartition("/")[2] not in ADAPTER_LEAVES)
+    adapters, _ = split(combine(state.trained, owned), lambda path: path.rpartition("/")[2] in ADAPTER_LEAVES)
+    _, frozen = partition(attach_adapters(base, adapters), whole=config.train_whole)
     return state, frozen
 
 
@@ -96,8 +97,12 @@ def base_of(model: Model, state: TrainState, frozen: Tree) -> Model:
 
 
 def _with_adapters(params: Tree, config: AdapterConfig, *, model: Model, key: Array) -> Tree:
-    """The parameters with adapters; modules that train whole in float32, since bfloat16 rounds small updates away."""
-    params = add_adapters(params, config, layout=model.layout, key=key)
+    """The parameters with adapters, unless they hold those to go on with.
+
+    Modules that train whole are float32, since bfloat16 rounds small updates away.
+    """
+    if config.start_from is None:
+        params = add_adapters(params, config, layout=model.layout, key=key)
     both = [p for p, layer in modules(params).items() if "lora_a" in layer and is_whole(p, config.train_whole)]
     if both:
         raise ValueError(f"{both[0]} is meant by adapter.targets and by adapter.train_whole; give it to one of them")

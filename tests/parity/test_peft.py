@@ -82,6 +82,8 @@ EXPORTED = {
     "dora": AdapterConfig(rank=4, alpha=4, dora=True),
     "pissa": AdapterConfig(rank=4, alpha=4, init="pissa"),
     "pissa_rslora": AdapterConfig(rank=3, alpha=4, init="pissa", scaling="rank_stabilized"),
+    "olora": AdapterConfig(rank=4, alpha=4, init="olora"),
+    "olora_dora_rslora": AdapterConfig(rank=4, alpha=5, init="olora", dora=True, scaling="rank_stabilized"),
     "pissa_keep_base": AdapterConfig(rank=4, alpha=4, init="pissa", keep_base=True),
     "pissa_dora": AdapterConfig(rank=4, alpha=4, init="pissa", dora=True),
     "pissa_dora_rslora_patterns": AdapterConfig(
@@ -168,14 +170,15 @@ def test_we_load_what_peft_writes(checkpoint: Path, tmp_path: Path, name: str) -
     assert_same_adapter(our_logits(model, load_peft(tmp_path / "adapter", model)), their_logits(theirs), plain)
 
 
-def test_a_converted_pissa_of_peft(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_converted_start_of_peft(checkpoint: Path, tmp_path: Path, init: str) -> None:
     base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
     plain = their_logits(base)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=ALL_LINEAR, init_lora_weights="pissa")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=ALL_LINEAR, init_lora_weights=init)
     theirs = peft.get_peft_model(base, config)
     theirs.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it: save the start first
     theirs.save_pretrained(tmp_path / "start")
-    theirs.peft_config["default"].init_lora_weights = "pissa"
+    theirs.peft_config["default"].init_lora_weights = init
     for parameter in theirs.parameters():
         if parameter.requires_grad:
             parameter.data += 0.2 * torch.randn_like(parameter)
@@ -187,3 +190,55 @@ def test_a_converted_pissa_of_peft(checkpoint: Path, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["r"] == 8
     assert_same_adapter(our_logits(model, load_peft(tmp_path / "adapter", model)), expected, plain)
+
+
+def test_olora_starts_as_pefts(checkpoint: Path) -> None:
+    base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL_LINEAR, init_lora_weights="olora")
+    theirs = peft.get_peft_model(base, config).state_dict()
+    model = load_model(checkpoint)
+    ours = AdapterConfig(rank=4, alpha=6, init="olora")
+    params = add_adapters(model.params, ours, layout=model.layout, key=jax.random.key(0))
+    for path, leaf in flatten(params["layers"]).items():
+        names = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight", "kernel": "base_layer.weight"}
+        module, _, name = path.rpartition("/")
+        for i in range(3):
+            if name in names:
+                key = f"base_model.model.model.layers.{i}.{module.replace('/', '.')}.{names[name]}"
+                np.testing.assert_allclose(leaf[i], theirs[key].numpy().T, atol=2e-6, err_msg=key)
+
+
+@pytest.fixture(params=["mixtral", "qwen3_moe"])
+def sparse(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[request.param](
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        **{"num_experts" if request.param == "qwen3_moe" else "num_local_experts": 4},
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("gate.weight"):
+            weight.data.normal_(0, 0.5)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("experts/gate_proj", "experts/up_proj", "experts/down_proj")])
+def test_peft_loads_our_experts(sparse: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
+    model = load_model(sparse)
+    params = adapted(model, AdapterConfig(rank=3, targets=targets))
+    save_peft(tmp_path / "adapter", params, model)
+    base = transformers.AutoModelForCausalLM.from_pretrained(sparse)
+    plain = their_logits(base)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert_same_adapter(our_logits(model, params), their_logits(theirs), plain)
+    assert_same_adapter(our_logits(model, load_peft(tmp_path / "adapter", model)), their_logits(theirs), plain)

@@ -13,8 +13,8 @@ import pytest
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
-from lorax_ft.interop.huggingface import save_model  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
+from lorax_ft.interop.save import save_model  # noqa: E402
 
 SIZES = {
     "vocab_size": 97,
@@ -147,6 +147,19 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     next((tmp_path / "model").glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match="cannot be read"):
         load_model(tmp_path / "model")
+
+
+def test_transformers_loads_our_shards(tmp_path: Path) -> None:
+    theirs = checkpoint(tmp_path / "model", "llama_untied")
+    ours = load_model(tmp_path / "model")
+    save_model(tmp_path / "again", ours.params, ours, shard_bytes=20_000)
+    files = sorted(path.name for path in (tmp_path / "again").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert all((tmp_path / "again" / name).stat().st_size < 25_000 for name in files)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager")
+    np.testing.assert_array_equal(reference(again, TOKENS), reference(theirs, TOKENS))
+    assert again.generation_config.to_dict() == theirs.generation_config.to_dict()
 
 
 def test_bfloat16_checkpoint(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lorax_ft.training.log import read_log
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))]
-METHODS = [name for name in CONFIGS if name != "smollm2_gsm8k"]
+METHODS = [name for name in CONFIGS if name not in ("smollm2_gsm8k", "own")]
 
 
 def train(*argv: object) -> None:

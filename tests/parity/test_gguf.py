@@ -1,0 +1,85 @@
+"""llama.cpp reads our GGUF files and says what we say; and we read every kind of block. Needs llama-cpp-python."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig
+from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.load import load_model
+from lorax_ft.interop.save_gguf import save_gguf
+from lorax_ft.lowrank.adapters import add_adapters
+from lorax_ft.models.model import Model
+from lorax_ft.tree import flatten, unflatten
+
+HF_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 768,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 128,
+}
+QUESTION = (
+    "<|im_start|>user\nTom has {} apples. He buys 5 more. How many has he now?<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_llama_cpp_answers_as_we_do(tmp_path: Path, kind: str) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = load_model(EMBEDDED_MODEL)
+    config = AdapterConfig(rank=4, init="pissa")
+    params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    save_gguf(tmp_path / "tiny.gguf", params, model, kind=kind)
+    ours = load_model(tmp_path / "tiny.gguf")  # with the same rounding
+    theirs = llama_cpp.Llama(str(tmp_path / "tiny.gguf"), n_ctx=256, verbose=False, logits_all=True)
+    for number in range(10, 90, 20):
+        text = QUESTION.format(number)
+        ids = ours.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert theirs.tokenize(text.encode(), add_bos=False, special=True) == ids
+        theirs.reset()
+        theirs.eval(ids)
+        expected = np.array(theirs.scores[: len(ids)])
+        logits = np.asarray(ours.apply({"params": ours.params}, jnp.asarray(ids)[None])[0])
+        assert np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()  # llama.cpp rounds activations too
+
+
+@pytest.mark.parametrize(("kind", "file_type"), [("Q4_0", 2), ("Q4_1", 3), ("Q8_0", 7), ("Q4_K", 15), ("Q6_K", 18)])
+def test_blocks_that_llama_cpp_makes(tmp_path: Path, kind: str, file_type: int) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    tokenizer = load_model(EMBEDDED_MODEL).tokenizer
+    config = decoder_config(HF_CONFIG, source="these tests")
+    rng = np.random.default_rng(0)
+    shapes = flatten(abstract_params(config))
+    params = unflatten(
+        {p: jnp.asarray(rng.normal(float(p.endswith("scale")), 0.1, s.shape), jnp.float32) for p, s in shapes.items()}
+    )
+    model = Model(config=config, params=params, hf_config=HF_CONFIG, tokenizer=tokenizer)
+    plain, packed = tmp_path / "plain.gguf", tmp_path / "packed.gguf"
+    save_gguf(plain, params, model, kind="F16")
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = file_type
+    assert llama_cpp.llama_model_quantize(str(plain).encode(), str(packed).encode(), ctypes.byref(options)) == 0
+    assert kind in {tensor.tensor_type.name for tensor in gguf.GGUFReader(packed).tensors}
+    ours = load_model(packed)
+    ids = list(range(20, 60))
+    theirs = llama_cpp.Llama(str(packed), n_ctx=64, verbose=False, logits_all=True)
+    theirs.eval(ids)
+    expected = np.array(theirs.scores[: len(ids)])
+    logits = np.asarray(ours.apply({"params": ours.params}, jnp.asarray(ids)[None])[0])
+    plain_logits = np.asarray(model.apply({"params": params}, jnp.asarray(ids)[None])[0])
+    assert np.abs(logits - expected).mean() < 0.02 * np.abs(expected).max()  # llama.cpp rounds activations too
+    if kind.startswith("Q4"):  # where the blocks' own rounding is the larger
+        assert np.abs(plain_logits - expected).mean() > 3 * np.abs(logits - expected).mean()
