@@ -17,11 +17,11 @@ if TYPE_CHECKING:
         MeshConfig,
         ModelConfig,
         OptimConfig,
-        Sampling,
         TrainConfig,
         load_config,
     )
     from lorax_ft.inference.generate import answer, generate, stream, stream_texts
+    from lorax_ft.inference.sampling import Sampling
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft, save_peft
     from lorax_ft.interop.save import save_model
@@ -45,8 +45,7 @@ if TYPE_CHECKING:
     from lorax_ft.tree import combine
 
 _ROOMS = {
-    "config": "AdapterConfig Config DataConfig EvalConfig MeshConfig ModelConfig OptimConfig Sampling TrainConfig "
-    "load_config",
+    "config": "AdapterConfig Config DataConfig EvalConfig MeshConfig ModelConfig OptimConfig TrainConfig load_config",
     "lowrank.merge": "merge_adapters merge_weighted unmerge_adapters",
     "tree": "combine",
     "lowrank.adapters": "add_adapters attach_adapters switched_off with_dropout with_norms",
@@ -57,6 +56,7 @@ _ROOMS = {
     "interop.save": "save_model",
     "interop.load": "load_model",
     "interop.peft": "load_peft save_peft",
+    "inference.sampling": "Sampling",
     "inference.generate": "answer generate stream stream_texts",
     "training.log": "plot_losses",
     "training.loop": "train",

@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from lorax_ft.checks import check, pattern_value, positive, regex, within
+
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_MODEL = str(ASSETS / "tiny")
 EMBEDDED_DATA = str(ASSETS / "questions")
@@ -73,26 +75,26 @@ class AdapterConfig:
     """Modules whose own weights train in full, written as targets are; "all" is full fine-tuning."""
 
     def __post_init__(self) -> None:
-        _positive(self, "rank", "alpha")
-        _check(0 <= self.dropout < 1, f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
-        _check(
+        positive(self, "rank", "alpha")
+        check(0 <= self.dropout < 1, f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
+        check(
             self.pissa_iterations is None or self.pissa_iterations >= 0,
             f"adapter.pissa_iterations is {self.pissa_iterations}; it must be 0 or more, or None for the exact SVD",
         )
-        _check(all(i >= 0 for i in self.layers), f"adapter.layers is {self.layers}; indices start at 0")
+        check(all(i >= 0 for i in self.layers), f"adapter.layers is {self.layers}; indices start at 0")
         for field in ("rank_pattern", "alpha_pattern"):
             for entry in getattr(self, field):
-                _pattern_value(entry, field, int if field == "rank_pattern" else float)
+                pattern_value(entry, field, int if field == "rank_pattern" else float)
         for pattern in (*self.targets, *self.exclude, *self.train_whole):
-            _regex(pattern, "adapter.targets, exclude or train_whole")
-        _check(
+            regex(pattern, "adapter.targets, exclude or train_whole")
+        check(
             bool(self.targets or self.train_whole),
             "adapter.targets and adapter.train_whole are empty: nothing would train",
         )
 
     def patterns(self, field: Literal["rank_pattern", "alpha_pattern"]) -> tuple[tuple[str, float], ...]:
         """The (pattern, value) pairs of `rank_pattern` or `alpha_pattern`."""
-        return tuple(_pattern_value(entry, field, float) for entry in getattr(self, field))
+        return tuple(pattern_value(entry, field, float) for entry in getattr(self, field))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,13 +128,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for field in ("train", "validation", "fields"):
-            _check(not isinstance(getattr(self, field), str), f"data.{field} is a string; give a tuple of strings")
-        _check(bool(self.train), "data.train is empty; give a file or a hub id")
-        _check(self.max_length >= 8, f"data.max_length is {self.max_length}; it must be at least 8 tokens")
-        _check(self.validation_rows >= 0, f"data.validation_rows is {self.validation_rows}; it must be 0 or more")
-        _check(self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be above 0")
+            check(not isinstance(getattr(self, field), str), f"data.{field} is a string; give a tuple of strings")
+        check(bool(self.train), "data.train is empty; give a file or a hub id")
+        check(self.max_length >= 8, f"data.max_length is {self.max_length}; it must be at least 8 tokens")
+        check(self.validation_rows >= 0, f"data.validation_rows is {self.validation_rows}; it must be 0 or more")
+        check(self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be above 0")
         for entry in self.fields:
-            _check(
+            check(
                 re.fullmatch(r"\w+=.+", entry) is not None,
                 f'data.fields: {entry!r} is not of the form "expected=actual"',
             )
@@ -168,11 +170,11 @@ class OptimConfig:
     """Largest global norm of the gradient; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "lora_plus_ratio", "magnitude_ratio")
-        _within(self, "warmup_fraction", "final_fraction", "b1", "b2")
+        positive(self, "learning_rate", "lora_plus_ratio", "magnitude_ratio")
+        within(self, "warmup_fraction", "final_fraction", "b1", "b2")
         for field in ("weight_decay", "eps", "clip_norm"):
             value = getattr(self, field)
-            _check(math.isfinite(value) and value >= 0, f"optim.{field} is {value}; it must be 0 or more and finite")
+            check(math.isfinite(value) and value >= 0, f"optim.{field} is {value}; it must be 0 or more and finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,19 +211,19 @@ class TrainConfig:
     """Trackers that receive the log as well; wandb is installed by an extra of its own."""
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch_size", "microbatches", "log_every", "keep_checkpoints")
-        _check(
+        positive(self, "epochs", "batch_size", "microbatches", "log_every", "keep_checkpoints")
+        check(
             self.steps is None or 0 < self.steps < 2**31,
             f"train.steps is {self.steps}; it must be above 0 and below 2^31",
         )
-        _check(self.seed >= 0, f"train.seed is {self.seed}; it must be 0 or more")
-        _check(
+        check(self.seed >= 0, f"train.seed is {self.seed}; it must be 0 or more")
+        check(
             self.batch_size % self.microbatches == 0,
             f"train.batch_size {self.batch_size} does not divide into {self.microbatches} microbatches",
         )
         for field in ("neftune_alpha", "eval_every", "save_every"):
-            _check(getattr(self, field) >= 0, f"train.{field} is {getattr(self, field)}; it must be 0 or more")
-        _check(not (self.resume and self.overwrite), "train.resume and train.overwrite exclude each other")
+            check(getattr(self, field) >= 0, f"train.{field} is {getattr(self, field)}; it must be 0 or more")
+        check(not (self.resume and self.overwrite), "train.resume and train.overwrite exclude each other")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,45 +242,14 @@ class EvalConfig:
     """Longest answer, in tokens."""
 
     def __post_init__(self) -> None:
-        _positive(self, "max_new_tokens")
+        positive(self, "max_new_tokens")
         for field in ("rows", "exact_match_rows", "samples"):
-            _check(getattr(self, field) >= 0, f"eval.{field} is {getattr(self, field)}; it must be 0 or more")
+            check(getattr(self, field) >= 0, f"eval.{field} is {getattr(self, field)}; it must be 0 or more")
         if self.answer_pattern is not None:
-            compiled = _regex(self.answer_pattern, "eval.answer_pattern")
-            _check(
+            compiled = regex(self.answer_pattern, "eval.answer_pattern")
+            check(
                 compiled.groups >= 1,
                 f"eval.answer_pattern {self.answer_pattern!r} has no group to take the answer from",
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a token is chosen."""
-
-    temperature: float = 0.0
-    """0 takes the likeliest token each time; above, tokens are drawn, and 1 draws as the model is."""
-    top_k: int | None = None
-    """Draw among the k likeliest tokens only."""
-    top_p: float | None = None
-    """Draw among the fewest likeliest tokens whose probabilities sum up to p (1904.09751)."""
-    repetition_penalty: float = 1.0
-    """Above 1, makes tokens less likely that stand in the text already (1909.05858)."""
-
-    def __post_init__(self) -> None:
-        _check(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            f"temperature is {self.temperature}; it must be 0 or more and finite",
-        )
-        _check(self.top_k is None or self.top_k > 0, f"top_k is {self.top_k}; it must be above 0")
-        _check(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        _check(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite",
-        )
-        for name in ("top_k", "top_p"):
-            _check(
-                self.temperature > 0 or getattr(self, name) is None,
-                f"{name} is given, but at temperature 0 nothing is drawn; give a temperature such as 0.7",
             )
 
 
@@ -294,8 +265,8 @@ class MeshConfig:
     """Devices along the tensor axis (each matrix is split)."""
 
     def __post_init__(self) -> None:
-        _check(self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1")
-        _positive(self, "fsdp", "tensor")
+        check(self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1")
+        positive(self, "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -324,7 +295,7 @@ class Config:
         sections: dict[str, Any] = {}
         known: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
         for name, values in json.loads(text).items():
-            _check(name in known, f"unknown section {name!r} of the config; known: {', '.join(known)}")
+            check(name in known, f"unknown section {name!r} of the config; known: {', '.join(known)}")
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             try:
                 sections[name] = known[name](**values)
@@ -343,7 +314,7 @@ def load_config(path: str | Path) -> Config:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ValueError(f"no config file at {path}" + (f"; beside it: {', '.join(near)}" if near else ""))
-    _check(path.suffix == ".py", f"{path} is no .py file with get_config()")
+    check(path.suffix == ".py", f"{path} is no .py file with get_config()")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -353,47 +324,5 @@ def load_config(path: str | Path) -> Config:
         config = module.get_config()
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    _check(isinstance(config, Config), f"{path}: get_config() returned {type(config).__name__}, not a Config")
+    check(isinstance(config, Config), f"{path}: get_config() returned {type(config).__name__}, not a Config")
     return config
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _section(config: Any) -> str:
-    return type(config).__name__.removesuffix("Config").lower()
-
-
-def _positive(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _check(
-            math.isfinite(value) and value > 0, f"{_section(config)}.{field} is {value}; it must be above 0 and finite"
-        )
-
-
-def _within(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _check(0 <= value <= 1, f"{_section(config)}.{field} is {value}; it must lie between 0 and 1")
-
-
-def _regex(pattern: str, where: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
-
-
-def _pattern_value(entry: str, field: str, number: type[int] | type[float]) -> tuple[str, float]:
-    pattern, equals, value = entry.rpartition("=")
-    try:
-        parsed = number(value)
-        valid = bool(equals and pattern) and math.isfinite(parsed) and parsed > 0
-    except ValueError:
-        valid = False
-    _check(valid, f'adapter.{field}: {entry!r} is not of the form "pattern=value" with a value above 0')
-    _regex(pattern, f"adapter.{field}")
-    return pattern, parsed

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from lorax_ft import cli
-from lorax_ft.config import Sampling
+from lorax_ft.inference.sampling import Sampling
 from lorax_ft.inference.tuned import Tuned, load_tuned
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import Annotated
 import tyro
 
 from lorax_ft import cli
-from lorax_ft.config import Sampling
+from lorax_ft.inference.sampling import Sampling
 from lorax_ft.inference.tuned import Tuned, load_tuned
 
 

@@ -25,10 +25,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorax_ft import cli
-from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig, Config, MeshConfig, ModelConfig, Sampling
+from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig, Config, MeshConfig, ModelConfig
 from lorax_ft.evaluation.exact_match import evaluate_answers, exact_match
 from lorax_ft.inference.decode import Draw, extend, pick, prefill
 from lorax_ft.inference.generate import answer, default_stop_ids, generate, stream
+from lorax_ft.inference.sampling import Sampling
 from lorax_ft.inference.tuned import Tuned, locate
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, save_peft

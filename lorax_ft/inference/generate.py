@@ -12,10 +12,10 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax_ft.config import Sampling
 from lorax_ft.data.chat import encode_prompt
 from lorax_ft.data.formats import Message
 from lorax_ft.inference.decode import Draw, extend, prefill
+from lorax_ft.inference.sampling import Sampling
 from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import Model

@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 from test_transformers import checkpoint  # noqa: E402
 
-from lorax_ft.config import Sampling  # noqa: E402
 from lorax_ft.data.chat import encode_prompt  # noqa: E402
 from lorax_ft.inference.generate import generate  # noqa: E402
+from lorax_ft.inference.sampling import Sampling  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
 
 NEW = 40
