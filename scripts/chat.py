@@ -42,6 +42,8 @@ class Args(Tuned, Sampling):
     def __post_init__(self) -> None:
         Tuned.__post_init__(self)
         Sampling.__post_init__(self)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more and below 2^32")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be above 0")
 
@@ -103,7 +105,7 @@ def main(args: Args) -> None:
                 _print_growing(chat.reply(line, args))
         except KeyboardInterrupt:
             print()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -129,7 +131,7 @@ def _adapter(chat: Chat, which: str) -> str:
     if which in ("on", "off") and chat.adapted is chat.model.params:
         raise ValueError("there is no adapter; /adapter PATH takes one")
     if which == "off":
-        chat.params = switched_off(chat.adapted, layout=chat.model.layout)
+        chat.params = switched_off(chat.adapted, chat.model.params, layout=chat.model.layout)
     elif which == "on":
         chat.params = chat.adapted
     elif which:

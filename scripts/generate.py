@@ -46,6 +46,10 @@ class Args(Tuned, Sampling):
     def __post_init__(self) -> None:
         Tuned.__post_init__(self)
         Sampling.__post_init__(self)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more and below 2^32")
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in self.question or ""):
+            raise ValueError("the question is no text: it holds bytes that are not UTF-8")
         if self.question is not None and self.file is not None:
             raise ValueError("give a question or --file, not both")
 
@@ -84,7 +88,11 @@ def _read(file: Path) -> list[str]:
     """The questions of a file."""
     if not file.is_file():
         raise ValueError(f"no file at {file}")
-    questions = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+    questions = [line.strip() for line in text.split("\n") if line.strip()]
     if not questions:
         raise ValueError(f"{file} holds no question")
     return questions

@@ -110,10 +110,17 @@ def test_stops(model: Model) -> None:
 
 
 def draw(
-    *, temperature: float = 1, top_k: int = 97, top_p: float = np.inf, penalty: float = 1, stop: tuple[int, ...] = (-1,)
+    *,
+    temperature: float = 1,
+    top_k: int = 97,
+    top_p: float = np.inf,
+    penalty: float = 1,
+    stop: tuple[int, ...] = (-1,),
+    rows: int = 4,
 ) -> Draw:
     numbers = (np.float32(temperature), np.int32(top_k), np.float32(top_p), np.float32(penalty))
-    return Draw(*numbers, stop=np.array(stop, np.int32), key=jax.random.key(0))
+    length = np.full(rows, 99, np.int32)
+    return Draw(*numbers, stop=np.array(stop, np.int32), key=jax.random.key(0), length=length)
 
 
 def test_stops_early(model: Model) -> None:
@@ -213,8 +220,8 @@ def test_no_parameter_is_a_constant(model: Model) -> None:
     abstract = jax.eval_shape(lambda: model.params)
     shape = jax.ShapeDtypeStruct((2, 32), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
     options = {"config": model.config, "greedy": True, "mesh": None}
-    state = jax.eval_shape(functools.partial(prefill, room=32, **options), abstract, *shape, draw())
-    text = extend.lower(abstract, state, np.int32(4), draw(), **options).as_text()
+    state = jax.eval_shape(functools.partial(prefill, room=32, **options), abstract, *shape, draw(rows=2))
+    text = extend.lower(abstract, state, np.int32(4), draw(rows=2), **options).as_text()
     assert len(text) < 200_000
     assert "97x32xf32>" in text
 
@@ -294,6 +301,8 @@ def test_default_stop_ids(speaker: Model, model: Model) -> None:
     assert default_stop_ids(dataclasses.replace(speaker, hf_config={"eos_token_id": [5, 2]})) == (0, 2, 5)
     assert default_stop_ids(dataclasses.replace(model, hf_config={"eos_token_id": 7})) == (7,)
     assert default_stop_ids(model) == ()
+    configured = dataclasses.replace(model, hf_config={"eos_token_id": 7}, generation_config={"eos_token_id": [7, 9]})
+    assert default_stop_ids(configured) == (7, 9)
 
 
 def asked(*words: str) -> list[dict[str, str]]:
@@ -307,6 +316,11 @@ def test_answers_in_batches(speaker: Model, model: Model) -> None:
     assert answer(speaker, speaker.params, [], max_new_tokens=8) == []
     assert all(text == text.strip() and "<|" not in text for text in alone)
     assert len(set(alone)) > 1
+    stop = f" {alone[0].split()[2]}"
+    stopped = answer(speaker, speaker.params, conversations[:1], max_new_tokens=8, stop_strings=[stop])
+    assert stopped == [alone[0][: alone[0].index(stop)]]
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        answer(speaker, speaker.params, conversations[:1], max_new_tokens=8, stop_strings=[""])
     with pytest.raises(ValueError, match="no tokenizer"):
         answer(model, speaker.params, conversations, max_new_tokens=8)
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -222,6 +223,8 @@ def test_redundant_tensors_are_ignored(tmp_path: Path) -> None:
         ({"attention_bias": True}, "lacks the tensor model.layers.0.self_attn.k_proj.bias and 11 more"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}}, "rope_type 'dynamic'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"model_type": ["llama"]}, r"architecture \['llama'\]"),
+        ({"num_key_value_heads": 3}, "4 heads and 3 key/value heads, which do not fit"),
         ({"num_hidden_layers": 4}, "lacks the tensor model.layers.3.input_layernorm.weight and 8 more"),
         ({"num_hidden_layers": 2}, "holds the tensor model.layers.2.input_layernorm.weight and 8 more"),
         ({"intermediate_size": 32}, r"mlp.down_proj.weight has the shape \(24, 16\), not \(32, 16\)"),
@@ -245,6 +248,83 @@ def test_rope_theta_stands_in_two_places(tmp_path: Path, spelling: dict) -> None
     config = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("rope")}
     file.write_text(json.dumps(config | spelling))
     assert load_model(tmp_path / "model").config.kinds[0].rope.theta == 7.0
+
+
+def test_a_head_of_its_own_beside_a_tied_config_is_kept(tmp_path: Path) -> None:
+    """As transformers does."""
+    model = saved_model(tmp_path / "model", tied=True)
+    file = tmp_path / "model/model.safetensors"
+    tensors = load_file(file)
+    table = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": table}, file)
+    assert load_model(tmp_path / "model").config.tied
+    save_file(tensors | {"lm_head.weight": table + 1}, file)
+    untied = load_model(tmp_path / "model")
+    assert not untied.config.tied
+    np.testing.assert_array_equal(untied.params["lm_head"]["kernel"], table.T + 1)
+    save_model(tmp_path / "again", untied.params, untied)
+    assert_trees_equal(load_model(tmp_path / "again").params, untied.params)
+    assert model.config.tied
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 0}, "r is 0, which is no value"),
+        ({"r": "4"}, "r is '4'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern is"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern is"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "targets v_proj, but adapter_model.safetensors holds nothing of it"),
+    ],
+)
+def test_adapter_configs_that_are_wrong(tmp_path: Path, change: dict, message: str) -> None:
+    model = saved_model(tmp_path / "model")
+    config = AdapterConfig(rank=2, targets=("q_proj",))
+    params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    save_peft(tmp_path / "adapter", params, model)
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_peft(tmp_path / "adapter", model)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_file_without_tensors_is_no_adapter(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model")
+    config = AdapterConfig(rank=2, targets=("q_proj",))
+    params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    save_peft(tmp_path / "adapter", params, model)
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": "q_proj"}))
+    save_file({}, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(ValueError, match="holds no adapter"):
+        load_peft(tmp_path / "adapter", model)
+
+
+def test_biased_modules_trained_whole_come_back(tmp_path: Path) -> None:
+    hf_config = HF_CONFIG | {"model_type": "qwen2", "head_dim": None, "hidden_size": 32}
+    config = decoder_config(hf_config, source="these tests")
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(rng.normal(1, 0.3, leaf.shape), jnp.float32)  # noqa: E731
+    model = Model(config=config, params=jax.tree.map(draw, abstract_params(config)), hf_config=hf_config)
+    adapters = AdapterConfig(rank=2, targets=("up_proj",), train_whole=("q_proj",))
+    params = add_adapters(model.params, adapters, layout=model.layout, key=jax.random.key(0))
+    q = params["layers"]["self_attn"]["q_proj"]
+    whole = {"self_attn": params["layers"]["self_attn"] | {"q_proj": jax.tree.map(lambda leaf: leaf + 1, q)}}
+    params = params | {"layers": params["layers"] | whole}
+    save_peft(tmp_path / "adapter", params, model, config=adapters)
+    assert_trees_equal(load_peft(tmp_path / "adapter", model), params)
+
+
+def test_an_overwritten_model_may_have_fewer_shards(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model")
+    save_model(tmp_path / "copy", model.params, model, shard_bytes=3000)
+    save_model(tmp_path / "copy", model.params, model)
+    assert [path.name for path in (tmp_path / "copy").glob("*safetensors*")] == ["model.safetensors"]
 
 
 def test_damaged_folders(tmp_path: Path) -> None:

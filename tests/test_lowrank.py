@@ -149,15 +149,49 @@ def test_several_adapters_merge_with_weights(zoo: Any, adapted: Adapted, randomi
         merge_weighted(case.params, parts, [1.0])
 
 
+def test_a_tied_table_that_changed_changes_the_head_of_the_sum(zoo: Any, adapted: Adapted, randomise: Any) -> None:
+    """One tree has another table, still tied; the other an adapter on the head."""
+    case = zoo("decoder")
+    table = {"embed_tokens": {"embedding": case.params["embed_tokens"]["embedding"] + 0.1}}
+    whole, head = case.params | table, randomise(adapted("decoder", "kaiming-standard", targets=("lm_head",)))
+    base = case.params["embed_tokens"]["embedding"].T
+    for known in (case.layout, None):
+        alone = merge_adapters(head, layout=known)["lm_head"]["kernel"]
+        merged = merge_weighted(case.params, [whole, head], [1.0, 1.0], layout=known)
+        assert distance(merged["lm_head"]["kernel"], alone + 0.1) < 1e-6
+        assert distance(merged["embed_tokens"]["embedding"], (base + 0.1).T) < 1e-6
+        assert "lm_head" not in merge_weighted(case.params, [whole], [1.0], layout=known)
+
+
+def test_a_weighted_merge_rounds_once(zoo: Any, adapted: Adapted, randomise: Any) -> None:
+    """Over a bfloat16 base a small change times a large weight is not lost to the rounding before it."""
+    case = zoo("decoder")
+    params = randomise(adapted("decoder", "kaiming-standard", targets=("up_proj",)))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), case.params)
+    small = unflatten(
+        {p: leaf.astype(jnp.bfloat16) if p in flatten(half) else leaf / (30 if p.endswith("lora_b") else 1)
+         for p, leaf in flatten(params).items()}
+    )  # fmt: skip
+    got = merge_weighted(half, [small], [8.0], layout=case.layout)["layers"]["mlp"]["up_proj"]["kernel"]
+    exact = merged_kernel(
+        {name: leaf.astype(jnp.float32) * (8 if name == "lora_scale" else 1) for name, leaf in
+         small["layers"]["mlp"]["up_proj"].items()}
+    )  # fmt: skip
+    error = np.abs(np.asarray(got, np.float64) - np.asarray(exact, np.float64))
+    assert np.all(error <= (2**-8 + 1e-5) * np.abs(exact))  # half a step of bfloat16
+
+
 def test_switched_off_is_the_base_in_the_same_structure(zoo: Any, adapted: Adapted, randomise: Any) -> None:
     case = zoo("decoder")
     plain = case.plain(case.params)
     for method in ("kaiming-standard-dora", "pissa-rank_stabilized", "pissa-standard-dora", "pissa_kept-standard-dora"):
         params = randomise(adapted("decoder", method))
-        off = switched_off(params, layout=case.layout)
+        off = switched_off(params, case.params, layout=case.layout)
         assert jax.tree.map(jnp.shape, off) == jax.tree.map(jnp.shape, params)
         assert distance(case.forward(off), plain) < 2e-5, method
         assert distance(case.forward(params), plain) > 1e-2, method
+    whole = params | {"norm": {"scale": 2 * params["norm"]["scale"]}, "lm_head": {"kernel": jnp.ones((32, 97))}}
+    assert distance(case.forward(switched_off(whole, case.params, layout=case.layout)), plain) < 2e-5
 
 
 @pytest.mark.parametrize(("model", "method"), CASES)

@@ -35,6 +35,8 @@ class Draw(NamedTuple):
     stop: Array | np.ndarray
     """Ids that end a row, of any number; -1 is none."""
     key: Array
+    length: Array
+    """What each row may grow to, its prompt included, [B]."""
 
 
 class State(NamedTuple):
@@ -85,7 +87,8 @@ def prefill(
     model = Model(config=config, params={})
     tokens, lengths = (_by_row(x, mesh) for x in (tokens, lengths))
     rows = len(tokens)
-    features, cache = model.features(params, tokens, cache=empty_cache(config, rows, tokens.shape[1] + room))
+    cache: Cache | None = empty_cache(config, rows, tokens.shape[1] + room)
+    features, cache = model.features(params, tokens, cache=cache, length=draw.length)
     assert cache is not None
     last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]
     zeros = jnp.zeros(rows, jnp.int32)
@@ -105,7 +108,9 @@ def extend(
     head = {"lm_head": model.head(params)}  # once, not in each round of the loop
 
     def body(state: State) -> State:
-        features, cache = model.features(params, state.last[:, None], state.position[:, None], cache=state.cache)
+        features, cache = model.features(
+            params, state.last[:, None], state.position[:, None], cache=state.cache, length=draw.length
+        )
         assert cache is not None
         return _advance(state._replace(cache=cache), model.logits(head, features[:, 0]), draw, greedy=greedy)
 

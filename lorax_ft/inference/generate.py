@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
@@ -110,11 +111,12 @@ def stream(
     key = jax.random.key(0) if key is None else key
     draw = Draw(
         temperature=np.float32(sampling.temperature or 1),
-        top_k=np.int32(model.config.vocab_size if sampling.top_k is None else sampling.top_k),
+        top_k=np.int32(min(sampling.top_k or model.config.vocab_size, model.config.vocab_size)),
         top_p=np.float32(math.inf if sampling.top_p is None else sampling.top_p),
         repetition_penalty=np.float32(sampling.repetition_penalty),
         stop=np.pad(stop, (0, bucket(len(stop) or 1) - len(stop)), constant_values=-1),
         key=_everywhere(key, mesh) if mesh else key,
+        length=jnp.asarray(lengths + max_new_tokens),
     )
     config = dataclasses.replace(model.config, attention="xla")  # a single query is not a case for cuDNN's kernel
     params, greedy = with_all_norms(params), sampling.temperature == 0
@@ -197,6 +199,8 @@ def stream_texts(
     key: Array | None = None,
 ) -> Iterator[list[str]]:
     """`stream`, as texts without special tokens, which end before the first of `stop_strings`."""
+    if "" in stop_strings:
+        raise ValueError("a stop string is empty, and would end every text where it begins")
     found_rows = stream(
         model,
         params,
@@ -217,13 +221,14 @@ def stream_texts(
 
 
 def default_stop_ids(model: Model) -> tuple[int, ...]:
-    """The end of text by tokenizer and config.json, and the usual ends of turns and texts in the vocabulary."""
-    configured = model.hf_config.get("eos_token_id")
-    ids = set(configured if isinstance(configured, list | tuple) else [configured])
+    """The ends of text by tokenizer, config.json and generation_config.json, and the usual ones in the vocabulary."""
+    ids: set[int | None] = set()
+    for configured in (c.get("eos_token_id") for c in (model.hf_config, model.generation_config)):
+        ids |= set(configured if isinstance(configured, list | tuple) else [configured])
     if model.tokenizer is not None:
         added = model.tokenizer.get_added_vocab()
         ids |= {model.tokenizer.eos_token_id, *(added.get(token) for token in END_OF_TURN)}
-    return tuple(sorted(ids - {None}))
+    return tuple(sorted(i for i in ids if i is not None))
 
 
 def bucket(length: int) -> int:

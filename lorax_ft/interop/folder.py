@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
+def new_folder(folder: str | Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
     """An empty folder that takes the place of `folder` when the block ends without an error.
+
+    Args:
+      folder: the place.
+      replaces: patterns of files that may be there and go, beside those whose names the new folder has.
 
     Raises:
       ValueError: `folder` is a file, or holds files that the new folder would not replace.
@@ -27,7 +32,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         for file in fresh.rglob("*"):  # safetensors' are readable by their owner alone
             if file.is_file():
                 file.chmod(0o666 & ~_umask())
-        others = sorted(_names(target) - _names(fresh))
+        old = {name for name in _names(target) if not any(fnmatch.fnmatch(name, pattern) for pattern in replaces)}
+        others = sorted(old - _names(fresh))
         if others:
             raise ValueError(f"{target} holds {', '.join(others[:3])}, which would be lost; give another folder")
         if target.exists():

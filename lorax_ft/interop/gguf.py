@@ -102,6 +102,7 @@ def _hf_config(metadata: Metadata, *, tied: bool) -> dict[str, Any]:
     scaling = metadata.get("llama.rope.scaling.type", "none")
     return {
         "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
         "vocab_size": metadata.get("llama.vocab_size", len(metadata["tokenizer.ggml.tokens"])),
         "hidden_size": metadata["llama.embedding_length"],
         "intermediate_size": metadata["llama.feed_forward_length"],

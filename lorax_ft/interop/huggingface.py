@@ -56,7 +56,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
         return config, stored_tensors(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read")
-    shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{folder / INDEX} holds no weight_map of file names")
+    shards = sorted(set(weight_map.values()))
     return config, {name: stored for shard in shards for name, stored in stored_tensors(folder / shard).items()}
 
 
@@ -67,7 +70,7 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
       ValueError: the architecture or an option of it is not supported, or a value is none of its type.
     """
     kind = hf_config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{source} has the architecture {kind!r}; supported: {', '.join(FAMILIES)}")
     if hf_config.get("quantization_config") is not None:
         raise ValueError(
@@ -79,6 +82,11 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
     except Exception as error:  # transformers' checks raise errors of several types
         reason = " ".join(str(error).split())
         raise ValueError(f"{source}: its config.json has {reason}") from error
+    if described["heads"] % described["kv_heads"] or described["layers"] < 1:
+        raise ValueError(
+            f"{source}: its config.json has {described['layers']} layers, {described['heads']} heads and "
+            f"{described['kv_heads']} key/value heads, which do not fit"
+        )
     return DecoderConfig(**described, **computing)
 
 
@@ -111,6 +119,12 @@ def load_params(
         read = functools.partial(_read_leaf, parts, shapes[path], config.dtype, path.endswith("/kernel"))
         params[path] = (place or _place_here)(path, shapes[path], read)
     return unflatten(params)
+
+
+def head_is_table(tensors: Tensors) -> bool:
+    """Whether a checkpoint whose config ties the head has no other head; transformers unties where it has."""
+    head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    return head is None or table is None or np.array_equal(head.read(()), table.read(()))
 
 
 def _read_leaf(

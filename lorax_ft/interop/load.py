@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from pathlib import Path
 from typing import Literal
 
 from lorax_ft.interop.gguf import read_gguf
-from lorax_ft.interop.huggingface import Place, decoder_config, family_names, load_params, read_folder, read_json
+from lorax_ft.interop.huggingface import (
+    Place,
+    decoder_config,
+    family_names,
+    head_is_table,
+    load_params,
+    read_folder,
+    read_json,
+)
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.models.model import Model
 
@@ -45,6 +54,8 @@ def load_model(
     generation = location / "generation_config.json"
     source = str(path)
     config = decoder_config(hf_config, source=source, dtype=dtype, attention=attention, remat=remat)
+    if config.tied and not head_is_table(tensors):
+        config, hf_config = dataclasses.replace(config, tied=False), {**hf_config, "tie_word_embeddings": False}
     params = load_params(config, tensors, names=family_names(hf_config), source=source, place=place)
     return Model(
         config=config,

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, unstacked
-from lorax_ft.interop.peft_config import CONFIG, rank_and_scale, read_config, write_config
+from lorax_ft.interop.peft_config import CONFIG, rank_and_scale, read_config, untouched_targets, write_config
 from lorax_ft.interop.stored import stored_tensors
 from lorax_ft.lowrank.groups import is_whole
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, column_norm
@@ -38,6 +38,7 @@ SUFFIXES = {
     ".lora_magnitude_vector.weight": "magnitude",  # as some versions of PEFT wrote it
     ".base_layer.weight": "base",  # the weight under an adapted embedding, which PEFT writes beside the adapter
     ".weight": "whole",
+    ".bias": "bias",
 }
 Layers = Mapping[str, Layer]
 Matrix = dict[str, np.ndarray]
@@ -95,6 +96,7 @@ def load_peft(folder: str | Path, model: Model) -> Tree:
     config, known = read_config(folder), _known_modules(model)
     adapters: dict[str, dict[Any, Matrix]] = {}
     layers = modules(model.params)
+    whole: list[str] = []
     for key, stored in sorted(stored_tensors(folder / WEIGHTS).items()):
         module, leaf = _parse(key, folder)
         if module not in known:
@@ -103,16 +105,26 @@ def load_peft(folder: str | Path, model: Model) -> Tree:
                 f"{folder}: the model has no module {module}" + (f"; the nearest is {near[0]}" if near else "")
             )
         path, index = known[module]
+        whole += [module] if leaf in ("whole", "bias") else []
         value = stored.read(())
-        if leaf in ("base", "whole"):
+        if leaf in ("base", "whole", "bias"):
             if leaf == "whole" and path == "embed_tokens":  # PEFT trains a copy: a tied head keeps the table
                 layers.setdefault("lm_head", {"kernel": _base_kernel(layers, "lm_head")})
-            layers[path] = _with_whole(layers, path, index, value, where=f"{folder}: {key}")
+            layers[path] = _with_whole(layers, path, index, value, bias=leaf == "bias", where=f"{folder}: {key}")
         else:
+            if value.ndim != 2 and leaf != "magnitude":
+                raise ValueError(f"{folder}: {key} has the shape {value.shape}, which is no matrix's")
+            if "scale" in layers.get(path, {}):
+                raise ValueError(f"{folder}: {key} is for a norm, which takes no adapter")
             adapters.setdefault(path, {}).setdefault(index, {})[leaf] = value.T
     if model.config.tied and "lm_head" in layers and not _differ(layers["lm_head"]["kernel"], _table(layers)):
         del layers["lm_head"]
     names = {place: module for module, place in known.items()}
+    found = [names[path, index] for path, matrices in adapters.items() for index in matrices]
+    if missing := untouched_targets(config, [*found, *whole]):
+        raise ValueError(f"{folder}: {CONFIG} targets {missing[0]}, but {WEIGHTS} holds nothing of it")
+    if not found and not whole:
+        raise ValueError(f"{folder}: {WEIGHTS} holds no adapter")
     for path, matrices in adapters.items():
         for index, matrix in matrices.items():
             _complete(matrix, config, names[path, index], where=folder)
@@ -234,10 +246,12 @@ def _parse(key: str, folder: Path) -> tuple[str, str]:
     raise ValueError(f"{folder} holds the tensor {key}, which is no LoRA's")
 
 
-def _with_whole(layers: Layers, path: str, index: Any, value: np.ndarray, *, where: str) -> Layer:
-    """The layer with the weight of one of its stack replaced."""
+def _with_whole(layers: Layers, path: str, index: Any, value: np.ndarray, *, bias: bool, where: str) -> Layer:
+    """The layer with the weight, or the bias, of one of its stack replaced."""
     layer = layers.get(path) or {"kernel": _base_kernel(layers, path)}
-    name = next(name for name in ("kernel", "embedding", "scale") if name in layer)
+    name = "bias" if bias else next(name for name in ("kernel", "embedding", "scale") if name in layer)
+    if name not in layer:
+        raise ValueError(f"{where}: the model's module has no bias")
     old = layer[name]
     value = value.T if name == "kernel" else value
     if old[index].shape != value.shape:

@@ -66,6 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds an adapter of type {config.get('peft_type')!r}; supported: 'LORA'")
+    _check_values(config, folder)
     if config.get("init_lora_weights") not in SAFE_INITS:
         raise ValueError(
             f"{folder} starts from init_lora_weights {config['init_lora_weights']!r}, which changed its base; "
@@ -74,6 +75,40 @@ def read_config(folder: Path) -> dict[str, Any]:
     if given := [name for name in UNSUPPORTED if config.get(name)]:
         raise ValueError(f"{folder} uses {given[0]} in its {CONFIG}, which is not supported")
     return config
+
+
+def untouched_targets(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """The names in `target_modules` that mean none of these modules, of which there are tensors."""
+    targets = config.get("target_modules")
+    modules = list(modules)
+    if not isinstance(targets, list):
+        return []
+    return [name for name in targets if not any(m == name or m.endswith(f".{name}") for m in modules)]
+
+
+def _check_values(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise where a field that changes numbers is none of its type."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+    good = {name: number(config.get(name)) for name in ("r", "lora_alpha")}
+    good["r"] = good["r"] and isinstance(config["r"], int)
+    for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
+        good[name] = isinstance(config.get(name, False), bool)
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        good[name] = isinstance(patterns, dict) and all(map(number, patterns.values())) and all(map(_regular, patterns))
+    if bad := [name for name, fine in good.items() if not fine]:
+        raise ValueError(f"{folder / CONFIG}: {bad[0]} is {config.get(bad[0])!r}, which is no value for it")
+
+
+def _regular(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, np.float32]:

@@ -45,7 +45,7 @@ def save_model(
         raise ValueError("save_model: the model has no hf_config, so there is no config.json to write")
     if Path(folder).resolve() == Path(model.source or " ").resolve():
         raise ValueError(f"{folder} is where the model was loaded from; give another folder")
-    with new_folder(folder) as new:
+    with new_folder(folder, replaces=("model*.safetensors", INDEX)) as new:  # an old model's shards
         files, tied, kind = _write_shards(new, _tensors(params, model, dtype), shard_bytes)
         written = {"tie_word_embeddings": tied, "dtype": kind}
         _write_json(new / "config.json", {k: v for k, v in model.hf_config.items() if k != "torch_dtype"} | written)

@@ -33,9 +33,11 @@ def save_gguf(file: str | Path, params: Tree, model: Model, *, kind: Literal["F1
     import gguf
 
     file = Path(file)
+    if file.resolve() == Path(model.source or " ").resolve():
+        raise ValueError(f"{file} is where the model was loaded from; give another file")
     writer_kind = gguf.GGMLQuantizationType[kind]
     tokenizer = _tokenizer_fields(model)
-    _check(model)
+    _check(model, kind)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as scratch:
         new = Path(scratch) / file.name
@@ -53,7 +55,10 @@ def save_gguf(file: str | Path, params: Tree, model: Model, *, kind: Literal["F1
         new.replace(file)
 
 
-def _check(model: Model) -> None:
+def _check(model: Model, dtype: str) -> None:
+    c = model.config
+    if dtype == "Q8_0" and any(size % 32 for size in (c.width, c.mlp_width, c.heads * c.head_dim)):
+        raise ValueError("Q8_0 takes rows of a multiple of 32, which this model's are not; write F16 (--gguf-type F16)")
     kind = model.hf_config.get("model_type")
     (first, *others) = dict.fromkeys(model.config.kinds)
     if kind not in ("llama", "mistral") or others or first.window or not first.rope or first.rope.stretch != "none":

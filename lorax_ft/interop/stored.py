@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+KINDS = ("F64", "F32", "F16", "BF16")
 Index = tuple[slice, ...]
 
 
@@ -31,9 +32,13 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     """
     try:
         handle = safetensors.safe_open(file, framework="numpy")
-        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        kinds = {name: part.get_dtype() for name, part in slices.items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+    if other := [name for name, kind in kinds.items() if kind not in KINDS]:
+        raise ValueError(f"{file}: {other[0]} is {kinds[other[0]]}; supported: {', '.join(KINDS)}")
+    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     return {name: Stored(shape, functools.partial(_read, handle, name)) for name, shape in shapes.items()}
 
 

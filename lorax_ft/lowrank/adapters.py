@@ -67,18 +67,25 @@ def attach_adapters(base: Tree, adapters: Tree, *, layout: Layout | None = None)
     return from_modules(layers)
 
 
-def switched_off(params: Tree, *, layout: Layout | None = None) -> Tree:
+def switched_off(params: Tree, base: Tree, *, layout: Layout | None = None) -> Tree:
     """The parameters with all adapters switched off, in the same structure: no program is compiled anew.
 
-    s becomes 0; where an init changed the base, A and B become the start instead, W − s A₀ B₀ + s A₀ B₀ = W, and
-    DoRA's magnitude the norm of W.
+    Modules trained whole are the base's again. s becomes 0; where an init changed the base, A and B become the start
+    instead, W − s A₀ B₀ + s A₀ B₀ = W, and DoRA's magnitude the norm of W.
 
     Args:
       params: a tree with adapters.
+      base: the model's own parameters, as they were loaded.
       layout: needed where a kernel's axes are not in the order stack, in, out.
     """
-    layers = modules(params)
+    layers, own = modules(params), modules(base)
     for path, layer in layers.items():
+        if "lora_a0" not in layer or "start_scale" in layer:
+            old = own.get(path, {})
+            if "kernel" in layer and "kernel" not in old:  # a head that was untied
+                old = {"kernel": tied_kernel(base)}
+            layer = layer | {name: old[name].astype(layer[name].dtype) for name in layer.keys() & old.keys()}
+            layers[path] = layer
         if "lora_a0" in layer and "start_scale" not in layer:
             layer = layer | {"lora_a": layer["lora_a0"], "lora_b": layer["lora_b0"]}
             if "magnitude" in layer:

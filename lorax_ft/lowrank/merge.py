@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -34,12 +35,16 @@ def merge_adapters(params: Tree, *, layout: Layout | None = None) -> Tree:
     return unflatten(dict(merged_leaves(params, layout=layout)))
 
 
-def merged_leaves(params: Tree, *, layout: Layout | None = None) -> Iterator[tuple[str, Array]]:
-    """The leaves of `merge_adapters` by slash path, one at a time, so that not all need to exist at once."""
+def merged_leaves(params: Tree, *, layout: Layout | None = None, dtype: Any = None) -> Iterator[tuple[str, Array]]:
+    """The leaves of `merge_adapters` by slash path, one at a time, so that not all need to exist at once.
+
+    What is merged has the kernel's own type, or `dtype`.
+    """
     for path, layer in modules(_untied(params, layout)).items():
         for name in layer.keys() - ADAPTER_LEAVES - STEP_LEAVES:
             leaf = layer[name]
             if "lora_a" in layer and name in ("kernel", "embedding"):
+                layer = layer if dtype is None else layer | {name: leaf.astype(dtype)}
                 leaf = _merged(layer, name, layout[path] if layout else None)
             yield f"{path}/{name}" if path else name, leaf
 
@@ -61,16 +66,26 @@ def merge_weighted(
     if not adapted or len(adapted) != len(weights):
         raise ValueError(f"{len(adapted)} adapters and {len(weights)} weights; give as many of each, at least one")
     flat = flatten(base)
-    if layout is not None and "lm_head" in layout and "lm_head/kernel" not in flat:
-        flat["lm_head/kernel"] = tied_kernel(base)  # compared, and left out again where it stays the table
+    table = "embed_tokens/embedding"
+    tied = "lm_head/kernel" not in flat and table in flat
     change: dict[str, Array] = {}
+    untied = False
     for params, weight in zip(adapted, weights, strict=True):
-        for path, leaf in merged_leaves(params, layout=layout):
-            if leaf is not flat[path]:
-                difference = leaf.astype(jnp.float32) - flat[path].astype(jnp.float32)
-                change[path] = change.get(path, 0) + weight * difference
-    kept = flatten(base) | {path: flat[path] for path in change}
-    return unflatten({p: (w + change[p]).astype(w.dtype) if p in change else w for p, w in kept.items()})
+        merged = merged_leaves(params, layout=layout, dtype=jnp.float32)
+        changed = {path: leaf for path, leaf in merged if path not in flat or leaf is not flat[path]}
+        if tied:  # a head that is the table changes as the table does
+            untied |= "lm_head/kernel" in changed
+            own = changed.get(table, flat[table]).T
+            changed["lm_head/kernel"] = changed.get("lm_head/kernel", own)
+        for path, leaf in changed.items():
+            old = flat[path] if path in flat else tied_kernel(base)
+            change[path] = change.get(path, 0) + weight * (leaf.astype(jnp.float32) - old.astype(jnp.float32))
+    if tied and not untied:
+        change.pop("lm_head/kernel")
+    kept = flat | ({"lm_head/kernel": tied_kernel(base)} if tied and untied else {})
+    return unflatten(
+        {p: (w.astype(jnp.float32) + change[p]).astype(w.dtype) if p in change else w for p, w in kept.items()}
+    )
 
 
 def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout | None = None) -> Tree:

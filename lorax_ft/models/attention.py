@@ -58,24 +58,24 @@ class Attention(nn.Module):
 
 
 def surroundings(
-    config: DecoderConfig, positions: Array, segment_ids: Array | None, *, slots: int | None
+    config: DecoderConfig, positions: Array, segment_ids: Array | None, *, slots: int | None, length: Array | None
 ) -> tuple[Surroundings, Array]:
-    """What layers share by kind, and the kind of each layer `[L]`; `slots` are those of a cache."""
+    """What layers share by kind, and the kind of each layer `[L]`; `slots` are a cache's, `length` `[B]` the texts'."""
     kinds = config.kinds if len(config.kinds) > 1 else config.kinds * config.layers
     distinct = tuple(dict.fromkeys(kinds))
     dims = next((kind.rope.dims for kind in distinct if kind.rope), 2)
     still = (jnp.ones((*positions.shape, 1, dims // 2)), jnp.zeros((*positions.shape, 1, dims // 2)))
-    turns = [rotary(kind.rope, positions, length=slots) if kind.rope else still for kind in distinct]
+    turns = [rotary(kind.rope, positions, length=length) if kind.rope else still for kind in distinct]
     cos, sin = (jnp.stack(parts) for parts in zip(*turns, strict=True))
     # A token's place in its row, or in the cache; a window that is longer than the row hides nothing.
     rows = positions if slots else jnp.arange(positions.shape[1])[None]
-    length = slots or positions.shape[1]
-    windows = [kind.window if kind.window and kind.window < length else None for kind in distinct]
+    places = slots or positions.shape[1]
+    windows = [kind.window if kind.window and kind.window < places else None for kind in distinct]
     if len(set(windows)) == 1:
         windows = windows[:1]
     mask = None
     if slots or segment_ids is not None or windows != [None]:
-        mask = jnp.stack([_causal(rows, length, window)[:, None] for window in windows])  # [N, B or 1, 1, T, S]
+        mask = jnp.stack([_causal(rows, places, window)[:, None] for window in windows])  # [N, B or 1, 1, T, S]
         if segment_ids is not None:
             mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     return Surroundings(cos, sin, mask), jnp.array([distinct.index(kind) for kind in kinds])

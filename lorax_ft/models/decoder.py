@@ -66,6 +66,7 @@ class Decoder(nn.Module):
         *,
         noise: Array | None = None,
         cache: Cache | None = None,
+        length: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Features `[B, T, D]` before the head, and the cache with the tokens written to it.
 
@@ -75,11 +76,14 @@ class Decoder(nn.Module):
           segment_ids: `[B, T]`; a token sees its own segment only. None: one segment a row.
           noise: `[B, T, D]`, added to the embeddings.
           cache: keys and values `[L, B, S, K, C]` (`empty_cache`); None computes without one.
+          length: `[B]`, what each text may grow to; None: as long as it is.
         """
         c = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        around, kinds = surroundings(c, positions, segment_ids, slots=cache["k"].shape[2] if cache else None)
+        around, kinds = surroundings(
+            c, positions, segment_ids, slots=cache["k"].shape[2] if cache else None, length=length
+        )
         x = nn.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed_tokens")(tokens)
         if noise is not None:
             x = x + noise.astype(x.dtype)

@@ -62,10 +62,11 @@ class Model:
         *,
         noise: Array | None = None,
         cache: Cache | None = None,
+        length: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Features `[B, T, D]` before the head, and the cache; arguments as `Decoder.__call__` has them."""
         apply = adapt(self.module.apply)
-        return apply({"params": params}, tokens, positions, segment_ids, noise=noise, cache=cache)
+        return apply({"params": params}, tokens, positions, segment_ids, noise=noise, cache=cache, length=length)
 
     def head(self, params: Tree) -> Layer:
         """The output head as a layer for `linear`: its kernel `[D, V]` in the activations' dtype, and its adapter."""

@@ -41,9 +41,11 @@ class Rope:
     """By channel, for longer texts."""
 
 
-def rotary(rope: Rope, positions: Array, *, length: int | None = None) -> tuple[Array, Array]:
+def rotary(rope: Rope, positions: Array, *, length: Array | None = None) -> tuple[Array, Array]:
     """Cosines and sines `[B, T, 1, dims / 2]` at positions `[B, T]`, in float32; `length` as in `frequencies`."""
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies(rope, positions, length=length)
+    turns = frequencies(rope, positions, length=length)  # [dims / 2], or [B, dims / 2]
+    turns = turns if turns.ndim == 1 else turns[:, None, None]
+    angles = positions[..., None, None].astype(jnp.float32) * turns
     return rope.magnitude * jnp.cos(angles), rope.magnitude * jnp.sin(angles)
 
 
@@ -56,16 +58,16 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate(parts if still is None else [*parts, still], axis=-1)
 
 
-def frequencies(rope: Rope, positions: Array, *, length: int | None = None) -> Array:
-    """Radians a position by pair of channels, `[dims / 2]`.
+def frequencies(rope: Rope, positions: Array, *, length: Array | None = None) -> Array:
+    """Radians a position by pair of channels, `[dims / 2]`; longrope's, where `length` is given, `[B, dims / 2]`.
 
-    Longrope's depend on the length of the text: `length`, or by default the largest position. With a cache it is the
-    number of slots, so that all of the cache's keys and all queries turn alike from the start.
+    Longrope's depend on the length of the text: `length` `[B]`, or by default the largest position. In generation it
+    is what the text may grow to, so that all of the cache's keys and all queries turn alike from the start.
     """
     plain = rope.theta ** (-np.arange(0, rope.dims, 2) / rope.dims)
     if rope.stretch == "longrope":
         short, long = (jnp.asarray(plain / np.array(f), jnp.float32) for f in (rope.short_factors, rope.long_factors))
-        longest = jnp.max(positions) + 1 if length is None else length
+        longest = jnp.max(positions) + 1 if length is None else length[:, None]
         return jnp.where(longest <= rope.original_positions, short, long)
     if rope.stretch == "linear":
         plain = plain / rope.factor

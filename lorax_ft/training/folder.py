@@ -33,6 +33,11 @@ def check_folder(config: Config) -> None:
         raise ValueError(f"train.output {folder}: nothing can be written to {existing}: {error.strerror}") from error
     holds_run = _is_run(folder / CONFIG)
     holds = folder.is_dir() and any(folder.iterdir())
+    start = config.adapter.start_from
+    if train.overwrite and start is not None and folder.resolve() in Path(start).resolve().parents:
+        raise ValueError(
+            f"adapter.start_from {start} lies in {folder}, which train.overwrite deletes; give another output"
+        )
     if train.resume and not holds_run:
         raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
     if train.resume:
@@ -81,7 +86,9 @@ def _check_same_run(now: Config, then: Config) -> None:
     """Raise where a resumed run would not be the run that was interrupted."""
     same = {
         "model": ("path", "dtype"),
-        "adapter": tuple(f.name for f in dataclasses.fields(now.adapter)),
+        "adapter": tuple(
+            f.name for f in dataclasses.fields(now.adapter) if f.name != "start_from"
+        ),  # it may have moved
         "data": tuple(f.name for f in dataclasses.fields(now.data)),
         "optim": ("optimizer", "schedule", "learning_rate", "lora_plus_ratio", "magnitude_ratio"),
         "train": ("batch_size", "seed", "neftune_alpha"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -89,7 +90,11 @@ def check_trackers(trackers: Sequence[str]) -> None:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log, or none where there is no log."""
     file = folder / LOG
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = []
+    for text in file.read_text().splitlines() if file.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that was killed
+            lines.append(json.loads(text))
+    return lines
 
 
 def plot_losses(folder: Path) -> Path | None:

@@ -144,12 +144,16 @@ def _load(config: Config, mesh: Mesh) -> Model:
 def _with_adapter(model: Model, config: Config) -> Model:
     """The model with the adapter that is to train on."""
     folder = Path(config.adapter.start_from or "")
+    params = load_peft(folder, model)
     for module in read_config(folder).get("modules_to_save") or ():
-        if not is_whole(module.removeprefix("model.").replace(".", "/"), config.adapter.train_whole):
+        if module == "lm_head" and module not in params:  # PEFT's copy of a tied table, which is one leaf here
+            continue
+        path = module.removeprefix("model.").replace(".", "/")
+        if not is_whole(path, config.adapter.train_whole):
             raise ValueError(
-                f"{folder} holds {module}, trained whole; give --adapter.train_whole {module} to go on with it"
+                f"{folder} holds {path}, trained whole; give --adapter.train_whole {path} to go on with it"
             )
-    return dataclasses.replace(model, params=load_peft(folder, model))
+    return dataclasses.replace(model, params=params)
 
 
 def _check_contract(job: Job, batch: dict[str, Array]) -> None:

@@ -42,6 +42,15 @@ def test_greedy_is_transformers(tmp_path: Path, family: str) -> None:
     assert len({token for row in rows for token in row}) > 5
 
 
+def test_longrope_goes_by_what_a_text_may_grow_to(tmp_path: Path) -> None:
+    """Not by the room that is set aside for it, nor by the other rows."""
+    theirs = checkpoint(tmp_path / "model", "phi4_mini", original=64)
+    ours = load_model(tmp_path / "model")
+    prompts = [list(range(20, 60)), [5, 6, 7], list(range(9, 89))]
+    rows = generate(ours, ours.params, prompts, max_new_tokens=10, stop_ids=())
+    assert rows == [continued(theirs, prompt, 10) for prompt in prompts]
+
+
 def test_repetition_penalty_is_transformers(tmp_path: Path) -> None:
     theirs = checkpoint(tmp_path / "model", "llama_tied")
     ours = load_model(tmp_path / "model")

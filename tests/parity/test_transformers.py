@@ -99,9 +99,11 @@ LLAMAS = ["llama_tied", "llama_untied", "llama_wide_heads"]
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 21))
 
 
-def checkpoint(folder: Path, case: str = "llama_tied", **options: object) -> torch.nn.Module:
+def checkpoint(
+    folder: Path, case: str = "llama_tied", *, original: int | None = None, **options: object
+) -> torch.nn.Module:
     torch.manual_seed(0)
-    fields = SIZES | CASES[case]
+    fields = SIZES | CASES[case] | ({"original_max_position_embeddings": original} if original else {})
     config = transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for name, weight in model.named_parameters():
