@@ -16,6 +16,7 @@ A layer is a dict of leaves; which leaves stand there says which method it is:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -165,6 +166,7 @@ def _matrices(layer: Layer) -> Layer:
     return flat
 
 
+@functools.partial(jax.jit, static_argnums=0)  # or the loop would be compiled anew at every call outside a jit
 def _over_stack(f: Callable[[Layer], Array], layers: Layer) -> Array:
     return f({k: v[0] for k, v in layers.items()})[None] if layers["kernel"].shape[0] == 1 else lax.map(f, layers)
 

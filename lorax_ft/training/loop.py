@@ -256,6 +256,7 @@ def _print_end(console: Console, job: Job, result: Result) -> None:
     if before and after and n:
         questions = [prompt[-1]["content"] for prompt in after.prompts[:n]]
         columns = {"reference": after.references, "before": before.answers, "after": after.answers}
+        console.print()
         report.print_answers(console, "Answers", questions, columns)
     rows = [("steps", f"{result.steps:,}"), ("time", f"{result.seconds:.0f} s")]
     first = next(iter(read_log(result.folder)), {}) if job.first_step else _numbers(result.before)
@@ -268,6 +269,7 @@ def _print_end(console: Console, job: Job, result: Result) -> None:
         ("loss plot", str(result.folder / PLOT)),
         ("log", str(result.folder / LOG)),
     ]
+    console.print()
     report.print_summary(console, rows, title="Done")
     console.print("What to type next", style="bold")
     for command in (
