@@ -111,14 +111,15 @@ def plot_losses(folder: Path) -> Path | None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, losses = np.array(train).T
+    values = np.array([value for _, value in (*train, *validation)])
+    log = values.min() > 0 and values.max() > 20 * values.min()
     axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss")
-    weight = 1 - 1 / min(max(len(losses) / 10, 2), 10)  # over a tenth of a short run, and ten steps of a long one
-    axes.plot(steps, smooth(losses, weight=weight), color="#08519c", linewidth=2, label="training loss, smoothed")
+    smoothed = np.exp(smooth(np.log(losses))) if log else smooth(losses)
+    axes.plot(steps, smoothed, color="#08519c", linewidth=2, label="training loss, smoothed")
     if validation:
         axes.plot(*np.array(validation).T, "o-", color="#d94801", markersize=5, linewidth=1, label="validation loss")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
-    values = [value for _, value in (*train, *validation)]
-    if min(values) > 0 and max(values) > 20 * min(values):
+    if log:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
@@ -129,11 +130,7 @@ def plot_losses(folder: Path) -> Path | None:
     return path
 
 
-def smooth(values: np.ndarray, *, weight: float = 0.9) -> np.ndarray:
-    """An exponential moving average without the bias of its start."""
-    total, count, smoothed = 0.0, 0.0, []
-    for value in values:
-        total = weight * total + (1 - weight) * value
-        count = weight * count + (1 - weight)
-        smoothed.append(total / count)
-    return np.array(smoothed)
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The mean of the values around each, over a twentieth of all and at most 21; fewer at the ends."""
+    ones = np.ones(2 * min(len(values) // 40, 10) + 1)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
