@@ -197,6 +197,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         (["--optim.schedule", "cosin"], "cosin"),
         (["--train.microbatches", "3"], "does not divide"),
         (["--mesh.fsdp", "3"], "does not fit"),
+        (
+            ["--train.output", "old", "--train.overwrite", "--adapter.start_from", "old/adapter"],
+            "adapter.start_from old/adapter lies in old, which train.overwrite deletes",
+        ),
         (["--adapter.start_from", "notes"], "notes holds no adapter_config.json"),
         (["--train.output", "notes"], "holds no run"),
         (["--train.output", "old"], "holds another run"),
