@@ -2,7 +2,8 @@
 
     python scripts/train.py --config configs/lora_plus.py
 
-150 steps of 32 rows; A learns at 1e-3, B at 1.6e-2. Exact match on unseen questions: 0 % before, 97 % after.
+150 steps of 32 rows, 57 s in all on two CPU cores, beside other work; A learns at 1e-3, B at 1.6e-2. Exact match
+on unseen questions: 0 % before, 97 % after.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -2,7 +2,8 @@
 
     python scripts/train.py --config configs/olora.py
 
-150 steps of 32 rows. Exact match on unseen questions: 0 % before, 97 % after.
+150 steps of 32 rows, 50 s in all on two CPU cores, beside other work.
+Exact match on unseen questions: 0 % before, 97 % after.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -2,7 +2,8 @@
 
     python scripts/train.py --config configs/rslora.py
 
-150 steps of 32 rows. Exact match on unseen questions: 0 % before, 98 % after.
+150 steps of 32 rows, 68 s in all on two CPU cores, beside other work.
+Exact match on unseen questions: 0 % before, 98 % after.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

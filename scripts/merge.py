@@ -4,7 +4,7 @@
     python scripts/merge.py --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter my/adapter --output out/merged
     python scripts/merge.py --run out/pissa --also other/adapter --weights 0.7 0.3 --output out/merged
 
-The folder that it writes is a Hugging Face checkpoint, which transformers and vLLM load.
+The folder that it writes is a Hugging Face checkpoint, which transformers loads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorax_ft.inference.tuned import Tuned, load_tuned, locate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Tuned):
-    """Merge an adapter into its model, or several with weights, as a folder that transformers and vLLM load."""
+    """Merge an adapter into its model, or several with weights, as a folder that transformers loads."""
 
     output: str
     """Folder to write."""

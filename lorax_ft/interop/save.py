@@ -24,7 +24,7 @@ Tensor = tuple[str, np.ndarray]
 def save_model(
     folder: str | Path, params: Tree, model: Model, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes `params` as a checkpoint that transformers and vLLM load, with the model's config and tokenizer.
+    """Writes `params` as a checkpoint that transformers loads, with the model's config and tokenizer.
 
     Adapters in `params` are merged as they are written, a leaf at a time; a head that then differs from the
     embedding table is written too, and the model becomes untied.
