@@ -16,7 +16,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank ta
 def save_for_vllm(
     folder: str | Path, params: Tree, model: Model, *, max_lora_rank: int = 16
 ) -> Literal["adapter", "model"]:
-    """Writes a folder by the rules of vLLM's loader: an adapter, or the merged model where vLLM has no form for the adapter.
+    """Writes an adapter by the rules of vLLM's loader, or the merged model where they have no form for the adapter.
 
     Merged are DoRA, and modules trained whole.
 
