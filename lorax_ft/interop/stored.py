@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-KINDS = ("F64", "F32", "F16", "BF16")
+KINDS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 Index = tuple[slice, ...]
 
 
@@ -21,27 +21,34 @@ class Stored:
 
     shape: tuple[int, ...]
     read: Callable[[Index], np.ndarray]
-    """The part of it in these slices; all of it for ()."""
+    """The part of it in these slices; all of it for (). May be a view of the file."""
 
 
 def stored_tensors(file: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, by name.
 
+    The package checks the file; the tensors are views of it, where the package would copy each.
+
     Raises:
       ValueError: the file is missing or damaged.
     """
     try:
-        handle = safetensors.safe_open(file, framework="numpy")
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-        kinds = {name: part.get_dtype() for name, part in slices.items()}
+        with safetensors.safe_open(file, framework="numpy") as handle:
+            names = handle.keys()
+        with open(file, "rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            start = opened.tell()
+        content = (
+            np.memmap(file, np.uint8, mode="r", offset=start) if start < file.stat().st_size else np.empty(0, np.uint8)
+        )
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    if other := [name for name, kind in kinds.items() if kind not in KINDS]:
-        raise ValueError(f"{file}: {other[0]} is {kinds[other[0]]}; supported: {', '.join(KINDS)}")
-    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-    return {name: Stored(shape, functools.partial(_read, handle, name)) for name, shape in shapes.items()}
+    if other := [name for name in names if header[name]["dtype"] not in KINDS]:
+        raise ValueError(f"{file}: {other[0]} is {header[other[0]]['dtype']}; supported: {', '.join(KINDS)}")
 
+    def stored(entry: dict) -> Stored:
+        begin, end = entry["data_offsets"]
+        view = content[begin:end].view(KINDS[entry["dtype"]]).reshape(entry["shape"])
+        return Stored(view.shape, view.__getitem__)
 
-def _read(handle: Any, name: str, index: Index) -> np.ndarray:
-    array: np.ndarray = handle.get_slice(name)[index] if index else handle.get_tensor(name)
-    return array
+    return {name: stored(header[name]) for name in names}
