@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 
-from lorax_ft.interop.gguf import CONTROL, NAMES, NORMAL, PRE_TOKENIZERS, SPECIAL, UNUSED, USER_DEFINED, pre_tokenizer
-from lorax_ft.interop.save import hf_tensors
+from lorax_ft.interop.gguf_architectures import ARCHITECTURES, FIELDS, module_names, read_config
+from lorax_ft.interop.gguf_rope import FACTORS, divisors, write_rope
+from lorax_ft.interop.huggingface import LEAVES, decoder_config
+from lorax_ft.interop.save_gguf_tokenizer import tokenizer_metadata
+from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.lowrank.merge import merged_leaves
+from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import Model
+from lorax_ft.models.rope import Rope
 from lorax_ft.tree import Tree
+
+WRITTEN = {architecture.kind: name for name, architecture in ARCHITECTURES.items()} | {"mistral": "llama"}
+"""The architectures that families are written as."""
+COMPUTING = ("dtype", "attention", "remat")  # of a config: what no file holds
+FAR = 10**9  # a position that no text reaches
 
 
 def save_gguf(file: str | Path, params: Tree, model: Model, *, kind: Literal["F16", "Q8_0"] = "Q8_0") -> None:
@@ -24,10 +36,10 @@ def save_gguf(file: str | Path, params: Tree, model: Model, *, kind: Literal["F1
       file: written beside and renamed.
       params: parameters, with or without adapters.
       model: gives sizes and tokenizer.
-      kind: of the matrices; vectors are float32.
+      kind: of the matrices; vectors and routers are float32.
 
     Raises:
-      ValueError: the architecture is not a plain Llama, or the tokenizer is no byte-level BPE that llama.cpp knows.
+      ValueError: llama.cpp has no form for the architecture or a property of it, or does not know the tokenizer.
       OSError: the disk is full, or may not be written.
     """
     import gguf
@@ -35,19 +47,22 @@ def save_gguf(file: str | Path, params: Tree, model: Model, *, kind: Literal["F1
     file = Path(file)
     if file.resolve() == Path(model.source or " ").resolve():
         raise ValueError(f"{file} is where the model was loaded from; give another file")
-    writer_kind = gguf.GGMLQuantizationType[kind]
-    tokenizer = _tokenizer_fields(model)
-    _check(model, kind)
+    c = model.config
+    if kind == "Q8_0" and any(size % 32 for size in (c.width, c.mlp_width, c.heads * c.head_dim)):
+        raise ValueError("Q8_0 takes rows of a multiple of 32, which this model's are not; write F16 (--gguf-type F16)")
+    metadata, factors = _described(model)
+    metadata |= tokenizer_metadata(model, metadata)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as scratch:
         new = Path(scratch) / file.name
-        writer = gguf.GGUFWriter(new, "llama", use_temp_file=True)
-        _write_sizes(writer, model, gguf.LlamaFileType[f"MOSTLY_{kind}"])
-        _write_tokenizer(writer, model, tokenizer)
-        for name, value in _tensors(params, model):
-            matrix = value.ndim > 1
-            stored = gguf.quants.quantize(value, writer_kind) if matrix else value
-            writer.add_tensor(name, stored, raw_dtype=writer_kind if matrix else None)
+        writer = gguf.GGUFWriter(new, metadata.pop("general.architecture"), use_temp_file=True)
+        writer.add_name(model.source or "lorax_ft")
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        for name, value in factors.items():
+            writer.add_tensor(name, value)
+        _add_tensors(writer, params, model, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -55,97 +70,114 @@ def save_gguf(file: str | Path, params: Tree, model: Model, *, kind: Literal["F1
         new.replace(file)
 
 
-def _check(model: Model, dtype: str) -> None:
-    c = model.config
-    if dtype == "Q8_0" and any(size % 32 for size in (c.width, c.mlp_width, c.heads * c.head_dim)):
-        raise ValueError("Q8_0 takes rows of a multiple of 32, which this model's are not; write F16 (--gguf-type F16)")
-    kind = model.hf_config.get("model_type")
-    (first, *others) = dict.fromkeys(model.config.kinds)
-    if kind not in ("llama", "mistral") or others or first.window or not first.rope or first.rope.stretch != "none":
+def _described(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The keys and the rotary tensors of a model, which read again describe the same decoder.
+
+    Raises:
+      ValueError: they do not.
+    """
+    source, kind = model.source or "the model", model.hf_config.get("model_type", "")
+    if kind not in WRITTEN:
         raise ValueError(
-            f"{model.source or 'the model'} ({kind}) cannot be written as GGUF; supported: Llama without windows and "
-            "stretched positions; write a folder instead (--target hf), which llama.cpp's own converter reads"
+            f"{source} ({kind}) is not written as GGUF; supported: {', '.join(WRITTEN)}; "
+            "write a folder instead (--target hf), which llama.cpp's own converter reads"
         )
-    if model.config.biases:
+    metadata, factors = _metadata(model)
+    arrays: dict[str, Any] = factors | {"token_embd.weight": SimpleNamespace(shape=(model.config.vocab_size,))}
+    arrays |= {} if model.config.tied else {"output.weight": None}
+    modules = module_names(model.config).items()
+    arrays |= {f"blk.0.{name}.bias": None for name, path in modules if path.rpartition("/")[2] in model.config.biases}
+    again = decoder_config(read_config(metadata, arrays), source=source)
+    lost = _difference(model.config, again)
+    if lost is None and FACTORS in factors and metadata["general.architecture"] != "llama":
+        lost = "kinds"  # llama.cpp takes the tensor of Llamas only
+    if lost:
         raise ValueError(
-            f"{model.source} has biases, which are not written as GGUF; write a folder instead (--target hf)"
+            f"{source} ({kind}) has {lost} = {getattr(model.config, lost)}, for which llama.cpp's "
+            f"{metadata['general.architecture']} has no form; write a folder instead (--target hf)"
         )
+    return metadata, factors
 
 
-def _write_sizes(writer: Any, model: Model, file_type: Any) -> None:
-    c = model.config
-    rope = c.kinds[0].rope
-    assert rope is not None
-    writer.add_name(model.source or "lorax_ft")
-    writer.add_file_type(file_type)
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_block_count(c.layers)
-    writer.add_context_length(c.max_positions)
-    writer.add_embedding_length(c.width)
-    writer.add_feed_forward_length(c.mlp_width)
-    writer.add_head_count(c.heads)
-    writer.add_head_count_kv(c.kv_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_rope_dimension_count(rope.dims)
-    writer.add_rope_freq_base(rope.theta)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
+def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """GGUF's keys for what a model is, and the tensors that stand for its rotary embedding."""
+    c, kind = model.config, model.hf_config["model_type"]
+    architecture, name = ARCHITECTURES[WRITTEN[kind]], WRITTEN[kind].partition(" ")[0]
+    hf = import_transformers().CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(model.hf_config)))
+    keys: dict[str, Any] = {}
+    for key, (field, type_) in {**FIELDS, **architecture.fields}.items():
+        if (value := getattr(hf, field, None)) is not None:
+            keys[key] = type_(value)
+    keys |= {"attention.key_length": c.head_dim, "attention.value_length": c.head_dim, "vocab_size": c.vocab_size}
+    ropes = {kind.window: kind.rope for kind in c.kinds if kind.rope}
+    full = ropes.get(None) or next(iter(ropes.values()))
+    rope_keys, factors = write_rope(full)
+    keys |= rope_keys
+    if architecture.local_theta:
+        keys["rope.freq_base_swa"] = next((rope.theta for window, rope in ropes.items() if window), full.theta)
+    return {"general.architecture": name} | {f"{name}.{key}": value for key, value in keys.items()}, factors
 
 
-def _write_tokenizer(writer: Any, model: Model, fields: dict[str, Any]) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(fields["pre"])
-    writer.add_token_list(fields["tokens"])
-    writer.add_token_types(fields["types"])
-    writer.add_token_merges(fields["merges"])
-    writer.add_add_bos_token(False)
-    for name, key in SPECIAL.items():
-        token = getattr(model.tokenizer, f"{name}_id")
-        if token is not None:
-            getattr(writer, f"add_{ {'unknown': 'unk', 'padding': 'pad'}.get(key, key) }_token_id")(token)
-    if model.tokenizer.chat_template:
-        writer.add_chat_template(model.tokenizer.chat_template)
+def _difference(ours: DecoderConfig, again: DecoderConfig) -> str | None:
+    """The first field in which two decoders differ, if any."""
+    for field in dataclasses.fields(DecoderConfig):
+        if field.name == "kinds":
+            layers = (c.kinds * c.layers if len(c.kinds) == 1 else c.kinds for c in (ours, again))
+            if not all(a.window == b.window and _turn_alike(a.rope, b.rope) for a, b in zip(*layers, strict=True)):
+                return "kinds"
+        elif field.name not in COMPUTING and getattr(ours, field.name) != getattr(again, field.name):
+            return field.name
+    return None
 
 
-def _tokenizer_fields(model: Model) -> dict[str, Any]:
-    """Tokens, their types, merges, and llama.cpp's name for how text is cut into words."""
-    if model.tokenizer is None or not model.tokenizer.is_fast:
-        raise ValueError(f"{model.source or 'the model'} has no tokenizer.json, without which no GGUF file is written")
-    parts = json.loads(model.tokenizer.backend_tokenizer.to_str())
-    known = {name: json.loads(pre_tokenizer(name).__getstate__()) for name in PRE_TOKENIZERS}
-    pre = next((name for name, parts_of in known.items() if parts_of == parts["pre_tokenizer"]), None)
-    if parts["model"]["type"] != "BPE" or pre is None:
-        raise ValueError(
-            f"the tokenizer of {model.source or 'the model'} is not written as GGUF; supported: byte-level BPE as "
-            f"{', '.join(PRE_TOKENIZERS)}"
-        )
-    added = {token["id"]: token for token in parts["added_tokens"]}
-    vocabulary = {i: token for token, i in parts["model"]["vocab"].items()} | {
-        i: t["content"] for i, t in added.items()
-    }
-    size = model.config.vocab_size
-    kinds = {i: CONTROL if token["special"] else USER_DEFINED for i, token in added.items()}
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"]["merges"]]
-    return {
-        "pre": pre,
-        "tokens": [vocabulary.get(i, f"[PAD{i}]") for i in range(size)],
-        "types": [kinds.get(i, NORMAL if i in vocabulary else UNUSED) for i in range(size)],
-        "merges": merges,
-    }
+def _turn_alike(a: Rope | None, b: Rope | None) -> bool:
+    """Whether two rotary embeddings are one, be it in other words: factors for what they follow from."""
+    if a is None or b is None or not {a.stretch, b.stretch} <= {"llama3", "longrope"}:
+        return a == b
+    pairs = [(divisors(a, position=at), divisors(b, position=at)) for at in (0, FAR)]
+    same = (a.dims, a.theta, a.magnitude) == (b.dims, b.theta, b.magnitude)
+    return same and all(np.allclose(*pair, rtol=1e-4) for pair in pairs)
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    """One key with a value in GGUF's type for it."""
+    by_type = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    by_type.get(type(value), writer.add_array)(key, value)
+
+
+def _add_tensors(writer: Any, params: Tree, model: Model, kind: str) -> None:
+    """All tensors, the matrices packed.
+
+    Raises:
+      ValueError: one that llama.cpp does not know.
+    """
+    import gguf
+
+    packed = gguf.GGMLQuantizationType[kind]
+    may_have_head = gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[gguf.MODEL_ARCH[writer.arch.upper()]]
+    for name, value in _tensors(params, model):
+        if name == "output.weight" and not may_have_head:
+            raise ValueError(f"the head is tuned, and llama.cpp's {writer.arch} has none beside the embedding table")
+        if value.ndim == 1 or "ffn_gate_inp" in name:  # a router's choices must not change by rounding
+            writer.add_tensor(name, value)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(value, packed), raw_dtype=packed)
 
 
 def _tensors(params: Tree, model: Model) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors under llama.cpp's names, in float32; the rows of q and k in its interleaved rotary order."""
-    theirs = {name: key for key, name in NAMES.items()}
-    heads = {"q_proj": model.config.heads, "k_proj": model.config.kv_heads}
+    """The tensors under llama.cpp's names and in its order of rows, in float32."""
+    c = model.config
+    theirs = {path: name for name, path in module_names(c).items()}
+    interleaved = ARCHITECTURES[WRITTEN[model.hf_config["model_type"]]].interleaved
+    heads = {"attn_q": c.heads, "attn_k": c.kv_heads} if interleaved else {}
     for path, leaf in merged_leaves(params, layout=model.layout):
-        for name, value in hf_tensors(path, np.asarray(leaf, np.float32), {}):
-            module, _, kind = name.rpartition(".")
-            block, inner = "", module
-            if module.startswith("model.layers."):
-                _, _, layer, inner = module.split(".", 3)
-                block = f"blk.{layer}."
-            count = heads.get(module.rpartition(".")[2])
-            if count:
-                value = value.reshape(count, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
-            yield f"{block}{theirs[inner]}.{kind}", np.ascontiguousarray(value)
+        module, _, kind = path.removeprefix("layers/").rpartition("/")
+        name, whole = theirs[module], np.asarray(leaf)
+        parts = {f"blk.{i}.": part for i, part in enumerate(whole)} if path.startswith("layers/") else {"": whole}
+        for block, part in parts.items():
+            value = np.asarray(part, np.float32)
+            value = value.swapaxes(-1, -2) if kind == "kernel" else value
+            if count := heads.get(name):
+                value = value.reshape(count, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+            value = value + np.float32(c.norm_offset) if name.endswith("norm") else value
+            yield f"{block}{name}.{LEAVES[kind]}", np.ascontiguousarray(value)

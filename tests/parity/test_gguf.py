@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf_cases import FAMILIES, SENTENCEPIECE, SIZES, texts, tokenizer_keys
 
 from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig
+from lorax_ft.interop.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
 from lorax_ft.interop.huggingface import abstract_params, decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.save_gguf import save_gguf
@@ -83,3 +86,62 @@ def test_blocks_that_llama_cpp_makes(tmp_path: Path, kind: str, file_type: int) 
     assert np.abs(logits - expected).mean() < 0.02 * np.abs(expected).max()  # llama.cpp rounds activations too
     if kind.startswith("Q4"):  # where the blocks' own rounding is the larger
         assert np.abs(plain_logits - expected).mean() > 3 * np.abs(logits - expected).mean()
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_families(tmp_path: Path, case: str) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    tmp_path = tmp_path.parent / case.replace("phi", "fi")  # of a name with phi3 llama.cpp expects SentencePiece
+    expected = transformers_logits(tmp_path / "model", FAMILIES[case])
+    model = load_model(tmp_path / "model")
+    save_gguf(tmp_path / "model.gguf", model.params, model, kind="F16")
+    again = load_model(tmp_path / "model.gguf")
+    logits = np.asarray(again.apply({"params": again.params}, jnp.asarray(IDS)[None])[0])
+    theirs = llama_cpp.Llama(
+        str(tmp_path / "model.gguf"), n_ctx=128, verbose=False, logits_all=True, type_k=0, type_v=0
+    )
+    theirs.eval(IDS)
+    scores = np.array(theirs.scores[: len(IDS)])
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
+    assert np.abs(scores - expected).max() < 0.01 * np.abs(expected).max()  # llama.cpp rounds activations
+
+
+IDS = np.random.default_rng(0).integers(4, 700, 40).tolist()
+
+
+def transformers_logits(folder: Path, fields: dict[str, Any]) -> np.ndarray:
+    """Of a random model with weights that float16 holds, which is left in the folder."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    torch.manual_seed(0)
+    tokenizer = load_model(EMBEDDED_MODEL).tokenizer
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    fields = SIZES | {"vocab_size": len(tokenizer)} | ids | fields
+    config = transformers.CONFIG_MAPPING[fields["model_type"]](**{k: v for k, v in fields.items() if k != "model_type"})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            weight.data.normal_(float("norm" in name and "gemma" not in fields["model_type"]), 0.3)
+        weight.data = weight.data.half().float()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with torch.no_grad():
+        return model(torch.as_tensor([IDS])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("kind", [*PRE_TOKENIZERS, *SENTENCEPIECE])
+def test_tokenizers(tmp_path: Path, kind: str) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    tokenizer = read_tokenizer(tokenizer_keys(kind))
+    fields = HF_CONFIG | {"vocab_size": len(tokenizer)}
+    config = decoder_config(fields, source="these tests")
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(config))
+    model = Model(config=config, params=params, hf_config=fields, tokenizer=tokenizer)
+    save_gguf(tmp_path / "model.gguf", params, model)
+    again = load_model(tmp_path / "model.gguf").tokenizer
+    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    for text in texts(accented=kind not in ("tekken", "gpt-4o")):  # whose rules llama.cpp simplifies there
+        ids = theirs.tokenize(text.encode(), add_bos=True, special=True)
+        assert again(text).input_ids == ids
+        assert tokenizer(text).input_ids == ids
