@@ -20,8 +20,9 @@ if TYPE_CHECKING:
         TrainConfig,
         load_config,
     )
-    from lorax_ft.inference.generate import answer, generate, stream, stream_texts
+    from lorax_ft.inference.generate import generate, stream
     from lorax_ft.inference.sampling import Sampling
+    from lorax_ft.inference.texts import answer, stream_texts
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft, save_peft
     from lorax_ft.interop.save import save_model
@@ -57,7 +58,8 @@ _ROOMS = {
     "interop.load": "load_model",
     "interop.peft": "load_peft save_peft",
     "inference.sampling": "Sampling",
-    "inference.generate": "answer generate stream stream_texts",
+    "inference.generate": "generate stream",
+    "inference.texts": "answer stream_texts",
     "training.log": "plot_losses",
     "training.loop": "train",
     "training.losses": "head_loss",

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from lorax_ft import cli
-from lorax_ft.inference.sampling import Sampling
-from lorax_ft.inference.tuned import Tuned, load_tuned
+from lorax_ft.inference.tuned import Asked, load_tuned
 
 if TYPE_CHECKING:
     from lorax_ft.models.model import Model
@@ -29,23 +28,8 @@ HELP = """/adapter on|off|PATH   switch the adapter on or off, or take another P
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Tuned, Sampling):
+class Args(Asked):
     """Talk with a tuned model."""
-
-    system: str | None = None
-    """System message before the conversation."""
-    max_new_tokens: int = 512
-    """Longest answer, in tokens."""
-    seed: int = 0
-    """Seed of the draws."""
-
-    def __post_init__(self) -> None:
-        Tuned.__post_init__(self)
-        Sampling.__post_init__(self)
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; it must be 0 or more and below 2^32")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be above 0")
 
 
 @dataclasses.dataclass
@@ -65,7 +49,7 @@ class Chat:
         import jax
 
         from lorax_ft.data.chat import encode_prompt
-        from lorax_ft.inference.generate import stream_texts
+        from lorax_ft.inference.texts import stream_texts
 
         system = [{"role": "system", "content": self.system}] if self.system else []
         asked = [*self.messages, {"role": "user", "content": text}]
@@ -163,14 +147,12 @@ def _lines() -> Iterator[str]:
 
 
 def _print_growing(texts: Iterator[str]) -> None:
-    """Prints a text as it grows; a character that is not whole yet waits for the rest of its bytes."""
+    """Prints a text as it grows."""
     shown = 0
-    text = ""
     for text in texts:
-        ready = text.rstrip("\ufffd")
-        print(ready[shown:], end="", flush=True)
-        shown = max(shown, len(ready))
-    print(text[shown:])
+        print(text[shown:], end="", flush=True)
+        shown = len(text)
+    print()
 
 
 if __name__ == "__main__":

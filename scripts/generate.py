@@ -13,19 +13,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from lorax_ft import cli
-from lorax_ft.inference.sampling import Sampling
-from lorax_ft.inference.tuned import Tuned, load_tuned
+from lorax_ft.inference.tuned import Asked, load_tuned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Tuned, Sampling):
+class Args(Asked):
     """Ask a tuned model something; without a question, read one from each line."""
 
     question: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION")] = None
@@ -34,20 +33,13 @@ class Args(Tuned, Sampling):
     """Text file with a question on each line; the answers are printed as JSON lines."""
     batch_size: int = 8
     """Questions of a file that are answered at once."""
-    system: str | None = None
-    """System message before the question."""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, and are left out."""
-    seed: int = 0
-    """Seed of the draws."""
 
     def __post_init__(self) -> None:
-        Tuned.__post_init__(self)
-        Sampling.__post_init__(self)
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; it must be 0 or more and below 2^32")
+        super().__post_init__()
         if any(0xD800 <= ord(letter) < 0xE000 for letter in self.question or ""):
             raise ValueError("the question is no text: it holds bytes that are not UTF-8")
         if self.question is not None and self.file is not None:
@@ -56,15 +48,15 @@ class Args(Tuned, Sampling):
 
 def main(args: Args) -> None:
     """Loads the model and answers."""
-    questions = None if args.file is None else _read(Path(args.file))
+    lines = None if args.file is None else _read(Path(args.file))
     model, params = load_tuned(args)
     import jax
 
-    from lorax_ft.inference.generate import answer
+    from lorax_ft.inference.texts import answer
 
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
 
-    def ask(questions: list[str], number: int) -> list[str]:
+    def ask(questions: Sequence[str], number: int, where: Sequence[str] | None = None) -> list[str]:
         return answer(
             model,
             params,
@@ -74,25 +66,28 @@ def main(args: Args) -> None:
             sampling=args,
             stop_strings=args.stop,
             key=jax.random.fold_in(jax.random.key(args.seed), number),
+            where=where,
         )
 
-    if questions is not None:
-        for question, text in zip(questions, ask(questions, 0), strict=True):
+    if lines is not None:
+        questions = list(lines.values())
+        for question, text in zip(questions, ask(questions, 0, list(lines)), strict=True):
             print(json.dumps({"question": question, "answer": text}, ensure_ascii=False))
         return
     for number, question in enumerate(_questions(args.question)):
         print(*ask([question], number), flush=True)
 
 
-def _read(file: Path) -> list[str]:
-    """The questions of a file."""
+def _read(file: Path) -> dict[str, str]:
+    """The questions of a file, by the place of each."""
     if not file.is_file():
         raise ValueError(f"no file at {file}")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
-    questions = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = enumerate(text.split("\n"), 1)
+    questions = {f"{file}, line {number}": line.strip() for number, line in lines if line.strip()}
     if not questions:
         raise ValueError(f"{file} holds no question")
     return questions

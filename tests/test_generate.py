@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -28,8 +29,9 @@ from lorax_ft import cli
 from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig, Config, MeshConfig, ModelConfig
 from lorax_ft.evaluation.exact_match import evaluate_answers, exact_match
 from lorax_ft.inference.decode import Draw, extend, pick, prefill
-from lorax_ft.inference.generate import answer, default_stop_ids, generate, stream
+from lorax_ft.inference.generate import default_stop_ids, generate, stream
 from lorax_ft.inference.sampling import Sampling
+from lorax_ft.inference.texts import answer, stream_texts
 from lorax_ft.inference.tuned import Tuned, locate
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, save_peft
@@ -321,8 +323,50 @@ def test_answers_in_batches(speaker: Model, model: Model) -> None:
     assert stopped == [alone[0][: alone[0].index(stop)]]
     with pytest.raises(ValueError, match="a stop string is empty"):
         answer(speaker, speaker.params, conversations[:1], max_new_tokens=8, stop_strings=[""])
+    long, short = asked(*["w1"] * 60), asked("w1")
+    with pytest.raises(ValueError, match=r"^a.txt, line 7: 63 tokens and max_new_tokens 8 are more than the 64"):
+        answer(
+            speaker, speaker.params, [short, long], max_new_tokens=8, batch_size=1, where=["line 2", "a.txt, line 7"]
+        )
     with pytest.raises(ValueError, match="no tokenizer"):
         answer(model, speaker.params, conversations, max_new_tokens=8)
+
+
+class Letters:
+    """A tokenizer whose tokens are bytes; a run of them that is no text is decoded as so many broken characters."""
+
+    def decode(self, row: list[int], **options: bool) -> str:
+        try:
+            return bytes(row).decode()
+        except UnicodeDecodeError:
+            return bytes(row).decode("ascii", "replace")
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+@pytest.mark.parametrize(
+    ("said", "stops", "expected"),
+    [
+        ("7 + 5 = 12\n\nQuestion: 3", ["\n\nQuestion"], "7 + 5 = 12"),
+        ("7 + 5 = 12\n\nQuite", ["\n\nQuestion", "###"], "7 + 5 = 12\n\nQuite"),
+        ("ends in a begin\n\nQ", ["\n\nQuestion"], "ends in a begin\n\nQ"),
+        ("one abcd", ["abcd", "b"], "one a"),  # the one that is complete first
+        ("aab", ["ab"], "a"),
+        ("été €€ 😀", [], "été €€ 😀"),
+        ("é\n\nQé", ["\n\nQé"], "é"),
+    ],
+)
+def test_what_was_shown_is_never_taken_back(
+    speaker: Model, monkeypatch: pytest.MonkeyPatch, said: str, stops: list[str], expected: str, chunk: int
+) -> None:
+    tokens = list(said.encode())
+    rows = [[tokens[:n]] for n in [*range(chunk, len(tokens), chunk), len(tokens)]]
+    monkeypatch.setattr("lorax_ft.inference.texts.stream", lambda *args, **options: iter(rows))
+    model = dataclasses.replace(speaker, tokenizer=Letters())
+    texts = [t for (t,) in stream_texts(model, {}, [[1]], max_new_tokens=99, chunk=chunk, stop_strings=stops)]
+    assert all(new.startswith(old) for old, new in itertools.pairwise(texts))
+    assert texts[-1] == expected
+    if chunk == 1 and not stops:
+        assert texts[:4] == ["", "é", "ét", "ét"]
 
 
 def test_evaluate_answers(speaker: Model) -> None:
@@ -474,6 +518,11 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     assert status == 0
     assert json.loads(printed.splitlines()[0]) == {"question": "w7 w8", "answer": expected}
     assert len(printed.splitlines()) == 2
+    (tmp_path / "questions.txt").write_text("w7 w8\n\n" + "w9 " * 2048)
+    message = f"error: {tmp_path}/questions.txt, line 3: 2051 tokens and max_new_tokens 8 are more than "
+    refused = call("generate", "--run", str(run), "--file", f"{tmp_path}/questions.txt", "--max-new-tokens", "8")
+    assert refused[:2] == (2, "")
+    assert refused[2].startswith(message)
     said = "w7 w8\n/clear\n/adapter off\nw7 w8\n/clear\n/adapter on\nw7 w8\n/nonsense\n/adapter nowhere\n/exit\nw1\n"
     status, printed, errors = call("chat", "--run", str(run), "--max-new-tokens", "8", said=said)
     assert status == 0
@@ -528,6 +577,10 @@ def test_export(speaker: Model, params: Callable[[str], Tree], tmp_path: Path, m
     assert_close(logits(load_model(tmp_path / "hf")), logits(speaker, params("lora")))
     with pytest.raises(ValueError, match=r"rank 4, above max_lora_rank 1: export with --max-lora-rank 8"):
         export("lora", "vllm", "other", "--max-lora-rank", "1")
+    with monkeypatch.context() as only:
+        only.setattr("lorax_ft.interop.vllm.RANKS", (1,))
+        with pytest.raises(ValueError, match=r"rank 4, .* vLLM takes no higher one; merge it"):
+            export("lora", "vllm", "other", "--max-lora-rank", "1")
     with pytest.raises(ValueError, match=r"max_lora_rank is 3; vLLM takes 1, 8"):
         export("lora", "vllm", "other", "--max-lora-rank", "3")
     with pytest.raises(ValueError, match=r"hf is not empty; give another folder, or --overwrite"):
@@ -553,7 +606,8 @@ def test_the_embedded_model_as_gguf(tmp_path: Path, kind: Any, step: float) -> N
     model = load_model(EMBEDDED_MODEL)
     config = AdapterConfig(rank=4, init="pissa")
     params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
-    save_gguf(tmp_path / "tiny.gguf", params, model, kind=kind)
+    (tmp_path / "link.gguf").symlink_to("tiny.gguf")
+    save_gguf(tmp_path / "link.gguf", params, model, kind=kind)
     again = load_model(tmp_path / "tiny.gguf")
     for path, leaf in flatten(again.params).items():
         want = np.asarray(flatten(model.params)[path])
@@ -564,4 +618,5 @@ def test_the_embedded_model_as_gguf(tmp_path: Path, kind: Any, step: float) -> N
     assert answer(again, again.params, [chat], max_new_tokens=8) == answer(
         model, model.params, [chat], max_new_tokens=8
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.gguf", "tiny.gguf"]
+    assert (tmp_path / "link.gguf").is_symlink()

@@ -393,26 +393,45 @@ def test_adapters_are_merged_as_they_are_saved(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_a_disk_that_is_full_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+SAVED = {"save_model": "merged/config.json", "save_peft": "adapter/adapter_config.json", "save_gguf": "model.gguf"}
+
+
+@pytest.mark.parametrize("save", SAVED)
+def test_a_disk_that_is_full_leaves_the_place_as_it_was(tmp_path: Path, save: str) -> None:
     """The limit on a file's size stands for the full disk: writes fail in the middle."""
-    saved_model(tmp_path / "model")
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged/config.json").write_text("old")
+    old = tmp_path / SAVED[save]
+    old.parent.mkdir(exist_ok=True)
+    old.write_text("old")
+    place = old if save == "save_gguf" else old.parent
     program = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
-        "from lorax_ft import cli, load_model, save_model\n"
+        "import resource, jax, lorax_ft as lft; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "from lorax_ft import cli, save_model, save_peft\n"
+        "from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig\n"
+        "from lorax_ft.interop.save_gguf import save_gguf\n"
         "with cli.one_line_errors():\n"
-        f"    model = load_model({str(tmp_path / 'model')!r})\n"
-        f"    save_model({str(tmp_path / 'merged')!r}, model.params, model)\n"
+        "    model = lft.load_model(EMBEDDED_MODEL)\n"
+        "    params = lft.add_adapters(model.params, AdapterConfig(), layout=model.layout, key=jax.random.key(0))\n"
+        f"    {save}({str(place)!r}, params, model)\n"
     )
     options = {"capture_output": True, "text": True, "env": {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}}
     done = subprocess.run([sys.executable, "-c", program], **options)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert "File too large" in done.stderr
+    assert done.stderr.startswith(f"error: {place} cannot be written: ")
+    assert re.search("File too large|4000 written", done.stderr)
     assert done.stderr.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] in (["model", "merged"], ["merged", "model"])
-    assert (tmp_path / "merged/config.json").read_text() == "old"
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"old"}
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_tokenizer_that_cannot_be_written(tmp_path: Path) -> None:
+    class Full:
+        def save_pretrained(self, folder: Path) -> None:
+            raise Exception("No space left on device (os error 28)")
+
+    model = dataclasses.replace(random_model(), tokenizer=Full())
+    with pytest.raises(OSError, match=r"model cannot be written: the tokenizer: No space left"):
+        save_model(tmp_path / "model", model.params, model)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_folders_are_whole_or_absent(tmp_path: Path) -> None:
@@ -428,8 +447,33 @@ def test_folders_are_whole_or_absent(tmp_path: Path) -> None:
         (new / "file").write_text("fourth")
     assert {p.name: p.read_text() for p in folder.iterdir()} == {"file": "second", "notes": "mine"}
     assert [p.name for p in folder.parent.iterdir()] == ["folder"]
+    (folder / "more").mkdir()
+    (folder / "more/notes").write_text("mine too")
+    with new_folder(folder, others="keep") as new:
+        (new / "file").write_text("fifth")
+    texts = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    assert texts == {"file": "fifth", "notes": "mine", "more/notes": "mine too"}
+    assert [p.name for p in folder.parent.iterdir()] == ["folder"]
     with pytest.raises(ValueError, match=r"is a file"), new_folder(folder / "file"):
         pass
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_links_are_written_through(tmp_path: Path, exists: bool) -> None:
+    """To a folder, or a file, whether it is there yet or not; and the link stays."""
+    model = saved_model(tmp_path / "model")
+    params = add_adapters(model.params, AdapterConfig(rank=2), layout=model.layout, key=jax.random.key(0))
+    (tmp_path / "disk").mkdir()
+    for name, save in (("merged", save_model), ("adapter", save_peft)):
+        place = tmp_path / "disk" / name
+        if exists:
+            place.mkdir()
+        (tmp_path / name).symlink_to(place)
+        save(tmp_path / name, params, model)
+        save(tmp_path / name, params, model)
+        assert (tmp_path / name).readlink() == place
+        assert any(place.glob("*.safetensors"))
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["adapter", "merged"]
 
 
 ADAPTERS = {
@@ -470,6 +514,42 @@ def test_a_start_becomes_twice_the_rank_on_the_original_base(tmp_path: Path, dor
     expected = logits(model.config, params)
     assert jnp.abs(expected - logits(model.config, model.params)).max() > 0.1
     np.testing.assert_allclose(logits(model.config, again), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_stacked_experts_are_taken_apart(tmp_path: Path, kind: str) -> None:
+    """As PEFT writes `target_parameters`: A `[E·R, in]`, B `[out, R·E]`; gate_up innermost, gate and up with one A."""
+    sizes = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    hf_config = HF_CONFIG | sizes | {"model_type": kind}
+    config = decoder_config(hf_config, source="these tests")
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(config))
+    rng = np.random.default_rng(0)
+    factors = {}
+    for i in range(3):
+        for name, inside, rank, (rows, columns) in (("gate_up", ".base_layer", 2, (16, 48)), ("down", "", 3, (24, 16))):
+            a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((4, rank, rows), (4, columns, rank)))
+            factors[name, i] = a, b
+            key = f"base_model.model.model.layers.{i}.mlp.experts{inside}"
+            factors[f"{key}.lora_A.weight"] = a.reshape(-1, rows)
+            factors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b.transpose(1, 2, 0).reshape(columns, -1))
+    save_file(
+        {key: value for key, value in factors.items() if isinstance(key, str)}, tmp_path / "adapter_model.safetensors"
+    )
+    said = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 6,
+        "target_parameters": [f"experts.{n}_proj" for n in ("gate_up", "down")],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said | {"rank_pattern": {"experts.down_proj": 3}}))
+    experts = load_peft(tmp_path, Model(config=config, params=params, hf_config=hf_config))["layers"]["mlp"]["experts"]
+    for i in range(3):
+        for name, part in (("gate", slice(24)), ("up", slice(24, None)), ("down", slice(None))):
+            a, b = factors["down" if name == "down" else "gate_up", i]
+            layer = experts[f"{name}_proj"]
+            np.testing.assert_array_equal(layer["lora_a"][i], a.swapaxes(1, 2))
+            np.testing.assert_array_equal(layer["lora_b"][i], b[:, part].swapaxes(1, 2))
+            np.testing.assert_array_equal(layer["lora_scale"][i], 2 if name == "down" else 3)
 
 
 def test_adapter_config(tmp_path: Path) -> None:
@@ -563,6 +643,8 @@ def test_save_peft_refuses(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "type 'IA3'; supported: 'LORA'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed its base"),
         ({"lora_bias": True}, "uses lora_bias"),
+        ({"target_parameters": ["experts.down_proj"]}, "targets experts.down_proj, but .* holds nothing of it"),
+        ({"target_parameters": "down_proj"}, "target_parameters is 'down_proj', which is no value for it"),
         ({"r": 5}, "has rank 2 in adapter_model.safetensors, and 5 in adapter_config.json"),
         ({"use_dora": True}, "self_attn.q_proj has no magnitude"),
     ],

@@ -16,7 +16,7 @@ import pytest
 
 import lorax_ft as lft
 from lorax_ft.config import EMBEDDED_DATA
-from lorax_ft.training.log import read_log
+from lorax_ft.training.log import LOG, PLOT, Log, read_log
 from lorax_ft.training.progress import Progress
 
 ROOT = Path(__file__).parent.parent
@@ -76,10 +76,15 @@ def test_a_config_trains_and_resumes_as_if_never_stopped(name: str, main: Main, 
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert main(*config(name), *SHORT, *steps, "--train.steps", 3, "--train.output", whole) == 0
     assert main(*config(name), *SHORT, *steps, "--train.steps", 2, "--train.output", halves) == 0
+    saved = ("model", "model.safetensors") if name == "full" else ("adapter", "adapter_model.safetensors")
+    (halves / saved[0] / "README.md").write_text("a person's")
+    with (halves / LOG).open("a") as log:
+        log.write('{"step": 3, "lo')  # as a crash leaves it
     assert main(*config(name), *SHORT, *steps, "--train.steps", 3, "--train.output", halves, "--train.resume") == 0
     assert losses(whole) == losses(halves)
     assert [losses(whole)[step] for step in (1, 2, 3)] == pytest.approx(GOLDEN[name], rel=1e-3)
-    saved = ("model", "model.safetensors") if name == "full" else ("adapter", "adapter_model.safetensors")
+    assert [json.loads(line)["step"] for line in (halves / LOG).open()] == [0, 1, 2, 2, 3, 3]
+    assert (halves / saved[0] / "README.md").read_text() == "a person's"
     assert (halves.joinpath(*saved)).read_bytes() == (whole.joinpath(*saved)).read_bytes()
     assert (halves / "training_loss.png").stat().st_size > 10_000
     assert lft.Config.from_json((halves / "config.json").read_text()).train.steps == 3
@@ -127,6 +132,18 @@ def test_an_interrupted_run_loses_nothing(
     assert losses(halves) == losses(whole)
 
 
+def test_a_log_goes_on(tmp_path: Path) -> None:
+    """The lines up to the step to go on from are on disk before any other, and without what a crash left behind."""
+    lines = [{"step": step, "loss": 1.5} for step in (1, 2, 3)]
+    (tmp_path / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    log = Log(tmp_path, trackers=(), settings={}, resumed=2)
+    assert read_log(tmp_path) == lines[:2]
+    log.write(3, {"loss": 1.0})
+    assert read_log(tmp_path) == [*lines[:2], {"step": 3, "loss": 1.0}]
+    log.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOG, PLOT]
+
+
 def test_overwriting_deletes_a_run_and_nothing_else(main: Main, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(*config("lora"), *SHORT, "--train.steps", 1, "--train.output", out) == 0
@@ -152,6 +169,8 @@ def test_an_adapter_trains_on(main: Main, tmp_path: Path, capsys: Any) -> None:
     assert log[-1]["validation_loss"] < end
     assert "32 + m" in capsys.readouterr().out  # a PiSSA of rank 16 as PEFT keeps it
     assert main(*more, "--train.steps", 2, "--train.save_every", 1, "--train.output", halves) == 0
+    first.rename(tmp_path / "moved")
+    more[more.index(first / "adapter")] = tmp_path / "moved/adapter"
     assert main(*more, "--train.steps", 3, "--train.output", halves, "--train.resume") == 0
     assert losses(halves) == losses(second)
     saved = "adapter/adapter_model.safetensors"

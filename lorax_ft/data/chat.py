@@ -95,14 +95,14 @@ def encode_all(
     return Encoded(samples=samples, cut=cut, dropped=len(conversations) - len(samples))
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> np.ndarray:
-    """Token ids int32 [N] of a conversation that waits for the assistant.
+def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "prompt") -> np.ndarray:
+    """Token ids int32 [N] of a conversation that waits for the assistant; `where` names its place for errors.
 
     Raises:
       ValueError: the tokenizer has no chat template, or the template refuses the conversation.
     """
     _check_tokenizer(tokenizer)
-    text = _apply_template(messages, tokenizer, prompt=True, where="prompt")
+    text = _apply_template(messages, tokenizer, prompt=True, where=where)
     return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
 

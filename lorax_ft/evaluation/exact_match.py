@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from lorax_ft.data.formats import Message
-from lorax_ft.inference.generate import answer
+from lorax_ft.inference.texts import answer
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree
 

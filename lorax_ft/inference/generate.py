@@ -1,4 +1,4 @@
-"""Tokens and text from a model."""
+"""Tokens from a model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax_ft.data.chat import encode_prompt
-from lorax_ft.data.formats import Message
 from lorax_ft.inference.decode import Draw, extend, prefill
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.lowrank.adapters import with_norms
@@ -23,7 +21,6 @@ from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, combine, flatten, split
 
 GREEDY = Sampling()
-STOP_CHUNK = 16  # tokens between two looks at the text
 END_OF_TURN = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>"),
     *("<|endoftext|>", "<|end_of_text|>"),
@@ -61,16 +58,8 @@ def generate(
       ValueError: a prompt is empty, is no text of this vocabulary, or is too long for the model's positions; a
         number is out of range; or sampling lacks its key.
     """
-    *_, rows = stream(
-        model,
-        params,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        chunk=max_new_tokens,
-        sampling=sampling,
-        stop_ids=stop_ids,
-        key=key,
-    )
+    n = max_new_tokens
+    *_, rows = stream(model, params, prompts, max_new_tokens=n, chunk=n, sampling=sampling, stop_ids=stop_ids, key=key)
     return rows
 
 
@@ -94,7 +83,7 @@ def stream(
     Yields:
       The new tokens of each row so far, up to its first stop id; the last result is what `generate` returns.
     """
-    _check_prompts(prompts, max_new_tokens, model.config)
+    check_prompts(prompts, max_new_tokens, model.config)
     if sampling.temperature > 0 and key is None:
         raise ValueError(
             f"at temperature {sampling.temperature} tokens are drawn, which needs key=jax.random.key(seed)"
@@ -130,96 +119,6 @@ def stream(
             return
 
 
-def answer(
-    model: Model,
-    params: Tree,
-    conversations: Sequence[Sequence[Message]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 32,
-    sampling: Sampling = GREEDY,
-    stop_ids: Sequence[int] | None = None,
-    stop_strings: Sequence[str] = (),
-    key: Array | None = None,
-) -> list[str]:
-    """The assistant's next turn in each conversation, as stripped text without special tokens.
-
-    Args:
-      model: gives the tokenizer too.
-      params: parameters, with or without adapters.
-      conversations: messages that wait for the assistant.
-      max_new_tokens: the longest answer.
-      batch_size: answers at once; the prompts are taken by length, the longest first.
-      sampling: how a token is chosen.
-      stop_ids: tokens that end an answer; None takes `default_stop_ids`.
-      stop_strings: texts that end an answer, and are left out.
-      key: for drawing.
-
-    Raises:
-      ValueError: as `generate`, or the tokenizer or its chat template is missing, or refuses a conversation.
-    """
-    if model.tokenizer is None:
-        raise ValueError(f"{model.source or 'the model'} has no tokenizer; take a checkpoint with a tokenizer.json")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be above 0")
-    prompts = [encode_prompt(messages, model.tokenizer) for messages in conversations]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    size = min(batch_size, len(order))
-    params = with_all_norms(params)
-    answers = [""] * len(prompts)
-    for start in range(0, len(order), size or 1):
-        chosen = order[start : start + size]
-        texts = stream_texts(
-            model,
-            params,
-            [prompts[i] for i in chosen] + [prompts[chosen[-1]]] * (size - len(chosen)),  # one shape for all
-            max_new_tokens=max_new_tokens,
-            chunk=STOP_CHUNK if stop_strings else max_new_tokens,
-            sampling=sampling,
-            stop_ids=stop_ids,
-            stop_strings=stop_strings,
-            key=None if key is None else jax.random.fold_in(key, start),
-        )
-        *_, last = texts
-        for i, text in zip(chosen, last, strict=False):
-            answers[i] = text.strip()
-    return answers
-
-
-def stream_texts(
-    model: Model,
-    params: Tree,
-    prompts: Sequence[Sequence[int] | np.ndarray],
-    *,
-    max_new_tokens: int,
-    chunk: int,
-    sampling: Sampling = GREEDY,
-    stop_ids: Sequence[int] | None = None,
-    stop_strings: Sequence[str] = (),
-    key: Array | None = None,
-) -> Iterator[list[str]]:
-    """`stream`, as texts without special tokens, which end before the first of `stop_strings`."""
-    if "" in stop_strings:
-        raise ValueError("a stop string is empty, and would end every text where it begins")
-    found_rows = stream(
-        model,
-        params,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        chunk=chunk,
-        sampling=sampling,
-        stop_ids=stop_ids,
-        key=key,
-    )
-    for rows in found_rows:
-        decode = model.tokenizer.decode
-        texts = [decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
-        ends = [[found for stop in stop_strings if (found := text.find(stop)) >= 0] for text in texts]
-        yield [text[: min(end)] if end else text for text, end in zip(texts, ends, strict=True)]
-        if all(ends):
-            return
-
-
 def default_stop_ids(model: Model) -> tuple[int, ...]:
     """The ends of text by tokenizer, config.json and generation_config.json, and the usual ones in the vocabulary."""
     ids: set[int | None] = set()
@@ -229,6 +128,31 @@ def default_stop_ids(model: Model) -> tuple[int, ...]:
         added = model.tokenizer.get_added_vocab()
         ids |= {model.tokenizer.eos_token_id, *(added.get(token) for token in END_OF_TURN)}
     return tuple(sorted(i for i in ids if i is not None))
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    max_new_tokens: int,
+    config: DecoderConfig,
+    *,
+    where: Sequence[str] | None = None,
+) -> None:
+    """Raise ValueError where a prompt cannot be continued; `where` names the place of each, and None counts them."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be above 0")
+    for i, prompt in enumerate(prompts):
+        place = where[i] if where else f"prompt {i + 1}"
+        if len(prompt) == 0:
+            raise ValueError(f"{place} holds no token")
+        if len(prompt) + max_new_tokens > config.max_positions:
+            raise ValueError(
+                f"{place}: {len(prompt)} tokens and max_new_tokens {max_new_tokens} are more than the "
+                f"{config.max_positions} positions of the model; shorten one of them"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise ValueError(
+                f"{place} holds the token {max(prompt, key=abs)}; the vocabulary holds {config.vocab_size}"
+            )
 
 
 def bucket(length: int) -> int:
@@ -266,20 +190,3 @@ def _mesh(params: Tree) -> Mesh | None:
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
     meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding))
     return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
-
-
-def _check_prompts(prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, config: DecoderConfig) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be above 0")
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {number} holds no token")
-        if len(prompt) + max_new_tokens > config.max_positions:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens and max_new_tokens {max_new_tokens} are more than the "
-                f"{config.max_positions} positions of the model; shorten one of them"
-            )
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise ValueError(
-                f"prompt {number} holds the token {max(prompt, key=abs)}; the vocabulary holds {config.vocab_size}"
-            )

@@ -7,7 +7,9 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lorax_ft.checks import check
 from lorax_ft.config import Config, ModelConfig
+from lorax_ft.inference.sampling import Sampling
 
 if TYPE_CHECKING:
     from lorax_ft.models.model import Model
@@ -32,6 +34,24 @@ class Tuned:
             raise ValueError("give either --run FOLDER or --model PATH")
         if self.adapter is not None and self.model is None:
             raise ValueError("--adapter goes with --model; a run has its own adapter")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked(Tuned, Sampling):
+    """A model that is asked something, and how it answers."""
+
+    system: str | None = None
+    """System message that comes first."""
+    max_new_tokens: int = 512
+    """Longest answer, in tokens."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        Tuned.__post_init__(self)
+        Sampling.__post_init__(self)
+        check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be 0 or more and below 2^32")
+        check(self.max_new_tokens > 0, f"max_new_tokens is {self.max_new_tokens}; it must be above 0")
 
 
 def load_tuned(tuned: Tuned) -> tuple[Model, Tree]:

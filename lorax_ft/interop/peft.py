@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,31 +21,25 @@ from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, unstacked
 from lorax_ft.interop.peft_config import CONFIG, rank_and_scale, read_config, untouched_targets, write_config
-from lorax_ft.interop.stored import stored_tensors
+from lorax_ft.interop.peft_tensors import PREFIX, WEIGHTS, Entry, adapter_tensors
 from lorax_ft.lowrank.groups import is_whole
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, column_norm
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, from_modules, modules
 
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-SUFFIXES = {
-    ".lora_A.weight": "lora_a",
-    ".lora_B.weight": "lora_b",
-    ".lora_embedding_A": "lora_a",
-    ".lora_embedding_B": "lora_b",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",  # as some versions of PEFT wrote it
-    ".base_layer.weight": "base",  # the weight under an adapted embedding, which PEFT writes beside the adapter
-    ".weight": "whole",
-    ".bias": "bias",
-}
 Layers = Mapping[str, Layer]
 Matrix = dict[str, np.ndarray]
 """The adapter of one layer of a stack."""
 
 
-def save_peft(folder: str | Path, params: Tree, model: Model, *, config: AdapterConfig | None = None) -> None:
+def save_peft(
+    folder: str | Path,
+    params: Tree,
+    model: Model,
+    *,
+    config: AdapterConfig | None = None,
+    others: Literal["refuse", "keep"] = "refuse",
+) -> None:
     """Writes the adapters in `params` as a folder that PEFT loads on the model's original checkpoint.
 
     Modules trained whole are written too. A start (PiSSA) becomes plain LoRA of twice the rank. Alpha is the
@@ -57,6 +51,7 @@ def save_peft(folder: str | Path, params: Tree, model: Model, *, config: Adapter
       model: the model as it was loaded; its source is named as the adapter's base.
       config: what the adapters were made from: says which modules were trained whole, and the dropout rate.
         None compares the weights with the model's own, and records no dropout.
+      others: what becomes of files of other names in the folder.
 
     Raises:
       ValueError: there is no adapter, a module is both adapted and trained whole, or the folder holds other files.
@@ -77,7 +72,7 @@ def save_peft(folder: str | Path, params: Tree, model: Model, *, config: Adapter
         modules_to_save=sorted({hf_module(path.rpartition("/")[0], names) for path in whole}) or None,
         use_dora=any("magnitude" in matrix for matrix in adapters.values()),
     )
-    with new_folder(folder) as new:
+    with new_folder(folder, others=others) as new:
         (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, new / WEIGHTS, metadata={"format": "pt"})
 
@@ -94,42 +89,32 @@ def load_peft(folder: str | Path, model: Model) -> Tree:
     """
     folder = Path(folder)
     config, known = read_config(folder), _known_modules(model)
-    adapters: dict[str, dict[Any, Matrix]] = {}
     layers = modules(model.params)
-    whole: list[str] = []
-    for key, stored in sorted(stored_tensors(folder / WEIGHTS).items()):
-        module, leaf = _parse(key, folder)
-        if module not in known:
-            near = difflib.get_close_matches(module, known, n=1)
-            raise ValueError(
-                f"{folder}: the model has no module {module}" + (f"; the nearest is {near[0]}" if near else "")
-            )
-        path, index = known[module]
-        whole += [module] if leaf in ("whole", "bias") else []
-        value = stored.read(())
-        if leaf in ("base", "whole", "bias"):
-            if leaf == "whole" and path == "embed_tokens":  # PEFT trains a copy: a tied head keeps the table
-                layers.setdefault("lm_head", {"kernel": _base_kernel(layers, "lm_head")})
-            layers[path] = _with_whole(layers, path, index, value, bias=leaf == "bias", where=f"{folder}: {key}")
+    adapters: dict[str, dict[Any, Matrix]] = {}
+    found: dict[tuple[str, Any], Entry] = {}
+    for entry in adapter_tensors(folder, config, model):
+        where = f"{folder}: {entry.key}"
+        path, index = _place(entry.module, known, where=folder)
+        if entry.leaf != "base":
+            found[path, index] = entry
+        if entry.leaf in ("base", "whole", "bias"):
+            layers |= _with_whole(layers, path, index, entry, where=where)
+        elif "scale" in layers.get(path, {}):
+            raise ValueError(f"{where} is for a norm, which takes no adapter")
+        elif entry.value.ndim != 2 and entry.leaf != "magnitude":
+            raise ValueError(f"{where} has the shape {entry.value.shape}, which is no matrix's")
         else:
-            if value.ndim != 2 and leaf != "magnitude":
-                raise ValueError(f"{folder}: {key} has the shape {value.shape}, which is no matrix's")
-            if "scale" in layers.get(path, {}):
-                raise ValueError(f"{folder}: {key} is for a norm, which takes no adapter")
-            adapters.setdefault(path, {}).setdefault(index, {})[leaf] = value.T
+            adapters.setdefault(path, {}).setdefault(index, {})[entry.leaf] = entry.value.T
     if model.config.tied and "lm_head" in layers and not _differ(layers["lm_head"]["kernel"], _table(layers)):
         del layers["lm_head"]
-    names = {place: module for module, place in known.items()}
-    found = [names[path, index] for path, matrices in adapters.items() for index in matrices]
-    if missing := untouched_targets(config, [*found, *whole]):
+    if missing := untouched_targets(config, [entry.target for entry in found.values()]):
         raise ValueError(f"{folder}: {CONFIG} targets {missing[0]}, but {WEIGHTS} holds nothing of it")
-    if not found and not whole:
+    if not found:
         raise ValueError(f"{folder}: {WEIGHTS} holds no adapter")
     for path, matrices in adapters.items():
         for index, matrix in matrices.items():
-            _complete(matrix, config, names[path, index], where=folder)
-        kernel = _base_kernel(layers, path)
-        layers[path] = layers.get(path, {}) | _stacked(matrices, kernel, path=path, where=folder)
+            _complete(matrix, config, found[path, index], where=folder)
+        layers[path] = layers.get(path, {}) | _stacked(matrices, _base_kernel(layers, path), path=path, where=folder)
     return from_modules(layers)
 
 
@@ -164,6 +149,14 @@ def _known_modules(model: Model) -> dict[str, tuple[str, Any]]:
     stack = (model.config.layers, model.config.experts.count if model.config.experts else 1)
     names = family_names(model.hf_config)
     return {hf_module(logical, names): (path, index) for path in layers for logical, index in unstacked(path, stack)}
+
+
+def _place(module: str, known: Mapping[str, tuple[str, Any]], *, where: Path) -> tuple[str, Any]:
+    """The path of a module, and its index in the stack there."""
+    if module in known:
+        return known[module]
+    near = difflib.get_close_matches(module, known, n=1)
+    raise ValueError(f"{where}: the model has no module {module}" + (f"; the nearest is {near[0]}" if near else ""))
 
 
 def _base_kernel(layers: Layers, path: str) -> Array:
@@ -238,38 +231,33 @@ def _tensors(path: str, name: str, matrix: Matrix) -> dict[str, np.ndarray]:
     return tensors | ({f"{name}.lora_magnitude_vector": matrix["magnitude"]} if "magnitude" in matrix else {})
 
 
-def _parse(key: str, folder: Path) -> tuple[str, str]:
-    """The module's name and the leaf that a tensor of the folder is."""
-    for suffix, leaf in SUFFIXES.items():
-        if key.startswith(PREFIX) and key.endswith(suffix):
-            return key.removeprefix(PREFIX).removesuffix(suffix), leaf
-    raise ValueError(f"{folder} holds the tensor {key}, which is no LoRA's")
-
-
-def _with_whole(layers: Layers, path: str, index: Any, value: np.ndarray, *, bias: bool, where: str) -> Layer:
-    """The layer with the weight, or the bias, of one of its stack replaced."""
+def _with_whole(layers: Layers, path: str, index: Any, entry: Entry, *, where: str) -> dict[str, Layer]:
+    """The layers that a weight, or a bias, of one layer of a stack replaces."""
     layer = layers.get(path) or {"kernel": _base_kernel(layers, path)}
-    name = "bias" if bias else next(name for name in ("kernel", "embedding", "scale") if name in layer)
+    name = "bias" if entry.leaf == "bias" else next(n for n in ("kernel", "embedding", "scale") if n in layer)
     if name not in layer:
         raise ValueError(f"{where}: the model's module has no bias")
     old = layer[name]
-    value = value.T if name == "kernel" else value
+    value = entry.value.T if name == "kernel" else entry.value
     if old[index].shape != value.shape:
         raise ValueError(f"{where} has the shape {value.shape}; the model's is {old[index].shape} (in, out)")
     dtype = jnp.promote_types(old.dtype, value.dtype)
-    return layer | {name: jnp.asarray(old, dtype).at[index].set(jnp.asarray(value, dtype))}
+    new = {path: layer | {name: jnp.asarray(old, dtype).at[index].set(jnp.asarray(value, dtype))}}
+    if entry.leaf == "whole" and path == "embed_tokens" and "lm_head" not in layers:
+        new["lm_head"] = {"kernel": _table(layers)}  # PEFT trains a copy: a tied head keeps the table
+    return new
 
 
-def _complete(matrix: Matrix, config: Mapping[str, Any], module: str, *, where: Path) -> None:
-    """Checks the tensors of one module and puts its scale beside them."""
+def _complete(matrix: Matrix, config: Mapping[str, Any], entry: Entry, *, where: Path) -> None:
+    """Checks the tensors of the entry's module and puts its scale beside them."""
     needed = ["lora_a", "lora_b", *(["magnitude"] if config.get("use_dora") else [])]
     if missing := [name for name in needed if name not in matrix]:
-        raise ValueError(f"{where}: {module} has no {missing[0]}")
-    rank, scale = rank_and_scale(config, module)
+        raise ValueError(f"{where}: {entry.module} has no {missing[0]}")
+    rank, scale = rank_and_scale(config, entry.target)
     matrix["lora_scale"] = np.asarray(scale)
     if matrix["lora_a"].shape[1:] != (rank,) or matrix["lora_b"].shape[:1] != (rank,):
         given = matrix["lora_a"].shape[-1]
-        raise ValueError(f"{where}: {module} has rank {given} in {WEIGHTS}, and {rank} in {CONFIG}")
+        raise ValueError(f"{where}: {entry.module} has rank {given} in {WEIGHTS}, and {rank} in {CONFIG}")
 
 
 def _stacked(matrices: Mapping[Any, Matrix], kernel: Array, *, path: str, where: Path) -> Layer:

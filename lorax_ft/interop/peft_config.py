@@ -17,7 +17,7 @@ CONFIG = "adapter_config.json"
 SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 UNSUPPORTED = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
-    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
+    *("trainable_token_indices", "use_bdlora", "use_qalora"),
 )
 
 
@@ -77,13 +77,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def untouched_targets(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """The names in `target_modules` that mean none of these modules, of which there are tensors."""
-    targets = config.get("target_modules")
-    modules = list(modules)
-    if not isinstance(targets, list):
-        return []
-    return [name for name in targets if not any(m == name or m.endswith(f".{name}") for m in modules)]
+def untouched_targets(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The targets that mean none of these modules and parameters, of which there are tensors."""
+    names = list(names)
+    modules = config.get("target_modules")
+    targets = [*(modules if isinstance(modules, list) else []), *(config.get("target_parameters") or [])]
+    return [target for target in targets if not any(is_target(name, [target]) for name in names)]
+
+
+def is_target(name: str, targets: Iterable[str] | None) -> bool:
+    """Whether the targets mean the module, or the parameter, of this full name."""
+    return any(name == target or name.endswith(f".{target}") for target in targets or ())
 
 
 def _check_values(config: Mapping[str, Any], folder: Path) -> None:
@@ -99,6 +103,8 @@ def _check_values(config: Mapping[str, Any], folder: Path) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
         good[name] = isinstance(patterns, dict) and all(map(number, patterns.values())) and all(map(_regular, patterns))
+    parameters = config.get("target_parameters") or []
+    good["target_parameters"] = isinstance(parameters, list) and all(isinstance(name, str) for name in parameters)
     if bad := [name for name, fine in good.items() if not fine]:
         raise ValueError(f"{folder / CONFIG}: {bad[0]} is {config.get(bad[0])!r}, which is no value for it")
 
@@ -112,7 +118,7 @@ def _regular(pattern: str) -> bool:
 
 
 def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, np.float32]:
-    """The rank of a module, and alpha / r or alpha / √r (rsLoRA)."""
+    """The rank of a module, or of a target parameter, and alpha / r or alpha / √r (rsLoRA)."""
     rank = _matching(config.get("rank_pattern"), module, config["r"])
     alpha = _matching(config.get("alpha_pattern"), module, config["lora_alpha"])
     return rank, np.float32(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import safetensors
 from safetensors.numpy import save_file
 
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import INDEX, WEIGHTS, Names, abstract_params, family_names, hf_names
+from lorax_ft.interop.tokenizer import save_tokenizer
 from lorax_ft.lowrank.merge import merged_leaves
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, flatten
@@ -22,7 +22,13 @@ Tensor = tuple[str, np.ndarray]
 
 
 def save_model(
-    folder: str | Path, params: Tree, model: Model, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+    folder: str | Path,
+    params: Tree,
+    model: Model,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    others: Literal["refuse", "keep"] = "refuse",
 ) -> None:
     """Writes `params` as a checkpoint that transformers loads, with the model's config and tokenizer.
 
@@ -35,6 +41,7 @@ def save_model(
       model: gives config and tokenizer.
       dtype: of the tensors written; None keeps each as it is.
       shard_bytes: the most that a file holds; above it there are several, and an index.
+      others: what becomes of files of other names in the folder, beside an old model's.
 
     Raises:
       ValueError: `params` are not the model's, the model has no `hf_config`, or the folder holds other files or the
@@ -45,7 +52,7 @@ def save_model(
         raise ValueError("save_model: the model has no hf_config, so there is no config.json to write")
     if Path(folder).resolve() == Path(model.source or " ").resolve():
         raise ValueError(f"{folder} is where the model was loaded from; give another folder")
-    with new_folder(folder, replaces=("model*.safetensors", INDEX)) as new:  # an old model's shards
+    with new_folder(folder, replaces=("model*.safetensors", INDEX), others=others) as new:  # an old model's shards
         files, tied, kind = _write_shards(new, _tensors(params, model, dtype), shard_bytes)
         written = {"tie_word_embeddings": tied, "dtype": kind}
         _write_json(new / "config.json", {k: v for k, v in model.hf_config.items() if k != "torch_dtype"} | written)
@@ -56,7 +63,7 @@ def save_model(
         if model.generation_config:
             _write_json(new / "generation_config.json", dict(model.generation_config))
         if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(new)
+            save_tokenizer(model.tokenizer, new)
 
 
 def hf_tensors(path: str, leaf: np.ndarray, names: Names) -> Iterator[Tensor]:
@@ -88,10 +95,7 @@ def _write_shards(
     kind = ""
 
     def flush() -> None:
-        try:
-            save_file(held, folder / str(len(shards)), metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:  # a full disk, among others
-            raise OSError(f"{folder.parent.parent}: {error}") from error
+        save_file(held, folder / str(len(shards)), metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in held.items()})
         held.clear()
 

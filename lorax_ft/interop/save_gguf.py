@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lorax_ft.interop.folder import scratch_beside
 from lorax_ft.interop.gguf_architectures import ARCHITECTURES, FIELDS, module_names, read_config
 from lorax_ft.interop.gguf_rope import FACTORS, divisors, write_rope
 from lorax_ft.interop.huggingface import LEAVES, decoder_config
@@ -44,17 +44,16 @@ def save_gguf(file: str | Path, params: Tree, model: Model, *, kind: Literal["F1
     """
     import gguf
 
-    file = Path(file)
-    if file.resolve() == Path(model.source or " ").resolve():
-        raise ValueError(f"{file} is where the model was loaded from; give another file")
+    given, file = file, Path(file).resolve()  # where a link leads
+    if file == Path(model.source or " ").resolve():
+        raise ValueError(f"{given} is where the model was loaded from; give another file")
     c = model.config
     if kind == "Q8_0" and any(size % 32 for size in (c.width, c.mlp_width, c.heads * c.head_dim)):
         raise ValueError("Q8_0 takes rows of a multiple of 32, which this model's are not; write F16 (--gguf-type F16)")
     metadata, factors = _described(model)
     metadata |= tokenizer_metadata(model, metadata)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as scratch:
-        new = Path(scratch) / file.name
+    with scratch_beside(file, given=given) as scratch:
+        new = scratch / file.name
         writer = gguf.GGUFWriter(new, metadata.pop("general.architecture"), use_temp_file=True)
         writer.add_name(model.source or "lorax_ft")
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])

@@ -24,6 +24,18 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise ValueError(f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {reason}") from error
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer's files into a folder.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises a plain Exception where the disk is full
+        raise OSError(f"the tokenizer: {error}") from error
+
+
 def import_transformers() -> Any:
     """transformers, without its advice to install PyTorch."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -42,9 +42,8 @@ def save_for_vllm(
     rank = max(matrix["lora_a"].shape[1] for matrix in adapters.values())
     if rank > max_lora_rank:
         enough = next((r for r in RANKS if r >= rank), None)
-        way_out = (
-            f"export with --max-lora-rank {enough}, and start vLLM with the same, or" if enough else "vLLM has none;"
-        )
+        way_out = f"export with --max-lora-rank {enough}, and start vLLM with the same, or"
+        way_out = way_out if enough else "vLLM takes no higher one;"
         raise ValueError(
             f"the adapter has rank {rank}, above max_lora_rank {max_lora_rank}: {way_out} merge it (--target hf)"
         )

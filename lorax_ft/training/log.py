@@ -41,9 +41,10 @@ class Log:
         if not writes:
             return
         old = [line for line in read_log(folder) if line["step"] <= resumed] if resumed else []
-        self._file = (folder / LOG).open("w")
-        for line in old:
-            self._file.write(json.dumps(line) + "\n")
+        kept = folder / f".{LOG}"  # beside the log, which a crash or a full disk leaves as it was
+        kept.write_text("".join(json.dumps(line) + "\n" for line in old))
+        kept.replace(folder / LOG)
+        self._file = (folder / LOG).open("a")
         if "tensorboard" in trackers:
             from tensorboardX import SummaryWriter
 

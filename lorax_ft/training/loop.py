@@ -209,9 +209,9 @@ def _save(job: Job, state: TrainState, folder: Path) -> Path:
     saved = folder / ("model" if full else "adapter")
     if jax.process_index() == 0:
         if full:
-            save_model(saved, params, job.model)
+            save_model(saved, params, job.model, others="keep")
         else:
-            save_peft(saved, params, job.model, config=config)
+            save_peft(saved, params, job.model, config=config, others="keep")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("saved")
     return saved

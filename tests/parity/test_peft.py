@@ -242,3 +242,60 @@ def test_peft_loads_our_experts(sparse: Path, tmp_path: Path, targets: tuple[str
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert_same_adapter(our_logits(model, params), their_logits(theirs), plain)
     assert_same_adapter(our_logits(model, load_peft(tmp_path / "adapter", model)), their_logits(theirs), plain)
+
+
+STACKED = {
+    "both": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    "gate_up": {"target_parameters": ["experts.gate_up_proj"], "lora_alpha": 5, "use_rslora": True},
+    "down": {"target_parameters": ["experts.down_proj"]},
+    "router": {"target_parameters": ["mlp.gate.weight", "experts.down_proj"], "rank_pattern": {"gate.weight": 2}},
+    "one_layer": {"target_parameters": ["layers.1.mlp.experts.down_proj", "experts.gate_up_proj"]},
+    "patterns": {
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "rank_pattern": {"down_proj": 5, "layers.0.mlp.experts.gate_up_proj": 2},
+        "alpha_pattern": {r"layers\.\d\.mlp\.experts\.gate_up_proj": 3},
+    },
+    "dense": {"target_parameters": ["self_attn.v_proj.weight"], "rank_pattern": {"v_proj.weight": 2}},
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_we_load_stacked_experts_that_peft_writes(sparse: Path, tmp_path: Path, name: str) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(sparse)
+    plain = their_logits(base)
+    fields = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]} | STACKED[name]
+    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
+    torch.manual_seed(1)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = load_model(sparse)
+    params = load_peft(tmp_path / "adapter", model)
+    assert_same_adapter(our_logits(model, params), their_logits(theirs), plain)
+    save_peft(tmp_path / "again", params, model)
+    assert_same_adapter(our_logits(model, load_peft(tmp_path / "again", model)), their_logits(theirs), plain)
+
+
+def test_our_experts_come_back_after_peft_stacked_them(sparse: Path, tmp_path: Path) -> None:
+    model = load_model(sparse)
+    params = adapted(model, AdapterConfig(rank=3, targets=("all-linear",)))
+    save_peft(tmp_path / "ours", params, model)
+    base = transformers.AutoModelForCausalLM.from_pretrained(sparse)
+    plain = their_logits(base)
+    peft.PeftModel.from_pretrained(base, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/adapter_config.json").read_text())
+    assert any(name.endswith("gate_up_proj") for name in config["target_parameters"])
+    assert_same_adapter(our_logits(model, load_peft(tmp_path / "theirs", model)), our_logits(model, params), plain)
+
+
+def test_stacked_experts_that_do_not_fit(sparse: Path, tmp_path: Path) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(sparse)
+    fields = {"r": 3, "target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
+    peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **fields)).save_pretrained(tmp_path / "adapter")
+    config = json.loads((sparse / "config.json").read_text())
+    count = next(name for name in ("num_local_experts", "num_experts") if name in config)
+    other = transformers.AutoModelForCausalLM.from_config(base.config.__class__(**config | {count: 5}))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.lora_A.weight has the shape .*none of 5 experts"):
+        load_peft(tmp_path / "adapter", load_model(tmp_path / "other"))
