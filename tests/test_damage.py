@@ -42,6 +42,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], Tensors] | int, str]] = {
         renamed("layers.5", "layers.17"),
         "the model has no module model.layers.17.self",
     ),
+    "shallower": (
+        "adapter/adapter_model",
+        lambda tensors: {name: value for name, value in tensors.items() if "layers.5" not in name},
+        "targets model.layers.5.self_attn.q_proj, but adapter_model.safetensors holds nothing of it; is it another",
+    ),
     "mixtral": (
         "adapter/adapter_model",
         renamed("self_attn.q_proj", "mlp.experts.0.w1"),

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, unstacked
-from lorax_ft.interop.peft_config import CONFIG, rank_and_scale, read_config, untouched_targets, write_config
+from lorax_ft.interop.peft_config import CONFIG, rank_and_scale, read_config, without_tensors, write_config
 from lorax_ft.interop.peft_tensors import PREFIX, WEIGHTS, Entry, adapter_tensors
 from lorax_ft.lowrank.groups import is_whole
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, column_norm
@@ -107,8 +107,10 @@ def load_peft(folder: str | Path, model: Model) -> Tree:
             adapters.setdefault(path, {}).setdefault(index, {})[entry.leaf] = entry.value.T
     if model.config.tied and "lm_head" in layers and not _differ(layers["lm_head"]["kernel"], _table(layers)):
         del layers["lm_head"]
-    if missing := untouched_targets(config, [entry.target for entry in found.values()]):
-        raise ValueError(f"{folder}: {CONFIG} targets {missing[0]}, but {WEIGHTS} holds nothing of it")
+    if missing := without_tensors(config, [entry.target for entry in found.values()], known):
+        raise ValueError(
+            f"{folder}: {CONFIG} targets {missing[0]}, but {WEIGHTS} holds nothing of it; is it another model's?"
+        )
     if not found:
         raise ValueError(f"{folder}: {WEIGHTS} holds no adapter")
     for path, matrices in adapters.items():

@@ -77,12 +77,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def untouched_targets(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The targets that mean none of these modules and parameters, of which there are tensors."""
-    names = list(names)
-    modules = config.get("target_modules")
-    targets = [*(modules if isinstance(modules, list) else []), *(config.get("target_parameters") or [])]
-    return [target for target in targets if not any(is_target(name, [target]) for name in names)]
+def without_tensors(config: Mapping[str, Any], names: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """The targets, and those of the model's modules that they mean, of which there are no tensors.
+
+    Args:
+      config: of the adapter.
+      names: of the modules and parameters of which there are.
+      modules: all of the model's.
+    """
+    names = set(names)
+    given = config.get("target_modules")
+    targets = given if isinstance(given, list) else []
+    chosen = [name for name in ("exclude_modules", "layers_to_transform") if config.get(name) is not None]
+    meant = [] if chosen else [module for module in modules if is_target(module, targets)]
+    unmet = [
+        t for t in [*targets, *(config.get("target_parameters") or [])] if not any(is_target(n, [t]) for n in names)
+    ]
+    return [*unmet, *(module for module in meant if module not in names)]
 
 
 def is_target(name: str, targets: Iterable[str] | None) -> bool:
