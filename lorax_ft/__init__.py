@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         MeshConfig,
         ModelConfig,
         OptimConfig,
+        QuantConfig,
         TrainConfig,
         load_config,
     )
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from lorax_ft.inference.texts import answer, stream_texts
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft, save_peft
-    from lorax_ft.interop.save import save_model
+    from lorax_ft.interop.save import save_model, save_quantized
     from lorax_ft.lowrank.adapters import (
         add_adapters,
         attach_adapters,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from lorax_ft.lowrank.layout import layout
     from lorax_ft.lowrank.linear import linear, merged_kernel
     from lorax_ft.lowrank.merge import merge_adapters, merge_weighted, unmerge_adapters
+    from lorax_ft.lowrank.quantize import quantize_base
+    from lorax_ft.training.calibration import calibrate
     from lorax_ft.training.log import plot_losses
     from lorax_ft.training.loop import train
     from lorax_ft.training.losses import head_loss
@@ -46,7 +49,8 @@ if TYPE_CHECKING:
     from lorax_ft.tree import combine
 
 _ROOMS = {
-    "config": "AdapterConfig Config DataConfig EvalConfig MeshConfig ModelConfig OptimConfig TrainConfig load_config",
+    "config": "AdapterConfig Config DataConfig EvalConfig MeshConfig ModelConfig OptimConfig QuantConfig TrainConfig "
+    "load_config",
     "lowrank.merge": "merge_adapters merge_weighted unmerge_adapters",
     "tree": "combine",
     "lowrank.adapters": "add_adapters attach_adapters switched_off with_dropout with_norms",
@@ -54,12 +58,14 @@ _ROOMS = {
     "lowrank.intercept": "adapt",
     "lowrank.layout": "layout",
     "lowrank.linear": "linear merged_kernel",
-    "interop.save": "save_model",
+    "lowrank.quantize": "quantize_base",
+    "interop.save": "save_model save_quantized",
     "interop.load": "load_model",
     "interop.peft": "load_peft save_peft",
     "inference.sampling": "Sampling",
     "inference.generate": "generate stream",
     "inference.texts": "answer stream_texts",
+    "training.calibration": "calibrate",
     "training.log": "plot_losses",
     "training.loop": "train",
     "training.losses": "head_loss",

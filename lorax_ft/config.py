@@ -38,6 +38,22 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """In how many bits the frozen base is kept: QLoRA and its kin."""
+
+    format: Literal["none", "nf4", "int8"] = "none"
+    """Type of the kernels of linear layers: as the model has them, 4 bits in blocks of 64, or 8 bits."""
+    double: bool = True
+    """Quantise NF4's absmax values too: 4.13 bits a parameter in place of 4.5."""
+    rounds: int = 1
+    """Rounds of decomposition and quantising of the starts that fit themselves to a quantised base (pissa, loftq)."""
+
+    def __post_init__(self) -> None:
+        positive(self, "rounds")
+        check(self.rounds <= 100, f"quant.rounds is {self.rounds}; it must be at most 100")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """Which modules get low-rank leaves, of which rank, and how they start."""
 
@@ -47,10 +63,24 @@ class AdapterConfig:
     """Numerator of the scale: alpha / r, or alpha / sqrt(r) if rank-stabilised."""
     scaling: Literal["standard", "rank_stabilized"] = "standard"
     """alpha / r (LoRA) or alpha / sqrt(r) (rsLoRA)."""
-    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
-    """How A and B start: random A with B = 0 (kaiming, gaussian), top singular triples (pissa), or by QR (olora)."""
-    pissa_iterations: int | None = None
-    """Power iterations of PiSSA's randomised SVD; None computes the exact one."""
+    init: Literal[
+        "kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora", "loftq", "eva", "corda", "lora_ga", "lora_one"
+    ] = "kaiming"
+    """How A and B start: random A with B = 0 (kaiming, gaussian), both random with A B = 0 (orthogonal), top singular
+    triples (pissa) or the last ones (milora), by QR (olora), from what quantising the base loses (loftq), or from data:
+    the layers' inputs (eva, corda), or their gradients (lora_ga, lora_one)."""
+    calibration_batches: int = 8
+    """Training batches, from the first on, that inits from data are measured on."""
+    eva_rho: float = 2.0
+    """EVA: the largest rank that a matrix may get over its own, where ranks go to what explains most; 1 leaves them."""
+    corda_mode: Literal["kpm", "ipm"] = "kpm"
+    """CorDA: start from what the data's inputs need least, to keep it (kpm), or most, to learn it (ipm)."""
+    lora_ga_gamma: float = 16.0
+    """LoRA-GA: gamma; A and B start as O^(1/4) / sqrt(gamma) times singular vectors of the gradient."""
+    lora_one_gamma: float = 128.0
+    """LoRA-One: gamma; A B starts as a step of spectral norm 1 / gamma down the gradient."""
+    svd_iterations: int | None = None
+    """Power iterations of a randomised SVD, for inits by SVD; None computes the exact one."""
     dora: bool = False
     """Train a magnitude for each output channel beside the direction (DoRA)."""
     dropout: float = 0.0
@@ -73,23 +103,38 @@ class AdapterConfig:
     used."""
     train_whole: tuple[str, ...] = ()
     """Modules whose own weights train in full, written as targets are; "all" is full fine-tuning."""
+    freeze: tuple[Literal["lora_a", "lora_b"], ...] = ()
+    """Factors that stay where they start, without gradient or moments: lora_a is LoRA-FA."""
 
     def __post_init__(self) -> None:
-        positive(self, "rank", "alpha")
+        positive(self, "rank", "alpha", "calibration_batches", "lora_ga_gamma", "lora_one_gamma")
+        check(1 <= self.eva_rho < 1000, f"adapter.eva_rho is {self.eva_rho}; it must be at least 1 and below 1000")
         check(0 <= self.dropout < 1, f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
         check(
-            self.pissa_iterations is None or self.pissa_iterations >= 0,
-            f"adapter.pissa_iterations is {self.pissa_iterations}; it must be 0 or more, or None for the exact SVD",
+            self.svd_iterations is None or self.svd_iterations >= 0,
+            f"adapter.svd_iterations is {self.svd_iterations}; it must be 0 or more, or None for the exact SVD",
+        )
+        check(
+            self.svd_iterations is None or self.init != "milora",
+            f"adapter.svd_iterations is {self.svd_iterations}; the randomised SVD finds the largest singular triples, "
+            "and adapter.init milora starts from the smallest: leave it out",
         )
         check(all(i >= 0 for i in self.layers), f"adapter.layers is {self.layers}; indices start at 0")
         for field in ("rank_pattern", "alpha_pattern"):
             for entry in getattr(self, field):
                 pattern_value(entry, field, int if field == "rank_pattern" else float)
+        if self.init == "orthogonal":
+            for rank in (self.rank, *(value for _, value in self.patterns("rank_pattern"))):
+                check(rank % 2 == 0, f"adapter.init orthogonal halves the rank, which is {rank:g}; give an even one")
         for pattern in (*self.targets, *self.exclude, *self.train_whole):
             regex(pattern, "adapter.targets, exclude or train_whole")
         check(
             bool(self.targets or self.train_whole),
             "adapter.targets and adapter.train_whole are empty: nothing would train",
+        )
+        check(
+            len(set(self.freeze)) < 2 or self.dora or bool(self.train_whole),
+            f"adapter.freeze is {self.freeze}: nothing would train; leave one of them out",
         )
 
     def patterns(self, field: Literal["rank_pattern", "alpha_pattern"]) -> tuple[tuple[str, float], ...]:
@@ -274,12 +319,22 @@ class Config:
     """One run: which model, which adapters, which data, how long, and where the result goes."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        q, a = self.quant, self.adapter
+        fits = a.start_from is not None or (a.init in ("pissa", "loftq") and q.format != "none" and not a.keep_base)
+        check(
+            q.rounds == 1 or fits,
+            f"quant.rounds is {q.rounds}, but nothing goes in rounds: set quant.format nf4 and adapter.init pissa or "
+            "loftq, without adapter.keep_base",
+        )
 
     def to_json(self) -> str:
         """The config as JSON, every field resolved."""

@@ -31,16 +31,22 @@ STEPS: dict[str, dict[str, dict[str, Any]]] = {
     "lora_plus": {"optim": {"lora_plus_ratio": 16.0}},
     "pissa": {"adapter": {"init": "pissa"}},
     "dora": {"adapter": {"dora": True}},
+    "qlora": {"quant": {"format": "nf4"}},
+    "qlora_single": {"quant": {"format": "nf4", "double": False}},
+    "qlora_int8": {"quant": {"format": "int8"}},
+    "qdora": {"quant": {"format": "nf4"}, "adapter": {"dora": True}},
     "full": {"adapter": {"targets": (), "train_whole": ("all",)}},
     **{f"lora_remat_{remat}": {"model": {"remat": remat}} for remat in ("none", "dots", "mlp", "full")},
 }
 INITS: dict[str, dict[str, Any]] = {
     "pissa_exact": {"init": "pissa"},
-    "pissa_niter_4": {"init": "pissa", "pissa_iterations": 4},
+    "pissa_niter_4": {"init": "pissa", "svd_iterations": 4},
     "lora_start": {},
 }
 SERVES: dict[str, dict[str, Any]] = {
     "load": {"what": "load"},
+    "load_nf4": {"what": "load", "quant": "nf4"},
+    "load_int8": {"what": "load", "quant": "int8"},
     "decode_1": {"what": "decode", "rows": 1},
     "decode_8": {"what": "decode", "rows": 8},
     "merge": {"what": "merge"},
@@ -97,8 +103,9 @@ def _step(path: str, changes: dict[str, dict[str, Any]], shape: tuple[int, ...])
         model=lft.ModelConfig(path=path, **changes.get("model", {})),
         adapter=lft.AdapterConfig(**{"rank": 8} | changes.get("adapter", {})),
         optim=lft.OptimConfig(**changes.get("optim", {})),
+        quant=lft.QuantConfig(**changes.get("quant", {})),
     )
-    model = lft.load_model(path, remat=config.model.remat)
+    model = lft.load_model(path, remat=config.model.remat, quant=config.quant)
     tx = lft.make_optimizer(config.optim, steps=1000)
     state, frozen = _state(model, config.adapter, tx)
     model = dataclasses.replace(model, params={})  # they stand in state and frozen; PiSSA's base is another one
@@ -122,10 +129,10 @@ def _start(path: str, changes: dict[str, Any]) -> Callable[[], None]:
     return lambda: jax.block_until_ready(lft.add_adapters(model.params, config, layout=layout, key=key))
 
 
-def _serving(path: str, *, what: str, rows: int = 0) -> Callable[[], Any]:
+def _serving(path: str, *, what: str, rows: int = 0, quant: Any = "none") -> Callable[[], Any]:
     """Loading, NEW tokens after a prompt of PROMPT in each row, or merging adapters of rank 16."""
     if what == "load":
-        return lambda: jax.block_until_ready(lft.load_model(path).params)
+        return lambda: jax.block_until_ready(lft.load_model(path, quant=lft.QuantConfig(format=quant)).params)
     model = lft.load_model(path)
     if what == "merge":
         params = lft.add_adapters(model.params, lft.AdapterConfig(rank=16), layout=model.layout, key=jax.random.key(1))
@@ -152,7 +159,7 @@ def _compiling(path: str, layers: int, shape: tuple[int, ...]) -> Facts:
 
 def _state(model: Model, config: lft.AdapterConfig, tx: optax.GradientTransformation) -> tuple[lft.TrainState, Tree]:
     params = lft.add_adapters(model.params, config, layout=model.layout, key=jax.random.key(1))
-    trained, frozen = lft.partition(params, whole=config.train_whole)
+    trained, frozen = lft.partition(params, whole=config.train_whole, freeze=config.freeze)
     return lft.TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained)), frozen
 
 

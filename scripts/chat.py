@@ -116,6 +116,8 @@ def _adapter(chat: Chat, which: str) -> str:
         raise ValueError("there is no adapter; /adapter PATH takes one")
     if which == "off":
         chat.params = switched_off(chat.adapted, chat.model.params, layout=chat.model.layout)
+        if chat.model.without_start:
+            return f"adapter: off; {chat.model.source} alone lacks the adapter's start: compare with the original model"
     elif which == "on":
         chat.params = chat.adapted
     elif which:

@@ -60,6 +60,8 @@ def main(args: Args) -> None:
     else:
         save_gguf(output, params, model, kind=args.gguf_type)
         print(f"{output}: the merged model in {args.gguf_type}; llama-cli -m {output}")
+    if model.base != model.source:
+        print(f"The adapter's base is {model.base}; what is merged has that, dequantised.")
 
 
 def _check(output: Path, args: Args) -> None:

@@ -48,7 +48,7 @@ def main(args: Args) -> None:
         raise ValueError(f"{output} is not empty; give another folder, or --overwrite to replace the model in it")
     config, adapter = locate(args)
     if adapter is None:
-        raise ValueError(f"there is nothing to merge: {config.path} is a whole model, without an adapter")
+        raise ValueError(f"there is nothing to merge: {config.model.path} is a whole model, without an adapter")
     model, params = load_tuned(args)
     from lorax_ft.interop.peft import load_peft
     from lorax_ft.interop.save import save_model
@@ -57,9 +57,15 @@ def main(args: Args) -> None:
     if args.also or args.weights:
         adapted = [params, *(load_peft(folder, model) for folder in args.also)]
         weights = args.weights or (1.0,) * len(adapted)
+        if model.without_start and not math.isclose(sum(weights), 1):
+            raise ValueError(
+                f"{model.source} lacks the start that its adapters begin with, so their weights must add up to 1, not "
+                f"{sum(weights):g}"
+            )
         params = merge_weighted(model.params, adapted, weights, layout=model.layout)
     save_model(output, params, model)
-    print(f"merged {', '.join([str(adapter), *args.also])} into {config.path}: {output}")
+    base = model.base + (", dequantised" if model.base != model.source else "")
+    print(f"merged {', '.join([str(adapter), *args.also])} into {base}: {output}")
 
 
 if __name__ == "__main__":

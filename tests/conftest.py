@@ -193,6 +193,12 @@ def decoder() -> Callable[..., Model]:
 
 
 @pytest.fixture(scope="session")
+def padded_batches() -> Callable[..., list[dict[str, np.ndarray]]]:
+    """Batches for such a model: rows of different lengths, padded: `padded_batches(2, rows=4, tokens=8)`."""
+    return _padded_batches
+
+
+@pytest.fixture(scope="session")
 def randomise() -> Randomise:
     """A function that moves every trained leaf of an adapter to a random place: `randomise(params, seed)`."""
     return _randomise
@@ -237,6 +243,24 @@ def _case(name: str) -> Case:
         params = module.init(jax.random.key(4), x)["params"]
         params = params if name == "boxed" else _moved(params)
     return Case(apply=module.apply, params=params, layout=layout(module.apply, params, x), example=(x,))
+
+
+def _padded_batches(count: int = 2, rows: int = 4, tokens: int = 8) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        inside = np.arange(tokens) < rng.integers(3, tokens, (rows, 1))
+        drawn = rng.integers(1, 97, (2, rows, tokens))
+        found.append(
+            {
+                "tokens": np.where(inside, drawn[0], 0).astype(np.int32),
+                "targets": np.where(inside, drawn[1], 0).astype(np.int32),
+                "weights": (inside & (np.arange(tokens) > 1)).astype(np.float32),
+                "positions": np.tile(np.arange(tokens, dtype=np.int32), (rows, 1)),
+                "segment_ids": inside.astype(np.int32),
+            }
+        )
+    return found
 
 
 def _moved(params: Tree) -> Tree:

@@ -15,6 +15,7 @@ from lorax_ft import (
     AdapterConfig,
     OptimConfig,
     add_adapters,
+    calibrate,
     combine,
     label,
     linear,
@@ -28,6 +29,7 @@ from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.lowrank.linear import column_norm
 from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.model import Model
+from lorax_ft.training.step import batch_loss
 from lorax_ft.tree import Tree, flatten, modules
 
 KEY = jax.random.key(11)
@@ -53,7 +55,7 @@ def test_claim_1_a_fresh_adapter_is_the_base(zoo: Any) -> None:
 def test_claim_2_pissas_residual_and_factors_make_up_the_base(zoo: Any, alpha: float, iterations: int | None) -> None:
     """W' + s A B = W for any alpha, to 5e-7 in float32 (2404.02948)."""
     case = zoo("decoder")
-    config = AdapterConfig(rank=4, alpha=alpha, init="pissa", pissa_iterations=iterations)
+    config = AdapterConfig(rank=4, alpha=alpha, init="pissa", svd_iterations=iterations)
     params = add_adapters(case.params, config, layout=case.layout, key=KEY)
     base = modules(case.params)
     for path, layer in modules(params).items():
@@ -62,6 +64,90 @@ def test_claim_2_pissas_residual_and_factors_make_up_the_base(zoo: Any, alpha: f
             error = np.float64(layer["kernel"]) + s[:, None, None] * (a @ b) - np.float64(base[path]["kernel"])
             assert np.abs(error).max() < 5e-7
             assert distance(layer["kernel"], base[path]["kernel"]) > 0.05
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4.0, 64.0])
+def test_claim_2_miloras_adapter_is_orthogonal_to_what_stays(zoo: Any, alpha: float) -> None:
+    """W' + s A B = W for any alpha, relative to 5e-7, and A and B to W's principal subspace (2406.09044)."""
+    case = zoo("decoder")
+    params = add_adapters(case.params, AdapterConfig(rank=4, alpha=alpha, init="milora"), layout=case.layout, key=KEY)
+    base = modules(case.params)
+    for path, layer in modules(params).items():
+        if "lora_a" in layer:
+            s, a, b, left = (np.float64(layer[name]) for name in ("lora_scale", "lora_a", "lora_b", "kernel"))
+            w = np.float64(base[path]["kernel"])
+            assert np.abs(left + s[:, None, None] * (a @ b) - w).max() < 5e-7 * np.abs(w).max()
+            u, sizes, vt = np.linalg.svd(w, full_matrices=False)
+            assert np.abs(u[..., :-4].swapaxes(1, 2) @ a).max() < 1e-6 * np.abs(a).max()
+            assert np.abs(b @ vt[..., :-4, :].swapaxes(1, 2)).max() < 1e-6 * np.abs(b).max()
+            kept = np.linalg.norm(np.concatenate([sizes[..., :-4], 0 * sizes[..., -4:]], -1), axis=-1)
+            np.testing.assert_allclose(np.linalg.norm(left, axis=(1, 2)), kept, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", [(), ("layers/1/.*=2",)])
+def test_an_orthogonal_start_is_the_base_and_both_factors_learn_at_once(zoo: Any, pattern: tuple[str, ...]) -> None:
+    """A B = 0 in every matrix of a stack, at its own rank, with neither factor 0 (PEFT's "orthogonal")."""
+    case = zoo("decoder")
+    config = AdapterConfig(rank=4, init="orthogonal", rank_pattern=pattern)
+    params = add_adapters(case.params, config, layout=case.layout, key=KEY)
+    trained, frozen = partition(params)
+    for layer in modules(params).values():
+        if "lora_a" in layer:
+            a, b = np.float64(layer["lora_a"]), np.float64(layer["lora_b"])
+            assert np.abs(a @ b).max() < 1e-6 * np.abs(a).max() * np.abs(b).max()
+            for i in range(3):
+                rank = 2 if pattern and i == 1 else 4
+                assert np.linalg.matrix_rank(a[i], tol=1e-5) == np.linalg.matrix_rank(b[i], tol=1e-5) == rank // 2
+                assert [np.count_nonzero(a[i].any(0)), np.count_nonzero(b[i].any(1))] == [rank, rank]
+            assert np.std(a) == pytest.approx(0.1 * np.sqrt(np.mean([4, 2 if pattern else 4, 4]) / 8), rel=0.2)
+    g = jax.jit(jax.grad(lambda t: jnp.sum(jnp.sin(case.apply({"params": combine(t, frozen)}, *case.example)))))(
+        trained
+    )
+    for path, leaf in flatten(g).items():
+        assert all(np.abs(matrix).max() > 0 for matrix in leaf), path
+    with pytest.raises(ValueError, match=r"adapter.init orthogonal halves the rank, which is 3; give an even one"):
+        AdapterConfig(rank=3, init="orthogonal")
+
+
+def test_lora_fa_is_lora_without_a(zoo: Any) -> None:
+    """B's first update is LoRA's bit for bit, A never moves, and has no gradient and no moments (2308.03303)."""
+    case = zoo("decoder")
+    params = add_adapters(case.params, AdapterConfig(rank=4), layout=case.layout, key=KEY)
+    tx = make_optimizer(OptimConfig(learning_rate=1e-3, clip_norm=0), steps=3)
+
+    def first(freeze: tuple[str, ...]) -> tuple[dict[str, Array], Any]:
+        trained, frozen = partition(params, freeze=freeze)
+        apply = lambda t: jnp.sum(jnp.sin(case.apply({"params": combine(t, frozen)}, *case.example)))  # noqa: E731
+        with jax.numpy_dtype_promotion("standard"):  # optax adds an int32 count to a float (0.2.8)
+            updates, state = jax.jit(tx.update)(jax.jit(jax.grad(apply))(trained), tx.init(trained), trained)
+        return flatten(updates), state
+
+    (both, full), (alone, half) = first(()), first(("lora_a",))
+    assert {path.rpartition("/")[2] for path in alone} == {"lora_b"}
+    for path, update in alone.items():
+        np.testing.assert_array_equal(update, both[path])
+        assert update.any()
+    floats = [sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) for state in (full, half)]
+    a, b = (sum(leaf.size for path, leaf in flatten(params).items() if path.endswith(name)) for name in ("_a", "_b"))
+    assert floats == [2 * (a + b), 2 * b]
+    owned, _ = partition(params, by="ownership", freeze=("lora_a",))
+    assert {path.rpartition("/")[2] for path in flatten(owned)} == {"lora_a", "lora_b", "lora_scale"}
+
+
+def test_lora_fa_keeps_no_input_for_the_backward_pass() -> None:
+    """dB takes x A, of rank r; only dA takes x (2308.03303, section 3)."""
+    layer = {"kernel": jnp.ones((64, 48)), "lora_a": jnp.ones((64, 2)), "lora_b": jnp.ones((2, 48))}
+    layer |= {"lora_scale": jnp.float32(1)}
+
+    def kept(*names: str) -> list[tuple[int, ...]]:
+        """The shapes of what the backward pass is given that depends on x."""
+        trained = {name: layer[name] for name in names}
+        frozen = {name: leaf for name, leaf in layer.items() if name not in names}
+        _, backward = jax.vjp(lambda t, x: linear(frozen | t, x, jnp.matmul), trained, jnp.ones((100, 64)))
+        return [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.shape[:1] == (100,)]
+
+    assert kept("lora_a", "lora_b").count((100, 64)) == 1
+    assert kept("lora_b") == [(100, 2)]
 
 
 def distance(got: Array, want: Array) -> float:
@@ -255,3 +341,130 @@ def test_the_norm_is_computed_from_the_adapters_alone_and_never_stored(zoo: Any,
     outside, inside = (flatten(jax.jit(jax.grad(loss), static_argnums=1)(trained, norms)) for norms in (True, False))
     for path in outside:
         assert distance(outside[path], inside[path]) < 1e-5, path
+
+
+# -------------------- starts from data
+
+
+def started(model: Model, batches: Any, **fields: Any) -> tuple[Tree, dict[str, np.ndarray]]:
+    """The adapted layers by path, and what their start was measured as."""
+    config = AdapterConfig(**({"rank": 4} | fields))
+    statistics = calibrate(model, config, batches)
+    params = add_adapters(model.params, config, layout=model.layout, key=KEY, statistics=statistics)
+    return params, {path: np.float64(leaf) for path, leaf in statistics.items()}
+
+
+def products(params: Tree) -> dict[str, np.ndarray]:
+    """s A B of every module, float64."""
+    found = {}
+    for path, layer in modules(params).items():
+        if "lora_a" in layer:
+            s, a, b = (np.float64(layer[name]) for name in ("lora_scale", "lora_a", "lora_b"))
+            found[path] = s[:, None, None] * (a @ b)
+    return found
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of the matrices of two stacks."""
+    return np.sum(x * y, (1, 2)) / np.linalg.norm(x, axis=(1, 2)) / np.linalg.norm(y, axis=(1, 2))
+
+
+def test_eva_explains_the_most_variance_for_its_ranks(decoder: Any, padded_batches: Any) -> None:
+    """tr(Qᵀ C Q) with Q an orthonormal basis of A is the largest of all A; and ranks pay where they go (2410.07170)."""
+    model, batches = decoder(), padded_batches(8)
+
+    def explained(params: Tree) -> dict[str, np.ndarray]:
+        shares = {}
+        for path, c in covariances.items():
+            bases = [np.linalg.svd(np.float64(a), full_matrices=False) for a in modules(params)[path]["lora_a"]]
+            q = [u[:, s > 1e-6] for u, s, _ in bases]
+            shares[path] = np.array([np.trace(m.T @ x @ m) / np.trace(x) for m, x in zip(q, c, strict=True)])
+        return shares
+
+    fixed, covariances = started(model, batches, init="eva", eva_rho=1.0)
+    best = explained(fixed)
+    for init in ("kaiming", "pissa", "olora"):
+        other = explained(started(model, batches, init=init)[0])
+        assert all((other[path] < best[path]).all() for path in best), init
+    shares = {
+        path: np.linalg.eigvalsh(c)[:, ::-1] / np.trace(c, axis1=1, axis2=2)[:, None] for path, c in covariances.items()
+    }
+    for path, share in shares.items():
+        np.testing.assert_allclose(best[path], share[:, :4].sum(1), rtol=1e-5)
+    spread, _ = started(model, batches, init="eva")
+    pooled = np.sort(np.concatenate([share[:, :8].ravel() for share in shares.values()]))  # at most 2 r of a matrix
+    total, before = (sum(float(share.sum()) for share in found.values()) for found in (explained(spread), best))
+    assert abs(total - pooled[-4 * 3 * len(shares) :].sum()) < 1e-5 * total
+    assert total > before
+    ranks = [int((layer["lora_a"] != 0).any(1).sum()) for layer in modules(spread).values() if "lora_a" in layer]
+    assert sum(ranks) == 4 * 3 * len(covariances)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4.0, 64.0])
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_cordas_residual_and_factors_make_up_the_base(
+    decoder: Any, padded_batches: Any, mode: str, alpha: float
+) -> None:
+    """W' + s A B = W for any alpha (2406.05223)."""
+    model = decoder()
+    params, _ = started(model, padded_batches(), init="corda", corda_mode=mode, alpha=alpha)
+    base = modules(model.params)
+    for path, change in products(params).items():
+        error = np.float64(modules(params)[path]["kernel"]) + change - np.float64(base[path]["kernel"])
+        assert np.abs(error).max() < 2e-6
+
+
+def test_corda_takes_what_the_data_needs_most_or_least(decoder: Any, padded_batches: Any) -> None:
+    """IPM: no A B of rank r leaves less of C W. KPM: of what the layer answers to the data, A B holds the least."""
+    model, batches = decoder(), padded_batches(8)
+    first, moments = started(model, batches, init="corda", corda_mode="ipm")
+    last, _ = started(model, batches, init="corda", corda_mode="kpm")
+    top, _ = started(model, batches, init="pissa")
+    base = modules(model.params)
+    for path, c in moments.items():
+        w, n = np.float64(base[path]["kernel"]), c.shape[-1]
+        c = c * (n / np.trace(c, axis1=1, axis2=2))[:, None, None] + 0.01 * np.eye(n)
+        previewed, kept, principal = (products(params)[path] for params in (first, last, top))
+        tail = np.linalg.svd(c @ w, compute_uv=False)[:, 4:]
+        np.testing.assert_allclose(
+            np.linalg.norm(c @ (w - previewed), axis=(1, 2)), np.linalg.norm(tail, axis=1), rtol=1e-4
+        )
+        assert (
+            np.linalg.norm(c @ (w - previewed), axis=(1, 2)) < np.linalg.norm(c @ (w - principal), axis=(1, 2))
+        ).all()
+        x = np.linalg.cholesky(c).swapaxes(1, 2)  # ‖x M‖ is ‖X M‖
+        answers = [np.linalg.norm(x @ m, axis=(1, 2)) for m in (kept, principal, w)]
+        assert (answers[0] < 0.5 * answers[1]).all()
+        assert (answers[0] < 0.5 * answers[2]).all()
+
+
+def test_lora_gas_first_step_is_the_gradients_best_of_twice_the_rank(decoder: Any, padded_batches: Any) -> None:
+    """d(A B) = A dB + dA B ∝ the gradient's best approximation of rank 2 r; LoRA's is far from it (2407.05000)."""
+    model, batches = decoder(), padded_batches(1, rows=8)
+    batch = jax.tree.map(jnp.asarray, batches[0])
+    ours, full = started(model, batches, init="lora_ga")
+    for params, near in ((ours, True), (started(model, batches, init="kaiming")[0], False)):
+        trained, frozen = partition(params)
+        step = jax.grad(lambda t, f=frozen: batch_loss(model, combine(t, f), batch, packed=False))(trained)
+        for path, layer in modules(step).items():
+            a, b = (np.float64(modules(params)[path][name]) for name in ("lora_a", "lora_b"))
+            moved = a @ np.float64(layer["lora_b"]) + np.float64(layer["lora_a"]) @ b
+            squares = np.linalg.svd(full[path], compute_uv=False) ** 2
+            best = np.sqrt(squares[:, :8].sum(1) / squares.sum(1))
+            if near:
+                np.testing.assert_allclose(cosine(moved, full[path]), best, rtol=1e-3)
+            else:
+                assert (cosine(moved, full[path]) < 0.8 * best).all()
+
+
+def test_lora_one_starts_a_step_down_the_gradient(decoder: Any, padded_batches: Any) -> None:
+    """s A B is −∂L/∂W's best of rank r, of norm s / γ, and the loss is smaller for it (2502.01235)."""
+    model, batches = decoder(), padded_batches(1, rows=8)
+    params, full = started(model, batches, init="lora_one", alpha=8.0)
+    for path, change in products(params).items():
+        u, s, vt = np.linalg.svd(-full[path], full_matrices=False)
+        best = (u[:, :, :4] * s[:, None, :4]) @ vt[:, :4] / s[:, :1, None]
+        np.testing.assert_allclose(change, 2 / 128 * best, atol=1e-6)
+    batch = jax.tree.map(jnp.asarray, batches[0])
+    before, after = (float(batch_loss(model, p, batch, packed=False)) for p in (model.params, params))
+    assert after < 0.995 * before

@@ -33,12 +33,14 @@ from lorax_ft.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    QuantConfig,
     TrainConfig,
 )
 from lorax_ft.interop.huggingface import abstract_params, decoder_config
 from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.lowrank.groups import partition
+from lorax_ft.lowrank.quantize import quantize_base
 from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training import sharding
@@ -75,7 +77,12 @@ METHODS = {
     "lora": AdapterConfig(rank=4),
     "dora": AdapterConfig(rank=4, dora=True),
     "full": AdapterConfig(targets=(), train_whole=("all",)),
+    "lora_fa": AdapterConfig(rank=4, freeze=("lora_a",)),
+    "nf4": AdapterConfig(rank=4, init="pissa", dora=True),
+    "int8": AdapterConfig(rank=4),
 }
+QUANT = {"nf4": QuantConfig(format="nf4", rounds=2), "int8": QuantConfig(format="int8")}
+WIDE = {"width": 128, "mlp_width": 256}  # of a quantised base, so that its blocks can be split too
 OPTIM = OptimConfig(learning_rate=1e-2, schedule="constant", warmup_fraction=0, clip_norm=1.0)
 
 Build = Callable[..., Model]
@@ -105,7 +112,8 @@ def one_device(decoder: Build) -> Callable[..., Run]:
 
 @pytest.mark.parametrize(
     ("method", "mesh"),
-    [("lora", mesh) for mesh in MESHES] + [(method, list(MESHES)[-1]) for method in ("dora", "full")],
+    [("lora", mesh) for mesh in MESHES]
+    + [(method, list(MESHES)[-1]) for method in ("dora", "full", "lora_fa", "nf4", "int8")],
 )
 def test_steps_do_not_depend_on_the_mesh(
     decoder: Build, one_device: Callable[..., Run], method: str, mesh: str
@@ -133,13 +141,15 @@ def test_first_steps_over_a_bfloat16_base_do_not_depend_on_the_mesh(
 
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where two processes trained: lora to step 3; pissa to step 3, resumed to step 5."""
+    """A folder where two processes trained: lora, corda and lora_ga to step 3; pissa to step 3, resumed to step 5."""
     folder = tmp_path_factory.mktemp("two")
     write_model_and_data(folder)
     configs = {
         "lora": run_config(folder, "lora", 3),
         "pissa": run_config(folder, "pissa", 3),
         "resumed": run_config(folder, "pissa", 5, resume=True),
+        "corda": run_config(folder, "corda", 3),
+        "lora_ga": run_config(folder, "lora_ga", 3),
     }
     for name, config in configs.items():
         (folder / f"{name}.json").write_text(config.to_json())
@@ -147,7 +157,7 @@ def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("method", "last"), [("lora", 3), ("pissa", 5)])
+@pytest.mark.parametrize(("method", "last"), [("lora", 3), ("pissa", 5), ("corda", 3), ("lora_ga", 3)])
 def test_two_processes_train_as_one(in_two_processes: Path, tmp_path: Path, method: str, last: int) -> None:
     config = run_config(in_two_processes, method, last)
     config = dataclasses.replace(
@@ -173,7 +183,7 @@ def test_two_processes_train_as_one(in_two_processes: Path, tmp_path: Path, meth
 def test_only_the_first_process_writes(in_two_processes: Path) -> None:
     first, second = ((in_two_processes / f"process{i}.out").read_text() for i in range(2))
     ends = [[json.loads(line) for line in text.splitlines() if line.startswith("{")] for text in (first, second)]
-    assert [[end["steps"] for end in of_process] for of_process in ends] == [[3, 3, 5]] * 2
+    assert [[end["steps"] for end in of_process] for of_process in ends] == [[3, 3, 5, 3, 3]] * 2
     assert ends[0][0]["written"] > ends[1][0]["written"] == []
     assert "What trains" in first
     assert "What trains" not in second
@@ -207,15 +217,16 @@ def byte_tokenizer() -> Any:
 
 
 def run_config(folder: Path, method: str, steps: int, *, resume: bool = False) -> Config:
-    """A short run on four devices: whole copies for LoRA, split weights for PiSSA."""
+    """A short run on four devices: whole copies for LoRA, split weights for the others."""
+    init: Any = "kaiming" if method == "lora" else method
     return Config(
         model=ModelConfig(path=str(folder / "model")),
-        adapter=AdapterConfig(rank=4, init="pissa" if method == "pissa" else "kaiming"),
+        adapter=AdapterConfig(rank=4, init=init, calibration_batches=4),
         data=DataConfig(train=(str(folder / "data.jsonl"),), validation_rows=4, max_length=48),
         optim=OPTIM,
         train=TrainConfig(output=str(folder / method), steps=steps, batch_size=8, report_to=(), resume=resume),
         eval=EvalConfig(exact_match_rows=2, samples=1, max_new_tokens=4),
-        mesh=MeshConfig(data=1, fsdp=4) if method == "pissa" else MeshConfig(),
+        mesh=MeshConfig() if method == "lora" else MeshConfig(data=1, fsdp=4),
     )
 
 
@@ -255,13 +266,18 @@ def steps(
     devices = jax.devices()[:1] if mesh_config is None else jax.devices()
     mesh = sharding.make_mesh(mesh_config or MeshConfig(), devices=devices)
     config = METHODS[method]
-    model = decoder(**SIZES, dtype=dtype, remat="none")
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
-    params = add_adapters(params, config, layout=model.layout, key=jax.random.key(1))
+    model = decoder(**SIZES | (WIDE if method in QUANT else {}), dtype=dtype, remat="none")
+    params, originals = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params), {}
+    if method in QUANT:
+        params, originals = quantize_base(params, QUANT[method], layout=model.layout)
+    rounds = QUANT[method].rounds if method in QUANT else 1
+    params = add_adapters(
+        params, config, layout=model.layout, key=jax.random.key(1), originals=originals, rounds=rounds
+    )
     if config.train_whole:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     shardings = sharding.param_shardings(params, SHARDING_RULES, mesh=mesh)
-    trained, frozen = partition(jax.device_put(params, shardings), whole=config.train_whole)
+    trained, frozen = partition(jax.device_put(params, shardings), whole=config.train_whole, freeze=config.freeze)
     tx = make_optimizer(OPTIM, steps=STEPS)
     places = unflatten({path: flatten(shardings)[path] for path in flatten(trained)})
     opt_places = sharding.state_shardings(tx, trained, places, mesh=mesh)

@@ -431,14 +431,20 @@ def test_locate(tmp_path: Path) -> None:
         locate(Tuned(run=str(run)))
     (run / "model").mkdir()
     config, adapter = locate(Tuned(run=str(run)))
-    assert (config.path, config.dtype, adapter) == (str(run / "model"), "bfloat16", None)
+    assert (config.model.path, config.model.dtype, adapter) == (str(run / "model"), "bfloat16", None)
     (run / "adapter").mkdir()
     config, adapter = locate(Tuned(run=str(run), dtype="float32"))
-    assert (config.path, config.dtype, adapter) == ("base", "float32", run / "adapter")
+    assert (config.model.path, config.model.dtype, adapter) == ("base", "float32", run / "adapter")
+    (run / "nf4_base").mkdir()
+    config, adapter = locate(Tuned(run=str(run)))
+    assert (config.model.path, adapter) == (str(run / "nf4_base"), run / "adapter")
     with pytest.raises(ValueError, match=r"no run at .*; beside it there is pissa"):
         locate(Tuned(run=str(tmp_path / "pisa")))
     with pytest.raises(ValueError, match=r"holds no adapter: there is no adapter_config\.json"):
         locate(Tuned(model="base", adapter=str(tmp_path)))
+    assert locate(Tuned(model="base", quant="nf4"))[0].quant.format == "nf4"
+    with pytest.raises(ValueError, match="--quant goes with --model"):
+        Tuned(run="out", quant="nf4")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from lorax_ft.config import AdapterConfig
+from lorax_ft.config import AdapterConfig, MeshConfig
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import abstract_params, decoder_config
 from lorax_ft.interop.load import load_model
@@ -29,6 +31,7 @@ from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.lowrank.merge import merge_adapters
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import Model
+from lorax_ft.training.sharding import make_mesh
 from lorax_ft.tree import combine, flatten, from_modules, modules, unflatten
 
 HF_CONFIG = {
@@ -130,19 +133,19 @@ def test_bfloat16_is_saved_and_loaded(tmp_path: Path) -> None:
     assert_trees_equal(again.params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
 
 
-def all_of(shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(0, size) for size in shape)
-
-
 LOADING = """
-import re, sys, threading
+import ctypes, gc, re, sys, threading
 import jax, jax.numpy as jnp
-from lorax_ft import load_model
+from lorax_ft import QuantConfig, load_model
+
+quant = QuantConfig(format=sys.argv[2])
 
 def held():  # bytes of memory that are no file's
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
-load_model(sys.argv[1])  # what the first call imports
+jax.block_until_ready(load_model(sys.argv[1], quant=quant).params)  # what the first call imports and compiles
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
 before, peak, done = held(), 0, threading.Event()
 
 def watch():
@@ -152,7 +155,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-leaves = jax.tree.leaves(load_model(sys.argv[2]).params)
+leaves = jax.tree.leaves(load_model(sys.argv[1], quant=quant).params)
 jax.block_until_ready(leaves)
 done.set()
 watcher.join()
@@ -161,39 +164,39 @@ print(peak - before, sum(leaf.nbytes for leaf in leaves), max(leaf.nbytes for le
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_holds_the_model_and_a_tensor(tmp_path: Path) -> None:
-    """On the host at most the placed model and its largest leaf, which is a tensor of its own here."""
-    saved_model(tmp_path / "small")
-    sizes = {"vocab_size": 40_000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16}
-    hf_config = HF_CONFIG | sizes | {"tie_word_embeddings": True}
+@pytest.mark.parametrize("format", ["none", "nf4", "int8"])
+def test_loading_holds_the_model_and_a_tensor(tmp_path: Path, format: str) -> None:
+    """On the host at most the placed model and its largest leaf; of a quantised one never the model that it was."""
+    table = {"vocab_size": 40_000, "hidden_size": 256, "intermediate_size": 1024} if format == "none" else {}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "tie_word_embeddings": True} | table
+    hf_config = HF_CONFIG | sizes | {"num_hidden_layers": 16}
     config = decoder_config(hf_config, source="these tests")
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_params(config))
     save_model(tmp_path / "model", params, Model(config=config, params=params, hf_config=hf_config), shard_bytes=10**7)
-    command = [sys.executable, "-c", LOADING, str(tmp_path / "small"), str(tmp_path / "model")]
+    command = [sys.executable, "-c", LOADING, str(tmp_path / "model"), format]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     held, model, largest = map(int, done.stdout.split())
-    assert model > 90e6
-    assert largest == 40_000 * 256 * 4
-    assert held < model + largest
+    whole = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert whole > 90e6
+    assert model == whole if format == "none" else model < {"nf4": 0.15, "int8": 0.28}[format] * whole
+    # A stack is put together from its matrices, of which some are in work at a time.
+    assert held < model + largest + (0 if format == "none" else largest + 4 * 512 * 2048 * 4)
 
 
-def test_place_sees_every_leaf(tmp_path: Path) -> None:
+def test_every_leaf_goes_where_it_is_told(tmp_path: Path) -> None:
     saved_model(tmp_path / "model")
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices=jax.devices()[:4])
     seen = {}
 
-    def place(path: str, shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
-        half = shape[-1] // 2  # as a device of two would read it
-        array = read(all_of(shape))
-        first = read((*all_of(shape[:-1]), slice(0, half)))
-        np.testing.assert_array_equal(array[..., :half], first)
-        seen[path] = array.dtype
-        return jnp.asarray(array) * 2
+    def shardings(path: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        seen[path] = NamedSharding(
+            mesh, P(*[None] * (len(leaf.shape) - 1), "fsdp" if leaf.shape[-1] % 2 == 0 else None)
+        )
+        return seen[path]
 
-    doubled = load_model(tmp_path / "model", dtype="bfloat16", place=place)
-    assert set(seen) == set(flatten(doubled.params))
-    assert set(seen.values()) == {np.dtype(jnp.bfloat16)}
-    plain = load_model(tmp_path / "model", dtype="bfloat16")
-    assert_trees_equal(doubled.params, jax.tree.map(lambda leaf: leaf * 2, plain.params))
+    placed = load_model(tmp_path / "model", dtype="bfloat16", shardings=shardings)
+    assert {path: leaf.sharding for path, leaf in flatten(placed.params).items()} == seen
+    assert_trees_equal(placed.params, load_model(tmp_path / "model", dtype="bfloat16").params)
 
 
 def test_an_untied_head_unties_the_checkpoint(tmp_path: Path) -> None:

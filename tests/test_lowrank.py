@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -32,17 +33,27 @@ from lorax_ft import (
     with_norms,
 )
 from lorax_ft.lowrank import linear as linear_module
+from lorax_ft.lowrank.adapters import kernel_shapes
+from lorax_ft.lowrank.layout import logical_paths
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, column_norm
-from lorax_ft.lowrank.pissa import exact, pissa, randomised
+from lorax_ft.lowrank.statistics import needed_statistics
+from lorax_ft.lowrank.svd import exact, randomised, svd
 from lorax_ft.tree import Tree, flatten, modules, unflatten
 
 INITS: dict[str, dict[str, Any]] = {
     "kaiming": {"init": "kaiming"},
     "gaussian": {"init": "gaussian"},
     "pissa": {"init": "pissa"},
-    "pissa_randomised": {"init": "pissa", "pissa_iterations": 2},
+    "pissa_randomised": {"init": "pissa", "svd_iterations": 2},
     "pissa_kept": {"init": "pissa", "keep_base": True},
     "olora": {"init": "olora"},
+    "milora": {"init": "milora"},
+    "orthogonal": {"init": "orthogonal", "rank": 4},
+    "eva": {"init": "eva"},
+    "corda": {"init": "corda"},
+    "corda_first_kept": {"init": "corda", "corda_mode": "ipm", "keep_base": True},
+    "lora_ga": {"init": "lora_ga", "rank": 2},  # which takes 2 r singular vectors of a matrix with 5
+    "lora_one": {"init": "lora_one", "lora_one_gamma": 1.0},
 }
 TABLE: dict[str, dict[str, Any]] = {
     f"{init}-{scaling}{'-dora' if dora else ''}": {**fields, "scaling": scaling, "dora": dora}
@@ -57,6 +68,7 @@ CASES = [
     *(("decoder", method) for method in TABLE),
     *itertools.product(MODELS, EVERYWHERE),
     *((model, EVERYWHERE[-1]) for model in VARIANTS),
+    *itertools.product(("convolutions", "einsums"), ("eva-standard", "corda-standard", "lora_one-standard-dora")),
 ]
 TARGETS = {"decoder": ("all-linear", "lm_head"), "decoder_untied": ("all-linear", "lm_head", "embed_tokens")}
 KEY = jax.random.key(7)
@@ -74,13 +86,28 @@ def adapted(zoo: Any) -> Adapted:
         case = zoo(model)
         known = {"rank": 3, "alpha": 6.0, "targets": TARGETS.get(model, ("all-linear",))}
         config = AdapterConfig(**(known | TABLE[method] | fields))
-        return add_adapters(case.params, config, layout=case.layout, key=KEY)
+        return add_adapters(
+            case.params, config, layout=case.layout, key=KEY, statistics=random_statistics(case, config)
+        )
 
     return build
 
 
+def random_statistics(case: Any, config: AdapterConfig) -> dict[str, np.ndarray]:
+    """Of the shapes that the init needs, the same for a matrix stacked or not; covariances are positive definite."""
+    shapes = kernel_shapes(case.params, case.layout)
+    found = {}
+    for path, needed in needed_statistics(config, layout=case.layout, shapes=shapes).items():
+        names = enumerate(logical_paths(path, case.layout[path], shapes[path]))
+        seeds = [zlib.crc32(name.encode()) + (i if name == path else 0) for i, name in names]
+        drawn = np.stack([np.random.default_rng(seed).normal(size=needed.shape[-2:]) for seed in seeds])
+        g = drawn.reshape(needed.shape).astype(np.float32)
+        found[path] = g if config.init.startswith("lora") else g @ g.swapaxes(-1, -2)
+    return found
+
+
 def changes_base(method: str) -> bool:
-    return method.startswith(("pissa", "olora"))
+    return method.startswith(("pissa", "milora", "olora", "loftq", "corda", "lora_ga"))
 
 
 def distance(got: Array, want: Array) -> float:
@@ -95,7 +122,9 @@ def test_starts_as_the_base(zoo: Any, adapted: Adapted, model: str, method: str)
     start, base = case.forward(adapted(model, method)), case.plain(case.params)
     if changes_base(method):
         assert distance(start, base) < 1e-5
-    elif method.endswith("dora"):
+    elif method.startswith("lora_one"):  # a step of full fine-tuning away from it
+        assert distance(start, base) > 1e-3
+    elif method.endswith("dora") or method.startswith("orthogonal"):
         assert distance(start, base) < 1e-6
     else:
         np.testing.assert_array_equal(start, base)
@@ -378,6 +407,8 @@ def _merged(layer: Tree, w: Array, spec: Any) -> Array:
         ("kaiming-rank_stabilized", {"rank_pattern": ("layers/[02]/up=5",), "alpha_pattern": ("layers/2/up=9",)}),
         ("pissa-rank_stabilized-dora", {"rank_pattern": ("layers/1/.*=2",), "exclude": ("layers/0/attention/.*",)}),
         ("pissa_kept-standard-dora", {"exclude": ("layers/2/.*",)}),
+        ("milora-rank_stabilized-dora", {"rank_pattern": ("layers/1/.*=2",)}),
+        ("orthogonal-standard", {"rank_pattern": ("layers/1/.*=2",), "exclude": ("layers/2/.*",)}),
     ],
 )
 def test_scanned_equals_unscanned(
@@ -442,7 +473,9 @@ def test_a_smaller_rank_is_a_prefix_of_a_larger_one(adapted: Adapted) -> None:
             np.testing.assert_allclose(3 * gaussian[0][path], 8 * gaussian[1][path][..., :3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["kaiming-standard", "gaussian-standard", "pissa_randomised-standard"])
+@pytest.mark.parametrize(
+    "method", ["kaiming-standard", "gaussian-standard", "orthogonal-standard", "pissa_randomised-standard"]
+)
 def test_adding_a_target_never_changes_another_leafs_start(adapted: Adapted, method: str) -> None:
     few = flatten(adapted("decoder", method, targets=("q_proj",)))
     many = flatten(adapted("decoder", method, targets=("all-linear", "lm_head", "embed_tokens")))
@@ -542,6 +575,13 @@ def test_labels_name_the_optimisers_groups(zoo: Any, adapted: Adapted) -> None:
         "line": {"kernel": "frozen", "bias": "frozen"},
         "classes": {"kernel": "frozen", "bias": "frozen"},
     }
+
+
+def test_a_frozen_factor_is_labelled_so(adapted: Adapted) -> None:
+    params = adapted("decoder", "kaiming-standard-dora", targets=("up_proj",))
+    names = label(params, freeze=("lora_a",))["layers"]["mlp"]["up_proj"]
+    frozen = dict.fromkeys(("kernel", "lora_a", "lora_scale"), "frozen")
+    assert names == frozen | {"lora_b": "lora_b", "magnitude": "magnitude"}
 
 
 def test_full_fine_tuning_trains_every_leaf_of_the_base(zoo: Any) -> None:
@@ -771,15 +811,35 @@ def test_the_norm_makes_no_full_size_temporary(
 # -------------------- PiSSA's SVD
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
-def test_exact_pissa_equals_numpys_svd(shape: tuple[int, int]) -> None:
+def test_the_exact_triples_equal_numpys_svd(shape: tuple[int, int], last: bool) -> None:
     w = np.random.default_rng(4).normal(size=(2, *shape)).astype(np.float32)
-    a, b = exact(w, rank=5)
+    a, b = exact(w, rank=5, last=last)
     u, s, vt = np.linalg.svd(np.float64(w), full_matrices=False)
-    want = np.einsum("lir,lr,lro->lio", u[..., :5], s[:, :5], vt[:, :5])
+    some = slice(None, -6, -1) if last else slice(5)
+    want = np.einsum("lir,lr,lro->lio", u[..., some], s[:, some], vt[:, some])
     assert distance(a @ b, want) < 1e-6
-    np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.sqrt(s[:, :5]), rtol=1e-6)  # both take half of S
-    np.testing.assert_allclose(np.linalg.norm(b, axis=2), np.sqrt(s[:, :5]), rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.sqrt(s[:, some]), rtol=1e-6)  # both take half of S
+    np.testing.assert_allclose(np.linalg.norm(b, axis=2), np.sqrt(s[:, some]), rtol=1e-6)
+
+
+def test_the_last_triples_of_a_badly_conditioned_matrix() -> None:
+    """The Gram matrix alone would give an S of 1e-6 of the largest to 1e-4."""
+    rng = np.random.default_rng(5)
+    u, v = (np.linalg.qr(rng.normal(size=(n, 32)))[0] for n in (32, 48))
+    w = ((u * np.logspace(0, -6, 32)) @ v.T).astype(np.float32)[None]
+    a, b = exact(w, rank=4, last=True)
+    s = np.linalg.svd(np.float64(w[0]), compute_uv=False)[:-5:-1]
+    np.testing.assert_allclose(np.linalg.norm(a[0], axis=0) ** 2, s, rtol=1e-6)
+    assert np.abs(np.float64(a[0] @ b[0])).max() < 2 * s[-1]
+
+
+def test_a_start_that_cannot_be_traced_says_so(zoo: Any) -> None:
+    case = zoo("decoder")
+    config = AdapterConfig(rank=3, init="milora")
+    with pytest.raises(ValueError, match="outside jit and eval_shape; call it there"):
+        jax.eval_shape(lambda p: add_adapters(p, config, layout=case.layout, key=KEY), case.params)
 
 
 @pytest.mark.parametrize("iterations", [None, 4])
@@ -787,7 +847,7 @@ def test_pissa_of_a_matrix_of_lower_rank_is_finite(iterations: int | None) -> No
     rng = np.random.default_rng(5)
     low = (rng.normal(size=(2, 20, 3)) @ rng.normal(size=(2, 3, 16))).astype(np.float32)
     for w in (low, np.zeros_like(low)):
-        a, b = pissa(jnp.asarray(w), rank=6, iterations=iterations, keys=jax.random.split(KEY, 2))
+        a, b = svd(jnp.asarray(w), rank=6, iterations=iterations, keys=jax.random.split(KEY, 2))
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a @ b, w, atol=1e-5 * max(1, np.abs(w).max()))
 
@@ -814,13 +874,13 @@ def test_pissa_of_bfloat16_keeps_the_bases_type(decoder: Any) -> None:
 
 def test_starts_can_be_planned_without_arrays(zoo: Any) -> None:
     case = zoo("decoder")
-    for fields in ({}, {"init": "pissa", "pissa_iterations": 1}):
-        config = AdapterConfig(rank=3, dora=True, **fields)
+    for fields in ({}, {"init": "pissa", "svd_iterations": 1}, {"init": "orthogonal"}):
+        config = AdapterConfig(rank=4, dora=True, **fields)
         abstract = jax.eval_shape(lambda p, c=config: add_adapters(p, c, layout=case.layout, key=KEY), case.params)
         real = add_adapters(case.params, config, layout=case.layout, key=KEY)
         assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, real)
     config = AdapterConfig(rank=3, init="pissa")
-    with pytest.raises(ValueError, match="pissa_iterations"):
+    with pytest.raises(ValueError, match="svd_iterations"):
         jax.eval_shape(lambda p: add_adapters(p, config, layout=case.layout, key=KEY), case.params)
 
 

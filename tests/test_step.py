@@ -204,3 +204,18 @@ def test_scales_of_zero_and_leaves_that_stay_are_errors(model: Model) -> None:
 
     with pytest.raises(ValueError, match="the scale of layers/self_attn/q_proj is 0"):
         contract.check_scales(unflatten(zero))
+
+
+def test_a_factor_frozen_at_zero_is_an_error(model: Model) -> None:
+    trained, frozen = adapted(model, targets=("embed_tokens", "q_proj"))
+    params = combine(trained, frozen)
+    with pytest.raises(ValueError, match=r"embed_tokens/lora_a starts at 0, and adapter\.freeze keeps it there"):
+        contract.check_frozen(params, ("lora_a",))
+    with pytest.raises(ValueError, match=r"q_proj/lora_b starts at 0"):
+        contract.check_frozen(params, ("lora_b",))
+    with pytest.raises(ValueError, match=r"adapter\.freeze is .*: nothing would train"):
+        lft.AdapterConfig(freeze=("lora_a", "lora_b"))
+    report = {"q_proj/lora_b": np.array([True, True])}
+    contract.check_moved(report, updates=1)
+    with pytest.raises(ValueError, match="q_proj did not move"):
+        contract.check_moved({"q_proj/lora_b": np.array([True, False])}, updates=1)

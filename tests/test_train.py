@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -27,13 +28,24 @@ SHORT += ["--train.batch_size", "8", "--mesh.fsdp", "2", "--mesh.tensor", "1"]
 # The first three losses of every config, trained as below: they change only where what is computed changes.
 GOLDEN = {
     "combined": (5.0425, 2.2301, 2.0018),
+    "corda": (5.1320, 2.2421, 1.9750),
     "dora": (5.1320, 3.1406, 2.2295),
+    "eva": (5.1320, 2.1638, 1.5700),
     "full": (5.1320, 2.2900, 2.1647),
+    "loftq": (5.1768, 3.1781, 2.3680),
     "lora": (5.1320, 3.2186, 2.2792),
+    "lora_fa": (5.1320, 2.6614, 2.0639),
+    "lora_ga": (5.1320, 3.0800, 2.0744),
+    "lora_one": (3.6870, 2.3200, 2.0522),  # a step of full fine-tuning on
     "lora_plus": (5.1320, 2.1389, 1.6312),
+    "milora": (5.1320, 2.5801, 1.9970),
     "neftune": (5.0425, 3.2802, 2.3766),
     "olora": (5.1320, 2.5085, 2.0601),
+    "orthogonal": (5.1320, 2.0643, 1.9974),
     "pissa": (5.1320, 2.3646, 2.1024),
+    "qdora": (5.0234, 3.0345, 2.3073),
+    "qlora": (5.0234, 3.5315, 2.7433),
+    "qpissa": (5.2089, 2.2096, 2.0162),
     "rslora": (5.1320, 3.2186, 2.2792),  # alpha / √r is LoRA's scale here
 }
 
@@ -103,6 +115,52 @@ def test_the_saved_adapter_gives_the_loss_that_training_ended_with(main: Main, t
     (batch,) = evaluation_batches(data.validation.rows, 8, max_length=run.data.max_length, limit=8)
     total, count = jax.jit(lft.make_eval_step(model, packed=False))(tuned, batch)
     assert float(total / count) == pytest.approx(final, rel=1e-4)
+
+
+def test_a_run_on_a_quantised_base_leaves_all_that_its_adapter_needs(main: Main, tmp_path: Path, capsys: Any) -> None:
+    """QPiSSA: the base without its start, the same when the run is resumed, and the scripts take it."""
+    from lorax_ft.inference.tuned import Tuned, load_tuned
+
+    shared = [*config("pissa"), *SHORT, "--optim.schedule", "constant", "--quant.format", "nf4", "--quant.rounds", 2]
+    whole, halves, moved = tmp_path / "whole", tmp_path / "halves", tmp_path / "moved"
+    assert main(*shared, "--train.steps", 3, "--train.output", whole) == 0
+    said = capsys.readouterr().out
+    assert str(whole / "nf4_base") in "".join(said.split())
+    assert main(*shared, "--train.steps", 2, "--train.output", halves) == 0
+    base = (whole / "nf4_base" / "model.safetensors").read_bytes()
+    assert (halves / "nf4_base" / "model.safetensors").read_bytes() == base
+    shutil.rmtree(halves / "nf4_base")  # and is computed again
+    assert main(*shared, "--train.steps", 3, "--train.output", halves, "--train.resume") == 0
+    assert (halves / "nf4_base" / "model.safetensors").read_bytes() == base
+    assert (halves / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        whole / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+    halves.rename(moved)
+    model, params = load_tuned(Tuned(run=str(moved)))
+    assert model.base == f"{moved / 'base'} in nf4"
+    run = lft.Config.from_json((moved / "config.json").read_text())
+    from lorax_ft.data.batches import evaluation_batches, load_data
+
+    data = load_data(run.data, model.tokenizer, seed=run.train.seed)
+    (batch,) = evaluation_batches(data.validation.rows, 8, max_length=run.data.max_length, limit=8)
+    total, count = jax.jit(lft.make_eval_step(model, packed=False))(params, batch)
+    assert float(total / count) == pytest.approx(read_log(moved)[-1]["validation_loss"], rel=1e-4)
+
+    capsys.readouterr()
+    out = ["--train.output", tmp_path / "other", "--train.steps", 2]
+    assert main(*shared, *out, "--quant.format", "int8") == 2
+    assert "there is no file for one in int8; take quant.format nf4, or adapter.keep_base" in capsys.readouterr().err
+    assert main(*shared, *out, "--adapter.start_from", moved / "adapter") == 2
+    assert f"was trained on {moved / 'base'}" in capsys.readouterr().err
+    on = ["--adapter.start_from", moved / "adapter", "--model.path", moved / "nf4_base", "--quant.format", "none"]
+    assert main(*shared, *on, "--train.output", moved, "--train.overwrite") == 2
+    assert "lies in" in capsys.readouterr().err
+    assert main(*shared, *on, *out) == 0
+    assert not (tmp_path / "other" / "nf4_base").exists()
+    assert read_log(tmp_path / "other")[0]["validation_loss"] == pytest.approx(
+        read_log(moved)[-1]["validation_loss"], rel=1e-4
+    )
 
 
 def test_an_interrupted_run_loses_nothing(
@@ -226,6 +284,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         (["--train.output", "fresh", "--train.resume"], "no run to resume"),
         (["--config", "configs/lroa.py"], "no config file"),
         (["--config", "bad.jsonl"], "bad.jsonl is no .py file with get_config()"),
+        (["--quant.rounds", "3"], "quant.rounds is 3, but nothing goes in rounds"),
+        (["--quant.format", "int8", "--adapter.init", "pissa"], "there is no file for one in int8"),
+        (
+            ["--quant.format", "nf4", "--adapter.train_whole", "o_proj", "--adapter.exclude", "o_proj"],
+            "is quantised, so",
+        ),
+        (["--adapter.init", "loftq"], "a kernel is not quantised"),
         (["--model.attention", "cudnn"], "which needs a GPU"),
         (["--train.steps", "99999999999999"], "below 2^31"),
         (["--train.output", "model", "--train.overwrite"], "model is not empty and holds no run"),
@@ -279,3 +344,11 @@ def test_the_embedded_questions_are_distinct() -> None:
     assert len({*questions[0], *questions[1]}) == len(questions[0]) + len(questions[1]) == 3400
     workings = [{json.loads(line)["answer"] for line in part} for part in parts]
     assert len(workings[0] & workings[1]) < 0.1 * len(workings[1])  # nor can many answers be learnt by heart
+
+
+def test_too_little_data_to_calibrate_on_costs_one_line(main: Main, tmp_path: Path, capsys: Any) -> None:
+    small = ["--data.limit", 40, "--train.steps", 1, "--train.output", tmp_path / "run"]
+    assert main(*config("eva"), *SHORT, *small) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "adapter.calibration_batches 8 of train.batch_size 8 take more rows than the" in line
+    assert main(*config("eva"), *SHORT, *small, "--adapter.calibration_batches", 4) == 0

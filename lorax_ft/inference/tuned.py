@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorax_ft.checks import check
-from lorax_ft.config import Config, ModelConfig
+from lorax_ft.config import Config, ModelConfig, QuantConfig
 from lorax_ft.inference.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -28,12 +28,16 @@ class Tuned:
     """PEFT folder of an adapter for --model."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the weights; None takes the run's, and float32 without a run."""
+    quant: Literal["none", "nf4", "int8"] = "none"
+    """Type of the kernels that --model is quantised to; a run's are as they were in training."""
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
             raise ValueError("give either --run FOLDER or --model PATH")
         if self.adapter is not None and self.model is None:
             raise ValueError("--adapter goes with --model; a run has its own adapter")
+        if self.quant != "none" and self.model is None:
+            raise ValueError("--quant goes with --model; a run's base is as it was in training")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,30 +68,34 @@ def load_tuned(tuned: Tuned) -> tuple[Model, Tree]:
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft
 
-    model = load_model(config.path, revision=config.revision, dtype=config.dtype, attention=config.attention)
+    m = config.model
+    model = load_model(m.path, revision=m.revision, dtype=m.dtype, attention=m.attention, quant=config.quant)
     return model, model.params if adapter is None else load_peft(adapter, model)
 
 
-def locate(tuned: Tuned) -> tuple[ModelConfig, Path | None]:
-    """Which model to load, and the folder of its adapter or None; without loading anything.
+def locate(tuned: Tuned) -> tuple[Config, Path | None]:
+    """Which model to load and how to quantise it, and the folder of its adapter or None; without loading anything.
 
     Raises:
       ValueError: there is no such run or adapter, or the run has not finished.
     """
     if tuned.model is not None:
         adapter = None if tuned.adapter is None else _existing(Path(tuned.adapter), "adapter", "adapter_config.json")
-        return ModelConfig(path=tuned.model, dtype=tuned.dtype or "float32"), adapter
+        model = ModelConfig(path=tuned.model, dtype=tuned.dtype or "float32")
+        return Config(model=model, quant=QuantConfig(format=tuned.quant)), adapter
     assert tuned.run is not None
     run = _existing(Path(tuned.run), "run", "config.json")
     try:
-        config = Config.from_json((run / "config.json").read_text(encoding="utf-8")).model
+        config = Config.from_json((run / "config.json").read_text(encoding="utf-8"))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{run} holds no run: its config.json is another; is it a model (--model {run})?") from error
-    config = dataclasses.replace(config, dtype=tuned.dtype or config.dtype)
-    if (run / "adapter").is_dir():
-        return config, run / "adapter"
-    if (run / "model").is_dir():  # full fine-tuning
-        return dataclasses.replace(config, path=str(run / "model"), revision=None), None
+    model = dataclasses.replace(config.model, dtype=tuned.dtype or config.model.dtype)
+    adapter = run / "adapter" if (run / "adapter").is_dir() else None
+    own = run / ("nf4_base" if adapter else "model")  # a base without its start; full fine-tuning
+    if own.is_dir():
+        model = dataclasses.replace(model, path=str(own), revision=None)
+    if adapter or own.is_dir():
+        return dataclasses.replace(config, model=model), adapter
     raise ValueError(f"{run} holds neither an adapter nor a model: its training has not come to an end")
 
 

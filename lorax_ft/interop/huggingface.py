@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_ft.interop.bitsandbytes import check_packing, unpacked
 from lorax_ft.interop.families import FAMILIES
 from lorax_ft.interop.families.family import describe_common
-from lorax_ft.interop.stored import Index, Stored, stored_tensors
+from lorax_ft.interop.stored import FLOATS, KINDS, Index, Stored, stored_tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
@@ -32,8 +33,10 @@ Tensors = Mapping[str, Stored]
 """A checkpoint's tensors, by name."""
 Names = Mapping[str, str]
 """A family's own names for parts of paths."""
-Place = Callable[[str, tuple[int, ...], Callable[[Index], np.ndarray]], jax.Array]
-"""Puts a leaf on its devices: (slash path, shape, function that reads a part of it) -> array."""
+Parts = Mapping[tuple[int, ...], Stored]
+"""The tensors of a leaf, by their index in its stack."""
+Place = Callable[[str, tuple[int, ...], Callable[[Index], np.ndarray], Parts], Any]
+"""Puts a leaf on its devices: (slash path, shape, function that reads a part of it, its tensors) -> array."""
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,7 +46,7 @@ LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": 
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
-    """The config.json of a checkpoint, and its tensors.
+    """The config.json of a checkpoint without its quantization_config, and its tensors.
 
     Raises:
       ValueError: a file is missing or damaged, or the folder holds something else.
@@ -51,16 +54,13 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds an adapter, not a model; load its base model, then use load_peft")
     config = read_json(folder / "config.json")
+    packing = config.pop("quantization_config", None)
     decoder_config(config, source=str(folder))  # an architecture that is not supported is said before a missing file
-    if (folder / WEIGHTS).is_file():
-        return config, stored_tensors(folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
-        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read")
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{folder / INDEX} holds no weight_map of file names")
-    shards = sorted(set(weight_map.values()))
-    return config, {name: stored for shard in shards for name, stored in stored_tensors(folder / shard).items()}
+    if packing is not None:
+        check_packing(packing, source=str(folder))
+    kinds = FLOATS if packing is None else KINDS
+    tensors = {name: t for file in _shards(folder) for name, t in stored_tensors(file, kinds=kinds).items()}
+    return config, tensors if packing is None else unpacked(tensors, source=str(folder))
 
 
 def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: Any) -> DecoderConfig:
@@ -72,10 +72,6 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
     kind = hf_config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{source} has the architecture {kind!r}; supported: {', '.join(FAMILIES)}")
-    if hf_config.get("quantization_config") is not None:
-        raise ValueError(
-            f"{source} has a quantization_config in its config.json; take the checkpoint that it came from"
-        )
     try:
         config = import_transformers().CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(hf_config)))
         described = describe_common(config) | FAMILIES[kind].describe(config)
@@ -90,9 +86,7 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
     return DecoderConfig(**described, **computing)
 
 
-def load_params(
-    config: DecoderConfig, tensors: Tensors, *, names: Names, source: str, place: Place | None = None
-) -> Tree:
+def load_params(config: DecoderConfig, tensors: Tensors, *, names: Names, source: str, place: Place) -> Tree:
     """The parameters of a decoder, read tensor by tensor, in the dtype of its config.
 
     Raises:
@@ -117,7 +111,7 @@ def load_params(
     for path, entries in wanted.items():
         parts = {index: tensors[name] for name, index, _ in entries}
         read = functools.partial(_read_leaf, parts, shapes[path], config.dtype, path.endswith("/kernel"))
-        params[path] = (place or _place_here)(path, shapes[path], read)
+        params[path] = place(path, shapes[path], read, parts)
     return unflatten(params)
 
 
@@ -127,9 +121,19 @@ def head_is_table(tensors: Tensors) -> bool:
     return head is None or table is None or np.array_equal(head.read(()), table.read(()))
 
 
-def _read_leaf(
-    parts: Mapping[tuple[int, ...], Stored], shape: tuple[int, ...], dtype: str, transposed: bool, index: Index
-) -> np.ndarray:
+def _shards(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{folder / INDEX} holds no weight_map of file names")
+    return [folder / shard for shard in sorted(set(weight_map.values()))]
+
+
+def _read_leaf(parts: Parts, shape: tuple[int, ...], dtype: str, transposed: bool, index: Index) -> np.ndarray:
     """The part of a leaf `[*stack, in, out]` in `index`, of whose stack each entry is a tensor."""
     ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     n = len(next(iter(parts)))
@@ -152,11 +156,6 @@ def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _place_here(path: str, shape: tuple[int, ...], read: Callable[[Index], np.ndarray]) -> jax.Array:
-    """The leaf on the default device."""
-    return jax.device_put(read(tuple(slice(0, size) for size in shape)))
 
 
 def abstract_params(config: DecoderConfig, *, tied: bool | None = None) -> Tree:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from lorax_ft.config import QuantConfig
+from lorax_ft.interop.bitsandbytes import Packed
 from lorax_ft.interop.gguf import read_gguf
 from lorax_ft.interop.huggingface import (
-    Place,
+    Parts,
+    Tensors,
     decoder_config,
     family_names,
     head_is_table,
@@ -17,8 +27,16 @@ from lorax_ft.interop.huggingface import (
     read_folder,
     read_json,
 )
+from lorax_ft.interop.stored import Index
 from lorax_ft.interop.tokenizer import load_tokenizer
+from lorax_ft.lowrank.requantize import Original
+from lorax_ft.models.decoder import QUANTIZABLE
 from lorax_ft.models.model import Model
+from lorax_ft.quant.kernels import Format, Quantized, quantize
+from lorax_ft.quant.stream import streamed
+
+Shardings = Callable[[str, Any], Any]
+"""Where a leaf goes: (slash path, its shapes) -> its sharding."""
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 
@@ -30,7 +48,8 @@ def load_model(
     dtype: Literal["float32", "bfloat16"] = "float32",
     attention: Literal["auto", "xla", "cudnn"] = "auto",
     remat: Literal["none", "dots", "mlp", "full"] = "full",
-    place: Place | None = None,
+    quant: QuantConfig | None = None,
+    shardings: Shardings | None = None,
 ) -> Model:
     """Loads a decoder with its parameters and tokenizer.
 
@@ -40,7 +59,10 @@ def load_model(
       dtype: of the parameters and the activations.
       attention: the attention kernel; auto takes cuDNN on a GPU in bfloat16, causal blocks on a CPU, and XLA elsewhere.
       remat: what the backward pass recomputes.
-      place: puts each leaf on its devices, `(slash path, shape, read) -> jax.Array`; `read(slices)` gives a part of it.
+      quant: in how many bits the kernels of linear layers are kept; they are quantised a matrix at a time. A checkpoint
+        that bitsandbytes packed in NF4 is taken as it is.
+      shardings: where leaves go, `(slash path, shapes) -> sharding`, of a quantised one that of each part; None: the
+        default device.
 
     Raises:
       ValueError: nothing is there, or it is damaged or not supported.
@@ -56,15 +78,65 @@ def load_model(
     config = decoder_config(hf_config, source=source, dtype=dtype, attention=attention, remat=remat)
     if config.tied and not head_is_table(tensors):
         config, hf_config = dataclasses.replace(config, tied=False), {**hf_config, "tie_word_embeddings": False}
-    params = load_params(config, tensors, names=family_names(hf_config), source=source, place=place)
+    loader = Loader(dtype=dtype, quant=_to_do(quant, tensors, source), shardings=shardings or _here)
+    params = load_params(config, tensors, names=family_names(hf_config), source=source, place=loader.place)
     return Model(
         config=config,
         params=params,
+        originals=loader.originals,
+        packed=any(isinstance(tensor, Packed) for tensor in tensors.values()),
         tokenizer=tokenizer,
         hf_config=hf_config,
         source=source,
         generation_config=read_json(generation) if generation.is_file() else {},
     )
+
+
+class Loader:
+    """Puts leaves on their devices, quantised where they are to be, and remembers how to read those again."""
+
+    def __init__(self, *, dtype: str, quant: QuantConfig, shardings: Shardings) -> None:
+        self._dtype, self._quant, self._shardings = dtype, quant, shardings
+        self.originals: dict[str, Original] = {}
+
+    def place(self, path: str, shape: tuple[int, ...], read: Callable[[Index], np.ndarray], parts: Parts) -> Any:
+        """The leaf at a slash path. What is packed in some matrices of a stack alone is dequantised."""
+        abstract = jax.ShapeDtypeStruct(shape, self._dtype)
+        packed = {index: part for index, part in parts.items() if isinstance(part, Packed)}
+        whole = len(packed) < len(parts) and self._quant.format == "none"
+        if whole or not re.fullmatch(QUANTIZABLE, path):
+            on: Any = self._shardings(path, abstract)
+            return jax.make_array_from_callback(shape, on, read)  # type: ignore[arg-type]
+        format: Format = "int8" if self._quant.format == "int8" else "nf4"
+        doubled = all(part.doubled for part in packed.values()) if packed else self._quant.double
+        n_stack = len(shape) - 2
+
+        def original(index: tuple[int, ...]) -> np.ndarray:
+            inside = (slice(0, size) for size in shape[n_stack:])
+            return read((*(slice(i, i + 1) for i in index), *inside)).reshape(shape[n_stack:])
+
+        def matrix(index: tuple[int, ...]) -> Quantized:
+            if packed:
+                return packed[index].nf4(self._dtype)
+            return quantize(jnp.asarray(original(index)), format=format, doubled=doubled, n_stack=0, n_in=1)
+
+        self.originals[path.removesuffix("/kernel")] = original
+        like = jax.eval_shape(lambda w: quantize(w, format=format, doubled=doubled, n_stack=n_stack, n_in=1), abstract)
+        return streamed(matrix, stack=shape[:n_stack], like=like, on=self._shardings(path, like))
+
+
+def _to_do(quant: QuantConfig | None, tensors: Tensors, source: str) -> QuantConfig:
+    """How kernels are to be quantised: not at all, where the checkpoint's are."""
+    if not any(isinstance(tensor, Packed) for tensor in tensors.values()):
+        return quant or QuantConfig()
+    if quant and quant.format == "int8":
+        raise ValueError(f"quant.format is int8, but {source} is in NF4 already; leave it out, and it stays as it is")
+    return QuantConfig()
+
+
+def _here(path: str, leaf: Any) -> Any:
+    """The default device."""
+    return jax.tree.map(lambda part: SingleDeviceSharding(jax.devices()[0]), leaf)
 
 
 def _locate(path: str | Path, revision: str | None) -> Path:

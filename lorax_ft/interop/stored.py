@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-KINDS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+KINDS = FLOATS | {"U8": np.uint8}
 Index = tuple[slice, ...]
 
 
@@ -24,13 +26,17 @@ class Stored:
     """The part of it in these slices; all of it for (). May be a view of the file."""
 
 
-def stored_tensors(file: Path) -> dict[str, Stored]:
+def stored_tensors(file: Path, *, kinds: Mapping[str, Any] = FLOATS) -> dict[str, Stored]:
     """The tensors of a safetensors file, by name.
 
     The package checks the file; the tensors are views of it, where the package would copy each.
 
+    Args:
+      file: the file.
+      kinds: the dtypes that it may hold: numpy's by safetensors' names.
+
     Raises:
-      ValueError: the file is missing or damaged.
+      ValueError: the file is missing or damaged, or holds another dtype.
     """
     try:
         with safetensors.safe_open(file, framework="numpy") as handle:
@@ -43,12 +49,12 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
         )
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    if other := [name for name in names if header[name]["dtype"] not in KINDS]:
-        raise ValueError(f"{file}: {other[0]} is {header[other[0]]['dtype']}; supported: {', '.join(KINDS)}")
+    if other := [name for name in names if header[name]["dtype"] not in kinds]:
+        raise ValueError(f"{file}: {other[0]} is {header[other[0]]['dtype']}; supported: {', '.join(kinds)}")
 
     def stored(entry: dict) -> Stored:
         begin, end = entry["data_offsets"]
-        view = content[begin:end].view(KINDS[entry["dtype"]]).reshape(entry["shape"])
+        view = content[begin:end].view(kinds[entry["dtype"]]).reshape(entry["shape"])
         return Stored(view.shape, view.__getitem__)
 
     return {name: stored(header[name]) for name in names}

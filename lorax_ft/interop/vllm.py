@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lorax_ft.interop.peft import collect_adapters, save_peft
+from lorax_ft.interop.peft import save_peft
+from lorax_ft.interop.peft_collect import collect_adapters
 from lorax_ft.interop.save import save_model
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree

@@ -6,27 +6,41 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.lowrank import initial
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, Layer, column_norm, merged_kernel
-from lorax_ft.lowrank.olora import olora
-from lorax_ft.lowrank.pissa import pissa
+from lorax_ft.lowrank.requantize import Original, Rounded, requantized
 from lorax_ft.lowrank.spec import LayerSpec, as_canonical
+from lorax_ft.lowrank.starts import CHANGES_BASE, Start, start
+from lorax_ft.lowrank.statistics import checked_statistics, needed_statistics, spread_ranks
 from lorax_ft.lowrank.targets import Plan, plan_adapters
+from lorax_ft.quant.kernels import Quantized, matrices
 from lorax_ft.tree import Tree, combine, from_modules, modules
 
-CHANGES_BASE = ("pissa", "olora")  # inits whose start is taken out of the base
+Kernel = Array | Quantized
 
 
-def add_adapters(params: Tree, config: AdapterConfig, *, layout: Layout, key: Array) -> Tree:
+def add_adapters(
+    params: Tree,
+    config: AdapterConfig,
+    *,
+    layout: Layout,
+    key: Array,
+    originals: Mapping[str, Original] = MappingProxyType({}),
+    rounds: int = 1,
+    statistics: Mapping[str, Array | np.ndarray] = MappingProxyType({}),
+) -> Tree:
     """The parameters with low-rank leaves beside the kernels that `config.targets` means.
 
     Args:
@@ -34,36 +48,58 @@ def add_adapters(params: Tree, config: AdapterConfig, *, layout: Layout, key: Ar
       config: which modules, which rank, which start.
       layout: the layers of the model (`lorax_ft.layout`, or a loaded model's own).
       key: every leaf's randomness is folded from it and the leaf's path.
+      originals: by path, what reads the matrices again that are quantised in `params` (`Model.originals`); needed by
+        inits that change the base.
+      rounds: of decomposition and quantising, for PiSSA and LoftQ on a quantised base.
+      statistics: by path, what inits from data start from (`lorax_ft.calibrate`).
 
     Returns:
-      A new tree. The base is changed only by inits that say so (PiSSA, OLoRA), and not with `keep_base`.
+      A new tree. The base is changed only by inits that say so (`CHANGES_BASE`), and not with `keep_base`.
 
     Raises:
-      ValueError: a pattern means no module, or a rank is above a matrix's smaller side.
+      ValueError: a pattern means no module, a rank is above a matrix's smaller side, or a statistic is missing.
     """
     layers = modules(nn.meta.unbox(params))
     kernels = {path: _kernel(layers, path, spec) for path, spec in layout.items()}
-    for path, plan in plan_adapters(config, layout=layout, shapes={p: k.shape for p, k in kernels.items()}).items():
+    shapes = {path: kernel.shape for path, kernel in kernels.items()}
+    plans = plan_adapters(config, layout=layout, shapes=shapes)
+    measured = checked_statistics(config, statistics, needed_statistics(config, layout=layout, shapes=shapes))
+    if config.init == "eva":
+        plans, measured = spread_ranks(plans, measured, config)
+    for path, plan in plans.items():
         layer = layers.get(path, {})
         if ADAPTER_LEAVES & layer.keys():
             raise ValueError(f"{path} has an adapter already; merge it first (lorax_ft.merge_adapters)")
-        owns = path != "lm_head" or "kernel" in layer  # a tied head's kernel is the embedding's
-        layers[path] = layer | _adapter(kernels[path], config, spec=layout[path], plan=plan, key=key, owns=owns)
+        # A tied head's kernel is the embedding's, and stays.
+        keeps = config.keep_base or (path == "lm_head" and "kernel" not in layer)
+        original = None if keeps or config.init not in CHANGES_BASE else _original(originals, path, layer)
+        layers[path] = layer | _adapter(
+            kernels[path], config, spec=layout[path], plan=plan, key=key, keeps=keeps, original=original, rounds=rounds,
+            statistic=measured.get(path),
+        )  # fmt: skip
     return from_modules(layers)
 
 
-def attach_adapters(base: Tree, adapters: Tree, *, layout: Layout | None = None) -> Tree:
+def attach_adapters(
+    base: Tree,
+    adapters: Tree,
+    *,
+    layout: Layout | None = None,
+    originals: Mapping[str, Original] = MappingProxyType({}),
+) -> Tree:
     """An original base with adapter leaves put back on it: W − s A₀ B₀ is computed again from the kept start.
 
     Args:
       base: the parameters as they were loaded.
       adapters: adapter leaves, as `partition(params, by="ownership")` gives them.
       layout: needed where a kernel's axes are not in the order stack, in, out.
+      originals: as in `add_adapters`.
     """
     layers = modules(combine(base, adapters))
     for path, layer in layers.items():
         if "lora_a0" in layer and "start_scale" not in layer:
-            layers[path] = layer | _without_start(layer, layout[path] if layout else None)
+            original = _original(originals, path, layer)
+            layers[path] = layer | _without_start(layer, layout[path] if layout else None, original)
     return from_modules(layers)
 
 
@@ -84,7 +120,8 @@ def switched_off(params: Tree, base: Tree, *, layout: Layout | None = None) -> T
             old = own.get(path, {})
             if "kernel" in layer and "kernel" not in old:  # a head that was untied
                 old = {"kernel": tied_kernel(base)}
-            layer = layer | {name: old[name].astype(layer[name].dtype) for name in layer.keys() & old.keys()}
+            same = {name for name in layer.keys() & old.keys() if not isinstance(layer[name], Quantized)}
+            layer = layer | {name: old[name].astype(layer[name].dtype) for name in same}
             layers[path] = layer
         if "lora_a0" in layer and "start_scale" not in layer:
             layer = layer | {"lora_a": layer["lora_a0"], "lora_b": layer["lora_b0"]}
@@ -145,6 +182,18 @@ def fold_path(key: Array, path: str) -> Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
+def kernel_shapes(params: Tree, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """The shapes of the kernels of a layout's modules, in `params` or their shapes."""
+    layers = modules(nn.meta.unbox(params))
+
+    def shape(path: str) -> tuple[int, ...]:
+        layer = layers.get(path, {})
+        own = [layer[name].shape for name in ("kernel", "embedding") if name in layer]
+        return own[0] if own else layers["embed_tokens"]["embedding"].shape[::-1]  # a tied head
+
+    return {path: shape(path) for path in layout}
+
+
 def _kernel(layers: dict[str, Layer], path: str, spec: LayerSpec) -> Array:
     layer = layers.get(path, {})
     if spec.kind == "embed":
@@ -157,64 +206,90 @@ def tied_kernel(params: Tree) -> Array:
     return params["embed_tokens"]["embedding"].T
 
 
-def _adapter(kernel: Array, config: AdapterConfig, *, spec: LayerSpec, plan: Plan, key: Array, owns: bool) -> Layer:
+def _adapter(
+    kernel: Kernel,
+    config: AdapterConfig,
+    *,
+    spec: LayerSpec,
+    plan: Plan,
+    key: Array,
+    keeps: bool,
+    original: Original | None,
+    rounds: int,
+    statistic: Array | None,
+) -> Layer:
     """The leaves that one module gets, its kernel included where the init changes it."""
     w = spec.canonical("kernel", kernel)
-    stack, rows, columns = spec.sizes(kernel.shape)
-    n_in = len(spec.stack) + len(spec.ins)
-    rank = int(plan.ranks.max())
-    matrices = w.reshape(-1, rows, columns)
-    a, b = _start(matrices, config, spec=spec, plan=plan, key=key)
-    used = np.arange(rank) < plan.ranks.reshape(-1, 1)  # [L, r]: zero padding where a layer's rank is smaller
-    a, b = jnp.where(used[:, None, :], a, 0), jnp.where(used[:, :, None], b, 0)
-    scale = jnp.asarray(plan.scales)
-    leaves = {
-        "lora_a": spec.restored("lora_a", a.reshape(*w.shape[:n_in], rank)),
-        "lora_b": spec.restored("lora_b", b.reshape(*stack, rank, *w.shape[n_in:])),
-        "lora_scale": scale,
-    }
-    if config.init in CHANGES_BASE and spec.kind != "embed":
-        # Copies: A and B are donated to the step, their start stays.
-        leaves |= {"lora_a0": jnp.copy(leaves["lora_a"]), "lora_b0": jnp.copy(leaves["lora_b"])}
-        if config.keep_base or not owns:
-            leaves["start_scale"] = scale
-        else:
-            leaves |= _without_start(leaves | {"kernel": kernel}, spec)
+    stack, rows, _ = spec.sizes(kernel.shape)
+    rank, ranks, scales = plan.width, plan.ranks.reshape(-1), plan.scales.reshape(-1)
+    # Experts share a logical path: their order in the stack tells them apart.
+    seeds = zip(plan.paths, _repeats(plan.paths), strict=True)
+    keys = jnp.stack([jax.random.fold_in(fold_path(key, path), i) for path, i in seeds])
+    begun: list[Start] = []
+
+    def begin(w: Kernel, i: slice, rounded: Rounded | None = None) -> Any:
+        begun.append(
+            start(
+                w, config, embed=spec.kind == "embed", rank=rank, ranks=ranks[i], scales=scales[i], keys=keys[i],
+                rounded=rounded, rounds=rounds, statistic=None if statistic is None else statistic[i],
+            )
+        )  # fmt: skip
+        return begun[-1].taken
+
+    base: Layer = {}
+    if original is not None and isinstance(kernel, Quantized):
+        base["kernel"] = requantized(kernel, original, begin, plan.scales, n_in=len(spec.ins))
+    else:
+        begin(matrices(w, stack=len(keys), rows=rows), slice(None))
+    (a, b), taken = jax.tree.map(lambda *parts: jnp.concatenate(parts), *begun)
+
+    def leaf(name: str, factor: Array) -> Array:
+        n_in = len(spec.stack) + len(spec.ins)
+        shape = (*w.shape[:n_in], rank) if name == "lora_a" else (*stack, rank, *w.shape[n_in:])
+        return spec.restored(name, factor.reshape(shape))
+
+    leaves = {"lora_a": leaf("lora_a", a), "lora_b": leaf("lora_b", b), "lora_scale": jnp.asarray(plan.scales)}
+    if taken is not None:  # copies: A and B are donated to the step, their start stays
+        leaves |= {"lora_a0": jnp.copy(leaf("lora_a", taken[0])), "lora_b0": jnp.copy(leaf("lora_b", taken[1]))}
+        if keeps:
+            leaves["start_scale"] = jnp.asarray(plan.scales)
+        elif not base:
+            base = _without_start(leaves | {"kernel": kernel}, spec, None)
     if config.dora:
-        leaves["magnitude"] = column_norm(as_canonical({"kernel": kernel} | leaves, spec))
-    return leaves
+        leaves["magnitude"] = column_norm(as_canonical({"kernel": kernel} | base | leaves, spec))
+    return base | leaves
 
 
-def _without_start(layer: Layer, spec: LayerSpec | None) -> Layer:
-    """The kernel W − s A₀ B₀."""
+def _without_start(layer: Layer, spec: LayerSpec | None, original: Original | None) -> Layer:
+    """The kernel W − s A₀ B₀; of a quantised one, that of the original quantised anew."""
     layer = as_canonical(layer, spec)
+    if isinstance(layer["kernel"], Quantized):
+        assert original is not None
+        scales = np.asarray(layer["lora_scale"])
+        a, b = (_on_one_device(layer[name]) for name in ("lora_a0", "lora_b0"))
+        n_in, rank = a.ndim - scales.ndim - 1, a.shape[-1]
+        a, b = a.reshape(scales.size, -1, rank), b.reshape(scales.size, rank, -1)
+        quantized = requantized(layer["kernel"], original, lambda w, i, rounded: (a[i], b[i]), scales, n_in=n_in)
+        return {"kernel": quantized}
     start = {"lora_a": layer["lora_a0"], "lora_b": layer["lora_b0"], "lora_scale": -layer["lora_scale"]}
     kernel = merged_kernel(start | {"kernel": layer["kernel"]})
     return {"kernel": spec.restored("kernel", kernel) if spec else kernel}
 
 
-def _start(w: Array, config: AdapterConfig, *, spec: LayerSpec, plan: Plan, key: Array) -> tuple[Array, Array]:
-    """A `[L, I, R]` and B `[L, R, O]` of a stack `[L, I, O]`, at full rank."""
-    count, rows, columns = w.shape
-    rank = int(plan.ranks.max())
-    # Experts share a logical path: their order in the stack tells them apart.
-    seeds = zip(plan.paths, _repeats(plan.paths), strict=True)
-    keys = jnp.stack([jax.random.fold_in(fold_path(key, path), i) for path, i in seeds])
-    if config.init == "olora" and spec.kind != "embed":
-        return olora(w, rank=rank)
-    if config.init == "pissa" and spec.kind != "embed":
-        a, b = pissa(w, rank=rank, iterations=config.pissa_iterations, keys=keys)
-        root = jnp.sqrt(jnp.maximum(jnp.asarray(plan.scales).reshape(-1, 1, 1), jnp.finfo(jnp.float32).tiny))
-        return a / root, b / root
-    if spec.kind == "embed":
-        return jnp.zeros((count, rows, rank), jnp.float32), jax.vmap(
-            lambda k: initial.embedding(k, columns=columns, rank=rank)
-        )(keys)
-    b = jnp.zeros((count, rank, columns), jnp.float32)
-    if config.init == "gaussian":
-        own_rank = np.maximum(plan.ranks, 1).reshape(-1, 1, 1)
-        return jax.vmap(lambda k: initial.gaussian(k, rows=rows, rank=rank))(keys) / own_rank.astype(np.float32), b
-    return jax.vmap(lambda k: initial.kaiming(k, rows=rows, rank=rank))(keys), b
+def _on_one_device(leaf: Array) -> Array:
+    """The whole leaf: the product of split factors rounds otherwise than the one that was first taken out."""
+    whole = np.asarray(leaf) if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    return jnp.asarray(whole)
+
+
+def _original(originals: Mapping[str, Original], path: str, layer: Layer) -> Original | None:
+    """What reads W again, where a start is to be taken out of a quantised base."""
+    if isinstance(layer.get("kernel"), Quantized) and path not in originals:
+        raise ValueError(
+            f"{path}: its kernel is quantised and the weights that it came from are not at hand, so no start can be "
+            "taken out of it; load the original checkpoint, or set adapter.keep_base"
+        )
+    return originals.get(path)
 
 
 def _repeats(paths: list[str]) -> list[int]:

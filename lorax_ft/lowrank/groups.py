@@ -7,10 +7,11 @@ from typing import Literal
 
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES
 from lorax_ft.lowrank.targets import check_coverage, matches
+from lorax_ft.quant.kernels import Quantized
 from lorax_ft.tree import Tree, flatten, from_modules, modules, split
 
 
-def label(params: Tree, *, whole: Sequence[str] = ()) -> Tree:
+def label(params: Tree, *, whole: Sequence[str] = (), freeze: Sequence[str] = ()) -> Tree:
     """Each leaf's group for the optimiser.
 
     `lora_a`, `lora_b`, `magnitude`; `weight` and `vector` for the matrices and for the biases and norms of
@@ -19,6 +20,7 @@ def label(params: Tree, *, whole: Sequence[str] = ()) -> Tree:
     Args:
       params: a tree with adapters.
       whole: patterns of modules whose own weights train; "all" means every one.
+      freeze: names of adapter leaves that stay where they start, such as `lora_a` in LoRA-FA (2308.03303).
 
     Raises:
       ValueError: a pattern means no module.
@@ -30,26 +32,33 @@ def label(params: Tree, *, whole: Sequence[str] = ()) -> Tree:
 
     def group(path: str, name: str) -> str:
         if name in ("lora_a", "lora_b", "magnitude"):
-            return name
+            return "frozen" if name in freeze else name
         if name in ADAPTER_LEAVES | STEP_LEAVES or not is_whole(path, whole):
             return "frozen"
+        if isinstance(layers[path][name], Quantized):
+            raise ValueError(f"{path} is quantised, so its own weights do not train; leave it out of train_whole")
         return "weight" if name in ("kernel", "embedding") else "vector"
 
     return from_modules({path: {name: group(path, name) for name in layer} for path, layer in layers.items()})
 
 
 def partition(
-    params: Tree, *, by: Literal["training", "ownership"] = "training", whole: Sequence[str] = ()
+    params: Tree,
+    *,
+    by: Literal["training", "ownership"] = "training",
+    whole: Sequence[str] = (),
+    freeze: Sequence[str] = (),
 ) -> tuple[Tree, Tree]:
     """Two trees, to be put together again by `combine`.
 
     Args:
       params: a tree with adapters.
       by: "training": what trains, and what is frozen. "ownership": what belongs to the fine-tuning
-        (frozen scales and starts too), and what belongs to the base.
+        (frozen scales, factors and starts too), and what belongs to the base.
       whole: patterns of modules whose own weights train, as for `label`.
+      freeze: names of adapter leaves that do not train, as for `label`.
     """
-    labels = flatten(label(params, whole=whole))
+    labels = flatten(label(params, whole=whole, freeze=freeze))
 
     def mine(path: str) -> bool:
         return labels[path] != "frozen" or (by == "ownership" and path.rpartition("/")[2] in ADAPTER_LEAVES)

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def kaiming(key: Array, *, rows: int, rank: int) -> Array:
+def kaiming(key: Array, rows: int, *, rank: int) -> Array:
     """A `[in, r]`, uniform in ±1/√in, as PEFT starts it (Kaiming's rule with a = √5)."""
     bound = rows**-0.5
     return jax.random.uniform(key, (rank, rows), jnp.float32, -bound, bound).T
 
 
-def gaussian(key: Array, *, rows: int, rank: int) -> Array:
+def gaussian(key: Array, rows: int, *, rank: int) -> Array:
     """A · r `[in, r]`, standard normal: over the matrix's own rank it is PEFT's "gaussian", of deviation 1 / r."""
     return jax.random.normal(key, (rank, rows), jnp.float32).T
 
 
-def embedding(key: Array, *, columns: int, rank: int) -> Array:
+def embedding(key: Array, columns: int, *, rank: int) -> Array:
     """B `[r, out]` of an embedding, standard normal; its A is 0."""
     return jax.random.normal(key, (rank, columns), dtype=jnp.float32)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, Layer, column_norm, linear
 from lorax_ft.lowrank.spec import Kind, LayerSpec, as_canonical
+from lorax_ft.quant.kernels import Quantized, dense
 
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Dense: "dense",
@@ -52,7 +54,7 @@ def adapt(apply: Callable[..., Any]) -> Callable[..., Any]:
         if context.method_name != "__call__" or type(context.module) not in KINDS:
             return next_fun(*args, **kwargs)
         layer = nn.meta.unbox(context.module.variables.get("params", {}))
-        if not ADAPTER_LEAVES & layer.keys():
+        if not ADAPTER_LEAVES & layer.keys() and not isinstance(layer.get("kernel"), Quantized):
             return next_fun(*args, **kwargs)
         traced = trace(context.module, args, kwargs)
         if traced is None:
@@ -94,7 +96,10 @@ def _adapted(module: nn.Module, traced: Traced, layer: Layer, x: Array) -> Array
         layer["norm"] = column_norm(layer)
     layer["kernel"] = own_order
     if "bias" in layer:  # the layer's output has the type of input, kernel and bias together
-        x, layer["kernel"], layer["bias"] = module.promote_dtype(x, own_order, layer["bias"], dtype=module.dtype)
+        quantized = isinstance(own_order, Quantized)
+        kernel = jnp.zeros((), own_order.dtype) if quantized else own_order
+        x, kernel, layer["bias"] = module.promote_dtype(x, kernel, layer["bias"], dtype=module.dtype)
+        layer["kernel"] = own_order if quantized else kernel
     if traced.einsum is not None:
         return _adapted_einsum(module, traced, layer, x)
 
@@ -129,12 +134,17 @@ def _adapted_einsum(module: nn.Module, traced: Traced, layer: Layer, x: Array) -
     return jnp.einsum(f"{rest}{batch}{outs}->{result}", linear(layer, x, dot, precision=module.precision))
 
 
-def _run(module: nn.Module, fields: dict[str, Any], name: str, kernel: Array, x: Array) -> Array:
+def _run(module: nn.Module, fields: dict[str, Any], name: str, kernel: Array | Quantized, x: Array) -> Array:
     """The module's own code on another kernel, without its bias."""
     if name == "kernel":
         fields = fields | {"use_bias": False}
-    y: Array = module.clone(parent=None, name=None, **fields).apply({"params": {name: kernel}}, x)  # type: ignore
-    return y
+
+    def run(kernel: Array | Quantized, x: Array) -> Array:
+        y: Array = module.clone(parent=None, name=None, **fields).apply({"params": {name: dense(kernel)}}, x)  # type: ignore
+        return y
+
+    # A kernel is dequantised again for the backward pass, or those of all layers would be kept for it.
+    return jax.checkpoint(run)(kernel, x) if isinstance(kernel, Quantized) else run(kernel, x)
 
 
 def _trace_einsum(module: nn.Module, shape: tuple[int, ...], args: Any, kwargs: Mapping[str, Any]) -> Traced | None:

@@ -42,7 +42,8 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
     >>> layout(model.apply, params, jax.numpy.ones((1, 2)))[""].kind
     'dense'
     """
-    plain = {path: leaf for path, leaf in flatten(nn.meta.unbox(params)).items() if _is_base(path)}
+    leaves = flatten(nn.meta.unbox(params)).items()  # as shapes, which quantised kernels have too
+    plain = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves if _is_base(path)}
     full = modules(unflatten(plain))
     seen: dict[str, intercept.Traced] = {}
     attended: set[str] = set()

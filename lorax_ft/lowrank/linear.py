@@ -2,7 +2,7 @@
 
 A layer is a dict of leaves; which leaves stand there says which method it is:
 
-    kernel | embedding  [*L, in, out]   W, the base weight
+    kernel | embedding  [*L, in, out]   W, the base weight: an array, or a quantised leaf (`lorax_ft.quant`)
     bias                [*L, out]       b
     lora_a, lora_b      [*L, in, r], [*L, r, out]   A and B
     lora_scale          [*L]            s
@@ -19,12 +19,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-Layer = dict[str, Array]
+from lorax_ft.quant.kernels import dense, matrices
+
+Layer = dict[str, Any]
 Dot = Callable[[Array, Array], Array]
 
 ADAPTER_LEAVES = frozenset({"lora_a", "lora_b", "lora_scale", "lora_a0", "lora_b0", "start_scale", "magnitude"})
@@ -80,7 +83,7 @@ def linear(layer: Layer, x: Array, dot: Dot, *, precision: lax.PrecisionLike = N
 
 
 def merged_kernel(layer: Layer) -> Array:
-    """(W − s₀ A₀ B₀ + s A B) · m / n, of W's shape and dtype, computed in float32 at the highest precision.
+    """(W − s₀ A₀ B₀ + s A B) · m / n, an array of W's shape and dtype, computed in float32 at the highest precision.
 
     Args:
       layer: the layer's leaves, with or without stack axes; the kernel's axes in the order stack, in, out.
@@ -90,7 +93,7 @@ def merged_kernel(layer: Layer) -> Array:
     """
     w = layer["kernel"]
     if "lora_a" not in layer:
-        return w
+        return dense(w)
     merged = _over_stack(_merge_matrix, _matrices(layer)).reshape(w.shape)
     if "magnitude" in layer:
         g = gain(layer | {"norm": layer["norm"] if "norm" in layer else column_norm(layer)})
@@ -152,7 +155,7 @@ def _matrices(layer: Layer) -> Layer:
     stack, rank = math.prod(s.shape), a.shape[-1]
     rows = math.prod(a.shape[n:-1])
     flat = {
-        "kernel": w.reshape(stack, rows, -1),
+        "kernel": matrices(w, stack=stack, rows=rows),
         "lora_a": a.reshape(stack, rows, rank),
         "lora_b": b.reshape(stack, rank, -1),
         "lora_scale": s.reshape(stack),
@@ -168,12 +171,14 @@ def _matrices(layer: Layer) -> Layer:
 
 @functools.partial(jax.jit, static_argnums=0)  # or the loop would be compiled anew at every call outside a jit
 def _over_stack(f: Callable[[Layer], Array], layers: Layer) -> Array:
-    return f({k: v[0] for k, v in layers.items()})[None] if layers["kernel"].shape[0] == 1 else lax.map(f, layers)
+    if layers["kernel"].shape[0] == 1:
+        return f(jax.tree.map(lambda leaf: leaf[0], layers))[None]
+    return lax.map(f, layers)
 
 
 def _merge_matrix(layer: Layer) -> Array:
     """W + s A B of one matrix `[I, O]`, or of some of its rows, in float32."""
-    w = layer["kernel"].astype(jnp.float32)
+    w = dense(layer["kernel"], jnp.float32)
     w = w + layer["lora_scale"] * jnp.matmul(layer["lora_a"], layer["lora_b"], precision=lax.Precision.HIGHEST)
     if "start_scale" in layer:
         start = jnp.matmul(layer["lora_a0"], layer["lora_b0"], precision=lax.Precision.HIGHEST)
@@ -183,6 +188,7 @@ def _merge_matrix(layer: Layer) -> Array:
 
 def _norm_matrix(layer: Layer) -> Array:
     """‖W + s A B‖ of one matrix over its rows, `[O]`."""
+    layer = layer | {"kernel": dense(layer["kernel"])}
     rows, columns = layer["kernel"].shape
     blocks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * columns <= NORM_BLOCK or n == rows))
 

@@ -15,6 +15,7 @@ from lorax_ft.lowrank.adapters import tied_kernel
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, merged_kernel
 from lorax_ft.lowrank.spec import LayerSpec, as_canonical
+from lorax_ft.quant.kernels import dense
 from lorax_ft.tree import Tree, flatten, from_modules, modules, unflatten
 
 
@@ -42,10 +43,11 @@ def merged_leaves(params: Tree, *, layout: Layout | None = None, dtype: Any = No
     """
     for path, layer in modules(_untied(params, layout)).items():
         for name in layer.keys() - ADAPTER_LEAVES - STEP_LEAVES:
-            leaf = layer[name]
             if "lora_a" in layer and name in ("kernel", "embedding"):
-                layer = layer if dtype is None else layer | {name: leaf.astype(dtype)}
-                leaf = _merged(layer, name, layout[path] if layout else None)
+                cast = layer if dtype is None else layer | {name: dense(layer[name], dtype)}
+                leaf = _merged(cast, name, layout[path] if layout else None)
+            else:
+                leaf = dense(layer[name])
             yield f"{path}/{name}" if path else name, leaf
 
 
@@ -79,12 +81,12 @@ def merge_weighted(
             changed["lm_head/kernel"] = changed.get("lm_head/kernel", own)
         for path, leaf in changed.items():
             old = flat[path] if path in flat else tied_kernel(base)
-            change[path] = change.get(path, 0) + weight * (leaf.astype(jnp.float32) - old.astype(jnp.float32))
+            change[path] = change.get(path, 0) + weight * (leaf.astype(jnp.float32) - dense(old, jnp.float32))
     if tied and not untied:
         change.pop("lm_head/kernel")
     kept = flat | ({"lm_head/kernel": tied_kernel(base)} if tied and untied else {})
     return unflatten(
-        {p: (w.astype(jnp.float32) + change[p]).astype(w.dtype) if p in change else w for p, w in kept.items()}
+        {p: (dense(w, jnp.float32) + change[p]).astype(w.dtype) if p in change else w for p, w in kept.items()}
     )
 
 

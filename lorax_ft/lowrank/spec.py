@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from jax import Array
 
 from lorax_ft.lowrank.linear import Layer
+from lorax_ft.quant.kernels import Quantized
 
 Kind = Literal["dense", "general", "einsum", "conv", "embed"]
 ORDERED = frozenset(
@@ -34,8 +35,13 @@ class LayerSpec:
     by_name: bool = False
     """Whether "all-linear" leaves it out: an output head, a router."""
 
-    def canonical(self, name: str, leaf: Array) -> Array:
-        """The leaf called `name` with its axes in the order stack, in, out; r stands for the axes it replaces."""
+    def canonical(self, name: str, leaf: Any) -> Any:
+        """The leaf called `name` with its axes in the order stack, in, out; r stands for the axes it replaces.
+
+        Quantised kernels have them in that order already.
+        """
+        if isinstance(leaf, Quantized):
+            return leaf
         axes = self._axes(name)
         return leaf.transpose([sorted(axes).index(axis) for axis in axes])
 

@@ -24,6 +24,8 @@ class Plan:
     paths: list[str]
     ranks: np.ndarray
     scales: np.ndarray
+    width: int
+    """R, the columns of A: the largest rank, or the largest that EVA may give."""
 
 
 def plan_adapters(config: AdapterConfig, *, layout: Layout, shapes: dict[str, tuple[int, ...]]) -> dict[str, Plan]:
@@ -51,7 +53,13 @@ def plan_adapters(config: AdapterConfig, *, layout: Layout, shapes: dict[str, tu
             raise ValueError(f"{path}: rank {ranks.max()} is above the smaller side of its matrix, {rows} × {columns}")
         divisor = np.sqrt(np.maximum(ranks, 1)) if config.scaling == "rank_stabilized" else np.maximum(ranks, 1)
         scales = np.where(ranks > 0, alphas / divisor, 0).astype(np.float32)
-        plans[path] = Plan(paths=paths[path], ranks=ranks.reshape(stack), scales=scales.reshape(stack))
+        spread = config.eva_rho if config.init == "eva" and spec.kind != "embed" else 1
+        plans[path] = Plan(
+            paths=paths[path],
+            ranks=ranks.reshape(stack),
+            scales=scales.reshape(stack),
+            width=min(round(spread * ranks.max()), rows, columns),
+        )
     if config.targets and not plans:
         raise ValueError(f"adapter.exclude and adapter.layers leave nothing of adapter.targets {config.targets}")
     return plans

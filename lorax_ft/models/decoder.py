@@ -115,6 +115,9 @@ def split_rows(x: Array) -> Array:
     return lax.with_sharding_constraint(x, PartitionSpec(axes))
 
 
+QUANTIZABLE = r"layers/.*_proj/kernel"
+"""The leaves that a quantised base has in fewer bits: all linear layers but the head and the routers."""
+
 # Which axes of a leaf the mesh splits, by slash path; the first match wins and every leaf must have one.
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed_tokens/embedding", ("tensor", "fsdp")),

@@ -14,12 +14,17 @@ from jax import Array
 from lorax_ft.lowrank.intercept import adapt
 from lorax_ft.lowrank.layout import Layout, layout
 from lorax_ft.lowrank.linear import Layer, column_norm, linear
+from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.spec import LayerSpec
 from lorax_ft.models.attention import Cache
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.parts import rows_dot_general, softcap
-from lorax_ft.tree import Tree
+from lorax_ft.quant.kernels import format_of
+from lorax_ft.tree import Tree, flatten
+
+WITHOUT_START = "start_taken_out"
+"""The mark, in its config.json, of a base that is for one adapter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,21 @@ class Model:
     """The checkpoint's generation_config.json, where it has one."""
     source: str = ""
     """Where the checkpoint came from: a folder, a file or a hub id."""
+    originals: Mapping[str, Original] = dataclasses.field(default_factory=dict)
+    """By module path, what reads the matrices again that are quantised in `params`."""
+    packed: bool = False
+    """Whether the checkpoint itself is quantised, so that what quantising lost is not known."""
+
+    @property
+    def base(self) -> str:
+        """What the adapters stand on, in words: the source, and the format of its kernels where they are quantised."""
+        formats = sorted({str(format_of(leaf)) for leaf in flatten(self.params).values() if format_of(leaf)})
+        return self.source + (f" in {formats[0]}" if formats else "")
+
+    @property
+    def without_start(self) -> bool:
+        """Whether the checkpoint is a base that a run left, out of which its adapter's start was taken."""
+        return bool(self.hf_config.get(WITHOUT_START))
 
     @functools.cached_property
     def module(self) -> Decoder:

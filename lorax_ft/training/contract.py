@@ -5,14 +5,14 @@ Adapters fail in silence: a layer the loss never reads, a scale of zero, a facto
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_ft.tree import Tree, flatten
+from lorax_ft.tree import Tree, flatten, modules
 
 
 def check_read(loss: Callable[[Tree], Any], trained: Tree) -> None:
@@ -46,6 +46,25 @@ def check_scales(params: Tree) -> None:
         raise ValueError(f"the scale of {_some(zero)} is 0, so the adapter does nothing; set adapter.alpha above 0")
 
 
+def check_frozen(params: Tree, freeze: Sequence[str]) -> None:
+    """Raise where a factor that does not train starts at 0, so that A B stays 0 for ever, and no magnitude trains.
+
+    Args:
+      params: a tree with adapters.
+      freeze: the names of the factors that do not train (`adapter.freeze`).
+
+    Raises:
+      ValueError: with those leaves' paths.
+    """
+    without = {path: layer for path, layer in modules(params).items() if "magnitude" not in layer}
+    leaves = {f"{path}/{name}": layer[name] for path, layer in without.items() for name in freeze if name in layer}
+    if zero := [path for path, leaf in leaves.items() if not bool(jnp.any(leaf != 0))]:
+        raise ValueError(
+            f"{_some(zero)} starts at 0, and adapter.freeze keeps it there, so the adapter does nothing; "
+            "leave out either the module or the freezing"
+        )
+
+
 def moved(before: Tree, after: Tree) -> dict[str, Array]:
     """For each leaf by slash path, whether it is finite and whether any element of it changed; jit it."""
     old, new = flatten(before), flatten(after)
@@ -73,7 +92,8 @@ def check_moved(report: dict[str, Any], *, updates: int) -> None:
         still = [path for path, (_, changed) in report.items() if not changed]
     else:
         pairs = {path.rpartition("/")[0] for path in report if path.rpartition("/")[2] in ("lora_a", "lora_b")}
-        still = [p for p in sorted(pairs) if not (report[f"{p}/lora_a"][1] or report[f"{p}/lora_b"][1])]
+        factors = {p: [report[f"{p}/{n}"] for n in ("lora_a", "lora_b") if f"{p}/{n}" in report] for p in pairs}
+        still = [p for p in sorted(pairs) if not any(changed for _, changed in factors[p])]
     if still:
         raise ValueError(
             f"after update {updates}, {_some(still)} did not move: a gradient is zero or a learning rate too small"

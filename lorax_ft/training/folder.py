@@ -13,7 +13,7 @@ from lorax_ft.config import Config
 from lorax_ft.training.log import LOG, PLOT
 
 CONFIG = "config.json"
-OWN = (CONFIG, "adapter", "model", "checkpoints", "tensorboard", "wandb", LOG, PLOT)  # what a run writes
+OWN = (CONFIG, "adapter", "nf4_base", "model", "checkpoints", "tensorboard", "wandb", LOG, PLOT)  # what a run writes
 
 
 def check_folder(config: Config) -> None:
@@ -33,11 +33,9 @@ def check_folder(config: Config) -> None:
         raise ValueError(f"train.output {folder}: nothing can be written to {existing}: {error.strerror}") from error
     holds_run = _is_run(folder / CONFIG)
     holds = folder.is_dir() and any(folder.iterdir())
-    start = config.adapter.start_from
-    if train.overwrite and start is not None and folder.resolve() in Path(start).resolve().parents:
-        raise ValueError(
-            f"adapter.start_from {start} lies in {folder}, which train.overwrite deletes; give another output"
-        )
+    for name, path in (("adapter.start_from", config.adapter.start_from), ("model.path", config.model.path)):
+        if train.overwrite and path is not None and folder.resolve() in Path(path).resolve().parents:
+            raise ValueError(f"{name} {path} lies in {folder}, which train.overwrite deletes; give another output")
     if train.resume and not holds_run:
         raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
     if train.resume:
@@ -86,6 +84,7 @@ def _check_same_run(now: Config, then: Config) -> None:
     """Raise where a resumed run would not be the run that was interrupted."""
     same = {
         "model": ("path", "dtype"),
+        "quant": tuple(f.name for f in dataclasses.fields(now.quant)),
         "adapter": tuple(
             f.name for f in dataclasses.fields(now.adapter) if f.name != "start_from"
         ),  # it may have moved

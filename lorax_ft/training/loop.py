@@ -17,9 +17,10 @@ from rich.console import Console
 from lorax_ft.config import Config
 from lorax_ft.data.batches import evaluation_batches
 from lorax_ft.evaluation.exact_match import Answered, evaluate_answers
-from lorax_ft.interop.peft import save_peft
-from lorax_ft.interop.save import save_model
+from lorax_ft.interop.peft import BASE, save_peft
+from lorax_ft.interop.save import save_model, save_quantized
 from lorax_ft.lowrank.groups import partition
+from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.training import contract, report, sharding
 from lorax_ft.training.folder import check_folder, make_folder
 from lorax_ft.training.interrupt import Interruption
@@ -28,7 +29,7 @@ from lorax_ft.training.progress import Progress
 from lorax_ft.training.start import Job, start, step_key
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
-from lorax_ft.tree import Tree, combine, split
+from lorax_ft.tree import Tree, combine, modules, split
 
 OWN_RUN = "--config configs/own.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
 
@@ -94,6 +95,7 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
     )
     if not job.first_step:
         log.write(0, _numbers(before))
+    base = _save_base(job, folder)
     try:
         state = _train(job, log, console)
     finally:
@@ -101,7 +103,7 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
     after = _evaluate(job, state, console, "after")
     log.write(job.steps, _numbers(after))
     log.close()
-    saved = _save(job, state, folder)
+    saved = _save(job, state, folder, base=base)
     result = Result(
         folder=folder, saved=saved, steps=job.steps, before=before, after=after, seconds=time.perf_counter() - began
     )
@@ -198,20 +200,32 @@ def _validation_loss(job: Job, state: TrainState) -> float | None:
     return float(sums[0] / sums[1])
 
 
-def _save(job: Job, state: TrainState, folder: Path) -> Path:
+def _save_base(job: Job, folder: Path) -> Path | None:
+    """The base that the adapter is for, where no checkpoint elsewhere is it: quantised without its start."""
+    base, params = folder / BASE, combine(job.state.trained, job.frozen)
+    if not any(map(is_requantized, modules(params).values())):
+        return None
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    if jax.process_index() == 0 and not base.is_dir():  # a resumed run's is there
+        save_quantized(base, params, job.model)
+    return base
+
+
+def _save(job: Job, state: TrainState, folder: Path, *, base: Path | None) -> Path:
     """The adapter as a PEFT folder, or the model as a Hugging Face folder where everything trained."""
     config = job.config.adapter
     params = combine(state.trained, job.frozen)
     if jax.process_count() > 1:  # the base stays where it is, and is the model's own in save_peft's eyes
-        owned, base = partition(params, by="ownership", whole=config.train_whole)
-        params = combine(multihost_utils.process_allgather(owned, tiled=True), base)
+        owned, rest = partition(params, by="ownership", whole=config.train_whole)
+        params = combine(multihost_utils.process_allgather(owned, tiled=True), rest)
     full = "all" in config.train_whole and not config.targets
     saved = folder / ("model" if full else "adapter")
     if jax.process_index() == 0:
         if full:
             save_model(saved, params, job.model, others="keep")
         else:
-            save_peft(saved, params, job.model, config=config, others="keep")
+            save_peft(saved, params, job.model, config=config, base=base, others="keep")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("saved")
     return saved
@@ -264,6 +278,9 @@ def _print_end(console: Console, job: Job, result: Result) -> None:
         now = _numbers(result.after).get(name)
         if now is not None and name in first:
             rows.append((name.replace("_", " "), f"{first[name]:{form}} → {now:{form}}"))
+    if job.model.base != job.model.source:
+        own = result.folder / BASE
+        rows.append(("base", str(own) if own.is_dir() else job.model.base))
     rows += [
         (result.saved.name, str(result.saved)),
         ("loss plot", str(result.folder / PLOT)),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
 from rich import progress as bars
@@ -60,3 +61,12 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         self._bar.console.print(text)
+
+
+@contextlib.contextmanager
+def calibrating(console: Console, *, init: str) -> Iterator[Callable[[float], None]]:
+    """A bar for the measuring that an init needs; gives the function to call with each share that is done."""
+    shown = bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=None), bars.TimeRemainingColumn()
+    with bars.Progress(*shown, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(f"measuring for {init}", total=1.0)
+        yield lambda share: bar.advance(task, share)

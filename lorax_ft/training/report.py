@@ -18,6 +18,8 @@ from rich.text import Text
 from lorax_ft.config import Config
 from lorax_ft.data.chat import Sample, describe_row
 from lorax_ft.lowrank.layout import Layout
+from lorax_ft.lowrank.linear import ADAPTER_LEAVES
+from lorax_ft.quant.kernels import Quantized
 from lorax_ft.tree import Tree, flatten, modules
 
 Row = tuple[str, ...]
@@ -60,7 +62,8 @@ def adapter_rows(params: Tree, trained: Tree, *, layout: Layout) -> list[Row]:
         scales, ranks = np.asarray(layer["lora_scale"]).reshape(-1), matrix_ranks(layer)
         active = scales != 0
         _, inner, outer = layout[path].sizes(_kernel_shape(layer, base))
-        count = int(ranks.sum()) * (inner + outer) + ("magnitude" in layer) * int(active.sum()) * outer
+        sides = ("lora_a" in leaves) * inner + ("lora_b" in leaves) * outer
+        count = int(ranks.sum()) * sides + ("magnitude" in layer) * int(active.sum()) * outer
         matrices = f"{active.sum()}" + ("" if active.all() else f" of {active.size}")
         rank = _span(ranks[active]) + (" + m" if "magnitude" in layer else "")
         shape = f"{inner} × {outer}"
@@ -91,13 +94,23 @@ def print_table(console: Console, params: Tree, trained: Tree, *, layout: Layout
     console.print(table)
     count = sum(int(row[-1].replace(",", "")) for row in rows)
     base = base_count(params)
-    console.print(f"{count:,} parameters train, {100 * count / base:.3g} % of the base's {base:,}.\n")
+    console.print(f"{count:,} parameters train, {100 * count / base:.3g} % of the base's {base:,}.")
+    console.print(f"The base takes {describe_bytes(params)}.\n")
+
+
+def describe_bytes(params: Tree) -> str:
+    """The bytes of the base's arrays over all devices, and the bits a parameter of those that are quantised."""
+    base = {path: leaf for path, leaf in flatten(params).items() if path.rpartition("/")[2] not in ADAPTER_LEAVES}
+    quantized = [leaf for leaf in base.values() if isinstance(leaf, Quantized)]
+    text = f"{_bytes(base) / 1e6:,.1f} MB"
+    if not quantized:
+        return text
+    count, size = sum(math.prod(leaf.shape) for leaf in quantized), _bytes(quantized)
+    return f"{text}, of them {size / 1e6:,.1f} MB for {count:,} quantised parameters, {8 * size / count:.3f} bits each"
 
 
 def base_count(params: Tree) -> int:
     """The number of the base's parameters."""
-    from lorax_ft.lowrank.linear import ADAPTER_LEAVES
-
     return sum(math.prod(v.shape) for p, v in flatten(params).items() if p.rpartition("/")[2] not in ADAPTER_LEAVES)
 
 
@@ -160,6 +173,10 @@ def print_summary(console: Console, rows: Sequence[tuple[str, str]], *, title: s
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _device_bytes(leaf: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_ft.config import MeshConfig
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES
+from lorax_ft.quant.kernels import Quantized
 from lorax_ft.tree import Tree, first_match, flatten, unflatten
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+Axis = str | tuple[str, ...] | None
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -51,8 +54,8 @@ def param_shardings(shapes: Tree, rules: Rules, *, mesh: Mesh) -> Tree:
       mesh: the devices.
 
     Returns:
-      The tree of shardings. A's in axes and B's out axes lie as their kernel's do, the rank is whole. An
-      axis that does not divide by its mesh axis is whole on every device.
+      The tree of shardings; at a quantised kernel one for each part. A's in axes and B's out axes lie as their
+      kernel's do, the rank is whole. An axis that does not divide by its mesh axis is whole on every device.
 
     Raises:
       ValueError: no rule matches a leaf.
@@ -96,9 +99,12 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, microbatches: in
     return {k: place(v, sharding) for k, v in cut.items()}
 
 
-def _sharding(path: str, flat: Mapping[str, Any], rules: Rules, mesh: Mesh) -> NamedSharding:
+def _sharding(path: str, flat: Mapping[str, Any], rules: Rules, mesh: Mesh) -> Any:
     shape = flat[path].shape
     parent, _, name = path.rpartition("/")
+    if isinstance(flat[path], Quantized):
+        axes = flat[path].axes(_axes(path, len(shape), rules), mesh.shape)
+        return jax.tree.map(lambda part, a: NamedSharding(mesh, _fit(a, part.shape, mesh)), flat[path], axes)
     if name not in ADAPTER_LEAVES:
         return NamedSharding(mesh, _fit(_axes(path, len(shape), rules), shape, mesh))
     base = f"{parent}/embedding" if f"{parent}/embedding" in flat else f"{parent}/kernel"
@@ -119,5 +125,9 @@ def _axes(path: str, ndim: int, rules: Rules) -> tuple[str | None, ...]:
     return (*axes, *[None] * (ndim - len(axes)))
 
 
-def _fit(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
-    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)))
+def _fit(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    def fits(axis: Axis, size: int) -> bool:
+        names = axis if isinstance(axis, tuple) else (axis,)
+        return axis is not None and size % math.prod(mesh.shape[name] for name in names if name) == 0
+
+    return P(*(axis if fits(axis, size) else None for axis, size in zip(axes, shape, strict=True)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,16 @@ from lorax_ft.interop.peft import load_peft
 from lorax_ft.interop.peft_config import read_config
 from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.lowrank.groups import is_whole
+from lorax_ft.lowrank.starts import CHANGES_BASE
+from lorax_ft.lowrank.statistics import STATISTICS
 from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training import contract, sharding
+from lorax_ft.training.calibration import calibrate
 from lorax_ft.training.checkpoints import Checkpoints
 from lorax_ft.training.optimizer import make_optimizer
+from lorax_ft.training.progress import calibrating
+from lorax_ft.training.report import make_console
 from lorax_ft.training.state import base_of, fresh_state, resumed_state
 from lorax_ft.training.step import TrainState, batch_loss, make_eval_step, make_train_step
 from lorax_ft.tree import Tree, combine, flatten, unflatten
@@ -72,9 +77,11 @@ def start(config: Config, *, folder: Path) -> Job:
       ValueError: anything in the config, the data, the checkpoint or the mesh does not fit.
     """
     clock = _Clock()
+    _check_quantization(config)
     mesh = sharding.make_mesh(config.mesh)
     _check_mesh(config, mesh)
     model = _load(config, mesh)
+    _check_quantized(model, config)
     if model.tokenizer is None:
         raise ValueError(f"{config.model.path} holds no tokenizer; put its tokenizer.json beside the weights")
     if config.adapter.start_from is not None:
@@ -93,7 +100,12 @@ def start(config: Config, *, folder: Path) -> Job:
         state, frozen = resumed_state(model, config.adapter, tx, mesh=mesh, checkpoints=checkpoints)
     else:
         key = jax.random.fold_in(jax.random.key(train.seed), 0)
-        state, frozen = fresh_state(model, config.adapter, tx, mesh=mesh, key=key)
+        statistics = _measured(model, config, batches, mesh)
+        if statistics:
+            clock.lap("calibration")
+        state, frozen = fresh_state(
+            model, config.adapter, tx, mesh=mesh, key=key, rounds=config.quant.rounds, statistics=statistics
+        )
     model = base_of(model, state, frozen)
     clock.lap("adapters")
     evaluate = jax.jit(make_eval_step(model, packed=False))
@@ -132,13 +144,14 @@ def step_key(config: Config) -> Array:
 def _load(config: Config, mesh: Mesh) -> Model:
     """The base, each leaf on its devices."""
 
-    def place(path: str, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> Array:
-        shapes = unflatten({path: jax.ShapeDtypeStruct(shape, config.model.dtype)})
-        on = flatten(sharding.param_shardings(shapes, SHARDING_RULES, mesh=mesh))[path]
-        return jax.make_array_from_callback(shape, on, read)  # each process reads its own parts
+    def shardings(path: str, leaf: Any) -> Any:
+        return flatten(sharding.param_shardings(unflatten({path: leaf}), SHARDING_RULES, mesh=mesh))[path]
 
     m = config.model
-    return load_model(m.path, revision=m.revision, dtype=m.dtype, attention=m.attention, remat=m.remat, place=place)
+    return load_model(
+        m.path, revision=m.revision, dtype=m.dtype, attention=m.attention, remat=m.remat, quant=config.quant,
+        shardings=shardings,
+    )  # fmt: skip
 
 
 def _with_adapter(model: Model, config: Config) -> Model:
@@ -154,6 +167,24 @@ def _with_adapter(model: Model, config: Config) -> Model:
                 f"{folder} holds {path}, trained whole; give --adapter.train_whole {path} to go on with it"
             )
     return dataclasses.replace(model, params=params)
+
+
+def _measured(model: Model, config: Config, batches: Batches, mesh: Mesh) -> dict[str, np.ndarray]:
+    """What an init from data starts from, measured on the first training batches; nothing for other inits."""
+    adapter, size = config.adapter, batches.batch_size
+    if adapter.init not in STATISTICS or adapter.start_from is not None or not adapter.targets:
+        return {}
+    if adapter.calibration_batches * size > len(batches):
+        raise ValueError(
+            f"adapter.calibration_batches {adapter.calibration_batches} of train.batch_size {size} take more rows than "
+            f"the {len(batches)} to train on; lower one of them"
+        )
+    m = config.train.microbatches  # of what fits into memory
+    whole = (batches.batch(i) for i in range(adapter.calibration_batches))
+    parts = ({k: v[j * size // m : (j + 1) * size // m] for k, v in batch.items()} for batch in whole for j in range(m))
+    placed = [sharding.place_batch(part, mesh) for part in parts]
+    with calibrating(make_console(), init=adapter.init) as advance, jax.set_mesh(mesh):
+        return calibrate(model, adapter, placed, packed=config.data.pack, advance=advance)
 
 
 def _check_contract(job: Job, batch: dict[str, Array]) -> None:
@@ -172,6 +203,27 @@ def _check_mesh(config: Config, mesh: Mesh) -> None:
         raise ValueError(
             f"train.batch_size {config.train.batch_size} in {config.train.microbatches} microbatches gives {rows} "
             f"rows, which do not divide over data × fsdp = {devices} devices"
+        )
+
+
+def _check_quantization(config: Config) -> None:
+    adapter = config.adapter
+    changes = adapter.start_from is None and adapter.init in CHANGES_BASE and not adapter.keep_base
+    if changes and config.quant.format == "int8":
+        raise ValueError(
+            f"adapter.init {adapter.init} changes the base, and there is no file for one in int8; take quant.format nf4"
+            + ("" if adapter.init == "loftq" else ", or adapter.keep_base")
+        )
+
+
+def _check_quantized(model: Model, config: Config) -> None:
+    """Raise where a start is to win back what quantising lost, and the model was quantised before."""
+    adapter = config.adapter
+    fits = adapter.start_from is None and (adapter.init == "loftq" or config.quant.rounds > 1)
+    if fits and model.packed:
+        raise ValueError(
+            f"{model.source} is in NF4 already, so what quantising lost is not known; load the checkpoint that it came "
+            "from, or take another adapter.init, and quant.rounds 1"
         )
 
 

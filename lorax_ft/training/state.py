@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,15 +15,18 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.lowrank.adapters import add_adapters, attach_adapters
+from lorax_ft.lowrank.adapters import add_adapters, attach_adapters, kernel_shapes
 from lorax_ft.lowrank.groups import is_whole, partition
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES
+from lorax_ft.lowrank.starts import CHANGES_BASE
+from lorax_ft.lowrank.statistics import STATISTICS, needed_statistics
 from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
+from lorax_ft.quant.kernels import Quantized
 from lorax_ft.training import contract, sharding
 from lorax_ft.training.checkpoints import Checkpoints
 from lorax_ft.training.step import TrainState
-from lorax_ft.tree import Tree, combine, flatten, modules, split
+from lorax_ft.tree import Tree, combine, flatten, modules, split, unflatten
 
 
 def abstract_state(
@@ -35,13 +40,25 @@ def abstract_state(
       tx: the optimiser of the trained leaves.
       mesh: the devices.
     """
-    # The exact SVD runs on the host and cannot be traced; the shapes are the same.
-    traceable = dataclasses.replace(config, pissa_iterations=0)
+    # What runs on the host cannot be traced; the shapes are those of any start that is taken out of the base.
+    traceable = dataclasses.replace(config, init="olora") if config.init in CHANGES_BASE else config
+    traceable = dataclasses.replace(traceable, svd_iterations=0) if traceable.init in STATISTICS else traceable
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = jax.eval_shape(lambda p, k: _with_adapters(p, traceable, model=model, key=k), model.params, key)
+    base = flatten(model.params)
+    quantized = {path: jax.eval_shape(lambda x: x, leaf) for path, leaf in base.items() if isinstance(leaf, Quantized)}
+    plain = unflatten({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in base.items()})
+    kernels = kernel_shapes(model.params, model.layout)
+    needed = {} if config.start_from else needed_statistics(config, layout=model.layout, shapes=kernels)
+
+    def adapted(params: Tree, key: Array, statistics: Mapping[str, Array]) -> Tree:
+        return _with_adapters(params, traceable, model=model, key=key, statistics=statistics)
+
+    shapes = jax.eval_shape(adapted, plain, key, needed)
+    shapes = unflatten(flatten(shapes) | quantized)  # whose starts are not traced either, but shaped as others are
     places = sharding.param_shardings(shapes, SHARDING_RULES, mesh=mesh)
-    trained, frozen = partition(jax.tree.map(_placed, shapes, places), whole=config.train_whole)
-    trained_places, _ = partition(places, whole=config.train_whole)
+    chosen: dict[str, Any] = {"whole": config.train_whole, "freeze": config.freeze}
+    trained, frozen = partition(jax.tree.map(_placed, shapes, places), **chosen)
+    trained_places, _ = partition(places, **chosen)
     opt_places = sharding.state_shardings(tx, trained, trained_places, mesh=mesh)
     opt_state = jax.tree.map(_placed, jax.eval_shape(tx.init, trained), opt_places)
     step: Any = _placed(jax.ShapeDtypeStruct((), jnp.int32), sharding.replicated(mesh))
@@ -49,7 +66,14 @@ def abstract_state(
 
 
 def fresh_state(
-    model: Model, config: AdapterConfig, tx: optax.GradientTransformation, *, mesh: Mesh, key: Array
+    model: Model,
+    config: AdapterConfig,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    key: Array,
+    rounds: int = 1,
+    statistics: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[TrainState, Tree]:
     """The state of a run that begins, and its frozen leaves, each on its devices.
 
@@ -57,10 +81,11 @@ def fresh_state(
       ValueError: as `add_adapters`, or a scale is 0.
     """
     abstract, frozen_shapes = abstract_state(model, config, tx, mesh=mesh)
-    params = _with_adapters(model.params, config, model=model, key=key)
+    params = _with_adapters(model.params, config, model=model, key=key, rounds=rounds, statistics=statistics)
     contract.check_scales(params)
+    contract.check_frozen(params, config.freeze)
     params = jax.tree.map(_move, params, combine(abstract.trained, frozen_shapes))
-    trained, frozen = partition(params, whole=config.train_whole)
+    trained, frozen = partition(params, whole=config.train_whole, freeze=config.freeze)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
     opt_state = jax.jit(tx.init, out_shardings=places)(trained)
     return TrainState(sharding.place(np.zeros((), np.int32), sharding.replicated(mesh)), trained, opt_state), frozen
@@ -78,12 +103,13 @@ def resumed_state(
     state, owned = checkpoints.restore(abstract, owned_leaves(abstract.trained, frozen))
     base, _ = split(model.params, lambda path: path.rpartition("/")[2] not in ADAPTER_LEAVES)
     adapters, _ = split(combine(state.trained, owned), lambda path: path.rpartition("/")[2] in ADAPTER_LEAVES)
-    _, frozen = partition(attach_adapters(base, adapters), whole=config.train_whole)
+    params = attach_adapters(base, adapters, originals=model.originals)
+    _, frozen = partition(params, whole=config.train_whole, freeze=config.freeze)
     return state, frozen
 
 
 def owned_leaves(trained: Tree, frozen: Tree) -> Tree:
-    """The frozen leaves that belong to the fine-tuning: scales and starts."""
+    """The frozen leaves that belong to the fine-tuning: scales, starts, factors that do not train."""
     owned, _ = partition(combine(trained, frozen), by="ownership")
     paths = flatten(trained)
     return split(owned, lambda path: path not in paths)[0]
@@ -96,17 +122,28 @@ def base_of(model: Model, state: TrainState, frozen: Tree) -> Model:
     return dataclasses.replace(model, params=params)
 
 
-def _with_adapters(params: Tree, config: AdapterConfig, *, model: Model, key: Array) -> Tree:
+def _with_adapters(
+    params: Tree,
+    config: AdapterConfig,
+    *,
+    model: Model,
+    key: Array,
+    rounds: int = 1,
+    statistics: Mapping[str, Any] = MappingProxyType({}),
+) -> Tree:
     """The parameters with adapters, unless they hold those to go on with.
 
     Modules that train whole are float32, since bfloat16 rounds small updates away.
     """
     if config.start_from is None:
-        params = add_adapters(params, config, layout=model.layout, key=key)
+        params = add_adapters(
+            params, config, layout=model.layout, key=key, originals=model.originals, rounds=rounds,
+            statistics=statistics,
+        )  # fmt: skip
     both = [p for p, layer in modules(params).items() if "lora_a" in layer and is_whole(p, config.train_whole)]
     if both:
         raise ValueError(f"{both[0]} is meant by adapter.targets and by adapter.train_whole; give it to one of them")
-    trained, frozen = partition(params, whole=config.train_whole)
+    trained, frozen = partition(params, whole=config.train_whole, freeze=config.freeze)
     return combine(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained), frozen)
 
 

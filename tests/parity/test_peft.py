@@ -84,6 +84,9 @@ EXPORTED = {
     "pissa_rslora": AdapterConfig(rank=3, alpha=4, init="pissa", scaling="rank_stabilized"),
     "olora": AdapterConfig(rank=4, alpha=4, init="olora"),
     "olora_dora_rslora": AdapterConfig(rank=4, alpha=5, init="olora", dora=True, scaling="rank_stabilized"),
+    "milora_rslora": AdapterConfig(rank=3, alpha=4, init="milora", scaling="rank_stabilized"),
+    "milora_dora": AdapterConfig(rank=4, alpha=4, init="milora", dora=True),
+    "orthogonal": AdapterConfig(rank=4, init="orthogonal", rank_pattern=("v_proj=2",)),
     "pissa_keep_base": AdapterConfig(rank=4, alpha=4, init="pissa", keep_base=True),
     "pissa_dora": AdapterConfig(rank=4, alpha=4, init="pissa", dora=True),
     "pissa_dora_rslora_patterns": AdapterConfig(
@@ -206,6 +209,31 @@ def test_olora_starts_as_pefts(checkpoint: Path) -> None:
             if name in names:
                 key = f"base_model.model.model.layers.{i}.{module.replace('/', '.')}.{names[name]}"
                 np.testing.assert_allclose(leaf[i], theirs[key].numpy().T, atol=2e-6, err_msg=key)
+
+
+def test_the_orthogonal_start_is_pefts_in_distribution(checkpoint: Path) -> None:
+    """Theirs has A B = 0 too, and each factor has the spread of ours, and half of the rank."""
+    base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
+    config = peft.LoraConfig(r=8, target_modules=ALL_LINEAR, init_lora_weights="orthogonal")
+    theirs = peft.get_peft_model(base, config).state_dict()
+    model = load_model(checkpoint)
+    ours = AdapterConfig(rank=8, init="orthogonal")
+    params = add_adapters(model.params, ours, layout=model.layout, key=jax.random.key(0))
+    names = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight"}
+    spread: dict[str, list[np.ndarray]] = {"ours": [], "theirs": []}
+    for path, layer in modules(params["layers"]).items():
+        for i in range(3 if "lora_a" in layer else 0):
+            prefix = f"base_model.model.model.layers.{i}.{path.replace('/', '.')}"
+            pair = {name: theirs[f"{prefix}.{key}"].numpy().T for name, key in names.items()}
+            for whose, a, b in (
+                ("ours", layer["lora_a"][i], layer["lora_b"][i]), ("theirs", pair["lora_a"], pair["lora_b"]),
+            ):  # fmt: skip
+                assert np.abs(np.float64(a) @ np.float64(b)).max() < 1e-7
+                assert np.linalg.matrix_rank(a, tol=1e-5) == np.linalg.matrix_rank(b, tol=1e-5) == 4
+                spread[whose] += [np.ravel(a), np.ravel(b)]
+    sizes = {whose: np.concatenate(parts).std() for whose, parts in spread.items()}
+    assert sizes["ours"] == pytest.approx(sizes["theirs"], rel=0.03)
+    assert sizes["ours"] == pytest.approx(0.1 / 2**0.5, rel=0.03)
 
 
 @pytest.fixture(params=["mixtral", "qwen3_moe"])

@@ -26,12 +26,12 @@ from jax.sharding import Mesh
 
 from lorax_ft.config import Config
 from lorax_ft.interop.huggingface import abstract_params, decoder_config
-from lorax_ft.lowrank.adapters import add_adapters
-from lorax_ft.lowrank.groups import partition
-from lorax_ft.models.decoder import SHARDING_RULES
+from lorax_ft.models.decoder import QUANTIZABLE
 from lorax_ft.models.model import Model
+from lorax_ft.quant.kernels import quantize
 from lorax_ft.training import sharding
 from lorax_ft.training.optimizer import make_optimizer
+from lorax_ft.training.state import abstract_state
 from lorax_ft.training.step import TrainState, make_train_step
 from lorax_ft.tree import Tree, flatten, split, unflatten
 
@@ -72,28 +72,25 @@ def main() -> None:
 
 def abstract_arguments(model: Model, config: Config, mesh: Mesh) -> tuple[TrainState, Tree, Tree]:
     """Shapes of state, frozen leaves and batch, with their shardings."""
-    dtype = jnp.dtype(model.config.dtype)
-    base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model.config))
-    model = Model(config=model.config, params=base)
-    whole = config.adapter.train_whole
-    traceable = dataclasses.replace(config.adapter, pissa_iterations=0)  # the exact SVD runs on the host
-    params = jax.eval_shape(lambda p: add_adapters(p, traceable, layout=model.layout, key=jax.random.key(0)), base)
-    places = flatten(sharding.param_shardings(params, SHARDING_RULES, mesh=mesh))
-    trained, frozen = partition(params, whole=whole)
-    tx = make_optimizer(config.optim, steps=100)
-    trained_places = unflatten({path: places[path] for path in flatten(trained)})
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(tx.init, trained))
-    state_places = TrainState(
-        sharding.replicated(mesh), trained_places, sharding.state_shardings(tx, trained, trained_places, mesh=mesh)
-    )
-    frozen_places = unflatten({path: places[path] for path in flatten(frozen)})
+    base = {path: _base_leaf(path, leaf, config) for path, leaf in flatten(abstract_params(model.config)).items()}
+    model = dataclasses.replace(model, params=unflatten(base))
+    state, frozen = abstract_state(model, config.adapter, make_optimizer(config.optim, steps=100), mesh=mesh)
     train = config.train
     shape = (train.microbatches, train.batch_size // train.microbatches, config.data.max_length)
     dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     dtypes |= {"positions": jnp.int32, "segment_ids": jnp.int32}
     batch_place = sharding.batch_sharding(mesh, microbatched=True)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_place) for name, dtype in dtypes.items()}
-    return jax.tree.map(_placed, state, state_places), jax.tree.map(_placed, frozen, frozen_places), batch
+    return state, frozen, batch
+
+
+def _base_leaf(path: str, leaf: Any, config: Config) -> Any:
+    leaf = jax.ShapeDtypeStruct(leaf.shape, config.model.dtype)
+    q = config.quant
+    if q.format == "none" or not re.fullmatch(QUANTIZABLE, path):
+        return leaf
+    n = leaf.ndim - 2
+    return jax.eval_shape(lambda w: quantize(w, format=q.format, doubled=q.double, n_stack=n, n_in=1), leaf)
 
 
 def compile_step(model: Model, config: Config, mesh: Mesh, state: TrainState, frozen: Tree, batch: Tree) -> Any:
@@ -131,10 +128,6 @@ def bytes_a_chip(tree: Tree) -> int:
     """The bytes of a tree's shards on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _placed(leaf: Any, place: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 if __name__ == "__main__":

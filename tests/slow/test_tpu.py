@@ -17,7 +17,16 @@ from typing import Any
 
 import pytest
 
-from lorax_ft.config import AdapterConfig, Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, load_config
+from lorax_ft.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    QuantConfig,
+    TrainConfig,
+    load_config,
+)
 
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("LORAX_FT_TPU_PYTHON")
@@ -69,6 +78,24 @@ def test_seven_billion_parameters_fit_sixteen_chips(dora: bool) -> None:
     assert report["argument_bytes"] < 1.5e9
     assert report["temporary_bytes"] < 4e9
     assert [1, 3584, 18944] in report["gathered"]  # a layer's weights when they are needed
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_quantised_base_is_whole_in_one_layer_at_a_time(format: Any) -> None:
+    """Seven billion parameters: the step's memory is that of LoRA's, less what the base's kernels no longer take."""
+    config = Config(
+        model=ModelConfig(dtype="bfloat16"),
+        adapter=AdapterConfig(rank=16),
+        quant=QuantConfig(format=format),
+        data=DataConfig(max_length=2048),
+        train=TrainConfig(batch_size=16),
+        mesh=MeshConfig(data=1, fsdp=16),
+    )
+    report = compile_for("v5e:4x4", config, QWEN_7B)
+    assert report["kernel_bytes"] < {"nf4": 5.6e9, "int8": 8.9e9}[format]  # of them the table and the head 2.2e9
+    assert report["kernel_bytes_a_chip"] < 1.01 * report["kernel_bytes"] / 16
+    assert report["temporary_bytes"] < 2.5e9  # all kernels in bfloat16 would take 13e9, and 0.8e9 a chip
+    assert not [shape for shape in report["gathered"] if len(shape) == 3 and shape[0] == 28]
 
 
 def check(report: dict[str, Any], config: Config, *, split: int, width: Any) -> None:

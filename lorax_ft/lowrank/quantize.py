@@ -1,0 +1,63 @@
+"""Quantising the base of any linen model whose layout is known.
+
+{"up_proj": {"kernel": W}}  →  {"up_proj": {"kernel": NF4(codes, absmax)}}
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import numpy as np
+from jax import Array
+
+from lorax_ft.config import QuantConfig
+from lorax_ft.lowrank.layout import Layout
+from lorax_ft.lowrank.requantize import Original
+from lorax_ft.lowrank.spec import LayerSpec
+from lorax_ft.quant.kernels import Quantized, quantize
+from lorax_ft.tree import Tree, from_modules, modules
+
+
+def quantize_base(params: Tree, config: QuantConfig, *, layout: Layout) -> tuple[Tree, dict[str, Original]]:
+    """The parameters with quantised kernels, and by path what reads the kernels as they were.
+
+    Embeddings, output heads and routers stay whole, and kernels whose axes are not in the order stack, in, out (some
+    of `nn.Einsum`'s).
+
+    Args:
+      params: a tree of arrays.
+      config: the format.
+      layout: the layers of the model (`lorax_ft.layout`, or a loaded model's own).
+
+    Returns:
+      A new tree, and the `originals` that `add_adapters` needs for inits that change the base; while they are
+      held, so are the original kernels.
+
+    Raises:
+      ValueError: the format is none, a kernel is quantised already, or there is no kernel to quantise.
+    """
+    if config.format == "none":
+        raise ValueError("quant.format is none; give nf4 or int8")
+    layers = modules(nn.meta.unbox(params))
+    originals: dict[str, Original] = {}
+    for path, spec in layout.items():
+        kernel = layers.get(path, {}).get("kernel")
+        if isinstance(kernel, Quantized):
+            raise ValueError(f"{path} is quantised already; give the parameters as they were loaded")
+        if kernel is None or spec.by_name or not _in_order(spec):
+            continue
+        n_stack, n_in = len(spec.stack), len(spec.ins)
+        leaf = quantize(kernel, format=config.format, doubled=config.double, n_stack=n_stack, n_in=n_in)
+        layers[path] = layers[path] | {"kernel": leaf}
+        originals[path] = _reader(kernel)
+    if not originals:
+        raise ValueError(f"none of the layers has a kernel of axes stack, in, out: {', '.join(layout) or 'no layer'}")
+    return from_modules(layers), originals
+
+
+def _in_order(spec: LayerSpec) -> bool:
+    axes = spec.stack + spec.ins + spec.outs
+    return axes == tuple(range(len(axes)))
+
+
+def _reader(kernel: Array) -> Original:
+    return lambda index: np.asarray(kernel[index])

@@ -1,0 +1,72 @@
+"""A quantised base exists in full precision one layer at a time, forward and backward, whatever is recomputed."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lorax_ft import AdapterConfig, add_adapters, combine, partition
+from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.models.decoder import QUANTIZABLE
+from lorax_ft.models.model import Model
+from lorax_ft.quant.kernels import quantize
+from lorax_ft.tree import Tree, flatten, unflatten
+
+LAYERS = 8
+HF_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("remat", ["none", "dots", "mlp", "full"])
+def test_a_layer_at_a_time(remat: Any, format: Any) -> None:
+    whole = _temporaries(remat, "none")
+    quantized = _temporaries(remat, format)
+    layer = 4 * (4 * 256 * 256 + 3 * 256 * 1024)  # bytes of its kernels in float32
+    assert quantized < whole + 1.5 * layer  # all of them would be LAYERS * layer
+
+
+def _temporaries(remat: Any, format: Any) -> int:
+    """The bytes that a gradient of the adapters asks for beside its arguments."""
+    config = decoder_config(HF_CONFIG, source="these tests", remat=remat)
+    shapes = {
+        path: jax.ShapeDtypeStruct(leaf.shape, "float32") for path, leaf in flatten(abstract_params(config)).items()
+    }
+    kernels = [math.prod(leaf.shape) for path, leaf in shapes.items() if re.fullmatch(QUANTIZABLE, path)]
+    assert sum(kernels) == LAYERS * (4 * 256 * 256 + 3 * 256 * 1024)
+
+    def base(path: str, leaf: Any) -> Any:
+        if format == "none" or not re.fullmatch(QUANTIZABLE, path):
+            return leaf
+        return jax.eval_shape(lambda w: quantize(w, format=format, doubled=True, n_stack=1, n_in=1), leaf)
+
+    model = Model(config=config, params=unflatten({path: base(path, leaf) for path, leaf in shapes.items()}))
+    plain = unflatten(shapes)
+    adapters = AdapterConfig(rank=2)
+    adapted = jax.eval_shape(lambda p: add_adapters(p, adapters, layout=model.layout, key=jax.random.key(0)), plain)
+    trained, _ = partition(adapted)
+    owned, _ = partition(adapted, by="ownership")
+    scales = unflatten({path: leaf for path, leaf in flatten(owned).items() if path.endswith("lora_scale")})
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+    def loss(trained: Tree, frozen: Tree, tokens: jax.Array) -> jax.Array:
+        return jnp.sum(model.apply({"params": combine(trained, frozen)}, tokens) ** 2)
+
+    frozen = combine(model.params, scales)
+    memory = jax.jit(jax.grad(loss)).lower(trained, frozen, tokens).compile().memory_analysis()
+    return memory.temp_size_in_bytes
