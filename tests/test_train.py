@@ -138,7 +138,7 @@ def test_a_run_on_a_quantised_base_leaves_all_that_its_adapter_needs(main: Main,
 
     halves.rename(moved)
     model, params = load_tuned(Tuned(run=str(moved)))
-    assert model.base == f"{moved / 'base'} in nf4"
+    assert model.base == f"{moved / 'nf4_base'} in nf4"
     run = lft.Config.from_json((moved / "config.json").read_text())
     from lorax_ft.data.batches import evaluation_batches, load_data
 
@@ -152,7 +152,7 @@ def test_a_run_on_a_quantised_base_leaves_all_that_its_adapter_needs(main: Main,
     assert main(*shared, *out, "--quant.format", "int8") == 2
     assert "there is no file for one in int8; take quant.format nf4, or adapter.keep_base" in capsys.readouterr().err
     assert main(*shared, *out, "--adapter.start_from", moved / "adapter") == 2
-    assert f"was trained on {moved / 'base'}" in capsys.readouterr().err
+    assert f"was trained on {halves / 'nf4_base'}" in capsys.readouterr().err
     on = ["--adapter.start_from", moved / "adapter", "--model.path", moved / "nf4_base", "--quant.format", "none"]
     assert main(*shared, *on, "--train.output", moved, "--train.overwrite") == 2
     assert "lies in" in capsys.readouterr().err
