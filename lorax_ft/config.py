@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from lorax_ft.checks import check, pattern_value, positive, regex, within
+from lorax_ft.checks import check, pattern_value, positive, regex, typed, within
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_MODEL = str(ASSETS / "tiny")
@@ -36,6 +36,9 @@ class ModelConfig:
     remat: Literal["none", "dots", "mlp", "full"] = "full"
     """What the backward pass recomputes: nothing, all but matrix products, all but the MLP's wide ones, or all."""
 
+    def __post_init__(self) -> None:
+        typed(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
@@ -49,6 +52,7 @@ class QuantConfig:
     """Rounds of decomposition and quantising of the starts that fit themselves to a quantised base (pissa, loftq)."""
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "rounds")
         check(self.rounds <= 100, f"quant.rounds is {self.rounds}; it must be at most 100")
 
@@ -107,6 +111,7 @@ class AdapterConfig:
     """Factors that stay where they start, without gradient or moments: lora_a is LoRA-FA."""
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "rank", "alpha", "calibration_batches", "lora_ga_gamma", "lora_one_gamma")
         check(1 <= self.eva_rho < 1000, f"adapter.eva_rho is {self.eva_rho}; it must be at least 1 and below 1000")
         check(0 <= self.dropout < 1, f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
@@ -172,8 +177,7 @@ class DataConfig:
     """Tokens that count in the loss: those of the assistant's turns, or all."""
 
     def __post_init__(self) -> None:
-        for field in ("train", "validation", "fields"):
-            check(not isinstance(getattr(self, field), str), f"data.{field} is a string; give a tuple of strings")
+        typed(self)
         check(bool(self.train), "data.train is empty; give a file or a hub id")
         check(self.max_length >= 8, f"data.max_length is {self.max_length}; it must be at least 8 tokens")
         check(self.validation_rows >= 0, f"data.validation_rows is {self.validation_rows}; it must be 0 or more")
@@ -215,6 +219,7 @@ class OptimConfig:
     """Largest global norm of the gradient; 0 does not clip."""
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "learning_rate", "lora_plus_ratio", "magnitude_ratio")
         within(self, "warmup_fraction", "final_fraction", "b1", "b2")
         for field in ("weight_decay", "eps", "clip_norm"):
@@ -256,6 +261,7 @@ class TrainConfig:
     """Trackers that receive the log as well; wandb is installed by an extra of its own."""
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "epochs", "batch_size", "microbatches", "log_every", "keep_checkpoints")
         check(
             self.steps is None or 0 < self.steps < 2**31,
@@ -287,6 +293,7 @@ class EvalConfig:
     """Longest answer, in tokens."""
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "max_new_tokens")
         for field in ("rows", "exact_match_rows", "samples"):
             check(getattr(self, field) >= 0, f"eval.{field} is {getattr(self, field)}; it must be 0 or more")
@@ -310,6 +317,7 @@ class MeshConfig:
     """Devices along the tensor axis (each matrix is split)."""
 
     def __post_init__(self) -> None:
+        typed(self)
         check(self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1")
         positive(self, "fsdp", "tensor")
 
@@ -328,6 +336,7 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        typed(self)
         q, a = self.quant, self.adapter
         fits = a.start_from is not None or (a.init in ("pissa", "loftq") and q.format != "none" and not a.keep_base)
         check(

@@ -141,7 +141,7 @@ def test_first_steps_over_a_bfloat16_base_do_not_depend_on_the_mesh(
 
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where two processes trained: lora, corda and lora_ga to step 3; pissa to step 3, resumed to step 5."""
+    """A folder where two processes trained to step 3: lora, corda, lora_ga, and pissa on NF4, resumed to step 5."""
     folder = tmp_path_factory.mktemp("two")
     write_model_and_data(folder)
     configs = {
@@ -178,6 +178,11 @@ def test_two_processes_train_as_one(in_two_processes: Path, tmp_path: Path, meth
     assert adapters[0].keys() == adapters[1].keys()
     for name, leaf in adapters[0].items():
         np.testing.assert_allclose(adapters[1][name], leaf, atol=1e-3, err_msg=name)
+    if method == "pissa":  # the base without its start is quantised anew
+        bases = [
+            (folder / method / "nf4_base/model.safetensors").read_bytes() for folder in (tmp_path, in_two_processes)
+        ]
+        assert bases[0] == bases[1]
 
 
 def test_only_the_first_process_writes(in_two_processes: Path) -> None:
@@ -221,6 +226,7 @@ def run_config(folder: Path, method: str, steps: int, *, resume: bool = False) -
     init: Any = "kaiming" if method == "lora" else method
     return Config(
         model=ModelConfig(path=str(folder / "model")),
+        quant=QuantConfig(format="nf4" if method == "pissa" else "none"),
         adapter=AdapterConfig(rank=4, init=init, calibration_batches=4),
         data=DataConfig(train=(str(folder / "data.jsonl"),), validation_rows=4, max_length=48),
         optim=OPTIM,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lorax_ft
+from lorax_ft import config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -25,6 +26,7 @@ def test_importing_everything_pulls_in_no_other_framework_and_is_quick() -> None
 import sys, time, jax
 began = time.perf_counter()
 import lorax_ft
+from lorax_ft import config
 for name in lorax_ft.__all__: getattr(lorax_ft, name)
 heavy = ("torch", "tensorflow", "tensorboardX", "matplotlib")
 print(time.perf_counter() - began, *[name for name in heavy if name in sys.modules])
@@ -50,3 +52,26 @@ def test_help_is_quick_and_has_a_sentence_for_each_option() -> None:
     assert "jax" not in done.stderr
     for option in ("--adapter.rank", "--train.resume", "--data.fields", "--dry-run"):
         assert option in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "said"),
+    [
+        ("AdapterConfig", {"init": "pisa"}, "adapter.init is 'pisa'; it must be one of kaiming, .*mean 'pissa'"),
+        ("AdapterConfig", {"rank": "8"}, "adapter.rank is '8'; it must be a whole number"),
+        ("AdapterConfig", {"rank": 8.0}, "adapter.rank is 8.0; it must be a whole number"),
+        ("AdapterConfig", {"dora": 1}, "adapter.dora is 1; it must be True or False"),
+        ("AdapterConfig", {"targets": ["q_proj"]}, "adapter.targets is .*; it must be a tuple, each entry text"),
+        ("AdapterConfig", {"freeze": ("lora_c",)}, "adapter.freeze is .*each entry one of lora_a, lora_b"),
+        ("AdapterConfig", {"svd_iterations": True}, "it must be a whole number or None"),
+        ("ModelConfig", {"dtype": "bfloat"}, "model.dtype is 'bfloat'; .*mean 'bfloat16'"),
+        ("OptimConfig", {"learning_rate": "1e-4"}, "optim.learning_rate is '1e-4'; it must be a number"),
+        ("DataConfig", {"train": "questions.jsonl"}, "data.train is 'questions.jsonl'; it must be a tuple"),
+        ("Config", {"quant": "nf4"}, "^quant is 'nf4'; it must be QuantConfig"),
+    ],
+)
+def test_values_written_in_a_file_are_checked(section: str, fields: dict, said: str) -> None:
+    """Whole numbers are numbers too."""
+    with pytest.raises(ValueError, match=said):
+        getattr(config, section)(**fields)
+    assert config.AdapterConfig(alpha=8).alpha == 8

@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh
 
 from lorax_ft import AdapterConfig, add_adapters, combine, partition
+from lorax_ft.config import MeshConfig
 from lorax_ft.interop.huggingface import abstract_params, decoder_config
-from lorax_ft.models.decoder import QUANTIZABLE
+from lorax_ft.models.decoder import QUANTIZABLE, SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.quant.kernels import quantize
+from lorax_ft.training.sharding import batch_sharding, make_mesh, param_shardings
 from lorax_ft.tree import Tree, flatten, unflatten
 
 LAYERS = 8
@@ -35,14 +38,26 @@ HF_CONFIG = {
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("remat", ["none", "dots", "mlp", "full"])
 def test_a_layer_at_a_time(remat: Any, format: Any) -> None:
-    whole = _temporaries(remat, "none")
-    quantized = _temporaries(remat, format)
+    whole, quantized = (_gradient(remat, f).memory_analysis().temp_size_in_bytes for f in ("none", format))
     layer = 4 * (4 * 256 * 256 + 3 * 256 * 1024)  # bytes of its kernels in float32
     assert quantized < whole + 1.5 * layer  # all of them would be LAYERS * layer
 
 
-def _temporaries(remat: Any, format: Any) -> int:
-    """The bytes that a gradient of the adapters asks for beside its arguments."""
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_codes_travel_and_not_what_they_stand_for(format: Any) -> None:
+    """Over fsdp a layer's codes are gathered, and dequantised after that; over tensor they stay split."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    with jax.set_mesh(mesh):
+        text = _gradient("full", format, mesh).as_text()
+    found = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text)
+    gathered = {(dtype, math.prod(map(int, shape.split(",")))) for dtype, shape in found}
+    kernel = 256 * 1024 // 2  # of the MLP, on one device of tensor
+    assert {"nf4": ("u8", kernel // 2), "int8": ("s8", kernel)}[format] in gathered
+    assert max(size for dtype, size in gathered if dtype == "f32") < 256 * 256 // 2  # smaller than any kernel
+
+
+def _gradient(remat: Any, format: Any, mesh: Mesh | None = None) -> Any:
+    """A gradient of the adapters, compiled."""
     config = decoder_config(HF_CONFIG, source="these tests", remat=remat)
     shapes = {
         path: jax.ShapeDtypeStruct(leaf.shape, "float32") for path, leaf in flatten(abstract_params(config)).items()
@@ -68,5 +83,15 @@ def _temporaries(remat: Any, format: Any) -> int:
         return jnp.sum(model.apply({"params": combine(trained, frozen)}, tokens) ** 2)
 
     frozen = combine(model.params, scales)
-    memory = jax.jit(jax.grad(loss)).lower(trained, frozen, tokens).compile().memory_analysis()
-    return memory.temp_size_in_bytes
+    if mesh is not None:
+        places = flatten(param_shardings(combine(trained, frozen), SHARDING_RULES, mesh=mesh))
+        trained, frozen = (_placed(tree, places) for tree in (trained, frozen))
+        tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32, sharding=batch_sharding(mesh, microbatched=False))
+    return jax.jit(jax.grad(loss)).lower(trained, frozen, tokens).compile()
+
+
+def _placed(tree: Tree, places: dict[str, Any]) -> Tree:
+    def at(leaf: Any, place: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return unflatten({path: jax.tree.map(at, leaf, places[path]) for path, leaf in flatten(tree).items()})

@@ -84,22 +84,27 @@ def losses(folder: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_trains_and_resumes_as_if_never_stopped(name: str, main: Main, tmp_path: Path) -> None:
-    steps = ["--optim.schedule", "constant", "--train.save_every", 2]
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert main(*config(name), *SHORT, *steps, "--train.steps", 3, "--train.output", whole) == 0
-    assert main(*config(name), *SHORT, *steps, "--train.steps", 2, "--train.output", halves) == 0
-    saved = ("model", "model.safetensors") if name == "full" else ("adapter", "adapter_model.safetensors")
-    (halves / saved[0] / "README.md").write_text("a person's")
-    with (halves / LOG).open("a") as log:
-        log.write('{"step": 3, "lo')  # as a crash leaves it
-    assert main(*config(name), *SHORT, *steps, "--train.steps", 3, "--train.output", halves, "--train.resume") == 0
-    assert losses(whole) == losses(halves)
+    """From where a crash between its second and third step leaves it."""
+    whole, crashed = tmp_path / "whole", tmp_path / "crashed"
+    steps = [*config(name), *SHORT, "--optim.schedule", "constant", "--train.steps", 3, "--train.save_every", 2]
+    assert main(*steps, "--train.output", whole) == 0
     assert [losses(whole)[step] for step in (1, 2, 3)] == pytest.approx(GOLDEN[name], rel=1e-3)
-    assert [json.loads(line)["step"] for line in (halves / LOG).open()] == [0, 1, 2, 2, 3, 3]
-    assert (halves / saved[0] / "README.md").read_text() == "a person's"
-    assert (halves.joinpath(*saved)).read_bytes() == (whole.joinpath(*saved)).read_bytes()
-    assert (halves / "training_loss.png").stat().st_size > 10_000
-    assert lft.Config.from_json((halves / "config.json").read_text()).train.steps == 3
+    shutil.copytree(whole, crashed)
+    saved = ("model", "model.safetensors") if name == "full" else ("adapter", "adapter_model.safetensors")
+    shutil.rmtree(crashed / "checkpoints/3")
+    shutil.rmtree(crashed / saved[0])
+    (crashed / saved[0]).mkdir()
+    (crashed / saved[0] / "README.md").write_text("a person's")
+    lines = (crashed / LOG).read_text().splitlines(keepends=True)
+    (crashed / LOG).write_text("".join(lines[:3]) + '{"step": 3, "lo')
+    (crashed / PLOT).unlink()
+    assert main(*steps, "--train.output", crashed, "--train.resume") == 0
+    assert losses(whole) == losses(crashed)
+    assert [json.loads(line)["step"] for line in (crashed / LOG).open()] == [0, 1, 2, 3, 3]
+    assert (crashed / saved[0] / "README.md").read_text() == "a person's"
+    assert (crashed.joinpath(*saved)).read_bytes() == (whole.joinpath(*saved)).read_bytes()
+    assert (crashed / PLOT).stat().st_size > 10_000
+    assert lft.Config.from_json((crashed / "config.json").read_text()).train.resume
 
 
 def test_the_saved_adapter_gives_the_loss_that_training_ended_with(main: Main, tmp_path: Path) -> None:

@@ -5,30 +5,26 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import multihost_utils
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.layout import Layout
-from lorax_ft.lowrank.linear import ADAPTER_LEAVES, Layer, column_norm, merged_kernel
-from lorax_ft.lowrank.requantize import Original, Rounded, requantized
+from lorax_ft.lowrank.leaves import Kernel, adapter_leaves, fold_path, without_start
+from lorax_ft.lowrank.linear import ADAPTER_LEAVES, Layer, column_norm
+from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.spec import LayerSpec, as_canonical
-from lorax_ft.lowrank.starts import CHANGES_BASE, Start, start
+from lorax_ft.lowrank.starts import CHANGES_BASE
 from lorax_ft.lowrank.statistics import checked_statistics, needed_statistics, spread_ranks
-from lorax_ft.lowrank.targets import Plan, plan_adapters
-from lorax_ft.quant.kernels import Quantized, matrices
+from lorax_ft.lowrank.targets import plan_adapters
+from lorax_ft.quant.kernels import Quantized
 from lorax_ft.tree import Tree, combine, from_modules, modules
-
-Kernel = Array | Quantized
 
 
 def add_adapters(
@@ -73,7 +69,7 @@ def add_adapters(
         # A tied head's kernel is the embedding's, and stays.
         keeps = config.keep_base or (path == "lm_head" and "kernel" not in layer)
         original = None if keeps or config.init not in CHANGES_BASE else _original(originals, path, layer)
-        layers[path] = layer | _adapter(
+        layers[path] = layer | adapter_leaves(
             kernels[path], config, spec=layout[path], plan=plan, key=key, keeps=keeps, original=original, rounds=rounds,
             statistic=measured.get(path),
         )  # fmt: skip
@@ -99,7 +95,7 @@ def attach_adapters(
     for path, layer in layers.items():
         if "lora_a0" in layer and "start_scale" not in layer:
             original = _original(originals, path, layer)
-            layers[path] = layer | _without_start(layer, layout[path] if layout else None, original)
+            layers[path] = layer | without_start(layer, layout[path] if layout else None, original)
     return from_modules(layers)
 
 
@@ -177,11 +173,6 @@ def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:
     return from_modules(layers)
 
 
-def fold_path(key: Array, path: str) -> Array:
-    """A key for the leaf or module at `path`."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
 def kernel_shapes(params: Tree, layout: Layout) -> dict[str, tuple[int, ...]]:
     """The shapes of the kernels of a layout's modules, in `params` or their shapes."""
     layers = modules(nn.meta.unbox(params))
@@ -194,7 +185,7 @@ def kernel_shapes(params: Tree, layout: Layout) -> dict[str, tuple[int, ...]]:
     return {path: shape(path) for path in layout}
 
 
-def _kernel(layers: dict[str, Layer], path: str, spec: LayerSpec) -> Array:
+def _kernel(layers: dict[str, Layer], path: str, spec: LayerSpec) -> Kernel:
     layer = layers.get(path, {})
     if spec.kind == "embed":
         return layer["embedding"]
@@ -206,82 +197,6 @@ def tied_kernel(params: Tree) -> Array:
     return params["embed_tokens"]["embedding"].T
 
 
-def _adapter(
-    kernel: Kernel,
-    config: AdapterConfig,
-    *,
-    spec: LayerSpec,
-    plan: Plan,
-    key: Array,
-    keeps: bool,
-    original: Original | None,
-    rounds: int,
-    statistic: Array | None,
-) -> Layer:
-    """The leaves that one module gets, its kernel included where the init changes it."""
-    w = spec.canonical("kernel", kernel)
-    stack, rows, _ = spec.sizes(kernel.shape)
-    rank, ranks, scales = plan.width, plan.ranks.reshape(-1), plan.scales.reshape(-1)
-    # Experts share a logical path: their order in the stack tells them apart.
-    seeds = zip(plan.paths, _repeats(plan.paths), strict=True)
-    keys = jnp.stack([jax.random.fold_in(fold_path(key, path), i) for path, i in seeds])
-    begun: list[Start] = []
-
-    def begin(w: Kernel, i: slice, rounded: Rounded | None = None) -> Any:
-        begun.append(
-            start(
-                w, config, embed=spec.kind == "embed", rank=rank, ranks=ranks[i], scales=scales[i], keys=keys[i],
-                rounded=rounded, rounds=rounds, statistic=None if statistic is None else statistic[i],
-            )
-        )  # fmt: skip
-        return begun[-1].taken
-
-    base: Layer = {}
-    if original is not None and isinstance(kernel, Quantized):
-        base["kernel"] = requantized(kernel, original, begin, plan.scales, n_in=len(spec.ins))
-    else:
-        begin(matrices(w, stack=len(keys), rows=rows), slice(None))
-    (a, b), taken = jax.tree.map(lambda *parts: jnp.concatenate(parts), *begun)
-
-    def leaf(name: str, factor: Array) -> Array:
-        n_in = len(spec.stack) + len(spec.ins)
-        shape = (*w.shape[:n_in], rank) if name == "lora_a" else (*stack, rank, *w.shape[n_in:])
-        return spec.restored(name, factor.reshape(shape))
-
-    leaves = {"lora_a": leaf("lora_a", a), "lora_b": leaf("lora_b", b), "lora_scale": jnp.asarray(plan.scales)}
-    if taken is not None:  # copies: A and B are donated to the step, their start stays
-        leaves |= {"lora_a0": jnp.copy(leaf("lora_a", taken[0])), "lora_b0": jnp.copy(leaf("lora_b", taken[1]))}
-        if keeps:
-            leaves["start_scale"] = jnp.asarray(plan.scales)
-        elif not base:
-            base = _without_start(leaves | {"kernel": kernel}, spec, None)
-    if config.dora:
-        leaves["magnitude"] = column_norm(as_canonical({"kernel": kernel} | base | leaves, spec))
-    return base | leaves
-
-
-def _without_start(layer: Layer, spec: LayerSpec | None, original: Original | None) -> Layer:
-    """The kernel W − s A₀ B₀; of a quantised one, that of the original quantised anew."""
-    layer = as_canonical(layer, spec)
-    if isinstance(layer["kernel"], Quantized):
-        assert original is not None
-        scales = np.asarray(layer["lora_scale"])
-        a, b = (_on_one_device(layer[name]) for name in ("lora_a0", "lora_b0"))
-        n_in, rank = a.ndim - scales.ndim - 1, a.shape[-1]
-        a, b = a.reshape(scales.size, -1, rank), b.reshape(scales.size, rank, -1)
-        quantized = requantized(layer["kernel"], original, lambda w, i, rounded: (a[i], b[i]), scales, n_in=n_in)
-        return {"kernel": quantized}
-    start = {"lora_a": layer["lora_a0"], "lora_b": layer["lora_b0"], "lora_scale": -layer["lora_scale"]}
-    kernel = merged_kernel(start | {"kernel": layer["kernel"]})
-    return {"kernel": spec.restored("kernel", kernel) if spec else kernel}
-
-
-def _on_one_device(leaf: Array) -> Array:
-    """The whole leaf: the product of split factors rounds otherwise than the one that was first taken out."""
-    whole = np.asarray(leaf) if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-    return jnp.asarray(whole)
-
-
 def _original(originals: Mapping[str, Original], path: str, layer: Layer) -> Original | None:
     """What reads W again, where a start is to be taken out of a quantised base."""
     if isinstance(layer.get("kernel"), Quantized) and path not in originals:
@@ -290,12 +205,3 @@ def _original(originals: Mapping[str, Original], path: str, layer: Layer) -> Ori
             "taken out of it; load the original checkpoint, or set adapter.keep_base"
         )
     return originals.get(path)
-
-
-def _repeats(paths: list[str]) -> list[int]:
-    seen: dict[str, int] = {}
-    counts = []
-    for path in paths:
-        counts.append(seen.get(path, 0))
-        seen[path] = counts[-1] + 1
-    return counts

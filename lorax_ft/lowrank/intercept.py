@@ -7,6 +7,7 @@ clone with other features), so its dtype, precision, padding and `dot_general` a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ from jax import Array
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, Layer, column_norm, linear
 from lorax_ft.lowrank.spec import Kind, LayerSpec, as_canonical
 from lorax_ft.quant.kernels import Quantized, dense
+
+Gather = Callable[[str, Quantized], Quantized]
+Run = Callable[[dict[str, Any], str, Any, Array], Array]
+"""The module's own code with other fields, on another kernel (or embedding) and an input."""
 
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Dense: "dense",
@@ -38,11 +43,12 @@ class Traced:
     """The letters of the input, the kernel and the output."""
 
 
-def adapt(apply: Callable[..., Any]) -> Callable[..., Any]:
+def adapt(apply: Callable[..., Any], *, gather: Gather = lambda path, kernel: kernel) -> Callable[..., Any]:
     """A function like `apply` that sees the adapters in the parameters it is given.
 
     Args:
       apply: `model.apply` of a linen model, or any function that calls it. Jit the result, not the argument.
+      gather: by a layer's path, its quantised kernel as it is to lie on a mesh before it is dequantised.
 
     Returns:
       The function; with no adapter in the parameters it computes what `apply` does.
@@ -59,7 +65,8 @@ def adapt(apply: Callable[..., Any]) -> Callable[..., Any]:
         traced = trace(context.module, args, kwargs)
         if traced is None:
             raise ValueError(f"{'/'.join(context.module.path)} has an adapter, but this form of the layer takes none")
-        return _adapted(context.module, traced, layer, args[0] if args else kwargs["inputs"])
+        run = functools.partial(_run, context.module, gather)
+        return _adapted(context.module, traced, layer, args[0] if args else kwargs["inputs"], run)
 
     def adapted(*args: Any, **kwargs: Any) -> Any:
         with nn.intercept_methods(intercept):
@@ -87,7 +94,7 @@ def trace(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Traced | N
     return Traced(spec=LayerSpec(kind=kind, stack=(), ins=axes[:n_in], outs=axes[n_in:]), shape=shape)
 
 
-def _adapted(module: nn.Module, traced: Traced, layer: Layer, x: Array) -> Array:
+def _adapted(module: nn.Module, traced: Traced, layer: Layer, x: Array, run: Run) -> Array:
     """The layer's output by `linear`."""
     spec = traced.spec
     name = "embedding" if spec.kind == "embed" else "kernel"
@@ -101,17 +108,17 @@ def _adapted(module: nn.Module, traced: Traced, layer: Layer, x: Array) -> Array
         x, kernel, layer["bias"] = module.promote_dtype(x, kernel, layer["bias"], dtype=module.dtype)
         layer["kernel"] = own_order if quantized else kernel
     if traced.einsum is not None:
-        return _adapted_einsum(module, traced, layer, x)
+        return _adapted_einsum(module, traced, layer, x, run)
 
     def dot(x: Array, kernel: Array) -> Array:
         features = kernel.shape[len(spec.ins) :]
         fields: dict[str, Any] = {"features": features if spec.kind == "general" else features[0]}
-        return _run(module, fields, name, kernel, x)
+        return run(fields, name, kernel, x)
 
     return linear(layer, x, dot, precision=getattr(module, "precision", None))
 
 
-def _adapted_einsum(module: nn.Module, traced: Traced, layer: Layer, x: Array) -> Array:
+def _adapted_einsum(module: nn.Module, traced: Traced, layer: Layer, x: Array, run: Run) -> Array:
     """`linear` on an output of axes (rest, batch, out), which are put in the equation's order at the end."""
     assert traced.einsum is not None
     lhs, letters, result = traced.einsum
@@ -123,10 +130,10 @@ def _adapted_einsum(module: nn.Module, traced: Traced, layer: Layer, x: Array) -
 
     def dot(x: Array, kernel: Array) -> Array:
         if kernel is layer["kernel"]:
-            y = _run(module, {"einsum_str": f"{lhs},{letters}->{result}"}, "kernel", kernel, x)
+            y = run({"einsum_str": f"{lhs},{letters}->{result}"}, "kernel", kernel, x)
             return jnp.einsum(f"{result}->{rest}{batch}{outs}", y)
         equation = f"{lhs},{batch}{ins}{rank}->{rest}{batch}{rank}"
-        return _run(module, {"einsum_str": equation, "shape": kernel.shape}, "kernel", kernel, x)
+        return run({"einsum_str": equation, "shape": kernel.shape}, "kernel", kernel, x)
 
     if "bias" in layer:
         ordered = "".join(c for c in result if c in letters)
@@ -134,13 +141,17 @@ def _adapted_einsum(module: nn.Module, traced: Traced, layer: Layer, x: Array) -
     return jnp.einsum(f"{rest}{batch}{outs}->{result}", linear(layer, x, dot, precision=module.precision))
 
 
-def _run(module: nn.Module, fields: dict[str, Any], name: str, kernel: Array | Quantized, x: Array) -> Array:
+def _run(
+    module: nn.Module, gather: Gather, fields: dict[str, Any], name: str, kernel: Array | Quantized, x: Array
+) -> Array:
     """The module's own code on another kernel, without its bias."""
     if name == "kernel":
         fields = fields | {"use_bias": False}
 
     def run(kernel: Array | Quantized, x: Array) -> Array:
-        y: Array = module.clone(parent=None, name=None, **fields).apply({"params": {name: dense(kernel)}}, x)  # type: ignore
+        if isinstance(kernel, Quantized):
+            kernel = dense(gather("/".join(module.path), kernel))
+        y: Array = module.clone(parent=None, name=None, **fields).apply({"params": {name: kernel}}, x)  # type: ignore
         return y
 
     # A kernel is dequantised again for the backward pass, or those of all layers would be kept for it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -28,6 +29,45 @@ CHANGES_BASE = frozenset({"pissa", "milora", "olora", "loftq", "corda", "lora_ga
 """The inits whose start is taken out of the base."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where adapters are to start: a stack of matrices, and what is known of each."""
+
+    w: Array | Quantized
+    """W `[L, I, O]`; its values are asked for only by inits that start from them."""
+    rank: int
+    """R, the largest rank: A and B are zero beyond each matrix's own."""
+    ranks: np.ndarray
+    """`[L]`."""
+    scales: np.ndarray
+    """s, `[L]`."""
+    keys: Array
+    """`[L]`."""
+    embed: bool = False
+    """Whether W is an embedding's table."""
+    statistic: Array | None = None
+    """What an init from data is given: EVA its A `[L, I, R]`, CorDA Σ xᵀ x / N `[L, I, I]`, LoRA-GA and LoRA-One
+    ∂L/∂W `[L, I, O]`."""
+    rounds: int = 1
+    """Rounds of decomposition and quantising."""
+    rounded: Callable[[Array], Array] | None = None
+    """Quantising and back, where the base is to be quantised once the start is out of it."""
+
+    def own(self, a: Array, b: Array) -> Factors:
+        """The factors, with zeros beyond each matrix's own rank."""
+        used = jnp.arange(self.rank) < jnp.asarray(self.ranks)[:, None]  # [L, R]
+        return jnp.where(used[:, None, :], a, 0), jnp.where(used[:, :, None], b, 0)
+
+    def over_root(self, a: Array, b: Array) -> Factors:
+        """A / √s and B / √s."""
+        root = jnp.sqrt(jnp.maximum(jnp.asarray(self.scales), jnp.finfo(jnp.float32).tiny))[:, None, None]
+        return a / root, b / root
+
+    def drawn(self, draw: Callable[..., Array], size: int) -> Array:
+        """A random factor of every matrix."""
+        return jax.vmap(lambda key: draw(key, size, rank=self.rank))(self.keys)
+
+
 class Start(NamedTuple):
     """Where a stack of adapters starts."""
 
@@ -37,109 +77,67 @@ class Start(NamedTuple):
     """A₀ and B₀ of s A₀ B₀, which is taken out of the base; None where nothing is."""
 
 
-def start(
-    w: Array | Quantized,
-    config: AdapterConfig,
-    *,
-    embed: bool,
-    rank: int,
-    ranks: np.ndarray,
-    scales: np.ndarray,
-    keys: Array,
-    rounded: Callable[[Array], Array] | None = None,
-    rounds: int = 1,
-    statistic: Array | None = None,
-) -> Start:
-    """A `[L, I, R]` and B `[L, R, O]` of a stack `[L, I, O]`, with zeros beyond each matrix's own rank.
+def start(site: Site, config: AdapterConfig) -> Start:
+    """A `[L, I, R]` and B `[L, R, O]` of a stack, and what of them is taken out of its base."""
+    count, rows, columns = site.w.shape
+    if site.embed:
+        no_a = jnp.zeros((count, rows, site.rank), jnp.float32)
+        return Start(site.own(no_a, site.drawn(initial.embedding, columns)))
+    triples = functools.partial(svd, rank=site.rank, iterations=config.svd_iterations, keys=site.keys)
+    if config.init in CHANGES_BASE:
+        return _taken_out(site, config, triples)
+    return Start(site.own(*_beside(site, config, triples)))
 
-    Args:
-      w: W; its values are asked for only by inits that start from them.
-      config: the init and its options.
-      embed: whether W is an embedding's table.
-      rank: R.
-      ranks: `[L]`.
-      scales: s, `[L]`.
-      keys: `[L]`.
-      rounded: quantising and back, where the base is to be quantised once the start is out of it.
-      rounds: of decomposition and quantising.
-      statistic: what an init from data is given: EVA its A `[L, I, R]`, CorDA Σ xᵀ x / N `[L, I, I]`, LoRA-GA and
-        LoRA-One ∂L/∂W `[L, I, O]`.
-    """
-    count, rows, columns = w.shape
-    root = jnp.sqrt(jnp.maximum(jnp.asarray(scales), jnp.finfo(jnp.float32).tiny))[:, None, None]
-    used = jnp.arange(rank) < jnp.asarray(ranks)[:, None]  # [L, R]
 
-    def own(a: Array, b: Array) -> Factors:
-        return jnp.where(used[:, None, :], a, 0), jnp.where(used[:, :, None], b, 0)
+def _beside(site: Site, config: AdapterConfig, triples: Callable[..., Factors]) -> Factors:
+    """A and B, by an init that leaves the base as it is."""
+    count, rows, columns = site.w.shape
+    no_b = jnp.zeros((count, site.rank, columns), jnp.float32)
+    match config.init:
+        case "gaussian":
+            ranks = np.maximum(site.ranks, 1).astype(np.float32)[:, None, None]
+            return site.drawn(initial.gaussian, rows) / ranks, no_b
+        case "orthogonal":
+            one = functools.partial(orthogonal, rows=rows, columns=columns, rank=site.rank)
+            return jax.vmap(one)(site.keys, jnp.asarray(site.ranks))
+        case "eva":
+            assert site.statistic is not None
+            return site.statistic, no_b
+        case "lora_one":
+            assert site.statistic is not None
+            return lora_one(site.statistic, gamma=config.lora_one_gamma, svd=triples)
+    return site.drawn(initial.kaiming, rows), no_b
 
-    def triples(w: Array, count: int = rank, *, last: bool = False) -> Factors:
-        return svd(w, rank=count, iterations=config.svd_iterations, keys=keys, last=last)
+
+def _taken_out(site: Site, config: AdapterConfig, triples: Callable[..., Factors]) -> Start:
+    """A and B, by an init whose start is taken out of the base."""
 
     def decomposed(w: Array, *, last: bool = False) -> Factors:
-        return own(*triples(w, last=last))
+        return site.own(*triples(w, last=last))
 
-    def over_root(a: Array, b: Array) -> Factors:
-        return a / root, b / root
-
-    def random(f: Callable[..., Array], size: int) -> Array:
-        return jax.vmap(lambda key: f(key, size, rank=rank))(keys)
-
-    no_a, no_b = jnp.zeros((count, rows, rank), jnp.float32), jnp.zeros((count, rank, columns), jnp.float32)
-    if embed:
-        return Start(own(no_a, random(initial.embedding, columns)))
     match config.init:
-        case "kaiming":
-            return Start(own(random(initial.kaiming, rows), no_b))
-        case "gaussian":
-            return Start(
-                own(random(initial.gaussian, rows) / np.maximum(ranks, 1).astype(np.float32)[:, None, None], no_b)
-            )
-        case "orthogonal":
-            one = functools.partial(orthogonal, rows=rows, columns=columns, rank=rank)
-            return Start(own(*jax.vmap(one)(keys, jnp.asarray(ranks))))
-        case "olora":
-            factors = own(*olora(dense(w), rank=rank))
-            return Start(factors, factors)
         case "pissa":
-            factors = over_root(*pissa(dense(w), svd=decomposed, rounded=rounded, rounds=rounds))
-            return Start(factors, factors)
+            factors = site.over_root(*pissa(dense(site.w), svd=decomposed, rounded=site.rounded, rounds=site.rounds))
         case "milora":
-            factors = over_root(*milora(dense(w), svd=decomposed))
-            return Start(factors, factors)
+            factors = site.over_root(*milora(dense(site.w), svd=decomposed))
+        case "corda":
+            assert site.statistic is not None
+            last, exact = config.corda_mode == "kpm", config.svd_iterations is None
+            factors = site.over_root(*corda(dense(site.w), site.statistic, rank=site.rank, last=last, exact=exact))
+        case "lora_ga":
+            assert site.statistic is not None
+            twice = functools.partial(triples, rank=2 * site.rank)
+            gamma = config.lora_ga_gamma
+            factors = lora_ga(site.statistic, rank=site.rank, ranks=site.ranks, gamma=gamma, svd=twice)
         case "loftq":
-            if rounded is None:
+            if site.rounded is None:
                 raise ValueError(
                     "adapter.init is loftq, which starts from what quantising loses, and a kernel is not quantised; "
                     "set quant.format, leave adapter.keep_base out and target linear layers, not the head"
                 )
-            last, before = loftq(dense(w), rank=rank, svd=decomposed, rounded=rounded, rounds=rounds)
-            return Start(over_root(*last), over_root(*before))
-        case "eva":
-            assert statistic is not None
-            return Start(own(statistic, no_b))
-        case "corda" | "lora_ga" | "lora_one":
-            assert statistic is not None
-            factors = own(*_from_data(w, statistic, config, rank=rank, ranks=ranks, root=root, svd=triples))
-            return Start(factors, factors if config.init in CHANGES_BASE else None)
-
-
-def _from_data(
-    w: Array | Quantized,
-    statistic: Array,
-    config: AdapterConfig,
-    *,
-    rank: int,
-    ranks: np.ndarray,
-    root: Array,
-    svd: Callable[..., Factors],
-) -> Factors:
-    """A and B, by the inits that are given a statistic of the data."""
-    match config.init:
-        case "corda":
-            last, exact = config.corda_mode == "kpm", config.svd_iterations is None
-            a, b = corda(dense(w), statistic, rank=rank, last=last, exact=exact)
-            return a / root, b / root
-        case "lora_ga":
-            twice = functools.partial(svd, count=2 * rank)
-            return lora_ga(statistic, rank=rank, ranks=ranks, gamma=config.lora_ga_gamma, svd=twice)
-    return lora_one(statistic, gamma=config.lora_one_gamma, svd=svd)
+            fitted = loftq(dense(site.w), rank=site.rank, svd=decomposed, rounded=site.rounded, rounds=site.rounds)
+            return Start(*(site.over_root(*factors) for factors in fitted))
+        case _:
+            factors = olora(dense(site.w), rank=site.rank)
+    factors = site.own(*factors)
+    return Start(factors, factors)

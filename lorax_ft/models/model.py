@@ -18,7 +18,7 @@ from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.spec import LayerSpec
 from lorax_ft.models.attention import Cache
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.decoder import Decoder
+from lorax_ft.models.decoder import Decoder, gathered
 from lorax_ft.models.parts import rows_dot_general, softcap
 from lorax_ft.quant.kernels import format_of
 from lorax_ft.tree import Tree, flatten
@@ -85,7 +85,7 @@ class Model:
         length: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Features `[B, T, D]` before the head, and the cache; arguments as `Decoder.__call__` has them."""
-        apply = adapt(self.module.apply)
+        apply = adapt(self.module.apply, gather=gathered)
         return apply({"params": params}, tokens, positions, segment_ids, noise=noise, cache=cache, length=length)
 
     def head(self, params: Tree) -> Layer:

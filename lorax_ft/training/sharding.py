@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_ft.config import MeshConfig
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES
+from lorax_ft.models.decoder import fitted
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.tree import Tree, first_match, flatten, unflatten
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
-Axis = str | tuple[str, ...] | None
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -104,9 +103,9 @@ def _sharding(path: str, flat: Mapping[str, Any], rules: Rules, mesh: Mesh) -> A
     parent, _, name = path.rpartition("/")
     if isinstance(flat[path], Quantized):
         axes = flat[path].axes(_axes(path, len(shape), rules), mesh.shape)
-        return jax.tree.map(lambda part, a: NamedSharding(mesh, _fit(a, part.shape, mesh)), flat[path], axes)
+        return jax.tree.map(lambda part, a: NamedSharding(mesh, fitted(a, part.shape, mesh.shape)), flat[path], axes)
     if name not in ADAPTER_LEAVES:
-        return NamedSharding(mesh, _fit(_axes(path, len(shape), rules), shape, mesh))
+        return NamedSharding(mesh, fitted(_axes(path, len(shape), rules), shape, mesh.shape))
     base = f"{parent}/embedding" if f"{parent}/embedding" in flat else f"{parent}/kernel"
     n_stack = flat[f"{parent}/lora_scale"].ndim
     n_in = flat[f"{parent}/lora_a"].ndim - n_stack - 1
@@ -115,7 +114,7 @@ def _sharding(path: str, flat: Mapping[str, Any], rules: Rules, mesh: Mesh) -> A
     stack, ins, outs = kernel[:n_stack], kernel[n_stack : n_stack + n_in], kernel[n_stack + n_in :]
     axes = {"lora_a": (*stack, *ins, None), "lora_b": (*stack, None, *outs), "magnitude": (*stack, *outs)}
     axes |= {"lora_a0": axes["lora_a"], "lora_b0": axes["lora_b"]}
-    return NamedSharding(mesh, _fit(axes.get(name, stack), shape, mesh))
+    return NamedSharding(mesh, fitted(axes.get(name, stack), shape, mesh.shape))
 
 
 def _axes(path: str, ndim: int, rules: Rules) -> tuple[str | None, ...]:
@@ -123,11 +122,3 @@ def _axes(path: str, ndim: int, rules: Rules) -> tuple[str | None, ...]:
     if axes is None:
         raise ValueError(f"no sharding rule matches the parameter {path}; add one beside the model")
     return (*axes, *[None] * (ndim - len(axes)))
-
-
-def _fit(axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
-    def fits(axis: Axis, size: int) -> bool:
-        names = axis if isinstance(axis, tuple) else (axis,)
-        return axis is not None and size % math.prod(mesh.shape[name] for name in names if name) == 0
-
-    return P(*(axis if fits(axis, size) else None for axis, size in zip(axes, shape, strict=True)))

@@ -96,6 +96,8 @@ def test_a_quantised_base_is_whole_in_one_layer_at_a_time(format: Any) -> None:
     assert report["kernel_bytes_a_chip"] < 1.01 * report["kernel_bytes"] / 16
     assert report["temporary_bytes"] < 2.5e9  # all kernels in bfloat16 would take 13e9, and 0.8e9 a chip
     assert not [shape for shape in report["gathered"] if len(shape) == 3 and shape[0] == 28]
+    codes = {"nf4": [18944, 3584 // 2], "int8": [3584, 18944]}[format]  # which are gathered, and not their values
+    assert codes in [shape[-2:] for shape in report["gathered"]]
 
 
 def check(report: dict[str, Any], config: Config, *, split: int, width: Any) -> None:
