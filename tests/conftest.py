@@ -1,4 +1,4 @@
-"""Strictness for every test, and a zoo of small models that the library knows nothing about."""
+"""Strictness for every test, and the fixtures that several files share: models of the zoo, adapted, tuned or saved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -22,135 +22,29 @@ os.environ.setdefault(
     "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_cpu_collective_call_terminate_timeout_seconds=300",
 )
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import Array
 
-from lorax_ft import adapt, layout
-from lorax_ft.lowrank.layout import Layout
-from lorax_ft.models.config import DecoderConfig, LayerKind
-from lorax_ft.models.decoder import Decoder
+from lorax_ft.config import AdapterConfig, QuantConfig
+from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.load import load_model
+from lorax_ft.interop.save import save_model, save_quantized
+from lorax_ft.lowrank.adapters import add_adapters
+from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import Model
-from lorax_ft.models.rope import Rope
 from lorax_ft.tree import Tree, flatten, unflatten
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Only now: these hold keys and arrays, which settle the number of devices.
+import generation_cases
+import nf4_cases
+from method_cases import KEY, TABLE, TARGETS, Adapted, random_statistics
+from zoo import TINY, Case, built_case, built_decoder
+
 Randomise = Callable[..., Tree]
-
-TINY = DecoderConfig(
-    vocab_size=97,
-    width=32,
-    mlp_width=48,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    norm_eps=1e-5,
-    kinds=(LayerKind(rope=Rope(dims=8, theta=1e4)),),
-    tied=True,
-    max_positions=64,
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model with parameters, its layout, and an input."""
-
-    apply: Callable[..., Array]
-    params: Tree
-    layout: Layout
-    example: tuple[Array, ...]
-
-    @functools.cached_property
-    def _forward(self) -> Callable[..., Array]:
-        return jax.jit(adapt(self.apply))
-
-    @functools.cached_property
-    def _plain(self) -> Callable[..., Array]:
-        return jax.jit(self.apply)
-
-    def forward(self, params: Tree) -> Array:
-        """The output with whatever adapters the parameters hold."""
-        return self._forward({"params": params}, *self.example)
-
-    def plain(self, params: Tree) -> Array:
-        """The output of the model's own code."""
-        return self._plain({"params": params}, *self.example)
-
-
-class VitBlock(nn.Module):
-    @nn.compact
-    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=12, name="attention")(nn.LayerNorm()(x))
-        return x + nn.Dense(16, name="down")(nn.gelu(nn.Dense(24, name="up")(nn.LayerNorm()(x)))), None
-
-
-class Unrolled(nn.Module):
-    depth: int
-
-    @nn.compact
-    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
-        for i in range(self.depth):
-            x, _ = VitBlock(name=str(i))(x, None)
-        return x, None
-
-
-class VisionTransformer(nn.Module):
-    style: Literal["scanned", "unrolled", "rematted"]
-    depth: int = 3
-
-    @nn.compact
-    def __call__(self, images: Array) -> Array:
-        x = nn.Conv(16, (4, 4), strides=(4, 4), name="patches")(images)
-        x = x.reshape(x.shape[0], -1, 16)
-        if self.style == "unrolled":
-            layers: Any = Unrolled(self.depth, name="layers")
-        else:
-            block = nn.remat(VitBlock, prevent_cse=False) if self.style == "rematted" else VitBlock
-            layers = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=self.depth,
-                in_axes=nn.broadcast,
-            )(name="layers")
-        x, _ = layers(x, None)
-        return nn.Dense(5, name="classes")(x.mean(1))
-
-
-class ConvolutionalNetwork(nn.Module):
-    @nn.compact
-    def __call__(self, images: Array) -> Array:
-        x = nn.relu(nn.Conv(8, (3, 3), strides=2, padding="SAME", name="first")(images))
-        x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(x))
-        x = nn.relu(nn.Conv(6, (3, 2), padding="VALID", kernel_dilation=(1, 2), use_bias=False, name="second")(x))
-        x = nn.relu(nn.Conv(7, 3, padding="CIRCULAR", name="line")(x.reshape(x.shape[0], -1, 6)))
-        return nn.Dense(5, name="classes")(x.mean(1))
-
-
-class Einsums(nn.Module):
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        q = nn.Einsum((2, 12, 8), "BTD,NDH->BTNH", use_bias=False, name="query")(x)
-        x = x + nn.Einsum((2, 8, 12), "BTNH,NHD->BTD", use_bias=False, name="attention_out")(nn.tanh(q))
-        x = x + nn.Einsum((12, 12), "...D,FD->...F", name="square")(x)
-        e = nn.Einsum((3, 12, 10), "BED,EDF->BEF", name="experts_up")(x)
-        x = x + nn.Einsum((3, 10, 12), "BEF,EFD->BED", use_bias=False, name="experts_down")(nn.silu(e))
-        return nn.Einsum((12, 5), name="classes")(x, "... D, D C -> ... C")
-
-
-class Boxed(nn.Module):
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        initial = nn.initializers.lecun_normal()
-        x = nn.tanh(nn.Dense(16, kernel_init=nn.with_partitioning(initial, ("data", None)), name="first")(x))
-        return nn.DenseGeneral((2, 4), kernel_init=nn.with_partitioning(initial, (None, "data", None)), name="second")(
-            x
-        )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -177,7 +71,7 @@ def strict() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def zoo() -> Callable[[str], Case]:
     """The cases by name, each built once."""
-    return functools.cache(_case)
+    return functools.cache(built_case)
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +83,7 @@ def tiny() -> DecoderConfig:
 @pytest.fixture(scope="session")
 def decoder() -> Callable[..., Model]:
     """A tiny `Model`, with fields of its config replaced: `decoder(tied=False)`."""
-    return _decoder
+    return built_decoder
 
 
 @pytest.fixture(scope="session")
@@ -204,45 +98,79 @@ def randomise() -> Randomise:
     return _randomise
 
 
-def _decoder(**fields: Any) -> Model:
-    config = dataclasses.replace(TINY, **fields)
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention promotes
-        params = Decoder(config).init(jax.random.key(0), tokens)["params"]
-    if not config.tied:
-        kernel = jax.random.normal(jax.random.key(1), (config.width, config.vocab_size)) / config.width**0.5
-        params = params | {"lm_head": {"kernel": kernel}}
-    model = Model(config=config, params=_moved(params))
-    with jax.numpy_dtype_promotion("standard"):
-        assert model.layout  # traced and kept
-    return model
+@pytest.fixture(scope="session")
+def adapted(zoo: Any) -> Adapted:
+    """The parameters of a model of the zoo with a method of the table: `adapted(model, method, rank=4)`."""
+
+    @functools.cache
+    def build(model: str, method: str, **fields: Any) -> Tree:
+        case = zoo(model)
+        known = {"rank": 3, "alpha": 6.0, "targets": TARGETS.get(model, ("all-linear",))}
+        config = AdapterConfig(**(known | TABLE[method] | fields))
+        return add_adapters(
+            case.params, config, layout=case.layout, key=KEY, statistics=random_statistics(case, config)
+        )
+
+    return build
 
 
-def _case(name: str) -> Case:
-    if name.startswith("decoder"):
-        model = _decoder(tied=name != "decoder_untied")
-        tokens = jax.random.randint(jax.random.key(2), (2, 9), 0, model.config.vocab_size)
-        return Case(apply=model.apply, params=model.params, layout=model.layout, example=(tokens,))
-    module, shape = {
-        "vit_scanned": (VisionTransformer("scanned"), (2, 8, 8, 3)),
-        "vit_unrolled": (VisionTransformer("unrolled"), (2, 8, 8, 3)),
-        "vit_rematted": (VisionTransformer("rematted"), (2, 8, 8, 3)),
-        "convolutions": (ConvolutionalNetwork(), (2, 9, 9, 3)),
-        "einsums": (Einsums(), (2, 3, 12)),
-        "boxed": (Boxed(), (3, 12)),
-    }[name]
-    x = jax.random.normal(jax.random.key(3), shape)
-    if name == "vit_unrolled":  # the scanned model's parameters, a layer at a time
-        flat = flatten(_case("vit_scanned").params)
-        stacked = {path: leaf for path, leaf in flat.items() if path.startswith("layers/")}
-        params = {path: leaf for path, leaf in flat.items() if path not in stacked}
-        for path, leaf in stacked.items():
-            params |= {path.replace("layers/", f"layers/{i}/", 1): leaf[i] for i in range(leaf.shape[0])}
-        params = unflatten(params)
-    else:
-        params = module.init(jax.random.key(4), x)["params"]
-        params = params if name == "boxed" else _moved(params)
-    return Case(apply=module.apply, params=params, layout=layout(module.apply, params, x), example=(x,))
+@pytest.fixture(scope="module")
+def model(decoder: Callable[..., Model]) -> Model:
+    """The zoo's decoder, where a file has no model of its own."""
+    return decoder()
+
+
+@pytest.fixture(scope="module")
+def params(model: Model, randomise: Callable[..., Tree]) -> Callable[[str], Tree]:
+    """The parameters of one of `generation_cases`, with random factors and magnitudes: `params("dora")`."""
+
+    def build(case: str) -> Tree:
+        config = generation_cases.CASES[case]
+        if config is None:
+            return model.params
+        return randomise(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(1)))
+
+    return functools.cache(build)
+
+
+@pytest.fixture(scope="module")
+def speaker(model: Model) -> Model:
+    """The model with a tokenizer of words and a config.json."""
+    c = model.config
+    hf_config = {
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "intermediate_size": c.mlp_width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        "eos_token_id": None,
+    }
+    return dataclasses.replace(model, tokenizer=generation_cases.make_tokenizer(), hf_config=hf_config)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random float32 weights, of the sizes in `nf4_cases`."""
+    config = decoder_config(nf4_cases.HF_CONFIG, source="these tests")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_params(config))
+    folder = tmp_path_factory.mktemp("source") / "model"
+    save_model(folder, params, Model(config=config, params=params, hf_config=nf4_cases.HF_CONFIG))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in NF4, quantised twice."""
+    model = load_model(source, quant=QuantConfig(format="nf4"))
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    save_quantized(folder, model.params, model)
+    return folder
 
 
 def _padded_batches(count: int = 2, rows: int = 4, tokens: int = 8) -> list[dict[str, np.ndarray]]:
@@ -261,17 +189,6 @@ def _padded_batches(count: int = 2, rows: int = 4, tokens: int = 8) -> list[dict
             }
         )
     return found
-
-
-def _moved(params: Tree) -> Tree:
-    """The parameters with biases and scales that are not all equal."""
-
-    def move(path: str, leaf: Array) -> Array:
-        if leaf.ndim == 0 or not path.endswith(("bias", "scale")):
-            return leaf
-        return leaf + 0.1 * jnp.asarray(np.random.default_rng(len(path)).normal(size=leaf.shape), leaf.dtype)
-
-    return unflatten({path: move(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def _randomise(params: Tree, seed: int = 0, *, size: float = 0.1) -> Tree:

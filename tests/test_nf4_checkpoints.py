@@ -1,10 +1,9 @@
-"""Checkpoints in bitsandbytes' NF4 there and back, and what a run on a quantised base leaves behind; without torch."""
+"""Checkpoints in bitsandbytes' NF4 there and back, and what is refused of them; without torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,94 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nf4_cases import HF_CONFIG, assert_same, logits
 from safetensors.numpy import load_file, save_file
 
-from lorax_ft.config import AdapterConfig, MeshConfig, QuantConfig
+from lorax_ft.config import MeshConfig, QuantConfig
 from lorax_ft.interop.huggingface import abstract_params, decoder_config
 from lorax_ft.interop.load import load_model
-from lorax_ft.interop.peft import load_peft, save_peft
 from lorax_ft.interop.save import save_model, save_quantized
-from lorax_ft.interop.vllm import save_for_vllm
-from lorax_ft.lowrank.adapters import add_adapters, attach_adapters, switched_off
-from lorax_ft.lowrank.groups import partition
-from lorax_ft.lowrank.merge import merge_adapters, merge_weighted
 from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.quant.kernels import dense
 from lorax_ft.quant.nf4 import NF4
 from lorax_ft.training.sharding import make_mesh, param_shardings
-from lorax_ft.tree import flatten, from_modules, modules, unflatten
+from lorax_ft.tree import flatten, unflatten
 
-# 24 is no multiple of a block: some kernels run over rows, some have half a block or an odd block at their end.
-HF_CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 40,
-    "hidden_size": 24,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 10,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 64,
-}
-TOKENS = jnp.arange(24).reshape(2, 12) % 40
 STATE = "quant_state.bitsandbytes__nf4"
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of random float32 weights."""
-    config = decoder_config(HF_CONFIG, source="these tests")
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_params(config))
-    folder = tmp_path_factory.mktemp("source") / "model"
-    save_model(folder, params, Model(config=config, params=params, hf_config=HF_CONFIG))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in NF4, quantised twice."""
-    model = load_model(source, quant=QuantConfig(format="nf4"))
-    folder = tmp_path_factory.mktemp("packed") / "model"
-    save_quantized(folder, model.params, model)
-    return folder
-
-
-def logits(model: Model, params: dict | None = None) -> np.ndarray:
-    return np.asarray(model.apply({"params": model.params if params is None else params}, TOKENS))
-
-
-def randomised(params: dict, seed: int = 1) -> dict:
-    """The tree with random factors, which tell a wrong adapter from none."""
-    rng = np.random.default_rng(seed)
-    layers = modules(params)
-    for layer in layers.values():
-        for name in ("lora_a", "lora_b"):
-            if name in layer:
-                layer[name] = jnp.asarray(rng.normal(0, 0.2, layer[name].shape), jnp.float32)
-        if "magnitude" in layer:
-            layer["magnitude"] *= jnp.float32(1.3)
-    return from_modules(layers)
-
-
-def adapted(model: Model, config: AdapterConfig, *, rounds: int = 1) -> dict:
-    return randomised(
-        add_adapters(
-            model.params, config, layout=model.layout, key=jax.random.key(0), originals=model.originals, rounds=rounds
-        )
-    )
-
-
-def assert_same(got: Any, expected: Any) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -291,119 +218,6 @@ def test_only_nf4_bases_are_written(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is where the model was loaded from"):
         save_quantized(source, model.params, model)
     assert not (tmp_path / "m").exists()
-
-
-CHANGING = {
-    "pissa": AdapterConfig(rank=3, alpha=6, init="pissa"),
-    "loftq": AdapterConfig(rank=3, alpha=6, init="loftq"),
-    "olora": AdapterConfig(rank=3, alpha=6, init="olora"),
-    "pissa_dora": AdapterConfig(rank=3, alpha=6, init="pissa", dora=True),
-}
-
-
-@pytest.mark.parametrize("name", CHANGING)
-def test_a_base_without_its_start_goes_with_its_adapter(source: Path, tmp_path: Path, name: str) -> None:
-    model = load_model(source, quant=QuantConfig(format="nf4"))
-    params = adapted(model, CHANGING[name], rounds=2)
-    run = tmp_path / "run"
-    with pytest.raises(ValueError, match="was quantised without its start, so its adapter is for that base alone"):
-        save_peft(run / "adapter", params, model)
-    with pytest.raises(ValueError, match="was quantised without its start"):
-        save_for_vllm(run / "adapter", params, model)
-    assert not run.exists()
-    save_quantized(run / "nf4_base", params, model)
-    save_peft(run / "adapter", params, model, base=run / "nf4_base")
-    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["base_model_name_or_path"]) == (3, str(run / "nf4_base"))
-    base = load_model(run / "nf4_base")
-    again = load_peft(run / "adapter", base)
-    assert not any("lora_a0" in layer for layer in modules(again).values())
-    np.testing.assert_allclose(logits(base, again), logits(model, params), atol=1e-5)
-    assert np.abs(logits(base) - logits(model)).max() > 0.1
-    with pytest.raises(ValueError, match=rf"was trained on {run / 'nf4_base'}, not on {source}; load that with it"):
-        load_peft(run / "adapter", model)
-    merged = merge_adapters(again, layout=base.layout)
-    np.testing.assert_allclose(logits(base, merged), logits(model, params), atol=1e-4)
-    shutil.copytree(run / "adapter", tmp_path / "moved")  # away from its base, which it still names
-    with pytest.raises(ValueError, match="was trained on"):
-        load_peft(tmp_path / "moved", model)
-    save_peft(tmp_path / "other", adapted(model, AdapterConfig(rank=3)), model)
-    assert (base.without_start, model.without_start) == (True, False)
-    with pytest.raises(ValueError, match="nf4_base lacks another adapter's start"):
-        load_peft(tmp_path / "other", base)
-    save_model(tmp_path / "merged", again, base)
-    assert not load_model(tmp_path / "merged").without_start
-
-
-@pytest.mark.parametrize("name", CHANGING)
-def test_a_base_without_its_start_is_computed_again_bitwise(source: Path, name: str) -> None:
-    quant = QuantConfig(format="nf4")
-    model = load_model(source, quant=quant)
-    params = adapted(model, CHANGING[name], rounds=2)
-    adapters, _ = partition(params, by="ownership")
-    anew = load_model(source, quant=quant)
-    again = attach_adapters(anew.params, adapters, layout=anew.layout, originals=anew.originals)
-    assert_same(again, params)
-    kernel = ("layers", "mlp", "up_proj", "kernel")
-    assert not np.array_equal(leaf_at(again, kernel).codes, leaf_at(anew.params, kernel).codes)
-
-
-def leaf_at(tree: dict, path: tuple[str, ...]) -> Any:
-    return tree if not path else leaf_at(tree[path[0]], path[1:])
-
-
-def test_a_start_can_be_taken_out_of_a_packed_checkpoint(packed: Path, tmp_path: Path) -> None:
-    """W is then what the checkpoint dequantises to."""
-    model = load_model(packed)
-    config = AdapterConfig(rank=3, alpha=3, init="pissa")
-    params = add_adapters(
-        model.params, config, layout=model.layout, key=jax.random.key(0), originals=model.originals, rounds=3
-    )
-    whole = merge_adapters(params, layout=model.layout)
-    for path in ("mlp/up_proj", "self_attn/v_proj"):
-        path = ("layers", *path.split("/"), "kernel")
-        w = dense(leaf_at(model.params, path))
-        assert 0 < jnp.abs(leaf_at(whole, path) - w).max() < 0.3 * jnp.abs(w).max()
-
-
-@pytest.mark.parametrize("format", ["nf4", "int8"])
-@pytest.mark.parametrize(
-    "config",
-    [AdapterConfig(rank=3), AdapterConfig(rank=3, dora=True), AdapterConfig(rank=3, init="pissa", keep_base=True)],
-    ids=["lora", "dora", "pissa_keep_base"],
-)
-def test_adapters_on_quantised_bases(source: Path, tmp_path: Path, format: Any, config: AdapterConfig) -> None:
-    """To PEFT and back, switched off, merged, merged with weights."""
-    model = load_model(source, quant=QuantConfig(format=format))
-    params = adapted(model, config)
-    save_peft(tmp_path / "adapter", params, model)
-    rank = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"]
-    assert rank == (6 if config.keep_base else 3)
-    again = load_peft(tmp_path / "adapter", model)
-    np.testing.assert_allclose(logits(model, again), logits(model, params), atol=1e-4)
-    off = switched_off(again, model.params, layout=model.layout)
-    assert jax.tree.structure(off) == jax.tree.structure(again)
-    np.testing.assert_allclose(logits(model, off), logits(model), atol=1e-5)
-    assert np.abs(logits(model, again) - logits(model)).max() > 0.1
-
-    save_model(tmp_path / "merged", params, model)
-    merged = load_model(tmp_path / "merged")
-    assert model.base == f"{source} in {format}"
-    assert merged.base == str(tmp_path / "merged")
-    np.testing.assert_allclose(logits(merged), logits(model, params), atol=1e-4)
-    if not config.dora:
-        halves = merge_weighted(model.params, [params, params], [0.5, 0.5], layout=model.layout)
-        np.testing.assert_allclose(logits(model, halves), logits(merged), atol=1e-4)
-
-
-def test_a_module_trained_whole_needs_a_base_that_is_not_quantised(source: Path, tmp_path: Path) -> None:
-    model = load_model(source)
-    layers = modules(adapted(model, AdapterConfig(rank=3, exclude=("up_proj",))))
-    layers["layers/mlp/up_proj"]["kernel"] += jnp.float32(0.1)
-    save_peft(tmp_path / "adapter", from_modules(layers), model)
-    quantised = load_model(source, quant=QuantConfig(format="nf4"))
-    with pytest.raises(ValueError, match=r"up_proj\.weight was trained whole; the model's is quantised"):
-        load_peft(tmp_path / "adapter", quantised)
 
 
 def test_the_dtype_of_a_packed_kernel_is_the_one_asked_for(packed: Path) -> None:

@@ -1,8 +1,7 @@
-"""Quantised bases: the formats themselves, and every line of test_lowrank's table on top of each of them."""
+"""Every line of the table of methods on top of each quantised base, and quantised bases of any model."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -12,11 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from jax import Array
-from test_lowrank import INITS, TABLE, changes_base, distance, random_statistics
+from method_cases import TABLE, changes_base, distance, random_statistics
+from quant_cases import FORMATS
 
 from lorax_ft import (
     AdapterConfig,
@@ -36,19 +33,12 @@ from lorax_ft import (
     with_norms,
 )
 from lorax_ft.models.model import Model
-from lorax_ft.quant.double import VALUES
-from lorax_ft.quant.kernels import Quantized, dense, quantize
-from lorax_ft.quant.nf4 import CODEBOOK
+from lorax_ft.quant.kernels import Quantized, dense
 from lorax_ft.training.contract import check_frozen
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree, flatten, modules, unflatten
 
 KEY = jax.random.key(7)
-FORMATS = {
-    "nf4": QuantConfig(format="nf4", double=False),
-    "nf4_double": QuantConfig(format="nf4"),
-    "int8": QuantConfig(format="int8"),
-}
 METHODS: dict[str, dict[str, Any]] = {
     **{name: TABLE[name] for name in TABLE if name.endswith(("-standard", "-rank_stabilized-dora"))},
     "pissa_rounds-standard": {"init": "pissa", "rounds": 5},
@@ -285,136 +275,6 @@ def test_mistakes_are_one_clear_line(model: Model, quantized: Any) -> None:
         add_adapters(model.params, AdapterConfig(rank=3, init="loftq"), layout=model.layout, key=KEY)
     with pytest.raises(ValueError, match="down_proj is quantised, so its own weights do not train"):
         partition(base, whole=("down_proj",))
-
-
-# -------------------- the formats
-
-
-def test_the_codebook_is_its_quantile_construction() -> None:
-    """QLoRA (2305.14314, section 3): quantiles of N(0, 1), 8 below 0 and 9 above with it, scaled to [−1, 1]."""
-    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
-    above = scipy.stats.norm.ppf(np.linspace(offset, 0.5, 9)[:-1])
-    below = -scipy.stats.norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
-    values = np.sort([*above, 0, *below]) / above.max()
-    np.testing.assert_allclose(CODEBOOK, values, atol=3e-7)
-
-
-def normal(shape: tuple[int, ...], seed: int = 0) -> Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def test_the_errors_on_normal_weights() -> None:
-    """In blocks of 64: mean absolute error 0.0728, MSE 0.00846; NF4 < FP4 < INT4 in MSE."""
-    w = normal((1024, 1024))
-    error = np.asarray(dense(quantize(w, format="nf4", n_stack=0, n_in=1)) - w, np.float64)
-    assert np.abs(error).mean() == pytest.approx(0.0728, rel=0.01)
-    assert (error**2).mean() == pytest.approx(0.00846, rel=0.01)
-    # FP4 is E2M1 and INT4 has ±7 steps. INT4 of 16 levels beats FP4, and bitsandbytes' FP4, with a subnormal of 1/192.
-    fp4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
-    blocks = np.asarray(w, np.float64).T.reshape(-1, 64)
-    fp4_error, int4_error = (rounded_error(blocks, np.union1d(-values, values)) for values in (fp4, np.arange(8) / 7))
-    assert (error**2).mean() < fp4_error < int4_error
-
-
-def rounded_error(blocks: np.ndarray, codebook: np.ndarray) -> float:
-    """The MSE of blocks of absmax 1 rounded to the nearest value of a codebook, scaled back."""
-    absmax = np.abs(blocks).max(axis=1, keepdims=True)
-    codes = np.searchsorted((codebook[1:] + codebook[:-1]) / 2, blocks / absmax)
-    return float(((codebook[codes] * absmax - blocks) ** 2).mean())
-
-
-@pytest.mark.parametrize("shape", [(3, 576, 1536), (3, 576, 576), (2, 1536, 192)])
-def test_a_parameter_takes_4_127_bits(shape: tuple[int, ...]) -> None:
-    """Real bytes; and the absmax in 8 bits costs the kernel next to nothing (QLoRA, section 3)."""
-    w = normal(shape)
-    single, doubled = (quantize(w, format="nf4", doubled=d, n_stack=1, n_in=1) for d in (False, True))
-    bits = [8 * sum(part.nbytes for part in jax.tree.leaves(leaf)) / w.size for leaf in (single, doubled)]
-    assert bits == pytest.approx([4.5, 4.127], abs=1e-3)
-    lost = [float(jnp.mean((dense(leaf) - w) ** 2)) for leaf in (single, doubled)]
-    assert lost[1] == pytest.approx(lost[0], rel=0.01)
-
-
-def test_codes_lie_as_bitsandbytes_has_them() -> None:
-    """Blocks of 64 along `[out, in]`, two codes a byte, the first in the high half, ties to the lower code."""
-    w = np.asarray(normal((128, 6)))
-    for i, o in ((128, 6), (70, 5), (3, 3)):
-        leaf = quantize(jnp.asarray(w[:i, :o]), format="nf4", n_stack=0, n_in=1)
-        flat = w[:i, :o].T.reshape(-1)
-        padded = np.pad(flat, (0, -flat.size % 64)).reshape(-1, 64)
-        absmax = np.abs(padded).max(1)
-        codes = np.abs(padded[..., None] / absmax[:, None, None] - np.array(CODEBOOK)).argmin(-1).reshape(-1)
-        codes = codes[: flat.size + flat.size % 2]
-        np.testing.assert_array_equal(np.asarray(leaf.codes).reshape(-1), 16 * codes[::2] + codes[1::2])
-        np.testing.assert_array_equal(np.asarray(leaf.absmax).reshape(-1), absmax)
-
-
-@settings(max_examples=12, deadline=None)
-@example(stack=(), ins=[30], outs=[1], name="nf4", dtype="float32")  # a single row, as of whole blocks
-@given(
-    stack=st.sampled_from([(), (2,), (2, 3)]),
-    ins=st.lists(st.integers(1, 9), min_size=1, max_size=2),
-    outs=st.lists(st.integers(1, 9), min_size=1, max_size=2),
-    name=st.sampled_from(sorted(FORMATS)),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
-)
-def test_kernels_of_any_shape_come_back(
-    stack: tuple[int, ...], ins: list[int], outs: list[int], name: str, dtype: str
-) -> None:
-    """In their shape and type, each value within half a step of its block's absmax; matrix by matrix."""
-    w = normal((*stack, *ins, *outs)).astype(dtype)
-    config = FORMATS[name]
-    to = functools.partial(quantize, format=config.format, doubled=config.double)  # type: ignore[arg-type]
-    leaf = to(w, n_stack=len(stack), n_in=len(ins))
-    back = dense(leaf)
-    assert leaf.shape == back.shape == w.shape
-    assert leaf.ndim == w.ndim
-    assert back.dtype == w.dtype
-    largest = np.abs(np.float32(w)).max()
-    widest = 0.5 / 127 if name == "int8" else (1 - 0.6961928) / 2
-    step = {"float32": 1e-6, "bfloat16": 2**-8}[dtype] + (0.02 if name == "nf4_double" else 0)
-    assert np.abs(np.float32(back) - np.float32(w)).max() <= (widest + step) * largest
-    for index in np.ndindex(*stack):
-        alone = dense(to(w[index], n_stack=0, n_in=len(ins)))
-        np.testing.assert_allclose(np.float32(back[index]), np.float32(alone), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_zeros_stay_zeros(name: str) -> None:
-    config = FORMATS[name]
-    w = normal((128, 8)).at[:, 3].set(0).at[64:, 5].set(0)  # a channel, and a block
-    leaf = quantize(w, format=config.format, doubled=config.double, n_stack=0, n_in=1)  # type: ignore[arg-type]
-    back = np.asarray(dense(leaf))
-    assert np.isfinite(back).all()
-    assert not back[:, 3].any()
-    assert not back[64:, 5].any()
-    nothing = quantize(0 * w, format=config.format, doubled=config.double, n_stack=0, n_in=1)  # type: ignore[arg-type]
-    assert not np.asarray(dense(nothing)).any()
-
-
-def test_int8_is_within_half_a_step_of_each_channel() -> None:
-    w = normal((100, 12)) * jnp.logspace(-3, 3, 12)
-    back = dense(quantize(w, format="int8", n_stack=0, n_in=1))
-    absmax = np.abs(w).max(axis=0)
-    assert (np.abs(back - w).max(axis=0) <= 0.5001 / 127 * absmax).all()
-    np.testing.assert_allclose(np.abs(back).max(axis=0), absmax, rtol=1e-6)
-
-
-def test_the_dynamic_values_are_256_and_ascend() -> None:
-    assert VALUES.shape == (256,)
-    assert (np.diff(VALUES) > 0).all()
-    assert VALUES[0] == -np.float32(0.99296875)
-    assert VALUES[-1] == 1
-    assert 0 in VALUES
-
-
-def test_quantised_leaves_are_trees_of_arrays() -> None:
-    """So that jit, device_put, checkpoints and eval_shape take them."""
-    leaf = quantize(normal((128, 8)), format="nf4", doubled=True, n_stack=0, n_in=1)
-    assert [part.dtype for part in jax.tree.leaves(leaf)] == ["uint8", "uint8", "float32", "float32"]
-    shapes = jax.eval_shape(lambda w: quantize(w, format="nf4", doubled=True, n_stack=0, n_in=1), normal((128, 8)))
-    assert jax.tree.structure(shapes) == jax.tree.structure(leaf)
-    assert dataclasses.replace(leaf, dtype="bfloat16").dequantized().dtype == jnp.bfloat16
-    assert sorted(INITS) == sorted({name.split("-")[0] for name in TABLE})
 
 
 def test_rounds_of_nothing_are_refused() -> None:

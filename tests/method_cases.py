@@ -1,0 +1,75 @@
+"""The table of cases that every method joins with a line, and what its tests measure with."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from lorax_ft import AdapterConfig
+from lorax_ft.lowrank.adapters import kernel_shapes
+from lorax_ft.lowrank.layout import logical_paths
+from lorax_ft.lowrank.statistics import needed_statistics
+from lorax_ft.tree import Tree
+
+INITS: dict[str, dict[str, Any]] = {
+    "kaiming": {"init": "kaiming"},
+    "gaussian": {"init": "gaussian"},
+    "pissa": {"init": "pissa"},
+    "pissa_randomised": {"init": "pissa", "svd_iterations": 2},
+    "pissa_kept": {"init": "pissa", "keep_base": True},
+    "olora": {"init": "olora"},
+    "milora": {"init": "milora"},
+    "orthogonal": {"init": "orthogonal", "rank": 4},
+    "eva": {"init": "eva"},
+    "corda": {"init": "corda"},
+    "corda_first_kept": {"init": "corda", "corda_mode": "ipm", "keep_base": True},
+    "lora_ga": {"init": "lora_ga", "rank": 2},  # which takes 2 r singular vectors of a matrix with 5
+    "lora_one": {"init": "lora_one", "lora_one_gamma": 1.0},
+}
+TABLE: dict[str, dict[str, Any]] = {
+    f"{init}-{scaling}{'-dora' if dora else ''}": {**fields, "scaling": scaling, "dora": dora}
+    for (init, fields), scaling, dora in itertools.product(
+        INITS.items(), ("standard", "rank_stabilized"), (False, True)
+    )
+}
+EVERYWHERE = ("kaiming-standard", "gaussian-standard-dora", "pissa-rank_stabilized", "pissa_kept-rank_stabilized-dora")
+MODELS = ("vit_scanned", "convolutions", "einsums", "boxed")
+VARIANTS = ("decoder_untied", "vit_unrolled", "vit_rematted")
+CASES = [
+    *(("decoder", method) for method in TABLE),
+    *itertools.product(MODELS, EVERYWHERE),
+    *((model, EVERYWHERE[-1]) for model in VARIANTS),
+    *itertools.product(("convolutions", "einsums"), ("eva-standard", "corda-standard", "lora_one-standard-dora")),
+]
+TARGETS = {"decoder": ("all-linear", "lm_head"), "decoder_untied": ("all-linear", "lm_head", "embed_tokens")}
+KEY = jax.random.key(7)
+Adapted = Callable[..., Tree]
+
+
+def random_statistics(case: Any, config: AdapterConfig) -> dict[str, np.ndarray]:
+    """Of the shapes that the init needs, the same for a matrix stacked or not; covariances are positive definite."""
+    shapes = kernel_shapes(case.params, case.layout)
+    found = {}
+    for path, needed in needed_statistics(config, layout=case.layout, shapes=shapes).items():
+        names = enumerate(logical_paths(path, case.layout[path], shapes[path]))
+        seeds = [zlib.crc32(name.encode()) + (i if name == path else 0) for i, name in names]
+        drawn = np.stack([np.random.default_rng(seed).normal(size=needed.shape[-2:]) for seed in seeds])
+        g = drawn.reshape(needed.shape).astype(np.float32)
+        found[path] = g if config.init.startswith("lora") else g @ g.swapaxes(-1, -2)
+    return found
+
+
+def changes_base(method: str) -> bool:
+    return method.startswith(("pissa", "milora", "olora", "loftq", "corda", "lora_ga"))
+
+
+def distance(got: Array, want: Array) -> float:
+    """The largest difference, relative to the largest value."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.abs(got - want).max() / np.abs(want).max())

@@ -1,0 +1,111 @@
+"""Chat templates, and the loss masks over what the assistant says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from data_cases import BYTES, CHATML, assistant, make_tokenizer, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorax_ft.data.chat import describe_row, encode, encode_all, encode_prompt
+from lorax_ft.data.formats import Message, split_answer
+
+LLAMA2 = (  # no generation prompt; the answer begins with a space, and ends with the tokenizer's eos
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+PLAIN = (  # no special tokens; the prompt and the turns end with a space
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+UNSTABLE = "{{ messages | length }} turns\n" + CHATML
+REFUSING = "{{ raise_exception('roles must alternate') }}"
+MERGED = make_tokenizer(merges=40)
+UNTRIMMED = make_tokenizer(trim_offsets=False)
+texts = st.text(max_size=8) | st.sampled_from(["  ", "\n\n", " é ", "日本", "👩‍👩‍👧", "\u3000", "\r\n", ""])
+
+
+def learnt(messages: list[Message], tokenizer: Any, **options: Any) -> list[str]:
+    """The pieces of a conversation that count in the loss."""
+    sample = encode(messages, tokenizer, **{"max_length": 1000, **options})
+    return [text for text, counts in describe_row(tokenizer, sample) if counts]
+
+
+def test_multi_turn_mask_ends_with_the_end_of_turn() -> None:
+    messages = [user("one?"), assistant("two"), user("and?"), assistant("the answer\n is twelve")]
+    for tokenizer in (BYTES, MERGED):
+        assert learnt(messages, tokenizer) == ["two<|im_end|>", "the answer\n is twelve<|im_end|>"]
+        assert "".join(learnt(messages, tokenizer, loss_on="all")) == tokenizer.apply_chat_template(
+            messages, tokenize=False
+        )
+
+
+@pytest.mark.parametrize("trim_offsets", [True, False])
+def test_other_templates(trim_offsets: bool) -> None:
+    messages = [user("a"), assistant("b"), user("c"), assistant(" d ")]
+    llama2 = make_tokenizer(LLAMA2, trim_offsets=trim_offsets)
+    assert learnt(messages, llama2) == [" b <|im_end|>", "  d  <|im_end|>"]
+    # Without a special token nothing tells the turn's end from the template's white space: all of it is learnt.
+    plain = make_tokenizer(PLAIN, trim_offsets=trim_offsets)
+    assert learnt(messages, plain) == ["b ", " d  "]
+
+
+def test_a_token_that_holds_the_answers_first_letters_counts() -> None:
+    """ "assistant: " ends with a space, which the tokenizer draws into the answer's first word."""
+    tokenizer = make_tokenizer(PLAIN, merges=60)
+    assert learnt([user("one?"), assistant("twelve")], tokenizer) == [" twelve "]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), st.booleans())
+def test_labels_are_the_assistants_bytes(pairs: list[tuple[str, str]], trim_offsets: bool) -> None:
+    """Whatever the text, in an alphabet of bytes the labels are its answers' bytes and end-of-turn tokens."""
+    messages = [message for question, answer in pairs for message in (user(question), assistant(answer))]
+    tokenizer = BYTES if trim_offsets else UNTRIMMED
+    sample = encode(messages, tokenizer, max_length=1000)
+    assert sample.tokens.dtype == np.int32
+    assert sample.mask.dtype == bool
+    labels = tokenizer.decode(sample.tokens[sample.mask].tolist(), clean_up_tokenization_spaces=False)
+    assert labels == "".join(answer + "<|im_end|>" for _, answer in pairs)
+    whole = tokenizer.decode(sample.tokens.tolist(), clean_up_tokenization_spaces=False)
+    assert whole == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_prompt_is_the_sample_before_its_labels() -> None:
+    prompt, answer = split_answer([user("one and é?"), assistant("two")])
+    tokens = encode_prompt(prompt, MERGED)
+    sample = encode([*prompt, assistant(answer)], MERGED, max_length=100)
+    assert tokens.dtype == np.int32
+    np.testing.assert_array_equal(tokens, sample.tokens[: int(np.argmax(sample.mask))])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (UNSTABLE, r"line 3: the chat template writes the turns up to 2 otherwise .*; use --data.loss_on all"),
+        (REFUSING, "line 3: the chat template refuses this conversation: roles must alternate"),
+        (None, "has no chat template; take an instruction-tuned checkpoint"),
+    ],
+)
+def test_templates_that_cannot_be_used(template: str | None, message: str) -> None:
+    tokenizer = make_tokenizer(template)
+    with pytest.raises(ValueError, match=message):
+        encode([user("a"), assistant("b")], tokenizer, max_length=50, where="a.jsonl, line 3")
+    if template == UNSTABLE:
+        assert encode([user("a"), assistant("b")], tokenizer, max_length=50, loss_on="all").mask.all()
+
+
+def test_cut_and_dropped_are_counted() -> None:
+    conversations = [[user("a"), assistant("b")], [user("a"), assistant("b" * 50)], [user("a" * 90), assistant("b")]]
+    where = ["1", "2", "3"]
+    encoded = encode_all(conversations, BYTES, max_length=50, where=where)
+    assert (len(encoded.samples), encoded.cut, encoded.dropped) == (2, 2, 1)
+    assert len(encoded.samples[1]) == 50
+    assert encoded.samples[1].mask[-1]
+    with pytest.raises(ValueError, match="none of the 3 samples keeps a token to learn within 8 tokens"):
+        encode_all(conversations, BYTES, max_length=8, where=where)
+    with pytest.raises(ValueError, match="none of the 1 samples"):  # one token is nobody's target
+        encode_all([[assistant("b")]], make_tokenizer("x"), max_length=8, loss_on="all", where=["1"])
