@@ -12,7 +12,7 @@ from lorax_ft.tree import Tree
 
 
 def reference(layer: dict[str, Array], x: Array, *, x_dropped: Array | None = None) -> Array:
-    """METHODS.md in float64: y of a layer of matrices, with the whole weight written out."""
+    """In float64, y of a layer of matrices, with the whole weight written out."""
     w, s = layer["kernel"], layer.get("lora_scale", 0.0)
     if "start_scale" in layer:
         w = w - layer["start_scale"] * layer["lora_a0"] @ layer["lora_b0"]
