@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +44,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import generation_cases
 import nf4_cases
 from method_cases import KEY, TABLE, TARGETS, Adapted, random_statistics
+from run_cases import ROOT, Main
 from zoo import TINY, Case, built_case, built_decoder
 
 Randomise = Callable[..., Tree]
@@ -202,3 +205,24 @@ def _randomise(params: Tree, seed: int = 0, *, size: float = 0.1) -> Tree:
         return leaf * (1 + size * noise) if name == "magnitude" else leaf + size * noise
 
     return unflatten({path: move(path, leaf) for path, leaf in flatten(params).items()})
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Main:
+    """scripts/train.py's main, called with a command line; returns its exit status."""
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts/train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_script", module)
+    spec.loader.exec_module(module)
+
+    def call(*argv: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        try:
+            module.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return call

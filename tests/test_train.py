@@ -1,29 +1,24 @@
-"""The real main: every config trains, stops and resumes; bad input costs one line and nothing else."""
+"""The real main: every config trains, stops and resumes."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from run_cases import ROOT, SHORT, Main, config, losses
 
 import lorax_ft as lft
 from lorax_ft.config import EMBEDDED_DATA
 from lorax_ft.training.log import LOG, PLOT, Log, read_log
 from lorax_ft.training.progress import Progress
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in ("smollm2_gsm8k", "own")]
-SHORT = ["--eval.rows", "8", "--eval.exact_match_rows", "2", "--eval.samples", "1", "--eval.max_new_tokens", "4"]
-SHORT += ["--train.batch_size", "8", "--mesh.fsdp", "2", "--mesh.tensor", "1"]
 
 # The first three losses of every config, trained as below: they change only where what is computed changes.
 GOLDEN = {
@@ -49,37 +44,7 @@ GOLDEN = {
     "rslora": (5.1320, 3.2186, 2.2792),  # alpha / √r is LoRA's scale here
 }
 
-Main = Callable[..., int]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch) -> Main:
-    """scripts/train.py's main, called with a command line; returns its exit status."""
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts/train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_script", module)
-    spec.loader.exec_module(module)
-
-    def call(*argv: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-        try:
-            module.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    return call
-
-
-def config(name: str) -> tuple[str, str]:
-    return "--config", str(ROOT / "configs" / f"{name}.py")
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_log(folder) if "loss" in line}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -261,99 +226,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert math.isfinite(losses(out)[1])
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--adapter.rnk", "4"], "did you mean --adapter.rank"),
-        (["--adapter.rank", "0"], "adapter.rank is 0"),
-        (["--adapter.rank", "1000"], "rank 1000 is above the smaller side"),
-        (["--adapter.targets", "q_porj"], "did you mean 'q_proj'"),
-        (["--adapter.layers", "99"], "there is no layer 99"),
-        (["--model.path", "/no/such/model"], "/no/such/model"),
-        (["--data.train", "no_such.jsonl"], "no_such.jsonl"),
-        (["--data.train", "bad.jsonl"], "bad.jsonl, line 2"),
-        (["--data.train", "empty.jsonl"], "no rows"),
-        (["--data.train", "mute.jsonl"], "mute.jsonl, line 1"),
-        (["--model.path", "bert"], "llama"),
-        (["--optim.learning_rate", "-1"], "optim.learning_rate is -1"),
-        (["--optim.schedule", "cosin"], "cosin"),
-        (["--train.microbatches", "3"], "does not divide"),
-        (["--mesh.fsdp", "3"], "does not fit"),
-        (
-            ["--train.output", "old", "--train.overwrite", "--adapter.start_from", "old/adapter"],
-            "adapter.start_from old/adapter lies in old, which train.overwrite deletes",
-        ),
-        (["--adapter.start_from", "notes"], "notes holds no adapter_config.json"),
-        (["--train.output", "notes"], "holds no run"),
-        (["--train.output", "old"], "holds another run"),
-        (["--train.output", "fresh", "--train.resume"], "no run to resume"),
-        (["--config", "configs/lroa.py"], "no config file"),
-        (["--config", "bad.jsonl"], "bad.jsonl is no .py file with get_config()"),
-        (["--quant.rounds", "3"], "quant.rounds is 3, but nothing goes in rounds"),
-        (["--quant.format", "int8", "--adapter.init", "pissa"], "there is no file for one in int8"),
-        (
-            ["--quant.format", "nf4", "--adapter.train_whole", "o_proj", "--adapter.exclude", "o_proj"],
-            "is quantised, so",
-        ),
-        (["--adapter.init", "loftq"], "a kernel is not quantised"),
-        (["--model.attention", "cudnn"], "which needs a GPU"),
-        (["--train.steps", "99999999999999"], "below 2^31"),
-        (["--train.output", "model", "--train.overwrite"], "model is not empty and holds no run"),
-        (["--train.output", "/proc/nowhere"], "nothing can be written to /proc"),
-        (["--data.train", "silent.jsonl"], "the assistant's text (turn 2) is empty"),
-        (["--data.fields", "question=foo"], "no field 'foo'; it has question, answer"),
-        (
-            ["--train.output", "old", "--train.overwrite", "--eval.answer_pattern", "= (x)"],
-            "does not match reference 1",
-        ),
-        (["--train.output", "old", "--train.overwrite", "--train.report_to", "wandb"], "wandb, which is not installed"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_gets_one_line_and_loses_nothing(
-    argv: list[str], said: str, main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a", \n')
-    Path("empty.jsonl").write_text("")
-    Path("silent.jsonl").write_text('{"question": "a", "answer": " "}\n')
-    Path("model").mkdir()
-    Path("model/config.json").write_text(json.dumps({"model_type": "llama"}))
-    Path("mute.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
-    Path("bert").mkdir()
-    Path("bert/config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
-    for name, file in (("notes", "my.txt"), ("old", "config.json")):
-        Path(name).mkdir()
-        (Path(name) / file).write_text(lft.Config().to_json())
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    rest = [] if "--config" in argv else config("lora")
-    assert main(*rest, *SHORT, "--train.steps", "1", "--train.output", "fresh", *argv) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
-
-
-def test_resuming_another_run_is_refused(main: Main, tmp_path: Path, capsys: Any) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "config.json").write_text(lft.load_config(ROOT / "configs/lora.py").to_json())
-    assert main(*config("dora"), "--train.output", out, "--train.resume") == 2
-    assert "adapter.dora is True, but the run to resume had False" in capsys.readouterr().err
-
-
 def test_the_embedded_questions_are_distinct() -> None:
     parts = [(Path(EMBEDDED_DATA) / f"{split}.jsonl").read_text().splitlines() for split in ("train", "test")]
     questions = [[json.loads(line)["question"] for line in part] for part in parts]
     assert len({*questions[0], *questions[1]}) == len(questions[0]) + len(questions[1]) == 3400
     workings = [{json.loads(line)["answer"] for line in part} for part in parts]
     assert len(workings[0] & workings[1]) < 0.1 * len(workings[1])  # nor can many answers be learnt by heart
-
-
-def test_too_little_data_to_calibrate_on_costs_one_line(main: Main, tmp_path: Path, capsys: Any) -> None:
-    small = ["--data.limit", 40, "--train.steps", 1, "--train.output", tmp_path / "run"]
-    assert main(*config("eva"), *SHORT, *small) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "adapter.calibration_batches 8 of train.batch_size 8 take more rows than the" in line
-    assert main(*config("eva"), *SHORT, *small, "--adapter.calibration_batches", 4) == 0

@@ -1,0 +1,104 @@
+"""What a run refuses costs one line, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_cases import ROOT, SHORT, Main, config
+
+import lorax_ft as lft
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--adapter.rnk", "4"], "did you mean --adapter.rank"),
+        (["--adapter.rank", "0"], "adapter.rank is 0"),
+        (["--adapter.rank", "1000"], "rank 1000 is above the smaller side"),
+        (["--adapter.targets", "q_porj"], "did you mean 'q_proj'"),
+        (["--adapter.layers", "99"], "there is no layer 99"),
+        (["--model.path", "/no/such/model"], "/no/such/model"),
+        (["--data.train", "no_such.jsonl"], "no_such.jsonl"),
+        (["--data.train", "bad.jsonl"], "bad.jsonl, line 2"),
+        (["--data.train", "empty.jsonl"], "no rows"),
+        (["--data.train", "mute.jsonl"], "mute.jsonl, line 1"),
+        (["--model.path", "bert"], "llama"),
+        (["--optim.learning_rate", "-1"], "optim.learning_rate is -1"),
+        (["--optim.schedule", "cosin"], "cosin"),
+        (["--train.microbatches", "3"], "does not divide"),
+        (["--mesh.fsdp", "3"], "does not fit"),
+        (
+            ["--train.output", "old", "--train.overwrite", "--adapter.start_from", "old/adapter"],
+            "adapter.start_from old/adapter lies in old, which train.overwrite deletes",
+        ),
+        (["--adapter.start_from", "notes"], "notes holds no adapter_config.json"),
+        (["--train.output", "notes"], "holds no run"),
+        (["--train.output", "old"], "holds another run"),
+        (["--train.output", "fresh", "--train.resume"], "no run to resume"),
+        (["--config", "configs/lroa.py"], "no config file"),
+        (["--config", "bad.jsonl"], "bad.jsonl is no .py file with get_config()"),
+        (["--quant.rounds", "3"], "quant.rounds is 3, but nothing goes in rounds"),
+        (["--quant.format", "int8", "--adapter.init", "pissa"], "there is no file for one in int8"),
+        (
+            ["--quant.format", "nf4", "--adapter.train_whole", "o_proj", "--adapter.exclude", "o_proj"],
+            "is quantised, so",
+        ),
+        (["--adapter.init", "loftq"], "a kernel is not quantised"),
+        (["--model.attention", "cudnn"], "which needs a GPU"),
+        (["--train.steps", "99999999999999"], "below 2^31"),
+        (["--train.output", "model", "--train.overwrite"], "model is not empty and holds no run"),
+        (["--train.output", "/proc/nowhere"], "nothing can be written to /proc"),
+        (["--data.train", "silent.jsonl"], "the assistant's text (turn 2) is empty"),
+        (["--data.fields", "question=foo"], "no field 'foo'; it has question, answer"),
+        (
+            ["--train.output", "old", "--train.overwrite", "--eval.answer_pattern", "= (x)"],
+            "does not match reference 1",
+        ),
+        (["--train.output", "old", "--train.overwrite", "--train.report_to", "wandb"], "wandb, which is not installed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_gets_one_line_and_loses_nothing(
+    argv: list[str], said: str, main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a", \n')
+    Path("empty.jsonl").write_text("")
+    Path("silent.jsonl").write_text('{"question": "a", "answer": " "}\n')
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps({"model_type": "llama"}))
+    Path("mute.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    Path("bert").mkdir()
+    Path("bert/config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    for name, file in (("notes", "my.txt"), ("old", "config.json")):
+        Path(name).mkdir()
+        (Path(name) / file).write_text(lft.Config().to_json())
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    rest = [] if "--config" in argv else config("lora")
+    assert main(*rest, *SHORT, "--train.steps", "1", "--train.output", "fresh", *argv) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_resuming_another_run_is_refused(main: Main, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text(lft.load_config(ROOT / "configs/lora.py").to_json())
+    assert main(*config("dora"), "--train.output", out, "--train.resume") == 2
+    assert "adapter.dora is True, but the run to resume had False" in capsys.readouterr().err
+
+
+def test_too_little_data_to_calibrate_on_costs_one_line(main: Main, tmp_path: Path, capsys: Any) -> None:
+    small = ["--data.limit", 40, "--train.steps", 1, "--train.output", tmp_path / "run"]
+    assert main(*config("eva"), *SHORT, *small) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "adapter.calibration_batches 8 of train.batch_size 8 take more rows than the" in line
+    assert main(*config("eva"), *SHORT, *small, "--adapter.calibration_batches", 4) == 0
