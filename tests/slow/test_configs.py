@@ -33,8 +33,9 @@ def test_a_config_trains_smollm2_on_gsm8k(name: str, tmp_path: Path) -> None:
     model, data = os.environ.get("LORAX_FT_SMOLLM2"), os.environ.get("LORAX_FT_GSM8K")
     if not (model and data):
         pytest.skip("set LORAX_FT_SMOLLM2 to a folder or .gguf file, and LORAX_FT_GSM8K to a folder with train.jsonl")
-    small = ["--train.steps", 20, "--train.batch_size", 2, "--data.max_length", 128, "--data.limit", 400]
-    small += ["--eval.rows", 16, "--eval.exact_match_rows", 0, "--eval.samples", 0, "--optim.learning_rate", 1e-4]
+    small = ["--train.steps", 20, "--train.batch_size", 2, "--train.microbatches", 1, "--optim.learning_rate", 1e-4]
+    small += ["--data.max_length", 128, "--data.limit", 400]
+    small += ["--eval.rows", 16, "--eval.exact_match_rows", 0, "--eval.samples", 0]
     train("--config", ROOT / f"configs/{name}.py", "--model.path", model, "--data.train", data, *small,
           "--data.validation", Path(data) / "test.jsonl", "--train.output", tmp_path / name)  # fmt: skip
     losses = [line["validation_loss"] for line in read_log(tmp_path / name) if "validation_loss" in line]
