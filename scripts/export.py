@@ -43,15 +43,18 @@ def main(args: Args) -> None:
     from lorax_ft.interop.save_gguf import save_gguf
     from lorax_ft.interop.vllm import save_for_vllm
 
+    quantised, merged = model.base != model.source, True
     if args.target == "peft":
         save_peft(output, params, model)
         print(f"{output}: an adapter for PeftModel.from_pretrained")
+        merged = False
     elif args.target == "vllm":
         if save_for_vllm(output, params, model, max_lora_rank=args.max_lora_rank) == "adapter":
             print(
                 f"{output}: an adapter; vllm serve {model.source} --enable-lora --max-lora-rank {args.max_lora_rank} "
                 f"--lora-modules tuned={output}"
             )
+            merged = False
         else:
             print(f"{output}: the merged model, as vLLM has no form for this adapter; vllm serve {output}")
     elif args.target == "hf":
@@ -60,8 +63,10 @@ def main(args: Args) -> None:
     else:
         save_gguf(output, params, model, kind=args.gguf_type)
         print(f"{output}: the merged model in {args.gguf_type}; llama-cli -m {output}")
-    if model.base != model.source:
+    if quantised and merged:
         print(f"The adapter's base is {model.base}; what is merged has that, dequantised.")
+    elif quantised:
+        print(f"The adapter was trained on {model.base}: load the base in that, as on another its answers differ.")
 
 
 def _check(output: Path, args: Args) -> None:

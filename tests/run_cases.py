@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lorax_ft.training.log import read_log
+import lorax_ft as lft
+from lorax_ft.training.log import LOG, PLOT, read_log
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--eval.rows", "8", "--eval.exact_match_rows", "2", "--eval.samples", "1", "--eval.max_new_tokens", "4"]
 SHORT += ["--train.batch_size", "8", "--mesh.fsdp", "2", "--mesh.tensor", "1"]
+
+CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in ("smollm2_gsm8k", "own")]
 
 Main = Callable[..., int]
 
@@ -20,3 +25,34 @@ def config(name: str) -> tuple[str, str]:
 
 def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_log(folder) if "loss" in line}
+
+
+def trained(main: Main, name: str, folder: Path, *options: object) -> dict[int, float]:
+    """The losses of three steps of a config."""
+    steps = [*config(name), *SHORT, "--optim.schedule", "constant", "--train.steps", 3, *options]
+    assert main(*steps, "--train.output", folder / "whole") == 0
+    return losses(folder / "whole")
+
+
+def resumed(main: Main, name: str, folder: Path) -> dict[int, float]:
+    """Likewise; resumed from where a crash between the second and the third step leaves it, the run is the same."""
+    expected = trained(main, name, folder, "--train.save_every", 2)
+    whole, crashed = folder / "whole", folder / "crashed"
+    shutil.copytree(whole, crashed)
+    saved = ("model", "model.safetensors") if name == "full" else ("adapter", "adapter_model.safetensors")
+    shutil.rmtree(crashed / "checkpoints/3")
+    shutil.rmtree(crashed / saved[0])
+    (crashed / saved[0]).mkdir()
+    (crashed / saved[0] / "README.md").write_text("a person's")
+    lines = (crashed / LOG).read_text().splitlines(keepends=True)
+    (crashed / LOG).write_text("".join(lines[:3]) + '{"step": 3, "lo')
+    (crashed / PLOT).unlink()
+    steps = [*config(name), *SHORT, "--optim.schedule", "constant", "--train.steps", 3, "--train.save_every", 2]
+    assert main(*steps, "--train.output", crashed, "--train.resume") == 0
+    assert losses(crashed) == expected
+    assert [json.loads(line)["step"] for line in (crashed / LOG).open()] == [0, 1, 2, 3, 3]
+    assert (crashed / saved[0] / "README.md").read_text() == "a person's"
+    assert (crashed.joinpath(*saved)).read_bytes() == (whole.joinpath(*saved)).read_bytes()
+    assert (crashed / PLOT).stat().st_size > 10_000
+    assert lft.Config.from_json((crashed / "config.json").read_text()).train.resume
+    return expected

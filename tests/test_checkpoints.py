@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from lorax_ft.config import AdapterConfig, MeshConfig
+from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig, MeshConfig
 from lorax_ft.interop.huggingface import abstract_params, decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.save import save_model
@@ -128,6 +128,19 @@ def test_an_untied_head_unties_the_checkpoint(tmp_path: Path) -> None:
     save_model(tmp_path / "model", combine(model.params, head), model)
     assert json.loads((tmp_path / "model/config.json").read_text())["tie_word_embeddings"] is False
     assert_trees_equal(load_model(tmp_path / "model").params["lm_head"], head["lm_head"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "model.dtype is 'float16'; it must be one of float32, bfloat16; did you mean"),
+        ({"remat": "some"}, "model.remat is 'some'"),
+        ({"quant": "nf4"}, "quant is 'nf4'; give a QuantConfig"),
+    ],
+)
+def test_options_that_there_are_not(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_model(EMBEDDED_MODEL, **options)
 
 
 def test_redundant_tensors_are_ignored(tmp_path: Path) -> None:

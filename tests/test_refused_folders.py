@@ -75,6 +75,10 @@ def test_missing_paths_name_the_nearest(tmp_path: Path, monkeypatch: pytest.Monk
         load_model(tmp_path / "tiny_lama")
     with pytest.raises(ValueError, match=r"there is no folder"):
         load_model(f"{tmp_path}/nowhere/model")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/model.gguf").touch()
+    with pytest.raises(ValueError, match=r"holds no config.json, but model.gguf; give .*files/model.gguf"):
+        load_model(tmp_path / "files")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"in . there is tiny_llama"):
         load_model("tiny_lama")

@@ -31,6 +31,8 @@ class Part:
     """Conversations cut to `max_length`."""
     dropped: int
     """Conversations left out because they have no label, mostly because it was cut away."""
+    usual_length: int
+    """Tokens that 95 % of the conversations fit into."""
 
     @functools.cached_property
     def tokens(self) -> int:
@@ -109,6 +111,17 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Dataset
     )
 
 
+def check_sources(config: DataConfig) -> None:
+    """Reads the first row of each part of the data, before anything that takes long.
+
+    Raises:
+      ValueError: as `read_rows`.
+    """
+    read_rows(config.train, split=config.split, limit=1)
+    if config.validation:
+        read_rows(config.validation, split=config.validation_split, limit=1)
+
+
 def _hold_out(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
     held = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
@@ -116,7 +129,7 @@ def _hold_out(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[R
 
 def _prepare(rows: Sequence[Row], config: DataConfig, tokenizer: Tokenizer, *, packed: bool) -> Part:
     if not rows:
-        return Part(rows=[], conversations=[], cut=0, dropped=0)
+        return Part(rows=[], conversations=[], cut=0, dropped=0, usual_length=0)
     shape = detect_shape(rows[0], fields=config.fields) if config.shape == "auto" else config.shape
     conversations = [to_messages(row, shape=shape, fields=config.fields, system=config.system) for row in rows]
     encoded = encode_all(
@@ -127,7 +140,10 @@ def _prepare(rows: Sequence[Row], config: DataConfig, tokenizer: Tokenizer, *, p
         where=[row.where for row in rows],
     )
     packing = pack(encoded.samples, config.max_length) if packed else [[sample] for sample in encoded.samples]
-    return Part(rows=packing, conversations=conversations, cut=encoded.cut, dropped=encoded.dropped)
+    return Part(
+        rows=packing, conversations=conversations, cut=encoded.cut, dropped=encoded.dropped,
+        usual_length=encoded.usual_length,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs

@@ -44,6 +44,8 @@ class Encoded:
     """Conversations longer than `max_length`."""
     dropped: int
     """Conversations that have no label, mostly because it was cut away; they are not among the samples."""
+    usual_length: int
+    """Tokens that 95 % of the conversations fit into."""
 
 
 def encode(
@@ -81,9 +83,9 @@ def encode_all(
       ValueError: as `encode`, or no sample keeps a label.
     """
     samples: list[Sample] = []
-    cut = 0
+    lengths: list[int] = []
     for sample in _samples(conversations, tokenizer, loss_on=loss_on, where=where):
-        cut += len(sample) > max_length
+        lengths.append(len(sample))
         short = _cut(sample, max_length)
         if short.mask[1:].any():  # the first token is nobody's target
             samples.append(short)
@@ -92,7 +94,9 @@ def encode_all(
             f"none of the {len(conversations)} samples keeps a token to learn within {max_length} tokens; "
             "raise data.max_length"
         )
-    return Encoded(samples=samples, cut=cut, dropped=len(conversations) - len(samples))
+    usual = int(np.quantile(lengths, 0.95, method="higher")) if lengths else 0
+    cut = sum(length > max_length for length in lengths)
+    return Encoded(samples=samples, cut=cut, dropped=len(conversations) - len(samples), usual_length=usual)
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "prompt") -> np.ndarray:

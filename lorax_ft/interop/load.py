@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from lorax_ft.config import QuantConfig
+from lorax_ft.config import ModelConfig, QuantConfig
 from lorax_ft.interop.bitsandbytes import Packed
 from lorax_ft.interop.gguf import read_gguf
 from lorax_ft.interop.huggingface import (
@@ -67,6 +67,9 @@ def load_model(
     Raises:
       ValueError: nothing is there, or it is damaged or not supported.
     """
+    ModelConfig(path=str(path), revision=revision, dtype=dtype, attention=attention, remat=remat)  # checks them
+    if not isinstance(quant, QuantConfig | None):
+        raise ValueError(f"quant is {quant!r}; give a QuantConfig, such as QuantConfig(format='nf4')")
     location = _locate(path, revision)
     if location.suffix == ".gguf":
         hf_config, tensors, tokenizer = read_gguf(location)
@@ -143,6 +146,9 @@ def _locate(path: str | Path, revision: str | None) -> Path:
     """The folder or .gguf file at `path`, downloaded first if it is a hub id."""
     local = Path(path).expanduser()
     if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
+        files = [] if (local / "config.json").exists() else sorted(local.glob("*.gguf"))
+        if files:
+            raise ValueError(f"{path} holds no config.json, but {files[0].name}; give {files[0]}")
         return local
     if local.is_file():
         raise ValueError(f"{path} is a file but not a .gguf file; give a folder, a .gguf file or a hub id")
@@ -170,4 +176,6 @@ def _download(hub_id: str, revision: str | None) -> Path:
     except Exception as error:  # connections, permissions, unknown ids: each has a type of its own
         tried = f"the hub id {hub_id}" + (f" at revision {revision}" if revision else "")
         reason = " ".join(str(error).split())[:200]
+        if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
+            reason = "the hub cannot be reached, and the cache does not have it; give a local folder"
         raise ValueError(f"no folder at {hub_id}, and {tried} failed: {type(error).__name__}: {reason}") from error

@@ -16,8 +16,11 @@ CONFIG = "config.json"
 OWN = (CONFIG, "adapter", "nf4_base", "model", "checkpoints", "tensorboard", "wandb", LOG, PLOT)  # what a run writes
 
 
-def check_folder(config: Config) -> None:
+def check_folder(config: Config) -> Config | None:
     """Refuse an output folder where something would be lost. Changes nothing.
+
+    Returns:
+      The config that a run to resume had; None where a run begins.
 
     Raises:
       ValueError: the folder holds a run and neither resume nor overwrite is given, or holds something else, or
@@ -39,13 +42,16 @@ def check_folder(config: Config) -> None:
     if train.resume and not holds_run:
         raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
     if train.resume:
-        _check_same_run(config, Config.from_json((folder / CONFIG).read_text()))
-    elif holds and not holds_run:
+        then = Config.from_json((folder / CONFIG).read_text())
+        _check_same_run(config, then)
+        return then
+    if holds and not holds_run:
         raise ValueError(f"{folder} is not empty and holds no run, so it is left alone; give another --train.output")
-    elif holds and not train.overwrite:
+    if holds and not train.overwrite:
         raise ValueError(
             f"{folder} holds another run; give --train.resume, --train.overwrite or another --train.output"
         )
+    return None
 
 
 def make_folder(config: Config) -> None:

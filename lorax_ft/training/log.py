@@ -115,8 +115,9 @@ def plot_losses(folder: Path) -> Path | None:
     values = np.array([value for _, value in (*train, *validation)])
     log = values.min() > 0 and values.max() > 20 * values.min()
     axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss")
-    smoothed = np.exp(smooth(np.log(losses))) if log else smooth(losses)
-    axes.plot(steps, smoothed, color="#08519c", linewidth=2, label="training loss, smoothed")
+    if len(losses) >= 40:
+        smoothed = np.exp(smooth(np.log(losses))) if log else smooth(losses)
+        axes.plot(steps, smoothed, color="#08519c", linewidth=2, label="training loss, smoothed")
     if validation:
         axes.plot(*np.array(validation).T, "o-", color="#d94801", markersize=5, linewidth=1, label="validation loss")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)

@@ -16,45 +16,21 @@ from rich.console import Console
 
 from lorax_ft.config import Config
 from lorax_ft.data.batches import evaluation_batches
-from lorax_ft.evaluation.exact_match import Answered, evaluate_answers
+from lorax_ft.evaluation.exact_match import evaluate_answers
 from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_model, save_quantized
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.requantize import is_requantized
-from lorax_ft.training import contract, report, sharding
+from lorax_ft.training import contract, report, sharding, summary
 from lorax_ft.training.folder import check_folder, make_folder
 from lorax_ft.training.interrupt import Interruption
-from lorax_ft.training.log import LOG, PLOT, Log, check_trackers, read_log
+from lorax_ft.training.log import Log, check_trackers
 from lorax_ft.training.progress import Progress
 from lorax_ft.training.start import Job, start, step_key
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
+from lorax_ft.training.summary import Evaluation, Result
 from lorax_ft.tree import Tree, combine, modules, split
-
-OWN_RUN = "--config configs/own.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What the model does on the validation rows."""
-
-    loss: float | None
-    exact_match: float | None
-    answered: Answered | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run came to."""
-
-    folder: Path
-    """The run's output folder."""
-    saved: Path
-    """The adapter's folder, or the model's where everything trains."""
-    steps: int
-    before: Evaluation
-    after: Evaluation
-    seconds: float
 
 
 def train(config: Config, *, dry_run: bool = False) -> Result | None:
@@ -74,16 +50,15 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
     console = report.make_console()
     folder = Path(config.train.output)
     check_trackers(config.train.report_to)
-    if not dry_run:
-        check_folder(config)
+    then = check_folder(config)
     report.print_config(console, config)
     console.print(f"\nLoading {config.model.path} on {jax.device_count()} × {jax.devices()[0].device_kind} …")
     job = start(config, folder=folder)
-    _print_start(console, job, dry_run=dry_run)
+    summary.print_start(console, job, dry_run=dry_run)
     if dry_run:
         return None
-    if job.first_step:
-        console.print(f"Going on from step {job.first_step} of {job.steps}.")
+    if then is not None:
+        summary.print_resumed(console, job, then)
     before = _evaluate(job, job.state, console, "before")  # first, as a wrong answer pattern is found here
     make_folder(config)
     log = Log(
@@ -94,20 +69,20 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
         writes=jax.process_index() == 0,
     )
     if not job.first_step:
-        log.write(0, _numbers(before))
+        log.write(0, summary.numbers(before))
     base = _save_base(job, folder)
     try:
         state = _train(job, log, console)
     finally:
         job.checkpoints.close()
     after = _evaluate(job, state, console, "after")
-    log.write(job.steps, _numbers(after))
+    log.write(job.steps, summary.numbers(after))
     log.close()
     saved = _save(job, state, folder, base=base)
     result = Result(
         folder=folder, saved=saved, steps=job.steps, before=before, after=after, seconds=time.perf_counter() - began
     )
-    _print_end(console, job, result)
+    summary.print_end(console, job, result)
     return result
 
 
@@ -234,65 +209,3 @@ def _save(job: Job, state: TrainState, folder: Path, *, base: Path | None) -> Pa
 def _adapters(trained: Tree) -> Tree:
     """The trained leaves that belong to adapters."""
     return split(trained, lambda path: path.rpartition("/")[2] in ("lora_a", "lora_b", "magnitude"))[0]
-
-
-def _numbers(evaluation: Evaluation) -> dict[str, float]:
-    values = {"validation_loss": evaluation.loss, "exact_match": evaluation.exact_match}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _print_start(console: Console, job: Job, *, dry_run: bool) -> None:
-    params = combine(job.state.trained, job.frozen)
-    train, validation = job.data.train, job.data.validation
-    console.print(
-        f"{len(train.conversations):,} samples in {len(train.rows):,} rows, {train.tokens:,} tokens, of them "
-        f"{train.labels:,} labelled; {train.cut:,} samples cut, {train.dropped:,} dropped; "
-        f"{len(validation.rows):,} rows to validate on.\n"
-    )
-    report.print_table(console, params, job.state.trained, layout=job.model.layout)
-    if dry_run:
-        memory = job.step.memory_analysis()
-        temporaries = memory.temp_size_in_bytes if memory else 0
-        parts = {
-            "base and other frozen leaves": job.frozen,
-            "trained leaves": job.state.trained,
-            "optimiser": job.state.opt_state,
-        }
-        report.print_memory(console, parts, temporaries=temporaries)
-        indices = job.batches.indices(job.first_step)
-        report.print_batch(console, job.model.tokenizer, [job.data.train.rows[i] for i in indices])
-    laps = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in job.seconds.items())
-    console.print(f"Ready: {laps}.")
-
-
-def _print_end(console: Console, job: Job, result: Result) -> None:
-    before, after, n = result.before.answered, result.after.answered, job.config.eval.samples
-    if before and after and n:
-        questions = [prompt[-1]["content"] for prompt in after.prompts[:n]]
-        columns = {"reference": after.references, "before": before.answers, "after": after.answers}
-        console.print()
-        report.print_answers(console, "Answers", questions, columns)
-    rows = [("steps", f"{result.steps:,}"), ("time", f"{result.seconds:.0f} s")]
-    first = next(iter(read_log(result.folder)), {}) if job.first_step else _numbers(result.before)
-    for name, form in (("validation_loss", ".4f"), ("exact_match", ".1%")):
-        now = _numbers(result.after).get(name)
-        if now is not None and name in first:
-            rows.append((name.replace("_", " "), f"{first[name]:{form}} → {now:{form}}"))
-    if job.model.base != job.model.source:
-        own = result.folder / BASE
-        rows.append(("base", str(own) if own.is_dir() else job.model.base))
-    rows += [
-        (result.saved.name, str(result.saved)),
-        ("loss plot", str(result.folder / PLOT)),
-        ("log", str(result.folder / LOG)),
-    ]
-    console.print()
-    report.print_summary(console, rows, title="Done")
-    console.print("What to type next", style="bold")
-    for command in (
-        f'generate.py --run {result.folder} "a question of yours"',
-        f"chat.py --run {result.folder}",
-        f"merge.py --run {result.folder} --output {result.folder}/merged",
-        f"train.py {OWN_RUN}",
-    ):
-        console.print(f"  python scripts/{command}", soft_wrap=True)  # one line, to be copied

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lorax_ft.config import Config
-from lorax_ft.data.batches import Batches, Dataset, load_data
+from lorax_ft.data.batches import Batches, Dataset, check_sources, load_data
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft
 from lorax_ft.interop.peft_config import read_config
@@ -80,6 +80,7 @@ def start(config: Config, *, folder: Path) -> Job:
     _check_quantization(config)
     mesh = sharding.make_mesh(config.mesh)
     _check_mesh(config, mesh)
+    check_sources(config.data)
     model = _load(config, mesh)
     _check_quantized(model, config)
     if model.tokenizer is None:
@@ -98,6 +99,11 @@ def start(config: Config, *, folder: Path) -> Job:
     checkpoints = Checkpoints(folder / "checkpoints", keep=train.keep_checkpoints)
     if train.resume:
         state, frozen = resumed_state(model, config.adapter, tx, mesh=mesh, checkpoints=checkpoints)
+        if int(state.step) > steps:
+            raise ValueError(
+                f"the run in {folder} is at step {int(state.step)}, beyond its end at step {steps}; give --train.steps "
+                f"{int(state.step)} or more, or another --train.output"
+            )
     else:
         key = jax.random.fold_in(jax.random.key(train.seed), 0)
         statistics = _measured(model, config, batches, mesh)

@@ -8,16 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_cases import CONFIGS as METHODS
+from run_cases import Main, resumed
 
 from lorax_ft.training.log import read_log
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))]
-METHODS = [name for name in CONFIGS if name not in ("smollm2_gsm8k", "own")]
 
 
 def train(*argv: object) -> None:
-    subprocess.run([sys.executable, ROOT / "scripts/train.py", *map(str, argv)], check=True)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+    }  # which are for small tests
+    subprocess.run([sys.executable, ROOT / "scripts/train.py", *map(str, argv)], check=True, env=environment)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -26,6 +30,11 @@ def test_a_config_learns_the_embedded_task(name: str, tmp_path: Path) -> None:
     log = read_log(tmp_path / name)
     assert log[0]["exact_match"] < 0.1
     assert log[-1]["exact_match"] > 0.8
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_config_resumes_as_if_never_stopped(name: str, main: Main, tmp_path: Path, standard_promotion: None) -> None:
+    resumed(main, name, tmp_path)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
