@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoint_cases import randomised
 from generation_cases import asked
 
 from lorax_ft import cli
@@ -171,6 +172,9 @@ def test_export(speaker: Model, params: Callable[[str], Tree], tmp_path: Path, m
     save_peft(tmp_path / "lora", params("lora"), speaker)
     dora = add_adapters(speaker.params, AdapterConfig(rank=4, dora=True), layout=speaker.layout, key=jax.random.key(1))
     save_peft(tmp_path / "dora", dora, speaker)
+    at_table = AdapterConfig(rank=4, targets=("embed_tokens", "q_proj"))
+    table = randomised(add_adapters(speaker.params, at_table, layout=speaker.layout, key=jax.random.key(1)))
+    save_peft(tmp_path / "table", table, speaker)
 
     spec = importlib.util.spec_from_file_location("export_script", ROOT / "scripts/export.py")
     assert spec is not None
@@ -193,6 +197,8 @@ def test_export(speaker: Model, params: Callable[[str], Tree], tmp_path: Path, m
     assert json.loads((tmp_path / "vllm/adapter_config.json").read_text())["use_dora"] is False
     assert "merged" in export("dora", "vllm", "vllm_dora")
     assert_close(logits(load_model(tmp_path / "vllm_dora")), logits(speaker, dora))
+    assert "merged" in export("table", "vllm", "vllm_table")
+    assert_close(logits(load_model(tmp_path / "vllm_table")), logits(speaker, table))
     assert "AutoModelForCausalLM" in export("lora", "hf", "hf")
     assert_close(logits(load_model(tmp_path / "hf")), logits(speaker, params("lora")))
     with pytest.raises(ValueError, match=r"rank 4, above max_lora_rank 1: export with --max-lora-rank 8"):

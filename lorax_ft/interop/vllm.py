@@ -11,6 +11,7 @@ from lorax_ft.interop.save import save_model
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree
 
+TABLES = {"embed_tokens", "lm_head"}  # whose adapters vLLM takes for some families only (`embedding_modules` there)
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes (0.33)
 
 
@@ -19,7 +20,7 @@ def save_for_vllm(
 ) -> Literal["adapter", "model"]:
     """Writes an adapter by the rules of vLLM's loader, or the merged model where they have no form for the adapter.
 
-    Merged are DoRA, and modules trained whole.
+    Merged are DoRA, modules trained whole, and adapters on embeddings or the output head.
 
     Args:
       folder: written beside and renamed.
@@ -37,7 +38,7 @@ def save_for_vllm(
     if max_lora_rank not in RANKS:
         raise ValueError(f"max_lora_rank is {max_lora_rank}; vLLM takes {', '.join(map(str, RANKS))}")
     adapters, whole = collect_adapters(params, model, None)
-    if whole or any("magnitude" in matrix for matrix in adapters.values()):
+    if whole or TABLES & adapters.keys() or any("magnitude" in matrix for matrix in adapters.values()):
         save_model(folder, params, model)
         return "model"
     rank = max(matrix["lora_a"].shape[1] for matrix in adapters.values())
