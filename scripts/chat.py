@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorax_ft.models.model import Model
     from lorax_ft.tree import Tree
 
-HELP = """/adapter on|off|PATH   switch the adapter on or off, or take another PEFT folder
+HELP = """/adapter on|off|PATH   switch the adapter on or off, or take another PEFT folder; alone, say which
 /system TEXT           set the system message; without a text, remove it
 /clear                 forget the conversation
 /exit                  leave (or Ctrl-D; Ctrl-C stops an answer)"""
@@ -122,8 +122,10 @@ def _adapter(chat: Chat, which: str) -> str:
         chat.params = chat.adapted
     elif which:
         chat.params = chat.adapted = with_all_norms(load_peft(which, chat.model))
+    elif chat.adapted is chat.model.params:
+        return "adapter: none; /adapter PATH takes one"
     else:
-        raise ValueError("give /adapter on, off or the path of a PEFT folder")
+        return f"adapter: {'on' if chat.params is chat.adapted else 'off'}; /adapter on, off or PATH changes that"
     return f"adapter: {which}"
 
 

@@ -144,12 +144,13 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     refused = call("generate", "--run", str(run), "--file", f"{tmp_path}/questions.txt", "--max-new-tokens", "8")
     assert refused[:2] == (2, "")
     assert refused[2].startswith(message)
-    said = "w7 w8\n/clear\n/adapter off\nw7 w8\n/clear\n/adapter on\nw7 w8\n/nonsense\n/adapter nowhere\n/exit\nw1\n"
+    said = "w7 w8\n/clear\n/adapter off\nw7 w8\n/clear\n/adapter on\nw7 w8\n/nonsense\n/adapter nowhere\n"
+    said += "/adapter\n/exit\nw1\n"
     status, printed, errors = call("chat", "--run", str(run), "--max-new-tokens", "8", said=said)
     assert status == 0
     lines = [line.strip() for line in printed.splitlines()]
     assert lines[:7] == [expected, "cleared", "adapter: off", before, "cleared", "adapter: on", expected]
-    assert len(lines) == 7
+    assert lines[7:] == ["adapter: on; /adapter on, off or PATH changes that"]
     wrong = errors.splitlines()
     assert wrong[0] == "error: there is no command /nonsense; /help lists them"
     assert wrong[1].startswith("error: nowhere holds no adapter_config.json")

@@ -7,6 +7,7 @@ import math
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -217,6 +218,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert error.count("\n") == 1
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["1"]
     assert math.isfinite(losses(out)[1])
+
+
+@pytest.mark.parametrize("filling", ["before", "meanwhile"])
+def test_a_checkpoint_that_does_not_fit_on_the_disk(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, filling: str
+) -> None:
+    """Before a run begins nothing is written; later the checkpoints that there are stay."""
+    left = iter([10**9, 10**9, 10**6] if filling == "meanwhile" else [10**6])
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=next(left)))
+    out = tmp_path / "run"
+    assert main(*config("lora"), *SHORT, "--train.steps", 2, "--train.save_every", 1, "--train.output", out) == 2
+    error = capsys.readouterr().err
+    reason = "No space left on device: a checkpoint takes 2.8 MB, 1.0 are left"
+    assert error == f"error: {out.absolute()}/checkpoints: {reason}\n"
+    assert [path.name for path in out.glob("checkpoints/*")] == (["1"] if filling == "meanwhile" else [])
+    assert out.exists() == (filling == "meanwhile")
 
 
 def test_the_embedded_questions_are_distinct() -> None:

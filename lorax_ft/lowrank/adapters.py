@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import flax.linen as nn
@@ -36,6 +36,7 @@ def add_adapters(
     originals: Mapping[str, Original] = MappingProxyType({}),
     rounds: int = 1,
     statistics: Mapping[str, Array | np.ndarray] = MappingProxyType({}),
+    advance: Callable[[float], None] = lambda share: None,
 ) -> Tree:
     """The parameters with low-rank leaves beside the kernels that `config.targets` means.
 
@@ -48,6 +49,7 @@ def add_adapters(
         inits that change the base.
       rounds: of decomposition and quantising, for PiSSA and LoftQ on a quantised base.
       statistics: by path, what inits from data start from (`lorax_ft.calibrate`).
+      advance: called with a share of the work whenever it is done; the shares make up 1.
 
     Returns:
       A new tree. The base is changed only by inits that say so (`CHANGES_BASE`), and not with `keep_base`.
@@ -73,6 +75,7 @@ def add_adapters(
             kernels[path], config, spec=layout[path], plan=plan, key=key, keeps=keeps, original=original, rounds=rounds,
             statistic=measured.get(path),
         )  # fmt: skip
+        advance(1 / len(plans))
     return from_modules(layers)
 
 

@@ -6,7 +6,10 @@ frozen leaves of the adapters (scales, starts) are, once.
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,25 @@ class Checkpoints:
         """The newest checkpoint's step, or None."""
         return self._manager.latest_step()
 
+    def check_room(self, state: TrainState, owned: Tree) -> None:
+        """Raise where a checkpoint does not fit on the disk.
+
+        Raises:
+          OSError: ENOSPC, with the folder and the bytes.
+        """
+        existing = next(place for place in (self._folder, *self._folder.parents) if place.is_dir())
+        need, free = sum(leaf.nbytes for leaf in jax.tree.leaves((state, owned))), shutil.disk_usage(existing).free
+        if need > free:
+            reason = f"{os.strerror(errno.ENOSPC)}: a checkpoint takes {need / 1e6:,.1f} MB, {free / 1e6:,.1f} are left"
+            raise OSError(errno.ENOSPC, reason, str(self._folder))
+
     def save(self, step: int, state: TrainState, owned: Tree) -> None:
-        """Save the state and the adapters' frozen leaves, beside training."""
+        """Save the state and the adapters' frozen leaves, beside training.
+
+        Raises:
+          OSError: as `check_room`.
+        """
+        self.check_room(state, owned)
         items = {"state": ocp.args.StandardSave(state._asdict())} | (
             {"owned": ocp.args.StandardSave(owned)} if owned else {}
         )

@@ -45,6 +45,7 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
 
     Raises:
       ValueError: bad input, or a loss that is not finite; what is on disk stays.
+      OSError: the disk is full.
     """
     began = time.perf_counter()
     console = report.make_console()

@@ -64,9 +64,9 @@ class Progress:
 
 
 @contextlib.contextmanager
-def calibrating(console: Console, *, init: str) -> Iterator[Callable[[float], None]]:
-    """A bar for the measuring that an init needs; gives the function to call with each share that is done."""
+def working(console: Console, what: str) -> Iterator[Callable[[float], None]]:
+    """A bar for a part of the start; gives the function to call with each share that is done."""
     shown = bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=None), bars.TimeRemainingColumn()
     with bars.Progress(*shown, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(f"measuring for {init}", total=1.0)
+        task = bar.add_task(what, total=1.0)
         yield lambda share: bar.advance(task, share)

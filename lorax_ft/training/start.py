@@ -29,9 +29,9 @@ from lorax_ft.training import contract, sharding
 from lorax_ft.training.calibration import calibrate
 from lorax_ft.training.checkpoints import Checkpoints
 from lorax_ft.training.optimizer import make_optimizer
-from lorax_ft.training.progress import calibrating
+from lorax_ft.training.progress import working
 from lorax_ft.training.report import make_console
-from lorax_ft.training.state import base_of, fresh_state, resumed_state
+from lorax_ft.training.state import base_of, fresh_state, owned_leaves, resumed_state
 from lorax_ft.training.step import TrainState, batch_loss, make_eval_step, make_train_step
 from lorax_ft.tree import Tree, combine, flatten, unflatten
 
@@ -75,6 +75,7 @@ def start(config: Config, *, folder: Path) -> Job:
 
     Raises:
       ValueError: anything in the config, the data, the checkpoint or the mesh does not fit.
+      OSError: the disk has no room for a checkpoint.
     """
     clock = _Clock()
     _check_quantization(config)
@@ -109,9 +110,12 @@ def start(config: Config, *, folder: Path) -> Job:
         statistics = _measured(model, config, batches, mesh)
         if statistics:
             clock.lap("calibration")
-        state, frozen = fresh_state(
-            model, config.adapter, tx, mesh=mesh, key=key, rounds=config.quant.rounds, statistics=statistics
-        )
+        with working(make_console(), f"starting from {config.adapter.init}") as advance:
+            state, frozen = fresh_state(
+                model, config.adapter, tx, mesh=mesh, key=key, rounds=config.quant.rounds, statistics=statistics,
+                advance=advance,
+            )  # fmt: skip
+    checkpoints.check_room(state, owned_leaves(state.trained, frozen))
     model = base_of(model, state, frozen)
     clock.lap("adapters")
     evaluate = jax.jit(make_eval_step(model, packed=False))
@@ -189,7 +193,7 @@ def _measured(model: Model, config: Config, batches: Batches, mesh: Mesh) -> dic
     whole = (batches.batch(i) for i in range(adapter.calibration_batches))
     parts = ({k: v[j * size // m : (j + 1) * size // m] for k, v in batch.items()} for batch in whole for j in range(m))
     placed = [sharding.place_batch(part, mesh) for part in parts]
-    with calibrating(make_console(), init=adapter.init) as advance, jax.set_mesh(mesh):
+    with working(make_console(), f"measuring for {adapter.init}") as advance, jax.set_mesh(mesh):
         return calibrate(model, adapter, placed, packed=config.data.pack, advance=advance)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -74,6 +74,7 @@ def fresh_state(
     key: Array,
     rounds: int = 1,
     statistics: Mapping[str, Any] = MappingProxyType({}),
+    advance: Callable[[float], None] = lambda share: None,
 ) -> tuple[TrainState, Tree]:
     """The state of a run that begins, and its frozen leaves, each on its devices.
 
@@ -81,7 +82,9 @@ def fresh_state(
       ValueError: as `add_adapters`, or a scale is 0.
     """
     abstract, frozen_shapes = abstract_state(model, config, tx, mesh=mesh)
-    params = _with_adapters(model.params, config, model=model, key=key, rounds=rounds, statistics=statistics)
+    params = _with_adapters(
+        model.params, config, model=model, key=key, rounds=rounds, statistics=statistics, advance=advance
+    )
     contract.check_scales(params)
     contract.check_frozen(params, config.freeze)
     params = jax.tree.map(_move, params, combine(abstract.trained, frozen_shapes))
@@ -122,24 +125,13 @@ def base_of(model: Model, state: TrainState, frozen: Tree) -> Model:
     return dataclasses.replace(model, params=params)
 
 
-def _with_adapters(
-    params: Tree,
-    config: AdapterConfig,
-    *,
-    model: Model,
-    key: Array,
-    rounds: int = 1,
-    statistics: Mapping[str, Any] = MappingProxyType({}),
-) -> Tree:
-    """The parameters with adapters, unless they hold those to go on with.
+def _with_adapters(params: Tree, config: AdapterConfig, *, model: Model, key: Array, **given: Any) -> Tree:
+    """The parameters with adapters, unless they hold those to go on with; `given` is for `add_adapters`.
 
     Modules that train whole are float32, since bfloat16 rounds small updates away.
     """
     if config.start_from is None:
-        params = add_adapters(
-            params, config, layout=model.layout, key=key, originals=model.originals, rounds=rounds,
-            statistics=statistics,
-        )  # fmt: skip
+        params = add_adapters(params, config, layout=model.layout, key=key, originals=model.originals, **given)
     both = [p for p, layer in modules(params).items() if "lora_a" in layer and is_whole(p, config.train_whole)]
     if both:
         raise ValueError(f"{both[0]} is meant by adapter.targets and by adapter.train_whole; give it to one of them")
