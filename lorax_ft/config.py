@@ -16,6 +16,18 @@ from typing import Any, Literal
 
 from lorax_ft.checks import check, pattern_value, positive, regex, typed, within
 
+FROM_DATA = ("eva", "corda", "lora_ga", "lora_one")
+USED_BY = {
+    "calibration_batches": FROM_DATA,
+    "eva_rho": ("eva",),
+    "corda_mode": ("corda",),
+    "lora_ga_gamma": ("lora_ga",),
+    "lora_one_gamma": ("lora_one",),
+    "svd_iterations": ("pissa", "loftq", *FROM_DATA),
+    "keep_base": ("pissa", "milora", "olora", "loftq", "corda", "lora_ga"),
+}
+"""Options of adapters that some inits alone heed."""
+
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_MODEL = str(ASSETS / "tiny")
 EMBEDDED_DATA = str(ASSETS / "questions")
@@ -72,7 +84,7 @@ class AdapterConfig:
     ] = "kaiming"
     """How A and B start: random A with B = 0 (kaiming, gaussian), both random with A B = 0 (orthogonal), top singular
     triples (pissa) or the last ones (milora), by QR (olora), from what quantising the base loses (loftq), or from data:
-    the layers' inputs (eva, corda), or their gradients (lora_ga, lora_one)."""
+    the layers' inputs (eva, corda), or their gradients (lora_ga, lora_one). Embeddings start at random always."""
     calibration_batches: int = 8
     """Training batches, from the first on, that inits from data are measured on."""
     eva_rho: float = 2.0
@@ -119,11 +131,19 @@ class AdapterConfig:
             self.svd_iterations is None or self.svd_iterations >= 0,
             f"adapter.svd_iterations is {self.svd_iterations}; it must be 0 or more, or None for the exact SVD",
         )
+        smallest = self.init == "milora" or (self.init == "corda" and self.corda_mode == "kpm")
         check(
-            self.svd_iterations is None or self.init != "milora",
+            self.svd_iterations is None or not smallest,
             f"adapter.svd_iterations is {self.svd_iterations}; the randomised SVD finds the largest singular triples, "
-            "and adapter.init milora starts from the smallest: leave it out",
+            f"and adapter.init {self.init} starts from the smallest: leave it out",
         )
+        for field, inits in USED_BY.items():
+            value = getattr(self, field)
+            check(
+                value == getattr(type(self), field) or self.init in inits,
+                f"adapter.{field} is {value}, but adapter.init {self.init} has no use for it; it is for "
+                f"{', '.join(inits)}",
+            )
         check(all(i >= 0 for i in self.layers), f"adapter.layers is {self.layers}; indices start at 0")
         for field in ("rank_pattern", "alpha_pattern"):
             for entry in getattr(self, field):
@@ -157,6 +177,8 @@ class DataConfig:
     """Validation files, folder or hub id; none takes the training folder's other split, or holds out rows."""
     split: str = "train"
     """Split to read of a folder or hub id in data.train."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     validation_split: str = "test"
     """Split to read of a folder or hub id to validate on."""
     validation_rows: int = 200
@@ -172,7 +194,7 @@ class DataConfig:
     max_length: int = 256
     """Tokens in a row; longer samples are cut."""
     pack: bool = False
-    """Put several samples in a row, each blind to the others."""
+    """Put several samples in a row, none of which attends to another."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens that count in the loss: those of the assistant's turns, or all."""
 
@@ -204,7 +226,7 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """How the rate falls after warm-up; wsd is warmup-stable-decay, which falls over the last fifth."""
     warmup_fraction: float = 0.03
-    """Share of the steps over which the rate rises from 0."""
+    """Share of the steps over which the rate rises, in equal steps, to its peak."""
     final_fraction: float = 0.0
     """The last rate over the peak rate, where the schedule falls."""
     weight_decay: float = 0.0
@@ -221,10 +243,17 @@ class OptimConfig:
     def __post_init__(self) -> None:
         typed(self)
         positive(self, "learning_rate", "lora_plus_ratio", "magnitude_ratio")
-        within(self, "warmup_fraction", "final_fraction", "b1", "b2")
+        within(self, "warmup_fraction", "final_fraction")
+        for field in ("b1", "b2"):
+            value = getattr(self, field)
+            check(0 <= value < 1, f"optim.{field} is {value}; it must be at least 0 and below 1")
         for field in ("weight_decay", "eps", "clip_norm"):
             value = getattr(self, field)
             check(math.isfinite(value) and value >= 0, f"optim.{field} is {value}; it must be 0 or more and finite")
+        check(
+            not self.weight_decay or self.optimizer != "adam",
+            f"optim.weight_decay is {self.weight_decay}, and optim.optimizer adam has none; take adamw",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,7 +273,7 @@ class TrainConfig:
     batch_size: int = 16
     """Rows in an optimiser step, over all devices."""
     microbatches: int = 1
-    """Parts that a batch is cut into, to save memory; the result does not depend on it."""
+    """Parts that a batch is cut into, to save memory; the result is the same, but for what dropout and noise draw."""
     neftune_alpha: float = 0.0
     """NEFTune: strength of the uniform noise on the embeddings in training; the paper's values are 5 to 15."""
     seed: int = 0
@@ -267,7 +296,7 @@ class TrainConfig:
             self.steps is None or 0 < self.steps < 2**31,
             f"train.steps is {self.steps}; it must be above 0 and below 2^31",
         )
-        check(self.seed >= 0, f"train.seed is {self.seed}; it must be 0 or more")
+        check(0 <= self.seed < 2**32, f"train.seed is {self.seed}; it must be 0 or more and below 2^32")
         check(
             self.batch_size % self.microbatches == 0,
             f"train.batch_size {self.batch_size} does not divide into {self.microbatches} microbatches",
@@ -284,7 +313,7 @@ class EvalConfig:
     rows: int = 64
     """Validation rows whose loss is measured at each evaluation; 0 takes all."""
     exact_match_rows: int = 100
-    """Validation questions answered before and after training, to count exact matches; 0 answers none."""
+    """Validation questions answered before and after training, to count exact matches; 0 counts none."""
     answer_pattern: str | None = None
     r"""Regular expression whose first group is the answer to compare, such as "#### (-?[\d,.]+)"; None compares all."""
     samples: int = 3

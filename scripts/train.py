@@ -2,6 +2,7 @@
 
 python scripts/train.py --config configs/pissa.py
 python scripts/train.py --config configs/dora.py --model.path MODEL --data.train FILE.jsonl --adapter.rank 32
+python scripts/train.py --config configs/lora.py --multihost --mesh.fsdp 16     # on every host of a pod
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ class Args(Config):
     """Python file with get_config(); the values below are the file's."""
     dry_run: bool = False
     """Print what would train, the memory it takes and the first batch, and stop."""
+    multihost: bool = False
+    """Several processes run this together, such as one on each host of a TPU pod or of a Slurm job: join them by
+    jax.distributed.initialize()."""
 
 
 def main() -> None:
@@ -32,9 +36,22 @@ def main() -> None:
         file = first.parse_known_args()[0].config
         config = load_config(file) if file else Config()
         args = cli.parse(Args, default=Args(**_values(config), config=file))
+        if args.multihost:
+            _join()
         from lorax_ft.training.loop import train
 
         train(Config(**_values(args)), dry_run=args.dry_run)
+
+
+def _join() -> None:
+    """Make one run of several processes."""
+    import jax
+
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        known = "it knows TPU pods, Slurm, Open MPI and Kubernetes"
+        raise ValueError(f"--multihost: JAX finds no other processes here ({error}); {known}") from error
 
 
 def _values(config: Config) -> dict[str, Any]:

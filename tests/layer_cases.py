@@ -39,5 +39,5 @@ def random_layer(rng: np.random.Generator, *, dora: bool, kept: bool, rows: int 
 def dropped_input(drop: Tree, x: Array) -> Array:
     """x̃, read through a layer whose branch is the identity."""
     eye = jnp.eye(x.shape[-1])
-    layer = {"kernel": 0 * eye, "lora_a": eye, "lora_b": eye, "lora_scale": jnp.float32(1)}
+    layer = {"kernel": (0 * eye).astype(x.dtype), "lora_a": eye, "lora_b": eye, "lora_scale": jnp.float32(1)}
     return linear(layer | drop, x, jnp.matmul)

@@ -92,8 +92,11 @@ def test_evaluate_answers(speaker: Model) -> None:
     result = evaluate_answers(speaker, speaker.params, conversations, max_new_tokens=6, batch_size=2)
     assert (result.prompts, result.answers, result.references) == (questions, said, references)
     assert result.match.correct == (True, False, True)
-    first = evaluate_answers(speaker, speaker.params, conversations, max_new_tokens=6, rows=2)
+    first = evaluate_answers(speaker, speaker.params, conversations, max_new_tokens=6, compared=2)
+    assert first.answers == said
     assert (first.match.count, first.match.total, first.match.fraction) == (1, 2, 0.5)
+    nothing = evaluate_answers(speaker, speaker.params, conversations, max_new_tokens=6, compared=0, pattern="no (.*)")
+    assert nothing.match is None
     with pytest.raises(ValueError, match="conversation 1 has no assistant turn"):
         evaluate_answers(speaker, speaker.params, questions, max_new_tokens=6)
     with pytest.raises(ValueError, match=r"does not match reference 1: 'w"):

@@ -13,6 +13,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lorax_ft.config import (
+    FROM_DATA,
     AdapterConfig,
     Config,
     DataConfig,
@@ -44,7 +46,7 @@ from lorax_ft.lowrank.quantize import quantize_base
 from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.training import sharding
-from lorax_ft.training.log import read_log
+from lorax_ft.training.log import LOG, read_log
 from lorax_ft.training.loop import train
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.step import TrainState, make_train_step
@@ -185,6 +187,34 @@ def test_two_processes_train_as_one(in_two_processes: Path, tmp_path: Path, meth
         assert bases[0] == bases[1]
 
 
+def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) -> None:
+    """Two processes that a Slurm job started, by `train.py --multihost`; the second one is told to go."""
+    root, out = Path(__file__).parents[1], tmp_path / "run"
+    options = "--multihost --train.steps 500 --eval.rows 4 --eval.samples 0 --eval.exact_match_rows 0 --train.report_to"
+    command = [sys.executable, "scripts/train.py", "--config", "configs/lora.py", *options.split()]
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    environment = os.environ | slurm | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    environment.pop("XLA_FLAGS", None)
+    started = []
+    for i in range(2):
+        own = environment | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        with (tmp_path / f"{i}.out").open("w") as said:
+            whole = [*command, "--train.output", str(out)]
+            started.append(subprocess.Popen(whole, stdout=said, stderr=subprocess.STDOUT, env=own, cwd=root))
+    try:
+        while not (out / LOG).exists() or len((out / LOG).read_text().splitlines()) < 4:
+            assert started[0].poll() is None, (tmp_path / "0.out").read_text()
+            time.sleep(0.2)
+        started[1].terminate()
+        assert [process.wait(timeout=120) for process in started] == [130, 130]
+    finally:
+        for process in started:
+            process.kill()
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    for i in range(2):
+        assert f"interrupted after step {checkpoint.name}; --train.resume" in (tmp_path / f"{i}.out").read_text()
+
+
 def test_only_the_first_process_writes(in_two_processes: Path) -> None:
     first, second = ((in_two_processes / f"process{i}.out").read_text() for i in range(2))
     ends = [[json.loads(line) for line in text.splitlines() if line.startswith("{")] for text in (first, second)]
@@ -224,10 +254,11 @@ def byte_tokenizer() -> Any:
 def run_config(folder: Path, method: str, steps: int, *, resume: bool = False) -> Config:
     """A short run on four devices: whole copies for LoRA, split weights for the others."""
     init: Any = "kaiming" if method == "lora" else method
+    measured = {"calibration_batches": 4} if init in FROM_DATA else {}
     return Config(
         model=ModelConfig(path=str(folder / "model")),
         quant=QuantConfig(format="nf4" if method == "pissa" else "none"),
-        adapter=AdapterConfig(rank=4, init=init, calibration_batches=4),
+        adapter=AdapterConfig(rank=4, init=init, **measured),
         data=DataConfig(train=(str(folder / "data.jsonl"),), validation_rows=4, max_length=48),
         optim=OPTIM,
         train=TrainConfig(output=str(folder / method), steps=steps, batch_size=8, report_to=(), resume=resume),

@@ -52,6 +52,14 @@ def test_dropout_keeps_the_expectation(dora: bool) -> None:
     assert samples.std(0).min() > 0.1
 
 
+@pytest.mark.parametrize("rate", [0.003, 0.01, 0.05])
+def test_small_rates_in_bfloat16_are_what_they_say(rate: float) -> None:
+    """bfloat16 has no number between 0.996 and 1, and its uniform draws have 128 values."""
+    ones = jnp.ones((4000, 100), jnp.bfloat16)
+    dropped = np.asarray(dropped_input({"dropout_key": KEY, "dropout_rate": jnp.float32(rate)}, ones), np.float32)
+    assert (dropped == 0).mean() == pytest.approx(rate, rel=0.1)
+
+
 def test_dropout_drops_the_share_it_says_and_scales_the_rest() -> None:
     dropped = np.asarray(
         dropped_input({"dropout_key": KEY, "dropout_rate": jnp.float32(0.2)}, 3 * jnp.ones((4000, 10)))

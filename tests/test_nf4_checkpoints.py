@@ -163,7 +163,7 @@ def test_other_quantisation_is_refused(packed: Path, tmp_path: Path, packing: di
         (restated(nested_blocksize=128), "has the nested_blocksize 128; read is 256 alone"),
         (restated(quant_type="fp4"), "has the quant_type 'fp4'; read is 'nf4' alone"),
         (restated(shape=[64, 23]), "has 24 uint8 for its absmax; 64 × 23 takes 23 uint8"),
-        (restated(shape=[64]), r"has the shape \[64\] in its quant_state.bitsandbytes__nf4, which is no matrix's"),
+        (restated(shape=[64]), r"has the shape \[64\] in its quant_state.bitsandbytes__nf4, which is not a matrix's"),
         (restated(shape=[24, 64]), r"has the shape \(64, 24\), not \(24, 64\) \(in, out\)"),
         (restated(nested_offset="x"), "is damaged"),
         (lambda t: t.update({f"{UP}.{STATE}": np.zeros(9, np.uint8)}), "is damaged"),

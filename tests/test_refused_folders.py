@@ -172,7 +172,7 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no module model.layers.0.self_attn.query; the nearest is"):
         load_peft(tmp_path / "adapter", model)
     save_file({"base_model.model.odd": np.zeros(1)}, file)
-    with pytest.raises(ValueError, match=r"which is no LoRA's"):
+    with pytest.raises(ValueError, match=r"which is not LoRA's"):
         load_peft(tmp_path / "adapter", model)
     with pytest.raises(ValueError, match=r"holds no adapter_config.json"):
         load_peft(tmp_path / "model", model)

@@ -49,6 +49,31 @@ def test_a_disk_that_is_full_leaves_the_place_as_it_was(tmp_path: Path, save: st
     assert len([*tmp_path.iterdir()]) == 1
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_interruption_between_the_renames_keeps_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    place = tmp_path / "model"
+    place.mkdir()
+    (place / "config.json").write_text("old")
+    rename, calls = Path.rename, iter(range(1, 9))
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if next(calls) == failing:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    def write() -> None:
+        with new_folder(place) as new:
+            (new / "config.json").write_text("new")
+            monkeypatch.setattr(Path, "rename", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert (place / "config.json").read_text() == "old"
+    assert len([*tmp_path.iterdir()]) == 1
+
+
 def test_a_tokenizer_that_cannot_be_written(tmp_path: Path) -> None:
     class Full:
         def save_pretrained(self, folder: Path) -> None:

@@ -99,10 +99,11 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Dataset
     Raises:
       ValueError: a source or a row cannot be used (see `read_rows`, `to_messages`, `encode_all`).
     """
-    train = read_rows(config.train, split=config.split, limit=config.limit)
+    train = read_rows(config.train, split=config.split, limit=config.limit, revision=config.revision)
     beside = len(config.train) == 1 and Path(config.train[0]).is_dir() and config.validation_rows > 0
     if config.validation or (beside and find_split(config.train[0], config.validation_split)):
-        validation = read_rows(config.validation or config.train, split=config.validation_split)
+        sources = config.validation or config.train
+        validation = read_rows(sources, split=config.validation_split, revision=config.revision)
     else:
         train, validation = _hold_out(train, min(config.validation_rows, len(train) // 10), seed)
     return Dataset(
@@ -117,9 +118,9 @@ def check_sources(config: DataConfig) -> None:
     Raises:
       ValueError: as `read_rows`.
     """
-    read_rows(config.train, split=config.split, limit=1)
+    read_rows(config.train, split=config.split, limit=1, revision=config.revision)
     if config.validation:
-        read_rows(config.validation, split=config.validation_split, limit=1)
+        read_rows(config.validation, split=config.validation_split, limit=1, revision=config.revision)
 
 
 def _hold_out(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:

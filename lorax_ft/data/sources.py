@@ -171,10 +171,10 @@ def _read_hub(path: str, split: str, revision: str | None) -> Iterator[Row]:
 
 def _is_hub_id(path: str) -> bool:
     """Whether a path that is no file reads as a hub id rather than as a misspelt file."""
-    looks_like_one = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", path) is not None
+    named = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", path) is not None
     has_suffix = re.search(r"\.[A-Za-z]\w*$", path) is not None
     in_a_folder = "/" in path and Path(path).parent.is_dir()
-    return looks_like_one and not has_suffix and not in_a_folder and not Path(path).exists()
+    return named and not has_suffix and not in_a_folder and not Path(path).exists()
 
 
 def _missing(file: Path) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from lorax_ft.data.formats import Message
+from lorax_ft.data.formats import Message, split_answer
 from lorax_ft.inference.texts import answer
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree
@@ -43,7 +43,8 @@ class Answered:
     """The messages before each answer."""
     answers: list[str]
     references: list[str]
-    match: ExactMatch
+    match: ExactMatch | None
+    """Of the answers that are compared; None where none is."""
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str], *, pattern: str | None = None) -> ExactMatch:
@@ -74,7 +75,7 @@ def evaluate_answers(
     conversations: Sequence[Sequence[Message]],
     *,
     max_new_tokens: int,
-    rows: int | None = None,
+    compared: int | None = None,
     pattern: str | None = None,
     batch_size: int = 32,
 ) -> Answered:
@@ -85,18 +86,22 @@ def evaluate_answers(
       params: parameters, with or without adapters.
       conversations: with an assistant turn each; what follows the last one is left out.
       max_new_tokens: the longest answer.
-      rows: takes the first so many conversations; None takes all.
+      compared: how many answers, from the first on, are compared; None compares all.
       pattern: see `exact_match`.
       batch_size: answers at once.
 
     Raises:
       ValueError: as `exact_match` and `answer`, or a conversation has no assistant turn.
     """
-    pairs = [_split(messages, number) for number, messages in enumerate(conversations[:rows], 1)]
+    for number, messages in enumerate(conversations, 1):
+        if all(message["role"] != "assistant" for message in messages):
+            raise ValueError(f"conversation {number} has no assistant turn to compare an answer with")
+    pairs = [split_answer(messages) for messages in conversations]
     prompts, references = [prompt for prompt, _ in pairs], [reference for _, reference in pairs]
-    extract_references(references, pattern=pattern)  # before the minutes that answers may take
+    right = references[:compared]
+    extract_references(right, pattern=pattern)  # before the minutes that answers may take
     answers = answer(model, params, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    match = exact_match(answers, references, pattern=pattern)
+    match = exact_match(answers[: len(right)], right, pattern=pattern) if right else None
     return Answered(prompts=prompts, answers=answers, references=references, match=match)
 
 
@@ -138,11 +143,3 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     if not compiled.groups:
         raise ValueError(f"the answer pattern {pattern!r} has no group to take the answer from")
     return compiled
-
-
-def _split(messages: Sequence[Message], number: int) -> tuple[list[Message], str]:
-    """The messages before the last assistant turn, and that turn's text."""
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    if last is None:
-        raise ValueError(f"conversation {number} has no assistant turn to compare an answer with")
-    return list(messages[:last]), messages[last]["content"]

@@ -19,10 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_ft.models.attention import Cache, empty_cache
 from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.decoder import ROW_AXES
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree
-
-BATCH_AXES = ("data", "fsdp")  # the mesh's axes that rows are split over
 
 
 class Draw(NamedTuple):
@@ -95,7 +94,10 @@ def prefill(
     prompt = jnp.arange(tokens.shape[1]) < lengths[:, None]
     seen = jnp.zeros((rows, config.vocab_size), bool).at[jnp.arange(rows)[:, None], tokens].max(prompt)
     out = jnp.zeros((rows, room), jnp.int32)
-    state = State(jnp.int32(0), out, zeros, lengths - 1, zeros, zeros > 0, seen, cache)
+    state = State(
+        step=jnp.int32(0), out=out, last=zeros, position=lengths - 1, counts=zeros, stopped=jnp.zeros(rows, bool),
+        seen=seen, cache=cache,
+    )  # fmt: skip
     return _advance(state, model.logits(params, last), draw, greedy=greedy)
 
 
@@ -153,7 +155,7 @@ def _advance(state: State, scores: Array, draw: Draw, *, greedy: bool) -> State:
 
 def _by_row(x: Array, mesh: Mesh | None) -> Array:
     """x with its first axis split over the mesh, where it divides."""
-    axes = tuple(axis for axis in BATCH_AXES if mesh and axis in mesh.shape)
+    axes = tuple(axis for axis in ROW_AXES if mesh and axis in mesh.shape)
     if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
         return x
     return lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes)))

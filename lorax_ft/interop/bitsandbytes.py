@@ -160,7 +160,7 @@ def _state(text: np.ndarray, *, where: str) -> dict[str, Any]:
         field = other[0]
         raise ValueError(f"{where} has the {field} {given[field]!r}; read is {known[field]!r} alone: {WAY_OUT}")
     if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"{where} has the shape {shape} in its {STATE}, which is no matrix's")
+        raise ValueError(f"{where} has the shape {shape} in its {STATE}, which is not a matrix's")
     return state | {"shape": shape}
 
 

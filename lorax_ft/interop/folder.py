@@ -45,9 +45,15 @@ def new_folder(
         for name in left:  # copied, so that they are never only in what is deleted
             copy = shutil.copytree if (target / name).is_dir() else shutil.copy2
             copy(target / name, fresh / name)
-        if target.exists():
-            target.rename(scratch / "old")
-        fresh.rename(target)
+        aside = scratch / "old"
+        try:
+            if target.exists():
+                target.rename(aside)
+            fresh.rename(target)
+        except BaseException:  # an interruption too
+            if aside.exists() and not target.exists():
+                aside.rename(target)
+            raise
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
     """The decoder that a config.json describes; `computing` holds its dtype, attention and remat.
 
     Raises:
-      ValueError: the architecture or an option of it is not supported, or a value is none of its type.
+      ValueError: the architecture or an option of it is not supported, or a value has another type.
     """
     kind = hf_config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:

@@ -39,6 +39,7 @@ Shardings = Callable[[str, Any], Any]
 """Where a leaf goes: (slash path, its shapes) -> its sharding."""
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+HUB_DOUBLES = ("consolidated*", "original/*")  # the same weights again, in their makers' own form
 
 
 def load_model(
@@ -87,7 +88,7 @@ def load_model(
         config=config,
         params=params,
         originals=loader.originals,
-        packed=any(isinstance(tensor, Packed) for tensor in tensors.values()),
+        prequantized=any(isinstance(tensor, Packed) for tensor in tensors.values()),
         tokenizer=tokenizer,
         hf_config=hf_config,
         source=source,
@@ -172,7 +173,10 @@ def _download(hub_id: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=list(HUB_FILES)))
+        found = huggingface_hub.snapshot_download(
+            hub_id, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_DOUBLES)
+        )
+        return Path(found)
     except Exception as error:  # connections, permissions, unknown ids: each has a type of its own
         tried = f"the hub id {hub_id}" + (f" at revision {revision}" if revision else "")
         reason = " ".join(str(error).split())[:200]

@@ -106,7 +106,7 @@ def load_peft(folder: str | Path, model: Model) -> Tree:
         elif "scale" in layers.get(path, {}):
             raise ValueError(f"{where} is for a norm, which takes no adapter")
         elif entry.value.ndim != 2 and entry.leaf != "magnitude":
-            raise ValueError(f"{where} has the shape {entry.value.shape}, which is no matrix's")
+            raise ValueError(f"{where} has the shape {entry.value.shape}, which is not a matrix's")
         else:
             adapters.setdefault(path, {}).setdefault(index, {})[entry.leaf] = entry.value.T
     if model.config.tied and "lm_head" in layers and not differ(layers["lm_head"]["kernel"], table(layers)):

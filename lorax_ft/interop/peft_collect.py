@@ -81,7 +81,7 @@ def _changed(path: str, layer: Layer, base: Layers, config: AdapterConfig | None
     if config is None and "lora_a0" in layer and "start_scale" not in layer:  # the init changed them
         return {}
     changed = {}
-    for name in layer.keys() - ADAPTER_LEAVES - STEP_LEAVES:
+    for name in [name for name in layer if name not in ADAPTER_LEAVES | STEP_LEAVES]:
         leaf = layer[name]
         if isinstance(leaf, Quantized):  # which never trains
             continue

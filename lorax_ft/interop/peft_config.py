@@ -97,12 +97,12 @@ def without_tensors(config: Mapping[str, Any], names: Iterable[str], modules: It
 
 
 def is_target(name: str, targets: Iterable[str] | None) -> bool:
-    """Whether the targets mean the module, or the parameter, of this full name."""
+    """Whether the targets match the module, or the parameter, of this full name."""
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
 
 
 def _check_values(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise where a field that changes numbers is none of its type."""
+    """Raise where a field that changes numbers has another type than it should."""
 
     def number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

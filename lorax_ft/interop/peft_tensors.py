@@ -79,7 +79,7 @@ def _parse(key: str, folder: Path) -> tuple[str, str]:
     for suffix, leaf in SUFFIXES.items():
         if key.startswith(PREFIX) and key.endswith(suffix):
             return key.removeprefix(PREFIX).removesuffix(suffix), leaf
-    raise ValueError(f"{folder} holds the tensor {key}, which is no LoRA's")
+    raise ValueError(f"{folder} holds the tensor {key}, which is not LoRA's")
 
 
 def _parameter(module: str, config: Mapping[str, Any]) -> str:

@@ -38,11 +38,12 @@ def add_adapters(
     statistics: Mapping[str, Array | np.ndarray] = MappingProxyType({}),
     advance: Callable[[float], None] = lambda share: None,
 ) -> Tree:
-    """The parameters with low-rank leaves beside the kernels that `config.targets` means.
+    """The parameters with low-rank leaves beside the kernels that `config.targets` matches.
 
     Args:
       params: a tree of arrays; its leaves are shared with the result, not copied.
-      config: which modules, which rank, which start.
+      config: which modules, which rank, which start. Its `train_whole` and `freeze` are for `partition`, and its
+        `dropout` for `with_dropout`.
       layout: the layers of the model (`lorax_ft.layout`, or a loaded model's own).
       key: every leaf's randomness is folded from it and the leaf's path.
       originals: by path, what reads the matrices again that are quantised in `params` (`Model.originals`); needed by
@@ -55,7 +56,7 @@ def add_adapters(
       A new tree. The base is changed only by inits that say so (`CHANGES_BASE`), and not with `keep_base`.
 
     Raises:
-      ValueError: a pattern means no module, a rank is above a matrix's smaller side, or a statistic is missing.
+      ValueError: a pattern matches no module, a rank is above a matrix's smaller side, or a statistic is missing.
     """
     layers = modules(nn.meta.unbox(params))
     kernels = {path: _kernel(layers, path, spec) for path, spec in layout.items()}
@@ -63,7 +64,7 @@ def add_adapters(
     plans = plan_adapters(config, layout=layout, shapes=shapes)
     measured = checked_statistics(config, statistics, needed_statistics(config, layout=layout, shapes=shapes))
     if config.init == "eva":
-        plans, measured = spread_ranks(plans, measured, config)
+        plans, measured = spread_ranks(plans, measured, config, key=key)
     for path, plan in plans.items():
         layer = layers.get(path, {})
         if ADAPTER_LEAVES & layer.keys():

@@ -8,14 +8,16 @@ scaled to a mean eigenvalue of 1, so that factors do not depend on how many toke
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from threadpoolctl import threadpool_limits
 
 from lorax_ft.lowrank.svd import Factors, on_host
@@ -23,7 +25,7 @@ from lorax_ft.lowrank.svd import Factors, on_host
 DAMP = 0.01  # of C's mean eigenvalue, added to all, as in the authors' code
 
 
-def corda(w: Array, c: Array, *, rank: int, last: bool, exact: bool) -> Factors:
+def corda(w: Array, c: Array, *, rank: int, last: bool, randomised: Callable[[Array], Factors] | None) -> Factors:
     """A √s and B √s of a stack of matrices.
 
     Args:
@@ -31,24 +33,30 @@ def corda(w: Array, c: Array, *, rank: int, last: bool, exact: bool) -> Factors:
       c: `[L, I, I]`.
       rank: r.
       last: whether the last r triples are taken, the very last first, or the first r.
-      exact: whether it is done on the host in float64, or on the device in float32.
+      randomised: gives U_r √S_r and √S_r V_rᵀ of such a stack as W on the device; None: all is done on the host, in
+        float64.
     """
-    if not exact:
+    if randomised is not None:
         with jax.default_matmul_precision("highest"):
-            return lax.map(lambda pair: _factors(jnp, pair[0], pair[1], rank, last), (w.astype(jnp.float32), c))
-    pairs = [[np.asarray(m, np.float64) for m in pair] for pair in zip(on_host(w), on_host(c), strict=True)]
+            c = jax.vmap(functools.partial(_damped, jnp))(c)
+            a, b = randomised(jnp.matmul(c, w.astype(jnp.float32)))
+            return jnp.linalg.solve(c, a), b
+
+    def factors(pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        w, c = pair[0].astype(np.float64), _damped(np, pair[1].astype(np.float64))
+        u, s, vt = np.linalg.svd(c @ w, full_matrices=False)
+        if last:
+            u, s, vt = u[:, ::-1], s[::-1], vt[::-1]
+        root = np.sqrt(s[:rank])
+        return np.linalg.solve(c, u[:, :rank]) * root, root[:, None] * vt[:rank]
+
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:  # see `svd.exact`
-        parts = list(pool.map(lambda pair: _factors(np, pair[0], pair[1], rank, last), pairs))
-    a, b = (np.stack(part).astype(np.float32) for part in zip(*parts, strict=True))
-    return jnp.asarray(a), jnp.asarray(b)
+        parts = list(pool.map(factors, zip(on_host(w), on_host(c), strict=True)))
+    a, b = (jnp.asarray(np.stack(part).astype(np.float32)) for part in zip(*parts, strict=True))
+    return a, b
 
 
-def _factors(xp: Any, w: Any, c: Any, rank: int, last: bool) -> tuple[Any, Any]:
-    """A √s and B √s of one matrix, by NumPy or its namesake."""
+def _damped(xp: Any, c: Any) -> Any:
+    """C with a mean eigenvalue of 1, and `DAMP` on its diagonal; by NumPy or its namesake."""
     n = len(c)
-    c = c * (n / xp.trace(c)) + DAMP * xp.eye(n)
-    u, s, vt = xp.linalg.svd(c @ w, full_matrices=False)
-    if last:
-        u, s, vt = u[:, ::-1], s[::-1], vt[::-1]
-    root = xp.sqrt(s[:rank])
-    return xp.linalg.solve(c, u[:, :rank]) * root, root[:, None] * vt[:rank]
+    return c * (n / xp.trace(c)) + DAMP * xp.eye(n)

@@ -19,11 +19,11 @@ def label(params: Tree, *, whole: Sequence[str] = (), freeze: Sequence[str] = ()
 
     Args:
       params: a tree with adapters.
-      whole: patterns of modules whose own weights train; "all" means every one.
+      whole: patterns of modules whose own weights train; "all" matches every one.
       freeze: names of adapter leaves that stay where they start, such as `lora_a` in LoRA-FA (2308.03303).
 
     Raises:
-      ValueError: a pattern means no module.
+      ValueError: a pattern matches no module.
     """
     layers = modules(params)
     bases = [path for path, layer in layers.items() if layer.keys() - ADAPTER_LEAVES - STEP_LEAVES]
@@ -55,8 +55,8 @@ def partition(
       params: a tree with adapters.
       by: "training": what trains, and what is frozen. "ownership": what belongs to the fine-tuning
         (frozen scales, factors and starts too), and what belongs to the base.
-      whole: patterns of modules whose own weights train, as for `label`.
-      freeze: names of adapter leaves that do not train, as for `label`.
+      whole: patterns of modules whose own weights train, as for `label`: a config's `train_whole`.
+      freeze: names of adapter leaves that do not train, as for `label`: a config's `freeze`.
     """
     labels = flatten(label(params, whole=whole, freeze=freeze))
 
@@ -67,7 +67,7 @@ def partition(
 
 
 def is_whole(path: str, whole: Sequence[str]) -> bool:
-    """Whether the patterns `whole` mean the module at `path`, or one that it stands in."""
+    """Whether the patterns `whole` match the module at `path`, or one that it stands in."""
     parts = path.split("/")
     parents = ["/".join(parts[: i + 1]) for i in range(len(parts))]
     return any(pattern == "all" or any(matches(pattern, parent) for parent in parents) for pattern in whole)

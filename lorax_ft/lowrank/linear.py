@@ -94,13 +94,11 @@ def merged_kernel(layer: Layer) -> Array:
     w = layer["kernel"]
     if "lora_a" not in layer:
         return dense(w)
-    merged = _over_stack(_merge_matrix, _matrices(layer)).reshape(w.shape)
+    flat = _matrices(layer)
     if "magnitude" in layer:
         g = gain(layer | {"norm": layer["norm"] if "norm" in layer else column_norm(layer)})
-        n_stack = layer["lora_scale"].ndim
-        n_in = layer["lora_a"].ndim - n_stack - 1
-        merged = merged * jnp.expand_dims(g, tuple(range(n_stack, n_stack + n_in)))
-    return merged.astype(w.dtype)
+        flat["gain"] = g.reshape(len(flat["lora_scale"]), -1)
+    return _over_stack(_merge_matrix, flat, w.dtype).reshape(w.shape)
 
 
 def gain(layer: Layer) -> Array:
@@ -118,7 +116,7 @@ def column_norm(layer: Layer) -> Array:
     """
     n_stack = layer["lora_scale"].ndim
     out_shape = layer["lora_b"].shape[n_stack + 1 :]
-    norms = _over_stack(_norm_matrix, _matrices(jax.tree.map(lax.stop_gradient, layer)))
+    norms = _over_stack(_norm_matrix, _matrices(jax.tree.map(lax.stop_gradient, layer)), jnp.float32)
     return norms.reshape(*layer["lora_scale"].shape, *out_shape)
 
 
@@ -138,8 +136,9 @@ def _dropout(layer: Layer, x: Array) -> Array:
     if "dropout_key" not in layer or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     key, rate = (layer[name].reshape(-1)[0] for name in ("dropout_key", "dropout_rate"))  # experts share x
-    keep = (1 - rate).astype(x.dtype)
-    return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0)
+    keep = 1 - rate  # in float32, as bfloat16 has no 0.99
+    scaled = (x.astype(jnp.float32) / keep).astype(x.dtype)
+    return jnp.where(jax.random.bernoulli(key, keep, x.shape), scaled, 0)
 
 
 def _matrices(layer: Layer) -> Layer:
@@ -169,21 +168,22 @@ def _matrices(layer: Layer) -> Layer:
     return flat
 
 
-@functools.partial(jax.jit, static_argnums=0)  # or the loop would be compiled anew at every call outside a jit
-def _over_stack(f: Callable[[Layer], Array], layers: Layer) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 2))  # or the loop would be compiled anew at every call outside a jit
+def _over_stack(f: Callable[[Layer], Array], layers: Layer, dtype: jnp.dtype) -> Array:
+    """f of each matrix of a stack, one at a time."""
     if layers["kernel"].shape[0] == 1:
-        return f(jax.tree.map(lambda leaf: leaf[0], layers))[None]
-    return lax.map(f, layers)
+        return f(jax.tree.map(lambda leaf: leaf[0], layers))[None].astype(dtype)
+    return lax.map(lambda layer: f(layer).astype(dtype), layers)
 
 
 def _merge_matrix(layer: Layer) -> Array:
-    """W + s A B of one matrix `[I, O]`, or of some of its rows, in float32."""
+    """(W + s A B) · m / n of one matrix `[I, O]`, or of some of its rows, in float32."""
     w = dense(layer["kernel"], jnp.float32)
     w = w + layer["lora_scale"] * jnp.matmul(layer["lora_a"], layer["lora_b"], precision=lax.Precision.HIGHEST)
     if "start_scale" in layer:
         start = jnp.matmul(layer["lora_a0"], layer["lora_b0"], precision=lax.Precision.HIGHEST)
         w = w - layer["start_scale"] * start
-    return w
+    return w * layer["gain"] if "gain" in layer else w
 
 
 def _norm_matrix(layer: Layer) -> Array:

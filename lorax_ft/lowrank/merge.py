@@ -42,7 +42,7 @@ def merged_leaves(params: Tree, *, layout: Layout | None = None, dtype: Any = No
     What is merged has the kernel's own type, or `dtype`.
     """
     for path, layer in modules(_untied(params, layout)).items():
-        for name in layer.keys() - ADAPTER_LEAVES - STEP_LEAVES:
+        for name in [name for name in layer if name not in ADAPTER_LEAVES | STEP_LEAVES]:
             if "lora_a" in layer and name in ("kernel", "embedding"):
                 cast = layer if dtype is None else layer | {name: dense(layer[name], dtype)}
                 leaf = _merged(cast, name, layout[path] if layout else None)

@@ -66,8 +66,12 @@ pass_by.defvjp(_forward, _backward)
 
 
 def second_moments(moments: np.ndarray, *, centred: bool) -> np.ndarray:
-    """Σ xᵀ x / N `[*L, I, I]` of a probe's moments, or the covariance Σ (x − x̄)ᵀ (x − x̄) / N; in float64."""
-    whole = np.asarray(moments, np.float64)
-    whole = whole / whole[..., -1:, -1:]
-    second, mean = whole[..., :-1, :-1], whole[..., :-1, -1]
-    return second - mean[..., :, None] * mean[..., None, :] if centred else second
+    """Σ xᵀ x / N `[*L, I, I]` of a probe's moments, or the covariance Σ (x − x̄)ᵀ (x − x̄) / N; float32."""
+
+    def one(matrix: np.ndarray) -> np.ndarray:  # in float64, which the whole stack might not fit into
+        wide = matrix.astype(np.float64) / matrix[-1, -1]
+        second, mean = wide[:-1, :-1], wide[:-1, -1]
+        return (second - np.outer(mean, mean) if centred else second).astype(np.float32)
+
+    stack = moments.reshape(-1, *moments.shape[-2:])
+    return np.stack([one(matrix) for matrix in stack]).reshape(*moments.shape[:-2], *[len(stack[0]) - 1] * 2)

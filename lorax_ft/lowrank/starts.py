@@ -122,8 +122,9 @@ def _taken_out(site: Site, config: AdapterConfig, triples: Callable[..., Factors
             factors = site.over_root(*milora(dense(site.w), svd=decomposed))
         case "corda":
             assert site.statistic is not None
-            last, exact = config.corda_mode == "kpm", config.svd_iterations is None
-            factors = site.over_root(*corda(dense(site.w), site.statistic, rank=site.rank, last=last, exact=exact))
+            last, randomised = config.corda_mode == "kpm", None if config.svd_iterations is None else triples
+            found = corda(dense(site.w), site.statistic, rank=site.rank, last=last, randomised=randomised)
+            factors = site.over_root(*found)
         case "lora_ga":
             assert site.statistic is not None
             twice = functools.partial(triples, rank=2 * site.rank)

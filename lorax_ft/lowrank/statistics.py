@@ -18,6 +18,7 @@ from jax import Array
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.eva import eva, redistributed
 from lorax_ft.lowrank.layout import Layout
+from lorax_ft.lowrank.leaves import fold_path
 from lorax_ft.lowrank.svd import svd
 from lorax_ft.lowrank.targets import Plan, plan_adapters
 
@@ -88,7 +89,7 @@ def checked_statistics(
 
 
 def spread_ranks(
-    plans: Mapping[str, Plan], covariances: Mapping[str, Array], config: AdapterConfig
+    plans: Mapping[str, Plan], covariances: Mapping[str, Array], config: AdapterConfig, *, key: Array
 ) -> tuple[dict[str, Plan], dict[str, Array]]:
     """EVA: the plans with the ranks where they explain most, and the directions `[L, I, R]` that A is to start from.
 
@@ -96,7 +97,7 @@ def spread_ranks(
     """
     plans, directions, explained = dict(plans), {}, {}
     for path, c in covariances.items():
-        keys = jax.random.split(jax.random.key(0), len(c))
+        keys = jax.random.split(fold_path(key, path), len(c))
         decomposed = functools.partial(svd, rank=plans[path].width, iterations=config.svd_iterations, keys=keys)
         directions[path], explained[path] = eva(c, svd=decomposed)
     traced = any(isinstance(share, jax.core.Tracer) for share in explained.values())  # for the shapes alone

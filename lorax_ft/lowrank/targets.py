@@ -37,7 +37,7 @@ def plan_adapters(config: AdapterConfig, *, layout: Layout, shapes: dict[str, tu
       shapes: their kernels' shapes.
 
     Raises:
-      ValueError: a pattern means no module, all that targets mean is excluded, or a rank is above a matrix's
+      ValueError: a pattern matches no module, all that targets match is excluded, or a rank is above a matrix's
         smaller side.
     """
     paths = {path: logical_paths(path, spec, shapes[path]) for path, spec in layout.items()}
@@ -66,7 +66,7 @@ def plan_adapters(config: AdapterConfig, *, layout: Layout, shapes: dict[str, tu
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern means a module: by name or suffix (`q_proj`, `mlp/up_proj`), or as a whole regular expression.
+    """Whether a pattern matches a module: by name, by suffix (`mlp/up_proj`), or as a whole regular expression.
 
     Dots in place of slashes are understood, so that patterns written for PEFT work.
 
@@ -81,7 +81,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def is_target(path: str, *, targets: Sequence[str], by_name: bool, embed: bool) -> bool:
-    """Whether `targets` mean the module at `path`; "all-linear" means all but heads, routers and embeddings."""
+    """Whether `targets` match the module at `path`; "all-linear" matches all but heads, routers and embeddings."""
     return any(not (by_name or embed) if t == "all-linear" else matches(t, path) for t in targets)
 
 
@@ -92,16 +92,16 @@ def layer_index(path: str) -> int | None:
 
 
 def first_value(rules: Iterable[tuple[str, T]], path: str, default: T) -> T:
-    """The value of the first (pattern, value) rule that means the module at `path`."""
+    """The value of the first (pattern, value) rule that matches the module at `path`."""
     return next((value for pattern, value in rules if matches(pattern, path)), default)
 
 
 def check_coverage(patterns: Iterable[str], hit: Callable[[str], bool], *, names: Iterable[str], where: str) -> None:
-    """Raise where a pattern means none of the modules.
+    """Raise where a pattern matches none of the modules.
 
     Args:
       patterns: what the user wrote.
-      hit: whether a pattern means something.
+      hit: whether a pattern matches something.
       names: the modules that exist, by logical path.
       where: the option's name, for the error.
 

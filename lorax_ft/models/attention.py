@@ -6,6 +6,7 @@ N distinct kinds of layers.
 
 from __future__ import annotations
 
+import re
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -90,7 +91,7 @@ def _causal(places: Array, length: int, window: int | None = None) -> Array:
 def attend(config: DecoderConfig, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """Attention of queries `[B, T, H, C]` to keys and values `[B, S, K, C]`; mask `[B, 1, T, S]`, or None: causal."""
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    kernel = _attention_kernel(config)
+    kernel = _attention_kernel(config, tokens=(q.shape[1], k.shape[1]), masked=mask is not None)
     if kernel == "blocks" or config.attention_softcap is not None:
         return _attend_in_blocks(q, k, v, mask, scale=scale, cap=config.attention_softcap)
     causal = q.shape[1] == k.shape[1]  # with a cache there are more slots than queries
@@ -133,10 +134,32 @@ def _write(cache: Array, new: Array, positions: Array) -> Array:
     )
 
 
-def _attention_kernel(config: DecoderConfig) -> Literal["xla", "cudnn", "blocks"]:
+def _attention_kernel(
+    config: DecoderConfig, *, tokens: tuple[int, int], masked: bool
+) -> Literal["xla", "cudnn", "blocks"]:
+    """What computes attention of so many queries to so many keys."""
+    if config.attention == "xla":
+        return "xla"
+    lacks = _cudnn_lacks(config, tokens=tokens, masked=masked)
+    if config.attention == "cudnn" and lacks:
+        raise ValueError(f"model.attention is cudnn, which needs {lacks}; take auto")
+    return "cudnn" if not lacks else "blocks" if jax.default_backend() == "cpu" else "xla"
+
+
+def _cudnn_lacks(config: DecoderConfig, *, tokens: tuple[int, int], masked: bool) -> str | None:
+    """What cuDNN's attention needs and does not have here, by the rules of jax 0.10; None where it can be taken."""
     backend = jax.default_backend()
-    if config.attention == "cudnn" and backend != "gpu":
-        raise ValueError(f"model.attention is cudnn, which needs a GPU, and this is a {backend}; take auto")
-    if config.attention != "auto":
-        return config.attention
-    return "blocks" if backend == "cpu" else "cudnn" if backend == "gpu" and config.dtype == "bfloat16" else "xla"
+    if backend != "gpu":
+        return f"a GPU, and this is a {backend}"
+    named = re.fullmatch(r"(\d+)\.(\d+)", jax.local_devices()[0].compute_capability)  # AMD's are not so named
+    generation = (int(named[1]), int(named[2])) if named else (0, 0)
+    trains = tokens[0] == tokens[1]  # with a cache there are more slots than queries
+    widest = 256 if generation >= (9, 0) else 128
+    needs = {
+        "a GPU of NVIDIA's Ampere generation or later": generation >= (8, 0),
+        "model.dtype bfloat16": config.dtype == "bfloat16",
+        "no soft cap": config.attention_softcap is None,
+        f"heads of a width below {widest + 1} that 8 divides": config.head_dim <= widest and config.head_dim % 8 == 0,
+        "an even data.max_length under a mask": not (masked and trains) or tokens[0] % 2 == 0,
+    }
+    return next((need for need, met in needs.items() if not met), None)

@@ -23,7 +23,7 @@ class Experts:
     """A sparse MLP (2101.03961)."""
 
     count: int
-    chosen: int
+    top_k: int
     """Experts that a token takes."""
     renormalised: bool
     """Whether the weights of the chosen ones are scaled to the sum 1."""

@@ -112,11 +112,16 @@ def split_rows(x: Array) -> Array:
 
     Without it XLA may leave the width split, as the embedding table is, and gather the whole batch on every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
-    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+    axes = tuple(axis for axis in ROW_AXES if axis in jax.sharding.get_abstract_mesh().shape)
+    if not axes or x.shape[0] % row_devices():
         return x
     return lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+def row_devices() -> int:
+    """Over how many devices of the ambient mesh (`jax.set_mesh`) the rows of a batch are split; 1 without one."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in ROW_AXES)
 
 
 def gathered(path: str, kernel: Quantized) -> Quantized:

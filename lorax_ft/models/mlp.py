@@ -45,7 +45,7 @@ class SparseMLP(nn.Module):
         assert e is not None
         rows = x.reshape(-1, c.width)
         p = jax.nn.softmax(dense(c, e.count, "gate")(rows).astype(jnp.float32))
-        weights, chosen = lax.top_k(p, e.chosen)
+        weights, chosen = lax.top_k(p, e.top_k)
         if e.renormalised:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         share = jnp.zeros_like(p).at[jnp.arange(len(rows))[:, None], chosen].set(weights)  # [N, E]

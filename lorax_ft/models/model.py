@@ -46,7 +46,7 @@ class Model:
     """Where the checkpoint came from: a folder, a file or a hub id."""
     originals: Mapping[str, Original] = dataclasses.field(default_factory=dict)
     """By module path, what reads the matrices again that are quantised in `params`."""
-    packed: bool = False
+    prequantized: bool = False
     """Whether the checkpoint itself is quantised, so that what quantising lost is not known."""
 
     @property

@@ -29,7 +29,6 @@ CODEBOOK = (
 )  # fmt: skip
 """Quantiles of a normal distribution, scaled to [−1, 1], with an exact 0."""
 MIDPOINTS = tuple(np.float32((low + high) / 2) for low, high in itertools.pairwise(CODEBOOK))
-ZERO = CODEBOOK.index(0)
 
 
 @jax.tree_util.register_dataclass

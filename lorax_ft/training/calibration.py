@@ -42,7 +42,7 @@ def calibrate(
       model: measured as it is; quantised, where its base is.
       config: the init and the modules.
       batches: `[B, T]` each, as the training data gives them.
-      packed: whether rows hold several samples, each blind to the others.
+      packed: whether rows hold several samples, none of which attends to another.
       advance: called with a share of the work whenever it is done; the shares make up 1.
 
     Returns:

@@ -65,21 +65,29 @@ def check_frozen(params: Tree, freeze: Sequence[str]) -> None:
         )
 
 
-def moved(before: Tree, after: Tree) -> dict[str, Array]:
-    """For each leaf by slash path, whether it is finite and whether any element of it changed; jit it."""
+def moved(before: Tree, after: Tree, *, rate: Array | float) -> dict[str, Array]:
+    """For each leaf by slash path, whether it is finite, and whether any element of it changed; jit it.
+
+    An update at a learning rate below what float32 can add to the leaf counts as a change.
+    """
     old, new = flatten(before), flatten(after)
-    return {path: jnp.stack([jnp.isfinite(new[path]).all(), (old[path] != new[path]).any()]) for path in new}
+
+    def report(old: Array, new: Array) -> Array:
+        lost = rate < jnp.finfo(jnp.float32).eps * jnp.max(jnp.abs(old))
+        return jnp.stack([jnp.isfinite(new).all(), (old != new).any() | lost])
+
+    return {path: report(old[path], new[path]) for path in new}
 
 
 def check_moved(report: dict[str, Any], *, updates: int) -> None:
-    """Raise where a leaf that should have moved after `updates` updates has not, or is not finite.
+    """Raise where a leaf that the last update should have moved has not, or is not finite.
 
-    After one update every B and every magnitude has moved; with B = 0 the first gradient of A is exactly
-    zero, so A is looked at after two (on an embedding, where A = 0, the other way round).
+    With B = 0 the first gradient of A is exactly zero (on an embedding, where A = 0, the other way round), so after
+    the first update one of the two factors has moved, and after the second every leaf that trains has.
 
     Args:
-      report: what `moved` returned, fetched.
-      updates: updates between its two trees, 1 or 2.
+      report: what `moved` returned for the last update, fetched.
+      updates: updates since the adapters started.
 
     Raises:
       ValueError: with the paths of those leaves.

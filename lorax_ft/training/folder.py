@@ -13,6 +13,7 @@ from lorax_ft.config import Config
 from lorax_ft.training.log import LOG, PLOT
 
 CONFIG = "config.json"
+PROBE = ".writable-"  # of this process, or of another that starts
 OWN = (CONFIG, "adapter", "nf4_base", "model", "checkpoints", "tensorboard", "wandb", LOG, PLOT)  # what a run writes
 
 
@@ -31,11 +32,11 @@ def check_folder(config: Config) -> Config | None:
         raise ValueError(f"train.output {folder} is a file; give a folder")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     try:
-        tempfile.TemporaryDirectory(dir=existing, prefix=".writable-").cleanup()
+        tempfile.TemporaryDirectory(dir=existing, prefix=PROBE).cleanup()
     except OSError as error:
         raise ValueError(f"train.output {folder}: nothing can be written to {existing}: {error.strerror}") from error
     holds_run = _is_run(folder / CONFIG)
-    holds = folder.is_dir() and any(folder.iterdir())
+    holds = folder.is_dir() and any(not path.name.startswith(PROBE) for path in folder.iterdir())
     for name, path in (("adapter.start_from", config.adapter.start_from), ("model.path", config.model.path)):
         if train.overwrite and path is not None and folder.resolve() in Path(path).resolve().parents:
             raise ValueError(f"{name} {path} lies in {folder}, which train.overwrite deletes; give another output")
@@ -89,13 +90,13 @@ def _remove_run(folder: Path) -> None:
 def _check_same_run(now: Config, then: Config) -> None:
     """Raise where a resumed run would not be the run that was interrupted."""
     same = {
-        "model": ("path", "dtype"),
+        "model": ("path", "revision", "dtype"),
         "quant": tuple(f.name for f in dataclasses.fields(now.quant)),
         "adapter": tuple(
             f.name for f in dataclasses.fields(now.adapter) if f.name != "start_from"
         ),  # it may have moved
         "data": tuple(f.name for f in dataclasses.fields(now.data)),
-        "optim": ("optimizer", "schedule", "learning_rate", "lora_plus_ratio", "magnitude_ratio"),
+        "optim": tuple(f.name for f in dataclasses.fields(now.optim)),
         "train": ("batch_size", "seed", "neftune_alpha"),
     }
     for section, fields in same.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -16,6 +17,8 @@ from rich.console import Console
 
 from lorax_ft.config import Config
 from lorax_ft.data.batches import evaluation_batches
+from lorax_ft.data.chat import encode_prompt
+from lorax_ft.data.formats import Message, split_answer
 from lorax_ft.evaluation.exact_match import evaluate_answers
 from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_model, save_quantized
@@ -69,16 +72,14 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
         resumed=job.first_step,
         writes=jax.process_index() == 0,
     )
-    if not job.first_step:
-        log.write(0, summary.numbers(before))
-    base = _save_base(job, folder)
-    try:
-        state = _train(job, log, console)
-    finally:
-        job.checkpoints.close()
-    after = _evaluate(job, state, console, "after")
-    log.write(job.steps, summary.numbers(after))
-    log.close()
+    with log:
+        if not job.first_step:
+            log.write(0, summary.numbers(before))
+        base = _save_base(job, folder)
+        with contextlib.closing(job.checkpoints):
+            state = _train(job, log, console)
+        after = _evaluate(job, state, console, "after")
+        log.write(job.steps, summary.numbers(after))
     saved = _save(job, state, folder, base=base)
     result = Result(
         folder=folder, saved=saved, steps=job.steps, before=before, after=after, seconds=time.perf_counter() - began
@@ -95,22 +96,23 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
     with Progress(console, first=job.first_step, steps=job.steps) as progress, Interruption() as interruption:
         for step in range(job.first_step, job.steps):
             batch, tokens = job.batch(step)
-            early = step - job.first_step < 2
+            early = step < 2  # a resumed run's adapters have moved already
             before = jax.tree.map(jnp.copy, _adapters(state.trained)) if early else {}
             state, metrics = job.step(state, job.frozen, batch, key)
             if pending:
                 _record(pending, log, progress, every=config.log_every)
             pending = (step + 1, metrics, tokens)
             last = step + 1 == job.steps
-            stopping = interruption.asked and not last and jax.process_count() == 1  # several would have to agree
+            stopping = interruption.asked(step) and not last
             saving = last or stopping or (config.save_every and (step + 1) % config.save_every == 0)
             evaluating = not last and config.eval_every and (step + 1) % config.eval_every == 0
             if early or saving or evaluating:  # nothing is saved of a step whose loss was not looked at
                 _record(pending, log, progress, every=config.log_every)
                 pending = None
             if early:
-                moved = jax.device_get(jax.jit(contract.moved)(before, _adapters(state.trained)))
-                contract.check_moved(moved, updates=1 + step - job.first_step + (job.first_step > 0))
+                rate = min(value for name, value in metrics.items() if name.startswith("learning_rate"))
+                moved = jax.jit(contract.moved)(before, _adapters(state.trained), rate=rate)
+                contract.check_moved(jax.device_get(moved), updates=step + 1)
             if saving:
                 job.checkpoints.save(step + 1, state, owned_leaves(state.trained, job.frozen))
             if stopping:
@@ -119,6 +121,8 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
             if evaluating and (loss := _validation_loss(job, state)) is not None:
                 log.write(step + 1, {"validation_loss": loss})
                 progress.note(f"step {step + 1}: validation loss {loss:.4f}")
+            if saving or evaluating:
+                progress.skip()
     return state
 
 
@@ -129,7 +133,7 @@ def _record(pending: tuple[int, dict[str, Array], int], log: Log, progress: Prog
     if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
         raise ValueError(
             f"the loss at step {step} is {values['loss']} (gradient norm {values['grad_norm']}); "
-            "the last good checkpoint is kept: lower optim.learning_rate and start again"
+            "lower optim.learning_rate and start again; earlier checkpoints (train.save_every) are kept"
         )
     rate = progress.advance(step, values, tokens)
     if step % every == 0:
@@ -140,26 +144,44 @@ def _evaluate(job: Job, state: TrainState, console: Console, when: str) -> Evalu
     """Loss, exact match and sample answers on the validation rows."""
     loss = _validation_loss(job, state)
     config = job.config.eval
-    conversations = job.data.validation.conversations
-    rows = min(max(config.exact_match_rows, config.samples), len(conversations))
-    if not rows:
+    questions, passed_over = _questions(job)
+    if not questions:
         return Evaluation(loss=loss, exact_match=None, answered=None)
-    with console.status(f"Answering {rows} questions {when} training …"):
+    with console.status(f"Answering {len(questions)} questions {when} training …"):
         answered = evaluate_answers(
             job.model,
             combine(state.trained, job.frozen),
-            conversations[:rows],
+            questions,
             max_new_tokens=config.max_new_tokens,
+            compared=config.exact_match_rows,
             pattern=config.answer_pattern,
         )
-    exact = answered.match.fraction if config.exact_match_rows else None
+    match = answered.match
+    exact = match.fraction if match else None
     numbers = [f"validation loss {loss:.4f}"] if loss is not None else []
-    numbers += [f"exact match {exact:.1%} of {rows} answers"] if exact is not None else []
+    numbers += [f"exact match {match.fraction:.1%} of {match.total} answers"] if match else []
+    numbers += [f"{passed_over} questions too long to be answered passed over"] if passed_over else []
     started = when == "before" and job.first_step
     console.print(
         f"{f'At step {job.first_step}' if started else f'{when.capitalize()} training'}: {', '.join(numbers)}"
     )
     return Evaluation(loss=loss, exact_match=exact, answered=answered)
+
+
+def _questions(job: Job) -> tuple[list[list[Message]], int]:
+    """The first validation conversations to answer, and how many before them leave the model no room to."""
+    config, model = job.config.eval, job.model
+    wanted, passed_over = max(config.exact_match_rows, config.samples), 0
+    chosen: list[list[Message]] = []
+    for messages in job.data.validation.conversations:
+        if len(chosen) == wanted:
+            break
+        prompt = encode_prompt(split_answer(messages)[0], model.tokenizer)
+        if len(prompt) + config.max_new_tokens <= model.config.max_positions:
+            chosen.append(messages)
+        else:
+            passed_over += 1
+    return chosen, passed_over
 
 
 def _validation_loss(job: Job, state: TrainState) -> float | None:

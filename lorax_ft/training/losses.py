@@ -6,6 +6,7 @@ Letters: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lorax_ft.lowrank.linear import Layer
+from lorax_ft.models.decoder import row_devices
 
 Labels = dict[str, Array]
 Score = Callable[[Layer, Array], Array]
-CHUNK_ROWS = 1024  # tokens whose logits exist at once, over all of the batch
+CHUNK_ROWS = 1024  # tokens whose logits exist at once, on each device
 
 
 def head_loss(
-    layer: Layer, features: Array, targets: Array, weights: Array, *, score: Score, chunk_rows: int = CHUNK_ROWS
+    layer: Layer, features: Array, targets: Array, weights: Array, *, score: Score, chunk_rows: int | None = None
 ) -> Array:
     """Σ weights · cross-entropy of softmax(head(features)), in chunks of the tokens' axis.
 
@@ -34,12 +36,19 @@ def head_loss(
       targets: `[B, T]`, the next tokens.
       weights: `[B, T]` float32; 0 leaves a token out.
       score: the logits `[..., V]` of a head and features `[..., D]`.
-      chunk_rows: tokens in a chunk; a chunk takes 4 · chunk_rows · V bytes.
+      chunk_rows: tokens in a chunk; a chunk takes 4 · chunk_rows · V bytes. None: `CHUNK_ROWS` a device of the
+        ambient mesh that has rows of its own.
 
     Returns:
       A float32 scalar, the sum.
     """
-    chunks = _chunks(features.shape[0], features.shape[1], chunk_rows)
+    batch, tokens = targets.shape
+    chunk_rows = chunk_rows or CHUNK_ROWS * row_devices()
+    chunks = min(math.ceil(batch * tokens / chunk_rows), tokens)
+    more = -tokens % chunks  # tokens of weight 0, as the chunks are of one size
+    features, targets, weights = (
+        jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2)) for x in (features, targets, weights)
+    )
     labels = {"targets": _split(targets, chunks), "weights": _split(weights, chunks), "chunk": jnp.arange(chunks)}
     return _fused(functools.partial(_chunk_loss, score), layer, _split(features, chunks), labels)
 
@@ -81,13 +90,6 @@ def _fused_backward(loss: Callable[..., Array], residuals: Any, g: Array) -> tup
 
 
 _fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)
-
-
-def _chunks(batch: int, tokens: int, chunk_rows: int) -> int:
-    """The smallest divisor of `tokens` that keeps a chunk at `chunk_rows` or fewer."""
-    return next(
-        n for n in range(1, tokens + 1) if tokens % n == 0 and (batch * tokens // n <= chunk_rows or n == tokens)
-    )
 
 
 def _split(x: Array, chunks: int) -> Array:

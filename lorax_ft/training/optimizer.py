@@ -84,4 +84,5 @@ def _group(config: OptimConfig, group: str, ratio: float, steps: int) -> optax.G
 
 
 def _sgd(learning_rate: optax.ScalarOrSchedule, momentum: float, decay: float) -> optax.GradientTransformation:
-    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(learning_rate, momentum=momentum))
+    decoupled = optax.add_decayed_weights(decay)  # behind the momentum
+    return optax.chain(optax.trace(momentum), decoupled, optax.scale_by_learning_rate(learning_rate))

@@ -58,6 +58,10 @@ class Progress:
             self._console.print(f"step {step}/{self._steps}  {text}  {left:.0f} s left")
         return rate
 
+    def skip(self) -> None:
+        """Leave out of the next step's time what passed since the last."""
+        self._last = time.perf_counter()
+
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         self._bar.console.print(text)

@@ -99,7 +99,7 @@ def print_table(console: Console, params: Tree, trained: Tree, *, layout: Layout
 
 
 def describe_bytes(params: Tree) -> str:
-    """The bytes of the base's arrays over all devices, and the bits a parameter of those that are quantised."""
+    """The bytes of the base's arrays, without copies on other devices, and the bits of a quantised parameter."""
     base = {path: leaf for path, leaf in flatten(params).items() if path.rpartition("/")[2] not in ADAPTER_LEAVES}
     quantized = [leaf for leaf in base.values() if isinstance(leaf, Quantized)]
     text = f"{_bytes(base) / 1e6:,.1f} MB"

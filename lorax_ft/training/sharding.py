@@ -13,12 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_ft.config import MeshConfig
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES
-from lorax_ft.models.decoder import fitted
+from lorax_ft.models.decoder import ROW_AXES, fitted
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.tree import Tree, first_match, flatten, unflatten
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
-BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -83,7 +82,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh, *, microbatched: bool) -> NamedSharding:
     """Rows split over data and fsdp: `[B, T]`, or `[M, B, T]` where the batch is cut into microbatches."""
-    return NamedSharding(mesh, P(None, BATCH_AXES) if microbatched else P(BATCH_AXES))
+    return NamedSharding(mesh, P(None, ROW_AXES) if microbatched else P(ROW_AXES))
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -230,7 +230,7 @@ def _check_quantized(model: Model, config: Config) -> None:
     """Raise where a start is to win back what quantising lost, and the model was quantised before."""
     adapter = config.adapter
     fits = adapter.start_from is None and (adapter.init == "loftq" or config.quant.rounds > 1)
-    if fits and model.packed:
+    if fits and model.prequantized:
         raise ValueError(
             f"{model.source} is in NF4 already, so what quantising lost is not known; load the checkpoint that it came "
             "from, or take another adapter.init, and quant.rounds 1"

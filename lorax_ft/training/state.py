@@ -14,7 +14,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from lorax_ft.config import AdapterConfig
+from lorax_ft.config import USED_BY, AdapterConfig
 from lorax_ft.lowrank.adapters import add_adapters, attach_adapters, kernel_shapes
 from lorax_ft.lowrank.groups import is_whole, partition
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES
@@ -41,7 +41,8 @@ def abstract_state(
       mesh: the devices.
     """
     # What runs on the host cannot be traced; the shapes are those of any start that is taken out of the base.
-    traceable = dataclasses.replace(config, init="olora") if config.init in CHANGES_BASE else config
+    changes: Any = {"init": "olora"} | {f: getattr(AdapterConfig, f) for f in USED_BY if f != "keep_base"}
+    traceable = dataclasses.replace(config, **changes) if config.init in CHANGES_BASE else config
     traceable = dataclasses.replace(traceable, svd_iterations=0) if traceable.init in STATISTICS else traceable
     key = jax.eval_shape(lambda: jax.random.key(0))
     base = flatten(model.params)

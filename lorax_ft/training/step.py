@@ -42,7 +42,7 @@ def make_train_step(
     Args:
       model: whose functions are used; its parameters are not.
       tx: the optimiser of the trained leaves.
-      packed: whether rows hold several samples, each blind to the others.
+      packed: whether rows hold several samples, none of which attends to another.
       dropout: rate on the adapter branch's input.
       neftune_alpha: strength of the noise on the embeddings.
 
