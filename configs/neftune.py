@@ -14,6 +14,8 @@ def get_config() -> Config:
         adapter=AdapterConfig(rank=16, alpha=32),
         data=DataConfig(max_length=80),
         optim=OptimConfig(learning_rate=3e-3),
-        train=TrainConfig(output="out/neftune", steps=150, batch_size=32, eval_every=30, neftune_alpha=5.0),
+        train=TrainConfig(
+            output="out/neftune", steps=150, batch_size=32, eval_every=30, neftune_alpha=5.0
+        ),
         eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=32),
     )

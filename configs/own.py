@@ -5,7 +5,15 @@
 MODEL is a Hugging Face folder, a hub id or a .gguf file. --dry-run first shows what would train and a batch.
 """
 
-from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+from lorax_ft.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -14,6 +22,8 @@ def get_config() -> Config:
         adapter=AdapterConfig(rank=16, alpha=32),
         data=DataConfig(max_length=1024, pack=True),
         optim=OptimConfig(learning_rate=2e-4),
-        train=TrainConfig(output="out/own", epochs=1, batch_size=8, microbatches=4, eval_every=100, save_every=100),
+        train=TrainConfig(
+            output="out/own", epochs=1, batch_size=8, microbatches=4, eval_every=100, save_every=100
+        ),
         eval=EvalConfig(exact_match_rows=0, max_new_tokens=128),
     )

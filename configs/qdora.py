@@ -6,7 +6,15 @@
 Exact match on unseen questions: 0 % before, 98 % after.
 """
 
-from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, QuantConfig, TrainConfig
+from lorax_ft.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    QuantConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

@@ -6,7 +6,15 @@
 parameter. Exact match on unseen questions: 0 % before, 100 % after.
 """
 
-from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, QuantConfig, TrainConfig
+from lorax_ft.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    QuantConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lorax_ft.lowrank.adapters import (
         add_adapters,
         attach_adapters,
-        switched_off,
+        disable_adapters,
         with_dropout,
         with_norms,
     )
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from lorax_ft.lowrank.linear import linear, merged_kernel
     from lorax_ft.lowrank.merge import merge_adapters, merge_weighted, unmerge_adapters
     from lorax_ft.lowrank.quantize import quantize_base
+    from lorax_ft.run.log import plot_losses
+    from lorax_ft.run.loop import train
     from lorax_ft.training.calibration import calibrate
-    from lorax_ft.training.log import plot_losses
-    from lorax_ft.training.loop import train
     from lorax_ft.training.losses import head_loss
     from lorax_ft.training.optimizer import make_optimizer
     from lorax_ft.training.step import TrainState, make_eval_step, make_train_step
@@ -53,7 +53,7 @@ _ROOMS = {
     "load_config",
     "lowrank.merge": "merge_adapters merge_weighted unmerge_adapters",
     "tree": "combine",
-    "lowrank.adapters": "add_adapters attach_adapters switched_off with_dropout with_norms",
+    "lowrank.adapters": "add_adapters attach_adapters disable_adapters with_dropout with_norms",
     "lowrank.groups": "label partition",
     "lowrank.intercept": "adapt",
     "lowrank.layout": "layout",
@@ -66,8 +66,8 @@ _ROOMS = {
     "inference.generate": "generate stream",
     "inference.texts": "answer stream_texts",
     "training.calibration": "calibrate",
-    "training.log": "plot_losses",
-    "training.loop": "train",
+    "run.log": "plot_losses",
+    "run.loop": "train",
     "training.losses": "head_loss",
     "training.optimizer": "make_optimizer",
     "training.step": "TrainState make_eval_step make_train_step",

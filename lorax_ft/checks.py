@@ -25,7 +25,9 @@ def typed(config: Any) -> None:
     for field, kind in get_type_hints(type(config)).items():
         value = getattr(config, field)
         if not _fits(value, kind):
-            near = difflib.get_close_matches(str(value), [str(choice) for choice in get_args(kind)], n=1)
+            near = difflib.get_close_matches(
+                str(value), [str(choice) for choice in get_args(kind)], n=1
+            )
             meant = f"; did you mean {near[0]!r}?" if near else ""
             where = ".".join(part for part in (section(config), field) if part)
             raise ValueError(f"{where} is {value!r}; it must be {_spelled(kind)}{meant}")
@@ -36,7 +38,8 @@ def positive(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         check(
-            math.isfinite(value) and value > 0, f"{section(config)}.{field} is {value}; it must be above 0 and finite"
+            math.isfinite(value) and value > 0,
+            f"{section(config)}.{field} is {value}; it must be above 0 and finite",
         )
 
 
@@ -63,7 +66,9 @@ def pattern_value(entry: str, field: str, number: type[int] | type[float]) -> tu
         valid = bool(equals and pattern) and math.isfinite(parsed) and parsed > 0
     except ValueError:
         valid = False
-    check(valid, f'adapter.{field}: {entry!r} is not of the form "pattern=value" with a value above 0')
+    check(
+        valid, f'adapter.{field}: {entry!r} is not of the form "pattern=value" with a value above 0'
+    )
     regex(pattern, f"adapter.{field}")
     return pattern, parsed
 
@@ -89,5 +94,11 @@ def _spelled(kind: Any) -> str:
         return f"a tuple, each entry {_spelled(inner[0])}"
     if origin in (Union, types.UnionType):
         return " or ".join(map(_spelled, inner))
-    known = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
+    known = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "True or False",
+        type(None): "None",
+    }
     return known.get(kind, kind.__name__)

@@ -17,7 +17,7 @@ Args = TypeVar("Args")
 QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that PyTorch is not there
     "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",  # it warns where a process forks after tokenising
+    "TOKENIZERS_PARALLELISM": "false",  # it warns where a process forks after tokenizing
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's own log
 }
@@ -36,7 +36,9 @@ def run(main: Callable[[Args], None], args_type: type[Args]) -> None:
         main(parse(args_type))
 
 
-def parse(args_type: type[Args], *, default: Args | None = None, argv: Sequence[str] | None = None) -> Args:
+def parse(
+    args_type: type[Args], *, default: Args | None = None, argv: Sequence[str] | None = None
+) -> Args:
     """The command line as an `args_type`; `--help` prints and ends the process.
 
     Args:
@@ -93,7 +95,10 @@ def _unboxed(box: str) -> str:
     """The first section of tyro's box of an error, and the names of similar arguments, in one line."""
     # Where the output is not Unicode, tyro draws no box: rules of -, the first under a title.
     plain = re.sub(r"\x1b\[[\d;]*m", "", box)
-    lines = [re.sub(r"-{3,}", lambda rule: "─" * len(rule[0]), line).strip("│╭╮╰╯ ") for line in plain.splitlines()]
+    lines = [
+        re.sub(r"-{3,}", lambda rule: "─" * len(rule[0]), line).strip("│╭╮╰╯ ")
+        for line in plain.splitlines()
+    ]
     sections: list[list[str]] = [[]]
     for line in lines:
         if set(line) == {"─"}:
@@ -102,9 +107,16 @@ def _unboxed(box: str) -> str:
             sections[-1].append(line)
     sections = sections if "╭" in plain else sections[1:]
     message = " ".join(next(filter(None, sections), ["the arguments cannot be read"]))
-    checked = re.match(r"Error parsing \w+: ", message)  # by the dataclass itself, which says what to do
+    checked = re.match(
+        r"Error parsing \w+: ", message
+    )  # by the dataclass itself, which says what to do
     message = message[checked.end() if checked else 0 :].rstrip(".")
     unknown = message.startswith("Unrecognized")
-    near = [line.split()[0] for section in sections[1:] for line in section if unknown and line.startswith("--")]
+    near = [
+        line.split()[0]
+        for section in sections[1:]
+        for line in section
+        if unknown and line.startswith("--")
+    ]
     hint = "" if checked else "; --help lists all options"
     return message + (f"; did you mean {near[0]}?" if near else hint)

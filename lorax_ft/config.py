@@ -59,9 +59,9 @@ class QuantConfig:
     format: Literal["none", "nf4", "int8"] = "none"
     """Type of the kernels of linear layers: as the model has them, 4 bits in blocks of 64, or 8 bits."""
     double: bool = True
-    """Quantise NF4's absmax values too: 4.13 bits a parameter in place of 4.5."""
+    """Quantize NF4's absmax values too: 4.13 bits a parameter in place of 4.5."""
     rounds: int = 1
-    """Rounds of decomposition and quantising of the starts that fit themselves to a quantised base (pissa, loftq)."""
+    """Rounds of decomposition and quantizing of the starts that fit themselves to a quantized base (pissa, loftq)."""
 
     def __post_init__(self) -> None:
         typed(self)
@@ -76,14 +76,24 @@ class AdapterConfig:
     rank: int = 8
     """Rank r of the adapters."""
     alpha: float = 16.0
-    """Numerator of the scale: alpha / r, or alpha / sqrt(r) if rank-stabilised."""
+    """Numerator of the scale: alpha / r, or alpha / sqrt(r) if rank-stabilized."""
     scaling: Literal["standard", "rank_stabilized"] = "standard"
     """alpha / r (LoRA) or alpha / sqrt(r) (rsLoRA)."""
     init: Literal[
-        "kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora", "loftq", "eva", "corda", "lora_ga", "lora_one"
+        "kaiming",
+        "gaussian",
+        "orthogonal",
+        "pissa",
+        "milora",
+        "olora",
+        "loftq",
+        "eva",
+        "corda",
+        "lora_ga",
+        "lora_one",
     ] = "kaiming"
     """How A and B start: random A with B = 0 (kaiming, gaussian), both random with A B = 0 (orthogonal), top singular
-    triples (pissa) or the last ones (milora), by QR (olora), from what quantising the base loses (loftq), or from data:
+    triples (pissa) or the last ones (milora), by QR (olora), from what quantizing the base loses (loftq), or from data:
     the layers' inputs (eva, corda), or their gradients (lora_ga, lora_one). Embeddings start at random always."""
     calibration_batches: int = 8
     """Training batches, from the first on, that inits from data are measured on."""
@@ -96,7 +106,7 @@ class AdapterConfig:
     lora_one_gamma: float = 128.0
     """LoRA-One: gamma; A B starts as a step of spectral norm 1 / gamma down the gradient."""
     svd_iterations: int | None = None
-    """Power iterations of a randomised SVD, for inits by SVD; None computes the exact one."""
+    """Power iterations of a randomized SVD, for inits by SVD; None computes the exact one."""
     dora: bool = False
     """Train a magnitude for each output channel beside the direction (DoRA)."""
     dropout: float = 0.0
@@ -125,8 +135,14 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         typed(self)
         positive(self, "rank", "alpha", "calibration_batches", "lora_ga_gamma", "lora_one_gamma")
-        check(1 <= self.eva_rho < 1000, f"adapter.eva_rho is {self.eva_rho}; it must be at least 1 and below 1000")
-        check(0 <= self.dropout < 1, f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
+        check(
+            1 <= self.eva_rho < 1000,
+            f"adapter.eva_rho is {self.eva_rho}; it must be at least 1 and below 1000",
+        )
+        check(
+            0 <= self.dropout < 1,
+            f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1",
+        )
         check(
             self.svd_iterations is None or self.svd_iterations >= 0,
             f"adapter.svd_iterations is {self.svd_iterations}; it must be 0 or more, or None for the exact SVD",
@@ -134,7 +150,7 @@ class AdapterConfig:
         smallest = self.init == "milora" or (self.init == "corda" and self.corda_mode == "kpm")
         check(
             self.svd_iterations is None or not smallest,
-            f"adapter.svd_iterations is {self.svd_iterations}; the randomised SVD finds the largest singular triples, "
+            f"adapter.svd_iterations is {self.svd_iterations}; the randomized SVD finds the largest singular triples, "
             f"and adapter.init {self.init} starts from the smallest: leave it out",
         )
         for field, inits in USED_BY.items():
@@ -144,13 +160,18 @@ class AdapterConfig:
                 f"adapter.{field} is {value}, but adapter.init {self.init} has no use for it; it is for "
                 f"{', '.join(inits)}",
             )
-        check(all(i >= 0 for i in self.layers), f"adapter.layers is {self.layers}; indices start at 0")
+        check(
+            all(i >= 0 for i in self.layers), f"adapter.layers is {self.layers}; indices start at 0"
+        )
         for field in ("rank_pattern", "alpha_pattern"):
             for entry in getattr(self, field):
                 pattern_value(entry, field, int if field == "rank_pattern" else float)
         if self.init == "orthogonal":
             for rank in (self.rank, *(value for _, value in self.patterns("rank_pattern"))):
-                check(rank % 2 == 0, f"adapter.init orthogonal halves the rank, which is {rank:g}; give an even one")
+                check(
+                    rank % 2 == 0,
+                    f"adapter.init orthogonal halves the rank, which is {rank:g}; give an even one",
+                )
         for pattern in (*self.targets, *self.exclude, *self.train_whole):
             regex(pattern, "adapter.targets, exclude or train_whole")
         check(
@@ -162,7 +183,9 @@ class AdapterConfig:
             f"adapter.freeze is {self.freeze}: nothing would train; leave one of them out",
         )
 
-    def patterns(self, field: Literal["rank_pattern", "alpha_pattern"]) -> tuple[tuple[str, float], ...]:
+    def patterns(
+        self, field: Literal["rank_pattern", "alpha_pattern"]
+    ) -> tuple[tuple[str, float], ...]:
         """The (pattern, value) pairs of `rank_pattern` or `alpha_pattern`."""
         return tuple(pattern_value(entry, field, float) for entry in getattr(self, field))
 
@@ -201,9 +224,17 @@ class DataConfig:
     def __post_init__(self) -> None:
         typed(self)
         check(bool(self.train), "data.train is empty; give a file or a hub id")
-        check(self.max_length >= 8, f"data.max_length is {self.max_length}; it must be at least 8 tokens")
-        check(self.validation_rows >= 0, f"data.validation_rows is {self.validation_rows}; it must be 0 or more")
-        check(self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be above 0")
+        check(
+            self.max_length >= 8,
+            f"data.max_length is {self.max_length}; it must be at least 8 tokens",
+        )
+        check(
+            self.validation_rows >= 0,
+            f"data.validation_rows is {self.validation_rows}; it must be 0 or more",
+        )
+        check(
+            self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be above 0"
+        )
         for entry in self.fields:
             check(
                 re.fullmatch(r"\w+=.+", entry) is not None,
@@ -213,10 +244,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser, its rates and their schedule."""
+    """The optimizer, its rates and their schedule."""
 
     optimizer: Literal["adamw", "adam", "nadamw", "lion", "sgd"] = "adamw"
-    """Optimiser, from optax; all work element by element, so that a stack of layers is no other than its layers."""
+    """Optimizer, from optax; all work element by element, so that a stack of layers is no other than its layers."""
     learning_rate: float = 2e-4
     """Peak learning rate of A, of magnitudes and of whole modules."""
     lora_plus_ratio: float = 1.0
@@ -249,7 +280,10 @@ class OptimConfig:
             check(0 <= value < 1, f"optim.{field} is {value}; it must be at least 0 and below 1")
         for field in ("weight_decay", "eps", "clip_norm"):
             value = getattr(self, field)
-            check(math.isfinite(value) and value >= 0, f"optim.{field} is {value}; it must be 0 or more and finite")
+            check(
+                math.isfinite(value) and value >= 0,
+                f"optim.{field} is {value}; it must be 0 or more and finite",
+            )
         check(
             not self.weight_decay or self.optimizer != "adam",
             f"optim.weight_decay is {self.weight_decay}, and optim.optimizer adam has none; take adamw",
@@ -267,11 +301,11 @@ class TrainConfig:
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
     steps: int | None = None
-    """Optimiser steps; None counts them from epochs."""
+    """Optimizer steps; None counts them from epochs."""
     epochs: float = 1.0
     """Passes over the training rows, where steps is None."""
     batch_size: int = 16
-    """Rows in an optimiser step, over all devices."""
+    """Rows in an optimizer step, over all devices."""
     microbatches: int = 1
     """Parts that a batch is cut into, to save memory; the result is the same, but for what dropout and noise draw."""
     neftune_alpha: float = 0.0
@@ -296,14 +330,23 @@ class TrainConfig:
             self.steps is None or 0 < self.steps < 2**31,
             f"train.steps is {self.steps}; it must be above 0 and below 2^31",
         )
-        check(0 <= self.seed < 2**32, f"train.seed is {self.seed}; it must be 0 or more and below 2^32")
+        check(
+            0 <= self.seed < 2**32,
+            f"train.seed is {self.seed}; it must be 0 or more and below 2^32",
+        )
         check(
             self.batch_size % self.microbatches == 0,
             f"train.batch_size {self.batch_size} does not divide into {self.microbatches} microbatches",
         )
         for field in ("neftune_alpha", "eval_every", "save_every"):
-            check(getattr(self, field) >= 0, f"train.{field} is {getattr(self, field)}; it must be 0 or more")
-        check(not (self.resume and self.overwrite), "train.resume and train.overwrite exclude each other")
+            check(
+                getattr(self, field) >= 0,
+                f"train.{field} is {getattr(self, field)}; it must be 0 or more",
+            )
+        check(
+            not (self.resume and self.overwrite),
+            "train.resume and train.overwrite exclude each other",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -325,7 +368,10 @@ class EvalConfig:
         typed(self)
         positive(self, "max_new_tokens")
         for field in ("rows", "exact_match_rows", "samples"):
-            check(getattr(self, field) >= 0, f"eval.{field} is {getattr(self, field)}; it must be 0 or more")
+            check(
+                getattr(self, field) >= 0,
+                f"eval.{field} is {getattr(self, field)}; it must be 0 or more",
+            )
         if self.answer_pattern is not None:
             compiled = regex(self.answer_pattern, "eval.answer_pattern")
             check(
@@ -347,7 +393,9 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         typed(self)
-        check(self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1")
+        check(
+            self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1"
+        )
         positive(self, "fsdp", "tensor")
 
 
@@ -367,7 +415,9 @@ class Config:
     def __post_init__(self) -> None:
         typed(self)
         q, a = self.quant, self.adapter
-        fits = a.start_from is not None or (a.init in ("pissa", "loftq") and q.format != "none" and not a.keep_base)
+        fits = a.start_from is not None or (
+            a.init in ("pissa", "loftq") and q.format != "none" and not a.keep_base
+        )
         check(
             q.rounds == 1 or fits,
             f"quant.rounds is {q.rounds}, but nothing goes in rounds: set quant.format nf4 and adapter.init pissa or "
@@ -388,7 +438,9 @@ class Config:
         sections: dict[str, Any] = {}
         known: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
         for name, values in json.loads(text).items():
-            check(name in known, f"unknown section {name!r} of the config; known: {', '.join(known)}")
+            check(
+                name in known, f"unknown section {name!r} of the config; known: {', '.join(known)}"
+            )
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             try:
                 sections[name] = known[name](**values)
@@ -406,7 +458,9 @@ def load_config(path: str | Path) -> Config:
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ValueError(f"no config file at {path}" + (f"; beside it: {', '.join(near)}" if near else ""))
+        raise ValueError(
+            f"no config file at {path}" + (f"; beside it: {', '.join(near)}" if near else "")
+        )
     check(path.suffix == ".py", f"{path} is no .py file with get_config()")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
@@ -417,5 +471,8 @@ def load_config(path: str | Path) -> Config:
         config = module.get_config()
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    check(isinstance(config, Config), f"{path}: get_config() returned {type(config).__name__}, not a Config")
+    check(
+        isinstance(config, Config),
+        f"{path}: get_config() returned {type(config).__name__}, not a Config",
+    )
     return config

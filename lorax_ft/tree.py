@@ -57,7 +57,11 @@ def modules(tree: Mapping[str, Any]) -> dict[str, Tree]:
 def from_modules(layers: Mapping[str, Tree]) -> Tree:
     """The nested dict of modules by slash path: the inverse of `modules`."""
     return unflatten(
-        {f"{path}/{name}" if path else name: leaf for path, layer in layers.items() for name, leaf in layer.items()}
+        {
+            f"{path}/{name}" if path else name: leaf
+            for path, layer in layers.items()
+            for name, leaf in layer.items()
+        }
     )
 
 
@@ -82,7 +86,9 @@ def combine(*trees: Mapping[str, Any]) -> Tree:
     for tree in trees:
         for path, leaf in flatten(tree).items():
             if path in flat:
-                raise ValueError(f"two of the trees hold the leaf {path!r}; combine takes parts that do not overlap")
+                raise ValueError(
+                    f"two of the trees hold the leaf {path!r}; combine takes parts that do not overlap"
+                )
             flat[path] = leaf
     for path in flat:
         parent = path

@@ -43,7 +43,9 @@ PEERS = {**bench_peft.STEPS, **bench_peft.INITS, **bench_peft.SERVES}
 Sample = dict[str, Any]
 Samples = dict[str, list[Sample]]
 Product = Callable[[], float]
-Column = tuple[str, str, Callable[[Sequence[float]], float], str]  # title, key, over the rounds, format
+Column = tuple[
+    str, str, Callable[[Sequence[float]], float], str
+]  # title, key, over the rounds, format
 COLUMNS: list[Column] = [
     ("first call s", "first", statistics.median, ".2f"),
     ("seconds", "seconds", statistics.median, ".2f"),
@@ -101,7 +103,9 @@ class Process:
                 return json.loads(line)
         status = self.popen.wait()
         self.errors.seek(0)
-        said = [line for line in self.errors.read().splitlines() if line.strip()] or ["it said nothing"]
+        said = [line for line in self.errors.read().splitlines() if line.strip()] or [
+            "it said nothing"
+        ]
         raise ValueError(f"the process of {self.name} ended with status {status}: {said[-1]}")
 
 
@@ -117,7 +121,12 @@ def main(args: Args) -> None:
         "serve": bench_ours.SERVES,
         "compile": bench_ours.COMPILES,
     }
-    peers = {"step": bench_peft.STEPS, "pissa": bench_peft.INITS, "serve": bench_peft.SERVES, "compile": {}}
+    peers = {
+        "step": bench_peft.STEPS,
+        "pissa": bench_peft.INITS,
+        "serve": bench_peft.SERVES,
+        "compile": {},
+    }
     names = _names(args, [*ours[args.what], *peers[args.what]])
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     title = f"{args.what}: {Path(args.model).name}, {_condition()}"
@@ -134,14 +143,18 @@ def main(args: Args) -> None:
     _print(console, title, samples, markdown=args.markdown)
 
 
-def _together(args: Args, names: list[str], config: Path, *, product: Product, console: Console) -> Samples:
+def _together(
+    args: Args, names: list[str], config: Path, *, product: Product, console: Console
+) -> Samples:
     """Steps in turn, all processes alive; where memory does not hold them, in groups that each hold the first."""
     samples: Samples = {}
     pending = names[1:]
     budget = args.memory * 1e9 if args.memory else 0.9 * psutil.virtual_memory().available
 
     def held() -> int:  # bytes, by the processes that wait
-        return sum(psutil.Process(process.popen.pid).memory_info().rss for process in group.values())
+        return sum(
+            psutil.Process(process.popen.pid).memory_info().rss for process in group.values()
+        )
 
     while not samples or pending:
         with contextlib.ExitStack() as stack:
@@ -154,13 +167,18 @@ def _together(args: Args, names: list[str], config: Path, *, product: Product, c
                     console.print(f"{name} is left out: {error}", markup=False)
             for turned in range(args.rounds):  # another variant begins each round
                 order = [*group][turned % len(group) :] + [*group][: turned % len(group)]
-                turn = {name: group[name].facts | {"product": product()} | group[name].call() for name in order}
+                turn = {
+                    name: group[name].facts | {"product": product()} | group[name].call()
+                    for name in order
+                }
                 turn = {name: turn[name] for name in group}
                 _add(samples, turn, names[0], console)
     return samples
 
 
-def _afresh(args: Args, names: list[str], config: Path, *, product: Product, console: Console) -> Samples:
+def _afresh(
+    args: Args, names: list[str], config: Path, *, product: Product, console: Console
+) -> Samples:
     """A new process for each turn, since its first call counts."""
     samples: Samples = {}
     for _ in range(args.rounds):
@@ -181,7 +199,10 @@ def _add(samples: Samples, turn: dict[str, Sample], reference: str, console: Con
         if "seconds" in sample:
             sample["ratio"] = sample["seconds"] / turn[reference]["seconds"]
         samples.setdefault(name, []).append(sample)
-    shown = (f"{name} {sample.get('seconds', sample.get('compile')):.2f}" for name, sample in turn.items())
+    shown = (
+        f"{name} {sample.get('seconds', sample.get('compile')):.2f}"
+        for name, sample in turn.items()
+    )
     console.print("  ".join(shown), style="dim")
 
 
@@ -197,7 +218,10 @@ def _process(args: Args, name: str, config: Path, *, warmup: int = 0) -> Iterato
     command += ["--model", args.model, "--batch", str(ROWS), "--tokens", str(TOKENS)]
     options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     options["env"] = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **options) as popen:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stderr=errors, **options) as popen,
+    ):
         try:
             process = Process(name=name, popen=popen, errors=errors, facts={})
             process.facts.update(process.reply())
@@ -216,26 +240,45 @@ def _names(args: Args, known: list[str]) -> list[str]:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            raise ValueError(f"--variants: there is no {name!r}; did you mean {near[0]}? known: {', '.join(known)}")
+            raise ValueError(
+                f"--variants: there is no {name!r}; did you mean {near[0]}? known: {', '.join(known)}"
+            )
         if name in PEERS and not args.peer:
-            raise ValueError(f"--variants: {name} needs --peer, a Python with torch, transformers and peft")
+            raise ValueError(
+                f"--variants: {name} needs --peer, a Python with torch, transformers and peft"
+            )
     return names
 
 
 def _condition() -> str:
     """The machine, its load and the date."""
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    cpu = next((line.partition(": ")[2] for line in info.splitlines() if "model name" in line), platform.processor())
-    return f"{cpu}, {CORES} cores, load {os.getloadavg()[0]:.1f} at the start, {datetime.date.today()}"
+    cpu = next(
+        (line.partition(": ")[2] for line in info.splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return (
+        f"{cpu}, {CORES} cores, load {os.getloadavg()[0]:.1f} at the start, {datetime.date.today()}"
+    )
 
 
 def _print(console: Console, title: str, samples: Samples, *, markdown: bool) -> None:
     """A row for each variant; a column for what any of them has."""
-    columns = [column for column in COLUMNS if any(column[1] in rounds[0] for rounds in samples.values())]
+    columns = [
+        column for column in COLUMNS if any(column[1] in rounds[0] for rounds in samples.values())
+    ]
     header = ["variant", *(column[0] for column in columns)]
-    rows = [[name, *(_cell(rounds, column) for column in columns)] for name, rounds in samples.items()]
+    rows = [
+        [name, *(_cell(rounds, column) for column in columns)] for name, rounds in samples.items()
+    ]
     notes = [f"{name}: {note}." for name, note in bench_peft.NOTES.items() if name in samples]
-    table = Table(title=title, title_justify="left", caption=" ".join(notes), caption_justify="left", box=box.SIMPLE)
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=" ".join(notes),
+        caption_justify="left",
+        box=box.SIMPLE,
+    )
     for i, cell in enumerate(header):
         table.add_column(cell, justify="right" if i else "left", no_wrap=not i)
     for row in rows:

@@ -36,7 +36,10 @@ STEPS: dict[str, dict[str, dict[str, Any]]] = {
     "qlora_int8": {"quant": {"format": "int8"}},
     "qdora": {"quant": {"format": "nf4"}, "adapter": {"dora": True}},
     "full": {"adapter": {"targets": (), "train_whole": ("all",)}},
-    **{f"lora_remat_{remat}": {"model": {"remat": remat}} for remat in ("none", "dots", "mlp", "full")},
+    **{
+        f"lora_remat_{remat}": {"model": {"remat": remat}}
+        for remat in ("none", "dots", "mlp", "full")
+    },
 }
 INITS: dict[str, dict[str, Any]] = {
     "pissa_exact": {"init": "pissa"},
@@ -97,7 +100,9 @@ def make_product() -> Callable[[], float]:
     return rate
 
 
-def _step(path: str, changes: dict[str, dict[str, Any]], shape: tuple[int, ...]) -> tuple[Callable[[], None], Facts]:
+def _step(
+    path: str, changes: dict[str, dict[str, Any]], shape: tuple[int, ...]
+) -> tuple[Callable[[], None], Facts]:
     """A compiled training step, and what compiling took."""
     config = lft.Config(
         model=lft.ModelConfig(path=path, **changes.get("model", {})),
@@ -108,7 +113,9 @@ def _step(path: str, changes: dict[str, dict[str, Any]], shape: tuple[int, ...])
     model = lft.load_model(path, remat=config.model.remat, quant=config.quant)
     tx = lft.make_optimizer(config.optim, steps=1000)
     state, frozen = _state(model, config.adapter, tx)
-    model = dataclasses.replace(model, params={})  # they stand in state and frozen; PiSSA's base is another one
+    model = dataclasses.replace(
+        model, params={}
+    )  # they stand in state and frozen; PiSSA's base is another one
     batch, key = _batch(model.config.vocab_size, shape), jax.random.key(2)
     compiled, facts = _compile(model, tx, state, frozen, batch)
 
@@ -126,16 +133,22 @@ def _start(path: str, changes: dict[str, Any]) -> Callable[[], None]:
     model = lft.load_model(path)
     config = lft.AdapterConfig(rank=16, **changes)
     layout, key = model.layout, jax.random.key(1)
-    return lambda: jax.block_until_ready(lft.add_adapters(model.params, config, layout=layout, key=key))
+    return lambda: jax.block_until_ready(
+        lft.add_adapters(model.params, config, layout=layout, key=key)
+    )
 
 
 def _serving(path: str, *, what: str, rows: int = 0, quant: Any = "none") -> Callable[[], Any]:
     """Loading, NEW tokens after a prompt of PROMPT in each row, or merging adapters of rank 16."""
     if what == "load":
-        return lambda: jax.block_until_ready(lft.load_model(path, quant=lft.QuantConfig(format=quant)).params)
+        return lambda: jax.block_until_ready(
+            lft.load_model(path, quant=lft.QuantConfig(format=quant)).params
+        )
     model = lft.load_model(path)
     if what == "merge":
-        params = lft.add_adapters(model.params, lft.AdapterConfig(rank=16), layout=model.layout, key=jax.random.key(1))
+        params = lft.add_adapters(
+            model.params, lft.AdapterConfig(rank=16), layout=model.layout, key=jax.random.key(1)
+        )
         return lambda: jax.block_until_ready(lft.merge_adapters(params, layout=model.layout))
     prompts = [list(range(100 + row, 100 + row + PROMPT)) for row in range(rows)]
     return lambda: lft.generate(model, model.params, prompts, max_new_tokens=NEW, stop_ids=())
@@ -144,10 +157,14 @@ def _serving(path: str, *, what: str, rows: int = 0, quant: Any = "none") -> Cal
 def _compiling(path: str, layers: int, shape: tuple[int, ...]) -> Facts:
     """What compiling LoRA's step takes for so many layers; there are no weights, only shapes."""
     remat = lft.ModelConfig().remat
-    sizes = dataclasses.replace(decoder_config(model_config(path), source=path, remat=remat), layers=layers)
+    sizes = dataclasses.replace(
+        decoder_config(model_config(path), source=path, remat=remat), layers=layers
+    )
     batch = _batch(sizes.vocab_size, shape)
     init = Decoder(sizes).init
-    model = Model(config=sizes, params=jax.eval_shape(init, jax.random.key(0), batch["tokens"][0])["params"])
+    model = Model(
+        config=sizes, params=jax.eval_shape(init, jax.random.key(0), batch["tokens"][0])["params"]
+    )
     tx = lft.make_optimizer(lft.OptimConfig(), steps=1000)
 
     def start(params: Tree) -> tuple[lft.TrainState, Tree]:
@@ -157,14 +174,20 @@ def _compiling(path: str, layers: int, shape: tuple[int, ...]) -> Facts:
     return _compile(model, tx, state, frozen, batch)[1]
 
 
-def _state(model: Model, config: lft.AdapterConfig, tx: optax.GradientTransformation) -> tuple[lft.TrainState, Tree]:
+def _state(
+    model: Model, config: lft.AdapterConfig, tx: optax.GradientTransformation
+) -> tuple[lft.TrainState, Tree]:
     params = lft.add_adapters(model.params, config, layout=model.layout, key=jax.random.key(1))
     trained, frozen = lft.partition(params, whole=config.train_whole, freeze=config.freeze)
     return lft.TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained)), frozen
 
 
 def _compile(
-    model: Model, tx: optax.GradientTransformation, state: lft.TrainState, frozen: Tree, batch: dict[str, Array]
+    model: Model,
+    tx: optax.GradientTransformation,
+    state: lft.TrainState,
+    frozen: Tree,
+    batch: dict[str, Array],
 ) -> tuple[Any, Facts]:
     """The step, compiled ahead, with seconds of tracing and compiling and GB of temporaries."""
     jitted = jax.jit(lft.make_train_step(model, tx, packed=False), donate_argnums=0)

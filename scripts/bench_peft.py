@@ -50,7 +50,9 @@ NOTES = {
 MKL_AVX512 = 12  # the first of MKL_CBWR_Get_Auto_Branch's values that means AVX-512
 
 # MKL takes AVX-512 where this function, which it exports, says that the processor is Intel's.
-SHIM = "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(void) { return 1; }\n"
+SHIM = (
+    "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(void) { return 1; }\n"
+)
 
 
 def main() -> None:
@@ -121,7 +123,9 @@ def _step(
     if avx512:
         _check_avx512()
     if not full:
-        lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
+        lora = peft.LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora
+        )
         model = peft.get_peft_model(model, lora)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -147,7 +151,9 @@ def _init(model: Any, lora: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
     """Adding adapters of rank 16 to a fresh copy of the model."""
     import peft
 
-    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **lora)
+    config = peft.LoraConfig(
+        r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **lora
+    )
 
     def prepare() -> Callable[[], Any]:
         fresh = copy.deepcopy(model)
@@ -173,7 +179,9 @@ def _serving(model: Any, *, what: str, rows: int = 0) -> Callable[[], Callable[[
     import torch
 
     if what == "merge":
-        config = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = peft.LoraConfig(
+            r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         adapted = peft.get_peft_model(model, config)
 
         def prepare() -> Callable[[], Any]:
@@ -197,8 +205,14 @@ def _preload_shim() -> None:
         return
     folder = Path(tempfile.mkdtemp(prefix="bench_mkl_"))
     (folder / "shim.c").write_text(SHIM)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c"], check=True)
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"LD_PRELOAD": str(folder / "shim.so")})
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c"], check=True
+    )
+    os.execve(
+        sys.executable,
+        [sys.executable, *sys.argv],
+        os.environ | {"LD_PRELOAD": str(folder / "shim.so")},
+    )
 
 
 def _check_avx512() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from lorax_ft import cli
-from lorax_ft.inference.tuned import Asked, load_tuned
+from lorax_ft.run.model_args import ChatArgs, load_with_adapter
 
 if TYPE_CHECKING:
     from lorax_ft.models.model import Model
@@ -28,7 +28,7 @@ HELP = """/adapter on|off|PATH   switch the adapter on or off, or take another P
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Asked):
+class Args(ChatArgs):
     """Talk with a tuned model."""
 
 
@@ -57,11 +57,19 @@ class Chat:
         key = jax.random.fold_in(jax.random.key(args.seed), len(asked))
         room = min(args.max_new_tokens, self.model.config.max_positions - len(prompt))
         if room < 1:
-            raise ValueError("the conversation has become longer than the model's positions; /clear starts anew")
+            raise ValueError(
+                "the conversation has become longer than the model's positions; /clear starts anew"
+            )
         said = ""
         try:
             for (said,) in stream_texts(
-                self.model, self.params, [prompt], max_new_tokens=room, chunk=1, sampling=args, key=key
+                self.model,
+                self.params,
+                [prompt],
+                max_new_tokens=room,
+                chunk=1,
+                sampling=args,
+                key=key,
             ):
                 yield said
         finally:  # what was said before an interruption counts
@@ -70,7 +78,7 @@ class Chat:
 
 def main(args: Args) -> None:
     """Loads the model and talks."""
-    model, params = load_tuned(args)
+    model, params = load_with_adapter(args)
     from lorax_ft.inference.generate import with_all_norms
 
     params = with_all_norms(params)
@@ -110,12 +118,12 @@ def _command(chat: Chat, line: str) -> str:
 def _adapter(chat: Chat, which: str) -> str:
     from lorax_ft.inference.generate import with_all_norms
     from lorax_ft.interop.peft import load_peft
-    from lorax_ft.lowrank.adapters import switched_off
+    from lorax_ft.lowrank.adapters import disable_adapters
 
     if which in ("on", "off") and chat.adapted is chat.model.params:
         raise ValueError("there is no adapter; /adapter PATH takes one")
     if which == "off":
-        chat.params = switched_off(chat.adapted, chat.model.params, layout=chat.model.layout)
+        chat.params = disable_adapters(chat.adapted, chat.model.params, layout=chat.model.layout)
         if chat.model.without_start:
             return f"adapter: off; {chat.model.source} alone lacks the adapter's start: compare with the original model"
     elif which == "on":

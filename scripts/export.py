@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 from lorax_ft import cli
-from lorax_ft.inference.tuned import Tuned, load_tuned, locate
+from lorax_ft.run.model_args import ModelArgs, load_with_adapter, locate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Tuned):
+class Args(ModelArgs):
     """Write a tuned model for another program."""
 
     target: Literal["peft", "vllm", "hf", "gguf"]
@@ -37,13 +37,13 @@ def main(args: Args) -> None:
     """Loads, converts, writes."""
     output = Path(args.output)
     _check(output, args)
-    model, params = load_tuned(args)
+    model, params = load_with_adapter(args)
     from lorax_ft.interop.peft import save_peft
     from lorax_ft.interop.save import save_model
     from lorax_ft.interop.save_gguf import save_gguf
     from lorax_ft.interop.vllm import save_for_vllm
 
-    quantised, merged = model.base != model.source, True
+    quantized, merged = model.base != model.source, True
     if args.target == "peft":
         save_peft(output, params, model)
         print(f"{output}: an adapter for PeftModel.from_pretrained")
@@ -56,24 +56,30 @@ def main(args: Args) -> None:
             )
             merged = False
         else:
-            print(f"{output}: the merged model, as vLLM has no form for this adapter; vllm serve {output}")
+            print(
+                f"{output}: the merged model, as vLLM has no form for this adapter; vllm serve {output}"
+            )
     elif args.target == "hf":
         save_model(output, params, model)
         print(f"{output}: the merged model for AutoModelForCausalLM.from_pretrained")
     else:
         save_gguf(output, params, model, kind=args.gguf_type)
         print(f"{output}: the merged model in {args.gguf_type}; llama-cli -m {output}")
-    if quantised and merged:
-        print(f"The adapter's base is {model.base}; what is merged has that, dequantised.")
-    elif quantised:
-        print(f"The adapter was trained on {model.base}: load the base in that, as on another its answers differ.")
+    if quantized and merged:
+        print(f"The adapter's base is {model.base}; what is merged has that, dequantized.")
+    elif quantized:
+        print(
+            f"The adapter was trained on {model.base}: load the base in that, as on another its answers differ."
+        )
 
 
 def _check(output: Path, args: Args) -> None:
     """Refuses what cannot be written, before anything is loaded."""
     _, adapter = locate(args)
     if adapter is None and args.target in ("peft", "vllm"):
-        raise ValueError(f"there is no adapter to export for {args.target}: it is a whole model; take --target hf")
+        raise ValueError(
+            f"there is no adapter to export for {args.target}: it is a whole model; take --target hf"
+        )
     if args.target == "gguf":
         if output.suffix != ".gguf":
             raise ValueError(f"--output {output} is no .gguf file")
@@ -82,7 +88,9 @@ def _check(output: Path, args: Args) -> None:
     elif output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give a folder to write to")
     elif output.is_dir() and any(output.iterdir()) and not args.overwrite:
-        raise ValueError(f"{output} is not empty; give another folder, or --overwrite to replace what is in it")
+        raise ValueError(
+            f"{output} is not empty; give another folder, or --overwrite to replace what is in it"
+        )
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from typing import Annotated
 import tyro
 
 from lorax_ft import cli
-from lorax_ft.inference.tuned import Asked, load_tuned
+from lorax_ft.run.model_args import ChatArgs, load_with_adapter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Asked):
+class Args(ChatArgs):
     """Ask a tuned model something; without a question, read one from each line."""
 
     question: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION")] = None
@@ -49,7 +49,7 @@ class Args(Asked):
 def main(args: Args) -> None:
     """Loads the model and answers."""
     lines = None if args.file is None else _read(Path(args.file))
-    model, params = load_tuned(args)
+    model, params = load_with_adapter(args)
     import jax
 
     from lorax_ft.inference.texts import answer

@@ -14,11 +14,11 @@ import math
 from pathlib import Path
 
 from lorax_ft import cli
-from lorax_ft.inference.tuned import Tuned, load_tuned, locate
+from lorax_ft.run.model_args import ModelArgs, load_with_adapter, locate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Tuned):
+class Args(ModelArgs):
     """Merge an adapter into its model, or several with weights, as a folder that transformers loads."""
 
     output: str
@@ -34,7 +34,9 @@ class Args(Tuned):
         super().__post_init__()
         count = 1 + len(self.also)
         if self.weights and len(self.weights) != count:
-            raise ValueError(f"there are {count} adapters and {len(self.weights)} weights; give one for each")
+            raise ValueError(
+                f"there are {count} adapters and {len(self.weights)} weights; give one for each"
+            )
         if not all(math.isfinite(weight) for weight in self.weights):
             raise ValueError(f"weights are {self.weights}; they must be finite")
 
@@ -45,11 +47,15 @@ def main(args: Args) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give a folder to write to")
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
-        raise ValueError(f"{output} is not empty; give another folder, or --overwrite to replace the model in it")
+        raise ValueError(
+            f"{output} is not empty; give another folder, or --overwrite to replace the model in it"
+        )
     config, adapter = locate(args)
     if adapter is None:
-        raise ValueError(f"there is nothing to merge: {config.model.path} is a whole model, without an adapter")
-    model, params = load_tuned(args)
+        raise ValueError(
+            f"there is nothing to merge: {config.model.path} is a whole model, without an adapter"
+        )
+    model, params = load_with_adapter(args)
     from lorax_ft.interop.peft import load_peft
     from lorax_ft.interop.save import save_model
     from lorax_ft.lowrank.merge import merge_weighted
@@ -64,7 +70,7 @@ def main(args: Args) -> None:
             )
         params = merge_weighted(model.params, adapted, weights, layout=model.layout)
     save_model(output, params, model)
-    base = model.base + (", dequantised" if model.base != model.source else "")
+    base = model.base + (", dequantized" if model.base != model.source else "")
     print(f"merged {', '.join([str(adapter), *args.also])} into {base}: {output}")
 
 

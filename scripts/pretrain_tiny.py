@@ -59,7 +59,9 @@ def main() -> None:
     """Generate, train, measure, write."""
     options = _options()
     began = time.time()
-    tokenizer = train_tokenizer(itertools.islice(documents(options.seed + 1), 20_000), options.vocabulary)
+    tokenizer = train_tokenizer(
+        itertools.islice(documents(options.seed + 1), 20_000), options.vocabulary
+    )
     hf_config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -76,12 +78,21 @@ def main() -> None:
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
         "max_position_embeddings": 512,
     }
-    config = decoder_config(hf_config | {"tie_word_embeddings": True}, source="the embedded model", remat="dots")
-    rows = pack(documents(options.seed), tokenizer, options.steps * options.batch, length=options.length)
-    print(f"{int(rows['weights'].sum()):,} tokens to predict, made in {time.time() - began:.0f} s", flush=True)
+    config = decoder_config(
+        hf_config | {"tie_word_embeddings": True}, source="the embedded model", remat="dots"
+    )
+    rows = pack(
+        documents(options.seed), tokenizer, options.steps * options.batch, length=options.length
+    )
+    print(
+        f"{int(rows['weights'].sum()):,} tokens to predict, made in {time.time() - began:.0f} s",
+        flush=True,
+    )
     skills = functools.partial(measure, config, tokenizer=tokenizer, seed=options.seed + 2)
     params = train(config, rows, options, skills)
-    params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params)  # as they are stored
+    params = jax.tree.map(
+        lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params
+    )  # as they are stored
     print(f"as stored: {skills(jax.tree.map(lambda leaf: leaf.astype(np.float32), params))}")
     write(options.output, Model(config=config, params=params, hf_config=hf_config), tokenizer)
     print(f"{options.output}: done in {time.time() - began:.0f} s")
@@ -91,12 +102,17 @@ def train_tokenizer(texts: Iterable[str | Chat], vocabulary: int) -> Tokenizer:
     """A byte-level BPE tokenizer in which each digit is a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in (END, START, STOP)],
+        special_tokens=[
+            AddedToken(token, special=True, normalized=False) for token in (END, START, STOP)
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -106,7 +122,9 @@ def train_tokenizer(texts: Iterable[str | Chat], vocabulary: int) -> Tokenizer:
 
 def as_text(document: str | Chat) -> str:
     """A document as the model reads it: ended by a token, or in the chat template."""
-    return document + END if isinstance(document, str) else "".join(itertools.starmap(_turn, document))
+    return (
+        document + END if isinstance(document, str) else "".join(itertools.starmap(_turn, document))
+    )
 
 
 def _turn(question: str, answer: str) -> str:
@@ -133,7 +151,9 @@ def pack(texts: Iterator[str | Chat], tokenizer: Tokenizer, number: int, *, leng
             fitting = [i for i, ids in enumerate(waiting) if len(ids) <= length - filled]
             if not fitting:
                 break
-            ids = waiting.pop(fitting[0] if filled == 0 else max(fitting, key=lambda i: len(waiting[i])))
+            ids = waiting.pop(
+                fitting[0] if filled == 0 else max(fitting, key=lambda i: len(waiting[i]))
+            )
             end, segment = filled + len(ids), segment + 1
             tokens[row, filled:end], segments[row, filled:end] = ids, segment
             positions[row, filled:end] = np.arange(len(ids))
@@ -142,17 +162,27 @@ def pack(texts: Iterator[str | Chat], tokenizer: Tokenizer, number: int, *, leng
     same[:, :-1] = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     targets = np.where(same, np.roll(tokens, -1, axis=1), 0).astype(np.int32)
     weights = same.astype(np.float32)
-    return {"tokens": tokens, "targets": targets, "weights": weights, "positions": positions, "segment_ids": segments}
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "weights": weights,
+        "positions": positions,
+        "segment_ids": segments,
+    }
 
 
 def _encoded(texts: Iterator[str | Chat], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
     while True:
-        for encoding in tokenizer.encode_batch_fast([as_text(text) for text in itertools.islice(texts, 2048)]):
+        for encoding in tokenizer.encode_batch_fast(
+            [as_text(text) for text in itertools.islice(texts, 2048)]
+        ):
             if len(encoding.ids) <= length:
                 yield encoding.ids
 
 
-def train(config: DecoderConfig, rows: Rows, options: argparse.Namespace, skills: Callable[[Any], str]) -> Any:
+def train(
+    config: DecoderConfig, rows: Rows, options: argparse.Namespace, skills: Callable[[Any], str]
+) -> Any:
     """Parameters after one pass over the rows, `options.batch` at a time; prints loss and skills as it goes."""
     module = Decoder(config)
     params = module.init(jax.random.key(options.seed), rows["tokens"][:1])["params"]
@@ -163,7 +193,9 @@ def train(config: DecoderConfig, rows: Rows, options: argparse.Namespace, skills
     began, losses = time.time(), []
     for number in range(options.steps):
         part = slice(number * options.batch, (number + 1) * options.batch)
-        params, state, loss = step(params, state, {name: value[part] for name, value in rows.items()})
+        params, state, loss = step(
+            params, state, {name: value[part] for name, value in rows.items()}
+        )
         losses.append(loss)
         if (number + 1) % 100 == 0:
             mean = np.mean(jax.device_get(losses[-100:]))
@@ -184,15 +216,21 @@ def _optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation
         weight_decay=0.05,
         adam_b2=0.98,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=lambda tree: jax.tree.map(lambda leaf: matrix if leaf.ndim == 3 else None, tree),
+        muon_weight_dimension_numbers=lambda tree: jax.tree.map(
+            lambda leaf: matrix if leaf.ndim == 3 else None, tree
+        ),
     )
     return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
 def train_step(
-    module: Decoder, optimizer: optax.GradientTransformation, params: Any, state: Any, batch: dict[str, Array]
+    module: Decoder,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    state: Any,
+    batch: dict[str, Array],
 ) -> tuple[Any, Any, Array]:
-    """One update; returns parameters, optimiser state and the mean loss."""
+    """One update; returns parameters, optimizer state and the mean loss."""
 
     def loss_of(params: Any) -> Array:
         logits = _logits(module, params, batch["tokens"], batch["positions"], batch["segment_ids"])
@@ -217,7 +255,9 @@ def measure(config: DecoderConfig, params: Any, *, tokenizer: Tokenizer, seed: i
         if not isinstance(document, str):
             chats.setdefault(_skill(document), []).append(document)
     predict = jax.jit(lambda tokens: jnp.argmax(_logits(Decoder(config), params, tokens), axis=-1))
-    shares = {name: _exact(predict, sample[:128], tokenizer) for name, sample in sorted(chats.items())}
+    shares = {
+        name: _exact(predict, sample[:128], tokenizer) for name, sample in sorted(chats.items())
+    }
     return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
 
@@ -231,10 +271,18 @@ def _skill(chat: Chat) -> str:
     return next((name for word, name in _WORDS.items() if word in question), "recalling")
 
 
-_WORDS = {"epeat": "copying", "Say": "copying", "larger": "comparing", "more": "comparing", "after": "comparing"}
+_WORDS = {
+    "epeat": "copying",
+    "Say": "copying",
+    "larger": "comparing",
+    "more": "comparing",
+    "after": "comparing",
+}
 
 
-def _exact(predict: Callable[[np.ndarray], Array], chats: Sequence[Chat], tokenizer: Tokenizer) -> float:
+def _exact(
+    predict: Callable[[np.ndarray], Array], chats: Sequence[Chat], tokenizer: Tokenizer
+) -> float:
     tokens, spans = np.zeros((128, 128), np.int32), []
     for row, chat in zip(tokens, chats, strict=False):
         before = "".join(itertools.starmap(_turn, chat[:-1])) + _asked(chat[-1][0])
@@ -242,7 +290,14 @@ def _exact(predict: Callable[[np.ndarray], Array], chats: Sequence[Chat], tokeni
         row[: len(ids)] = ids
         spans.append(slice(len(tokenizer.encode(before).ids), len(ids)))
     predicted = np.roll(predict(tokens), 1, axis=1)
-    return float(np.mean([np.all(a[span] == b[span]) for a, b, span in zip(predicted, tokens, spans, strict=False)]))
+    return float(
+        np.mean(
+            [
+                np.all(a[span] == b[span])
+                for a, b, span in zip(predicted, tokens, spans, strict=False)
+            ]
+        )
+    )
 
 
 def write(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
@@ -256,7 +311,11 @@ def write(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
-    ids = {"bos_token_id": fast.bos_token_id, "eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
+    ids = {
+        "bos_token_id": fast.bos_token_id,
+        "eos_token_id": fast.eos_token_id,
+        "pad_token_id": fast.pad_token_id,
+    }
     model = dataclasses.replace(model, tokenizer=fast, hf_config={**model.hf_config, **ids})
     with new_folder(folder) as new:
         save_model(new, model.params, model)
@@ -268,7 +327,9 @@ def write(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=ASSETS / "tiny", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the text and of the weights")
     parser.add_argument("--steps", type=int, default=2_500, help="updates")
@@ -276,7 +337,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--vocabulary", type=int, default=768, help="tokens of the tokenizer")
-    parser.add_argument("--width", type=int, default=128, help="width of the model, a multiple of 64")
+    parser.add_argument(
+        "--width", type=int, default=128, help="width of the model, a multiple of 64"
+    )
     parser.add_argument("--mlp-width", type=int, default=384, help="width inside the MLP")
     parser.add_argument("--layers", type=int, default=6, help="layers")
     return parser.parse_args()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 from tiny_questions import value
 from tiny_world import (
-    COLOURS,
+    COLORS,
     DAYS,
     GAIN,
     HOLDERS,
@@ -78,18 +78,28 @@ def _scene(rng: random.Random, past: bool) -> str:
         (
             f"It {is_} {rng.choice(DAYS)}.",
             f"{person.name} {goes} to the {place}.",
-            f"The {thing[0]} {is_} {rng.choice(COLOURS)}.",
-            f"There {is_} a {rng.choice(COLOURS)} {rng.choice(HOLDERS)[0]} at the {place}.",
+            f"The {thing[0]} {is_} {rng.choice(COLORS)}.",
+            f"There {is_} a {rng.choice(COLORS)} {rng.choice(HOLDERS)[0]} at the {place}.",
             f"On {rng.choice(DAYS)} {person.name} {goes} to the {place} with {person.his} {thing[1]}.",
         )
     )
 
 
-def _event(rng: random.Random, person: Person, thing: Thing, owned: int, past: bool) -> tuple[str, int]:
+def _event(
+    rng: random.Random, person: Person, thing: Thing, owned: int, past: bool
+) -> tuple[str, int]:
     """A sentence in which someone's things become more or fewer, and by how many."""
     gain = owned < 3 or (owned < LARGEST - 3 and rng.random() < 0.5)
     number = rng.randint(1, min(30, LARGEST - owned if gain else owned - 1))
-    who = rng.choice((person.name, person.He, person.He, f"Then {person.he}", f"On {rng.choice(DAYS)} {person.he}"))
+    who = rng.choice(
+        (
+            person.name,
+            person.He,
+            person.He,
+            f"Then {person.he}",
+            f"On {rng.choice(DAYS)} {person.he}",
+        )
+    )
     other = rng.choice([p for p in PEOPLE if p != person]).name
     place = rng.choice(("", "", f" at the {rng.choice(PLACES)}"))
     gives = "gave" if past else "gives"
@@ -100,7 +110,10 @@ def _event(rng: random.Random, person: Person, thing: Thing, owned: int, past: b
     verb = rng.choice(GAIN if gain else LOSE)
     form = verb.past if past else verb.now
     if gain:
-        return f"{who} {form} {rng.choice((f'{number} more', f'{number} more {thing[1]}'))}{place}.", number
+        return (
+            f"{who} {form} {rng.choice((f'{number} more', f'{number} more {thing[1]}'))}{place}.",
+            number,
+        )
     what = rng.choice((str(number), f"{number} of {person.his} {thing[1]}", count(number, thing)))
     return f"{who} {form} {what}{verb.tail}{place}.", -number
 
@@ -108,7 +121,10 @@ def _event(rng: random.Random, person: Person, thing: Thing, owned: int, past: b
 def _state(rng: random.Random, person: Person, thing: Thing, owned: int, past: bool) -> str:
     if past:
         return rng.choice(
-            (f"Then {person.he} had {count(owned, thing)}.", f"In the end {person.he} had {count(owned, thing)}.")
+            (
+                f"Then {person.he} had {count(owned, thing)}.",
+                f"In the end {person.he} had {count(owned, thing)}.",
+            )
         )
     return rng.choice(
         (
@@ -133,7 +149,9 @@ def together(rng: random.Random) -> str:
         start = f"{one.name} has {few} {holders} with {many} {thing[1]} in each."
         return f"{start} {ending} {few * many} {thing[1]}."
     if a == b:
-        return f"{one.name} has {a} {thing[1]}. {two.name} has {b} {thing[1]} too. They have the same."
+        return (
+            f"{one.name} has {a} {thing[1]}. {two.name} has {b} {thing[1]} too. They have the same."
+        )
     more, less = (one, two) if a > b else (two, one)
     start = f"{one.name} has {a} {thing[1]}. {two.name} has {b} {thing[1]}."
     return f"{start} {more.name} has {abs(a - b)} more than {less.name}."
@@ -141,7 +159,9 @@ def together(rng: random.Random) -> str:
 
 def notes(rng: random.Random) -> str:
     """A heading and a list."""
-    lines = [f"- {count(rng.randint(1, LARGEST), rng.choice(THINGS))}" for _ in range(rng.randint(2, 4))]
+    lines = [
+        f"- {count(rng.randint(1, LARGEST), rng.choice(THINGS))}" for _ in range(rng.randint(2, 4))
+    ]
     marks = rng.choice(("#", "##", "###"))
     return "\n".join([f"{marks} {rng.choice(PEOPLE).name} on {rng.choice(DAYS)}", *lines])
 
@@ -154,8 +174,14 @@ def recall(rng: random.Random) -> Chat:
     second = rng.choice((thing, other))
     facts = [f"{one.name} has {count(a, thing)}.", f"{two.name} has {count(b, second)}."]
     asked = [
-        (f"How many {thing[1]} does {one.name} have at first?", f"{one.name} has {count(a, thing)} at first."),
-        (f"How many {second[1]} does {two.name} have at first?", f"{two.name} has {count(b, second)} at first."),
+        (
+            f"How many {thing[1]} does {one.name} have at first?",
+            f"{one.name} has {count(a, thing)} at first.",
+        ),
+        (
+            f"How many {second[1]} does {two.name} have at first?",
+            f"{two.name} has {count(b, second)} at first.",
+        ),
         (f"What does {one.name} have?", f"{one.name} has {count(a, thing)}."),
         (f"Who has {count(b, second)}?", f"{two.name} has {count(b, second)}."),
     ]
@@ -165,7 +191,10 @@ def recall(rng: random.Random) -> Chat:
         does = f"{actor.name} {verb.now} {count(c, thing)}{verb.tail}"
         asked = [
             *asked[:2],
-            (f"How many {thing[1]} does {actor.he} {verb.base}{verb.tail}?", f"{actor.He} {does.partition(' ')[2]}."),
+            (
+                f"How many {thing[1]} does {actor.he} {verb.base}{verb.tail}?",
+                f"{actor.He} {does.partition(' ')[2]}.",
+            ),
             (f"Who {verb.now} {count(c, thing)}{verb.tail}?", f"{does}."),
             (f"Where is {actor.name}?", f"{actor.name} is at the {place}."),
         ]
@@ -189,7 +218,11 @@ def draw_sum(rng: random.Random) -> tuple[int, str, int]:
         return rng.randint(0, 10), sign, rng.randint(0, 10)
     if sign == "+":
         a = rng.randint(0, LARGEST)
-        return (a, sign, rng.randint(0, LARGEST - a)) if rng.random() < 0.5 else (LARGEST - a, sign, rng.randint(0, a))
+        return (
+            (a, sign, rng.randint(0, LARGEST - a))
+            if rng.random() < 0.5
+            else (LARGEST - a, sign, rng.randint(0, a))
+        )
     a = rng.randint(1, LARGEST)
     return a, sign, rng.randint(0, a)
 
@@ -226,7 +259,9 @@ def comparing(rng: random.Random) -> Chat:
         return [(f"What comes after {a}?", f"{a + 1} comes after {a}.")]
     facts = f"{one.name} has {count(a, thing)}. {two.name} has {count(b, thing)}."
     more, less = (one, two) if a > b else (two, one)
-    return [(f"{facts} Who has more {thing[1]}?", f"{more.name} has more {thing[1]} than {less.name}.")]
+    return [
+        (f"{facts} Who has more {thing[1]}?", f"{more.name} has more {thing[1]} than {less.name}.")
+    ]
 
 
 def _line(a: int, sign: str, b: int) -> str:
@@ -240,7 +275,9 @@ def _asked(rng: random.Random) -> tuple[str, str]:
         "-": (f"What is {a} minus {b}?", f"Take {b} from {a}.", f"How much is {b} less than {a}?"),
         "*": (f"What is {a} times {b}?", f"Multiply {a} by {b}.", f"How much is {a} times {b}?"),
     }[sign]
-    return rng.choice((f"What is {a} {sign} {b}?", f"{a} {sign} {b} = ?", *words)), _line(a, sign, b)
+    return rng.choice((f"What is {a} {sign} {b}?", f"{a} {sign} {b} = ?", *words)), _line(
+        a, sign, b
+    )
 
 
 SHARES: dict[Callable[[random.Random], str | Chat], float] = {

@@ -64,7 +64,10 @@ def _gain(rng: random.Random) -> Draw:
     event = f"{person.He} {rng.choice(GAIN).now} {b} more{_place(rng)}."
     if rng.random() < 0.3:
         event = f"{_other(rng, person.name)} gives {person.him} {b} more."
-    return f"{person.name} has {a} {thing}. {event} {_how_many(rng, thing, person.name, person.he)}", [(a, "+", b)]
+    return (
+        f"{person.name} has {a} {thing}. {event} {_how_many(rng, thing, person.name, person.he)}",
+        [(a, "+", b)],
+    )
 
 
 def _lose(rng: random.Random) -> Draw:
@@ -74,7 +77,10 @@ def _lose(rng: random.Random) -> Draw:
     event = f"{person.He} {verb.now} {b}{verb.tail}{_place(rng)}."
     if rng.random() < 0.3:
         event = f"{person.He} gives {b} to {_other(rng, person.name)}."
-    return f"{person.name} has {a} {thing}. {event} {_how_many(rng, thing, person.name, person.he)}", [(a, "-", b)]
+    return (
+        f"{person.name} has {a} {thing}. {event} {_how_many(rng, thing, person.name, person.he)}",
+        [(a, "-", b)],
+    )
 
 
 def _total(rng: random.Random) -> Draw:
@@ -82,7 +88,9 @@ def _total(rng: random.Random) -> Draw:
     thing = rng.choice(THINGS)[1]
     a, b = rng.randint(2, 40), rng.randint(2, 40)
     question = rng.choice(("do they have together", "do they have in all"))
-    return f"{one.name} has {a} {thing} and {two.name} has {b}. How many {thing} {question}?", [(a, "+", b)]
+    return f"{one.name} has {a} {thing} and {two.name} has {b}. How many {thing} {question}?", [
+        (a, "+", b)
+    ]
 
 
 def _difference(rng: random.Random) -> Draw:
@@ -101,7 +109,9 @@ def _groups(rng: random.Random) -> Draw:
     person, thing, (_, many) = rng.choice(PEOPLE), rng.choice(THINGS)[1], rng.choice(HOLDERS)
     a, b = rng.randint(2, 10), rng.randint(2, 10)
     question = rng.choice((f"does {person.name} have in all", "are there in all"))
-    return f"{person.name} has {a} {many} with {b} {thing} in each. How many {thing} {question}?", [(a, "*", b)]
+    return f"{person.name} has {a} {many} with {b} {thing} in each. How many {thing} {question}?", [
+        (a, "*", b)
+    ]
 
 
 def _gain_lose(rng: random.Random) -> Draw:
@@ -109,9 +119,14 @@ def _gain_lose(rng: random.Random) -> Draw:
     a, b, c = rng.randint(3, 40), rng.randint(2, 20), rng.randint(2, 20)
     gain = f"{rng.choice(GAIN).now} {b} more{_place(rng)}"
     lose = f"{verb.now} {c}{verb.tail}"
-    events = rng.choice((f"{person.He} {gain} and {lose}.", f"{person.He} {gain}. Then {person.he} {lose}."))
+    events = rng.choice(
+        (f"{person.He} {gain} and {lose}.", f"{person.He} {gain}. Then {person.he} {lose}.")
+    )
     steps = [(a, "+", b), (a + b, "-", c)]
-    return f"{person.name} has {a} {thing}. {events} {_how_many(rng, thing, person.name, person.he)}", steps
+    return (
+        f"{person.name} has {a} {thing}. {events} {_how_many(rng, thing, person.name, person.he)}",
+        steps,
+    )
 
 
 def _lose_gain(rng: random.Random) -> Draw:
@@ -119,9 +134,14 @@ def _lose_gain(rng: random.Random) -> Draw:
     a, b, c = rng.randint(6, 40), rng.randint(2, 20), rng.randint(2, 20)
     lose = f"{verb.now} {b}{verb.tail}{_place(rng)}"
     gain = f"{rng.choice(GAIN).now} {c} more"
-    events = rng.choice((f"{person.He} {lose} and {gain}.", f"{person.He} {lose}. Then {person.he} {gain}."))
+    events = rng.choice(
+        (f"{person.He} {lose} and {gain}.", f"{person.He} {lose}. Then {person.he} {gain}.")
+    )
     steps = [(a, "-", b), (a - b, "+", c)]
-    return f"{person.name} has {a} {thing}. {events} {_how_many(rng, thing, person.name, person.he)}", steps
+    return (
+        f"{person.name} has {a} {thing}. {events} {_how_many(rng, thing, person.name, person.he)}",
+        steps,
+    )
 
 
 def _groups_gain(rng: random.Random) -> Draw:

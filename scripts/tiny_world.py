@@ -42,11 +42,37 @@ PEOPLE = tuple(
     for pronouns, names in (
         (
             ("he", "him", "his"),
-            ("Tom", "Ben", "Max", "Sam", "Leo", "Jack", "Finn", "Hugo", "Omar", "Luke", "Paul", "Carl"),
+            (
+                "Tom",
+                "Ben",
+                "Max",
+                "Sam",
+                "Leo",
+                "Jack",
+                "Finn",
+                "Hugo",
+                "Omar",
+                "Luke",
+                "Paul",
+                "Carl",
+            ),
         ),
         (
             ("she", "her", "her"),
-            ("Anna", "Lily", "Mia", "Zoe", "Emma", "Nora", "Ruby", "Ella", "Ivy", "Rosa", "Jane", "Kate"),
+            (
+                "Anna",
+                "Lily",
+                "Mia",
+                "Zoe",
+                "Emma",
+                "Nora",
+                "Ruby",
+                "Ella",
+                "Ivy",
+                "Rosa",
+                "Jane",
+                "Kate",
+            ),
         ),
     )
     for name in names
@@ -80,9 +106,26 @@ THINGS = tuple(
         "ticket",
     )
 )
-HOLDERS = (("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("jar", "jars"), ("tray", "trays"))
-PLACES = ("market", "park", "school", "garden", "beach", "shop", "farm", "kitchen", "library", "station")
-COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "small", "big", "old", "new")
+HOLDERS = (
+    ("box", "boxes"),
+    ("bag", "bags"),
+    ("basket", "baskets"),
+    ("jar", "jars"),
+    ("tray", "trays"),
+)
+PLACES = (
+    "market",
+    "park",
+    "school",
+    "garden",
+    "beach",
+    "shop",
+    "farm",
+    "kitchen",
+    "library",
+    "station",
+)
+COLORS = ("red", "blue", "green", "yellow", "white", "black", "brown", "small", "big", "old", "new")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 GAIN = (
     Verb("buys", "bought", "buy"),

@@ -38,7 +38,7 @@ def main() -> None:
         args = cli.parse(Args, default=Args(**_values(config), config=file))
         if args.multihost:
             _join()
-        from lorax_ft.training.loop import train
+        from lorax_ft.run.loop import train
 
         train(Config(**_values(args)), dry_run=args.dry_run)
 
@@ -51,7 +51,9 @@ def _join() -> None:
         jax.distributed.initialize()
     except ValueError as error:
         known = "it knows TPU pods, Slurm, Open MPI and Kubernetes"
-        raise ValueError(f"--multihost: JAX finds no other processes here ({error}); {known}") from error
+        raise ValueError(
+            f"--multihost: JAX finds no other processes here ({error}); {known}"
+        ) from error
 
 
 def _values(config: Config) -> dict[str, Any]:

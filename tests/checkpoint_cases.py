@@ -38,7 +38,9 @@ TOKENS = jnp.arange(24).reshape(2, 12) % 40
 def random_model(*, tied: bool = False, seed: int = 0) -> Model:
     config = dataclasses.replace(CONFIG, tied=tied)
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(rng.normal(leaf.shape in [(16,), (3, 16)], 0.3, leaf.shape), jnp.float32)  # noqa: E731
+    draw = lambda leaf: jnp.asarray(
+        rng.normal(leaf.shape in [(16,), (3, 16)], 0.3, leaf.shape), jnp.float32
+    )
     params = jax.tree.map(draw, abstract_params(config))
     return Model(config=config, params=params, hf_config=HF_CONFIG)
 
@@ -61,21 +63,29 @@ def moved(params: dict, seed: int = 1) -> dict:
     flat = flatten(params)
     return unflatten(
         {
-            path: leaf + jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32) if path.endswith(trained) else leaf
+            path: leaf + jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32)
+            if path.endswith(trained)
+            else leaf
             for path, leaf in flat.items()
         }
     )
 
 
-def randomised(params: dict, seed: int = 1) -> dict:
+def randomized(params: dict, seed: int = 1) -> dict:
     """The tree with random factors and magnitudes in place of the starts, whose B is zero; padding stays zero."""
     rng = np.random.default_rng(seed)
     layers = modules(params)
     for layer in layers.values():
         if "lora_a" in layer:
             used = (layer["lora_a"] != 0).any(-2) | (layer["lora_b"] != 0).any(-1)
-            a, b = (jnp.asarray(rng.normal(0, 0.3, layer[n].shape), jnp.float32) for n in ("lora_a", "lora_b"))
-            layer |= {"lora_a": jnp.where(used[..., None, :], a, 0), "lora_b": jnp.where(used[..., None], b, 0)}
+            a, b = (
+                jnp.asarray(rng.normal(0, 0.3, layer[n].shape), jnp.float32)
+                for n in ("lora_a", "lora_b")
+            )
+            layer |= {
+                "lora_a": jnp.where(used[..., None, :], a, 0),
+                "lora_b": jnp.where(used[..., None], b, 0),
+            }
         if "magnitude" in layer:
             layer["magnitude"] *= jnp.where(layer["lora_scale"][..., None] > 0, 1.3, 1.0)
     return from_modules(layers)

@@ -15,9 +15,11 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Compiled programs are kept between runs: most of these tests' time is XLA's.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"lorax_ft_tests_{os.getuid()}"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"lorax_ft_tests_{os.getuid()}")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# LLVM's optimisations take a third of the compiler's time, and the programs are too small for them.
+# LLVM's optimizations take a third of the compiler's time, and the programs are too small for them.
 # Eight devices share two cores: XLA's concurrent order of collectives deadlocks there (jaxlib 0.10.2), and its
 # patience of 40 s is short.
 os.environ.setdefault(
@@ -49,7 +51,7 @@ from method_cases import KEY, TABLE, TARGETS, Adapted, random_statistics
 from run_cases import ROOT, Main
 from zoo import TINY, Case, built_case, built_decoder
 
-Randomise = Callable[..., Tree]
+Randomize = Callable[..., Tree]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,9 +102,9 @@ def padded_batches() -> Callable[..., list[dict[str, np.ndarray]]]:
 
 
 @pytest.fixture(scope="session")
-def randomise() -> Randomise:
-    """A function that moves every trained leaf of an adapter to a random place: `randomise(params, seed)`."""
-    return _randomise
+def randomize() -> Randomize:
+    """A function that moves every trained leaf of an adapter to a random place: `randomize(params, seed)`."""
+    return _randomize
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +117,11 @@ def adapted(zoo: Any) -> Adapted:
         known = {"rank": 3, "alpha": 6.0, "targets": TARGETS.get(model, ("all-linear",))}
         config = AdapterConfig(**(known | TABLE[method] | fields))
         return add_adapters(
-            case.params, config, layout=case.layout, key=KEY, statistics=random_statistics(case, config)
+            case.params,
+            config,
+            layout=case.layout,
+            key=KEY,
+            statistics=random_statistics(case, config),
         )
 
     return build
@@ -128,14 +134,16 @@ def model(decoder: Callable[..., Model]) -> Model:
 
 
 @pytest.fixture(scope="module")
-def params(model: Model, randomise: Callable[..., Tree]) -> Callable[[str], Tree]:
+def params(model: Model, randomize: Callable[..., Tree]) -> Callable[[str], Tree]:
     """The parameters of one of `generation_cases`, with random factors and magnitudes: `params("dora")`."""
 
     def build(case: str) -> Tree:
         config = generation_cases.CASES[case]
         if config is None:
             return model.params
-        return randomise(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(1)))
+        return randomize(
+            add_adapters(model.params, config, layout=model.layout, key=jax.random.key(1))
+        )
 
     return functools.cache(build)
 
@@ -157,7 +165,9 @@ def speaker(model: Model) -> Model:
         "tie_word_embeddings": c.tied,
         "eos_token_id": None,
     }
-    return dataclasses.replace(model, tokenizer=generation_cases.make_tokenizer(), hf_config=hf_config)
+    return dataclasses.replace(
+        model, tokenizer=generation_cases.make_tokenizer(), hf_config=hf_config
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +175,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of random float32 weights, of the sizes in `nf4_cases`."""
     config = decoder_config(nf4_cases.HF_CONFIG, source="these tests")
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_params(config))
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_params(config)
+    )
     folder = tmp_path_factory.mktemp("source") / "model"
     save_model(folder, params, Model(config=config, params=params, hf_config=nf4_cases.HF_CONFIG))
     return folder
@@ -173,7 +185,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in NF4, quantised twice."""
+    """The same in NF4, quantized twice."""
     model = load_model(source, quant=QuantConfig(format="nf4"))
     folder = tmp_path_factory.mktemp("packed") / "model"
     save_quantized(folder, model.params, model)
@@ -198,7 +210,7 @@ def _padded_batches(count: int = 2, rows: int = 4, tokens: int = 8) -> list[dict
     return found
 
 
-def _randomise(params: Tree, seed: int = 0, *, size: float = 0.1) -> Tree:
+def _randomize(params: Tree, seed: int = 0, *, size: float = 0.1) -> Tree:
     rng = np.random.default_rng(seed)
 
     def move(path: str, leaf: Any) -> Any:

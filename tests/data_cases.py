@@ -15,7 +15,9 @@ CHATML = (
 )
 
 
-def make_tokenizer(template: str | None = CHATML, *, trim_offsets: bool = True, merges: int = 0) -> Any:
+def make_tokenizer(
+    template: str | None = CHATML, *, trim_offsets: bool = True, merges: int = 0
+) -> Any:
     """A byte-level BPE tokenizer of `merges` merges."""
     from transformers import PreTrainedTokenizerFast
 
@@ -30,8 +32,12 @@ def make_tokenizer(template: str | None = CHATML, *, trim_offsets: bool = True, 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["user assistant the answer is twelve\n\n one and one is two"] * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template)
+    tokenizer.train_from_iterator(
+        ["user assistant the answer is twelve\n\n one and one is two"] * 4, trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template
+    )
 
 
 BYTES = make_tokenizer()

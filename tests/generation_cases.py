@@ -26,7 +26,10 @@ def make_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>", chat_template=TEMPLATE
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        unk_token="<unk>",
+        chat_template=TEMPLATE,
     )
 
 

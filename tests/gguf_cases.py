@@ -69,7 +69,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
     "gemma": {"model_type": "gemma", "head_dim": 32},
-    "gemma2": {"model_type": "gemma2", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 9.0, **GEMMA},
+    "gemma2": {
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 9.0,
+        **GEMMA,
+    },
     "gemma3": {"model_type": "gemma3_text", "rope_parameters": GEMMA3_ROPE, **GEMMA},
     "phi3": {"model_type": "phi3"},
     "phi4_mini": {
@@ -146,13 +151,21 @@ def texts(*, accented: bool = True) -> Iterator[str]:
 
 
 def by_score(text: str, keys: dict[str, Any]) -> list[int]:
-    """SentencePiece's ids of a text: whole tokens apart, then of all neighbours the best are merged first."""
+    """SentencePiece's ids of a text: whole tokens apart, then of all neighbors the best are merged first."""
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     ids = {token: i for i, token in enumerate(tokens)}
-    whole = [token for token, type_ in zip(tokens, types, strict=True) if type_ in gguf_tokenizer.WHOLE]
+    whole = [
+        token for token, type_ in zip(tokens, types, strict=True) if type_ in gguf_tokenizer.WHOLE
+    ]
     found: list[int] = []
-    for part in re.split(f"({'|'.join(map(re.escape, sorted(whole, key=len, reverse=True)))})", text):
-        symbols = [part] if part in whole else list(" " * bool(part and keys["tokenizer.ggml.add_space_prefix"]) + part)
+    for part in re.split(
+        f"({'|'.join(map(re.escape, sorted(whole, key=len, reverse=True)))})", text
+    ):
+        symbols = (
+            [part]
+            if part in whole
+            else list(" " * bool(part and keys["tokenizer.ggml.add_space_prefix"]) + part)
+        )
         found += _merged([s if s in whole else s.replace(" ", SPACE) for s in symbols], ids, keys)
     return found
 
@@ -160,12 +173,20 @@ def by_score(text: str, keys: dict[str, Any]) -> list[int]:
 def _merged(symbols: list[str], ids: dict[str, int], keys: dict[str, Any]) -> list[int]:
     scores = keys["tokenizer.ggml.scores"]
     while True:
-        joined = [(-scores[ids[a + b]], i) for i, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in ids]
+        joined = [
+            (-scores[ids[a + b]], i)
+            for i, (a, b) in enumerate(itertools.pairwise(symbols))
+            if a + b in ids
+        ]
         if not joined:
             break
         _, at = min(joined)
         symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
-    return [i for s in symbols for i in ([ids[s]] if s in ids else [ids[f"<0x{byte:02X}>"] for byte in s.encode()])]
+    return [
+        i
+        for s in symbols
+        for i in ([ids[s]] if s in ids else [ids[f"<0x{byte:02X}>"] for byte in s.encode()])
+    ]
 
 
 def _sentencepiece(kind: str) -> dict[str, Any]:
@@ -177,7 +198,12 @@ def _sentencepiece(kind: str) -> dict[str, Any]:
     letters = [token for token in learned if len(token) == 1]
     spaces = ["  ", "    "] if kind == "gemma" else []  # of Gemma's that the user defined
     tokens = [*SPECIALS, *spaces, *(f"<0x{byte:02X}>" for byte in range(256)), *joined, *letters]
-    types = [*SPECIALS.values(), *[USER_DEFINED for _ in spaces], *[BYTE] * 256, *[NORMAL for _ in learned]]
+    types = [
+        *SPECIALS.values(),
+        *[USER_DEFINED for _ in spaces],
+        *[BYTE] * 256,
+        *[NORMAL for _ in learned],
+    ]
     first = tokens.index("<0xFF>") + 1
     return {
         "model": "llama",
@@ -199,7 +225,13 @@ def _byte_level(pre: str) -> dict[str, Any]:
     merges = [merge for merge in _merges(tokenizer) if "".join(merge) in learned]
     tokens = [*SPECIALS, *learned, "Ġzebra"]  # the last by no merge
     types = [*SPECIALS.values(), *[NORMAL for _ in learned], NORMAL]
-    return {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": [" ".join(m) for m in merges]}
+    return {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": types,
+        "merges": [" ".join(m) for m in merges],
+    }
 
 
 def _merges(tokenizer: Tokenizer) -> list[list[str]]:
@@ -208,6 +240,9 @@ def _merges(tokenizer: Tokenizer) -> list[list[str]]:
 
 def _train(tokenizer: Tokenizer, **options: Any) -> list[str]:
     """The tokens that a tokenizer learns from a file of this library and from the pieces, in the order of learning."""
-    corpus = [Path(gguf_tokenizer.__file__).read_text(encoding="utf-8"), *("".join(PIECES) for _ in range(20))]
+    corpus = [
+        Path(gguf_tokenizer.__file__).read_text(encoding="utf-8"),
+        *("".join(PIECES) for _ in range(20)),
+    ]
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(show_progress=False, **options))
     return sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)

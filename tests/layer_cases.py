@@ -26,18 +26,32 @@ def reference(layer: dict[str, Array], x: Array, *, x_dropped: Array | None = No
     return y + layer["bias"]
 
 
-def random_layer(rng: np.random.Generator, *, dora: bool, kept: bool, rows: int = 6, columns: int = 5) -> Tree:
-    shapes = {"kernel": (rows, columns), "bias": (columns,), "lora_a": (rows, 3), "lora_b": (3, columns)}
+def random_layer(
+    rng: np.random.Generator, *, dora: bool, kept: bool, rows: int = 6, columns: int = 5
+) -> Tree:
+    shapes = {
+        "kernel": (rows, columns),
+        "bias": (columns,),
+        "lora_a": (rows, 3),
+        "lora_b": (3, columns),
+    }
     if kept:
         shapes |= {"lora_a0": (rows, 3), "lora_b0": (3, columns)}
     if dora:
         shapes |= {"magnitude": (columns,)}
-    layer = {name: rng.normal(size=shape) for name, shape in shapes.items()} | {"lora_scale": np.asarray(0.7)}
+    layer = {name: rng.normal(size=shape) for name, shape in shapes.items()} | {
+        "lora_scale": np.asarray(0.7)
+    }
     return layer | ({"start_scale": np.asarray(0.7)} if kept else {})
 
 
 def dropped_input(drop: Tree, x: Array) -> Array:
     """x̃, read through a layer whose branch is the identity."""
     eye = jnp.eye(x.shape[-1])
-    layer = {"kernel": (0 * eye).astype(x.dtype), "lora_a": eye, "lora_b": eye, "lora_scale": jnp.float32(1)}
+    layer = {
+        "kernel": (0 * eye).astype(x.dtype),
+        "lora_a": eye,
+        "lora_b": eye,
+        "lora_scale": jnp.float32(1),
+    }
     return linear(layer | drop, x, jnp.matmul)

@@ -21,7 +21,7 @@ INITS: dict[str, dict[str, Any]] = {
     "kaiming": {"init": "kaiming"},
     "gaussian": {"init": "gaussian"},
     "pissa": {"init": "pissa"},
-    "pissa_randomised": {"init": "pissa", "svd_iterations": 2},
+    "pissa_randomized": {"init": "pissa", "svd_iterations": 2},
     "pissa_kept": {"init": "pissa", "keep_base": True},
     "olora": {"init": "olora"},
     "milora": {"init": "milora"},
@@ -29,7 +29,10 @@ INITS: dict[str, dict[str, Any]] = {
     "eva": {"init": "eva"},
     "corda": {"init": "corda"},
     "corda_first_kept": {"init": "corda", "corda_mode": "ipm", "keep_base": True},
-    "lora_ga": {"init": "lora_ga", "rank": 2},  # which takes 2 r singular vectors of a matrix with 5
+    "lora_ga": {
+        "init": "lora_ga",
+        "rank": 2,
+    },  # which takes 2 r singular vectors of a matrix with 5
     "lora_one": {"init": "lora_one", "lora_one_gamma": 1.0},
 }
 TABLE: dict[str, dict[str, Any]] = {
@@ -38,16 +41,26 @@ TABLE: dict[str, dict[str, Any]] = {
         INITS.items(), ("standard", "rank_stabilized"), (False, True)
     )
 }
-EVERYWHERE = ("kaiming-standard", "gaussian-standard-dora", "pissa-rank_stabilized", "pissa_kept-rank_stabilized-dora")
+EVERYWHERE = (
+    "kaiming-standard",
+    "gaussian-standard-dora",
+    "pissa-rank_stabilized",
+    "pissa_kept-rank_stabilized-dora",
+)
 MODELS = ("vit_scanned", "convolutions", "einsums", "boxed")
 VARIANTS = ("decoder_untied", "vit_unrolled", "vit_rematted")
 CASES = [
     *(("decoder", method) for method in TABLE),
     *itertools.product(MODELS, EVERYWHERE),
     *((model, EVERYWHERE[-1]) for model in VARIANTS),
-    *itertools.product(("convolutions", "einsums"), ("eva-standard", "corda-standard", "lora_one-standard-dora")),
+    *itertools.product(
+        ("convolutions", "einsums"), ("eva-standard", "corda-standard", "lora_one-standard-dora")
+    ),
 ]
-TARGETS = {"decoder": ("all-linear", "lm_head"), "decoder_untied": ("all-linear", "lm_head", "embed_tokens")}
+TARGETS = {
+    "decoder": ("all-linear", "lm_head"),
+    "decoder_untied": ("all-linear", "lm_head", "embed_tokens"),
+}
 KEY = jax.random.key(7)
 Adapted = Callable[..., Tree]
 
@@ -59,7 +72,9 @@ def random_statistics(case: Any, config: AdapterConfig) -> dict[str, np.ndarray]
     for path, needed in needed_statistics(config, layout=case.layout, shapes=shapes).items():
         names = enumerate(logical_paths(path, case.layout[path], shapes[path]))
         seeds = [zlib.crc32(name.encode()) + (i if name == path else 0) for i, name in names]
-        drawn = np.stack([np.random.default_rng(seed).normal(size=needed.shape[-2:]) for seed in seeds])
+        drawn = np.stack(
+            [np.random.default_rng(seed).normal(size=needed.shape[-2:]) for seed in seeds]
+        )
         g = drawn.reshape(needed.shape).astype(np.float32)
         found[path] = g if config.init.startswith("lora") else g @ g.swapaxes(-1, -2)
     return found

@@ -1,4 +1,4 @@
-"""A small checkpoint's config and what compares models, for the tests of bitsandbytes' NF4 and of quantised runs."""
+"""A small checkpoint's config and what compares models, for the tests of bitsandbytes' NF4 and of quantized runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formats of quantised bases, for the tests of the formats and of the methods on top of them."""
+"""The formats of quantized bases, for the tests of the formats and of the methods on top of them."""
 
 from __future__ import annotations
 

@@ -8,13 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lorax_ft as lft
-from lorax_ft.training.log import LOG, PLOT, read_log
+from lorax_ft.run.log import LOG, PLOT, read_log
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--eval.rows", "8", "--eval.exact_match_rows", "2", "--eval.samples", "1", "--eval.max_new_tokens", "4"]
+SHORT = [
+    "--eval.rows",
+    "8",
+    "--eval.exact_match_rows",
+    "2",
+    "--eval.samples",
+    "1",
+    "--eval.max_new_tokens",
+    "4",
+]
 SHORT += ["--train.batch_size", "8", "--mesh.fsdp", "2", "--mesh.tensor", "1"]
 
-CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in ("smollm2_gsm8k", "own")]
+CONFIGS = [
+    path.stem
+    for path in sorted((ROOT / "configs").glob("*.py"))
+    if path.stem not in ("smollm2_gsm8k", "own")
+]
 
 Main = Callable[..., int]
 
@@ -39,7 +52,11 @@ def resumed(main: Main, name: str, folder: Path) -> dict[int, float]:
     expected = trained(main, name, folder, "--train.save_every", 2)
     whole, crashed = folder / "whole", folder / "crashed"
     shutil.copytree(whole, crashed)
-    saved = ("model", "model.safetensors") if name == "full" else ("adapter", "adapter_model.safetensors")
+    saved = (
+        ("model", "model.safetensors")
+        if name == "full"
+        else ("adapter", "adapter_model.safetensors")
+    )
     shutil.rmtree(crashed / "checkpoints/3")
     shutil.rmtree(crashed / saved[0])
     (crashed / saved[0]).mkdir()
@@ -47,7 +64,16 @@ def resumed(main: Main, name: str, folder: Path) -> dict[int, float]:
     lines = (crashed / LOG).read_text().splitlines(keepends=True)
     (crashed / LOG).write_text("".join(lines[:3]) + '{"step": 3, "lo')
     (crashed / PLOT).unlink()
-    steps = [*config(name), *SHORT, "--optim.schedule", "constant", "--train.steps", 3, "--train.save_every", 2]
+    steps = [
+        *config(name),
+        *SHORT,
+        "--optim.schedule",
+        "constant",
+        "--train.steps",
+        3,
+        "--train.save_every",
+        2,
+    ]
     assert main(*steps, "--train.output", crashed, "--train.resume") == 0
     assert losses(crashed) == expected
     assert [json.loads(line)["step"] for line in (crashed / LOG).open()] == [0, 1, 2, 3, 3]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_cases import HF_CONFIG, assert_trees_equal, logits, randomised, saved_model
+from checkpoint_cases import HF_CONFIG, assert_trees_equal, logits, randomized, saved_model
 from safetensors.numpy import load_file, save_file
 
 from lorax_ft.config import AdapterConfig
@@ -26,7 +26,9 @@ ADAPTERS = {
     "dora": AdapterConfig(rank=2, dora=True),
     "layers": AdapterConfig(rank=2, layers=(0, 2), targets=("q_proj", "down_proj")),
     "dora_layers": AdapterConfig(rank=2, layers=(1,), targets=("q_proj",), dora=True),
-    "patterns": AdapterConfig(rank=4, rank_pattern=("layers/1/.*up_proj=2", "q_proj=3"), alpha_pattern=("k_proj=5",)),
+    "patterns": AdapterConfig(
+        rank=4, rank_pattern=("layers/1/.*up_proj=2", "q_proj=3"), alpha_pattern=("k_proj=5",)
+    ),
     "embeddings": AdapterConfig(rank=2, targets=("all-linear", "embed_tokens", "lm_head")),
 }
 
@@ -35,7 +37,9 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_come_back_bitwise(tmp_path: Path, name: str, tied: bool) -> None:
     model = saved_model(tmp_path / "model", tied=tied)
-    params = randomised(add_adapters(model.params, ADAPTERS[name], layout=model.layout, key=jax.random.key(0)))
+    params = randomized(
+        add_adapters(model.params, ADAPTERS[name], layout=model.layout, key=jax.random.key(0))
+    )
     save_peft(tmp_path / "adapter", params, model)
     again = load_peft(tmp_path / "adapter", model)
     assert_trees_equal(again, params)
@@ -44,10 +48,16 @@ def test_adapters_come_back_bitwise(tmp_path: Path, name: str, tied: bool) -> No
 
 @pytest.mark.parametrize("keep_base", [True, False])
 @pytest.mark.parametrize("dora", [True, False])
-def test_a_start_becomes_twice_the_rank_on_the_original_base(tmp_path: Path, dora: bool, keep_base: bool) -> None:
+def test_a_start_becomes_twice_the_rank_on_the_original_base(
+    tmp_path: Path, dora: bool, keep_base: bool
+) -> None:
     model = saved_model(tmp_path / "model")
-    config = AdapterConfig(rank=3, alpha=6, init="pissa", dora=dora, keep_base=keep_base, rank_pattern=("q_proj=2",))
-    params = randomised(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)))
+    config = AdapterConfig(
+        rank=3, alpha=6, init="pissa", dora=dora, keep_base=keep_base, rank_pattern=("q_proj=2",)
+    )
+    params = randomized(
+        add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    )
     save_peft(tmp_path / "adapter", params, model)
     written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["rank_pattern"]) == (6, 12, {"q_proj": 4})
@@ -63,21 +73,35 @@ def test_a_start_becomes_twice_the_rank_on_the_original_base(tmp_path: Path, dor
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_stacked_experts_are_taken_apart(tmp_path: Path, kind: str) -> None:
     """As PEFT writes `target_parameters`: A `[E·R, in]`, B `[out, R·E]`; gate_up innermost, gate and up with one A."""
-    sizes = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    sizes = {
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "num_experts_per_tok": 2,
+    }
     hf_config = HF_CONFIG | sizes | {"model_type": kind}
     config = decoder_config(hf_config, source="these tests")
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(config))
     rng = np.random.default_rng(0)
     factors = {}
     for i in range(3):
-        for name, inside, rank, (rows, columns) in (("gate_up", ".base_layer", 2, (16, 48)), ("down", "", 3, (24, 16))):
-            a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((4, rank, rows), (4, columns, rank)))
+        for name, inside, rank, (rows, columns) in (
+            ("gate_up", ".base_layer", 2, (16, 48)),
+            ("down", "", 3, (24, 16)),
+        ):
+            a, b = (
+                rng.normal(size=shape).astype(np.float32)
+                for shape in ((4, rank, rows), (4, columns, rank))
+            )
             factors[name, i] = a, b
             key = f"base_model.model.model.layers.{i}.mlp.experts{inside}"
             factors[f"{key}.lora_A.weight"] = a.reshape(-1, rows)
-            factors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b.transpose(1, 2, 0).reshape(columns, -1))
+            factors[f"{key}.lora_B.weight"] = np.ascontiguousarray(
+                b.transpose(1, 2, 0).reshape(columns, -1)
+            )
     save_file(
-        {key: value for key, value in factors.items() if isinstance(key, str)}, tmp_path / "adapter_model.safetensors"
+        {key: value for key, value in factors.items() if isinstance(key, str)},
+        tmp_path / "adapter_model.safetensors",
     )
     said = {
         "peft_type": "LORA",
@@ -85,8 +109,12 @@ def test_stacked_experts_are_taken_apart(tmp_path: Path, kind: str) -> None:
         "lora_alpha": 6,
         "target_parameters": [f"experts.{n}_proj" for n in ("gate_up", "down")],
     }
-    (tmp_path / "adapter_config.json").write_text(json.dumps(said | {"rank_pattern": {"experts.down_proj": 3}}))
-    experts = load_peft(tmp_path, Model(config=config, params=params, hf_config=hf_config))["layers"]["mlp"]["experts"]
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(said | {"rank_pattern": {"experts.down_proj": 3}})
+    )
+    experts = load_peft(tmp_path, Model(config=config, params=params, hf_config=hf_config))[
+        "layers"
+    ]["mlp"]["experts"]
     for i in range(3):
         for name, part in (("gate", slice(24)), ("up", slice(24, None)), ("down", slice(None))):
             a, b = factors["down" if name == "down" else "gate_up", i]
@@ -114,7 +142,15 @@ def test_adapter_config(tmp_path: Path) -> None:
         "peft_type": "LORA",
         "r": 4,
         "rank_pattern": {"model.layers.1.mlp.up_proj": 2, "q_proj": 3},
-        "target_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        "target_modules": [
+            "down_proj",
+            "gate_proj",
+            "k_proj",
+            "o_proj",
+            "q_proj",
+            "up_proj",
+            "v_proj",
+        ],
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -128,7 +164,10 @@ def test_adapter_names_of_some_layers(tmp_path: Path) -> None:
     save_peft(tmp_path / "adapter", params, model)
     written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert written["target_modules"] == ["lm_head", "model.layers.1.self_attn.q_proj"]
-    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "adapter/adapter_model.safetensors").items()}
+    shapes = {
+        name: tensor.shape
+        for name, tensor in load_file(tmp_path / "adapter/adapter_model.safetensors").items()
+    }
     assert shapes == {
         "base_model.model.lm_head.lora_A.weight": (2, 16),
         "base_model.model.lm_head.lora_B.weight": (40, 2),
@@ -140,12 +179,17 @@ def test_adapter_names_of_some_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    "changed", ["embed_tokens/embedding", "lm_head/kernel", "norm/scale", "layers/mlp/up_proj/kernel"]
+    "changed",
+    ["embed_tokens/embedding", "lm_head/kernel", "norm/scale", "layers/mlp/up_proj/kernel"],
 )
-def test_modules_trained_whole_come_back(tmp_path: Path, changed: str, tied: bool, told: bool) -> None:
+def test_modules_trained_whole_come_back(
+    tmp_path: Path, changed: str, tied: bool, told: bool
+) -> None:
     model = saved_model(tmp_path / "model", tied=tied)
     config = AdapterConfig(rank=2, targets=("q_proj",))
-    params = randomised(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)))
+    params = randomized(
+        add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    )
     flat = flatten(params)
     old = flat.get(changed, flat["embed_tokens/embedding"].T)
     params = unflatten(flat | {changed: old + 0.5 if old.ndim < 3 else old.at[1].add(0.5)})
@@ -160,7 +204,9 @@ def test_modules_trained_whole_come_back(tmp_path: Path, changed: str, tied: boo
         "embed_tokens": ["lm_head", "model.embed_tokens"] if tied else ["model.embed_tokens"],
         "lm_head": ["lm_head"],
         "norm": ["model.norm"],
-        "layers/mlp/up_proj": [f"model.layers.{i}.mlp.up_proj" for i in (range(3) if told else [1])],
+        "layers/mlp/up_proj": [
+            f"model.layers.{i}.mlp.up_proj" for i in (range(3) if told else [1])
+        ],
     }
     assert names == expected[module]
 
@@ -170,11 +216,16 @@ def test_biased_modules_trained_whole_come_back(tmp_path: Path) -> None:
     config = decoder_config(hf_config, source="these tests")
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(rng.normal(1, 0.3, leaf.shape), jnp.float32)  # noqa: E731
-    model = Model(config=config, params=jax.tree.map(draw, abstract_params(config)), hf_config=hf_config)
+    model = Model(
+        config=config, params=jax.tree.map(draw, abstract_params(config)), hf_config=hf_config
+    )
     adapters = AdapterConfig(rank=2, targets=("up_proj",), train_whole=("q_proj",))
     params = add_adapters(model.params, adapters, layout=model.layout, key=jax.random.key(0))
     q = params["layers"]["self_attn"]["q_proj"]
-    whole = {"self_attn": params["layers"]["self_attn"] | {"q_proj": jax.tree.map(lambda leaf: leaf + 1, q)}}
+    whole = {
+        "self_attn": params["layers"]["self_attn"]
+        | {"q_proj": jax.tree.map(lambda leaf: leaf + 1, q)}
+    }
     params = params | {"layers": params["layers"] | whole}
     save_peft(tmp_path / "adapter", params, model, config=adapters)
     assert_trees_equal(load_peft(tmp_path / "adapter", model), params)

@@ -23,16 +23,30 @@ pytestmark = pytest.mark.usefixtures("strict")
         ),
         ({"targets": ("zzz",)}, r"adapter\.targets: 'zzz' matches no module; there are .*lm_head"),
         ({"exclude": ("upproj",)}, r"adapter\.exclude: 'upproj' matches no module.*'up_proj'"),
-        ({"rank_pattern": ("q_prj=4",)}, r"adapter\.rank_pattern: 'q_prj' matches no module.*'q_proj'"),
-        ({"rank_pattern": ("all-linear=4",)}, r"adapter\.rank_pattern: 'all-linear' matches no module"),
-        ({"alpha_pattern": ("layers/7/.*=4",)}, r"adapter\.alpha_pattern: 'layers/7/\.\*' matches no module"),
+        (
+            {"rank_pattern": ("q_prj=4",)},
+            r"adapter\.rank_pattern: 'q_prj' matches no module.*'q_proj'",
+        ),
+        (
+            {"rank_pattern": ("all-linear=4",)},
+            r"adapter\.rank_pattern: 'all-linear' matches no module",
+        ),
+        (
+            {"alpha_pattern": ("layers/7/.*=4",)},
+            r"adapter\.alpha_pattern: 'layers/7/\.\*' matches no module",
+        ),
         ({"layers": (0, 3)}, r"adapter\.layers: there is no layer 3; the model has layers 0 to 2"),
         ({"targets": ("q_proj",), "exclude": ("self_attn/.*", "q_proj")}, "adapter.exclude"),
-        ({"rank": 17, "targets": ("k_proj",)}, r"layers/self_attn/k_proj: rank 17 is above .* 32 × 16"),
+        (
+            {"rank": 17, "targets": ("k_proj",)},
+            r"layers/self_attn/k_proj: rank 17 is above .* 32 × 16",
+        ),
         ({"rank_pattern": ("layers/1/.*k_proj=17",)}, r"layers/self_attn/k_proj: rank 17 is above"),
     ],
 )
-def test_a_mistake_is_one_clear_line(adapted: Adapted, fields: dict[str, Any], message: str) -> None:
+def test_a_mistake_is_one_clear_line(
+    adapted: Adapted, fields: dict[str, Any], message: str
+) -> None:
     if fields.get("exclude") == ("self_attn/.*", "q_proj"):
         fields = fields | {"exclude": ("q_proj",)}
     with pytest.raises(ValueError, match=message) as error:

@@ -16,10 +16,16 @@ from lorax_ft.models.model import Model
 
 def test_default_stop_ids(speaker: Model, model: Model) -> None:
     assert default_stop_ids(speaker) == (0, 2)
-    assert default_stop_ids(dataclasses.replace(speaker, hf_config={"eos_token_id": [5, 2]})) == (0, 2, 5)
+    assert default_stop_ids(dataclasses.replace(speaker, hf_config={"eos_token_id": [5, 2]})) == (
+        0,
+        2,
+        5,
+    )
     assert default_stop_ids(dataclasses.replace(model, hf_config={"eos_token_id": 7})) == (7,)
     assert default_stop_ids(model) == ()
-    configured = dataclasses.replace(model, hf_config={"eos_token_id": 7}, generation_config={"eos_token_id": [7, 9]})
+    configured = dataclasses.replace(
+        model, hf_config={"eos_token_id": 7}, generation_config={"eos_token_id": [7, 9]}
+    )
     assert default_stop_ids(configured) == (7, 9)
 
 
@@ -31,14 +37,23 @@ def test_answers_in_batches(speaker: Model, model: Model) -> None:
     assert all(text == text.strip() and "<|" not in text for text in alone)
     assert len(set(alone)) > 1
     stop = f" {alone[0].split()[2]}"
-    stopped = answer(speaker, speaker.params, conversations[:1], max_new_tokens=8, stop_strings=[stop])
+    stopped = answer(
+        speaker, speaker.params, conversations[:1], max_new_tokens=8, stop_strings=[stop]
+    )
     assert stopped == [alone[0][: alone[0].index(stop)]]
     with pytest.raises(ValueError, match="a stop string is empty"):
         answer(speaker, speaker.params, conversations[:1], max_new_tokens=8, stop_strings=[""])
     long, short = asked(*["w1"] * 60), asked("w1")
-    with pytest.raises(ValueError, match=r"^a.txt, line 7: 63 tokens and max_new_tokens 8 are more than the 64"):
+    with pytest.raises(
+        ValueError, match=r"^a.txt, line 7: 63 tokens and max_new_tokens 8 are more than the 64"
+    ):
         answer(
-            speaker, speaker.params, [short, long], max_new_tokens=8, batch_size=1, where=["line 2", "a.txt, line 7"]
+            speaker,
+            speaker.params,
+            [short, long],
+            max_new_tokens=8,
+            batch_size=1,
+            where=["line 2", "a.txt, line 7"],
         )
     with pytest.raises(ValueError, match="no tokenizer"):
         answer(model, speaker.params, conversations, max_new_tokens=8)
@@ -68,13 +83,23 @@ class Letters:
     ],
 )
 def test_what_was_shown_is_never_taken_back(
-    speaker: Model, monkeypatch: pytest.MonkeyPatch, said: str, stops: list[str], expected: str, chunk: int
+    speaker: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    stops: list[str],
+    expected: str,
+    chunk: int,
 ) -> None:
     tokens = list(said.encode())
     rows = [[tokens[:n]] for n in [*range(chunk, len(tokens), chunk), len(tokens)]]
     monkeypatch.setattr("lorax_ft.inference.texts.stream", lambda *args, **options: iter(rows))
     model = dataclasses.replace(speaker, tokenizer=Letters())
-    texts = [t for (t,) in stream_texts(model, {}, [[1]], max_new_tokens=99, chunk=chunk, stop_strings=stops)]
+    texts = [
+        t
+        for (t,) in stream_texts(
+            model, {}, [[1]], max_new_tokens=99, chunk=chunk, stop_strings=stops
+        )
+    ]
     assert all(new.startswith(old) for old, new in itertools.pairwise(texts))
     assert texts[-1] == expected
     if chunk == 1 and not stops:
@@ -89,18 +114,24 @@ def test_evaluate_answers(speaker: Model) -> None:
         [*question, {"role": "assistant", "content": text}, *asked("more")]
         for question, text in zip(questions, references, strict=True)
     ]
-    result = evaluate_answers(speaker, speaker.params, conversations, max_new_tokens=6, batch_size=2)
+    result = evaluate_answers(
+        speaker, speaker.params, conversations, max_new_tokens=6, batch_size=2
+    )
     assert (result.prompts, result.answers, result.references) == (questions, said, references)
     assert result.match.correct == (True, False, True)
     first = evaluate_answers(speaker, speaker.params, conversations, max_new_tokens=6, compared=2)
     assert first.answers == said
     assert (first.match.count, first.match.total, first.match.fraction) == (1, 2, 0.5)
-    nothing = evaluate_answers(speaker, speaker.params, conversations, max_new_tokens=6, compared=0, pattern="no (.*)")
+    nothing = evaluate_answers(
+        speaker, speaker.params, conversations, max_new_tokens=6, compared=0, pattern="no (.*)"
+    )
     assert nothing.match is None
     with pytest.raises(ValueError, match="conversation 1 has no assistant turn"):
         evaluate_answers(speaker, speaker.params, questions, max_new_tokens=6)
     with pytest.raises(ValueError, match=r"does not match reference 1: 'w"):
-        evaluate_answers(speaker, speaker.params, conversations, max_new_tokens=6, pattern="#### (.*)")
+        evaluate_answers(
+            speaker, speaker.params, conversations, max_new_tokens=6, pattern="#### (.*)"
+        )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +146,12 @@ def test_evaluate_answers(speaker: Model) -> None:
         ("1008", "#### 1008", r"#### (-?[\d,.]+)", False),
         ("#### 18", "#### 118", r"#### (-?[\d,.]+)", False),
         ("answer:  yes, sir ", "answer: yes, sir", "answer:(.*)", True),
-        ("answer: yes sir", "answer: yes, sir", "answer:(.*)", False),  # a comma in a text is no number's
+        (
+            "answer: yes sir",
+            "answer: yes, sir",
+            "answer:(.*)",
+            False,
+        ),  # a comma in a text is no number's
         ("b", "a", "(a)|b", False),
     ],
 )
@@ -133,6 +169,8 @@ def test_exact_match(said: str, wanted: str, pattern: str | None, same: bool) ->
         (["a"], ["a"], "(a", "is not a regular expression"),
     ],
 )
-def test_exact_match_refuses(answers: list[str], references: list[str], pattern: str | None, words: str) -> None:
+def test_exact_match_refuses(
+    answers: list[str], references: list[str], pattern: str | None, words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         exact_match(answers, references, pattern=pattern)

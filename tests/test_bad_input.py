@@ -45,10 +45,17 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--quant.rounds", "3"], "quant.rounds is 3, but nothing goes in rounds"),
         (["--quant.format", "int8", "--adapter.init", "pissa"], "there is no file for one in int8"),
         (
-            ["--quant.format", "nf4", "--adapter.train_whole", "o_proj", "--adapter.exclude", "o_proj"],
-            "is quantised, so",
+            [
+                "--quant.format",
+                "nf4",
+                "--adapter.train_whole",
+                "o_proj",
+                "--adapter.exclude",
+                "o_proj",
+            ],
+            "is quantized, so",
         ),
-        (["--adapter.init", "loftq"], "a kernel is not quantised"),
+        (["--adapter.init", "loftq"], "a kernel is not quantized"),
         (["--model.attention", "cudnn"], "which needs a GPU"),
         (["--train.steps", "99999999999999"], "below 2^31"),
         (["--train.output", "model", "--train.overwrite"], "model is not empty and holds no run"),
@@ -59,12 +66,20 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
             ["--train.output", "old", "--train.overwrite", "--eval.answer_pattern", "= (x)"],
             "does not match reference 1",
         ),
-        (["--train.output", "old", "--train.overwrite", "--train.report_to", "wandb"], "wandb, which is not installed"),
+        (
+            ["--train.output", "old", "--train.overwrite", "--train.report_to", "wandb"],
+            "wandb, which is not installed",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_gets_one_line_and_loses_nothing(
-    argv: list[str], said: str, main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    argv: list[str],
+    said: str,
+    main: Main,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a", \n')
@@ -74,7 +89,9 @@ def test_bad_input_gets_one_line_and_loses_nothing(
     Path("model/config.json").write_text(json.dumps({"model_type": "llama"}))
     Path("mute.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     Path("bert").mkdir()
-    Path("bert/config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    Path("bert/config.json").write_text(
+        json.dumps({"model_type": "bert", "architectures": ["BertModel"]})
+    )
     for name, file in (("notes", "my.txt"), ("old", "config.json")):
         Path(name).mkdir()
         (Path(name) / file).write_text(lft.Config().to_json())
@@ -96,7 +113,9 @@ def test_resuming_another_run_is_refused(main: Main, tmp_path: Path, capsys: Any
     assert "adapter.dora is True, but the run to resume had False" in capsys.readouterr().err
 
 
-def test_too_little_data_to_calibrate_on_costs_one_line(main: Main, tmp_path: Path, capsys: Any) -> None:
+def test_too_little_data_to_calibrate_on_costs_one_line(
+    main: Main, tmp_path: Path, capsys: Any
+) -> None:
     small = ["--data.limit", 40, "--train.steps", 1, "--train.output", tmp_path / "run"]
     assert main(*config("eva"), *SHORT, *small) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -16,10 +16,9 @@ from lorax_ft import AdapterConfig, add_adapters, calibrate
 from lorax_ft.config import MeshConfig
 from lorax_ft.lowrank.eva import redistributed
 from lorax_ft.lowrank.intercept import adapt
-from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.quant.kernels import quantize
-from lorax_ft.training.sharding import make_mesh, param_shardings, place_batch
+from lorax_ft.sharding import DECODER_RULES, make_mesh, param_shardings, place_batch
 from lorax_ft.training.step import batch_loss
 from lorax_ft.tree import flatten, modules, unflatten
 
@@ -36,7 +35,9 @@ def inputs_of(model: Model, batch: dict[str, np.ndarray]) -> dict[str, Array]:
     def record(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
             path = "/".join(("layers", *context.module.path[-2:]))
-            jax.debug.callback(lambda x: seen.setdefault(path, []).append(np.float64(x)), args[0], ordered=True)
+            jax.debug.callback(
+                lambda x: seen.setdefault(path, []).append(np.float64(x)), args[0], ordered=True
+            )
         return next_fun(*args, **kwargs)
 
     def run(params: Any, tokens: Array) -> Array:
@@ -46,12 +47,17 @@ def inputs_of(model: Model, batch: dict[str, np.ndarray]) -> dict[str, Array]:
     features = run(model.params, jnp.asarray(batch["tokens"]))
     jax.effects_barrier()
     stacked = {path: np.stack(xs) for path, xs in seen.items()} | {"lm_head": np.float64(features)}
-    return {path: x.reshape(*x.shape[:-3], -1, x.shape[-1])[..., inside, :] for path, x in stacked.items()}
+    return {
+        path: x.reshape(*x.shape[:-3], -1, x.shape[-1])[..., inside, :]
+        for path, x in stacked.items()
+    }
 
 
 @pytest.mark.parametrize("init", ["eva", "corda"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_inputs_are_measured_inside_the_scan(decoder: Any, padded_batches: Any, init: str, tied: bool) -> None:
+def test_inputs_are_measured_inside_the_scan(
+    decoder: Any, padded_batches: Any, init: str, tied: bool
+) -> None:
     model, batches = decoder(tied=tied), padded_batches()
     found = calibrate(model, AdapterConfig(rank=2, targets=TARGETS, init=init), batches)
     parts = [inputs_of(model, batch) for batch in batches]
@@ -68,9 +74,11 @@ def test_gradients_are_those_of_the_mean_loss(decoder: Any, padded_batches: Any)
     found = calibrate(model, AdapterConfig(rank=2, targets=TARGETS, init="lora_ga"), batches)
 
     def mean_loss(params: Any) -> Array:
-        labelled = sum(float(batch["weights"].sum()) for batch in batches)
-        losses = [batch_loss(model, params, jax.tree.map(jnp.asarray, b), packed=False) for b in batches]
-        return sum(losses, jnp.zeros(())) / jnp.float32(labelled)
+        labeled = sum(float(batch["weights"].sum()) for batch in batches)
+        losses = [
+            batch_loss(model, params, jax.tree.map(jnp.asarray, b), packed=False) for b in batches
+        ]
+        return sum(losses, jnp.zeros(())) / jnp.float32(labeled)
 
     want = flatten(jax.grad(mean_loss)(model.params))
     for path, got in found.items():
@@ -83,28 +91,38 @@ def test_measuring_on_a_mesh_gives_the_same(decoder: Any, padded_batches: Any, i
     config = AdapterConfig(rank=2, targets=TARGETS, init=init)
     want = calibrate(model, config, batches)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    placed = jax.tree.map(jax.device_put, model.params, param_shardings(model.params, SHARDING_RULES, mesh=mesh))
+    placed = jax.tree.map(
+        jax.device_put, model.params, param_shardings(model.params, DECODER_RULES, mesh=mesh)
+    )
     with jax.set_mesh(mesh):
         sharded = dataclasses.replace(model, params=placed)
         got = calibrate(sharded, config, [place_batch(batch, mesh) for batch in batches])
     for path, leaf in got.items():
-        np.testing.assert_allclose(leaf, want[path], atol=1e-5 * np.abs(want[path]).max(), err_msg=path)
+        np.testing.assert_allclose(
+            leaf, want[path], atol=1e-5 * np.abs(want[path]).max(), err_msg=path
+        )
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
-def test_a_quantised_model_is_measured_as_it_is(decoder: Any, padded_batches: Any, init: str) -> None:
-    """The same as of the model whose kernels are what the quantised ones stand for."""
+def test_a_quantized_model_is_measured_as_it_is(
+    decoder: Any, padded_batches: Any, init: str
+) -> None:
+    """The same as of the model whose kernels are what the quantized ones stand for."""
     model, config = decoder(), AdapterConfig(rank=2, targets=TARGETS, init=init)
     flat = flatten(model.params)
     names = [path for path in flat if "_proj/kernel" in path]
     leaves = {path: quantize(flat[path], format="nf4", n_stack=1, n_in=1) for path in names}
     rounded = {path: leaf.dequantized(jnp.float32) for path, leaf in leaves.items()}
     got, want = (
-        calibrate(dataclasses.replace(model, params=unflatten(flat | kernels)), config, padded_batches())
+        calibrate(
+            dataclasses.replace(model, params=unflatten(flat | kernels)), config, padded_batches()
+        )
         for kernels in (leaves, rounded)
     )
     for path, leaf in got.items():
-        np.testing.assert_allclose(leaf, want[path], atol=1e-5 * np.abs(want[path]).max(), err_msg=path)
+        np.testing.assert_allclose(
+            leaf, want[path], atol=1e-5 * np.abs(want[path]).max(), err_msg=path
+        )
 
 
 def test_modules_in_several_groups_are_measured_alike(
@@ -125,7 +143,10 @@ def test_modules_in_several_groups_are_measured_alike(
 
 
 def test_ranks_go_to_what_explains_most() -> None:
-    explained = {"a": np.array([[0.9, 0.05, 0.01, 0.01], [0.5, 0.3, 0.2, 0.1]]), "b": np.array([[0.02, 0.01, 0, 0]])}
+    explained = {
+        "a": np.array([[0.9, 0.05, 0.01, 0.01], [0.5, 0.3, 0.2, 0.1]]),
+        "b": np.array([[0.02, 0.01, 0, 0]]),
+    }
     two = {"a": np.array([2, 2]), "b": np.array([2])}
     got = redistributed(two, explained, rho=2.0)
     assert {path: ranks.tolist() for path, ranks in got.items()} == {"a": [1, 4], "b": [1]}
@@ -157,12 +178,17 @@ def test_alpha_follows_the_ranks(decoder: Any, padded_batches: Any, scaling: str
 # -------------------- errors
 
 
-def test_a_start_from_data_without_data_says_what_to_call(decoder: Any, padded_batches: Any) -> None:
+def test_a_start_from_data_without_data_says_what_to_call(
+    decoder: Any, padded_batches: Any
+) -> None:
     model = decoder()
     config = AdapterConfig(rank=2, init="eva", targets=("q_proj",))
     for given, message in (
         ({}, r"no statistic of layers/self_attn/q_proj; measure it with lorax_ft.calibrate"),
-        ({"layers/self_attn/q_proj": np.ones((3, 5, 5))}, r"is \(3, 5, 5\); it must be \(3, 32, 32\)"),
+        (
+            {"layers/self_attn/q_proj": np.ones((3, 5, 5))},
+            r"is \(3, 5, 5\); it must be \(3, 32, 32\)",
+        ),
         ({"layers/self_attn/q_proj": np.zeros((3, 32, 32))}, r"0 or not finite in matrix 0"),
     ):
         with pytest.raises(ValueError, match=message) as error:
@@ -178,8 +204,12 @@ def test_a_start_from_data_without_data_says_what_to_call(decoder: Any, padded_b
 
 def test_lora_ga_of_too_large_a_rank_raises(decoder: Any, padded_batches: Any) -> None:
     model = decoder()
-    with pytest.raises(ValueError, match=r"k_proj: LoRA-GA of rank 9 takes 18 singular vectors.*32 × 16"):
-        calibrate(model, AdapterConfig(rank=9, init="lora_ga", targets=("k_proj",)), padded_batches())
+    with pytest.raises(
+        ValueError, match=r"k_proj: LoRA-GA of rank 9 takes 18 singular vectors.*32 × 16"
+    ):
+        calibrate(
+            model, AdapterConfig(rank=9, init="lora_ga", targets=("k_proj",)), padded_batches()
+        )
 
 
 def test_embeddings_start_at_random_and_need_no_data(decoder: Any) -> None:

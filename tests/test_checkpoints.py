@@ -24,7 +24,7 @@ from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.lowrank.merge import merge_adapters
 from lorax_ft.models.model import Model
-from lorax_ft.training.sharding import make_mesh
+from lorax_ft.sharding import make_mesh
 from lorax_ft.tree import combine, flatten
 
 
@@ -45,7 +45,9 @@ def test_checkpoint_names_and_orientation(tmp_path: Path) -> None:
     assert len(tensors) == 2 + 3 * 9
     up = model.params["layers"]["mlp"]["up_proj"]["kernel"]
     np.testing.assert_array_equal(tensors["model.layers.2.mlp.up_proj.weight"], up[2].T)
-    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], model.params["embed_tokens"]["embedding"])
+    np.testing.assert_array_equal(
+        tensors["model.embed_tokens.weight"], model.params["embed_tokens"]["embedding"]
+    )
 
 
 def test_bfloat16_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -53,7 +55,9 @@ def test_bfloat16_is_saved_and_loaded(tmp_path: Path) -> None:
     save_model(tmp_path / "model", model.params, model, dtype="bfloat16")
     assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
     again = load_model(tmp_path / "model", dtype="bfloat16")
-    assert_trees_equal(again.params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
+    assert_trees_equal(
+        again.params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+    )
 
 
 LOADING = """
@@ -89,19 +93,30 @@ print(peak - before, sum(leaf.nbytes for leaf in leaves), max(leaf.nbytes for le
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("format", ["none", "nf4", "int8"])
 def test_loading_holds_the_model_and_a_tensor(tmp_path: Path, format: str) -> None:
-    """On the host at most the placed model and its largest leaf; of a quantised one never the model that it was."""
-    table = {"vocab_size": 40_000, "hidden_size": 256, "intermediate_size": 1024} if format == "none" else {}
+    """On the host at most the placed model and its largest leaf; of a quantized one never the model that it was."""
+    table = (
+        {"vocab_size": 40_000, "hidden_size": 256, "intermediate_size": 1024}
+        if format == "none"
+        else {}
+    )
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "tie_word_embeddings": True} | table
     hf_config = HF_CONFIG | sizes | {"num_hidden_layers": 16}
     config = decoder_config(hf_config, source="these tests")
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_params(config))
-    save_model(tmp_path / "model", params, Model(config=config, params=params, hf_config=hf_config), shard_bytes=10**7)
+    save_model(
+        tmp_path / "model",
+        params,
+        Model(config=config, params=params, hf_config=hf_config),
+        shard_bytes=10**7,
+    )
     command = [sys.executable, "-c", LOADING, str(tmp_path / "model"), format]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     held, model, largest = map(int, done.stdout.split())
     whole = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     assert whole > 90e6
-    assert model == whole if format == "none" else model < {"nf4": 0.15, "int8": 0.28}[format] * whole
+    assert (
+        model == whole if format == "none" else model < {"nf4": 0.15, "int8": 0.28}[format] * whole
+    )
     # A stack is put together from its matrices, of which some are in work at a time.
     assert held < model + largest + (0 if format == "none" else largest + 4 * 512 * 2048 * 4)
 
@@ -133,7 +148,10 @@ def test_an_untied_head_unties_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float16"}, "model.dtype is 'float16'; it must be one of float32, bfloat16; did you mean"),
+        (
+            {"dtype": "float16"},
+            "model.dtype is 'float16'; it must be one of float32, bfloat16; did you mean",
+        ),
         ({"remat": "some"}, "model.remat is 'some'"),
         ({"quant": "nf4"}, "quant is 'nf4'; give a QuantConfig"),
     ],
@@ -154,7 +172,8 @@ def test_redundant_tensors_are_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling", [{"rope_theta": 7.0, "rope_parameters": None}, {"rope_parameters": {"rope_theta": 7.0}}]
+    "spelling",
+    [{"rope_theta": 7.0, "rope_parameters": None}, {"rope_parameters": {"rope_theta": 7.0}}],
 )
 def test_rope_theta_stands_in_two_places(tmp_path: Path, spelling: dict) -> None:
     saved_model(tmp_path / "model")

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from method_cases import distance
 
-from lorax_ft import AdapterConfig, add_adapters, combine, linear, merge_adapters, merged_kernel, partition
+from lorax_ft import (
+    AdapterConfig,
+    add_adapters,
+    combine,
+    linear,
+    merge_adapters,
+    merged_kernel,
+    partition,
+)
 from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.lowrank.linear import column_norm
 from lorax_ft.models.decoder import Decoder
@@ -37,7 +45,9 @@ def test_claim_1_a_fresh_adapter_is_the_base(zoo: Any) -> None:
 
 @pytest.mark.parametrize("alpha", [1.0, 4.0, 64.0])
 @pytest.mark.parametrize("iterations", [None, 4])
-def test_claim_2_pissas_residual_and_factors_make_up_the_base(zoo: Any, alpha: float, iterations: int | None) -> None:
+def test_claim_2_pissas_residual_and_factors_make_up_the_base(
+    zoo: Any, alpha: float, iterations: int | None
+) -> None:
     """W' + s A B = W for any alpha, to 5e-7 in float32 (2404.02948)."""
     case = zoo("decoder")
     config = AdapterConfig(rank=4, alpha=alpha, init="pissa", svd_iterations=iterations)
@@ -46,7 +56,11 @@ def test_claim_2_pissas_residual_and_factors_make_up_the_base(zoo: Any, alpha: f
     for path, layer in modules(params).items():
         if "lora_a" in layer:
             s, a, b = (np.float64(layer[name]) for name in ("lora_scale", "lora_a", "lora_b"))
-            error = np.float64(layer["kernel"]) + s[:, None, None] * (a @ b) - np.float64(base[path]["kernel"])
+            error = (
+                np.float64(layer["kernel"])
+                + s[:, None, None] * (a @ b)
+                - np.float64(base[path]["kernel"])
+            )
             assert np.abs(error).max() < 5e-7
             assert distance(layer["kernel"], base[path]["kernel"]) > 0.05
 
@@ -55,22 +69,30 @@ def test_claim_2_pissas_residual_and_factors_make_up_the_base(zoo: Any, alpha: f
 def test_claim_2_miloras_adapter_is_orthogonal_to_what_stays(zoo: Any, alpha: float) -> None:
     """W' + s A B = W for any alpha, relative to 5e-7, and A and B to W's principal subspace (2406.09044)."""
     case = zoo("decoder")
-    params = add_adapters(case.params, AdapterConfig(rank=4, alpha=alpha, init="milora"), layout=case.layout, key=KEY)
+    params = add_adapters(
+        case.params, AdapterConfig(rank=4, alpha=alpha, init="milora"), layout=case.layout, key=KEY
+    )
     base = modules(case.params)
     for path, layer in modules(params).items():
         if "lora_a" in layer:
-            s, a, b, left = (np.float64(layer[name]) for name in ("lora_scale", "lora_a", "lora_b", "kernel"))
+            s, a, b, left = (
+                np.float64(layer[name]) for name in ("lora_scale", "lora_a", "lora_b", "kernel")
+            )
             w = np.float64(base[path]["kernel"])
             assert np.abs(left + s[:, None, None] * (a @ b) - w).max() < 5e-7 * np.abs(w).max()
             u, sizes, vt = np.linalg.svd(w, full_matrices=False)
             assert np.abs(u[..., :-4].swapaxes(1, 2) @ a).max() < 1e-6 * np.abs(a).max()
             assert np.abs(b @ vt[..., :-4, :].swapaxes(1, 2)).max() < 1e-6 * np.abs(b).max()
-            kept = np.linalg.norm(np.concatenate([sizes[..., :-4], 0 * sizes[..., -4:]], -1), axis=-1)
+            kept = np.linalg.norm(
+                np.concatenate([sizes[..., :-4], 0 * sizes[..., -4:]], -1), axis=-1
+            )
             np.testing.assert_allclose(np.linalg.norm(left, axis=(1, 2)), kept, rtol=1e-6)
 
 
 @pytest.mark.parametrize("pattern", [(), ("layers/1/.*=2",)])
-def test_an_orthogonal_start_is_the_base_and_both_factors_learn_at_once(zoo: Any, pattern: tuple[str, ...]) -> None:
+def test_an_orthogonal_start_is_the_base_and_both_factors_learn_at_once(
+    zoo: Any, pattern: tuple[str, ...]
+) -> None:
     """A B = 0 in every matrix of a stack, at its own rank, with neither factor 0 (PEFT's "orthogonal")."""
     case = zoo("decoder")
     config = AdapterConfig(rank=4, init="orthogonal", rank_pattern=pattern)
@@ -82,23 +104,36 @@ def test_an_orthogonal_start_is_the_base_and_both_factors_learn_at_once(zoo: Any
             assert np.abs(a @ b).max() < 1e-6 * np.abs(a).max() * np.abs(b).max()
             for i in range(3):
                 rank = 2 if pattern and i == 1 else 4
-                assert np.linalg.matrix_rank(a[i], tol=1e-5) == np.linalg.matrix_rank(b[i], tol=1e-5) == rank // 2
-                assert [np.count_nonzero(a[i].any(0)), np.count_nonzero(b[i].any(1))] == [rank, rank]
-            assert np.std(a) == pytest.approx(0.1 * np.sqrt(np.mean([4, 2 if pattern else 4, 4]) / 8), rel=0.2)
-    g = jax.jit(jax.grad(lambda t: jnp.sum(jnp.sin(case.apply({"params": combine(t, frozen)}, *case.example)))))(
-        trained
-    )
+                assert (
+                    np.linalg.matrix_rank(a[i], tol=1e-5)
+                    == np.linalg.matrix_rank(b[i], tol=1e-5)
+                    == rank // 2
+                )
+                assert [np.count_nonzero(a[i].any(0)), np.count_nonzero(b[i].any(1))] == [
+                    rank,
+                    rank,
+                ]
+            assert np.std(a) == pytest.approx(
+                0.1 * np.sqrt(np.mean([4, 2 if pattern else 4, 4]) / 8), rel=0.2
+            )
+    g = jax.jit(
+        jax.grad(
+            lambda t: jnp.sum(jnp.sin(case.apply({"params": combine(t, frozen)}, *case.example)))
+        )
+    )(trained)
     for path, leaf in flatten(g).items():
         assert all(np.abs(matrix).max() > 0 for matrix in leaf), path
-    with pytest.raises(ValueError, match=r"adapter.init orthogonal halves the rank, which is 3; give an even one"):
+    with pytest.raises(
+        ValueError, match=r"adapter.init orthogonal halves the rank, which is 3; give an even one"
+    ):
         AdapterConfig(rank=3, init="orthogonal")
 
 
-def test_claim_3_merged_equals_unmerged(zoo: Any, randomise: Any) -> None:
+def test_claim_3_merged_equals_unmerged(zoo: Any, randomize: Any) -> None:
     """To 1e-5, and merging leaves the adapted parameters as they were, so that nothing needs restoring."""
     case = zoo("decoder")
     config = AdapterConfig(rank=4, init="pissa", dora=True, scaling="rank_stabilized")
-    params = randomise(add_adapters(case.params, config, layout=case.layout, key=KEY))
+    params = randomize(add_adapters(case.params, config, layout=case.layout, key=KEY))
     before = {path: np.array(leaf) for path, leaf in flatten(params).items()}
     merged = merge_adapters(params, layout=case.layout)
     assert distance(case.plain(merged), case.forward(params)) < 1e-5
@@ -106,11 +141,11 @@ def test_claim_3_merged_equals_unmerged(zoo: Any, randomise: Any) -> None:
         np.testing.assert_array_equal(leaf, before[path])
 
 
-def test_claim_4_pissa_is_plain_lora_of_twice_the_rank(zoo: Any, randomise: Any) -> None:
+def test_claim_4_pissa_is_plain_lora_of_twice_the_rank(zoo: Any, randomize: Any) -> None:
     """W' + s A B = W + s [A, A₀] [B; −B₀], to 1e-6."""
     case = zoo("decoder")
     config = AdapterConfig(rank=4, alpha=6.0, init="pissa")
-    params = randomise(add_adapters(case.params, config, layout=case.layout, key=KEY), size=0.05)
+    params = randomize(add_adapters(case.params, config, layout=case.layout, key=KEY), size=0.05)
     plain = modules(case.params)
     for path, layer in modules(params).items():
         if "lora_a" in layer:
@@ -120,15 +155,28 @@ def test_claim_4_pissa_is_plain_lora_of_twice_the_rank(zoo: Any, randomise: Any)
                 "lora_scale": jnp.full(3, 2 * config.alpha / (2 * config.rank)),
             }
             want = np.asarray(merged_kernel(layer))
-            np.testing.assert_allclose(merged_kernel(plain[path]), want, atol=1e-6 * np.abs(want).max())
+            np.testing.assert_allclose(
+                merged_kernel(plain[path]), want, atol=1e-6 * np.abs(want).max()
+            )
 
 
-@pytest.mark.parametrize(("removed", "tolerance"), [(0.0, 1e-6), (0.9, 2e-6), (0.99, 2e-5), (0.999, 2e-4)])
-def test_claim_7_the_norm_where_the_adapter_nearly_cancels_the_kernel(removed: float, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("removed", "tolerance"), [(0.0, 1e-6), (0.9, 2e-6), (0.99, 2e-5), (0.999, 2e-4)]
+)
+def test_claim_7_the_norm_where_the_adapter_nearly_cancels_the_kernel(
+    removed: float, tolerance: float
+) -> None:
     rng = np.random.default_rng(2)
     a, b = rng.normal(size=(64, 4)).astype(np.float32), rng.normal(size=(4, 48)).astype(np.float32)
-    kernel = (np.float64(a) @ np.float64(b) + (1 - removed) * rng.normal(size=(64, 48))).astype(np.float32)
-    layer = {"kernel": kernel, "lora_a": a, "lora_b": b, "lora_scale": np.float32(-1 if removed else 1)}
+    kernel = (np.float64(a) @ np.float64(b) + (1 - removed) * rng.normal(size=(64, 48))).astype(
+        np.float32
+    )
+    layer = {
+        "kernel": kernel,
+        "lora_a": a,
+        "lora_b": b,
+        "lora_scale": np.float32(-1 if removed else 1),
+    }
     dense = np.float64(kernel) + np.float64(layer["lora_scale"]) * (np.float64(a) @ np.float64(b))
     got = column_norm({name: jnp.asarray(leaf) for name, leaf in layer.items()})
     assert np.abs(got / np.linalg.norm(dense, axis=0) - 1).max() < tolerance
@@ -138,7 +186,11 @@ def test_claim_7_the_norm_where_the_adapter_nearly_cancels_the_kernel(removed: f
 def test_claim_7_a_gain_near_one_is_not_erased_in_bfloat16(dropout: bool) -> None:
     """m / n − 1 = 1e-3 is nothing in bfloat16 (its step at 1 is 8e-3), and all of the magnitude's first updates."""
     x = 1000 * jnp.ones((1, 4), jnp.bfloat16)
-    layer = {"kernel": jnp.eye(4, dtype=jnp.bfloat16), "lora_a": jnp.zeros((4, 2)), "lora_b": jnp.zeros((2, 4))}
+    layer = {
+        "kernel": jnp.eye(4, dtype=jnp.bfloat16),
+        "lora_a": jnp.zeros((4, 2)),
+        "lora_b": jnp.zeros((2, 4)),
+    }
     layer |= {"lora_scale": jnp.float32(1), "magnitude": jnp.full(4, 1 + 4e-3), "norm": jnp.ones(4)}
     layer |= {"dropout_key": KEY, "dropout_rate": jnp.float32(1e-6)} if dropout else {}
     assert np.float32(linear(layer, x, jnp.matmul)).max() == 1004  # bfloat16's step at 1000 is 4
@@ -146,7 +198,12 @@ def test_claim_7_a_gain_near_one_is_not_erased_in_bfloat16(dropout: bool) -> Non
 
 def test_claim_8_counts_of_smollm2() -> None:
     """All linear layers: 305,280 · r low-rank parameters; DoRA adds 155,520."""
-    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    sizes = {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+    }
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
     config = decoder_config({"model_type": "llama"} | sizes | heads, source="SmolLM2-135M")
     params = jax.eval_shape(Decoder(config).init, KEY, jnp.zeros((1, 2), jnp.int32))["params"]
@@ -154,7 +211,9 @@ def test_claim_8_counts_of_smollm2() -> None:
     model = Model(config=config, params=params)
     for rank in (1, 8):
         adapter = AdapterConfig(rank=rank, dora=True)
-        found = jax.eval_shape(lambda p, c=adapter: add_adapters(p, c, layout=model.layout, key=KEY), params)
+        found = jax.eval_shape(
+            lambda p, c=adapter: add_adapters(p, c, layout=model.layout, key=KEY), params
+        )
         sizes: dict[str, int] = {}
         for path, leaf in flatten(partition(found)[0]).items():
             name = path.rpartition("/")[2]

@@ -49,9 +49,14 @@ def test_eva_explains_the_most_variance_for_its_ranks(decoder: Any, padded_batch
     def explained(params: Tree) -> dict[str, np.ndarray]:
         shares = {}
         for path, c in covariances.items():
-            bases = [np.linalg.svd(np.float64(a), full_matrices=False) for a in modules(params)[path]["lora_a"]]
+            bases = [
+                np.linalg.svd(np.float64(a), full_matrices=False)
+                for a in modules(params)[path]["lora_a"]
+            ]
             q = [u[:, s > 1e-6] for u, s, _ in bases]
-            shares[path] = np.array([np.trace(m.T @ x @ m) / np.trace(x) for m, x in zip(q, c, strict=True)])
+            shares[path] = np.array(
+                [np.trace(m.T @ x @ m) / np.trace(x) for m, x in zip(q, c, strict=True)]
+            )
         return shares
 
     fixed, covariances = started(model, batches, init="eva", eva_rho=1.0)
@@ -60,16 +65,25 @@ def test_eva_explains_the_most_variance_for_its_ranks(decoder: Any, padded_batch
         other = explained(started(model, batches, init=init)[0])
         assert all((other[path] < best[path]).all() for path in best), init
     shares = {
-        path: np.linalg.eigvalsh(c)[:, ::-1] / np.trace(c, axis1=1, axis2=2)[:, None] for path, c in covariances.items()
+        path: np.linalg.eigvalsh(c)[:, ::-1] / np.trace(c, axis1=1, axis2=2)[:, None]
+        for path, c in covariances.items()
     }
     for path, share in shares.items():
         np.testing.assert_allclose(best[path], share[:, :4].sum(1), rtol=1e-5)
     spread, _ = started(model, batches, init="eva")
-    pooled = np.sort(np.concatenate([share[:, :8].ravel() for share in shares.values()]))  # at most 2 r of a matrix
-    total, before = (sum(float(share.sum()) for share in found.values()) for found in (explained(spread), best))
+    pooled = np.sort(
+        np.concatenate([share[:, :8].ravel() for share in shares.values()])
+    )  # at most 2 r of a matrix
+    total, before = (
+        sum(float(share.sum()) for share in found.values()) for found in (explained(spread), best)
+    )
     assert abs(total - pooled[-4 * 3 * len(shares) :].sum()) < 1e-5 * total
     assert total > before
-    ranks = [int((layer["lora_a"] != 0).any(1).sum()) for layer in modules(spread).values() if "lora_a" in layer]
+    ranks = [
+        int((layer["lora_a"] != 0).any(1).sum())
+        for layer in modules(spread).values()
+        if "lora_a" in layer
+    ]
     assert sum(ranks) == 4 * 3 * len(covariances)
 
 
@@ -83,7 +97,9 @@ def test_cordas_residual_and_factors_make_up_the_base(
     params, _ = started(model, padded_batches(), init="corda", corda_mode=mode, alpha=alpha)
     base = modules(model.params)
     for path, change in products(params).items():
-        error = np.float64(modules(params)[path]["kernel"]) + change - np.float64(base[path]["kernel"])
+        error = (
+            np.float64(modules(params)[path]["kernel"]) + change - np.float64(base[path]["kernel"])
+        )
         assert np.abs(error).max() < 2e-6
 
 
@@ -100,10 +116,13 @@ def test_corda_takes_what_the_data_needs_most_or_least(decoder: Any, padded_batc
         previewed, kept, principal = (products(params)[path] for params in (first, last, top))
         tail = np.linalg.svd(c @ w, compute_uv=False)[:, 4:]
         np.testing.assert_allclose(
-            np.linalg.norm(c @ (w - previewed), axis=(1, 2)), np.linalg.norm(tail, axis=1), rtol=1e-4
+            np.linalg.norm(c @ (w - previewed), axis=(1, 2)),
+            np.linalg.norm(tail, axis=1),
+            rtol=1e-4,
         )
         assert (
-            np.linalg.norm(c @ (w - previewed), axis=(1, 2)) < np.linalg.norm(c @ (w - principal), axis=(1, 2))
+            np.linalg.norm(c @ (w - previewed), axis=(1, 2))
+            < np.linalg.norm(c @ (w - principal), axis=(1, 2))
         ).all()
         x = np.linalg.cholesky(c).swapaxes(1, 2)  # ‖x M‖ is ‖X M‖
         answers = [np.linalg.norm(x @ m, axis=(1, 2)) for m in (kept, principal, w)]
@@ -111,14 +130,18 @@ def test_corda_takes_what_the_data_needs_most_or_least(decoder: Any, padded_batc
         assert (answers[0] < 0.5 * answers[2]).all()
 
 
-def test_lora_gas_first_step_is_the_gradients_best_of_twice_the_rank(decoder: Any, padded_batches: Any) -> None:
+def test_lora_gas_first_step_is_the_gradients_best_of_twice_the_rank(
+    decoder: Any, padded_batches: Any
+) -> None:
     """d(A B) = A dB + dA B ∝ the gradient's best approximation of rank 2 r; LoRA's is far from it (2407.05000)."""
     model, batches = decoder(), padded_batches(1, rows=8)
     batch = jax.tree.map(jnp.asarray, batches[0])
     ours, full = started(model, batches, init="lora_ga")
     for params, near in ((ours, True), (started(model, batches, init="kaiming")[0], False)):
         trained, frozen = partition(params)
-        step = jax.grad(lambda t, f=frozen: batch_loss(model, combine(t, f), batch, packed=False))(trained)
+        step = jax.grad(lambda t, f=frozen: batch_loss(model, combine(t, f), batch, packed=False))(
+            trained
+        )
         for path, layer in modules(step).items():
             a, b = (np.float64(modules(params)[path][name]) for name in ("lora_a", "lora_b"))
             moved = a @ np.float64(layer["lora_b"]) + np.float64(layer["lora_a"]) @ b
@@ -139,5 +162,7 @@ def test_lora_one_starts_a_step_down_the_gradient(decoder: Any, padded_batches: 
         best = (u[:, :, :4] * s[:, None, :4]) @ vt[:, :4] / s[:, :1, None]
         np.testing.assert_allclose(change, 2 / 128 * best, atol=1e-6)
     batch = jax.tree.map(jnp.asarray, batches[0])
-    before, after = (float(batch_loss(model, p, batch, packed=False)) for p in (model.params, params))
+    before, after = (
+        float(batch_loss(model, p, batch, packed=False)) for p in (model.params, params)
+    )
     assert after < 0.995 * before

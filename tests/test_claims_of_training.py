@@ -29,7 +29,7 @@ from lorax_ft import (
     with_norms,
 )
 from lorax_ft.lowrank.linear import column_norm
-from lorax_ft.training.log import read_log
+from lorax_ft.run.log import read_log
 from lorax_ft.tree import Tree, flatten
 
 KEY = jax.random.key(11)
@@ -40,20 +40,32 @@ pytestmark = pytest.mark.usefixtures("strict")
 def test_claim_5_the_first_gradients() -> None:
     """At B = 0, dA = 0 exactly and dB = s · (x A)ᵀ dy."""
     rng = np.random.default_rng(0)
-    layer = {"kernel": rng.normal(size=(6, 5)), "lora_a": rng.normal(size=(6, 2)), "lora_b": np.zeros((2, 5))}
-    layer = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in layer.items()} | {"lora_scale": jnp.float32(0.7)}
+    layer = {
+        "kernel": rng.normal(size=(6, 5)),
+        "lora_a": rng.normal(size=(6, 2)),
+        "lora_b": np.zeros((2, 5)),
+    }
+    layer = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in layer.items()} | {
+        "lora_scale": jnp.float32(0.7)
+    }
     x, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 6), (4, 5)))
     got = jax.grad(lambda la: jnp.sum(dy * linear(la, x, jnp.matmul)))(layer)
     np.testing.assert_array_equal(got["lora_a"], 0)
     np.testing.assert_allclose(got["lora_b"], 0.7 * (x @ layer["lora_a"]).T @ dy, rtol=1e-5)
-    np.testing.assert_allclose(got["lora_b"], 0.7 * layer["lora_a"].T @ got["kernel"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        got["lora_b"], 0.7 * layer["lora_a"].T @ got["kernel"], rtol=1e-5, atol=1e-6
+    )
 
 
-def test_claim_6_detaching_doras_norm_leaves_the_magnitudes_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claim_6_detaching_doras_norm_leaves_the_magnitudes_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """dm is the same with the norm detached or not; dA and dB are not (2402.09353, section 4.3)."""
     rng = np.random.default_rng(1)
     shapes = {"kernel": (6, 5), "lora_a": (6, 2), "lora_b": (2, 5), "magnitude": (5,)}
-    layer = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    layer = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()
+    }
     layer |= {"lora_scale": jnp.float32(0.7)}
     x, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 6), (4, 5)))
 
@@ -71,10 +83,14 @@ def test_claim_6_detaching_doras_norm_leaves_the_magnitudes_gradient(monkeypatch
     assert not jax.grad(lambda la: jnp.sum(column_norm(la)))(layer)["lora_b"].any()
 
 
-def test_the_norm_is_computed_from_the_adapters_alone_and_never_stored(zoo: Any, randomise: Any) -> None:
+def test_the_norm_is_computed_from_the_adapters_alone_and_never_stored(
+    zoo: Any, randomize: Any
+) -> None:
     """Once a step, outside the microbatches: it does not depend on the batch, and no gradient flows into it."""
     case = zoo("decoder")
-    params = randomise(add_adapters(case.params, AdapterConfig(rank=2, dora=True), layout=case.layout, key=KEY))
+    params = randomize(
+        add_adapters(case.params, AdapterConfig(rank=2, dora=True), layout=case.layout, key=KEY)
+    )
     trained, frozen = partition(params)
 
     def loss(trained: Tree, norms: bool) -> Array:
@@ -82,7 +98,10 @@ def test_the_norm_is_computed_from_the_adapters_alone_and_never_stored(zoo: Any,
         whole = with_norms(whole, layout=case.layout) if norms else whole
         return jnp.sum(jnp.sin(case.apply({"params": whole}, *case.example)))
 
-    outside, inside = (flatten(jax.jit(jax.grad(loss), static_argnums=1)(trained, norms)) for norms in (True, False))
+    outside, inside = (
+        flatten(jax.jit(jax.grad(loss), static_argnums=1)(trained, norms))
+        for norms in (True, False)
+    )
     for path in outside:
         assert distance(outside[path], inside[path]) < 1e-5, path
 
@@ -95,9 +114,13 @@ def test_lora_fa_is_lora_without_a(zoo: Any) -> None:
 
     def first(freeze: tuple[str, ...]) -> tuple[dict[str, Array], Any]:
         trained, frozen = partition(params, freeze=freeze)
-        apply = lambda t: jnp.sum(jnp.sin(case.apply({"params": combine(t, frozen)}, *case.example)))  # noqa: E731
+        apply = lambda t: jnp.sum(
+            jnp.sin(case.apply({"params": combine(t, frozen)}, *case.example))
+        )
         with jax.numpy_dtype_promotion("standard"):  # optax adds an int32 count to a float (0.2.8)
-            updates, state = jax.jit(tx.update)(jax.jit(jax.grad(apply))(trained), tx.init(trained), trained)
+            updates, state = jax.jit(tx.update)(
+                jax.jit(jax.grad(apply))(trained), tx.init(trained), trained
+            )
         return flatten(updates), state
 
     (both, full), (alone, half) = first(()), first(("lora_a",))
@@ -105,11 +128,20 @@ def test_lora_fa_is_lora_without_a(zoo: Any) -> None:
     for path, update in alone.items():
         np.testing.assert_array_equal(update, both[path])
         assert update.any()
-    floats = [sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) for state in (full, half)]
-    a, b = (sum(leaf.size for path, leaf in flatten(params).items() if path.endswith(name)) for name in ("_a", "_b"))
+    floats = [
+        sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) for state in (full, half)
+    ]
+    a, b = (
+        sum(leaf.size for path, leaf in flatten(params).items() if path.endswith(name))
+        for name in ("_a", "_b")
+    )
     assert floats == [2 * (a + b), 2 * b]
     owned, _ = partition(params, by="ownership", freeze=("lora_a",))
-    assert {path.rpartition("/")[2] for path in flatten(owned)} == {"lora_a", "lora_b", "lora_scale"}
+    assert {path.rpartition("/")[2] for path in flatten(owned)} == {
+        "lora_a",
+        "lora_b",
+        "lora_scale",
+    }
 
 
 def test_lora_fa_keeps_no_input_for_the_backward_pass() -> None:
@@ -121,7 +153,9 @@ def test_lora_fa_keeps_no_input_for_the_backward_pass() -> None:
         """The shapes of what the backward pass is given that depends on x."""
         trained = {name: layer[name] for name in names}
         frozen = {name: leaf for name, leaf in layer.items() if name not in names}
-        _, backward = jax.vjp(lambda t, x: linear(frozen | t, x, jnp.matmul), trained, jnp.ones((100, 64)))
+        _, backward = jax.vjp(
+            lambda t, x: linear(frozen | t, x, jnp.matmul), trained, jnp.ones((100, 64))
+        )
         return [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.shape[:1] == (100,)]
 
     assert kept("lora_a", "lora_b").count((100, 64)) == 1
@@ -136,7 +170,9 @@ def test_claim_9_lora_plus(zoo: Any) -> None:
 
     @jax.jit
     def gradient(trained: Tree) -> Tree:
-        return jax.grad(lambda t: jnp.sum(case.apply({"params": combine(t, frozen)}, *case.example) ** 2))(trained)
+        return jax.grad(
+            lambda t: jnp.sum(case.apply({"params": combine(t, frozen)}, *case.example) ** 2)
+        )(trained)
 
     def trajectory(tx: optax.GradientTransformation, steps: int) -> Tree:
         now, state, update = trained, tx.init(trained), jax.jit(tx.update)
@@ -147,7 +183,12 @@ def test_claim_9_lora_plus(zoo: Any) -> None:
         return flatten(now)
 
     def lora_plus(ratio: float) -> optax.GradientTransformation:
-        flat = {"learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.0, "clip_norm": 0.0}
+        flat = {
+            "learning_rate": 1e-3,
+            "schedule": "constant",
+            "warmup_fraction": 0.0,
+            "clip_norm": 0.0,
+        }
         return make_optimizer(OptimConfig(**flat, lora_plus_ratio=ratio), steps=10)
 
     plain, one = trajectory(optax.adamw(1e-3, weight_decay=0), 3), trajectory(lora_plus(1.0), 3)
@@ -176,7 +217,9 @@ def test_claim_10_what_rates_and_scales_have_in_common() -> None:
         @jax.jit
         def step(layer: Tree, state: Any, t: Array) -> tuple[Tree, Any, Array]:
             def loss(layer: Tree) -> Array:
-                return jnp.mean((linear(fixed | layer, jnp.asarray(x), jnp.matmul) - jnp.asarray(y)) ** 2)
+                return jnp.mean(
+                    (linear(fixed | layer, jnp.asarray(x), jnp.matmul) - jnp.asarray(y)) ** 2
+                )
 
             value, g = jax.value_and_grad(loss)(layer)
             # A's first gradient is exactly 0, and Adam without eps divides 0 by 0
@@ -197,7 +240,7 @@ def test_claim_10_what_rates_and_scales_have_in_common() -> None:
     np.testing.assert_allclose(one, other, rtol=1e-10)
 
 
-def test_claim_15_a_randomised_svd_is_loss_neutral(tmp_path: Path) -> None:
+def test_claim_15_a_randomized_svd_is_loss_neutral(tmp_path: Path) -> None:
     """With 4 power iterations PiSSA learns as from the exact SVD (2404.02948, table 6); with none, 21 % behind."""
     config = load_config(ROOT / "configs/pissa.py")
     ends = []

@@ -24,7 +24,9 @@ Tensors = dict[str, np.ndarray]
 
 
 def wider(tensors: Tensors) -> Tensors:
-    return {name: np.repeat(value, 2, axis=int("lora_A" in name)) for name, value in tensors.items()}
+    return {
+        name: np.repeat(value, 2, axis=int("lora_A" in name)) for name, value in tensors.items()
+    }
 
 
 def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
@@ -52,14 +54,26 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], Tensors] | int, str]] = {
         renamed("self_attn.q_proj", "mlp.experts.0.w1"),
         "no module model.layers.0.mlp",
     ),
-    "gpt2": ("adapter/adapter_model", renamed("model.layers", "transformer.h"), "no module transformer.h.0.self_attn"),
+    "gpt2": (
+        "adapter/adapter_model",
+        renamed("model.layers", "transformer.h"),
+        "no module transformer.h.0.self_attn",
+    ),
     "stacked": (
         "adapter/adapter_model",
         renamed("self_attn.q_proj", "mlp.experts"),
         "no module model.layers.0.mlp.exp",
     ),
-    "cut adapter": ("adapter/adapter_model", -100, "adapter/adapter_model.safetensors cannot be read"),
-    "cut header": ("adapter/adapter_model", 100, "adapter/adapter_model.safetensors cannot be read"),
+    "cut adapter": (
+        "adapter/adapter_model",
+        -100,
+        "adapter/adapter_model.safetensors cannot be read",
+    ),
+    "cut header": (
+        "adapter/adapter_model",
+        100,
+        "adapter/adapter_model.safetensors cannot be read",
+    ),
     "empty": ("adapter/adapter_model", 0, "adapter/adapter_model.safetensors cannot be read"),
     "cut model": ("base/model", -100, "base/model.safetensors cannot be read"),
 }
@@ -72,13 +86,19 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(EMBEDDED_MODEL, folder / "base")
     model = load_model(folder / "base")
     config = AdapterConfig(rank=2, targets=("q_proj",))
-    save_peft(folder / "adapter", add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)), model)
+    save_peft(
+        folder / "adapter",
+        add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)),
+        model,
+    )
     return folder
 
 
 def call(monkeypatch: pytest.MonkeyPatch, script: str, *argv: str) -> int:
     """The exit status of a script."""
-    spec = importlib.util.spec_from_file_location(f"{script}_script", ROOT / "scripts" / f"{script}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"{script}_script", ROOT / "scripts" / f"{script}.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -94,7 +114,11 @@ def call(monkeypatch: pytest.MonkeyPatch, script: str, *argv: str) -> int:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_scripts_refuse(
-    good: Path, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    good: Path,
+    damage: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(good, tmp_path, dirs_exist_ok=True)
@@ -109,8 +133,18 @@ def test_scripts_refuse(
     Path("out.gguf").write_text("old")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     tuned = ["--model", "base", "--adapter", "adapter"]
-    exports = [("export", *tuned, "--target", target, "--output", "out") for target in ("peft", "vllm", "hf")]
-    training = ["--config", str(ROOT / "configs/lora.py"), "--model.path", "base", "--adapter.start_from", "adapter"]
+    exports = [
+        ("export", *tuned, "--target", target, "--output", "out")
+        for target in ("peft", "vllm", "hf")
+    ]
+    training = [
+        "--config",
+        str(ROOT / "configs/lora.py"),
+        "--model.path",
+        "base",
+        "--adapter.start_from",
+        "adapter",
+    ]
     for command in (
         ("generate", *tuned, "2 + 2"),
         ("chat", *tuned),
@@ -136,7 +170,10 @@ def test_chat_goes_on_with_the_adapter_it_has(
     typed = iter([f"/adapter {tmp_path}/cut", "/adapter on", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
-    assert call(monkeypatch, "chat", "--model", str(good / "base"), "--adapter", str(good / "adapter")) == 0
+    assert (
+        call(monkeypatch, "chat", "--model", str(good / "base"), "--adapter", str(good / "adapter"))
+        == 0
+    )
     said = capsys.readouterr()
     assert "cut/adapter_model.safetensors cannot be read" in said.err
     assert said.out == "adapter: on\n"

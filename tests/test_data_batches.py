@@ -30,11 +30,17 @@ def test_packing_keeps_every_sample_whole(lengths: list[int]) -> None:
     rows = pack(samples, 20)
     assert sorted(id(s) for row in rows for s in row) == sorted(map(id, samples))
     assert all(0 < sum(map(len, row)) <= 20 for row in rows)
-    assert sum(sum(map(len, row)) <= 10 for row in rows) <= 1  # or two of them would have gone together
+    assert (
+        sum(sum(map(len, row)) <= 10 for row in rows) <= 1
+    )  # or two of them would have gone together
     assert rows == pack(samples, 20)
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(1, 5), st.booleans()), max_size=4), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 5), st.booleans()), max_size=4), min_size=1, max_size=4
+    )
+)
 def test_batches_never_cross_samples(layout: list[list[tuple[int, bool]]]) -> None:
     rows = [[sample_of(length, label) for length, label in row] for row in layout]
     batch = collate(rows, 20)
@@ -96,7 +102,9 @@ def test_evaluation_batches_have_one_shape_and_keep_order() -> None:
     assert [first_tokens(batch) for batch in batches] == [[1, 2, 3], [4, 5, 6], [7, 0, 0]]
     assert batches[-1]["weights"].sum() == 1
     assert batches[-1]["segment_ids"][1:].sum() == 0
-    assert [first_tokens(batch) for batch in evaluation_batches(rows, 3, max_length=4, limit=2)] == [[1, 2, 0]]
+    assert [
+        first_tokens(batch) for batch in evaluation_batches(rows, 3, max_length=4, limit=2)
+    ] == [[1, 2, 0]]
 
 
 # -------------------- a run's data
@@ -117,7 +125,11 @@ def test_load_data(questions: str) -> None:
     assert data.train.tokens == sum(len(row[0]) for row in data.train.rows)
     assert data.train.labels == 8 * 2  # one digit and the end of the turn
     assert split_answer(data.validation.conversations[19]) == ([user("19 + 1?")], "20")
-    packed = load_data(DataConfig(train=(questions,), validation=(), max_length=256, limit=8, pack=True), BYTES, seed=0)
+    packed = load_data(
+        DataConfig(train=(questions,), validation=(), max_length=256, limit=8, pack=True),
+        BYTES,
+        seed=0,
+    )
     assert len(packed.train.rows) < 8
     assert packed.train.labels == data.train.labels
     assert packed.validation.rows == []

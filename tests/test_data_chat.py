@@ -25,7 +25,9 @@ UNSTABLE = "{{ messages | length }} turns\n" + CHATML
 REFUSING = "{{ raise_exception('roles must alternate') }}"
 MERGED = make_tokenizer(merges=40)
 UNTRIMMED = make_tokenizer(trim_offsets=False)
-texts = st.text(max_size=8) | st.sampled_from(["  ", "\n\n", " é ", "日本", "👩‍👩‍👧", "\u3000", "\r\n", ""])
+texts = st.text(max_size=8) | st.sampled_from(
+    ["  ", "\n\n", " é ", "日本", "👩‍👩‍👧", "\u3000", "\r\n", ""]
+)
 
 
 def learnt(messages: list[Message], tokenizer: Any, **options: Any) -> list[str]:
@@ -63,12 +65,16 @@ def test_a_token_that_holds_the_answers_first_letters_counts() -> None:
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), st.booleans())
 def test_labels_are_the_assistants_bytes(pairs: list[tuple[str, str]], trim_offsets: bool) -> None:
     """Whatever the text, in an alphabet of bytes the labels are its answers' bytes and end-of-turn tokens."""
-    messages = [message for question, answer in pairs for message in (user(question), assistant(answer))]
+    messages = [
+        message for question, answer in pairs for message in (user(question), assistant(answer))
+    ]
     tokenizer = BYTES if trim_offsets else UNTRIMMED
     sample = encode(messages, tokenizer, max_length=1000)
     assert sample.tokens.dtype == np.int32
     assert sample.mask.dtype == bool
-    labels = tokenizer.decode(sample.tokens[sample.mask].tolist(), clean_up_tokenization_spaces=False)
+    labels = tokenizer.decode(
+        sample.tokens[sample.mask].tolist(), clean_up_tokenization_spaces=False
+    )
     assert labels == "".join(answer + "<|im_end|>" for _, answer in pairs)
     whole = tokenizer.decode(sample.tokens.tolist(), clean_up_tokenization_spaces=False)
     assert whole == tokenizer.apply_chat_template(messages, tokenize=False)
@@ -85,7 +91,10 @@ def test_prompt_is_the_sample_before_its_labels() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (UNSTABLE, r"line 3: the chat template writes the turns up to 2 otherwise .*; use --data.loss_on all"),
+        (
+            UNSTABLE,
+            r"line 3: the chat template writes the turns up to 2 otherwise .*; use --data.loss_on all",
+        ),
         (REFUSING, "line 3: the chat template refuses this conversation: roles must alternate"),
         (None, "has no chat template; take an instruction-tuned checkpoint"),
     ],
@@ -95,17 +104,27 @@ def test_templates_that_cannot_be_used(template: str | None, message: str) -> No
     with pytest.raises(ValueError, match=message):
         encode([user("a"), assistant("b")], tokenizer, max_length=50, where="a.jsonl, line 3")
     if template == UNSTABLE:
-        assert encode([user("a"), assistant("b")], tokenizer, max_length=50, loss_on="all").mask.all()
+        assert encode(
+            [user("a"), assistant("b")], tokenizer, max_length=50, loss_on="all"
+        ).mask.all()
 
 
 def test_cut_and_dropped_are_counted() -> None:
-    conversations = [[user("a"), assistant("b")], [user("a"), assistant("b" * 50)], [user("a" * 90), assistant("b")]]
+    conversations = [
+        [user("a"), assistant("b")],
+        [user("a"), assistant("b" * 50)],
+        [user("a" * 90), assistant("b")],
+    ]
     where = ["1", "2", "3"]
     encoded = encode_all(conversations, BYTES, max_length=50, where=where)
     assert (len(encoded.samples), encoded.cut, encoded.dropped) == (2, 2, 1)
     assert len(encoded.samples[1]) == 50
     assert encoded.samples[1].mask[-1]
-    with pytest.raises(ValueError, match="none of the 3 samples keeps a token to learn within 8 tokens"):
+    with pytest.raises(
+        ValueError, match="none of the 3 samples keeps a token to learn within 8 tokens"
+    ):
         encode_all(conversations, BYTES, max_length=8, where=where)
     with pytest.raises(ValueError, match="none of the 1 samples"):  # one token is nobody's target
-        encode_all([[assistant("b")]], make_tokenizer("x"), max_length=8, loss_on="all", where=["1"])
+        encode_all(
+            [[assistant("b")]], make_tokenizer("x"), max_length=8, loss_on="all", where=["1"]
+        )

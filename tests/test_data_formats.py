@@ -24,30 +24,48 @@ SHAPES: list[tuple[dict[str, Any], tuple[str, ...], str, list[Message]]] = [
         CONVERSATION,
     ),
     (
-        {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}], "system": "Be brief."},
+        {
+            "conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}],
+            "system": "Be brief.",
+        },
         (),
         "sharegpt",
         [SYSTEM, *CONVERSATION],
     ),
     ({"instruction": "1 + 1?", "output": "2"}, (), "alpaca", CONVERSATION),
     (
-        {"instruction": "Add.", "input": "1 + 1", "output": "2", "system": "Be brief.", "history": [["Hi", "Ho"]]},
+        {
+            "instruction": "Add.",
+            "input": "1 + 1",
+            "output": "2",
+            "system": "Be brief.",
+            "history": [["Hi", "Ho"]],
+        },
         (),
         "alpaca",
         [SYSTEM, user("Hi"), assistant("Ho"), user("Add.\n1 + 1"), assistant("2")],
     ),
-    ({"instruction": "1 + 1?", "input": None, "output": "2", "history": None}, (), "alpaca", CONVERSATION),
+    (
+        {"instruction": "1 + 1?", "input": None, "output": "2", "history": None},
+        (),
+        "alpaca",
+        CONVERSATION,
+    ),
     ({"question": "1 + 1?", "answer": "2"}, (), "question_answer", CONVERSATION),
     ({"Q": "1 + 1?", "A": "2"}, ("question=Q", "answer=A"), "question_answer", CONVERSATION),
 ]
 
 
 @pytest.mark.parametrize(("content", "fields", "shape", "expected"), SHAPES)
-def test_shapes(content: dict[str, Any], fields: tuple[str, ...], shape: str, expected: list[Message]) -> None:
+def test_shapes(
+    content: dict[str, Any], fields: tuple[str, ...], shape: str, expected: list[Message]
+) -> None:
     row = Row(fields=content, where="a.jsonl, line 1")
     assert detect_shape(row, fields=fields) == shape
     assert to_messages(row, shape=detect_shape(row, fields=fields), fields=fields) == expected
-    with_system = to_messages(row, shape=detect_shape(row, fields=fields), fields=fields, system="Be kind.")
+    with_system = to_messages(
+        row, shape=detect_shape(row, fields=fields), fields=fields, system="Be kind."
+    )
     kept = [SYSTEM] if SYSTEM in expected else [{"role": "system", "content": "Be kind."}]
     assert with_system == kept + [message for message in expected if message != SYSTEM]
 
@@ -55,24 +73,59 @@ def test_shapes(content: dict[str, Any], fields: tuple[str, ...], shape: str, ex
 @pytest.mark.parametrize(
     ("content", "fields", "shape", "message"),
     [
-        ({"question": "a", "anwser": "b"}, (), "question_answer", "no field 'answer'; .*--data.fields answer=anwser"),
-        ({"question": "a"}, ("answer=solution",), "question_answer", "no field 'solution'; it has question"),
-        ({"question": "a", "answer": "b"}, ("awnser=b",), "question_answer", "did you mean 'answer'"),
+        (
+            {"question": "a", "anwser": "b"},
+            (),
+            "question_answer",
+            "no field 'answer'; .*--data.fields answer=anwser",
+        ),
+        (
+            {"question": "a"},
+            ("answer=solution",),
+            "question_answer",
+            "no field 'solution'; it has question",
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            ("awnser=b",),
+            "question_answer",
+            "did you mean 'answer'",
+        ),
         ({"question": "a", "answer": 4}, (), "question_answer", "line 7: answer is int, not text"),
-        ({"question": "a", "answer": "\ud800"}, (), "question_answer", "answer holds half of a surrogate pair"),
+        (
+            {"question": "a", "answer": "\ud800"},
+            (),
+            "question_answer",
+            "answer holds half of a surrogate pair",
+        ),
         ({"messages": [user("a")]}, (), "messages", "line 7: no turn is the assistant's"),
         ({"messages": []}, (), "messages", "line 7: no turn is the assistant's"),
         ({"messages": "a"}, (), "messages", "messages is str, not a list"),
         ({"messages": ["a"]}, (), "messages", "turn 1: a turn must be an object"),
-        ({"messages": [user("a"), {"role": "assistant"}]}, (), "messages", "line 7, turn 2: no field 'content'"),
-        ({"messages": [{"role": "assistant", "content": [1]}]}, (), "messages", "turn 1: content is list, not text"),
+        (
+            {"messages": [user("a"), {"role": "assistant"}]},
+            (),
+            "messages",
+            "line 7, turn 2: no field 'content'",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [1]}]},
+            (),
+            "messages",
+            "turn 1: content is list, not text",
+        ),
         (
             {"messages": [{"role": "tool", "content": "a"}]},
             (),
             "messages",
             "turn 1: unknown role 'tool'; known: system",
         ),
-        ({"conversations": [user("a")]}, (), "sharegpt", "turn 1: no field 'from'; it has role, content"),
+        (
+            {"conversations": [user("a")]},
+            (),
+            "sharegpt",
+            "turn 1: no field 'from'; it has role, content",
+        ),
         (
             {"instruction": "a", "output": "b", "history": [["c"]]},
             (),
@@ -81,14 +134,19 @@ def test_shapes(content: dict[str, Any], fields: tuple[str, ...], shape: str, ex
         ),
     ],
 )
-def test_bad_rows_name_the_place(content: dict[str, Any], fields: tuple[str, ...], shape: Any, message: str) -> None:
+def test_bad_rows_name_the_place(
+    content: dict[str, Any], fields: tuple[str, ...], shape: Any, message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as error:
         to_messages(Row(fields=content, where="a.jsonl, line 7"), shape=shape, fields=fields)
     assert "\n" not in str(error.value)
 
 
 def test_unknown_shape_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"its fields \(text\) fit no shape; known: messages \(messages\); sharegpt"):
+    with pytest.raises(
+        ValueError,
+        match=r"its fields \(text\) fit no shape; known: messages \(messages\); sharegpt",
+    ):
         detect_shape(Row(fields={"text": "a"}, where="a.jsonl, line 1"))
 
 

@@ -15,7 +15,9 @@ from lorax_ft.data.sources import Row, read_rows
 
 
 def test_jsonl_rows_carry_their_lines(tmp_path: Path) -> None:
-    path = write(tmp_path / "train.jsonl", '\ufeff{"question": "a\u2028b"}\n\n{"question": "c"}\r\n')
+    path = write(
+        tmp_path / "train.jsonl", '\ufeff{"question": "a\u2028b"}\n\n{"question": "c"}\r\n'
+    )
     rows = read_rows((path,))
     assert [row.fields["question"] for row in rows] == ["a\u2028b", "c"]
     assert [row.where for row in rows] == [f"{path}, line 1", f"{path}, line 3"]
@@ -45,21 +47,37 @@ def test_json_parquet_and_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"q": 1}\n{"q": }\n', r"a.jsonl, line 2: not JSON: expecting value \(column 7\)"),
+        (
+            "a.jsonl",
+            '{"q": 1}\n{"q": }\n',
+            r"a.jsonl, line 2: not JSON: expecting value \(column 7\)",
+        ),
         ("a.jsonl", '{"q": 1}\n[1]\n', "a.jsonl, line 2: a row must be an object, not list"),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: not JSON: nested too deeply"),
         ("a.jsonl", "\n\n", "a.jsonl holds no rows"),
         ("a.json", '[{"q": 1},\n {"q" 2}]', "a.json, line 2: not JSON: expecting ':'"),
         ("a.json", '[{"q": 1}, 2]', "a.json, item 2: a row must be an object, not int"),
         ("a.json", '{"q": 1}', "a.json: holds one dict, not a list of objects"),
-        ("a.json", '{"q": 1}\n{"q": 2}', "a.json, line 2: .*one object a line wants the suffix .jsonl"),
+        (
+            "a.json",
+            '{"q": 1}\n{"q": 2}',
+            "a.json, line 2: .*one object a line wants the suffix .jsonl",
+        ),
         ("a.json", "[]", "a.json holds no rows"),
-        ("a.csv", "q,a\n1,2\n3\n", "a.csv, line 3: its number of fields is 1, but the header's is 2"),
+        (
+            "a.csv",
+            "q,a\n1,2\n3\n",
+            "a.csv, line 3: its number of fields is 1, but the header's is 2",
+        ),
         ("a.csv", "q,q\n1,2\n", "a.csv, line 1: the header names q twice"),
         ("a.csv", 'q,a\n1,"2\n', "a.csv, line 2: not CSV"),
         ("a.csv", "q,a\n", "a.csv holds no rows"),
         ("a.parquet", "no", "a.parquet cannot be read as Parquet"),
-        ("a.txt", "no", "a.txt is not of a kind that can be read; supported: .jsonl, .json, .csv, .parquet"),
+        (
+            "a.txt",
+            "no",
+            "a.txt is not of a kind that can be read; supported: .jsonl, .json, .csv, .parquet",
+        ),
     ],
 )
 def test_malformed_files_name_the_place(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -71,7 +89,9 @@ def test_malformed_files_name_the_place(tmp_path: Path, name: str, text: str, me
 def test_bytes_that_are_not_text_name_the_line(tmp_path: Path) -> None:
     for suffix in ("jsonl", "json"):
         path = tmp_path / f"a.{suffix}"
-        path.write_bytes(b'[{"q": 1},\n{"q": "\xff"}]' if suffix == "json" else b'{"q": 1}\n{"q": "\xff"}\n')
+        path.write_bytes(
+            b'[{"q": 1},\n{"q": "\xff"}]' if suffix == "json" else b'{"q": 1}\n{"q": "\xff"}\n'
+        )
         with pytest.raises(ValueError, match=r"line 2: not UTF-8 text"):
             read_rows((str(path),))
 
@@ -117,4 +137,9 @@ def test_importing_the_data_room_is_cheap() -> None:
         "import sys, lorax_ft.data.batches as _; "
         "print([m for m in ('jax', 'transformers', 'datasets', 'torch') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )

@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from lorax_ft import sharding
 from lorax_ft.config import (
     FROM_DATA,
     AdapterConfig,
@@ -43,11 +44,10 @@ from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.quantize import quantize_base
-from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
-from lorax_ft.training import sharding
-from lorax_ft.training.log import LOG, read_log
-from lorax_ft.training.loop import train
+from lorax_ft.run.log import LOG, read_log
+from lorax_ft.run.loop import train
+from lorax_ft.sharding import DECODER_RULES
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.step import TrainState, make_train_step
 from lorax_ft.tree import flatten, unflatten
@@ -69,7 +69,14 @@ HF_CONFIG = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 64,
 }
-SIZES: dict[str, int] = {"vocab_size": 96, "width": 32, "mlp_width": 48, "layers": 2, "heads": 4, "kv_heads": 2}
+SIZES: dict[str, int] = {
+    "vocab_size": 96,
+    "width": 32,
+    "mlp_width": 48,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+}
 MESHES = {  # and the microbatches on it
     "data=8": (MeshConfig(data=8), 1),
     "data=2,fsdp=4": (MeshConfig(data=2, fsdp=4), 1),
@@ -84,7 +91,7 @@ METHODS = {
     "int8": AdapterConfig(rank=4),
 }
 QUANT = {"nf4": QuantConfig(format="nf4", rounds=2), "int8": QuantConfig(format="int8")}
-WIDE = {"width": 128, "mlp_width": 256}  # of a quantised base, so that its blocks can be split too
+WIDE = {"width": 128, "mlp_width": 256}  # of a quantized base, so that its blocks can be split too
 OPTIM = OptimConfig(learning_rate=1e-2, schedule="constant", warmup_fraction=0, clip_norm=1.0)
 
 Build = Callable[..., Model]
@@ -109,7 +116,9 @@ def _promotion() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def one_device(decoder: Build) -> Callable[..., Run]:
     """Three steps of a method on one device, computed once."""
-    return functools.cache(lambda method, dtype="float32": steps(decoder, method, None, dtype=dtype))
+    return functools.cache(
+        lambda method, dtype="float32": steps(decoder, method, None, dtype=dtype)
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,34 +164,46 @@ def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, config in configs.items():
         (folder / f"{name}.json").write_text(config.to_json())
-    train_in_processes(folder, [folder / f"{name}.json" for name in configs], processes=2, devices=2)
+    train_in_processes(
+        folder, [folder / f"{name}.json" for name in configs], processes=2, devices=2
+    )
     return folder
 
 
-@pytest.mark.parametrize(("method", "last"), [("lora", 3), ("pissa", 5), ("corda", 3), ("lora_ga", 3)])
-def test_two_processes_train_as_one(in_two_processes: Path, tmp_path: Path, method: str, last: int) -> None:
+@pytest.mark.parametrize(
+    ("method", "last"), [("lora", 3), ("pissa", 5), ("corda", 3), ("lora_ga", 3)]
+)
+def test_two_processes_train_as_one(
+    in_two_processes: Path, tmp_path: Path, method: str, last: int
+) -> None:
     config = run_config(in_two_processes, method, last)
     config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, output=str(tmp_path / method)), mesh=MeshConfig()
+        config,
+        train=dataclasses.replace(config.train, output=str(tmp_path / method)),
+        mesh=MeshConfig(),
     )
     train(config)
     expected, got = read_log(tmp_path / method), read_log(in_two_processes / method)
     steps = [line["step"] for line in got if "loss" in line]
-    assert steps == list(range(1, last + 1))  # each line once: a resumed run goes on, and only one process writes
+    assert steps == list(
+        range(1, last + 1)
+    )  # each line once: a resumed run goes on, and only one process writes
     for name in ("loss", "grad_norm"):
         values = [[line[name] for line in log if name in line] for log in (expected, got)]
         np.testing.assert_allclose(values[1], values[0], rtol=1e-4, err_msg=name)
     ends = [[line for line in log if "validation_loss" in line][-1] for log in (expected, got)]
     assert ends[1] == pytest.approx(ends[0], rel=1e-4)
     adapters = [
-        load_file(folder / method / "adapter/adapter_model.safetensors") for folder in (tmp_path, in_two_processes)
+        load_file(folder / method / "adapter/adapter_model.safetensors")
+        for folder in (tmp_path, in_two_processes)
     ]
     assert adapters[0].keys() == adapters[1].keys()
     for name, leaf in adapters[0].items():
         np.testing.assert_allclose(adapters[1][name], leaf, atol=1e-3, err_msg=name)
-    if method == "pissa":  # the base without its start is quantised anew
+    if method == "pissa":  # the base without its start is quantized anew
         bases = [
-            (folder / method / "nf4_base/model.safetensors").read_bytes() for folder in (tmp_path, in_two_processes)
+            (folder / method / "nf4_base/model.safetensors").read_bytes()
+            for folder in (tmp_path, in_two_processes)
         ]
         assert bases[0] == bases[1]
 
@@ -192,7 +213,11 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) ->
     root, out = Path(__file__).parents[1], tmp_path / "run"
     options = "--multihost --train.steps 500 --eval.rows 4 --eval.samples 0 --eval.exact_match_rows 0 --train.report_to"
     command = [sys.executable, "scripts/train.py", "--config", "configs/lora.py", *options.split()]
-    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    slurm = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+    }
     environment = os.environ | slurm | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     environment.pop("XLA_FLAGS", None)
     started = []
@@ -200,7 +225,9 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) ->
         own = environment | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
         with (tmp_path / f"{i}.out").open("w") as said:
             whole = [*command, "--train.output", str(out)]
-            started.append(subprocess.Popen(whole, stdout=said, stderr=subprocess.STDOUT, env=own, cwd=root))
+            started.append(
+                subprocess.Popen(whole, stdout=said, stderr=subprocess.STDOUT, env=own, cwd=root)
+            )
     try:
         while not (out / LOG).exists() or len((out / LOG).read_text().splitlines()) < 4:
             assert started[0].poll() is None, (tmp_path / "0.out").read_text()
@@ -212,12 +239,18 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) ->
             process.kill()
     (checkpoint,) = (out / "checkpoints").iterdir()
     for i in range(2):
-        assert f"interrupted after step {checkpoint.name}; --train.resume" in (tmp_path / f"{i}.out").read_text()
+        assert (
+            f"interrupted after step {checkpoint.name}; --train.resume"
+            in (tmp_path / f"{i}.out").read_text()
+        )
 
 
 def test_only_the_first_process_writes(in_two_processes: Path) -> None:
     first, second = ((in_two_processes / f"process{i}.out").read_text() for i in range(2))
-    ends = [[json.loads(line) for line in text.splitlines() if line.startswith("{")] for text in (first, second)]
+    ends = [
+        [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        for text in (first, second)
+    ]
     assert [[end["steps"] for end in of_process] for of_process in ends] == [[3, 3, 5, 3, 3]] * 2
     assert ends[0][0]["written"] > ends[1][0]["written"] == []
     assert "What trains" in first
@@ -232,8 +265,14 @@ def write_model_and_data(folder: Path) -> None:
     rng = np.random.default_rng(0)
     mean = {path: float(path.endswith("scale")) for path in flatten(abstract_params(config))}
     shapes = flatten(abstract_params(config))
-    params = unflatten({p: jnp.asarray(rng.normal(mean[p], 0.2, s.shape), jnp.float32) for p, s in shapes.items()})
-    save_model(folder / "model", params, Model(config=config, params=params, tokenizer=tokenizer, hf_config=hf_config))
+    params = unflatten(
+        {p: jnp.asarray(rng.normal(mean[p], 0.2, s.shape), jnp.float32) for p, s in shapes.items()}
+    )
+    save_model(
+        folder / "model",
+        params,
+        Model(config=config, params=params, tokenizer=tokenizer, hf_config=hf_config),
+    )
     rows = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -243,12 +282,16 @@ def byte_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary = {
+        token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.add_special_tokens(special)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[1], chat_template=CHATML)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=special[1], chat_template=CHATML
+    )
 
 
 def run_config(folder: Path, method: str, steps: int, *, resume: bool = False) -> Config:
@@ -261,7 +304,9 @@ def run_config(folder: Path, method: str, steps: int, *, resume: bool = False) -
         adapter=AdapterConfig(rank=4, init=init, **measured),
         data=DataConfig(train=(str(folder / "data.jsonl"),), validation_rows=4, max_length=48),
         optim=OPTIM,
-        train=TrainConfig(output=str(folder / method), steps=steps, batch_size=8, report_to=(), resume=resume),
+        train=TrainConfig(
+            output=str(folder / method), steps=steps, batch_size=8, report_to=(), resume=resume
+        ),
         eval=EvalConfig(exact_match_rows=2, samples=1, max_new_tokens=4),
         mesh=MeshConfig() if method == "lora" else MeshConfig(data=1, fsdp=4),
     )
@@ -278,9 +323,16 @@ def train_in_processes(folder: Path, configs: list[Path], *, processes: int, dev
     environment["TESTS_COMPILATION_CACHE"] = jax.config.jax_compilation_cache_dir or ""
     started = []
     for i in range(processes):
-        command = [sys.executable, str(program), *map(str, (port, processes, i, devices)), *map(str, configs)]
+        command = [
+            sys.executable,
+            str(program),
+            *map(str, (port, processes, i, devices)),
+            *map(str, configs),
+        ]
         with (folder / f"process{i}.out").open("w") as out:
-            started.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment))
+            started.append(
+                subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+            )
     try:
         codes = [process.wait(timeout=600) for process in started]
     finally:
@@ -309,12 +361,19 @@ def steps(
         params, originals = quantize_base(params, QUANT[method], layout=model.layout)
     rounds = QUANT[method].rounds if method in QUANT else 1
     params = add_adapters(
-        params, config, layout=model.layout, key=jax.random.key(1), originals=originals, rounds=rounds
+        params,
+        config,
+        layout=model.layout,
+        key=jax.random.key(1),
+        originals=originals,
+        rounds=rounds,
     )
     if config.train_whole:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    shardings = sharding.param_shardings(params, SHARDING_RULES, mesh=mesh)
-    trained, frozen = partition(jax.device_put(params, shardings), whole=config.train_whole, freeze=config.freeze)
+    shardings = sharding.param_shardings(params, DECODER_RULES, mesh=mesh)
+    trained, frozen = partition(
+        jax.device_put(params, shardings), whole=config.train_whole, freeze=config.freeze
+    )
     tx = make_optimizer(OPTIM, steps=STEPS)
     places = unflatten({path: flatten(shardings)[path] for path in flatten(trained)})
     opt_places = sharding.state_shardings(tx, trained, places, mesh=mesh)
@@ -347,11 +406,17 @@ def check_places(state: TrainState) -> None:
     for path, place in places.items():
         module, name = path.rsplit("/", 1)
         base = path if name in ("kernel", "embedding", "scale") else f"{module}/kernel"
-        axes = next(axes for rule, axes in SHARDING_RULES if re.fullmatch(rule, base))
+        axes = next(axes for rule, axes in DECODER_RULES if re.fullmatch(rule, base))
         if base != path:
             _, ins, outs = axes
-            axes = {"lora_a": (None, ins, None), "lora_b": (None, None, outs), "magnitude": (None, outs)}[name]
-        assert place.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*axes)), trained[path].ndim), path
+            axes = {
+                "lora_a": (None, ins, None),
+                "lora_b": (None, None, outs),
+                "magnitude": (None, outs),
+            }[name]
+        assert place.is_equivalent_to(
+            NamedSharding(mesh, PartitionSpec(*axes)), trained[path].ndim
+        ), path
     moments = 0
     for keys, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]:
         path = "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))

@@ -27,10 +27,10 @@ def test_dropout_of_rate_zero_is_no_dropout(adapted: Adapted) -> None:
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 @pytest.mark.parametrize(("model", "target"), [("vit_scanned", "up"), ("einsums", "experts_up")])
 def test_dropout_takes_keys_of_both_styles(
-    zoo: Any, adapted: Adapted, randomise: Any, model: str, target: str, make_key: Any
+    zoo: Any, adapted: Adapted, randomize: Any, model: str, target: str, make_key: Any
 ) -> None:
     case = zoo(model)
-    params = randomise(adapted(model, "kaiming-standard", targets=(target,)))
+    params = randomize(adapted(model, "kaiming-standard", targets=(target,)))
     y = case.forward(with_dropout(params, make_key(0), rate=0.5))
     assert distance(y, case.forward(params)) > 1e-4
 
@@ -38,7 +38,8 @@ def test_dropout_takes_keys_of_both_styles(
 @pytest.mark.parametrize("dora", [False, True])
 def test_dropout_keeps_the_expectation(dora: bool) -> None:
     layer = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, jnp.float32), random_layer(np.random.default_rng(1), dora=dora, kept=False)
+        lambda leaf: jnp.asarray(leaf, jnp.float32),
+        random_layer(np.random.default_rng(1), dora=dora, kept=False),
     )
     layer |= {"norm": column_norm(layer)} if dora else {}
     x = jax.random.normal(KEY, (2, 6))
@@ -56,13 +57,17 @@ def test_dropout_keeps_the_expectation(dora: bool) -> None:
 def test_small_rates_in_bfloat16_are_what_they_say(rate: float) -> None:
     """bfloat16 has no number between 0.996 and 1, and its uniform draws have 128 values."""
     ones = jnp.ones((4000, 100), jnp.bfloat16)
-    dropped = np.asarray(dropped_input({"dropout_key": KEY, "dropout_rate": jnp.float32(rate)}, ones), np.float32)
+    dropped = np.asarray(
+        dropped_input({"dropout_key": KEY, "dropout_rate": jnp.float32(rate)}, ones), np.float32
+    )
     assert (dropped == 0).mean() == pytest.approx(rate, rel=0.1)
 
 
 def test_dropout_drops_the_share_it_says_and_scales_the_rest() -> None:
     dropped = np.asarray(
-        dropped_input({"dropout_key": KEY, "dropout_rate": jnp.float32(0.2)}, 3 * jnp.ones((4000, 10)))
+        dropped_input(
+            {"dropout_key": KEY, "dropout_rate": jnp.float32(0.2)}, 3 * jnp.ones((4000, 10))
+        )
     )
     assert set(np.unique(dropped).round(4).tolist()) == {0, 3.75}
     assert (dropped == 0).mean() == pytest.approx(0.2, abs=0.01)
@@ -71,7 +76,9 @@ def test_dropout_drops_the_share_it_says_and_scales_the_rest() -> None:
 def test_dropout_acts_on_the_adapter_branch_only(zoo: Any, adapted: Adapted) -> None:
     """With B = 0 nothing changes; with PiSSA the kept start is subtracted in full."""
     case = zoo("decoder")
-    start = with_dropout(adapted("decoder", "kaiming-standard", targets=("up_proj",)), KEY, rate=0.5)
+    start = with_dropout(
+        adapted("decoder", "kaiming-standard", targets=("up_proj",)), KEY, rate=0.5
+    )
     np.testing.assert_array_equal(case.forward(start), case.plain(case.params))
     kept, moved = (
         with_dropout(adapted("decoder", f"{name}-standard", targets=("up_proj",)), KEY, rate=0.5)
@@ -91,17 +98,28 @@ def test_dora_with_dropout_is_pefts_formula(kept: bool) -> None:
     single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), layer) | drop
     got = linear(single | {"norm": column_norm(single)}, x, jnp.matmul)
     with jax.enable_x64(True):
-        want = reference(jax.tree.map(jnp.asarray, layer), jnp.asarray(np.float64(x)), x_dropped=jnp.asarray(x_dropped))
+        want = reference(
+            jax.tree.map(jnp.asarray, layer),
+            jnp.asarray(np.float64(x)),
+            x_dropped=jnp.asarray(x_dropped),
+        )
     assert distance(got, want) < 1e-6
 
 
 @pytest.mark.parametrize(
     ("model", "target"),
-    [("decoder", "lm_head"), ("vit_rematted", "query"), ("convolutions", "second"), ("einsums", "experts_up")],
+    [
+        ("decoder", "lm_head"),
+        ("vit_rematted", "query"),
+        ("convolutions", "second"),
+        ("einsums", "experts_up"),
+    ],
 )
-def test_every_model_takes_dropout(zoo: Any, adapted: Adapted, randomise: Any, model: str, target: str) -> None:
+def test_every_model_takes_dropout(
+    zoo: Any, adapted: Adapted, randomize: Any, model: str, target: str
+) -> None:
     case = zoo(model)
-    params = randomise(adapted(model, "pissa_kept-rank_stabilized-dora", targets=(target,)))
+    params = randomize(adapted(model, "pissa_kept-rank_stabilized-dora", targets=(target,)))
     trained, frozen = partition(params)
 
     @jax.jit
@@ -117,6 +135,8 @@ def test_every_model_takes_dropout(zoo: Any, adapted: Adapted, randomise: Any, m
 
 def test_every_layer_of_a_stack_drops_differently(adapted: Adapted) -> None:
     layer = with_dropout(adapted("decoder", "kaiming-standard"), KEY, rate=0.5)["layers"]["mlp"]
-    keys = np.concatenate([jax.random.key_data(layer[name]["dropout_key"]) for name in ("up_proj", "gate_proj")])
+    keys = np.concatenate(
+        [jax.random.key_data(layer[name]["dropout_key"]) for name in ("up_proj", "gate_proj")]
+    )
     assert len({tuple(key) for key in keys.tolist()}) == 6
     assert layer["up_proj"]["dropout_rate"].shape == (3,)

@@ -15,13 +15,12 @@ import pytest
 from generation_cases import CASES
 
 from lorax_ft.config import MeshConfig
-from lorax_ft.inference.decode import Draw, extend, pick, prefill
+from lorax_ft.inference.decode import SamplingParams, extend, prefill, sample_token
 from lorax_ft.inference.generate import generate, stream
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.lowrank.adapters import with_norms
-from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
-from lorax_ft.training.sharding import make_mesh, param_shardings
+from lorax_ft.sharding import DECODER_RULES, make_mesh, param_shardings
 from lorax_ft.tree import Tree
 
 PROMPTS = [[5, 17, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [96], list(range(40))]
@@ -40,19 +39,30 @@ def reference(model: Model, params: Tree, prompts: list[list[int]], new: int) ->
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_equals_full_forward_passes(model: Model, params: Callable[[str], Tree], case: str) -> None:
+def test_greedy_equals_full_forward_passes(
+    model: Model, params: Callable[[str], Tree], case: str
+) -> None:
     expected = reference(model, params(case), PROMPTS, NEW)
     rows = generate(model, params(case), PROMPTS, max_new_tokens=NEW, stop_ids=())
     assert rows == expected
     assert len({token for row in expected for token in row}) > 5
-    assert case == "base" or rows != generate(model, model.params, PROMPTS, max_new_tokens=NEW, stop_ids=())
+    assert case == "base" or rows != generate(
+        model, model.params, PROMPTS, max_new_tokens=NEW, stop_ids=()
+    )
 
 
 def test_a_row_does_not_depend_on_the_others(model: Model) -> None:
     together = generate(model, model.params, PROMPTS, max_new_tokens=NEW, stop_ids=())
     for row in (0, 3):
-        assert generate(model, model.params, [PROMPTS[row]], max_new_tokens=NEW, stop_ids=()) == [together[row]]
-    options = {"max_new_tokens": NEW, "stop_ids": (), "sampling": Sampling(temperature=1.0), "key": jax.random.key(3)}
+        assert generate(model, model.params, [PROMPTS[row]], max_new_tokens=NEW, stop_ids=()) == [
+            together[row]
+        ]
+    options = {
+        "max_new_tokens": NEW,
+        "stop_ids": (),
+        "sampling": Sampling(temperature=1.0),
+        "key": jax.random.key(3),
+    }
     drawn = generate(model, model.params, PROMPTS, **options)
     others = [PROMPTS[0], PROMPTS[2], PROMPTS[1], PROMPTS[3]]
     assert generate(model, model.params, others, **options)[0] == drawn[0]
@@ -64,7 +74,9 @@ def test_stops(model: Model) -> None:
     stopped = generate(model, model.params, PROMPTS, max_new_tokens=NEW, stop_ids=(stop, 96))
     assert stopped == [cut(row, {stop, 96}) for row in rows]
     assert len(stopped[1]) <= 4
-    assert generate(model, model.params, PROMPTS, max_new_tokens=3, stop_ids=()) == [row[:3] for row in rows]
+    assert generate(model, model.params, PROMPTS, max_new_tokens=3, stop_ids=()) == [
+        row[:3] for row in rows
+    ]
 
 
 def draw(
@@ -75,16 +87,22 @@ def draw(
     penalty: float = 1,
     stop: tuple[int, ...] = (-1,),
     rows: int = 4,
-) -> Draw:
+) -> SamplingParams:
     numbers = (np.float32(temperature), np.int32(top_k), np.float32(top_p), np.float32(penalty))
     length = np.full(rows, 99, np.int32)
-    return Draw(*numbers, stop=np.array(stop, np.int32), key=jax.random.key(0), length=length)
+    return SamplingParams(
+        *numbers, stop=np.array(stop, np.int32), key=jax.random.key(0), length=length
+    )
 
 
 def test_stops_early(model: Model) -> None:
     """The loop ends when all rows have: the rest of the room stays at 0."""
     tokens, lengths = np.full((4, 64), 7, np.int32), np.array([3, 5, 7, 9], np.int32)
-    options = {"config": dataclasses.replace(model.config, attention="xla"), "greedy": True, "mesh": None}
+    options = {
+        "config": dataclasses.replace(model.config, attention="xla"),
+        "greedy": True,
+        "mesh": None,
+    }
     ((first,),) = generate(model, model.params, [[7, 7, 7]], max_new_tokens=1, stop_ids=())
     chosen = draw(stop=tuple(range(first // 32 * 32, first // 32 * 32 + 32)))
     state = prefill(model.params, tokens, lengths, chosen, room=32, **options)
@@ -98,8 +116,14 @@ def test_streaming_gives_the_same_tokens_a_few_at_a_time(model: Model) -> None:
     whole = generate(model, model.params, PROMPTS, max_new_tokens=NEW, stop_ids=())
     parts = list(stream(model, model.params, PROMPTS, max_new_tokens=NEW, chunk=5, stop_ids=()))
     assert [len(rows[0]) for rows in parts] == [5, 10, NEW]
-    assert all(row == full[: len(row)] for rows in parts for row, full in zip(rows, whole, strict=True))
-    stopped = [*stream(model, model.params, PROMPTS[:1], max_new_tokens=NEW, chunk=1, stop_ids=(whole[0][3],))]
+    assert all(
+        row == full[: len(row)] for rows in parts for row, full in zip(rows, whole, strict=True)
+    )
+    stopped = [
+        *stream(
+            model, model.params, PROMPTS[:1], max_new_tokens=NEW, chunk=1, stop_ids=(whole[0][3],)
+        )
+    ]
     assert stopped[-1] == [whole[0][: whole[0].index(whole[0][3])]]
     assert len(stopped) <= 4
 
@@ -108,10 +132,14 @@ def test_repetition_penalty(model: Model) -> None:
     """A strong one lets no token come twice, and damps those of the prompt but not those of the padding."""
     params = jax.tree.map(lambda leaf: leaf, model.params)
     greedy = generate(model, params, PROMPTS, max_new_tokens=NEW, stop_ids=())
-    assert any(len(set(row)) < NEW or set(row) & set(p) for row, p in zip(greedy, PROMPTS, strict=True))
+    assert any(
+        len(set(row)) < NEW or set(row) & set(p) for row, p in zip(greedy, PROMPTS, strict=True)
+    )
     penalty = Sampling(repetition_penalty=1e6)
     for row, prompt in zip(
-        generate(model, params, PROMPTS, max_new_tokens=NEW, stop_ids=(), sampling=penalty), PROMPTS, strict=True
+        generate(model, params, PROMPTS, max_new_tokens=NEW, stop_ids=(), sampling=penalty),
+        PROMPTS,
+        strict=True,
     ):
         assert len({*row, *prompt}) == NEW + len(prompt)
 
@@ -124,7 +152,14 @@ def test_sampling(model: Model) -> None:
     options = {"max_new_tokens": NEW, "stop_ids": ()}
     greedy = generate(model, model.params, PROMPTS, **options)
     draws = [
-        generate(model, model.params, PROMPTS, sampling=Sampling(temperature=2.0), key=jax.random.key(k), **options)
+        generate(
+            model,
+            model.params,
+            PROMPTS,
+            sampling=Sampling(temperature=2.0),
+            key=jax.random.key(k),
+            **options,
+        )
         for k in (1, 1, 2)
     ]
     assert draws[0] == draws[1]
@@ -132,11 +167,25 @@ def test_sampling(model: Model) -> None:
     assert draws[0] != greedy
     key = jax.random.key(1)
     assert (
-        generate(model, model.params, PROMPTS, sampling=Sampling(temperature=2.0, top_k=1), key=key, **options)
+        generate(
+            model,
+            model.params,
+            PROMPTS,
+            sampling=Sampling(temperature=2.0, top_k=1),
+            key=key,
+            **options,
+        )
         == greedy
     )
     assert (
-        generate(model, model.params, PROMPTS, sampling=Sampling(temperature=2.0, top_p=1e-6), key=key, **options)
+        generate(
+            model,
+            model.params,
+            PROMPTS,
+            sampling=Sampling(temperature=2.0, top_p=1e-6),
+            key=key,
+            **options,
+        )
         == greedy
     )
 
@@ -152,10 +201,14 @@ def test_sampling(model: Model) -> None:
         (1.0, 3, 0.75, [4 / 7, 3 / 7, 0, 0]),  # of the three that are left, two hold 7/9
     ],
 )
-def test_pick_draws_from_the_right_distribution(temperature: float, top_k: int, top_p: float, expected: list) -> None:
+def test_pick_draws_from_the_right_distribution(
+    temperature: float, top_k: int, top_p: float, expected: list
+) -> None:
     n = 20_000
     scores = jnp.tile(jnp.log(jnp.array([0.2, 0.4, 0.1, 0.3])), (n, 1))
-    drawn = pick(scores, jax.random.key(0), draw(temperature=temperature, top_k=top_k, top_p=top_p))
+    drawn = sample_token(
+        scores, jax.random.key(0), draw(temperature=temperature, top_k=top_k, top_p=top_p)
+    )
     share = np.bincount(np.asarray(drawn), minlength=4) / n
     np.testing.assert_allclose(share[[1, 3, 0, 2]], expected, atol=0.015)
 
@@ -169,7 +222,12 @@ def test_the_second_call_is_compiled_already(model: Model, params: Callable[[str
     call(model.params, 0, sampling=Sampling(temperature=0.5, top_k=5), key=jax.random.key(0))
     before = prefill._cache_size(), extend._cache_size()
     call(jax.tree.map(lambda leaf: leaf * 1.01, params("dora")), 3)
-    call(model.params, 2, sampling=Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.1), key=jax.random.key(5))
+    call(
+        model.params,
+        2,
+        sampling=Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.1),
+        key=jax.random.key(5),
+    )
     assert (prefill._cache_size(), extend._cache_size()) == before
 
 
@@ -178,7 +236,9 @@ def test_no_parameter_is_a_constant(model: Model) -> None:
     abstract = jax.eval_shape(lambda: model.params)
     shape = jax.ShapeDtypeStruct((2, 32), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
     options = {"config": model.config, "greedy": True, "mesh": None}
-    state = jax.eval_shape(functools.partial(prefill, room=32, **options), abstract, *shape, draw(rows=2))
+    state = jax.eval_shape(
+        functools.partial(prefill, room=32, **options), abstract, *shape, draw(rows=2)
+    )
     text = extend.lower(abstract, state, np.int32(4), draw(rows=2), **options).as_text()
     assert len(text) < 200_000
     assert "97x32xf32>" in text
@@ -187,7 +247,9 @@ def test_no_parameter_is_a_constant(model: Model) -> None:
 def test_on_eight_devices(model: Model, params: Callable[[str], Tree]) -> None:
     """Sharded parameters; four rows divide by data and fsdp, three do not."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    sharded = jax.device_put(params("dora"), param_shardings(params("dora"), SHARDING_RULES, mesh=mesh))
+    sharded = jax.device_put(
+        params("dora"), param_shardings(params("dora"), DECODER_RULES, mesh=mesh)
+    )
     expected = generate(model, params("dora"), PROMPTS, max_new_tokens=NEW)
     assert generate(model, sharded, PROMPTS, max_new_tokens=NEW) == expected
     assert generate(model, sharded, PROMPTS[:3], max_new_tokens=NEW) == expected[:3]
@@ -210,8 +272,19 @@ def test_on_eight_devices(model: Model, params: Callable[[str], Tree]) -> None:
     ],
 )
 def test_bad_input(model: Model, options: dict, words: str) -> None:
-    def call(*, prompts: Any = ([1],), max_new_tokens: int = 5, sampling: Any = types.MappingProxyType({})) -> None:
-        generate(model, model.params, prompts, max_new_tokens=max_new_tokens, sampling=Sampling(**sampling))
+    def call(
+        *,
+        prompts: Any = ([1],),
+        max_new_tokens: int = 5,
+        sampling: Any = types.MappingProxyType({}),
+    ) -> None:
+        generate(
+            model,
+            model.params,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(**sampling),
+        )
 
     with pytest.raises(ValueError, match=words) as error:
         call(**options)

@@ -15,7 +15,9 @@ from lorax_ft.models.model import Model
 from lorax_ft.tree import flatten
 
 
-def write_gguf(file: Path, model: Model, *, architecture: str = "llama", pre: str = "smollm") -> None:
+def write_gguf(
+    file: Path, model: Model, *, architecture: str = "llama", pre: str = "smollm"
+) -> None:
     """A GGUF file as llama.cpp's converter writes it: q and k permuted, matrices in Q8_0."""
     c = model.config
     letters = ["<|end|>", "<|user|>", *(chr(0x21 + i) for i in range(35)), "Ġ", "Ġ1", "ab"]
@@ -37,11 +39,19 @@ def write_gguf(file: Path, model: Model, *, architecture: str = "llama", pre: st
     writer.add_eos_token_id(0)
     writer.add_chat_template("{{ messages[0].content }}")
     flat = flatten(model.params)
-    names = {"o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    names |= {f"{n}_proj": f"attn_{n}" for n in "qkv"} | {f"{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")}
+    names = {
+        "o_proj": "attn_output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    names |= {f"{n}_proj": f"attn_{n}" for n in "qkv"} | {
+        f"{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")
+    }
     for path, leaf in flat.items():
         if not path.startswith("layers/"):
-            name = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[path.split("/")[0]]
+            name = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[
+                path.split("/")[0]
+            ]
             writer.add_tensor(f"{name}.weight", np.array(leaf.T if name == "output" else leaf))
             continue
         module = path.split("/")[-2]
@@ -66,7 +76,13 @@ def test_gguf_files(tmp_path: Path, tied: bool) -> None:
     assert_trees_equal(again.params, model.params)
     tokenizer = again.tokenizer
     ids = tokenizer("<|user|>A 11").input_ids
-    assert tokenizer.convert_ids_to_tokens(ids) == ["<|user|>", "A", "Ġ", "1", "1"]  # digits stand alone: no "Ġ1"
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        "<|user|>",
+        "A",
+        "Ġ",
+        "1",
+        "1",
+    ]  # digits stand alone: no "Ġ1"
     assert tokenizer.decode(ids) == "<|user|>A 11"
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|end|>", 0)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False) == "A"
@@ -80,10 +96,15 @@ def test_gguf_files(tmp_path: Path, tied: bool) -> None:
 def test_gguf_files_that_are_not_supported(tmp_path: Path) -> None:
     model = random_model()
     write_gguf(tmp_path / "other.gguf", model, architecture="falcon")
-    with pytest.raises(ValueError, match=r"architecture 'falcon'; supported in GGUF: llama, llama with experts, qwen2"):
+    with pytest.raises(
+        ValueError,
+        match=r"architecture 'falcon'; supported in GGUF: llama, llama with experts, qwen2",
+    ):
         load_model(tmp_path / "other.gguf")
     write_gguf(tmp_path / "tokens.gguf", model, pre="falcon")
-    with pytest.raises(ValueError, match=r"tokenizer gpt2/falcon; supported: gpt2/smollm, gpt2/llama-bpe"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer gpt2/falcon; supported: gpt2/smollm, gpt2/llama-bpe"
+    ):
         load_model(tmp_path / "tokens.gguf")
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"is not a readable GGUF file"):

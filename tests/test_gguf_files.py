@@ -25,11 +25,18 @@ from lorax_ft.tree import flatten, unflatten
 def random_model(fields: dict[str, Any], tokenizer: Any = None) -> Model:
     """With weights that float16 holds."""
     tokenizer = tokenizer or load_model(EMBEDDED_MODEL).tokenizer
-    fields = SIZES | {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | fields
+    fields = (
+        SIZES
+        | {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        | fields
+    )
     config = decoder_config(fields, source="these tests")
     rng = np.random.default_rng(0)
     params = {
-        path: jnp.asarray(rng.normal(float(path.endswith("scale") and not config.norm_offset), 0.2, leaf.shape), "f2")
+        path: jnp.asarray(
+            rng.normal(float(path.endswith("scale") and not config.norm_offset), 0.2, leaf.shape),
+            "f2",
+        )
         for path, leaf in flatten(abstract_params(config)).items()
     }
     params = jax.tree.map(lambda leaf: leaf.astype("float32"), unflatten(params))
@@ -44,14 +51,16 @@ def test_there_and_back(tmp_path: Path, case: str) -> None:
     assert dataclasses.replace(again.config, kinds=model.config.kinds) == model.config
     assert flatten(again.params).keys() == flatten(model.params).keys()
     for path, leaf in flatten(again.params).items():
-        np.testing.assert_allclose(leaf, flatten(model.params)[path], atol=1e-6 if model.config.norm_offset else 0)
+        np.testing.assert_allclose(
+            leaf, flatten(model.params)[path], atol=1e-6 if model.config.norm_offset else 0
+        )
     tokens = jnp.arange(3, 43)[None]
     for positions in (None, tokens + 300):
         ours, theirs = (m.apply({"params": m.params}, tokens, positions) for m in (model, again))
         np.testing.assert_allclose(theirs, ours, atol=1e-4, rtol=1e-4)
 
 
-def test_llama3_is_recognised(tmp_path: Path) -> None:
+def test_llama3_is_recognized(tmp_path: Path) -> None:
     model = random_model(FAMILIES["llama3"])
     save_gguf(tmp_path / "model.gguf", model.params, model)
     again = load_model(tmp_path / "model.gguf")
@@ -64,9 +73,15 @@ def test_llama3_is_recognised(tmp_path: Path) -> None:
     [
         ({"model_type": "mistral", "sliding_window": 8}, "(mistral) has kinds = "),
         ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, "(smollm3) has kinds = "),
-        (FAMILIES["gemma2"] | {"query_pre_attn_scalar": 24}, "(gemma2) has attention_scale = 0.204"),
+        (
+            FAMILIES["gemma2"] | {"query_pre_attn_scalar": 24},
+            "(gemma2) has attention_scale = 0.204",
+        ),
         (FAMILIES["qwen3_moe"] | {"norm_topk_prob": False}, "(qwen3_moe) has experts = "),
-        ({"model_type": "qwen2", "rope_parameters": FAMILIES["llama3"]["rope_parameters"]}, "(qwen2) has kinds = "),
+        (
+            {"model_type": "qwen2", "rope_parameters": FAMILIES["llama3"]["rope_parameters"]},
+            "(qwen2) has kinds = ",
+        ),
         (
             {"model_type": "llama", "hidden_act": "gelu"},
             "(llama) has activation = gelu, for which llama.cpp's llama has",
@@ -92,15 +107,29 @@ def test_a_head_that_llama_cpp_has_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("olmo2.attention.sliding_window", 8, "olmo2.attention.sliding_window = 8, which is not supported"),
+        (
+            "olmo2.attention.sliding_window",
+            8,
+            "olmo2.attention.sliding_window = 8, which is not supported",
+        ),
         ("olmo2.rope.scaling.type", "longrope", "rotary scaling longrope"),
         ("split.count", 2, "is one of 2 files; join them with"),
-        ("olmo2.expert_count", 4, "architecture 'olmo2 with experts'; supported in GGUF: llama, llama with experts"),
+        (
+            "olmo2.expert_count",
+            4,
+            "architecture 'olmo2 with experts'; supported in GGUF: llama, llama with experts",
+        ),
     ],
 )
 def test_what_is_not_known_is_not_read(tmp_path: Path, key: str, value: Any, message: str) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "olmo2")
-    for name in ("context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count"):
+    for name in (
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "block_count",
+        "attention.head_count",
+    ):
         writer.add_uint32(f"olmo2.{name}", 1)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_tensor("token_embd.weight", np.zeros((1, 1), np.float32))
@@ -121,7 +150,10 @@ def test_sentencepiece(tmp_path: Path, kind: str) -> None:
     model = random_model({"model_type": "llama"}, tokenizer)
     save_gguf(tmp_path / "model.gguf", model.params, model)
     tokenizer.save_pretrained(tmp_path / "folder")
-    again, folder = load_model(tmp_path / "model.gguf").tokenizer, type(tokenizer).from_pretrained(tmp_path / "folder")
+    again, folder = (
+        load_model(tmp_path / "model.gguf").tokenizer,
+        type(tokenizer).from_pretrained(tmp_path / "folder"),
+    )
     for text in texts():
         ids = [1, *by_score(text, keys)]
         assert tokenizer(text).input_ids == again(text).input_ids == folder(text).input_ids == ids

@@ -22,9 +22,15 @@ pytestmark = pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kept", [False, True])
-def test_gradients_of_a_layer_equal_a_float64_reference(dora: bool, kept: bool, dropout: bool) -> None:
+def test_gradients_of_a_layer_equal_a_float64_reference(
+    dora: bool, kept: bool, dropout: bool
+) -> None:
     rng = np.random.default_rng(0)
-    full, x64, weights = random_layer(rng, dora=dora, kept=kept), rng.normal(size=(4, 6)), rng.normal(size=(4, 5))
+    full, x64, weights = (
+        random_layer(rng, dora=dora, kept=kept),
+        rng.normal(size=(4, 6)),
+        rng.normal(size=(4, 5)),
+    )
     single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), full)
     x, drop, x_dropped = jnp.asarray(x64, jnp.float32), {}, None
     if dropout:
@@ -44,7 +50,9 @@ def test_gradients_of_a_layer_equal_a_float64_reference(dora: bool, kept: bool, 
             d = x if x_dropped is None else jnp.asarray(x_dropped / np.where(x64 == 0, 1, x64)) * x
             return jnp.sum(jnp.asarray(weights) * reference(layer, x, x_dropped=d))
 
-        want, want_x = jax.grad(loss64, argnums=(0, 1))(jax.tree.map(jnp.asarray, full), jnp.asarray(x64))
+        want, want_x = jax.grad(loss64, argnums=(0, 1))(
+            jax.tree.map(jnp.asarray, full), jnp.asarray(x64)
+        )
     assert distance(got_x, want_x) < 2e-6
     for name in ("lora_a", "lora_b", "bias", *(["magnitude"] if dora else [])):
         assert distance(got[name], want[name]) < 2e-6, name
@@ -52,11 +60,11 @@ def test_gradients_of_a_layer_equal_a_float64_reference(dora: bool, kept: bool, 
 
 @pytest.mark.parametrize("model", ["decoder", "vit_rematted", "convolutions", "einsums"])
 def test_gradients_of_a_model_equal_those_through_merging_in_float64(
-    zoo: Any, adapted: Adapted, randomise: Any, model: str
+    zoo: Any, adapted: Adapted, randomize: Any, model: str
 ) -> None:
     """The derivative of model(merge(params)) by every trained leaf, with merging in float64 on NumPy's side of XLA."""
     case = zoo(model)
-    params = randomise(adapted(model, "pissa_kept-rank_stabilized-dora"))
+    params = randomize(adapted(model, "pissa_kept-rank_stabilized-dora"))
     trained, frozen = partition(params)
 
     def loss(trained: Tree) -> Array:
@@ -65,8 +73,13 @@ def test_gradients_of_a_model_equal_those_through_merging_in_float64(
 
     got = flatten(jax.jit(jax.grad(loss))(trained))
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        trained64, frozen64 = (jax.tree.map(lambda leaf: leaf.astype(jnp.float64), t) for t in (trained, frozen))
-        example = tuple(x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in case.example)
+        trained64, frozen64 = (
+            jax.tree.map(lambda leaf: leaf.astype(jnp.float64), t) for t in (trained, frozen)
+        )
+        example = tuple(
+            x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            for x in case.example
+        )
 
         def loss64(trained: Tree) -> Array:
             merged = merged_reference(combine(trained, frozen64), case.layout)
@@ -89,16 +102,22 @@ def merged_reference(params: Tree, layout: Any) -> Tree:
         if "lora_a" in layer:
             name = "embedding" if "embedding" in layer else "kernel"
             result[path][name] = _merged(layer, layer[name], layout[path])
-    return unflatten({f"{path}/{name}": leaf for path, layer in result.items() for name, leaf in layer.items()})
+    return unflatten(
+        {f"{path}/{name}": leaf for path, layer in result.items() for name, leaf in layer.items()}
+    )
 
 
 def _merged(layer: Tree, w: Array, spec: Any) -> Array:
     letters = "abcdefghij"
-    stack, ins, outs = ("".join(letters[i] for i in axes) for axes in (spec.stack, spec.ins, spec.outs))
+    stack, ins, outs = (
+        "".join(letters[i] for i in axes) for axes in (spec.stack, spec.ins, spec.outs)
+    )
 
     def in_order(used: str, r: str) -> str:
         """The leaf's axes in the kernel's order, with r where the first axis it replaces stood."""
-        return "".join(sorted(used, key=lambda c: letters.index(r) if c == "r" else letters.index(c)))
+        return "".join(
+            sorted(used, key=lambda c: letters.index(r) if c == "r" else letters.index(c))
+        )
 
     a_axes, b_axes = in_order(stack + ins + "r", outs[0]), in_order(stack + outs + "r", ins[0])
     order = letters[: w.ndim]
@@ -108,5 +127,7 @@ def _merged(layer: Tree, w: Array, spec: Any) -> Array:
 
     w = w - product("lora_a0", "lora_b0", "start_scale") if "start_scale" in layer else w
     merged = w + product("lora_a", "lora_b", "lora_scale")
-    norm = jax.lax.stop_gradient(jnp.sqrt(jnp.einsum(f"{order},{order}->{stack}{outs}", merged, merged)))
+    norm = jax.lax.stop_gradient(
+        jnp.sqrt(jnp.einsum(f"{order},{order}->{stack}{outs}", merged, merged))
+    )
     return jnp.einsum(f"{order},{stack}{outs}->{order}", merged, layer["magnitude"] / norm)

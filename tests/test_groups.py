@@ -14,7 +14,7 @@ from lorax_ft.tree import flatten
 pytestmark = pytest.mark.usefixtures("strict")
 
 
-def test_labels_name_the_optimisers_groups(zoo: Any, adapted: Adapted) -> None:
+def test_labels_name_the_optimizers_groups(zoo: Any, adapted: Adapted) -> None:
     params = adapted("convolutions", "pissa_kept-standard-dora", targets=("second",))
     assert label(params, whole=("first",)) == {
         "first": {"kernel": "weight", "bias": "vector"},
@@ -34,7 +34,7 @@ def test_labels_name_the_optimisers_groups(zoo: Any, adapted: Adapted) -> None:
     }
 
 
-def test_a_frozen_factor_is_labelled_so(adapted: Adapted) -> None:
+def test_a_frozen_factor_is_labeled_so(adapted: Adapted) -> None:
     params = adapted("decoder", "kaiming-standard-dora", targets=("up_proj",))
     names = label(params, freeze=("lora_a",))["layers"]["mlp"]["up_proj"]
     frozen = dict.fromkeys(("kernel", "lora_a", "lora_scale"), "frozen")
@@ -66,7 +66,9 @@ def test_combine_inverts_partition(adapted: Adapted, by: Any) -> None:
     mine, rest = partition(params, by=by, whole=("norm",))
     names = {path.rpartition("/")[2] for path in flatten(mine)}
     frozen = {"lora_scale", "lora_a0", "lora_b0", "start_scale"}
-    assert names == {"lora_a", "lora_b", "magnitude", "scale"} | (frozen if by == "ownership" else set())
+    assert names == {"lora_a", "lora_b", "magnitude", "scale"} | (
+        frozen if by == "ownership" else set()
+    )
     assert jax.tree.structure(combine(mine, rest)) == jax.tree.structure(params)
     assert flatten(combine(rest, mine)).keys() == flatten(params).keys()
     with pytest.raises(ValueError, match="two of the trees hold the leaf"):
@@ -76,8 +78,15 @@ def test_combine_inverts_partition(adapted: Adapted, by: Any) -> None:
 def test_what_depends_on_a_step_belongs_to_no_adapter(adapted: Adapted) -> None:
     params = with_norms(with_dropout(adapted("decoder", "kaiming-standard-dora"), KEY, rate=0.5))
     owned, _ = partition(params, by="ownership")
-    assert {path.rpartition("/")[2] for path in flatten(owned)} == {"lora_a", "lora_b", "lora_scale", "magnitude"}
-    assert not {"norm", "dropout_key", "dropout_rate"} & {p.rpartition("/")[2] for p in flatten(merge_adapters(params))}
+    assert {path.rpartition("/")[2] for path in flatten(owned)} == {
+        "lora_a",
+        "lora_b",
+        "lora_scale",
+        "magnitude",
+    }
+    assert not {"norm", "dropout_key", "dropout_rate"} & {
+        p.rpartition("/")[2] for p in flatten(merge_adapters(params))
+    }
 
 
 @pytest.mark.parametrize("method", TABLE)

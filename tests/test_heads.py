@@ -17,31 +17,41 @@ from lorax_ft.tree import flatten
 pytestmark = pytest.mark.usefixtures("strict")
 
 
-def test_an_adapted_embedding_changes_the_lookup_alone(zoo: Any, adapted: Adapted, randomise: Any) -> None:
+def test_an_adapted_embedding_changes_the_lookup_alone(
+    zoo: Any, adapted: Adapted, randomize: Any
+) -> None:
     """In a tied model the head keeps the table; merging unties the two, and says so in the tree."""
     case = zoo("decoder")
     params = adapted("decoder", "kaiming-standard", targets=("embed_tokens",))
     assert not params["embed_tokens"]["lora_a"].any()
     assert params["embed_tokens"]["lora_b"].std() == pytest.approx(1, rel=0.2)
-    params = randomise(params)
+    params = randomize(params)
     merged = merge_adapters(params, layout=case.layout)
-    np.testing.assert_array_equal(merged["lm_head"]["kernel"], params["embed_tokens"]["embedding"].T)
+    np.testing.assert_array_equal(
+        merged["lm_head"]["kernel"], params["embed_tokens"]["embedding"].T
+    )
     assert distance(case.plain(merged), case.forward(params)) < 1e-5
 
 
-def test_an_adapted_tied_head_leaves_the_lookup_alone(zoo: Any, adapted: Adapted, randomise: Any) -> None:
+def test_an_adapted_tied_head_leaves_the_lookup_alone(
+    zoo: Any, adapted: Adapted, randomize: Any
+) -> None:
     case = zoo("decoder")
-    params = randomise(adapted("decoder", "pissa-standard-dora", targets=("lm_head",)))
+    params = randomize(adapted("decoder", "pissa-standard-dora", targets=("lm_head",)))
     assert "kernel" not in params["lm_head"]
     merged = merge_adapters(params, layout=case.layout)
-    np.testing.assert_array_equal(merged["embed_tokens"]["embedding"], case.params["embed_tokens"]["embedding"])
+    np.testing.assert_array_equal(
+        merged["embed_tokens"]["embedding"], case.params["embed_tokens"]["embedding"]
+    )
     assert distance(case.plain(merged), case.forward(params)) < 1e-5
     normed = with_norms(params, layout=case.layout)
     assert distance(case.forward(normed), case.forward(params)) < 1e-6
 
 
 def test_merging_without_adapters_on_the_head_keeps_it_tied(zoo: Any, adapted: Adapted) -> None:
-    assert "lm_head" not in merge_adapters(adapted("decoder", "kaiming-standard", targets=("all-linear",)))
+    assert "lm_head" not in merge_adapters(
+        adapted("decoder", "kaiming-standard", targets=("all-linear",))
+    )
 
 
 def test_all_linear_leaves_out_heads_and_embeddings(adapted: Adapted) -> None:

@@ -18,7 +18,9 @@ KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("strict")
 
 # path: kind, stack axes, in axes, out axes, experts
-LITERAL: dict[str, dict[str, tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]]] = {
+LITERAL: dict[
+    str, dict[str, tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]]
+] = {
     "convolutions": {
         "first": ("conv", (), (0, 1, 2), (3,), 0),
         "second": ("conv", (), (0, 1, 2), (3,), 0),
@@ -46,7 +48,10 @@ LITERAL: dict[str, dict[str, tuple[str, tuple[int, ...], tuple[int, ...], tuple[
     "decoder": {
         "embed_tokens": ("embed", (), (0,), (1,), 0),
         **{f"layers/self_attn/{name}_proj": ("dense", (0,), (1,), (2,), 0) for name in "qkvo"},
-        **{f"layers/mlp/{name}_proj": ("dense", (0,), (1,), (2,), 0) for name in ("gate", "up", "down")},
+        **{
+            f"layers/mlp/{name}_proj": ("dense", (0,), (1,), (2,), 0)
+            for name in ("gate", "up", "down")
+        },
         "lm_head": ("dense", (), (0,), (1,), 0),
     },
     "boxed": {
@@ -60,16 +65,22 @@ LITERAL["vit_rematted"] = LITERAL["vit_scanned"]
 @pytest.mark.parametrize("model", LITERAL)
 def test_a_models_layers(zoo: Any, model: str) -> None:
     found = zoo(model).layout
-    assert {path: (s.kind, s.stack, s.ins, s.outs, s.experts) for path, s in found.items()} == LITERAL[model]
-    assert [path for path, spec in found.items() if spec.by_name] == (["lm_head"] if model == "decoder" else [])
+    assert {
+        path: (s.kind, s.stack, s.ins, s.outs, s.experts) for path, s in found.items()
+    } == LITERAL[model]
+    assert [path for path, spec in found.items() if spec.by_name] == (
+        ["lm_head"] if model == "decoder" else []
+    )
 
 
 def test_an_unrolled_model_has_no_stacks(zoo: Any) -> None:
     found = zoo("vit_unrolled").layout
     assert not any(spec.stack for spec in found.values())
-    assert {path.replace("layers/1/", "layers/") for path in found if "/0/" not in path and "/2/" not in path} == set(
-        LITERAL["vit_scanned"]
-    )
+    assert {
+        path.replace("layers/1/", "layers/")
+        for path in found
+        if "/0/" not in path and "/2/" not in path
+    } == set(LITERAL["vit_scanned"])
 
 
 def test_logical_paths_of_a_stack_are_those_of_the_unrolled_model(zoo: Any) -> None:
@@ -92,7 +103,9 @@ def test_shapes_are_enough(zoo: Any) -> None:
 
 def test_leaves_of_adapters_are_looked_past(zoo: Any) -> None:
     case = zoo("convolutions")
-    params = case.params | {"second": case.params["second"] | {"lora_a": jnp.ones(3), "norm": jnp.ones(2)}}
+    params = case.params | {
+        "second": case.params["second"] | {"lora_a": jnp.ones(3), "norm": jnp.ones(2)}
+    }
     assert layout(case.apply, params, *case.example) == case.layout
 
 
@@ -118,7 +131,11 @@ def test_a_scan_over_another_axis_raises() -> None:
         @nn.compact
         def __call__(self, x: Array) -> Array:
             scan = nn.scan(
-                Body, variable_axes={"params": 1}, split_rngs={"params": True}, length=3, in_axes=nn.broadcast
+                Body,
+                variable_axes={"params": 1},
+                split_rngs={"params": True},
+                length=3,
+                in_axes=nn.broadcast,
             )
             return scan(name="layers")(x, None)[0]
 
@@ -168,7 +185,11 @@ def test_a_layer_without_a_path() -> None:
 def test_scans_in_scans_have_an_index_each() -> None:
     def repeated(body: Any, length: int) -> Any:
         return nn.scan(
-            body, variable_axes={"params": 0}, split_rngs={"params": True}, length=length, in_axes=nn.broadcast
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=length,
+            in_axes=nn.broadcast,
         )
 
     class Inner(nn.Module):

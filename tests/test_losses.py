@@ -52,7 +52,13 @@ def problem(kind: str, dtype: Any = jnp.float32) -> tuple[Tree, Tree, Array, Arr
     targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
     weights = jnp.asarray(rng.integers(0, 2, (B, T)) * rng.random((B, T)), jnp.float32)
     mine = {name: leaf for name, leaf in layer.items() if name in trained}
-    return mine, {name: leaf for name, leaf in layer.items() if name not in trained}, features, targets, weights
+    return (
+        mine,
+        {name: leaf for name, leaf in layer.items() if name not in trained},
+        features,
+        targets,
+        weights,
+    )
 
 
 def plain(layer: Tree, features: Array, targets: Array, weights: Array) -> Array:
@@ -67,13 +73,19 @@ def test_equals_plain_cross_entropy_and_its_gradients(kind: str, chunk_rows: int
     trained, fixed, features, targets, weights = problem(kind)
 
     def fused(trained: Tree, features: Array) -> Array:
-        return head_loss(fixed | trained, features, targets, weights, score=score, chunk_rows=chunk_rows)
+        return head_loss(
+            fixed | trained, features, targets, weights, score=score, chunk_rows=chunk_rows
+        )
 
     def want(trained: Tree, features: Array) -> Array:
         return plain(fixed | trained, features, targets, weights)
 
-    np.testing.assert_allclose(jax.jit(fused)(trained, features), want(trained, features), rtol=1e-6)
-    scaled = [jax.value_and_grad(lambda t, x, f=f: f(t, x) / 7, argnums=(0, 1)) for f in (fused, want)]
+    np.testing.assert_allclose(
+        jax.jit(fused)(trained, features), want(trained, features), rtol=1e-6
+    )
+    scaled = [
+        jax.value_and_grad(lambda t, x, f=f: f(t, x) / 7, argnums=(0, 1)) for f in (fused, want)
+    ]
     got, expected = jax.jit(scaled[0])(trained, features), scaled[1](trained, features)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -93,7 +105,9 @@ def test_weights_of_zero_leave_tokens_out() -> None:
     trained, fixed, features, targets, _ = problem("lora")
 
     def loss(features: Array) -> Array:
-        return head_loss(fixed | trained, features, targets, jnp.zeros((B, T)), score=score, chunk_rows=4)
+        return head_loss(
+            fixed | trained, features, targets, jnp.zeros((B, T)), score=score, chunk_rows=4
+        )
 
     value, gradient = jax.value_and_grad(loss)(features)
     assert value == 0
@@ -106,7 +120,9 @@ def test_bfloat16_sums_gradients_over_chunks_in_float32(kind: str) -> None:
 
     def gradient(chunk_rows: int) -> Tree:
         def loss(trained: Tree) -> Array:
-            return head_loss(fixed | trained, features, targets, weights, score=score, chunk_rows=chunk_rows)
+            return head_loss(
+                fixed | trained, features, targets, weights, score=score, chunk_rows=chunk_rows
+            )
 
         return jax.grad(loss)(trained)
 
@@ -114,7 +130,9 @@ def test_bfloat16_sums_gradients_over_chunks_in_float32(kind: str) -> None:
     for name, leaf in one.items():
         assert many[name].dtype == leaf.dtype == trained[name].dtype
         np.testing.assert_allclose(
-            np.float32(many[name]), np.float32(leaf), atol=0.02 * float(np.abs(np.float32(leaf)).max())
+            np.float32(many[name]),
+            np.float32(leaf),
+            atol=0.02 * float(np.abs(np.float32(leaf)).max()),
         )
 
 

@@ -19,11 +19,10 @@ from lorax_ft.config import MeshConfig, QuantConfig
 from lorax_ft.interop.huggingface import abstract_params, decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.save import save_model, save_quantized
-from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.quant.kernels import dense
 from lorax_ft.quant.nf4 import NF4
-from lorax_ft.training.sharding import make_mesh, param_shardings
+from lorax_ft.sharding import DECODER_RULES, make_mesh, param_shardings
 from lorax_ft.tree import flatten, unflatten
 
 STATE = "quant_state.bitsandbytes__nf4"
@@ -32,20 +31,27 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shard_bytes", [10**9, 4000])
-def test_there_and_back_bitwise(source: Path, tmp_path: Path, double: bool, shard_bytes: int, strict: None) -> None:
+def test_there_and_back_bitwise(
+    source: Path, tmp_path: Path, double: bool, shard_bytes: int, strict: None
+) -> None:
     model = load_model(source, quant=QuantConfig(format="nf4", double=double))
     save_quantized(tmp_path / "packed", model.params, model, shard_bytes=shard_bytes)
     again = load_model(tmp_path / "packed")
     assert_same(again.params, model.params)
     assert sum(isinstance(leaf, NF4) for leaf in flatten(again.params).values()) == 7
-    assert_same(load_model(tmp_path / "packed", quant=QuantConfig(format="nf4")).params, model.params)
+    assert_same(
+        load_model(tmp_path / "packed", quant=QuantConfig(format="nf4")).params, model.params
+    )
     save_quantized(tmp_path / "again", again.params, again, shard_bytes=shard_bytes)
     for file in sorted((tmp_path / "packed").iterdir()):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
 def test_what_is_written(packed: Path) -> None:
-    config, tensors = json.loads((packed / "config.json").read_text()), load_file(packed / "model.safetensors")
+    config, tensors = (
+        json.loads((packed / "config.json").read_text()),
+        load_file(packed / "model.safetensors"),
+    )
     assert config["quantization_config"] == {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -57,7 +63,11 @@ def test_what_is_written(packed: Path) -> None:
         "llm_int8_skip_modules": ["lm_head"],
     }
     name = "model.layers.0.self_attn.q_proj.weight"  # 30 × 24: 720 codes, 12 blocks
-    shapes = {key.removeprefix(name): value.shape for key, value in tensors.items() if key.startswith(name)}
+    shapes = {
+        key.removeprefix(name): value.shape
+        for key, value in tensors.items()
+        if key.startswith(name)
+    }
     state = json.loads(tensors[f"{name}.{STATE}"].tobytes())
     assert shapes.pop(f".{STATE}") == (len(json.dumps(state)),)
     assert shapes == {
@@ -84,7 +94,7 @@ def test_packed_leaves_lie_as_their_rules_say(packed: Path) -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
 
     def shardings(path: str, leaf: Any) -> Any:
-        return flatten(param_shardings(unflatten({path: leaf}), SHARDING_RULES, mesh=mesh))[path]
+        return flatten(param_shardings(unflatten({path: leaf}), DECODER_RULES, mesh=mesh))[path]
 
     split, whole = load_model(packed, shardings=shardings), load_model(packed)
     assert_same(split.params, whole.params)
@@ -102,27 +112,37 @@ def test_bytes_stored_as_another_dtype(packed: Path, tmp_path: Path) -> None:
     assert_same(load_model(tmp_path / "stored").params, load_model(packed).params)
 
 
-def test_what_is_packed_in_part_or_is_no_linear_layer_of_ours_is_dequantised(source: Path, tmp_path: Path) -> None:
+def test_what_is_packed_in_part_or_is_no_linear_layer_of_ours_is_dequantized(
+    source: Path, tmp_path: Path
+) -> None:
     model = load_model(source, quant=QuantConfig(format="nf4"))
     save_quantized(tmp_path / "packed", model.params, model)
     tensors = load_file(tmp_path / "packed" / "model.safetensors")
     own = load_file(source / "model.safetensors")[UP]
     write(
-        tmp_path / "part", tmp_path / "packed", {k: v for k, v in tensors.items() if not k.startswith(UP)} | {UP: own}
+        tmp_path / "part",
+        tmp_path / "packed",
+        {k: v for k, v in tensors.items() if not k.startswith(UP)} | {UP: own},
     )
     part = load_model(tmp_path / "part")
     kernel = part.params["layers"]["mlp"]["up_proj"]["kernel"]
-    np.testing.assert_array_equal(kernel[0], dense(model.params["layers"]["mlp"]["up_proj"]["kernel"])[0])
+    np.testing.assert_array_equal(
+        kernel[0], dense(model.params["layers"]["mlp"]["up_proj"]["kernel"])[0]
+    )
     np.testing.assert_array_equal(kernel[1], own.T)
     assert isinstance(part.params["layers"]["mlp"]["down_proj"]["kernel"], NF4)
-    save_model(tmp_path / "whole", part.params, part)  # no longer quantised, and no word of it
+    save_model(tmp_path / "whole", part.params, part)  # no longer quantized, and no word of it
     assert "quantization_config" not in json.loads((tmp_path / "whole" / "config.json").read_text())
     np.testing.assert_allclose(logits(load_model(tmp_path / "whole")), logits(part), atol=1e-5)
 
 
-def write(folder: Path, like: Path, tensors: dict[str, np.ndarray], config: dict | None = None) -> None:
+def write(
+    folder: Path, like: Path, tensors: dict[str, np.ndarray], config: dict | None = None
+) -> None:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(json.loads((like / "config.json").read_text()) | (config or {})))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((like / "config.json").read_text()) | (config or {}))
+    )
     save_file(tensors, folder / "model.safetensors")
 
 
@@ -139,7 +159,10 @@ def restated(**fields: Any) -> Callable[[dict], None]:
 @pytest.mark.parametrize(
     ("packing", "message"),
     [
-        ({"bnb_4bit_quant_type": "fp4"}, "quantization_config of 'bitsandbytes fp4'; read is bitsandbytes nf4 alone"),
+        (
+            {"bnb_4bit_quant_type": "fp4"},
+            "quantization_config of 'bitsandbytes fp4'; read is bitsandbytes nf4 alone",
+        ),
         (
             {"load_in_4bit": False, "load_in_8bit": True},
             r"of 'bitsandbytes LLM\.int8\(\)'; .* take the checkpoint that",
@@ -149,9 +172,16 @@ def restated(**fields: Any) -> Callable[[dict], None]:
         (None, "quantization_config of 'int4'"),
     ],
 )
-def test_other_quantisation_is_refused(packed: Path, tmp_path: Path, packing: dict | None, message: str) -> None:
+def test_other_quantization_is_refused(
+    packed: Path, tmp_path: Path, packing: dict | None, message: str
+) -> None:
     given = json.loads((packed / "config.json").read_text())["quantization_config"]
-    write(tmp_path / "m", packed, {}, {"quantization_config": "int4" if packing is None else given | packing})
+    write(
+        tmp_path / "m",
+        packed,
+        {},
+        {"quantization_config": "int4" if packing is None else given | packing},
+    )
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path / "m")
 
@@ -159,11 +189,17 @@ def test_other_quantisation_is_refused(packed: Path, tmp_path: Path, packing: di
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (restated(blocksize=128), "up_proj.weight has the blocksize 128; read is 64 alone: take the checkpoint"),
+        (
+            restated(blocksize=128),
+            "up_proj.weight has the blocksize 128; read is 64 alone: take the checkpoint",
+        ),
         (restated(nested_blocksize=128), "has the nested_blocksize 128; read is 256 alone"),
         (restated(quant_type="fp4"), "has the quant_type 'fp4'; read is 'nf4' alone"),
         (restated(shape=[64, 23]), "has 24 uint8 for its absmax; 64 × 23 takes 23 uint8"),
-        (restated(shape=[64]), r"has the shape \[64\] in its quant_state.bitsandbytes__nf4, which is not a matrix's"),
+        (
+            restated(shape=[64]),
+            r"has the shape \[64\] in its quant_state.bitsandbytes__nf4, which is not a matrix's",
+        ),
         (restated(shape=[24, 64]), r"has the shape \(64, 24\), not \(24, 64\) \(in, out\)"),
         (restated(nested_offset="x"), "is damaged"),
         (lambda t: t.update({f"{UP}.{STATE}": np.zeros(9, np.uint8)}), "is damaged"),
@@ -171,15 +207,30 @@ def test_other_quantisation_is_refused(packed: Path, tmp_path: Path, packing: di
         (lambda t: t.pop(f"{UP}.nested_quant_map"), "up_proj.weight lacks its nested_quant_map"),
         (lambda t: t.pop(UP), "lacks the tensor model.layers.1.mlp.up_proj.weight$"),
         (lambda t: t.pop(f"{UP}.{STATE}"), "holds the tensor .*up_proj.weight.absmax and 3 more"),
-        (lambda t: t.update({f"{UP}.quant_map": -t[f"{UP}.quant_map"]}), "quant_map holds other values than"),
-        (lambda t: t.update({f"{UP}.nested_quant_map": np.arange(256.0)}), "nested_quant_map holds other values than"),
+        (
+            lambda t: t.update({f"{UP}.quant_map": -t[f"{UP}.quant_map"]}),
+            "quant_map holds other values than",
+        ),
+        (
+            lambda t: t.update({f"{UP}.nested_quant_map": np.arange(256.0)}),
+            "nested_quant_map holds other values than",
+        ),
         (
             lambda t: t.update({f"{UP}.absmax": np.zeros(3, np.uint8)}),
             "has 3 uint8 for its absmax; 64 × 24 takes 24 uint8",
         ),
-        (lambda t: t.update({UP: t[UP][:700]}), "has 700 uint8 for its codes; 64 × 24 takes 768 uint8"),
-        (lambda t: t.update({f"{UP}.absmax": np.zeros(24, np.float32)}), "has 24 float32 for its absmax"),
-        (lambda t: t.update({f"{UP}.nested_absmax": np.zeros(1)}), "has 1 float64 for its nested_absmax"),
+        (
+            lambda t: t.update({UP: t[UP][:700]}),
+            "has 700 uint8 for its codes; 64 × 24 takes 768 uint8",
+        ),
+        (
+            lambda t: t.update({f"{UP}.absmax": np.zeros(24, np.float32)}),
+            "has 24 float32 for its absmax",
+        ),
+        (
+            lambda t: t.update({f"{UP}.nested_absmax": np.zeros(1)}),
+            "has 1 float64 for its nested_absmax",
+        ),
     ],
 )
 def test_what_is_damaged_or_other_is_refused(
@@ -193,15 +244,19 @@ def test_what_is_damaged_or_other_is_refused(
     assert "\n" not in str(raised.value)
 
 
-def test_quantising_twice_otherwise_is_refused(source: Path, packed: Path, tmp_path: Path) -> None:
+def test_quantizing_twice_otherwise_is_refused(source: Path, packed: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"quant\.format is int8, but .* is in NF4 already"):
         load_model(packed, quant=QuantConfig(format="int8"))
     single = load_model(source, quant=QuantConfig(format="nf4", double=False))
     save_quantized(tmp_path / "single", single.params, single)
-    assert_same(load_model(tmp_path / "single", quant=QuantConfig(format="nf4")).params, single.params)
+    assert_same(
+        load_model(tmp_path / "single", quant=QuantConfig(format="nf4")).params, single.params
+    )
     mixed = load_file(packed / "model.safetensors")
     ones = load_file(tmp_path / "single" / "model.safetensors")
-    mixed = {k: v for k, v in mixed.items() if not k.startswith(UP)} | {k: v for k, v in ones.items() if UP in k}
+    mixed = {k: v for k, v in mixed.items() if not k.startswith(UP)} | {
+        k: v for k, v in ones.items() if UP in k
+    }
     write(tmp_path / "mixed", packed, mixed)
     with pytest.raises(ValueError, match="absmax values in 8 bits in some of its weights alone"):
         load_model(tmp_path / "mixed")
@@ -214,7 +269,9 @@ def test_only_nf4_bases_are_written(source: Path, tmp_path: Path) -> None:
             save_quantized(tmp_path / "m", model.params, model)
     model = load_model(source, quant=QuantConfig(format="nf4"))
     with pytest.raises(ValueError, match="unexpected or missing leaf 'norm/scale'"):
-        save_quantized(tmp_path / "m", {k: v for k, v in model.params.items() if k != "norm"}, model)
+        save_quantized(
+            tmp_path / "m", {k: v for k, v in model.params.items() if k != "norm"}, model
+        )
     with pytest.raises(ValueError, match="is where the model was loaded from"):
         save_quantized(source, model.params, model)
     assert not (tmp_path / "m").exists()
@@ -233,8 +290,12 @@ def test_experts_there_and_back(tmp_path: Path) -> None:
     hf_config = HF_CONFIG | own
     config = decoder_config(hf_config, source="these tests")
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_params(config))
-    save_model(tmp_path / "source", params, Model(config=config, params=params, hf_config=hf_config))
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_params(config)
+    )
+    save_model(
+        tmp_path / "source", params, Model(config=config, params=params, hf_config=hf_config)
+    )
     model = load_model(tmp_path / "source", quant=QuantConfig(format="nf4"))
     save_quantized(tmp_path / "packed", model.params, model)
     assert_same(load_model(tmp_path / "packed").params, model.params)

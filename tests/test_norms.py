@@ -26,10 +26,10 @@ def test_a_magnitude_without_its_norm_raises() -> None:
 
 @pytest.mark.parametrize("model", ["decoder", "vit_scanned", "convolutions", "einsums"])
 def test_norms_computed_beforehand_equal_those_inside_the_layer(
-    zoo: Any, adapted: Adapted, randomise: Any, model: str
+    zoo: Any, adapted: Adapted, randomize: Any, model: str
 ) -> None:
     case = zoo(model)
-    params = randomise(adapted(model, "pissa-rank_stabilized-dora"))
+    params = randomize(adapted(model, "pissa-rank_stabilized-dora"))
     normed = with_norms(params, layout=case.layout)
     for path, layer in modules(normed).items():
         assert ("magnitude" in layer) == ("norm" in layer), path
@@ -37,15 +37,23 @@ def test_norms_computed_beforehand_equal_those_inside_the_layer(
     assert distance(case.forward(normed), case.forward(params)) < 1e-6
 
 
-def test_the_norm_of_a_pissa_start_is_that_of_the_original_kernel(zoo: Any, adapted: Adapted) -> None:
+def test_the_norm_of_a_pissa_start_is_that_of_the_original_kernel(
+    zoo: Any, adapted: Adapted
+) -> None:
     kernel = zoo("decoder").params["layers"]["mlp"]["up_proj"]["kernel"]
-    for method in ("kaiming", "pissa", "pissa_kept", "pissa_randomised"):
-        magnitude = adapted("decoder", f"{method}-rank_stabilized-dora")["layers"]["mlp"]["up_proj"]["magnitude"]
+    for method in ("kaiming", "pissa", "pissa_kept", "pissa_randomized"):
+        magnitude = adapted("decoder", f"{method}-rank_stabilized-dora")["layers"]["mlp"][
+            "up_proj"
+        ]["magnitude"]
         assert distance(magnitude, np.linalg.norm(np.float64(kernel), axis=1)) < 1e-6
 
 
 def test_a_column_of_zeros_has_gain_zero() -> None:
-    layer = {"kernel": jnp.zeros((4, 3)).at[:, 1].set(1), "lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 3))}
+    layer = {
+        "kernel": jnp.zeros((4, 3)).at[:, 1].set(1),
+        "lora_a": jnp.ones((4, 2)),
+        "lora_b": jnp.zeros((2, 3)),
+    }
     layer |= {"lora_scale": jnp.float32(1), "magnitude": jnp.array([0.0, 2.0, 1.0])}
     layer["norm"] = column_norm(layer)
     np.testing.assert_array_equal(layer["norm"], [0, 2, 0])
@@ -76,7 +84,11 @@ def test_the_norm_by_blocks_equals_the_dense_one(
         np.einsum("...,...ir,...rjk->...ijk", full["lora_scale"], full["lora_a"], full["lora_b"]),
         full["start_scale"],
     )
-    dense = full["kernel"] + a - np.einsum("...,...ir,...rjk->...ijk", b, full["lora_a0"], full["lora_b0"])
+    dense = (
+        full["kernel"]
+        + a
+        - np.einsum("...,...ir,...rjk->...ijk", b, full["lora_a0"], full["lora_b0"])
+    )
     want = np.linalg.norm(dense, axis=len(stack))
     got = column_norm(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), full))
     assert got.shape == want.shape
@@ -89,6 +101,8 @@ def test_the_norm_makes_no_full_size_temporary(
 ) -> None:
     monkeypatch.setattr(linear_module, "NORM_BLOCK", 2**14)
     shapes = {"kernel": (512, 1024), "lora_a": (512, 4), "lora_b": (4, 1024), "lora_scale": ()}
-    layer = {name: jax.ShapeDtypeStruct((*stack, *shape), jnp.float32) for name, shape in shapes.items()}
+    layer = {
+        name: jax.ShapeDtypeStruct((*stack, *shape), jnp.float32) for name, shape in shapes.items()
+    }
     compiled = jax.jit(column_norm).lower(layer).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < matrices * 4 * 512 * 1024

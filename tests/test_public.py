@@ -47,7 +47,9 @@ def test_a_config_loads_and_survives_its_json(path: Path) -> None:
 
 def test_help_is_quick_and_has_a_sentence_for_each_option() -> None:
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "scripts/train.py", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "scripts/train.py", "--help"], capture_output=True, text=True, check=True
+    )
     assert time.perf_counter() - began < 5  # half a second on a quiet machine
     assert "jax" not in done.stderr
     for option in ("--adapter.rank", "--train.resume", "--data.fields", "--dry-run"):
@@ -57,16 +59,36 @@ def test_help_is_quick_and_has_a_sentence_for_each_option() -> None:
 @pytest.mark.parametrize(
     ("section", "fields", "said"),
     [
-        ("AdapterConfig", {"init": "pisa"}, "adapter.init is 'pisa'; it must be one of kaiming, .*mean 'pissa'"),
+        (
+            "AdapterConfig",
+            {"init": "pisa"},
+            "adapter.init is 'pisa'; it must be one of kaiming, .*mean 'pissa'",
+        ),
         ("AdapterConfig", {"rank": "8"}, "adapter.rank is '8'; it must be a whole number"),
         ("AdapterConfig", {"rank": 8.0}, "adapter.rank is 8.0; it must be a whole number"),
         ("AdapterConfig", {"dora": 1}, "adapter.dora is 1; it must be True or False"),
-        ("AdapterConfig", {"targets": ["q_proj"]}, "adapter.targets is .*; it must be a tuple, each entry text"),
-        ("AdapterConfig", {"freeze": ("lora_c",)}, "adapter.freeze is .*each entry one of lora_a, lora_b"),
+        (
+            "AdapterConfig",
+            {"targets": ["q_proj"]},
+            "adapter.targets is .*; it must be a tuple, each entry text",
+        ),
+        (
+            "AdapterConfig",
+            {"freeze": ("lora_c",)},
+            "adapter.freeze is .*each entry one of lora_a, lora_b",
+        ),
         ("AdapterConfig", {"svd_iterations": True}, "it must be a whole number or None"),
         ("ModelConfig", {"dtype": "bfloat"}, "model.dtype is 'bfloat'; .*mean 'bfloat16'"),
-        ("OptimConfig", {"learning_rate": "1e-4"}, "optim.learning_rate is '1e-4'; it must be a number"),
-        ("DataConfig", {"train": "questions.jsonl"}, "data.train is 'questions.jsonl'; it must be a tuple"),
+        (
+            "OptimConfig",
+            {"learning_rate": "1e-4"},
+            "optim.learning_rate is '1e-4'; it must be a number",
+        ),
+        (
+            "DataConfig",
+            {"train": "questions.jsonl"},
+            "data.train is 'questions.jsonl'; it must be a tuple",
+        ),
         ("Config", {"quant": "nf4"}, "^quant is 'nf4'; it must be QuantConfig"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The formats of quantised kernels: their values, their bits, their errors and their layout."""
+"""The formats of quantized kernels: their values, their bits, their errors and their layout."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_the_errors_on_normal_weights() -> None:
     # FP4 is E2M1 and INT4 has ±7 steps. INT4 of 16 levels beats FP4, and bitsandbytes' FP4, with a subnormal of 1/192.
     fp4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
     blocks = np.asarray(w, np.float64).T.reshape(-1, 64)
-    fp4_error, int4_error = (rounded_error(blocks, np.union1d(-values, values)) for values in (fp4, np.arange(8) / 7))
+    fp4_error, int4_error = (
+        rounded_error(blocks, np.union1d(-values, values)) for values in (fp4, np.arange(8) / 7)
+    )
     assert (error**2).mean() < fp4_error < int4_error
 
 
@@ -60,10 +62,15 @@ def rounded_error(blocks: np.ndarray, codebook: np.ndarray) -> float:
 def test_a_parameter_takes_4_127_bits(shape: tuple[int, ...]) -> None:
     """Real bytes; and the absmax in 8 bits costs the kernel next to nothing (QLoRA, section 3)."""
     w = normal(shape)
-    single, doubled = (quantize(w, format="nf4", doubled=d, n_stack=1, n_in=1) for d in (False, True))
-    bits = [8 * sum(part.nbytes for part in jax.tree.leaves(leaf)) / w.size for leaf in (single, doubled)]
+    single, double_quant = (
+        quantize(w, format="nf4", double_quant=d, n_stack=1, n_in=1) for d in (False, True)
+    )
+    bits = [
+        8 * sum(part.nbytes for part in jax.tree.leaves(leaf)) / w.size
+        for leaf in (single, double_quant)
+    ]
     assert bits == pytest.approx([4.5, 4.127], abs=1e-3)
-    lost = [float(jnp.mean((dense(leaf) - w) ** 2)) for leaf in (single, doubled)]
+    lost = [float(jnp.mean((dense(leaf) - w) ** 2)) for leaf in (single, double_quant)]
     assert lost[1] == pytest.approx(lost[0], rel=0.01)
 
 
@@ -75,14 +82,22 @@ def test_codes_lie_as_bitsandbytes_has_them() -> None:
         flat = w[:i, :o].T.reshape(-1)
         padded = np.pad(flat, (0, -flat.size % 64)).reshape(-1, 64)
         absmax = np.abs(padded).max(1)
-        codes = np.abs(padded[..., None] / absmax[:, None, None] - np.array(CODEBOOK)).argmin(-1).reshape(-1)
+        codes = (
+            np.abs(padded[..., None] / absmax[:, None, None] - np.array(CODEBOOK))
+            .argmin(-1)
+            .reshape(-1)
+        )
         codes = codes[: flat.size + flat.size % 2]
-        np.testing.assert_array_equal(np.asarray(leaf.codes).reshape(-1), 16 * codes[::2] + codes[1::2])
+        np.testing.assert_array_equal(
+            np.asarray(leaf.codes).reshape(-1), 16 * codes[::2] + codes[1::2]
+        )
         np.testing.assert_array_equal(np.asarray(leaf.absmax).reshape(-1), absmax)
 
 
 @settings(max_examples=12, deadline=None)
-@example(stack=(), ins=[30], outs=[1], name="nf4", dtype="float32")  # a single row, as of whole blocks
+@example(
+    stack=(), ins=[30], outs=[1], name="nf4", dtype="float32"
+)  # a single row, as of whole blocks
 @given(
     stack=st.sampled_from([(), (2,), (2, 3)]),
     ins=st.lists(st.integers(1, 9), min_size=1, max_size=2),
@@ -96,7 +111,7 @@ def test_kernels_of_any_shape_come_back(
     """In their shape and type, each value within half a step of its block's absmax; matrix by matrix."""
     w = normal((*stack, *ins, *outs)).astype(dtype)
     config = FORMATS[name]
-    to = functools.partial(quantize, format=config.format, doubled=config.double)  # type: ignore[arg-type]
+    to = functools.partial(quantize, format=config.format, double_quant=config.double)  # type: ignore[arg-type]
     leaf = to(w, n_stack=len(stack), n_in=len(ins))
     back = dense(leaf)
     assert leaf.shape == back.shape == w.shape
@@ -115,12 +130,12 @@ def test_kernels_of_any_shape_come_back(
 def test_zeros_stay_zeros(name: str) -> None:
     config = FORMATS[name]
     w = normal((128, 8)).at[:, 3].set(0).at[64:, 5].set(0)  # a channel, and a block
-    leaf = quantize(w, format=config.format, doubled=config.double, n_stack=0, n_in=1)  # type: ignore[arg-type]
+    leaf = quantize(w, format=config.format, double_quant=config.double, n_stack=0, n_in=1)  # type: ignore[arg-type]
     back = np.asarray(dense(leaf))
     assert np.isfinite(back).all()
     assert not back[:, 3].any()
     assert not back[64:, 5].any()
-    nothing = quantize(0 * w, format=config.format, doubled=config.double, n_stack=0, n_in=1)  # type: ignore[arg-type]
+    nothing = quantize(0 * w, format=config.format, double_quant=config.double, n_stack=0, n_in=1)  # type: ignore[arg-type]
     assert not np.asarray(dense(nothing)).any()
 
 
@@ -140,11 +155,18 @@ def test_the_dynamic_values_are_256_and_ascend() -> None:
     assert 0 in VALUES
 
 
-def test_quantised_leaves_are_trees_of_arrays() -> None:
+def test_quantized_leaves_are_trees_of_arrays() -> None:
     """So that jit, device_put, checkpoints and eval_shape take them."""
-    leaf = quantize(normal((128, 8)), format="nf4", doubled=True, n_stack=0, n_in=1)
-    assert [part.dtype for part in jax.tree.leaves(leaf)] == ["uint8", "uint8", "float32", "float32"]
-    shapes = jax.eval_shape(lambda w: quantize(w, format="nf4", doubled=True, n_stack=0, n_in=1), normal((128, 8)))
+    leaf = quantize(normal((128, 8)), format="nf4", double_quant=True, n_stack=0, n_in=1)
+    assert [part.dtype for part in jax.tree.leaves(leaf)] == [
+        "uint8",
+        "uint8",
+        "float32",
+        "float32",
+    ]
+    shapes = jax.eval_shape(
+        lambda w: quantize(w, format="nf4", double_quant=True, n_stack=0, n_in=1), normal((128, 8))
+    )
     assert jax.tree.structure(shapes) == jax.tree.structure(leaf)
     assert dataclasses.replace(leaf, dtype="bfloat16").dequantized().dtype == jnp.bfloat16
     assert sorted(INITS) == sorted({name.split("-")[0] for name in TABLE})

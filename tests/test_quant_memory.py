@@ -1,4 +1,4 @@
-"""A quantised base exists in full precision one layer at a time, forward and backward, whatever is recomputed."""
+"""A quantized base exists in full precision one layer at a time, forward and backward, whatever is recomputed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from jax.sharding import Mesh
 from lorax_ft import AdapterConfig, add_adapters, combine, partition
 from lorax_ft.config import MeshConfig
 from lorax_ft.interop.huggingface import abstract_params, decoder_config
-from lorax_ft.models.decoder import QUANTIZABLE, SHARDING_RULES
 from lorax_ft.models.model import Model
 from lorax_ft.quant.kernels import quantize
-from lorax_ft.training.sharding import batch_sharding, make_mesh, param_shardings
+from lorax_ft.sharding import DECODER_RULES, QUANTIZABLE, batch_sharding, make_mesh, param_shardings
 from lorax_ft.tree import Tree, flatten, unflatten
 
 LAYERS = 8
@@ -38,14 +37,16 @@ HF_CONFIG = {
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("remat", ["none", "dots", "mlp", "full"])
 def test_a_layer_at_a_time(remat: Any, format: Any) -> None:
-    whole, quantized = (_gradient(remat, f).memory_analysis().temp_size_in_bytes for f in ("none", format))
+    whole, quantized = (
+        _gradient(remat, f).memory_analysis().temp_size_in_bytes for f in ("none", format)
+    )
     layer = 4 * (4 * 256 * 256 + 3 * 256 * 1024)  # bytes of its kernels in float32
     assert quantized < whole + 1.5 * layer  # all of them would be LAYERS * layer
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_codes_travel_and_not_what_they_stand_for(format: Any) -> None:
-    """Over fsdp a layer's codes are gathered, and dequantised after that; over tensor they stay split."""
+    """Over fsdp a layer's codes are gathered, and dequantized after that; over tensor they stay split."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     with jax.set_mesh(mesh):
         text = _gradient("full", format, mesh).as_text()
@@ -53,30 +54,43 @@ def test_codes_travel_and_not_what_they_stand_for(format: Any) -> None:
     gathered = {(dtype, math.prod(map(int, shape.split(",")))) for dtype, shape in found}
     kernel = 256 * 1024 // 2  # of the MLP, on one device of tensor
     assert {"nf4": ("u8", kernel // 2), "int8": ("s8", kernel)}[format] in gathered
-    assert max(size for dtype, size in gathered if dtype == "f32") < 256 * 256 // 2  # smaller than any kernel
+    assert (
+        max(size for dtype, size in gathered if dtype == "f32") < 256 * 256 // 2
+    )  # smaller than any kernel
 
 
 def _gradient(remat: Any, format: Any, mesh: Mesh | None = None) -> Any:
     """A gradient of the adapters, compiled."""
     config = decoder_config(HF_CONFIG, source="these tests", remat=remat)
     shapes = {
-        path: jax.ShapeDtypeStruct(leaf.shape, "float32") for path, leaf in flatten(abstract_params(config)).items()
+        path: jax.ShapeDtypeStruct(leaf.shape, "float32")
+        for path, leaf in flatten(abstract_params(config)).items()
     }
-    kernels = [math.prod(leaf.shape) for path, leaf in shapes.items() if re.fullmatch(QUANTIZABLE, path)]
+    kernels = [
+        math.prod(leaf.shape) for path, leaf in shapes.items() if re.fullmatch(QUANTIZABLE, path)
+    ]
     assert sum(kernels) == LAYERS * (4 * 256 * 256 + 3 * 256 * 1024)
 
     def base(path: str, leaf: Any) -> Any:
         if format == "none" or not re.fullmatch(QUANTIZABLE, path):
             return leaf
-        return jax.eval_shape(lambda w: quantize(w, format=format, doubled=True, n_stack=1, n_in=1), leaf)
+        return jax.eval_shape(
+            lambda w: quantize(w, format=format, double_quant=True, n_stack=1, n_in=1), leaf
+        )
 
-    model = Model(config=config, params=unflatten({path: base(path, leaf) for path, leaf in shapes.items()}))
+    model = Model(
+        config=config, params=unflatten({path: base(path, leaf) for path, leaf in shapes.items()})
+    )
     plain = unflatten(shapes)
     adapters = AdapterConfig(rank=2)
-    adapted = jax.eval_shape(lambda p: add_adapters(p, adapters, layout=model.layout, key=jax.random.key(0)), plain)
+    adapted = jax.eval_shape(
+        lambda p: add_adapters(p, adapters, layout=model.layout, key=jax.random.key(0)), plain
+    )
     trained, _ = partition(adapted)
     owned, _ = partition(adapted, by="ownership")
-    scales = unflatten({path: leaf for path, leaf in flatten(owned).items() if path.endswith("lora_scale")})
+    scales = unflatten(
+        {path: leaf for path, leaf in flatten(owned).items() if path.endswith("lora_scale")}
+    )
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
     def loss(trained: Tree, frozen: Tree, tokens: jax.Array) -> jax.Array:
@@ -84,9 +98,11 @@ def _gradient(remat: Any, format: Any, mesh: Mesh | None = None) -> Any:
 
     frozen = combine(model.params, scales)
     if mesh is not None:
-        places = flatten(param_shardings(combine(trained, frozen), SHARDING_RULES, mesh=mesh))
+        places = flatten(param_shardings(combine(trained, frozen), DECODER_RULES, mesh=mesh))
         trained, frozen = (_placed(tree, places) for tree in (trained, frozen))
-        tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32, sharding=batch_sharding(mesh, microbatched=False))
+        tokens = jax.ShapeDtypeStruct(
+            (4, 8), jnp.int32, sharding=batch_sharding(mesh, microbatched=False)
+        )
     return jax.jit(jax.grad(loss)).lower(trained, frozen, tokens).compile()
 
 
@@ -94,4 +110,6 @@ def _placed(tree: Tree, places: dict[str, Any]) -> Tree:
     def at(leaf: Any, place: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    return unflatten({path: jax.tree.map(at, leaf, places[path]) for path, leaf in flatten(tree).items()})
+    return unflatten(
+        {path: jax.tree.map(at, leaf, places[path]) for path, leaf in flatten(tree).items()}
+    )

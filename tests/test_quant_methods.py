@@ -1,4 +1,4 @@
-"""Every line of the table of methods on top of each quantised base, and quantised bases of any model."""
+"""Every line of the table of methods on top of each quantized base, and quantized bases of any model."""
 
 from __future__ import annotations
 
@@ -40,15 +40,24 @@ from lorax_ft.tree import Tree, flatten, modules, unflatten
 
 KEY = jax.random.key(7)
 METHODS: dict[str, dict[str, Any]] = {
-    **{name: TABLE[name] for name in TABLE if name.endswith(("-standard", "-rank_stabilized-dora"))},
+    **{
+        name: TABLE[name] for name in TABLE if name.endswith(("-standard", "-rank_stabilized-dora"))
+    },
     "pissa_rounds-standard": {"init": "pissa", "rounds": 5},
     "loftq-standard": {"init": "loftq"},
-    "loftq_rounds-rank_stabilized-dora": {"init": "loftq", "scaling": "rank_stabilized", "dora": True, "rounds": 5},
+    "loftq_rounds-rank_stabilized-dora": {
+        "init": "loftq",
+        "scaling": "rank_stabilized",
+        "dora": True,
+        "rounds": 5,
+    },
 }
 GROUPS = ("kaiming", "pissa-", "pissa_kept", "loftq-")  # which have the leaves that there are
 CASES = [
     *(("nf4_double", method) for method in METHODS),
-    *itertools.product(("nf4", "int8"), ("kaiming-standard", "loftq-standard", "pissa-rank_stabilized-dora")),
+    *itertools.product(
+        ("nf4", "int8"), ("kaiming-standard", "loftq-standard", "pissa-rank_stabilized-dora")
+    ),
 ]
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -64,12 +73,14 @@ def model(decoder: Callable[..., Model]) -> Model:
 @pytest.fixture(scope="module")
 def quantized(model: Model) -> Callable[[str], tuple[Tree, Any]]:
     """The parameters in a format, and what reads the original kernels."""
-    return functools.cache(lambda name: quantize_base(model.params, FORMATS[name], layout=model.layout))
+    return functools.cache(
+        lambda name: quantize_base(model.params, FORMATS[name], layout=model.layout)
+    )
 
 
 @pytest.fixture(scope="module")
 def adapted(model: Model, quantized: Callable[[str], tuple[Tree, Any]]) -> Build:
-    """The quantised parameters with a method of the table."""
+    """The quantized parameters with a method of the table."""
 
     @functools.cache
     def build(name: str, method: str) -> Tree:
@@ -79,7 +90,13 @@ def adapted(model: Model, quantized: Callable[[str], tuple[Tree, Any]]) -> Build
         config = AdapterConfig(**fields)
         found = random_statistics(model, config)
         return add_adapters(
-            params, config, layout=model.layout, key=KEY, originals=originals, rounds=rounds, statistics=found
+            params,
+            config,
+            layout=model.layout,
+            key=KEY,
+            originals=originals,
+            rounds=rounds,
+            statistics=found,
         )
 
     return build
@@ -100,14 +117,18 @@ def dequantized(params: Tree) -> Tree:
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-def test_starts_as_the_dequantised_base_or_nearer_to_the_original(
+def test_starts_as_the_dequantized_base_or_nearer_to_the_original(
     model: Model, quantized: Any, adapted: Build, forward: Any, name: str, method: str
 ) -> None:
     base, params = quantized(name)[0], adapted(name, method)
     if changes_base(method) and "kept" not in method:
         lost, left = errors(model, base), errors(model, params)
-        if method.startswith(("loftq", "pissa_rounds")) or (method.startswith("pissa") and name != "int8"):
-            assert all(left[path] < lost[path] for path in lost)  # one round narrows blocks of 64, not int8's channels
+        if method.startswith(("loftq", "pissa_rounds")) or (
+            method.startswith("pissa") and name != "int8"
+        ):
+            assert all(
+                left[path] < lost[path] for path in lost
+            )  # one round narrows blocks of 64, not int8's channels
         elif method.startswith("milora"):  # of others s A B may be larger than W
             assert all(left[path] < 1.05 * lost[path] for path in lost)
         return
@@ -127,14 +148,18 @@ def errors(model: Model, params: Tree) -> dict[str, float]:
     """‖W − W' − s A B‖ by path; DoRA's magnitude is the norm at the start, whose gain is 1."""
     merged = merge_adapters(params, layout=model.layout)
     originals, got = flatten(model.params), flatten(merged)
-    return {p: float(np.linalg.norm(got[p] - w)) for p, w in originals.items() if p.endswith("_proj/kernel")}
+    return {
+        p: float(np.linalg.norm(got[p] - w))
+        for p, w in originals.items()
+        if p.endswith("_proj/kernel")
+    }
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_merged_equals_forward_with_random_factors(
-    model: Model, adapted: Build, randomise: Any, forward: Any, name: str, method: str
+    model: Model, adapted: Build, randomize: Any, forward: Any, name: str, method: str
 ) -> None:
-    params = randomise(adapted(name, method))
+    params = randomize(adapted(name, method))
     got = forward(params)
     merged = merge_adapters(params, layout=model.layout)
     assert not any(isinstance(leaf, Quantized) for leaf in flatten(merged).values())
@@ -143,10 +168,10 @@ def test_merged_equals_forward_with_random_factors(
 
 
 @pytest.mark.parametrize(("name", "method"), [case for case in CASES if case[1].startswith(GROUPS)])
-def test_gradients_equal_those_over_the_dequantised_base(
-    model: Model, adapted: Build, randomise: Any, name: str, method: str
+def test_gradients_equal_those_over_the_dequantized_base(
+    model: Model, adapted: Build, randomize: Any, name: str, method: str
 ) -> None:
-    params = randomise(adapted(name, method))
+    params = randomize(adapted(name, method))
     trained, frozen = partition(params)
     gradient = gradients(model)
     got, want = flatten(gradient(trained, frozen)), flatten(gradient(trained, dequantized(frozen)))
@@ -171,15 +196,22 @@ def gradients(model: Model) -> Any:
 
 @pytest.mark.parametrize("method", ["kaiming-standard", "pissa-rank_stabilized-dora"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_three_steps_leave_the_quantised_base_bitwise_alone(
+def test_three_steps_leave_the_quantized_base_bitwise_alone(
     model: Model, adapted: Build, name: str, method: str
 ) -> None:
     trained, frozen = partition(jax.tree.map(jnp.copy, adapted(name, method)))
     start, kept = (jax.tree.map(np.array, tree) for tree in (trained, frozen))
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 97, (1, 4, 12)).astype(np.int32)
-    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 2), "weights": np.ones(tokens.shape, np.float32)}
-    batch |= {"positions": np.tile(np.arange(12, dtype=np.int32), (1, 4, 1)), "segment_ids": np.ones_like(tokens)}
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, 2),
+        "weights": np.ones(tokens.shape, np.float32),
+    }
+    batch |= {
+        "positions": np.tile(np.arange(12, dtype=np.int32), (1, 4, 1)),
+        "segment_ids": np.ones_like(tokens),
+    }
     with jax.numpy_dtype_promotion("standard"):  # optax adds an int32 count to a float (0.2.8)
         tx = make_optimizer(OptimConfig(learning_rate=1e-3), steps=3)
         step = jax.jit(make_train_step(model, tx, packed=False), donate_argnums=0)
@@ -213,7 +245,9 @@ def test_scanned_equals_unscanned(zoo: Any, name: str, method: str) -> None:
     for path, leaf in single.items():
         scope, *rest = path.split("/")
         if scope == "layers" and isinstance(leaf, Quantized):
-            mine = jax.tree.map(lambda part, i=int(rest[0]): part[i], stacked["/".join([scope, *rest[1:]])])
+            mine = jax.tree.map(
+                lambda part, i=int(rest[0]): part[i], stacked["/".join([scope, *rest[1:]])]
+            )
             np.testing.assert_allclose(dense(mine), dense(leaf), atol=1e-5, err_msg=path)
     y = zoo("vit_scanned").forward(trees[0])
     assert distance(zoo("vit_unrolled").forward(trees[1]), y) < 1e-5
@@ -222,23 +256,29 @@ def test_scanned_equals_unscanned(zoo: Any, name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_start_is_taken_out_of_the_original_again(model: Model, quantized: Any, adapted: Build, name: str) -> None:
+def test_a_start_is_taken_out_of_the_original_again(
+    model: Model, quantized: Any, adapted: Build, name: str
+) -> None:
     """Base and kept start give the run's base bit for bit, as resuming needs; without the original it is an error."""
     params = adapted(name, "pissa-standard")
     base, originals = quantized(name)
     owned, _ = partition(params, by="ownership")
     again = attach_adapters(base, owned, originals=originals)
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    with pytest.raises(ValueError, match=r"down_proj: its kernel is quantised .* or set adapter.keep_base"):
+    with pytest.raises(
+        ValueError, match=r"down_proj: its kernel is quantized .* or set adapter.keep_base"
+    ):
         attach_adapters(base, owned)
-    with pytest.raises(ValueError, match=r"its kernel is quantised .* or set adapter.keep_base"):
+    with pytest.raises(ValueError, match=r"its kernel is quantized .* or set adapter.keep_base"):
         add_adapters(base, AdapterConfig(rank=3, init="pissa"), layout=model.layout, key=KEY)
 
 
 def test_more_rounds_come_nearer(model: Model, quantized: Any, adapted: Build) -> None:
     """QLoRA loses more than QPiSSA of 1 round, and that more than of 5 (PiSSA, table 8)."""
     plain = errors(model, quantized("nf4")[0])
-    one, five = (errors(model, adapted("nf4", f"{method}-standard")) for method in ("pissa", "pissa_rounds"))
+    one, five = (
+        errors(model, adapted("nf4", f"{method}-standard")) for method in ("pissa", "pissa_rounds")
+    )
     for path, error in plain.items():
         assert error > one[path] > five[path], path
 
@@ -248,18 +288,31 @@ def test_more_rounds_come_nearer(model: Model, quantized: Any, adapted: Build) -
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("zoo_name", ["vit_rematted", "convolutions", "einsums", "boxed"])
-def test_any_linen_model_takes_a_quantised_base(zoo: Any, randomise: Any, zoo_name: str, name: str) -> None:
+def test_any_linen_model_takes_a_quantized_base(
+    zoo: Any, randomize: Any, zoo_name: str, name: str
+) -> None:
     case = zoo(zoo_name)
     base, originals = quantize_base(case.params, FORMATS[name], layout=case.layout)
-    quantised = {path.removesuffix("/kernel") for path, leaf in flatten(base).items() if isinstance(leaf, Quantized)}
+    quantized = {
+        path.removesuffix("/kernel")
+        for path, leaf in flatten(base).items()
+        if isinstance(leaf, Quantized)
+    }
     whole = {"einsums": {"query", "square"}, "convolutions": {"depthwise"}}.get(zoo_name, set())
-    assert quantised == set(originals) == {path for path in modules(base) if "kernel" in modules(base)[path]} - whole
+    assert (
+        quantized
+        == set(originals)
+        == {path for path in modules(base) if "kernel" in modules(base)[path]} - whole
+    )
     plain = case.plain(dequantized(base))
     assert distance(case.forward(base), plain) < 1e-6
     params = add_adapters(base, AdapterConfig(rank=3, dora=True), layout=case.layout, key=KEY)
     assert distance(case.forward(params), plain) < 1e-6
-    params = randomise(params)
-    assert distance(case.plain(merge_adapters(params, layout=case.layout)), case.forward(params)) < 1e-5
+    params = randomize(params)
+    assert (
+        distance(case.plain(merge_adapters(params, layout=case.layout)), case.forward(params))
+        < 1e-5
+    )
     assert set(layout(adapt(case.apply), base, *case.example)) == set(case.layout)
 
 
@@ -274,14 +327,18 @@ def test_mistakes_are_one_clear_line(model: Model, quantized: Any) -> None:
     base, _ = quantized("nf4")
     with pytest.raises(ValueError, match=r"quant\.format is none; give nf4 or int8"):
         quantize_base(model.params, QuantConfig(), layout=model.layout)
-    with pytest.raises(ValueError, match="_proj is quantised already"):
+    with pytest.raises(ValueError, match="_proj is quantized already"):
         quantize_base(base, FORMATS["int8"], layout=model.layout)
     only = {"embed_tokens": model.layout["embed_tokens"]}
-    with pytest.raises(ValueError, match="none of the layers has a kernel of axes stack, in, out: embed_tokens"):
+    with pytest.raises(
+        ValueError, match="none of the layers has a kernel of axes stack, in, out: embed_tokens"
+    ):
         quantize_base(model.params, FORMATS["nf4"], layout=only)
     with pytest.raises(ValueError, match=r"adapter.init is loftq, .* set quant.format"):
-        add_adapters(model.params, AdapterConfig(rank=3, init="loftq"), layout=model.layout, key=KEY)
-    with pytest.raises(ValueError, match="down_proj is quantised, so its own weights do not train"):
+        add_adapters(
+            model.params, AdapterConfig(rank=3, init="loftq"), layout=model.layout, key=KEY
+        )
+    with pytest.raises(ValueError, match="down_proj is quantized, so its own weights do not train"):
         partition(base, whole=("down_proj",))
 
 

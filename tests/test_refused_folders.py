@@ -30,14 +30,29 @@ from lorax_ft.tree import flatten, unflatten
         ({"model_type": "mamba"}, "architecture 'mamba'; supported: llama, mistral, "),
         ({"hidden_act": "relu"}, "hidden_act 'relu'; supported: silu"),
         ({"hidden_size": "wide"}, "hidden_size"),
-        ({"attention_bias": True}, "lacks the tensor model.layers.0.self_attn.k_proj.bias and 11 more"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}}, "rope_type 'dynamic'"),
+        (
+            {"attention_bias": True},
+            "lacks the tensor model.layers.0.self_attn.k_proj.bias and 11 more",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}},
+            "rope_type 'dynamic'",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": ["llama"]}, r"architecture \['llama'\]"),
         ({"num_key_value_heads": 3}, "4 heads and 3 key/value heads, which do not fit"),
-        ({"num_hidden_layers": 4}, "lacks the tensor model.layers.3.input_layernorm.weight and 8 more"),
-        ({"num_hidden_layers": 2}, "holds the tensor model.layers.2.input_layernorm.weight and 8 more"),
-        ({"intermediate_size": 32}, r"mlp.down_proj.weight has the shape \(24, 16\), not \(32, 16\)"),
+        (
+            {"num_hidden_layers": 4},
+            "lacks the tensor model.layers.3.input_layernorm.weight and 8 more",
+        ),
+        (
+            {"num_hidden_layers": 2},
+            "holds the tensor model.layers.2.input_layernorm.weight and 8 more",
+        ),
+        (
+            {"intermediate_size": 32},
+            r"mlp.down_proj.weight has the shape \(24, 16\), not \(32, 16\)",
+        ),
     ],
 )
 def test_checkpoints_that_do_not_fit(tmp_path: Path, change: dict, message: str) -> None:
@@ -77,7 +92,9 @@ def test_missing_paths_name_the_nearest(tmp_path: Path, monkeypatch: pytest.Monk
         load_model(f"{tmp_path}/nowhere/model")
     (tmp_path / "files").mkdir()
     (tmp_path / "files/model.gguf").touch()
-    with pytest.raises(ValueError, match=r"holds no config.json, but model.gguf; give .*files/model.gguf"):
+    with pytest.raises(
+        ValueError, match=r"holds no config.json, but model.gguf; give .*files/model.gguf"
+    ):
         load_model(tmp_path / "files")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"in . there is tiny_llama"):
@@ -89,7 +106,9 @@ def test_missing_paths_name_the_nearest(tmp_path: Path, monkeypatch: pytest.Monk
 def test_hub_ids_fail_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"the hub id nobody/nothing at revision main failed") as error:
+    with pytest.raises(
+        ValueError, match=r"the hub id nobody/nothing at revision main failed"
+    ) as error:
         load_model("nobody/nothing", revision="main")
     assert "\n" not in str(error.value)
 
@@ -104,7 +123,9 @@ def test_a_damaged_tokenizer(tmp_path: Path) -> None:
 
 def test_save_model_refuses(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model")
-    adapted = add_adapters(model.params, AdapterConfig(), layout=model.layout, key=jax.random.key(0))
+    adapted = add_adapters(
+        model.params, AdapterConfig(), layout=model.layout, key=jax.random.key(0)
+    )
     with pytest.raises(ValueError, match=r"these are not the model's parameters"):
         save_model(tmp_path / "merged", {"norm": model.params["norm"]}, model)
     with pytest.raises(ValueError, match=r"where the model was loaded from"):
@@ -118,7 +139,9 @@ def test_save_model_refuses(tmp_path: Path) -> None:
 
 def test_save_peft_refuses(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model", tied=True)
-    add = lambda config: add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))  # noqa: E731
+    add = lambda config: add_adapters(
+        model.params, config, layout=model.layout, key=jax.random.key(0)
+    )
     with pytest.raises(ValueError, match=r"hold no adapter"):
         save_peft(tmp_path / "adapter", model.params, model)
     shifted = jax.tree.map(lambda leaf: leaf + 1, model.params)
@@ -127,7 +150,9 @@ def test_save_peft_refuses(tmp_path: Path) -> None:
         save_peft(tmp_path / "adapter", moved, model)
     flat = flatten(add(AdapterConfig(targets=("lm_head",))))
     both = unflatten(flat | {"embed_tokens/embedding": flat["embed_tokens/embedding"] + 1})
-    with pytest.raises(ValueError, match=r"lm_head/kernel is trained whole and its module is adapted"):
+    with pytest.raises(
+        ValueError, match=r"lm_head/kernel is trained whole and its module is adapted"
+    ):
         save_peft(tmp_path / "adapter", both, model)
     assert not (tmp_path / "adapter").exists()
 
@@ -138,8 +163,14 @@ def test_save_peft_refuses(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "type 'IA3'; supported: 'LORA'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed its base"),
         ({"lora_bias": True}, "uses lora_bias"),
-        ({"target_parameters": ["experts.down_proj"]}, "targets experts.down_proj, but .* holds nothing of it"),
-        ({"target_parameters": "down_proj"}, "target_parameters is 'down_proj', which is no value for it"),
+        (
+            {"target_parameters": ["experts.down_proj"]},
+            "targets experts.down_proj, but .* holds nothing of it",
+        ),
+        (
+            {"target_parameters": "down_proj"},
+            "target_parameters is 'down_proj', which is no value for it",
+        ),
         ({"r": 5}, "has rank 2 in adapter_model.safetensors, and 5 in adapter_config.json"),
         ({"use_dora": True}, "self_attn.q_proj has no magnitude"),
     ],
@@ -148,7 +179,9 @@ def test_adapters_that_do_not_fit(tmp_path: Path, change: dict, message: str) ->
     model = saved_model(tmp_path / "model")
     config = AdapterConfig(rank=2, targets=("q_proj",))
     save_peft(
-        tmp_path / "adapter", add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)), model
+        tmp_path / "adapter",
+        add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)),
+        model,
     )
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -160,16 +193,23 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model")
     config = AdapterConfig(rank=2, targets=("q_proj",))
     save_peft(
-        tmp_path / "adapter", add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)), model
+        tmp_path / "adapter",
+        add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)),
+        model,
     )
     wider = decoder_config(HF_CONFIG | {"head_dim": 4}, source="these tests")
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(wider))
-    with pytest.raises(ValueError, match=r"A and B of layers/self_attn/q_proj are for 16 × 32; the model has 16 × 16"):
+    with pytest.raises(
+        ValueError,
+        match=r"A and B of layers/self_attn/q_proj are for 16 × 32; the model has 16 × 16",
+    ):
         load_peft(tmp_path / "adapter", Model(config=wider, params=params))
     file = tmp_path / "adapter/adapter_model.safetensors"
     renamed = {name.replace("q_proj", "query"): tensor for name, tensor in load_file(file).items()}
     save_file(renamed, file)
-    with pytest.raises(ValueError, match=r"no module model.layers.0.self_attn.query; the nearest is"):
+    with pytest.raises(
+        ValueError, match=r"no module model.layers.0.self_attn.query; the nearest is"
+    ):
         load_peft(tmp_path / "adapter", model)
     save_file({"base_model.model.odd": np.zeros(1)}, file)
     with pytest.raises(ValueError, match=r"which is not LoRA's"):
@@ -191,7 +231,10 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern is"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern is"),
-        ({"target_modules": ["q_proj", "v_proj"]}, "targets v_proj, but adapter_model.safetensors holds nothing of it"),
+        (
+            {"target_modules": ["q_proj", "v_proj"]},
+            "targets v_proj, but adapter_model.safetensors holds nothing of it",
+        ),
     ],
 )
 def test_adapter_configs_that_are_wrong(tmp_path: Path, change: dict, message: str) -> None:

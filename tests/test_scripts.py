@@ -19,19 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_cases import randomised
+from checkpoint_cases import randomized
 from generation_cases import asked
 
 from lorax_ft import cli
 from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig, Config, ModelConfig
 from lorax_ft.inference.texts import answer
-from lorax_ft.inference.tuned import Tuned, locate
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, save_peft
 from lorax_ft.interop.save import save_model
 from lorax_ft.interop.save_gguf import save_gguf
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.models.model import Model
+from lorax_ft.run.model_args import ModelArgs, locate
 from lorax_ft.tree import Tree, flatten
 
 ROOT = Path(__file__).parent.parent
@@ -41,25 +41,31 @@ CACHE = str(jax.config.jax_compilation_cache_dir)
 def test_locate(tmp_path: Path) -> None:
     run = tmp_path / "pissa"
     run.mkdir()
-    (run / "config.json").write_text(Config(model=ModelConfig(path="base", dtype="bfloat16")).to_json())
+    (run / "config.json").write_text(
+        Config(model=ModelConfig(path="base", dtype="bfloat16")).to_json()
+    )
     with pytest.raises(ValueError, match="has not come to an end"):
-        locate(Tuned(run=str(run)))
+        locate(ModelArgs(run=str(run)))
     (run / "model").mkdir()
-    config, adapter = locate(Tuned(run=str(run)))
-    assert (config.model.path, config.model.dtype, adapter) == (str(run / "model"), "bfloat16", None)
+    config, adapter = locate(ModelArgs(run=str(run)))
+    assert (config.model.path, config.model.dtype, adapter) == (
+        str(run / "model"),
+        "bfloat16",
+        None,
+    )
     (run / "adapter").mkdir()
-    config, adapter = locate(Tuned(run=str(run), dtype="float32"))
+    config, adapter = locate(ModelArgs(run=str(run), dtype="float32"))
     assert (config.model.path, config.model.dtype, adapter) == ("base", "float32", run / "adapter")
     (run / "nf4_base").mkdir()
-    config, adapter = locate(Tuned(run=str(run)))
+    config, adapter = locate(ModelArgs(run=str(run)))
     assert (config.model.path, adapter) == (str(run / "nf4_base"), run / "adapter")
     with pytest.raises(ValueError, match=r"no run at .*; beside it there is pissa"):
-        locate(Tuned(run=str(tmp_path / "pisa")))
+        locate(ModelArgs(run=str(tmp_path / "pisa")))
     with pytest.raises(ValueError, match=r"holds no adapter: there is no adapter_config\.json"):
-        locate(Tuned(model="base", adapter=str(tmp_path)))
-    assert locate(Tuned(model="base", quant="nf4"))[0].quant.format == "nf4"
+        locate(ModelArgs(model="base", adapter=str(tmp_path)))
+    assert locate(ModelArgs(model="base", quant="nf4"))[0].quant.format == "nf4"
     with pytest.raises(ValueError, match="--quant goes with --model"):
-        Tuned(run="out", quant="nf4")
+        ModelArgs(run="out", quant="nf4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +101,20 @@ def test_arguments_fail_in_one_line(argv: list[str], message: str) -> None:
     ("error", "status", "printed"),
     [
         (ValueError("two\n  lines"), 2, "error: two lines\n"),
-        (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "error: a.txt: No such file or directory\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.txt"),
+            2,
+            "error: a.txt: No such file or directory\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
 def test_one_line_errors(
-    error: BaseException, status: int, printed: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    status: int,
+    printed: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))
     with pytest.raises(SystemExit) as end, cli.one_line_errors():
@@ -119,12 +133,17 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     def call(script: str, *args: str, said: str = "") -> tuple[int, str, str]:
         command = [sys.executable, f"scripts/{script}.py", *args]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": CACHE}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, input=said)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, input=said
+        )
         return done.returncode, done.stdout, done.stderr
 
     assert call("merge", "--run", str(run), "--output", str(merged))[::2] == (0, "")
     model = load_model(merged)
-    expected, before = (answer(model, p, [asked("w7 w8")], max_new_tokens=8)[0] for p in (model.params, speaker.params))
+    expected, before = (
+        answer(model, p, [asked("w7 w8")], max_new_tokens=8)[0]
+        for p in (model.params, speaker.params)
+    )
     assert expected != before
     asking = call("generate", "--run", str(run), "w7 w8", "--max-new-tokens", "8")
     assert asking == (0, f"{expected}\n", "")
@@ -134,14 +153,29 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     assert call("generate", "--run", str(tmp_path / "rum"), "w7") == (2, "", message)
     (tmp_path / "questions.txt").write_text("w7 w8\n\nw9\n")
     status, printed, _ = call(
-        "generate", "--run", str(run), "--file", f"{tmp_path}/questions.txt", *["--max-new-tokens", "8"]
+        "generate",
+        "--run",
+        str(run),
+        "--file",
+        f"{tmp_path}/questions.txt",
+        *["--max-new-tokens", "8"],
     )
     assert status == 0
     assert json.loads(printed.splitlines()[0]) == {"question": "w7 w8", "answer": expected}
     assert len(printed.splitlines()) == 2
     (tmp_path / "questions.txt").write_text("w7 w8\n\n" + "w9 " * 2048)
-    message = f"error: {tmp_path}/questions.txt, line 3: 2051 tokens and max_new_tokens 8 are more than "
-    refused = call("generate", "--run", str(run), "--file", f"{tmp_path}/questions.txt", "--max-new-tokens", "8")
+    message = (
+        f"error: {tmp_path}/questions.txt, line 3: 2051 tokens and max_new_tokens 8 are more than "
+    )
+    refused = call(
+        "generate",
+        "--run",
+        str(run),
+        "--file",
+        f"{tmp_path}/questions.txt",
+        "--max-new-tokens",
+        "8",
+    )
     assert refused[:2] == (2, "")
     assert refused[2].startswith(message)
     said = "w7 w8\n/clear\n/adapter off\nw7 w8\n/clear\n/adapter on\nw7 w8\n/nonsense\n/adapter nowhere\n"
@@ -149,32 +183,54 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     status, printed, errors = call("chat", "--run", str(run), "--max-new-tokens", "8", said=said)
     assert status == 0
     lines = [line.strip() for line in printed.splitlines()]
-    assert lines[:7] == [expected, "cleared", "adapter: off", before, "cleared", "adapter: on", expected]
+    assert lines[:7] == [
+        expected,
+        "cleared",
+        "adapter: off",
+        before,
+        "cleared",
+        "adapter: on",
+        expected,
+    ]
     assert lines[7:] == ["adapter: on; /adapter on, off or PATH changes that"]
     wrong = errors.splitlines()
     assert wrong[0] == "error: there is no command /nonsense; /help lists them"
     assert wrong[1].startswith("error: nowhere holds no adapter_config.json")
     assert len(wrong) == 2
-    for weights, text in ((("0.5", "0.5"), expected), (("0", "0"), before)):  # of the same adapter twice
+    for weights, text in (
+        (("0.5", "0.5"), expected),
+        (("0", "0"), before),
+    ):  # of the same adapter twice
         folder = tmp_path / f"merged{weights[0]}"
         twice = ["--also", str(run / "adapter"), "--weights", *weights, "--output", str(folder)]
         assert call("merge", "--run", str(run), *twice)[::2] == (0, "")
         merged_model = load_model(folder)
-        assert answer(merged_model, merged_model.params, [asked("w7 w8")], max_new_tokens=8) == [text]
+        assert answer(merged_model, merged_model.params, [asked("w7 w8")], max_new_tokens=8) == [
+            text
+        ]
     status, _, errors = call("merge", "--run", str(run), "--weights", "1", "2", "--output", "x")
     assert status == 2
     assert errors.startswith("error: there are 1 adapters and 2 weights; give one for each")
 
 
-def test_export(speaker: Model, params: Callable[[str], Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export(
+    speaker: Model, params: Callable[[str], Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each target is read again by what it is for, as far as that is installed; what cannot be written says why."""
     save_model(tmp_path / "base", speaker.params, speaker)
     speaker = load_model(tmp_path / "base")
     save_peft(tmp_path / "lora", params("lora"), speaker)
-    dora = add_adapters(speaker.params, AdapterConfig(rank=4, dora=True), layout=speaker.layout, key=jax.random.key(1))
+    dora = add_adapters(
+        speaker.params,
+        AdapterConfig(rank=4, dora=True),
+        layout=speaker.layout,
+        key=jax.random.key(1),
+    )
     save_peft(tmp_path / "dora", dora, speaker)
     at_table = AdapterConfig(rank=4, targets=("embed_tokens", "q_proj"))
-    table = randomised(add_adapters(speaker.params, at_table, layout=speaker.layout, key=jax.random.key(1)))
+    table = randomized(
+        add_adapters(speaker.params, at_table, layout=speaker.layout, key=jax.random.key(1))
+    )
     save_peft(tmp_path / "table", table, speaker)
 
     spec = importlib.util.spec_from_file_location("export_script", ROOT / "scripts/export.py")
@@ -193,7 +249,9 @@ def test_export(speaker: Model, params: Callable[[str], Tree], tmp_path: Path, m
         return said.getvalue()
 
     assert "PeftModel" in export("lora", "peft", "peft")
-    assert_close(logits(speaker, load_peft(tmp_path / "peft", speaker)), logits(speaker, params("lora")))
+    assert_close(
+        logits(speaker, load_peft(tmp_path / "peft", speaker)), logits(speaker, params("lora"))
+    )
     assert "--max-lora-rank 16" in export("lora", "vllm", "vllm")
     assert json.loads((tmp_path / "vllm/adapter_config.json").read_text())["use_dora"] is False
     assert "merged" in export("dora", "vllm", "vllm_dora")
@@ -202,7 +260,9 @@ def test_export(speaker: Model, params: Callable[[str], Tree], tmp_path: Path, m
     assert_close(logits(load_model(tmp_path / "vllm_table")), logits(speaker, table))
     assert "AutoModelForCausalLM" in export("lora", "hf", "hf")
     assert_close(logits(load_model(tmp_path / "hf")), logits(speaker, params("lora")))
-    with pytest.raises(ValueError, match=r"rank 4, above max_lora_rank 1: export with --max-lora-rank 8"):
+    with pytest.raises(
+        ValueError, match=r"rank 4, above max_lora_rank 1: export with --max-lora-rank 8"
+    ):
         export("lora", "vllm", "other", "--max-lora-rank", "1")
     with monkeypatch.context() as only:
         only.setattr("lorax_ft.interop.vllm.RANKS", (1,))
@@ -212,7 +272,9 @@ def test_export(speaker: Model, params: Callable[[str], Tree], tmp_path: Path, m
         export("lora", "vllm", "other", "--max-lora-rank", "3")
     with pytest.raises(ValueError, match=r"hf is not empty; give another folder, or --overwrite"):
         export("lora", "hf", "hf")
-    with pytest.raises(ValueError, match=r"tokenizer of .* is not written as GGUF; supported: SentencePiece"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer of .* is not written as GGUF; supported: SentencePiece"
+    ):
         export("lora", "gguf", "tuned.gguf", "--gguf-type", "F16")
     with pytest.raises(ValueError, match=r"is no .gguf file"):
         export("lora", "gguf", "tuned.bin")
@@ -221,7 +283,9 @@ def test_export(speaker: Model, params: Callable[[str], Tree], tmp_path: Path, m
 
 
 def logits(model: Model, params: Tree | None = None) -> np.ndarray:
-    return np.asarray(model.apply({"params": params or model.params}, jnp.arange(24).reshape(2, 12)))
+    return np.asarray(
+        model.apply({"params": params or model.params}, jnp.arange(24).reshape(2, 12))
+    )
 
 
 def assert_close(ours: np.ndarray, expected: np.ndarray) -> None:

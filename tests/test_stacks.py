@@ -23,17 +23,26 @@ pytestmark = pytest.mark.usefixtures("strict")
         *((method, {}) for method in TABLE if "standard" in method),
         ("kaiming-standard-dora", {"layers": (1,)}),
         ("gaussian-standard", {"rank_pattern": ("layers/1/.*=2",)}),
-        ("kaiming-rank_stabilized", {"rank_pattern": ("layers/[02]/up=5",), "alpha_pattern": ("layers/2/up=9",)}),
-        ("pissa-rank_stabilized-dora", {"rank_pattern": ("layers/1/.*=2",), "exclude": ("layers/0/attention/.*",)}),
+        (
+            "kaiming-rank_stabilized",
+            {"rank_pattern": ("layers/[02]/up=5",), "alpha_pattern": ("layers/2/up=9",)},
+        ),
+        (
+            "pissa-rank_stabilized-dora",
+            {"rank_pattern": ("layers/1/.*=2",), "exclude": ("layers/0/attention/.*",)},
+        ),
         ("pissa_kept-standard-dora", {"exclude": ("layers/2/.*",)}),
         ("milora-rank_stabilized-dora", {"rank_pattern": ("layers/1/.*=2",)}),
         ("orthogonal-standard", {"rank_pattern": ("layers/1/.*=2",), "exclude": ("layers/2/.*",)}),
     ],
 )
 def test_scanned_equals_unscanned(
-    zoo: Any, adapted: Adapted, randomise: Any, method: str, fields: dict[str, Any]
+    zoo: Any, adapted: Adapted, randomize: Any, method: str, fields: dict[str, Any]
 ) -> None:
-    stacked, single = adapted("vit_scanned", method, **fields), flatten(adapted("vit_unrolled", method, **fields))
+    stacked, single = (
+        adapted("vit_scanned", method, **fields),
+        flatten(adapted("vit_unrolled", method, **fields)),
+    )
     flat = flatten(stacked)
     for path, leaf in single.items():
         parts = path.split("/")
@@ -48,7 +57,9 @@ def test_scanned_equals_unscanned(
         np.testing.assert_allclose(mine, leaf, atol=2e-6, rtol=1e-5, err_msg=path)
     assert not any(np.abs(flat[path]).max() == 0 for path in flat if path.endswith("lora_a"))
     y = zoo("vit_scanned").forward(stacked)
-    assert distance(zoo("vit_unrolled").forward(adapted("vit_unrolled", method, **fields)), y) < 1e-5
+    assert (
+        distance(zoo("vit_unrolled").forward(adapted("vit_unrolled", method, **fields)), y) < 1e-5
+    )
     assert distance(zoo("vit_rematted").forward(stacked), y) < 1e-6
 
 
@@ -61,13 +72,15 @@ def test_scanned_equals_unscanned(
     ],
 )
 def test_layers_without_an_adapter_are_a_fixed_point(
-    zoo: Any, adapted: Adapted, randomise: Any, method: str, fields: dict[str, Any]
+    zoo: Any, adapted: Adapted, randomize: Any, method: str, fields: dict[str, Any]
 ) -> None:
     """No gradient reaches the padding of a stack's other layers, and merging leaves their kernels bitwise alone."""
     case = zoo("vit_scanned")
     params = adapted("vit_scanned", method, targets=("up", "attention/query"), **fields)
     active = params["layers"]["up"]["lora_b"][1]
-    params["layers"]["up"]["lora_b"] = params["layers"]["up"]["lora_b"].at[1].set(jnp.ones_like(active))
+    params["layers"]["up"]["lora_b"] = (
+        params["layers"]["up"]["lora_b"].at[1].set(jnp.ones_like(active))
+    )
     trained, frozen = partition(params)
 
     def loss(trained: Tree) -> Array:
@@ -80,7 +93,12 @@ def test_layers_without_an_adapter_are_a_fixed_point(
             assert np.abs(leaf[index]).max() == 0, f"{path} of layer {index}"
     merged = merge_adapters(params, layout=case.layout)["layers"]
     for index, same in enumerate((True, False, True)):
-        assert np.array_equal(merged["up"]["kernel"][index], case.params["layers"]["up"]["kernel"][index]) == same
+        assert (
+            np.array_equal(
+                merged["up"]["kernel"][index], case.params["layers"]["up"]["kernel"][index]
+            )
+            == same
+        )
 
 
 def test_a_smaller_rank_is_a_prefix_of_a_larger_one(adapted: Adapted) -> None:
@@ -89,11 +107,14 @@ def test_a_smaller_rank_is_a_prefix_of_a_larger_one(adapted: Adapted) -> None:
     for path in small:
         if path.endswith("lora_a"):
             np.testing.assert_array_equal(small[path], large[path][..., :3])
-            np.testing.assert_allclose(3 * gaussian[0][path], 8 * gaussian[1][path][..., :3], rtol=1e-6)
+            np.testing.assert_allclose(
+                3 * gaussian[0][path], 8 * gaussian[1][path][..., :3], rtol=1e-6
+            )
 
 
 @pytest.mark.parametrize(
-    "method", ["kaiming-standard", "gaussian-standard", "orthogonal-standard", "pissa_randomised-standard"]
+    "method",
+    ["kaiming-standard", "gaussian-standard", "orthogonal-standard", "pissa_randomized-standard"],
 )
 def test_adding_a_target_never_changes_another_leafs_start(adapted: Adapted, method: str) -> None:
     few = flatten(adapted("decoder", method, targets=("q_proj",)))
@@ -104,7 +125,9 @@ def test_adding_a_target_never_changes_another_leafs_start(adapted: Adapted, met
 
 
 def test_every_matrix_has_a_start_of_its_own(adapted: Adapted) -> None:
-    flat = flatten(adapted("decoder", "kaiming-standard")) | flatten(adapted("einsums", "kaiming-standard"))
+    flat = flatten(adapted("decoder", "kaiming-standard")) | flatten(
+        adapted("einsums", "kaiming-standard")
+    )
     starts = []
     for path, leaf in flat.items():
         if path.endswith("lora_a"):
@@ -116,7 +139,9 @@ def test_every_matrix_has_a_start_of_its_own(adapted: Adapted) -> None:
 def test_kaiming_and_gaussian_have_pefts_spread(decoder: Any) -> None:
     model = decoder(width=256, mlp_width=512, head_dim=64, layers=1)
     kaiming, gaussian = (
-        add_adapters(model.params, AdapterConfig(rank=32, init=init), layout=model.layout, key=KEY)["layers"]["mlp"]
+        add_adapters(model.params, AdapterConfig(rank=32, init=init), layout=model.layout, key=KEY)[
+            "layers"
+        ]["mlp"]
         for init in ("kaiming", "gaussian")
     )
     for name, rows in (("up_proj", 256), ("down_proj", 512)):

@@ -15,11 +15,11 @@ from lorax_ft import (
     AdapterConfig,
     adapt,
     add_adapters,
+    disable_adapters,
     layout,
     merge_adapters,
     merge_weighted,
     merged_kernel,
-    switched_off,
     unmerge_adapters,
 )
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES
@@ -44,10 +44,10 @@ def test_starts_as_the_base(zoo: Any, adapted: Adapted, model: str, method: str)
 
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_merged_equals_forward_with_random_factors(
-    zoo: Any, adapted: Adapted, randomise: Any, model: str, method: str
+    zoo: Any, adapted: Adapted, randomize: Any, model: str, method: str
 ) -> None:
     case = zoo(model)
-    params = randomise(adapted(model, method))
+    params = randomize(adapted(model, method))
     merged = merge_adapters(params, layout=case.layout)
     forward, base = case.forward(params), case.plain(case.params)
     assert distance(case.plain(merged), forward) < 1e-5
@@ -57,11 +57,14 @@ def test_merged_equals_forward_with_random_factors(
 
 
 @pytest.mark.parametrize(
-    "method", ["kaiming-standard", "pissa-rank_stabilized", "pissa_kept-rank_stabilized", "olora-standard"]
+    "method",
+    ["kaiming-standard", "pissa-rank_stabilized", "pissa_kept-rank_stabilized", "olora-standard"],
 )
-def test_unmerging_restores_the_base(zoo: Any, adapted: Adapted, randomise: Any, method: str) -> None:
+def test_unmerging_restores_the_base(
+    zoo: Any, adapted: Adapted, randomize: Any, method: str
+) -> None:
     case = zoo("einsums")
-    params = randomise(adapted("einsums", method))
+    params = randomize(adapted("einsums", method))
     merged = merge_adapters(params, layout=case.layout)
     back = flatten(unmerge_adapters(merged, params, layout=case.layout))
     for path, leaf in flatten(params).items():
@@ -72,29 +75,39 @@ def test_unmerging_restores_the_base(zoo: Any, adapted: Adapted, randomise: Any,
         unmerge_adapters(merged, adapted("einsums", "gaussian-standard-dora"), layout=case.layout)
 
 
-def test_several_adapters_merge_with_weights(zoo: Any, adapted: Adapted, randomise: Any) -> None:
+def test_several_adapters_merge_with_weights(zoo: Any, adapted: Adapted, randomize: Any) -> None:
     """The change of the sum is the sum of the changes, DoRA's and embeddings' too."""
     case = zoo("decoder")
     methods = ("kaiming-standard", "pissa_kept-rank_stabilized-dora")
     targets = ("all-linear", "embed_tokens")
-    parts = [randomise(adapted("decoder", method, targets=targets), seed=i) for i, method in enumerate(methods)]
+    parts = [
+        randomize(adapted("decoder", method, targets=targets), seed=i)
+        for i, method in enumerate(methods)
+    ]
     got = flatten(merge_weighted(case.params, parts, [0.7, -0.4], layout=case.layout))
     alone = [flatten(merge_adapters(part, layout=case.layout)) for part in parts]
     base = flatten(case.params)
     base["lm_head/kernel"] = base["embed_tokens/embedding"].T
     assert set(got) == set(base)
     for path, leaf in got.items():
-        want = base[path] + 0.7 * (alone[0][path] - base[path]) - 0.4 * (alone[1][path] - base[path])
+        want = (
+            base[path] + 0.7 * (alone[0][path] - base[path]) - 0.4 * (alone[1][path] - base[path])
+        )
         assert distance(leaf, want) < 1e-6, path
     with pytest.raises(ValueError, match="2 adapters and 1 weights"):
         merge_weighted(case.params, parts, [1.0])
 
 
-def test_a_tied_table_that_changed_changes_the_head_of_the_sum(zoo: Any, adapted: Adapted, randomise: Any) -> None:
+def test_a_tied_table_that_changed_changes_the_head_of_the_sum(
+    zoo: Any, adapted: Adapted, randomize: Any
+) -> None:
     """One tree has another table, still tied; the other an adapter on the head."""
     case = zoo("decoder")
     table = {"embed_tokens": {"embedding": case.params["embed_tokens"]["embedding"] + 0.1}}
-    whole, head = case.params | table, randomise(adapted("decoder", "kaiming-standard", targets=("lm_head",)))
+    whole, head = (
+        case.params | table,
+        randomize(adapted("decoder", "kaiming-standard", targets=("lm_head",))),
+    )
     base = case.params["embed_tokens"]["embedding"].T
     for known in (case.layout, None):
         alone = merge_adapters(head, layout=known)["lm_head"]["kernel"]
@@ -104,39 +117,62 @@ def test_a_tied_table_that_changed_changes_the_head_of_the_sum(zoo: Any, adapted
         assert "lm_head" not in merge_weighted(case.params, [whole], [1.0], layout=known)
 
 
-def test_a_weighted_merge_rounds_once(zoo: Any, adapted: Adapted, randomise: Any) -> None:
+def test_a_weighted_merge_rounds_once(zoo: Any, adapted: Adapted, randomize: Any) -> None:
     """Over a bfloat16 base a small change times a large weight is not lost to the rounding before it."""
     case = zoo("decoder")
-    params = randomise(adapted("decoder", "kaiming-standard", targets=("up_proj",)))
+    params = randomize(adapted("decoder", "kaiming-standard", targets=("up_proj",)))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), case.params)
     small = unflatten(
-        {p: leaf.astype(jnp.bfloat16) if p in flatten(half) else leaf / (30 if p.endswith("lora_b") else 1)
-         for p, leaf in flatten(params).items()}
-    )  # fmt: skip
-    got = merge_weighted(half, [small], [8.0], layout=case.layout)["layers"]["mlp"]["up_proj"]["kernel"]
+        {
+            p: leaf.astype(jnp.bfloat16)
+            if p in flatten(half)
+            else leaf / (30 if p.endswith("lora_b") else 1)
+            for p, leaf in flatten(params).items()
+        }
+    )
+    got = merge_weighted(half, [small], [8.0], layout=case.layout)["layers"]["mlp"]["up_proj"][
+        "kernel"
+    ]
     exact = merged_kernel(
-        {name: leaf.astype(jnp.float32) * (8 if name == "lora_scale" else 1) for name, leaf in
-         small["layers"]["mlp"]["up_proj"].items()}
-    )  # fmt: skip
+        {
+            name: leaf.astype(jnp.float32) * (8 if name == "lora_scale" else 1)
+            for name, leaf in small["layers"]["mlp"]["up_proj"].items()
+        }
+    )
     error = np.abs(np.asarray(got, np.float64) - np.asarray(exact, np.float64))
     assert np.all(error <= (2**-8 + 1e-5) * np.abs(exact))  # half a step of bfloat16
 
 
-def test_switched_off_is_the_base_in_the_same_structure(zoo: Any, adapted: Adapted, randomise: Any) -> None:
+def test_switched_off_is_the_base_in_the_same_structure(
+    zoo: Any, adapted: Adapted, randomize: Any
+) -> None:
     case = zoo("decoder")
     plain = case.plain(case.params)
-    for method in ("kaiming-standard-dora", "pissa-rank_stabilized", "pissa-standard-dora", "pissa_kept-standard-dora"):
-        params = randomise(adapted("decoder", method))
-        off = switched_off(params, case.params, layout=case.layout)
+    for method in (
+        "kaiming-standard-dora",
+        "pissa-rank_stabilized",
+        "pissa-standard-dora",
+        "pissa_kept-standard-dora",
+    ):
+        params = randomize(adapted("decoder", method))
+        off = disable_adapters(params, case.params, layout=case.layout)
         assert jax.tree.map(jnp.shape, off) == jax.tree.map(jnp.shape, params)
         assert distance(case.forward(off), plain) < 2e-5, method
         assert distance(case.forward(params), plain) > 1e-2, method
-    whole = params | {"norm": {"scale": 2 * params["norm"]["scale"]}, "lm_head": {"kernel": jnp.ones((32, 97))}}
-    assert distance(case.forward(switched_off(whole, case.params, layout=case.layout)), plain) < 2e-5
+    whole = params | {
+        "norm": {"scale": 2 * params["norm"]["scale"]},
+        "lm_head": {"kernel": jnp.ones((32, 97))},
+    }
+    assert (
+        distance(case.forward(disable_adapters(whole, case.params, layout=case.layout)), plain)
+        < 2e-5
+    )
 
 
 @pytest.mark.parametrize(("model", "method"), CASES)
-def test_adding_leaves_the_base_as_it_was(zoo: Any, adapted: Adapted, model: str, method: str) -> None:
+def test_adding_leaves_the_base_as_it_was(
+    zoo: Any, adapted: Adapted, model: str, method: str
+) -> None:
     """Nothing but the adapter's leaves is new, and only PiSSA without `keep_base` moves kernels."""
     base, params = flatten(nn.meta.unbox(zoo(model).params)), flatten(adapted(model, method))
     new = {path.rpartition("/")[2] for path in params.keys() - base.keys()}
@@ -147,14 +183,18 @@ def test_adding_leaves_the_base_as_it_was(zoo: Any, adapted: Adapted, model: str
     if not changes_base(method) or "kept" in method:
         assert moved == set()
     else:
-        assert moved == {p for p in base if p.endswith("kernel") and f"{p.rpartition('/')[0]}/lora_a0" in params}
+        assert moved == {
+            p for p in base if p.endswith("kernel") and f"{p.rpartition('/')[0]}/lora_a0" in params
+        }
     adapter = {path: leaf for path, leaf in params.items() if path not in base}
     assert {str(leaf.dtype) for leaf in adapter.values()} == {"float32"}
 
 
 @pytest.mark.parametrize("dtype", ["params", "activations"])
 @pytest.mark.parametrize("jit", [False, True])
-def test_a_zero_adapter_is_bitwise_the_base_in_bfloat16(decoder: Any, dtype: str, jit: bool) -> None:
+def test_a_zero_adapter_is_bitwise_the_base_in_bfloat16(
+    decoder: Any, dtype: str, jit: bool
+) -> None:
     model = decoder(dtype="bfloat16", layers=2)
     params = model.params
     if dtype == "params":
@@ -164,7 +204,9 @@ def test_a_zero_adapter_is_bitwise_the_base_in_bfloat16(decoder: Any, dtype: str
     tokens = jnp.arange(18).reshape(2, 9)
     run = jax.jit(model.apply) if jit else model.apply
     with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention promotes
-        np.testing.assert_array_equal(run({"params": fresh}, tokens), run({"params": params}, tokens))
+        np.testing.assert_array_equal(
+            run({"params": fresh}, tokens), run({"params": params}, tokens)
+        )
 
 
 def test_a_zero_adapter_keeps_the_type_that_the_layer_promotes_to() -> None:
@@ -173,7 +215,9 @@ def test_a_zero_adapter_keeps_the_type_that_the_layer_promotes_to() -> None:
         x = jax.random.normal(KEY, (3, 6), jnp.bfloat16)
         params = layer.init(KEY, x)["params"]
         params = {"kernel": params["kernel"].astype(jnp.bfloat16), "bias": params["bias"] + 0.1}
-        fresh = add_adapters(params, AdapterConfig(rank=2), layout=layout(layer.apply, params, x), key=KEY)
+        fresh = add_adapters(
+            params, AdapterConfig(rank=2), layout=layout(layer.apply, params, x), key=KEY
+        )
         got, want = adapt(layer.apply)({"params": fresh}, x), layer.apply({"params": params}, x)
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(got, want)
@@ -183,7 +227,9 @@ def test_starts_can_be_planned_without_arrays(zoo: Any) -> None:
     case = zoo("decoder")
     for fields in ({}, {"init": "pissa", "svd_iterations": 1}, {"init": "orthogonal"}):
         config = AdapterConfig(rank=4, dora=True, **fields)
-        abstract = jax.eval_shape(lambda p, c=config: add_adapters(p, c, layout=case.layout, key=KEY), case.params)
+        abstract = jax.eval_shape(
+            lambda p, c=config: add_adapters(p, c, layout=case.layout, key=KEY), case.params
+        )
         real = add_adapters(case.params, config, layout=case.layout, key=KEY)
         assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, real)
     config = AdapterConfig(rank=3, init="pissa")

@@ -1,4 +1,4 @@
-"""The step's parts: optimiser groups, schedules, noise, packing, the contract."""
+"""The step's parts: optimizer groups, schedules, noise, packing, the contract."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def model(decoder: Callable[..., Model]) -> Model:
 
 def adapted(model: Model, **options: Any) -> tuple[Tree, Tree]:
     config = lft.AdapterConfig(**{"rank": 4, "alpha": 8} | options)
-    return lft.partition(lft.add_adapters(model.params, config, layout=model.layout, key=jax.random.key(1)))
+    return lft.partition(
+        lft.add_adapters(model.params, config, layout=model.layout, key=jax.random.key(1))
+    )
 
 
 def some_batch(rows: int, length: int = 12, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -39,7 +41,9 @@ def some_batch(rows: int, length: int = 12, *, seed: int = 0) -> dict[str, np.nd
     samples = []
     for _ in range(rows):
         n = int(rng.integers(4, length + 1))
-        samples.append([Sample(tokens=rng.integers(0, 97, n).astype(np.int32), mask=rng.random(n) < 0.7)])
+        samples.append(
+            [Sample(tokens=rng.integers(0, 97, n).astype(np.int32), mask=rng.random(n) < 0.7)]
+        )
     return collate(samples, length)
 
 
@@ -56,12 +60,17 @@ def run(model: Model, steps: int, **options: Any) -> tuple[TrainState, list[floa
     return state, losses
 
 
-def test_lora_plus_with_ratio_one_is_lora_and_with_ratio_16_moves_b_16_times_as_far(model: Model) -> None:
+def test_lora_plus_with_ratio_one_is_lora_and_with_ratio_16_moves_b_16_times_as_far(
+    model: Model,
+) -> None:
     start, _ = adapted(model)
     moves = {}
     for ratio in (1.0, 16.0):
         state, _ = run(model, 1, lora_plus_ratio=ratio, eps=0.0, clip_norm=0.0)
-        moves[ratio] = {path: np.asarray(leaf - flatten(start)[path]) for path, leaf in flatten(state.trained).items()}
+        moves[ratio] = {
+            path: np.asarray(leaf - flatten(start)[path])
+            for path, leaf in flatten(state.trained).items()
+        }
     for path, move in moves[1.0].items():
         np.testing.assert_allclose(
             moves[16.0][path], move * (16 if path.endswith("lora_b") else 1), rtol=1e-5, atol=1e-9
@@ -74,7 +83,10 @@ def test_lora_plus_with_ratio_one_is_lora_and_with_ratio_16_moves_b_16_times_as_
 def test_every_optimizer_lowers_the_loss(name: str, model: Model) -> None:
     rate = {"sgd": 0.5, "lion": 3e-3}.get(name, 2e-2)
     optim = lft.OptimConfig(
-        optimizer=name, learning_rate=rate, schedule="constant", weight_decay=0.01 * (name != "adam")
+        optimizer=name,
+        learning_rate=rate,
+        schedule="constant",
+        weight_decay=0.01 * (name != "adam"),
     )  # type: ignore[arg-type]
     trained, frozen = adapted(model)
     tx = make_optimizer(optim, steps=8)
@@ -106,18 +118,30 @@ def test_schedules_rise_to_the_peak_and_fall_as_they_are_named() -> None:
 
 
 def test_weight_decay_leaves_magnitudes_and_vectors_alone() -> None:
-    trained = {"a": {"lora_a": jnp.ones((2, 2)), "lora_b": jnp.ones((2, 2)), "magnitude": jnp.ones(2)}}
+    trained = {
+        "a": {"lora_a": jnp.ones((2, 2)), "lora_b": jnp.ones((2, 2)), "magnitude": jnp.ones(2)}
+    }
     trained |= {"b": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
-    config = lft.OptimConfig(learning_rate=0.1, weight_decay=0.5, schedule="constant", warmup_fraction=0)
+    config = lft.OptimConfig(
+        learning_rate=0.1, weight_decay=0.5, schedule="constant", warmup_fraction=0
+    )
     tx = make_optimizer(config, steps=2)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, trained), tx.init(trained), trained)
     moved = {path: float(jnp.abs(leaf).sum()) > 0 for path, leaf in flatten(updates).items()}
-    assert moved == {"a/lora_a": True, "a/lora_b": True, "a/magnitude": False, "b/kernel": True, "b/bias": False}
+    assert moved == {
+        "a/lora_a": True,
+        "a/lora_b": True,
+        "a/magnitude": False,
+        "b/kernel": True,
+        "b/bias": False,
+    }
 
 
 def test_the_global_norm_is_clipped_over_all_groups_at_once() -> None:
     trained = {"a": {"lora_a": jnp.zeros(3), "lora_b": jnp.zeros(4)}}
-    config = lft.OptimConfig(optimizer="sgd", b1=0.0, learning_rate=1.0, schedule="constant", clip_norm=1.0)
+    config = lft.OptimConfig(
+        optimizer="sgd", b1=0.0, learning_rate=1.0, schedule="constant", clip_norm=1.0
+    )
     tx = make_optimizer(config, steps=1)
     updates, _ = tx.update(jax.tree.map(lambda x: x + 10, trained), tx.init(trained), trained)
     assert float(optax.global_norm(updates)) == pytest.approx(1)
@@ -128,7 +152,11 @@ def test_neftune_noise_is_uniform_has_its_norm_by_true_lengths_and_spares_paddin
     width, alpha = 256, 5.0
     noise = np.asarray(neftune(jax.random.key(0), segments, alpha=alpha, width=width))
     assert (noise[0, 400:] == 0).all()
-    for row, part, length in ((0, slice(0, 100), 100), (0, slice(100, 400), 300), (1, slice(0, 512), 512)):
+    for row, part, length in (
+        (0, slice(0, 100), 100),
+        (0, slice(100, 400), 300),
+        (1, slice(0, 512), 512),
+    ):
         piece = noise[row, part]
         assert np.abs(piece).max() <= alpha / np.sqrt(length * width)
         assert np.linalg.norm(piece) == pytest.approx(alpha / np.sqrt(3), rel=0.01)
@@ -136,7 +164,10 @@ def test_neftune_noise_is_uniform_has_its_norm_by_true_lengths_and_spares_paddin
 
 def test_packed_loss_equals_unpacked_loss(model: Model) -> None:
     rng = np.random.default_rng(0)
-    samples = [Sample(tokens=rng.integers(0, 97, n).astype(np.int32), mask=rng.random(n) < 0.8) for n in (5, 7, 9, 3)]
+    samples = [
+        Sample(tokens=rng.integers(0, 97, n).astype(np.int32), mask=rng.random(n) < 0.8)
+        for n in (5, 7, 9, 3)
+    ]
     apart, together = collate([[s] for s in samples], 24), collate([samples[:3], samples[3:]], 24)
     loose = jax.jit(lambda b: batch_loss(model, model.params, b, packed=False))(apart)
     packed = jax.jit(lambda b: batch_loss(model, model.params, b, packed=True))(together)
@@ -156,7 +187,9 @@ def test_frozen_leaves_are_bitwise_the_same_and_every_trained_leaf_moves(model: 
         batch = {k: v[None] for k, v in some_batch(4, seed=i).items()}
         state, _ = step(state, frozen, batch, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, frozen, kept)
-    contract.check_moved(jax.device_get(contract.moved(before, state.trained, rate=1e-4)), updates=3)
+    contract.check_moved(
+        jax.device_get(contract.moved(before, state.trained, rate=1e-4)), updates=3
+    )
 
 
 def test_a_layer_that_the_loss_never_reads_is_an_error(model: Model) -> None:
@@ -168,7 +201,9 @@ def test_a_layer_that_the_loss_never_reads_is_an_error(model: Model) -> None:
         return features(params, jnp.ones((1, 4), jnp.int32))[0].sum()
 
     contract.check_read(lambda t: loss(t, seen=True), trained)
-    with pytest.raises(ValueError, match=r"the loss never reads layers/mlp/down_proj/lora_a.*and 10 more"):
+    with pytest.raises(
+        ValueError, match=r"the loss never reads layers/mlp/down_proj/lora_a.*and 10 more"
+    ):
         contract.check_read(lambda t: loss(t, seen=False), trained)
 
 
@@ -190,7 +225,9 @@ def test_a_call_that_interception_cannot_see_is_an_error() -> None:
     jitted = jax.jit(sneaky.apply)  # jitted outside adapt: interception never happens
     jitted({"params": combine(trained, frozen)}, x)
     with pytest.raises(ValueError, match="never reads seen/lora_a"):
-        contract.check_read(lambda t: lft.adapt(jitted)({"params": combine(t, frozen)}, x).sum(), trained)
+        contract.check_read(
+            lambda t: lft.adapt(jitted)({"params": combine(t, frozen)}, x).sum(), trained
+        )
 
 
 def test_scales_of_zero_and_leaves_that_stay_are_errors(model: Model) -> None:
@@ -198,13 +235,18 @@ def test_scales_of_zero_and_leaves_that_stay_are_errors(model: Model) -> None:
     still = jax.device_get(contract.moved(trained, trained, rate=1e-4))
     with pytest.raises(ValueError, match=r"after update 1, layers/mlp/down_proj.* did not move"):
         contract.check_moved(still, updates=1)
-    lost = jax.device_get(contract.moved(trained, trained, rate=1e-12))  # less than float32 adds to A
+    lost = jax.device_get(
+        contract.moved(trained, trained, rate=1e-12)
+    )  # less than float32 adds to A
     assert all(changed for path, (_, changed) in lost.items() if path.endswith("lora_a"))
     assert not any(changed for path, (_, changed) in still.items())
     broken = {path: np.array([False, True]) for path in still}
     with pytest.raises(ValueError, match="not finite"):
         contract.check_moved(broken, updates=1)
-    zero = {k: v * 0 if k.endswith("q_proj/lora_scale") else v for k, v in flatten(combine(trained, frozen)).items()}
+    zero = {
+        k: v * 0 if k.endswith("q_proj/lora_scale") else v
+        for k, v in flatten(combine(trained, frozen)).items()
+    }
     from lorax_ft.tree import unflatten
 
     with pytest.raises(ValueError, match="the scale of layers/self_attn/q_proj is 0"):
@@ -214,7 +256,9 @@ def test_scales_of_zero_and_leaves_that_stay_are_errors(model: Model) -> None:
 def test_a_factor_frozen_at_zero_is_an_error(model: Model) -> None:
     trained, frozen = adapted(model, targets=("embed_tokens", "q_proj"))
     params = combine(trained, frozen)
-    with pytest.raises(ValueError, match=r"embed_tokens/lora_a starts at 0, and adapter\.freeze keeps it there"):
+    with pytest.raises(
+        ValueError, match=r"embed_tokens/lora_a starts at 0, and adapter\.freeze keeps it there"
+    ):
         contract.check_frozen(params, ("lora_a",))
     with pytest.raises(ValueError, match=r"q_proj/lora_b starts at 0"):
         contract.check_frozen(params, ("lora_b",))

@@ -1,4 +1,4 @@
-"""The singular triples that starts are made of, exact and randomised."""
+"""The singular triples that starts are made of, exact and randomized."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from method_cases import KEY, distance
 
 from lorax_ft import AdapterConfig, add_adapters, merged_kernel
-from lorax_ft.lowrank.svd import exact, randomised, svd
+from lorax_ft.lowrank.svd import exact, randomized, svd
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -25,7 +25,9 @@ def test_the_exact_triples_equal_numpys_svd(shape: tuple[int, int], last: bool) 
     some = slice(None, -6, -1) if last else slice(5)
     want = np.einsum("lir,lr,lro->lio", u[..., some], s[:, some], vt[:, some])
     assert distance(a @ b, want) < 1e-6
-    np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.sqrt(s[:, some]), rtol=1e-6)  # both take half of S
+    np.testing.assert_allclose(
+        np.linalg.norm(a, axis=1), np.sqrt(s[:, some]), rtol=1e-6
+    )  # both take half of S
     np.testing.assert_allclose(np.linalg.norm(b, axis=2), np.sqrt(s[:, some]), rtol=1e-6)
 
 
@@ -51,12 +53,12 @@ def test_pissa_of_a_matrix_of_lower_rank_is_finite(iterations: int | None) -> No
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-def test_randomised_pissas_residual_is_within_a_percent(power: float) -> None:
+def test_randomized_pissas_residual_is_within_a_percent(power: float) -> None:
     rng = np.random.default_rng(6)
     u, v = (np.linalg.qr(rng.normal(size=(n, 64)))[0] for n in (96, 64))
     w = ((u * np.arange(1.0, 65) ** -power) @ v.T).astype(np.float32)[None]
     a, b = exact(w, rank=8)
-    ra, rb = randomised(jnp.asarray(w), KEY[None], rank=8, iterations=4)
+    ra, rb = randomized(jnp.asarray(w), KEY[None], rank=8, iterations=4)
     assert np.linalg.norm(w - ra @ rb) <= 1.01 * np.linalg.norm(w - a @ b)
 
 

@@ -20,7 +20,9 @@ PATHS = st.lists(PARTS, min_size=1, max_size=5)
 
 
 @given(PATHS, st.data())
-def test_every_suffix_means_its_module_with_slashes_or_dots(parts: list[str], data: st.DataObject) -> None:
+def test_every_suffix_means_its_module_with_slashes_or_dots(
+    parts: list[str], data: st.DataObject
+) -> None:
     start = data.draw(st.integers(0, len(parts) - 1))
     path = "/".join(parts)
     assert matches("/".join(parts[start:]), path)
@@ -70,7 +72,13 @@ def test_the_first_rule_that_matches_wins() -> None:
 
 @pytest.mark.parametrize(
     ("path", "index"),
-    [("layers/3/mlp/up_proj", 3), ("lm_head", None), ("", None), ("outer/1/inner/0/dense", 1), ("layers/10", 10)],
+    [
+        ("layers/3/mlp/up_proj", 3),
+        ("lm_head", None),
+        ("", None),
+        ("outer/1/inner/0/dense", 1),
+        ("layers/10", 10),
+    ],
 )
 def test_layer_index(path: str, index: int | None) -> None:
     assert layer_index(path) == index
@@ -79,7 +87,9 @@ def test_layer_index(path: str, index: int | None) -> None:
 def test_coverage_names_the_nearest_and_what_exists_once() -> None:
     names = [f"layers/{i}/mlp/{name}" for i in range(30) for name in ("up_proj", "down_proj")]
     check_coverage(["up_proj"], lambda p: True, names=names, where="here")
-    with pytest.raises(ValueError, match="here: 'upproj' matches no module; did you mean 'up_proj'") as error:
+    with pytest.raises(
+        ValueError, match="here: 'upproj' matches no module; did you mean 'up_proj'"
+    ) as error:
         check_coverage(["upproj"], lambda p: False, names=names, where="here")
     assert str(error.value).count("down_proj") == 1
 
@@ -88,7 +98,10 @@ def adapters(model: Any, **fields: Any) -> dict[str, Any]:
     """The low-rank leaves' paths and shapes, nothing computed."""
     config = AdapterConfig(**({"rank": 4, "alpha": 8.0} | fields))
     flat = flatten(
-        jax.eval_shape(lambda p: add_adapters(p, config, layout=model.layout, key=jax.random.key(0)), model.params)
+        jax.eval_shape(
+            lambda p: add_adapters(p, config, layout=model.layout, key=jax.random.key(0)),
+            model.params,
+        )
     )
     return {path: leaf.shape for path, leaf in flat.items() if "lora" in path}
 
@@ -126,7 +139,9 @@ def test_layer_ranges_are_of_layers(decoder: Any) -> None:
 
 def test_layers_by_their_linen_names() -> None:
     """Lists in `setup` and automatic names give `layers_1`, `Block_1`."""
-    assert [layer_index(path) for path in ("layers_1/mlp", "Block_12/Dense_0", "conv1", "mlp_x")] == [1, 12, None, None]
+    assert [
+        layer_index(path) for path in ("layers_1/mlp", "Block_12/Dense_0", "conv1", "mlp_x")
+    ] == [1, 12, None, None]
 
 
 @pytest.mark.parametrize(
@@ -138,17 +153,33 @@ def test_layers_by_their_linen_names() -> None:
         ("standard", {"rank_pattern": ("layers/1/.*=2", "up_proj=8")}, [1, 4, 1]),
         ("rank_stabilized", {"rank_pattern": ("layers/1/.*=16",)}, [4, 2, 4]),
         ("standard", {"alpha_pattern": ("layers.2.mlp.up_proj=4", ".*=16")}, [4, 4, 1]),
-        ("rank_stabilized", {"rank_pattern": ("layers/0/.*=1",), "alpha_pattern": ("layers/0/.*=3",)}, [3, 4, 4]),
-        ("standard", {"targets": ("layers/[02]/mlp/up_proj",), "exclude": ("layers/0/.*",)}, [0, 0, 2]),
+        (
+            "rank_stabilized",
+            {"rank_pattern": ("layers/0/.*=1",), "alpha_pattern": ("layers/0/.*=3",)},
+            [3, 4, 4],
+        ),
+        (
+            "standard",
+            {"targets": ("layers/[02]/mlp/up_proj",), "exclude": ("layers/0/.*",)},
+            [0, 0, 2],
+        ),
     ],
 )
-def test_scales_ranks_and_padding(decoder: Any, scaling: str, fields: dict[str, Any], scales: list[float]) -> None:
+def test_scales_ranks_and_padding(
+    decoder: Any, scaling: str, fields: dict[str, Any], scales: list[float]
+) -> None:
     model = decoder()
-    config = AdapterConfig(**({"rank": 4, "alpha": 8.0, "scaling": scaling, "init": "pissa"} | fields))
-    layer = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))["layers"]["mlp"]["up_proj"]
+    config = AdapterConfig(
+        **({"rank": 4, "alpha": 8.0, "scaling": scaling, "init": "pissa"} | fields)
+    )
+    layer = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))[
+        "layers"
+    ]["mlp"]["up_proj"]
     np.testing.assert_allclose(layer["lora_scale"], scales)
     ranks = [
-        0 if scale == 0 else round(int(alpha) / scale if scaling == "standard" else (int(alpha) / scale) ** 2)
+        0
+        if scale == 0
+        else round(int(alpha) / scale if scaling == "standard" else (int(alpha) / scale) ** 2)
         for scale, alpha in zip(scales, alphas(fields), strict=True)
     ]
     assert layer["lora_a"].shape[-1] == max(ranks)
@@ -157,5 +188,8 @@ def test_scales_ranks_and_padding(decoder: Any, scaling: str, fields: dict[str, 
 
 
 def alphas(fields: dict[str, Any]) -> list[float]:
-    rules = [(p, float(v)) for p, _, v in (entry.rpartition("=") for entry in fields.get("alpha_pattern", ()))]
+    rules = [
+        (p, float(v))
+        for p, _, v in (entry.rpartition("=") for entry in fields.get("alpha_pattern", ()))
+    ]
     return [first_value(rules, f"layers/{i}/mlp/up_proj", 8.0) for i in range(3)]

@@ -16,8 +16,8 @@ from run_cases import CONFIGS, SHORT, Main, config, losses, resumed, trained
 
 import lorax_ft as lft
 from lorax_ft.config import EMBEDDED_DATA
-from lorax_ft.training.log import LOG, PLOT, Log, read_log
-from lorax_ft.training.progress import Progress
+from lorax_ft.run.log import LOG, PLOT, Log, read_log
+from lorax_ft.run.progress import Progress
 
 # The first three losses of every config, trained as below: they change only where what is computed changes.
 GOLDEN = {
@@ -55,9 +55,16 @@ def test_a_config_trains(name: str, main: Main, tmp_path: Path) -> None:
     assert [found[step] for step in (1, 2, 3)] == pytest.approx(GOLDEN[name], rel=1e-3)
 
 
-def test_the_saved_adapter_gives_the_loss_that_training_ended_with(main: Main, tmp_path: Path) -> None:
+def test_the_saved_adapter_gives_the_loss_that_training_ended_with(
+    main: Main, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    assert main(*config("combined"), *SHORT, "--train.steps", 4, "--train.output", out, "--eval.rows", 8) == 0
+    assert (
+        main(
+            *config("combined"), *SHORT, "--train.steps", 4, "--train.output", out, "--eval.rows", 8
+        )
+        == 0
+    )
     final = read_log(out)[-1]["validation_loss"]
     model = lft.load_model(lft.ModelConfig().path)
     tuned = lft.load_peft(out / "adapter", model)
@@ -70,11 +77,22 @@ def test_the_saved_adapter_gives_the_loss_that_training_ended_with(main: Main, t
     assert float(total / count) == pytest.approx(final, rel=1e-4)
 
 
-def test_a_run_on_a_quantised_base_leaves_all_that_its_adapter_needs(main: Main, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_on_a_quantized_base_leaves_all_that_its_adapter_needs(
+    main: Main, tmp_path: Path, capsys: Any
+) -> None:
     """QPiSSA: the base without its start, the same when the run is resumed, and the scripts take it."""
-    from lorax_ft.inference.tuned import Tuned, load_tuned
+    from lorax_ft.run.model_args import ModelArgs, load_with_adapter
 
-    shared = [*config("pissa"), *SHORT, "--optim.schedule", "constant", "--quant.format", "nf4", "--quant.rounds", 2]
+    shared = [
+        *config("pissa"),
+        *SHORT,
+        "--optim.schedule",
+        "constant",
+        "--quant.format",
+        "nf4",
+        "--quant.rounds",
+        2,
+    ]
     whole, halves, moved = tmp_path / "whole", tmp_path / "halves", tmp_path / "moved"
     assert main(*shared, "--train.steps", 3, "--train.output", whole) == 0
     said = capsys.readouterr().out
@@ -90,7 +108,7 @@ def test_a_run_on_a_quantised_base_leaves_all_that_its_adapter_needs(main: Main,
     ).read_bytes()
 
     halves.rename(moved)
-    model, params = load_tuned(Tuned(run=str(moved)))
+    model, params = load_with_adapter(ModelArgs(run=str(moved)))
     assert model.base == f"{moved / 'nf4_base'} in nf4"
     run = lft.Config.from_json((moved / "config.json").read_text())
     from lorax_ft.data.batches import evaluation_batches, load_data
@@ -103,10 +121,20 @@ def test_a_run_on_a_quantised_base_leaves_all_that_its_adapter_needs(main: Main,
     capsys.readouterr()
     out = ["--train.output", tmp_path / "other", "--train.steps", 2]
     assert main(*shared, *out, "--quant.format", "int8") == 2
-    assert "there is no file for one in int8; take quant.format nf4, or adapter.keep_base" in capsys.readouterr().err
+    assert (
+        "there is no file for one in int8; take quant.format nf4, or adapter.keep_base"
+        in capsys.readouterr().err
+    )
     assert main(*shared, *out, "--adapter.start_from", moved / "adapter") == 2
     assert f"was trained on {halves / 'nf4_base'}" in capsys.readouterr().err
-    on = ["--adapter.start_from", moved / "adapter", "--model.path", moved / "nf4_base", "--quant.format", "none"]
+    on = [
+        "--adapter.start_from",
+        moved / "adapter",
+        "--model.path",
+        moved / "nf4_base",
+        "--quant.format",
+        "none",
+    ]
     assert main(*shared, *on, "--train.output", moved, "--train.overwrite") == 2
     assert "lies in" in capsys.readouterr().err
     assert main(*shared, *on, *out) == 0
@@ -142,13 +170,18 @@ def test_an_interrupted_run_loses_nothing(
     assert f"{first:.4f} → " in said  # of the run's start, not of step 3
     assert losses(halves) == losses(whole)
     assert main(*steps, "--train.output", halves, "--train.resume", "--train.steps", 4) == 2
-    assert "is at step 5, beyond its end at step 4; give --train.steps 5 or more" in capsys.readouterr().err
+    assert (
+        "is at step 5, beyond its end at step 4; give --train.steps 5 or more"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_log_goes_on(tmp_path: Path) -> None:
     """The lines up to the step to go on from are on disk before any other, and without what a crash left behind."""
     lines = [{"step": step, "loss": 1.5} for step in (1, 2, 3)]
-    (tmp_path / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    (tmp_path / LOG).write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo'
+    )
     log = Log(tmp_path, trackers=(), settings={}, resumed=2)
     assert read_log(tmp_path) == lines[:2]
     log.write(3, {"loss": 1.0})
@@ -175,7 +208,14 @@ def test_an_adapter_trains_on(main: Main, tmp_path: Path, capsys: Any) -> None:
     first, second, halves = tmp_path / "first", tmp_path / "second", tmp_path / "halves"
     assert main(*config("combined"), *SHORT, "--train.steps", 3, "--train.output", first) == 0
     end = read_log(first)[-1]["validation_loss"]
-    more = [*config("lora"), *SHORT, "--adapter.start_from", first / "adapter", "--optim.schedule", "constant"]
+    more = [
+        *config("lora"),
+        *SHORT,
+        "--adapter.start_from",
+        first / "adapter",
+        "--optim.schedule",
+        "constant",
+    ]
     assert main(*more, "--train.steps", 3, "--train.output", second) == 0
     log = read_log(second)
     assert log[0]["validation_loss"] == pytest.approx(end, rel=1e-4)
@@ -190,8 +230,21 @@ def test_an_adapter_trains_on(main: Main, tmp_path: Path, capsys: Any) -> None:
     assert (halves / saved).read_bytes() == (second / saved).read_bytes()
 
 
-def test_a_dry_run_shows_everything_and_writes_nothing(main: Main, tmp_path: Path, capsys: Any) -> None:
-    assert main(*config("dora"), *SHORT, "--train.output", tmp_path / "run", "--data.max_length", 60, "--dry-run") == 0
+def test_a_dry_run_shows_everything_and_writes_nothing(
+    main: Main, tmp_path: Path, capsys: Any
+) -> None:
+    assert (
+        main(
+            *config("dora"),
+            *SHORT,
+            "--train.output",
+            tmp_path / "run",
+            "--data.max_length",
+            60,
+            "--dry-run",
+        )
+        == 0
+    )
     said = " ".join(capsys.readouterr().out.split())
     for part in (
         "150 steps of 8 rows.",
@@ -199,7 +252,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(main: Main, tmp_path: Pat
         "layers/self_attn/q_proj",
         "16 + m",
         "parameters train",
-        "optimiser",
+        "optimizer",
         "⟦",
         "<|im_start|>assistant",
     ):
@@ -228,17 +281,36 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(
     left = iter([10**9, 10**9, 10**6] if filling == "meanwhile" else [10**6])
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=next(left)))
     out = tmp_path / "run"
-    assert main(*config("lora"), *SHORT, "--train.steps", 2, "--train.save_every", 1, "--train.output", out) == 2
+    assert (
+        main(
+            *config("lora"),
+            *SHORT,
+            "--train.steps",
+            2,
+            "--train.save_every",
+            1,
+            "--train.output",
+            out,
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     reason = "No space left on device: a checkpoint takes 2.8 MB, 1.0 are left"
     assert error == f"error: {out.absolute()}/checkpoints: {reason}\n"
-    assert [path.name for path in out.glob("checkpoints/*")] == (["1"] if filling == "meanwhile" else [])
+    assert [path.name for path in out.glob("checkpoints/*")] == (
+        ["1"] if filling == "meanwhile" else []
+    )
     assert out.exists() == (filling == "meanwhile")
 
 
 def test_the_embedded_questions_are_distinct() -> None:
-    parts = [(Path(EMBEDDED_DATA) / f"{split}.jsonl").read_text().splitlines() for split in ("train", "test")]
+    parts = [
+        (Path(EMBEDDED_DATA) / f"{split}.jsonl").read_text().splitlines()
+        for split in ("train", "test")
+    ]
     questions = [[json.loads(line)["question"] for line in part] for part in parts]
     assert len({*questions[0], *questions[1]}) == len(questions[0]) + len(questions[1]) == 3400
     workings = [{json.loads(line)["answer"] for line in part} for part in parts]
-    assert len(workings[0] & workings[1]) < 0.1 * len(workings[1])  # nor can many answers be learnt by heart
+    assert len(workings[0] & workings[1]) < 0.1 * len(
+        workings[1]
+    )  # nor can many answers be learnt by heart

@@ -53,7 +53,9 @@ def test_combine_refuses_an_overlap_anywhere(params: dict[str, Any], data: st.Da
 @pytest.mark.parametrize("first", [0, 1])
 def test_combine_refuses_a_leaf_over_a_dict(first: int) -> None:
     parts = ({"a": {"b": 1}}, {"a": {"b": {"c": 2}}})
-    with pytest.raises(ValueError, match="'a/b' is a leaf in one tree and holds 'a/b/c' in another"):
+    with pytest.raises(
+        ValueError, match="'a/b' is a leaf in one tree and holds 'a/b/c' in another"
+    ):
         tree.combine(parts[first], parts[1 - first])
 
 
@@ -70,4 +72,10 @@ def test_modules_of_a_layer_without_a_name() -> None:
 
 def test_the_first_match_wins_and_takes_the_whole_path() -> None:
     rules = [("a/.*", 1), ("a/b", 2), ("b", 3)]
-    assert [tree.first_match(rules, path) for path in ("a/b", "b", "a/b/c", "ab", "c/b")] == [1, 3, 1, None, None]
+    assert [tree.first_match(rules, path) for path in ("a/b", "b", "a/b/c", "ab", "c/b")] == [
+        1,
+        3,
+        1,
+        None,
+        None,
+    ]

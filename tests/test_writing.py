@@ -19,7 +19,11 @@ from lorax_ft.interop.peft import save_peft
 from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.adapters import add_adapters
 
-SAVED = {"save_model": "merged/config.json", "save_peft": "adapter/adapter_config.json", "save_gguf": "model.gguf"}
+SAVED = {
+    "save_model": "merged/config.json",
+    "save_peft": "adapter/adapter_config.json",
+    "save_gguf": "model.gguf",
+}
 
 
 @pytest.mark.parametrize("save", SAVED)
@@ -39,7 +43,11 @@ def test_a_disk_that_is_full_leaves_the_place_as_it_was(tmp_path: Path, save: st
         "    params = lft.add_adapters(model.params, AdapterConfig(), layout=model.layout, key=jax.random.key(0))\n"
         f"    {save}({str(place)!r}, params, model)\n"
     )
-    options = {"capture_output": True, "text": True, "env": {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}}
+    options = {
+        "capture_output": True,
+        "text": True,
+        "env": {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+    }
     done = subprocess.run([sys.executable, "-c", program], **options)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"error: {place} cannot be written: ")
@@ -94,7 +102,10 @@ def test_folders_are_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), new_folder(folder) as new:
         raise RuntimeError(new)
     (folder / "notes").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds notes, which would be lost"), new_folder(folder) as new:
+    with (
+        pytest.raises(ValueError, match=r"holds notes, which would be lost"),
+        new_folder(folder) as new,
+    ):
         (new / "file").write_text("fourth")
     assert {p.name: p.read_text() for p in folder.iterdir()} == {"file": "second", "notes": "mine"}
     assert [p.name for p in folder.parent.iterdir()] == ["folder"]
@@ -113,7 +124,9 @@ def test_folders_are_whole_or_absent(tmp_path: Path) -> None:
 def test_links_are_written_through(tmp_path: Path, exists: bool) -> None:
     """To a folder, or a file, whether it is there yet or not; and the link stays."""
     model = saved_model(tmp_path / "model")
-    params = add_adapters(model.params, AdapterConfig(rank=2), layout=model.layout, key=jax.random.key(0))
+    params = add_adapters(
+        model.params, AdapterConfig(rank=2), layout=model.layout, key=jax.random.key(0)
+    )
     (tmp_path / "disk").mkdir()
     for name, save in (("merged", save_model), ("adapter", save_peft)):
         place = tmp_path / "disk" / name
@@ -131,4 +144,6 @@ def test_an_overwritten_model_may_have_fewer_shards(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model")
     save_model(tmp_path / "copy", model.params, model, shard_bytes=3000)
     save_model(tmp_path / "copy", model.params, model)
-    assert [path.name for path in (tmp_path / "copy").glob("*safetensors*")] == ["model.safetensors"]
+    assert [path.name for path in (tmp_path / "copy").glob("*safetensors*")] == [
+        "model.safetensors"
+    ]

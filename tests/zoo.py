@@ -65,8 +65,12 @@ class Case:
 class VitBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=12, name="attention")(nn.LayerNorm()(x))
-        return x + nn.Dense(16, name="down")(nn.gelu(nn.Dense(24, name="up")(nn.LayerNorm()(x)))), None
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=12, name="attention")(
+            nn.LayerNorm()(x)
+        )
+        return x + nn.Dense(16, name="down")(
+            nn.gelu(nn.Dense(24, name="up")(nn.LayerNorm()(x)))
+        ), None
 
 
 class Unrolled(nn.Module):
@@ -107,7 +111,11 @@ class ConvolutionalNetwork(nn.Module):
     def __call__(self, images: Array) -> Array:
         x = nn.relu(nn.Conv(8, (3, 3), strides=2, padding="SAME", name="first")(images))
         x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(x))
-        x = nn.relu(nn.Conv(6, (3, 2), padding="VALID", kernel_dilation=(1, 2), use_bias=False, name="second")(x))
+        x = nn.relu(
+            nn.Conv(
+                6, (3, 2), padding="VALID", kernel_dilation=(1, 2), use_bias=False, name="second"
+            )(x)
+        )
         x = nn.relu(nn.Conv(7, 3, padding="CIRCULAR", name="line")(x.reshape(x.shape[0], -1, 6)))
         return nn.Dense(5, name="classes")(x.mean(1))
 
@@ -116,10 +124,14 @@ class Einsums(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         q = nn.Einsum((2, 12, 8), "BTD,NDH->BTNH", use_bias=False, name="query")(x)
-        x = x + nn.Einsum((2, 8, 12), "BTNH,NHD->BTD", use_bias=False, name="attention_out")(nn.tanh(q))
+        x = x + nn.Einsum((2, 8, 12), "BTNH,NHD->BTD", use_bias=False, name="attention_out")(
+            nn.tanh(q)
+        )
         x = x + nn.Einsum((12, 12), "...D,FD->...F", name="square")(x)
         e = nn.Einsum((3, 12, 10), "BED,EDF->BEF", name="experts_up")(x)
-        x = x + nn.Einsum((3, 10, 12), "BEF,EFD->BED", use_bias=False, name="experts_down")(nn.silu(e))
+        x = x + nn.Einsum((3, 10, 12), "BEF,EFD->BED", use_bias=False, name="experts_down")(
+            nn.silu(e)
+        )
         return nn.Einsum((12, 5), name="classes")(x, "... D, D C -> ... C")
 
 
@@ -127,10 +139,12 @@ class Boxed(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         initial = nn.initializers.lecun_normal()
-        x = nn.tanh(nn.Dense(16, kernel_init=nn.with_partitioning(initial, ("data", None)), name="first")(x))
-        return nn.DenseGeneral((2, 4), kernel_init=nn.with_partitioning(initial, (None, "data", None)), name="second")(
-            x
+        x = nn.tanh(
+            nn.Dense(16, kernel_init=nn.with_partitioning(initial, ("data", None)), name="first")(x)
         )
+        return nn.DenseGeneral(
+            (2, 4), kernel_init=nn.with_partitioning(initial, (None, "data", None)), name="second"
+        )(x)
 
 
 def built_case(name: str) -> Case:
@@ -153,12 +167,16 @@ def built_case(name: str) -> Case:
         stacked = {path: leaf for path, leaf in flat.items() if path.startswith("layers/")}
         params = {path: leaf for path, leaf in flat.items() if path not in stacked}
         for path, leaf in stacked.items():
-            params |= {path.replace("layers/", f"layers/{i}/", 1): leaf[i] for i in range(leaf.shape[0])}
+            params |= {
+                path.replace("layers/", f"layers/{i}/", 1): leaf[i] for i in range(leaf.shape[0])
+            }
         params = unflatten(params)
     else:
         params = module.init(jax.random.key(4), x)["params"]
         params = params if name == "boxed" else _moved(params)
-    return Case(apply=module.apply, params=params, layout=layout(module.apply, params, x), example=(x,))
+    return Case(
+        apply=module.apply, params=params, layout=layout(module.apply, params, x), example=(x,)
+    )
 
 
 def built_decoder(**fields: Any) -> Model:
@@ -168,7 +186,10 @@ def built_decoder(**fields: Any) -> Model:
     with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention promotes
         params = Decoder(config).init(jax.random.key(0), tokens)["params"]
     if not config.tied:
-        kernel = jax.random.normal(jax.random.key(1), (config.width, config.vocab_size)) / config.width**0.5
+        kernel = (
+            jax.random.normal(jax.random.key(1), (config.width, config.vocab_size))
+            / config.width**0.5
+        )
         params = params | {"lm_head": {"kernel": kernel}}
     model = Model(config=config, params=_moved(params))
     with jax.numpy_dtype_promotion("standard"):
@@ -182,6 +203,8 @@ def _moved(params: Tree) -> Tree:
     def move(path: str, leaf: Array) -> Array:
         if leaf.ndim == 0 or not path.endswith(("bias", "scale")):
             return leaf
-        return leaf + 0.1 * jnp.asarray(np.random.default_rng(len(path)).normal(size=leaf.shape), leaf.dtype)
+        return leaf + 0.1 * jnp.asarray(
+            np.random.default_rng(len(path)).normal(size=leaf.shape), leaf.dtype
+        )
 
     return unflatten({path: move(path, leaf) for path, leaf in flatten(params).items()})

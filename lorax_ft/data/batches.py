@@ -92,15 +92,19 @@ def evaluation_batches(
 
 
 def load_data(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Dataset:
-    """Reads, converts and tokenises the data of a run.
+    """Reads, converts and tokenizes the data of a run.
 
     Where no validation files are given, a training folder's other split is taken, or rows are held out by the seed.
 
     Raises:
       ValueError: a source or a row cannot be used (see `read_rows`, `to_messages`, `encode_all`).
     """
-    train = read_rows(config.train, split=config.split, limit=config.limit, revision=config.revision)
-    beside = len(config.train) == 1 and Path(config.train[0]).is_dir() and config.validation_rows > 0
+    train = read_rows(
+        config.train, split=config.split, limit=config.limit, revision=config.revision
+    )
+    beside = (
+        len(config.train) == 1 and Path(config.train[0]).is_dir() and config.validation_rows > 0
+    )
     if config.validation or (beside and find_split(config.train[0], config.validation_split)):
         sources = config.validation or config.train
         validation = read_rows(sources, split=config.validation_split, revision=config.revision)
@@ -120,19 +124,27 @@ def check_sources(config: DataConfig) -> None:
     """
     read_rows(config.train, split=config.split, limit=1, revision=config.revision)
     if config.validation:
-        read_rows(config.validation, split=config.validation_split, limit=1, revision=config.revision)
+        read_rows(
+            config.validation, split=config.validation_split, limit=1, revision=config.revision
+        )
 
 
 def _hold_out(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
     held = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
-    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+    return [row for i, row in enumerate(rows) if i not in held], [
+        row for i, row in enumerate(rows) if i in held
+    ]
 
 
-def _prepare(rows: Sequence[Row], config: DataConfig, tokenizer: Tokenizer, *, packed: bool) -> Part:
+def _prepare(
+    rows: Sequence[Row], config: DataConfig, tokenizer: Tokenizer, *, packed: bool
+) -> Part:
     if not rows:
         return Part(rows=[], conversations=[], cut=0, dropped=0, usual_length=0)
     shape = detect_shape(rows[0], fields=config.fields) if config.shape == "auto" else config.shape
-    conversations = [to_messages(row, shape=shape, fields=config.fields, system=config.system) for row in rows]
+    conversations = [
+        to_messages(row, shape=shape, fields=config.fields, system=config.system) for row in rows
+    ]
     encoded = encode_all(
         conversations,
         tokenizer,
@@ -140,11 +152,18 @@ def _prepare(rows: Sequence[Row], config: DataConfig, tokenizer: Tokenizer, *, p
         loss_on=config.loss_on,
         where=[row.where for row in rows],
     )
-    packing = pack(encoded.samples, config.max_length) if packed else [[sample] for sample in encoded.samples]
+    packing = (
+        pack(encoded.samples, config.max_length)
+        if packed
+        else [[sample] for sample in encoded.samples]
+    )
     return Part(
-        rows=packing, conversations=conversations, cut=encoded.cut, dropped=encoded.dropped,
+        rows=packing,
+        conversations=conversations,
+        cut=encoded.cut,
+        dropped=encoded.dropped,
         usual_length=encoded.usual_length,
-    )  # fmt: skip
+    )
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs

@@ -19,7 +19,7 @@ Tokenizer = Any
 """A transformers tokenizer; not named by its type, so that importing this module stays cheap."""
 Span = tuple[int, int]
 
-_CHUNK = 1024  # conversations tokenised at once: enough to keep all cores busy, few enough to keep offsets small
+_CHUNK = 1024  # conversations tokenized at once: enough to keep all cores busy, few enough to keep offsets small
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ def encode(
     """One conversation as a sample, cut to `max_length` tokens.
 
     A token counts as a label if it holds text of an assistant turn: what the template writes from the generation
-    prompt on, up to and including the end-of-turn token. The text is tokenised once, so that tokens are those which
+    prompt on, up to and including the end-of-turn token. The text is tokenized once, so that tokens are those which
     the template gives.
 
     Raises:
@@ -96,10 +96,14 @@ def encode_all(
         )
     usual = int(np.quantile(lengths, 0.95, method="higher")) if lengths else 0
     cut = sum(length > max_length for length in lengths)
-    return Encoded(samples=samples, cut=cut, dropped=len(conversations) - len(samples), usual_length=usual)
+    return Encoded(
+        samples=samples, cut=cut, dropped=len(conversations) - len(samples), usual_length=usual
+    )
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "prompt") -> np.ndarray:
+def encode_prompt(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "prompt"
+) -> np.ndarray:
     """Token ids int32 [N] of a conversation that waits for the assistant; `where` names its place for errors.
 
     Raises:
@@ -107,7 +111,9 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, where: s
     """
     _check_tokenizer(tokenizer)
     text = _apply_template(messages, tokenizer, prompt=True, where=where)
-    return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+    return np.asarray(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32
+    )
 
 
 def describe_row(tokenizer: Tokenizer, sample: Sample) -> list[tuple[str, bool]]:
@@ -117,11 +123,19 @@ def describe_row(tokenizer: Tokenizer, sample: Sample) -> list[tuple[str, bool]]
     # By prefixes, because some tokenizers drop the space before what they decode first.
     texts = [tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False) for n in borders]
     pieces = itertools.pairwise(zip(borders, texts, strict=True))
-    return [(text[len(before) :], bool(sample.mask[start])) for (start, before), (end, text) in pieces if end > start]
+    return [
+        (text[len(before) :], bool(sample.mask[start]))
+        for (start, before), (end, text) in pieces
+        if end > start
+    ]
 
 
 def _samples(
-    conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, *, loss_on: LossOn, where: Sequence[str]
+    conversations: Sequence[Sequence[Message]],
+    tokenizer: Tokenizer,
+    *,
+    loss_on: LossOn,
+    where: Sequence[str],
 ) -> Iterator[Sample]:
     """The samples of conversations, not cut."""
     _check_tokenizer(tokenizer)
@@ -147,7 +161,9 @@ def _check_tokenizer(tokenizer: Tokenizer) -> None:
             "or put a chat_template.jinja beside its tokenizer.json"
         )
     if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer of {name} gives no offsets; take a checkpoint with a tokenizer.json")
+        raise ValueError(
+            f"the tokenizer of {name} gives no offsets; take a checkpoint with a tokenizer.json"
+        )
 
 
 def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -157,7 +173,12 @@ def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def _assistant_spans(
-    messages: Sequence[Message], text: str, tokenizer: Tokenizer, *, ends: tuple[str, ...], where: str
+    messages: Sequence[Message],
+    text: str,
+    tokenizer: Tokenizer,
+    *,
+    ends: tuple[str, ...],
+    where: str,
 ) -> list[Span]:
     """The characters of the conversation's text that the assistant's turns fill.
 
@@ -168,7 +189,11 @@ def _assistant_spans(
     for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         before = _apply_template(messages[:turn], tokenizer, prompt=True, where=where)
         whole = turn + 1 == len(messages)
-        through = text if whole else _apply_template(messages[: turn + 1], tokenizer, prompt=False, where=where)
+        through = (
+            text
+            if whole
+            else _apply_template(messages[: turn + 1], tokenizer, prompt=False, where=where)
+        )
         if not (through.startswith(before) and text.startswith(through)):
             raise ValueError(
                 f"{where}: the chat template writes the turns up to {turn + 1} otherwise when others follow, so the "
@@ -179,19 +204,36 @@ def _assistant_spans(
     return spans
 
 
-def _apply_template(messages: Sequence[Message], tokenizer: Tokenizer, *, prompt: bool, where: str) -> str:
+def _apply_template(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, prompt: bool, where: str
+) -> str:
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # a template is a program of its own: whatever it raises is about this conversation
-        raise ValueError(f"{where}: the chat template refuses this conversation: {error}") from error
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt
+        )
+    except (
+        Exception
+    ) as error:  # a template is a program of its own: whatever it raises is about this conversation
+        raise ValueError(
+            f"{where}: the chat template refuses this conversation: {error}"
+        ) from error
     return str(text)
 
 
-def _tokenize(texts: Sequence[str], spans: Sequence[list[Span]], tokenizer: Tokenizer) -> Iterator[Sample]:
+def _tokenize(
+    texts: Sequence[str], spans: Sequence[list[Span]], tokenizer: Tokenizer
+) -> Iterator[Sample]:
     # Special tokens are in the text already; verbose=False keeps quiet about texts that are cut later.
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    for ids, offsets, to_learn in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
-        yield Sample(np.asarray(ids, np.int32), _overlaps(np.asarray(offsets, np.int64).reshape(-1, 2), to_learn))
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    for ids, offsets, to_learn in zip(
+        encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
+    ):
+        yield Sample(
+            np.asarray(ids, np.int32),
+            _overlaps(np.asarray(offsets, np.int64).reshape(-1, 2), to_learn),
+        )
 
 
 def _overlaps(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:

@@ -20,7 +20,13 @@ _REQUIRED: dict[Shape, tuple[str, ...]] = {
 }
 _OPTIONAL = ("input", "system", "history")
 _IN_TURNS = ("role", "content", "from", "value")
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 
 
 def detect_shape(row: Row, *, fields: Sequence[str] = ()) -> Shape:
@@ -48,7 +54,9 @@ def detect_shape(row: Row, *, fields: Sequence[str] = ()) -> Shape:
     )
 
 
-def to_messages(row: Row, *, shape: Shape, fields: Sequence[str] = (), system: str | None = None) -> list[Message]:
+def to_messages(
+    row: Row, *, shape: Shape, fields: Sequence[str] = (), system: str | None = None
+) -> list[Message]:
     """The conversation that a row holds.
 
     Args:
@@ -71,7 +79,9 @@ def to_messages(row: Row, *, shape: Shape, fields: Sequence[str] = (), system: s
     if shape == "messages":
         messages = _turns(renamed, "messages", in_turns, row.where, role="role", content="content")
     elif shape == "sharegpt":
-        messages = _turns(renamed, "conversations", in_turns, row.where, role="from", content="value")
+        messages = _turns(
+            renamed, "conversations", in_turns, row.where, role="from", content="value"
+        )
         messages = _with_system(messages, _optional(renamed, "system", row.where))
     elif shape == "alpaca":
         messages = _alpaca(renamed, row.where)
@@ -84,7 +94,9 @@ def to_messages(row: Row, *, shape: Shape, fields: Sequence[str] = (), system: s
         )
     for number, message in enumerate(messages, 1):
         if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(f"{row.where}: the assistant's text (turn {number}) is empty; remove or complete it")
+            raise ValueError(
+                f"{row.where}: the assistant's text (turn {number}) is empty; remove or complete it"
+            )
     return _with_system(messages, system)
 
 
@@ -96,7 +108,9 @@ def split_answer(messages: Sequence[Message]) -> tuple[list[Message], str]:
 
 def _alpaca(fields: Mapping[str, Any], where: str) -> list[Message]:
     messages = []
-    for number, pair in enumerate(_list(fields, "history", where) if fields.get("history") else [], 1):
+    for number, pair in enumerate(
+        _list(fields, "history", where) if fields.get("history") else [], 1
+    ):
         place = f"{where}, pair {number} of the history"
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"{place}: not a list of two, the user's text and the assistant's")
@@ -109,13 +123,21 @@ def _alpaca(fields: Mapping[str, Any], where: str) -> list[Message]:
 
 
 def _turns(
-    fields: Mapping[str, Any], name: str, renames: Mapping[str, str], where: str, *, role: str, content: str
+    fields: Mapping[str, Any],
+    name: str,
+    renames: Mapping[str, str],
+    where: str,
+    *,
+    role: str,
+    content: str,
 ) -> list[Message]:
     messages = []
     for number, turn in enumerate(_list(fields, name, where), 1):
         place = f"{where}, turn {number}"
         if not isinstance(turn, dict):
-            raise ValueError(f"{place}: a turn must be an object with {role} and {content}, not {type(turn).__name__}")
+            raise ValueError(
+                f"{place}: a turn must be an object with {role} and {content}, not {type(turn).__name__}"
+            )
         turn = _renamed(turn, renames, place)
         speaker = _text(turn, role, place)
         if speaker not in _ROLES:
@@ -150,7 +172,9 @@ def _text(fields: Mapping[str, Any], name: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {name} holds half of a surrogate pair, which is no text") from error
+        raise ValueError(
+            f"{where}: {name} holds half of a surrogate pair, which is no text"
+        ) from error
     return value
 
 
@@ -176,9 +200,14 @@ def _renames(fields: Sequence[str]) -> dict[str, str]:
     return renames
 
 
-def _renamed(fields: Mapping[str, Any], renames: Mapping[str, str], where: str) -> Mapping[str, Any]:
+def _renamed(
+    fields: Mapping[str, Any], renames: Mapping[str, str], where: str
+) -> Mapping[str, Any]:
     """The fields with each expected name holding the actual field's value."""
-    return {**fields, **{name: _value(fields, actual, where, wanted=name) for name, actual in renames.items()}}
+    return {
+        **fields,
+        **{name: _value(fields, actual, where, wanted=name) for name, actual in renames.items()},
+    }
 
 
 def _names(fields: Mapping[str, Any]) -> str:

@@ -26,7 +26,9 @@ def pack(samples: Sequence[Sample], max_length: int) -> list[list[Sample]]:
     free: list[tuple[int, int]] = []  # (tokens left, index) of each row, in order
     for sample in sorted(samples, key=len, reverse=True):
         if len(sample) > max_length:
-            raise ValueError(f"a sample of {len(sample)} tokens does not fit a row of {max_length}; cut it first")
+            raise ValueError(
+                f"a sample of {len(sample)} tokens does not fit a row of {max_length}; cut it first"
+            )
         place = bisect.bisect_left(free, (len(sample), 0))
         if place == len(free):
             left, row = max_length, len(rows)

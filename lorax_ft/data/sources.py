@@ -30,7 +30,11 @@ class Row:
 
 
 def read_rows(
-    paths: Sequence[str], *, split: str = "train", limit: int | None = None, revision: str | None = None
+    paths: Sequence[str],
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    revision: str | None = None,
 ) -> list[Row]:
     """The rows of files and hub data sets, one source after the other.
 
@@ -62,7 +66,9 @@ def _read(path: str, split: str, revision: str | None) -> Iterator[Row]:
     elif file.is_dir():
         split_file = find_split(path, split)
         if split_file is None:
-            raise ValueError(f"{path} holds no file {' or '.join(split + suffix for suffix in SUPPORTED)}")
+            raise ValueError(
+                f"{path} holds no file {' or '.join(split + suffix for suffix in SUPPORTED)}"
+            )
         rows = _read_file(split_file)
     elif _is_hub_id(path):
         rows = _read_hub(path, split, revision)
@@ -86,7 +92,9 @@ def _read_file(path: str) -> Iterator[Row]:
             return _read_csv(path)
         case ".parquet":
             return _read_parquet(path)
-    raise ValueError(f"{path} is not of a kind that can be read; supported: {', '.join(SUPPORTED)}, or a hub id")
+    raise ValueError(
+        f"{path} is not of a kind that can be read; supported: {', '.join(SUPPORTED)}, or a hub id"
+    )
 
 
 def _read_jsonl(path: str) -> Iterator[Row]:
@@ -123,7 +131,9 @@ def _read_csv(path: str) -> Iterator[Row]:
     Not by `datasets` 5.2, which infers types (an answer "007" becomes 7, one that reads "None" becomes nothing),
     fills short rows, cuts long ones, and does not say on which line a row stands.
     """
-    reader = csv.reader(io.StringIO(_decode(Path(path).read_bytes(), path), newline=""), strict=True)
+    reader = csv.reader(
+        io.StringIO(_decode(Path(path).read_bytes(), path), newline=""), strict=True
+    )
     header: list[str] = []
     first = 1  # the line on which the row begins; quoted fields may run over several
     try:
@@ -132,11 +142,15 @@ def _read_csv(path: str) -> Iterator[Row]:
             if not header:
                 header = values
                 if repeated := {name for name in header if header.count(name) > 1}:
-                    raise ValueError(f"{where}: the header names {', '.join(sorted(repeated))} twice")
+                    raise ValueError(
+                        f"{where}: the header names {', '.join(sorted(repeated))} twice"
+                    )
             elif len(values) == len(header):
                 yield Row(fields=dict(zip(header, values, strict=True)), where=where)
             elif values:  # an empty line has none
-                raise ValueError(f"{where}: its number of fields is {len(values)}, but the header's is {len(header)}")
+                raise ValueError(
+                    f"{where}: its number of fields is {len(values)}, but the header's is {len(header)}"
+                )
     except csv.Error as error:
         raise ValueError(f"{path}, line {first}: not CSV: {error}") from error
 
@@ -144,12 +158,18 @@ def _read_csv(path: str) -> Iterator[Row]:
 def _read_parquet(path: str) -> Iterator[Row]:
     import datasets
 
-    with tempfile.TemporaryDirectory() as cache:  # the rows go to memory; no copy of the file stays behind
+    with (
+        tempfile.TemporaryDirectory() as cache
+    ):  # the rows go to memory; no copy of the file stays behind
         try:
             with _quiet():
-                table = datasets.load_dataset("parquet", data_files=path, split="train", cache_dir=cache)
+                table = datasets.load_dataset(
+                    "parquet", data_files=path, split="train", cache_dir=cache
+                )
         except Exception as error:  # whatever the reader raises is about this file
-            raise ValueError(f"{path} cannot be read as Parquet: {_reason(_root(error))}") from error
+            raise ValueError(
+                f"{path} cannot be read as Parquet: {_reason(_root(error))}"
+            ) from error
         for number, fields in enumerate(table, 1):
             yield Row(fields=dict(fields), where=f"{path}, row {number}")
 
@@ -161,7 +181,9 @@ def _read_hub(path: str, split: str, revision: str | None) -> Iterator[Row]:
     try:
         with _quiet():
             table = datasets.load_dataset(name, subset or None, split=split, revision=revision)
-    except Exception as error:  # the network, the hub, the data set's own files: all mean that there are no rows
+    except (
+        Exception
+    ) as error:  # the network, the hub, the data set's own files: all mean that there are no rows
         raise ValueError(
             f"{path}: no such file, and the hub gave no split {split!r} of a data set of that name: {_reason(error)}"
         ) from error
@@ -195,18 +217,24 @@ def _decode(data: bytes, where: str) -> str:
         return data.decode("utf-8-sig")  # some editors put a byte order mark first
     except UnicodeDecodeError as error:
         line = "" if ", line" in where else f", line {data.count(10, 0, error.start) + 1}"
-        raise ValueError(f"{where}{line}: not UTF-8 text ({error.reason} at byte {error.start + 1})") from error
+        raise ValueError(
+            f"{where}{line}: not UTF-8 text ({error.reason} at byte {error.start + 1})"
+        ) from error
 
 
 def _syntax(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg[0].lower()}{error.msg[1:]} (column {error.colno})"
-    return f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else _reason(error)}"
+    return (
+        f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else _reason(error)}"
+    )
 
 
 def _reason(error: BaseException) -> str:
     """The first line of an error."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
 
 
 def _root(error: BaseException) -> BaseException:

@@ -36,7 +36,7 @@ class ExactMatch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Answered:
+class Answers:
     """Questions, what the model said, and how that compares."""
 
     prompts: list[list[Message]]
@@ -47,7 +47,9 @@ class Answered:
     """Of the answers that are compared; None where none is."""
 
 
-def exact_match(answers: Sequence[str], references: Sequence[str], *, pattern: str | None = None) -> ExactMatch:
+def exact_match(
+    answers: Sequence[str], references: Sequence[str], *, pattern: str | None = None
+) -> ExactMatch:
     r"""Compares answers with their references.
 
     Args:
@@ -63,7 +65,9 @@ def exact_match(answers: Sequence[str], references: Sequence[str], *, pattern: s
     1.0
     """
     if not answers or len(answers) != len(references):
-        raise ValueError(f"{len(answers)} answers and {len(references)} references; give as many of each, at least one")
+        raise ValueError(
+            f"{len(answers)} answers and {len(references)} references; give as many of each, at least one"
+        )
     wanted = extract_references(references, pattern=pattern)
     found = [extract(text, pattern=pattern) for text in answers]
     return ExactMatch(correct=tuple(a == b for a, b in zip(found, wanted, strict=True)))
@@ -78,7 +82,7 @@ def evaluate_answers(
     compared: int | None = None,
     pattern: str | None = None,
     batch_size: int = 32,
-) -> Answered:
+) -> Answers:
     """Lets the model give each conversation's last answer, greedily, and compares it with the one that stands there.
 
     Args:
@@ -95,14 +99,16 @@ def evaluate_answers(
     """
     for number, messages in enumerate(conversations, 1):
         if all(message["role"] != "assistant" for message in messages):
-            raise ValueError(f"conversation {number} has no assistant turn to compare an answer with")
+            raise ValueError(
+                f"conversation {number} has no assistant turn to compare an answer with"
+            )
     pairs = [split_answer(messages) for messages in conversations]
     prompts, references = [prompt for prompt, _ in pairs], [reference for _, reference in pairs]
     right = references[:compared]
     extract_references(right, pattern=pattern)  # before the minutes that answers may take
     answers = answer(model, params, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     match = exact_match(answers[: len(right)], right, pattern=pattern) if right else None
-    return Answered(prompts=prompts, answers=answers, references=references, match=match)
+    return Answers(prompts=prompts, answers=answers, references=references, match=match)
 
 
 def extract(text: str, *, pattern: str | None) -> str | None:
@@ -113,7 +119,9 @@ def extract(text: str, *, pattern: str | None) -> str | None:
     """
     if pattern is None:
         return text.strip()
-    found = [match[1].strip() for match in _compiled(pattern).finditer(text) if match[1] is not None]
+    found = [
+        match[1].strip() for match in _compiled(pattern).finditer(text) if match[1] is not None
+    ]
     if not found:
         return None
     is_number = re.fullmatch(r"[-+]?\d[\d,]*(\.\d*)?", found[-1]) is not None
@@ -130,7 +138,9 @@ def extract_references(references: Sequence[str], *, pattern: str | None) -> lis
     for number, text in enumerate(references, 1):
         part = extract(text, pattern=pattern)
         if part is None:
-            raise ValueError(f"the answer pattern {pattern!r} does not match reference {number}: {text[-80:]!r}")
+            raise ValueError(
+                f"the answer pattern {pattern!r} does not match reference {number}: {text[-80:]!r}"
+            )
         found.append(part)
     return found
 
@@ -139,7 +149,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"the answer pattern {pattern!r} is not a regular expression: {error}") from error
+        raise ValueError(
+            f"the answer pattern {pattern!r} is not a regular expression: {error}"
+        ) from error
     if not compiled.groups:
         raise ValueError(f"the answer pattern {pattern!r} has no group to take the answer from")
     return compiled

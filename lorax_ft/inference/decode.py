@@ -19,12 +19,12 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_ft.models.attention import Cache, empty_cache
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.decoder import ROW_AXES
 from lorax_ft.models.model import Model
+from lorax_ft.sharding import ROW_AXES
 from lorax_ft.tree import Tree
 
 
-class Draw(NamedTuple):
+class SamplingParams(NamedTuple):
     """How tokens are chosen and where a row ends, as arrays, so that other values are no other program."""
 
     temperature: Array | np.float32
@@ -63,7 +63,7 @@ def prefill(
     params: Tree,
     tokens: Array,
     lengths: Array,
-    draw: Draw,
+    draw: SamplingParams,
     *,
     config: DecoderConfig,
     room: int,
@@ -92,18 +92,35 @@ def prefill(
     last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]
     zeros = jnp.zeros(rows, jnp.int32)
     prompt = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    seen = jnp.zeros((rows, config.vocab_size), bool).at[jnp.arange(rows)[:, None], tokens].max(prompt)
+    seen = (
+        jnp.zeros((rows, config.vocab_size), bool).at[jnp.arange(rows)[:, None], tokens].max(prompt)
+    )
     out = jnp.zeros((rows, room), jnp.int32)
     state = State(
-        step=jnp.int32(0), out=out, last=zeros, position=lengths - 1, counts=zeros, stopped=jnp.zeros(rows, bool),
-        seen=seen, cache=cache,
-    )  # fmt: skip
+        step=jnp.int32(0),
+        out=out,
+        last=zeros,
+        position=lengths - 1,
+        counts=zeros,
+        stopped=jnp.zeros(rows, bool),
+        seen=seen,
+        cache=cache,
+    )
     return _advance(state, model.logits(params, last), draw, greedy=greedy)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "greedy", "mesh"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("config", "greedy", "mesh"), donate_argnames=("state",)
+)
 def extend(
-    params: Tree, state: State, until: Array, draw: Draw, *, config: DecoderConfig, greedy: bool, mesh: Mesh | None
+    params: Tree,
+    state: State,
+    until: Array,
+    draw: SamplingParams,
+    *,
+    config: DecoderConfig,
+    greedy: bool,
+    mesh: Mesh | None,
 ) -> State:
     """Goes on until every row has met a stop id, or `until` new tokens are made; arguments as in `prefill`."""
     model = Model(config=config, params={})
@@ -111,16 +128,26 @@ def extend(
 
     def body(state: State) -> State:
         features, cache = model.features(
-            params, state.last[:, None], state.position[:, None], cache=state.cache, length=draw.length
+            params,
+            state.last[:, None],
+            state.position[:, None],
+            cache=state.cache,
+            length=draw.length,
         )
         assert cache is not None
-        return _advance(state._replace(cache=cache), model.logits(head, features[:, 0]), draw, greedy=greedy)
+        return _advance(
+            state._replace(cache=cache), model.logits(head, features[:, 0]), draw, greedy=greedy
+        )
 
     end = lax.while_loop(lambda state: (state.step < until) & ~jnp.all(state.stopped), body, state)
-    return end._replace(out=_whole(end.out, mesh), counts=_whole(end.counts, mesh), stopped=_whole(end.stopped, mesh))
+    return end._replace(
+        out=_whole(end.out, mesh),
+        counts=_whole(end.counts, mesh),
+        stopped=_whole(end.stopped, mesh),
+    )
 
 
-def pick(scores: Array, key: Array | None, draw: Draw) -> Array:
+def sample_token(scores: Array, key: Array | None, draw: SamplingParams) -> Array:
     """The next token `[B]` by logits `[B, V]`: the likeliest without a key, else one drawn by each row's own key."""
     if key is None:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
@@ -134,12 +161,14 @@ def pick(scores: Array, key: Array | None, draw: Draw) -> Array:
     return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def _advance(state: State, scores: Array, draw: Draw, *, greedy: bool) -> State:
+def _advance(state: State, scores: Array, draw: SamplingParams, *, greedy: bool) -> State:
     """The state with one token more, by logits `[B, V]`."""
     scores = scores.astype(jnp.float32)
-    damped = jnp.where(scores < 0, scores * draw.repetition_penalty, scores / draw.repetition_penalty)
+    damped = jnp.where(
+        scores < 0, scores * draw.repetition_penalty, scores / draw.repetition_penalty
+    )
     scores = jnp.where(state.seen, damped, scores)  # 1909.05858
-    token = pick(scores, None if greedy else jax.random.fold_in(draw.key, state.step), draw)
+    token = sample_token(scores, None if greedy else jax.random.fold_in(draw.key, state.step), draw)
     stopped = state.stopped | jnp.any(token[:, None] == draw.stop, axis=1)
     return State(
         step=state.step + 1,

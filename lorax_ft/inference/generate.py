@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax_ft.inference.decode import Draw, extend, prefill
+from lorax_ft.inference.decode import SamplingParams, extend, prefill
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.models.config import DecoderConfig
@@ -59,7 +59,16 @@ def generate(
         number is out of range; or sampling lacks its key.
     """
     n = max_new_tokens
-    *_, rows = stream(model, params, prompts, max_new_tokens=n, chunk=n, sampling=sampling, stop_ids=stop_ids, key=key)
+    *_, rows = stream(
+        model,
+        params,
+        prompts,
+        max_new_tokens=n,
+        chunk=n,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        key=key,
+    )
     return rows
 
 
@@ -98,7 +107,7 @@ def stream(
     stop = np.array(default_stop_ids(model) if stop_ids is None else stop_ids, np.int32)
     mesh = _mesh(params)
     key = jax.random.key(0) if key is None else key
-    draw = Draw(
+    draw = SamplingParams(
         temperature=np.float32(sampling.temperature or 1),
         top_k=np.int32(min(sampling.top_k or model.config.vocab_size, model.config.vocab_size)),
         top_p=np.float32(math.inf if sampling.top_p is None else sampling.top_p),
@@ -107,12 +116,18 @@ def stream(
         key=_everywhere(key, mesh) if mesh else key,
         length=jnp.asarray(lengths + max_new_tokens),
     )
-    config = dataclasses.replace(model.config, attention="xla")  # a single query is not a case for cuDNN's kernel
+    config = dataclasses.replace(
+        model.config, attention="xla"
+    )  # a single query is not a case for cuDNN's kernel
     params, greedy = with_all_norms(params), sampling.temperature == 0
     room = bucket(max_new_tokens)
-    state = prefill(params, tokens, lengths, draw, config=config, room=room, greedy=greedy, mesh=mesh)
+    state = prefill(
+        params, tokens, lengths, draw, config=config, room=room, greedy=greedy, mesh=mesh
+    )
     for until in [*range(chunk, max_new_tokens, chunk), max_new_tokens]:
-        state = extend(params, state, np.int32(until), draw, config=config, greedy=greedy, mesh=mesh)
+        state = extend(
+            params, state, np.int32(until), draw, config=config, greedy=greedy, mesh=mesh
+        )
         out, counts, stopped = (np.asarray(x) for x in (state.out, state.counts, state.stopped))
         yield [row[:count].tolist() for row, count in zip(out, counts, strict=True)]
         if stopped.all():
@@ -161,13 +176,21 @@ def bucket(length: int) -> int:
     >>> [bucket(n) for n in (1, 33, 256, 700)]
     [32, 64, 256, 768]
     """
-    return max(32, 2 ** math.ceil(math.log2(length))) if length <= 256 else math.ceil(length / 256) * 256
+    return (
+        max(32, 2 ** math.ceil(math.log2(length)))
+        if length <= 256
+        else math.ceil(length / 256) * 256
+    )
 
 
 def with_all_norms(params: Tree) -> Tree:
     """The parameters with DoRA's norms, computed unless they stand there; for many calls with the same adapter."""
     paths = flatten(params)
-    if all(f"{path.removesuffix('magnitude')}norm" in paths for path in paths if path.endswith("/magnitude")):
+    if all(
+        f"{path.removesuffix('magnitude')}norm" in paths
+        for path in paths
+        if path.endswith("/magnitude")
+    ):
         return params
     without, _ = split(params, lambda path: not path.endswith("/norm"))
     return combine(without, _norms(without))

@@ -15,9 +15,9 @@ class Sampling:
     temperature: float = 0.0
     """0 takes the likeliest token each time; above, tokens are drawn, and 1 draws as the model is."""
     top_k: int | None = None
-    """Draw among the k likeliest tokens only."""
+    """SamplingParams among the k likeliest tokens only."""
     top_p: float | None = None
-    """Draw among the fewest likeliest tokens whose probabilities sum up to p (1904.09751)."""
+    """SamplingParams among the fewest likeliest tokens whose probabilities sum up to p (1904.09751)."""
     repetition_penalty: float = 1.0
     """Above 1, makes tokens less likely that stand in the text already (1909.05858)."""
 
@@ -27,7 +27,10 @@ class Sampling:
             f"temperature is {self.temperature}; it must be 0 or more and finite",
         )
         check(self.top_k is None or self.top_k > 0, f"top_k is {self.top_k}; it must be above 0")
-        check(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        check(
+            self.top_p is None or 0 < self.top_p <= 1,
+            f"top_p is {self.top_p}; it must be above 0 and at most 1",
+        )
         check(
             math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
             f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite",

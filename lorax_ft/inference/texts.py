@@ -51,7 +51,9 @@ def answer(
         conversations are checked before the first is answered.
     """
     if model.tokenizer is None:
-        raise ValueError(f"{model.source or 'the model'} has no tokenizer; take a checkpoint with a tokenizer.json")
+        raise ValueError(
+            f"{model.source or 'the model'} has no tokenizer; take a checkpoint with a tokenizer.json"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be above 0")
     where = where or [f"prompt {number}" for number in range(1, len(conversations) + 1)]
@@ -67,7 +69,8 @@ def answer(
         *_, last = stream_texts(
             model,
             params,
-            [prompts[i] for i in chosen] + [prompts[chosen[-1]]] * (size - len(chosen)),  # one shape for all
+            [prompts[i] for i in chosen]
+            + [prompts[chosen[-1]]] * (size - len(chosen)),  # one shape for all
             max_new_tokens=max_new_tokens,
             chunk=STOP_CHUNK if stop_strings else max_new_tokens,
             sampling=sampling,
@@ -112,12 +115,18 @@ def stream_texts(
     )
     for rows in found:
         decode = model.tokenizer.decode
-        whole = [decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
+        whole = [
+            decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for row in rows
+        ]
         ends = [_end(text, stop_strings) for text in whole]
         texts = [text[:end] for text, end in zip(whole, ends, strict=True)]
         if texts and None not in ends:
             break
-        settled = [t if end is not None else _settled(t, stop_strings) for t, end in zip(texts, ends, strict=True)]
+        settled = [
+            t if end is not None else _settled(t, stop_strings)
+            for t, end in zip(texts, ends, strict=True)
+        ]
         shown = _grown(shown, settled)
         yield shown
     yield _grown(shown, texts)
@@ -145,4 +154,6 @@ def _settled(text: str, stop_strings: Sequence[str]) -> str:
     """
     text = text.rstrip(BROKEN)
     starts = [stop[:n] for stop in stop_strings for n in range(1, len(stop))]
-    return text[: len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)]
+    return text[
+        : len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)
+    ]

@@ -16,7 +16,10 @@ import safetensors
 
 @contextlib.contextmanager
 def new_folder(
-    folder: str | Path, *, replaces: Sequence[str] = (), others: Literal["refuse", "keep"] = "refuse"
+    folder: str | Path,
+    *,
+    replaces: Sequence[str] = (),
+    others: Literal["refuse", "keep"] = "refuse",
 ) -> Iterator[Path]:
     """An empty folder that takes the place of `folder` when the block ends without an error.
 
@@ -38,10 +41,16 @@ def new_folder(
         for file in fresh.rglob("*"):  # safetensors' are readable by their owner alone
             if file.is_file():
                 file.chmod(0o666 & ~_umask())
-        old = {name for name in _names(target) if not any(fnmatch.fnmatch(name, pattern) for pattern in replaces)}
+        old = {
+            name
+            for name in _names(target)
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in replaces)
+        }
         left = sorted(old - _names(fresh))
         if left and others == "refuse":
-            raise ValueError(f"{folder} holds {', '.join(left[:3])}, which would be lost; give another folder")
+            raise ValueError(
+                f"{folder} holds {', '.join(left[:3])}, which would be lost; give another folder"
+            )
         for name in left:  # copied, so that they are never only in what is deleted
             copy = shutil.copytree if (target / name).is_dir() else shutil.copy2
             copy(target / name, fresh / name)

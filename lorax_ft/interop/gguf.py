@@ -1,6 +1,6 @@
 """GGUF files: their config, tensors and tokenizer under Hugging Face's names.
 
-Quantised blocks are decoded by the gguf package. What llama.cpp keeps otherwise is undone here: the rows of q and k in
+Quantized blocks are decoded by the gguf package. What llama.cpp keeps otherwise is undone here: the rows of q and k in
 the order of interleaved rotary pairs, norms with their offset added, and the experts of a layer in one tensor.
 """
 
@@ -17,7 +17,7 @@ from lorax_ft.interop.gguf_architectures import find_architecture, module_names,
 from lorax_ft.interop.gguf_rope import FACTORS, LONG, SHORT
 from lorax_ft.interop.gguf_tokenizer import read_tokenizer
 from lorax_ft.interop.huggingface import Names, Tensors, decoder_config, family_names, hf_module
-from lorax_ft.interop.stored import Index, Stored
+from lorax_ft.interop.lazy_tensor import Index, LazyTensor
 from lorax_ft.models.config import DecoderConfig
 
 
@@ -46,14 +46,16 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
     decoder = decoder_config(config, source=str(file))
     interleaved = find_architecture(metadata).interleaved
     heads = {"attn_q": decoder.heads, "attn_k": decoder.kv_heads} if interleaved else {}
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, LazyTensor] = {}
     for tensor in reader.tensors:
         if tensor.name not in (FACTORS, SHORT, LONG):
             tensors |= _stored(tensor, decoder, heads, family_names(config))
     return config, tensors, tokenizer
 
 
-def _stored(tensor: Any, config: DecoderConfig, heads: Mapping[str, int], names: Names) -> Iterator[tuple[str, Stored]]:
+def _stored(
+    tensor: Any, config: DecoderConfig, heads: Mapping[str, int], names: Names
+) -> Iterator[tuple[str, LazyTensor]]:
     """The tensor of a file under Hugging Face's name, or those of all experts that it holds."""
     shape = tuple(map(int, tensor.shape[::-1]))
     module = tensor.name.rpartition(".")[0].rpartition(".")[2]
@@ -61,13 +63,21 @@ def _stored(tensor: Any, config: DecoderConfig, heads: Mapping[str, int], names:
     if module.endswith("_exps"):
         for expert in range(shape[0]):
             name = _hf_name(tensor.name, module_names(config), names, expert=expert)
-            yield name, Stored(shape[1:], functools.partial(_read, tensor.data[expert], tensor.tensor_type, None, 0.0))
+            yield (
+                name,
+                LazyTensor(
+                    shape[1:],
+                    functools.partial(_read, tensor.data[expert], tensor.tensor_type, None, 0.0),
+                ),
+            )
         return
     read = functools.partial(_read, tensor.data, tensor.tensor_type, heads.get(module), offset)
-    yield _hf_name(tensor.name, module_names(config), names), Stored(shape, read)
+    yield _hf_name(tensor.name, module_names(config), names), LazyTensor(shape, read)
 
 
-def _hf_name(name: str, modules: Mapping[str, str], names: Names, *, expert: int | None = None) -> str:
+def _hf_name(
+    name: str, modules: Mapping[str, str], names: Names, *, expert: int | None = None
+) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; an unknown name stays as it is."""
     *block, module, leaf = name.rsplit(".", 3 if name.startswith("blk.") else 1)
     if module not in modules:
@@ -76,7 +86,9 @@ def _hf_name(name: str, modules: Mapping[str, str], names: Names, *, expert: int
     return f"{hf_module(path.replace('experts', f'experts/{expert}'), names)}.{leaf}"
 
 
-def _read(data: np.ndarray, kind: Any, heads: int | None, offset: float, index: Index) -> np.ndarray:
+def _read(
+    data: np.ndarray, kind: Any, heads: int | None, offset: float, index: Index
+) -> np.ndarray:
     """A part of the decoded tensor; with `heads`, its rows in Hugging Face's half-split rotary order."""
     import gguf
 

@@ -56,7 +56,13 @@ CAPS: dict[str, Field] = {
     "final_logit_softcapping": ("final_logit_softcapping", float),
 }
 CHOSEN: dict[str, Field] = {"expert_used_count": ("num_experts_per_tok", int)}
-KNOWN = {"vocab_size", "attention.value_length", "attention.sliding_window_pattern", "expert_count", *ROPE_KEYS}
+KNOWN = {
+    "vocab_size",
+    "attention.value_length",
+    "attention.sliding_window_pattern",
+    "expert_count",
+    *ROPE_KEYS,
+}
 """Keys that are read elsewhere, or say again what others say."""
 
 ARCHITECTURES = {
@@ -73,11 +79,16 @@ ARCHITECTURES = {
         kind="qwen3_moe",
         model="Qwen3MoeForCausalLM",
         fields=CHOSEN
-        | {"expert_count": ("num_experts", int), "expert_feed_forward_length": ("moe_intermediate_size", int)},
+        | {
+            "expert_count": ("num_experts", int),
+            "expert_feed_forward_length": ("moe_intermediate_size", int),
+        },
         fixed={"norm_topk_prob": True},
     ),
     "gemma": Architecture(kind="gemma", model="GemmaForCausalLM"),
-    "gemma2": Architecture(kind="gemma2", model="Gemma2ForCausalLM", fields=WINDOW | CAPS, full_every=2, by_width=46),
+    "gemma2": Architecture(
+        kind="gemma2", model="Gemma2ForCausalLM", fields=WINDOW | CAPS, full_every=2, by_width=46
+    ),
     "gemma3": Architecture(
         kind="gemma3_text",
         model="Gemma3ForCausalLM",
@@ -89,7 +100,8 @@ ARCHITECTURES = {
     "phi3": Architecture(
         kind="phi3",
         model="Phi3ForCausalLM",
-        fields=WINDOW | {"rope.scaling.original_context_length": ("original_max_position_embeddings", int)},
+        fields=WINDOW
+        | {"rope.scaling.original_context_length": ("original_max_position_embeddings", int)},
     ),
     "smollm3": Architecture(kind="smollm3", model="SmolLM3ForCausalLM", interleaved=True),
     "olmo2": Architecture(kind="olmo2", model="Olmo2ForCausalLM"),
@@ -129,13 +141,19 @@ def find_architecture(metadata: Metadata) -> Architecture:
     name = metadata["general.architecture"]
     full = f"{name} with experts" if metadata.get(f"{name}.expert_count") else name
     if full not in ARCHITECTURES:
-        raise ValueError(f"has the architecture {full!r}; supported in GGUF: {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"has the architecture {full!r}; supported in GGUF: {', '.join(ARCHITECTURES)}"
+        )
     architecture = ARCHITECTURES[full]
     known = KNOWN | FIELDS.keys() | architecture.fields.keys()
     for key, value in metadata.items():
         inner = key.removeprefix(f"{name}.")
-        if inner not in (key, *known) and not inner.startswith(("vision.", "mm.")):  # Gemma 3's eyes stand apart
-            raise ValueError(f"has {key} = {value}, which is not supported; use the Hugging Face folder instead")
+        if inner not in (key, *known) and not inner.startswith(
+            ("vision.", "mm.")
+        ):  # Gemma 3's eyes stand apart
+            raise ValueError(
+                f"has {key} = {value}, which is not supported; use the Hugging Face folder instead"
+            )
     return architecture
 
 
@@ -159,8 +177,14 @@ def read_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any
     architecture = find_architecture(metadata)
     name = metadata["general.architecture"]
     width, heads = metadata[f"{name}.embedding_length"], metadata[f"{name}.attention.head_count"]
-    given = {f"{name}.attention.head_count_kv": heads, f"{name}.attention.key_length": width // heads, **metadata}
-    present = FIELDS | {key: field for key, field in architecture.fields.items() if f"{name}.{key}" in metadata}
+    given = {
+        f"{name}.attention.head_count_kv": heads,
+        f"{name}.attention.key_length": width // heads,
+        **metadata,
+    }
+    present = FIELDS | {
+        key: field for key, field in architecture.fields.items() if f"{name}.{key}" in metadata
+    }
     config = {field: _rounded(given[f"{name}.{key}"]) for key, (field, _) in present.items()}
     rope = read_rope(given, name, tensors)
     config |= {
@@ -169,7 +193,10 @@ def read_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_parameters": rope,
-        **{f"{name}_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()},
+        **{
+            f"{name}_id": metadata.get(f"tokenizer.ggml.{key}_token_id")
+            for name, key in SPECIAL.items()
+        },
     }
     for bias, tensor in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_down")):
         if f"blk.0.{tensor}.bias" in tensors:
@@ -187,11 +214,16 @@ def _layers(architecture: Architecture, config: Metadata, metadata: Metadata) ->
         layers = range(config["num_hidden_layers"])
         windows = every if isinstance(every, list) else [bool((i + 1) % every) for i in layers]
         windows = windows if found.get("sliding_window") else [False for _ in layers]
-        found["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
+        found["layer_types"] = [
+            "sliding_attention" if window else "full_attention" for window in windows
+        ]
     if architecture.local_theta:
         theta = metadata.get(f"{name}.rope.freq_base_swa", architecture.local_theta)
         local = {"rope_type": "default", "rope_theta": _rounded(theta)}
-        found["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+        found["rope_parameters"] = {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": local,
+        }
     if architecture.by_width:
         width = config["hidden_size"] // config["num_attention_heads"]
         by_width = config["num_hidden_layers"] == architecture.by_width

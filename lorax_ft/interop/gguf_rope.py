@@ -39,15 +39,28 @@ def read_rope(metadata: Mapping[str, Any], name: str, tensors: Mapping[str, Any]
         return metadata.get(f"{name}.rope.{key}", default)
 
     head_dim = metadata[f"{name}.attention.key_length"]
-    dims, kind, attention = get("dimension_count", head_dim), get("scaling.type", "none"), get("scaling.attn_factor", 1)
-    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": float(get("freq_base", 10000.0))}
+    dims, kind, attention = (
+        get("dimension_count", head_dim),
+        get("scaling.type", "none"),
+        get("scaling.attn_factor", 1),
+    )
+    parameters: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": float(get("freq_base", 10000.0)),
+    }
     if dims != head_dim:
         parameters["partial_rotary_factor"] = dims / head_dim
     original = get("scaling.original_context_length", metadata[f"{name}.context_length"])
     if SHORT in tensors:
         return parameters | _by_channel(tensors[SHORT], tensors[LONG], attention, original)
-    if attention != 1 or kind not in ("none", "linear", "yarn") or (FACTORS in tensors and kind != "none"):
-        raise ValueError(f"has the rotary scaling {kind} with the factor {attention} of attention, which is not read")
+    if (
+        attention != 1
+        or kind not in ("none", "linear", "yarn")
+        or (FACTORS in tensors and kind != "none")
+    ):
+        raise ValueError(
+            f"has the rotary scaling {kind} with the factor {attention} of attention, which is not read"
+        )
     if FACTORS in tensors:
         return parameters | _recovered(parameters["rope_theta"], tensors[FACTORS], original)
     if kind == "none":
@@ -63,23 +76,30 @@ def read_rope(metadata: Mapping[str, Any], name: str, tensors: Mapping[str, Any]
 def write_rope(rope: Rope) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The keys, without the architecture's name before them, and the tensors of a rotary embedding."""
     keys: dict[str, Any] = {"rope.dimension_count": rope.dims, "rope.freq_base": rope.theta}
-    if rope.stretch in ("linear", "yarn"):
-        keys |= {"rope.scaling.type": rope.stretch, "rope.scaling.factor": rope.factor}
-    if rope.stretch in ("yarn", "longrope"):
+    if rope.scaling in ("linear", "yarn"):
+        keys |= {"rope.scaling.type": rope.scaling, "rope.scaling.factor": rope.factor}
+    if rope.scaling in ("yarn", "longrope"):
         keys["rope.scaling.original_context_length"] = rope.original_positions
-    if rope.stretch == "yarn":
-        keys |= {"rope.scaling.yarn_beta_fast": float(rope.high), "rope.scaling.yarn_beta_slow": float(rope.low)}
-    always = rope.short_factors == rope.long_factors and rope.magnitude == 1  # as `_recovered` describes
-    if rope.stretch == "longrope" and not always:
+    if rope.scaling == "yarn":
+        keys |= {
+            "rope.scaling.yarn_beta_fast": float(rope.high),
+            "rope.scaling.yarn_beta_slow": float(rope.low),
+        }
+    always = (
+        rope.short_factors == rope.long_factors and rope.magnitude == 1
+    )  # as `_recovered` describes
+    if rope.scaling == "longrope" and not always:
         keys["rope.scaling.attn_factor"] = rope.magnitude
-        short, long = (np.array(factors, np.float32) for factors in (rope.short_factors, rope.long_factors))
+        short, long = (
+            np.array(factors, np.float32) for factors in (rope.short_factors, rope.long_factors)
+        )
         return keys, {SHORT: short, LONG: long}
-    return keys, {FACTORS: divisors(rope)} if rope.stretch in ("llama3", "longrope") else {}
+    return keys, {FACTORS: divisors(rope)} if rope.scaling in ("llama3", "longrope") else {}
 
 
 def divisors(rope: Rope, *, position: int = 0) -> np.ndarray:
     """What divides the frequency of each pair of channels, `[dims / 2]`, in texts up to a position."""
-    plain = dataclasses.replace(rope, stretch="none")
+    plain = dataclasses.replace(rope, scaling="none")
     at = jnp.full((1, 1), position)
     return np.asarray(frequencies(plain, at) / frequencies(rope, at), np.float32)
 
@@ -90,7 +110,7 @@ def _recovered(theta: float, factors: np.ndarray, original: int) -> dict[str, An
     rope = Rope(
         dims=2 * len(factors),
         theta=theta,
-        stretch="llama3",
+        scaling="llama3",
         factor=llama3["factor"],
         original_positions=8192,
         low=llama3["low_freq_factor"],
@@ -101,7 +121,9 @@ def _recovered(theta: float, factors: np.ndarray, original: int) -> dict[str, An
     return _by_channel(factors, factors, 1.0, original)
 
 
-def _by_channel(short: np.ndarray, long: np.ndarray, attention: float, original: int) -> dict[str, Any]:
+def _by_channel(
+    short: np.ndarray, long: np.ndarray, attention: float, original: int
+) -> dict[str, Any]:
     return {
         "rope_type": "longrope",
         "short_factor": [float(factor) for factor in short],

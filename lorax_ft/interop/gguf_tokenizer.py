@@ -1,7 +1,7 @@
 """Tokenizers in GGUF files, rebuilt with the tokenizers package so that they give llama.cpp's ids.
 
 llama.cpp knows two kinds: "gpt2", byte-level BPE with its merges, cut into words by a rule that the file names; and
-"llama", SentencePiece's BPE, whose file holds a score for each token: of two neighbours that make a token, those with
+"llama", SentencePiece's BPE, whose file holds a score for each token: of two neighbors that make a token, those with
 the best score are merged first.
 """
 
@@ -14,7 +14,14 @@ from typing import Any
 from lorax_ft.interop.tokenizer import import_transformers
 
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's types of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # llama.cpp's types of tokens
 WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)  # never split, nor made of others
 SPACE = "▁"  # SentencePiece's sign for a space
 
@@ -71,9 +78,13 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Any:
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
     if kind == "llama":
-        ids = {"bos_token": 1, "eos_token": 2, "unk_token": 0} | {name: i for name, i in ids.items() if i is not None}
+        ids = {"bos_token": 1, "eos_token": 2, "unk_token": 0} | {
+            name: i for name, i in ids.items() if i is not None
+        }
         prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-        tokenizer = sentencepiece(tokens, metadata["tokenizer.ggml.scores"], types, tokens[ids["unk_token"]], prefix)
+        tokenizer = sentencepiece(
+            tokens, metadata["tokenizer.ggml.scores"], types, tokens[ids["unk_token"]], prefix
+        )
     else:
         tokenizer = byte_level(tokens, metadata["tokenizer.ggml.merges"], PRE_TOKENIZERS[pre])
     tokenizer.add_tokens(_whole_tokens(tokens, types, metadata))
@@ -109,20 +120,28 @@ def pre_tokenizer(words: Words) -> Any:
     cuts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if words.digits_apart else []
     if words.pattern is not None:
         cuts.append(pre_tokenizers.Split(Regex(words.pattern), behavior="isolated"))
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=words.pattern is None)
+    bytes_ = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, trim_offsets=True, use_regex=words.pattern is None
+    )
     return pre_tokenizers.Sequence([*cuts, bytes_]) if cuts else bytes_
 
 
-def sentencepiece(tokens: list[str], scores: list[float], types: list[int], unknown: str, prefix: bool) -> Any:
+def sentencepiece(
+    tokens: list[str], scores: list[float], types: list[int], unknown: str, prefix: bool
+) -> Any:
     """A tokenizer of the kind llama; `prefix` says whether a space is put before texts."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = _merges({token: i for token, i in vocabulary.items() if types[i] not in WHOLE}, scores)
-    model = models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = models.BPE(
+        vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
+    )
     tokenizer = Tokenizer(model)
     spaces = normalizers.Replace(" ", SPACE)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
+    )
     undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if prefix else undo)
     return tokenizer
@@ -164,4 +183,6 @@ def _surround(tokenizer: Any, before: list[str], after: list[str]) -> None:
         return
     pieces = [(token, tokenizer.token_to_id(token)) for token in {*before, *after}]
     single, pair = [*before, "$A", *after], [*before, "$A", *after, *before, "$B:1", *after]
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=pieces)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=pieces
+    )

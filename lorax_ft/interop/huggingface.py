@@ -23,17 +23,17 @@ import numpy as np
 from lorax_ft.interop.bitsandbytes import check_packing, unpacked
 from lorax_ft.interop.families import FAMILIES
 from lorax_ft.interop.families.family import describe_common
-from lorax_ft.interop.stored import FLOATS, KINDS, Index, Stored, stored_tensors
+from lorax_ft.interop.lazy_tensor import FLOATS, KINDS, Index, LazyTensor, lazy_tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
 from lorax_ft.tree import Tree, flatten, unflatten
 
-Tensors = Mapping[str, Stored]
+Tensors = Mapping[str, LazyTensor]
 """A checkpoint's tensors, by name."""
 Names = Mapping[str, str]
 """A family's own names for parts of paths."""
-Parts = Mapping[tuple[int, ...], Stored]
+Parts = Mapping[tuple[int, ...], LazyTensor]
 """The tensors of a leaf, by their index in its stack."""
 Place = Callable[[str, tuple[int, ...], Callable[[Index], np.ndarray], Parts], Any]
 """Puts a leaf on its devices: (slash path, shape, function that reads a part of it, its tensors) -> array."""
@@ -52,14 +52,20 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
       ValueError: a file is missing or damaged, or the folder holds something else.
     """
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds an adapter, not a model; load its base model, then use load_peft")
+        raise ValueError(
+            f"{folder} holds an adapter, not a model; load its base model, then use load_peft"
+        )
     config = read_json(folder / "config.json")
     packing = config.pop("quantization_config", None)
-    decoder_config(config, source=str(folder))  # an architecture that is not supported is said before a missing file
+    decoder_config(
+        config, source=str(folder)
+    )  # an architecture that is not supported is said before a missing file
     if packing is not None:
         check_packing(packing, source=str(folder))
     kinds = FLOATS if packing is None else KINDS
-    tensors = {name: t for file in _shards(folder) for name, t in stored_tensors(file, kinds=kinds).items()}
+    tensors = {
+        name: t for file in _shards(folder) for name, t in lazy_tensors(file, kinds=kinds).items()
+    }
     return config, tensors if packing is None else unpacked(tensors, source=str(folder))
 
 
@@ -71,9 +77,13 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
     """
     kind = hf_config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"{source} has the architecture {kind!r}; supported: {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{source} has the architecture {kind!r}; supported: {', '.join(FAMILIES)}"
+        )
     try:
-        config = import_transformers().CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(hf_config)))
+        config = (
+            import_transformers().CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(hf_config)))
+        )
         described = describe_common(config) | FAMILIES[kind].describe(config)
     except Exception as error:  # transformers' checks raise errors of several types
         reason = " ".join(str(error).split())
@@ -86,7 +96,9 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
     return DecoderConfig(**described, **computing)
 
 
-def load_params(config: DecoderConfig, tensors: Tensors, *, names: Names, source: str, place: Place) -> Tree:
+def load_params(
+    config: DecoderConfig, tensors: Tensors, *, names: Names, source: str, place: Place
+) -> Tree:
     """The parameters of a decoder, read tensor by tensor, in the dtype of its config.
 
     Raises:
@@ -94,23 +106,34 @@ def load_params(config: DecoderConfig, tensors: Tensors, *, names: Names, source
     """
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
     wanted = {
-        path: [(n, i, shape[len(i) :]) for n, i in hf_names(path, shape, names)] for path, shape in shapes.items()
+        path: [(n, i, shape[len(i) :]) for n, i in hf_names(path, shape, names)]
+        for path, shape in shapes.items()
     }
     flat = [entry for entries in wanted.values() for entry in entries]
     missing = sorted({name for name, _, _ in flat} - set(tensors))
     if missing:
         raise ValueError(f"{source} lacks the tensor {missing[0]}{and_more(missing)}")
-    extra = sorted(name for name in tensors.keys() - {name for name, _, _ in flat} if not _ignored(name, config))
+    extra = sorted(
+        name
+        for name in tensors.keys() - {name for name, _, _ in flat}
+        if not _ignored(name, config)
+    )
     if extra:
-        raise ValueError(f"{source} holds the tensor {extra[0]}{and_more(extra)}, which its architecture does not have")
+        raise ValueError(
+            f"{source} holds the tensor {extra[0]}{and_more(extra)}, which its architecture does not have"
+        )
     params = {}
     for path, entries in wanted.items():
         for name, _, shape in entries:
             if tensors[name].shape != (shape[::-1] if path.endswith("/kernel") else shape):
-                raise ValueError(f"{source}: {name} has the shape {tensors[name].shape[::-1]}, not {shape} (in, out)")
+                raise ValueError(
+                    f"{source}: {name} has the shape {tensors[name].shape[::-1]}, not {shape} (in, out)"
+                )
     for path, entries in wanted.items():
         parts = {index: tensors[name] for name, index, _ in entries}
-        read = functools.partial(_read_leaf, parts, shapes[path], config.dtype, path.endswith("/kernel"))
+        read = functools.partial(
+            _read_leaf, parts, shapes[path], config.dtype, path.endswith("/kernel")
+        )
         params[path] = place(path, shapes[path], read, parts)
     return unflatten(params)
 
@@ -128,12 +151,16 @@ def _shards(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read")
     weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
         raise ValueError(f"{folder / INDEX} holds no weight_map of file names")
     return [folder / shard for shard in sorted(set(weight_map.values()))]
 
 
-def _read_leaf(parts: Parts, shape: tuple[int, ...], dtype: str, transposed: bool, index: Index) -> np.ndarray:
+def _read_leaf(
+    parts: Parts, shape: tuple[int, ...], dtype: str, transposed: bool, index: Index
+) -> np.ndarray:
     """The part of a leaf `[*stack, in, out]` in `index`, of whose stack each entry is a tensor."""
     ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     n = len(next(iter(parts)))
@@ -164,7 +191,11 @@ def abstract_params(config: DecoderConfig, *, tied: bool | None = None) -> Tree:
     decoder = Decoder(dataclasses.replace(config, dtype="float32"))  # as parameters are by default
     params: Tree = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["params"]
     if not (config.tied if tied is None else tied):
-        params = params | {"lm_head": {"kernel": jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)}}
+        params = params | {
+            "lm_head": {
+                "kernel": jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)
+            }
+        }
     return params
 
 
@@ -197,7 +228,10 @@ def unstacked(path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[in
     stacks = [part for part in ("layers", "experts") if part in parts]
     for index in np.ndindex(*shape[: len(stacks)]):
         numbers = dict(zip(stacks, index, strict=True))
-        yield "/".join(f"{part}/{numbers[part]}" if part in numbers else part for part in parts), index
+        yield (
+            "/".join(f"{part}/{numbers[part]}" if part in numbers else part for part in parts),
+            index,
+        )
 
 
 def hf_module(path: str, names: Names) -> str:
@@ -206,7 +240,11 @@ def hf_module(path: str, names: Names) -> str:
     >>> hf_module("layers/3/mlp/up_proj", {}), hf_module("layers/3/mlp/experts/0/up_proj", {"up_proj": "w3"})
     ('model.layers.3.mlp.up_proj', 'model.layers.3.mlp.experts.0.w3')
     """
-    return path if path == "lm_head" else ".".join(["model", *(names.get(part, part) for part in path.split("/"))])
+    return (
+        path
+        if path == "lm_head"
+        else ".".join(["model", *(names.get(part, part) for part in path.split("/"))])
+    )
 
 
 def family_names(hf_config: Mapping[str, Any]) -> Names:

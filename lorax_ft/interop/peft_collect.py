@@ -11,7 +11,7 @@ from jax import Array
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.huggingface import unstacked
-from lorax_ft.lowrank.groups import is_whole
+from lorax_ft.lowrank.groups import fully_trained
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer
 from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.models.model import Model
@@ -34,7 +34,7 @@ def collect_adapters(
     layers, own = modules(params), modules(model.params)
     if base is None and (lost := [path for path, layer in layers.items() if is_requantized(layer)]):
         raise ValueError(
-            f"save_peft: {lost[0]} was quantised without its start, so its adapter is for that base alone: write it "
+            f"save_peft: {lost[0]} was quantized without its start, so its adapter is for that base alone: write it "
             "with save_quantized and give its folder as base, or start with keep_base"
         )
     adapters: dict[str, Matrix] = {}
@@ -44,11 +44,19 @@ def collect_adapters(
         if "lora_a" not in layer:
             whole |= changed
         elif changed:
-            raise ValueError(f"save_peft: {path} is adapted and its own weights changed too; PEFT has no form for it")
+            raise ValueError(
+                f"save_peft: {path} is adapted and its own weights changed too; PEFT has no form for it"
+            )
         else:
             adapters |= _exported(path, layer, in_base=base is not None)
-    if "embed_tokens/embedding" in whole and "lm_head" not in own and "kernel" not in layers.get("lm_head", {}):
-        whole["lm_head/kernel"] = whole["embed_tokens/embedding"]  # PEFT unties a table that it trains whole
+    if (
+        "embed_tokens/embedding" in whole
+        and "lm_head" not in own
+        and "kernel" not in layers.get("lm_head", {})
+    ):
+        whole["lm_head/kernel"] = whole[
+            "embed_tokens/embedding"
+        ]  # PEFT unties a table that it trains whole
     _check(adapters, whole)
     return adapters, whole
 
@@ -74,11 +82,15 @@ def differ(leaf: Array, old: Array, index: tuple[int, ...] = ()) -> bool:
     return donated or not jnp.array_equal(leaf[index], old[index].astype(leaf.dtype))
 
 
-def _changed(path: str, layer: Layer, base: Layers, config: AdapterConfig | None) -> dict[str, np.ndarray]:
+def _changed(
+    path: str, layer: Layer, base: Layers, config: AdapterConfig | None
+) -> dict[str, np.ndarray]:
     """The layer's own weights where they were trained, in PEFT's orientation, by logical slash path."""
-    if config is not None and not is_whole(path, config.train_whole):
+    if config is not None and not fully_trained(path, config.train_whole):
         return {}
-    if config is None and "lora_a0" in layer and "start_scale" not in layer:  # the init changed them
+    if (
+        config is None and "lora_a0" in layer and "start_scale" not in layer
+    ):  # the init changed them
         return {}
     changed = {}
     for name in [name for name in layer if name not in ADAPTER_LEAVES | STEP_LEAVES]:
@@ -108,7 +120,9 @@ def _exported(path: str, layer: Layer, *, in_base: bool) -> dict[str, Matrix]:
         starts = [("lora_a", "lora_b", 1), ("lora_a0", "lora_b0", -1)][: 2 if subtracted else 1]
         used = np.any([matrix[a].any(0) | matrix[b].any(1) for a, b, _ in starts], axis=0)
         used[0] |= not used.any()  # PEFT has no rank 0
-        adapters[logical] = {name: matrix[name] for name in ("lora_scale", "magnitude") if name in matrix} | {
+        adapters[logical] = {
+            name: matrix[name] for name in ("lora_scale", "magnitude") if name in matrix
+        } | {
             "lora_a": np.concatenate([matrix[a][:, used] for a, _, _ in starts], axis=1),
             "lora_b": np.concatenate([sign * matrix[b][used] for _, b, sign in starts]),
         }
@@ -117,8 +131,14 @@ def _exported(path: str, layer: Layer, *, in_base: bool) -> dict[str, Matrix]:
 
 def _check(adapters: dict[str, Matrix], whole: dict[str, np.ndarray]) -> None:
     if not adapters:
-        raise ValueError("save_peft: the parameters hold no adapter; save_model writes whole models")
+        raise ValueError(
+            "save_peft: the parameters hold no adapter; save_model writes whole models"
+        )
     if both := sorted(path for path in whole if path.rpartition("/")[0] in adapters):
-        raise ValueError(f"save_peft: {both[0]} is trained whole and its module is adapted; PEFT takes one of the two")
+        raise ValueError(
+            f"save_peft: {both[0]} is trained whole and its module is adapted; PEFT takes one of the two"
+        )
     if len({"magnitude" in matrix for matrix in adapters.values()}) > 1:
-        raise ValueError("save_peft: some adapters have a DoRA magnitude and some have none; PEFT takes all or none")
+        raise ValueError(
+            "save_peft: some adapters have a DoRA magnitude and some have none; PEFT takes all or none"
+        )

@@ -14,9 +14,23 @@ import numpy as np
 from lorax_ft.interop.huggingface import read_json
 
 CONFIG = "adapter_config.json"
-SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
+SAFE_INITS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # those that leave the base as it is
 UNSUPPORTED = (
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
+    *(
+        "alora_invocation_tokens",
+        "arrow_config",
+        "kasa_config",
+        "layer_replication",
+        "lora_bias",
+        "monteclora_config",
+    ),
     *("trainable_token_indices", "use_bdlora", "use_qalora"),
 )
 
@@ -39,7 +53,9 @@ def write_config(
      'rank_pattern': {'h.1.q': 4}, 'alpha_pattern': {'h.1.q': 8}}
     """
     alphas = {name: _alpha(scales[name], rank) for name, rank in ranks.items()}
-    r, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    r, alpha = (
+        collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas)
+    )
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -51,8 +67,12 @@ def write_config(
         "r": r,
         "lora_alpha": alpha,
         "target_modules": sorted(_shortened(dict.fromkeys(ranks, True), modules)),
-        "rank_pattern": _shortened({name: rank for name, rank in ranks.items() if rank != r}, ranks),
-        "alpha_pattern": _shortened({name: value for name, value in alphas.items() if value != alpha}, ranks),
+        "rank_pattern": _shortened(
+            {name: rank for name, rank in ranks.items() if rank != r}, ranks
+        ),
+        "alpha_pattern": _shortened(
+            {name: value for name, value in alphas.items() if value != alpha}, ranks
+        ),
         **fields,
     }
 
@@ -65,7 +85,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder} holds an adapter of type {config.get('peft_type')!r}; supported: 'LORA'")
+        raise ValueError(
+            f"{folder} holds an adapter of type {config.get('peft_type')!r}; supported: 'LORA'"
+        )
     _check_values(config, folder)
     if config.get("init_lora_weights") not in SAFE_INITS:
         raise ValueError(
@@ -77,7 +99,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def without_tensors(config: Mapping[str, Any], names: Iterable[str], modules: Iterable[str]) -> list[str]:
+def without_tensors(
+    config: Mapping[str, Any], names: Iterable[str], modules: Iterable[str]
+) -> list[str]:
     """The targets, and those of the model's modules that they mean, of which there are no tensors.
 
     Args:
@@ -88,10 +112,14 @@ def without_tensors(config: Mapping[str, Any], names: Iterable[str], modules: It
     names = set(names)
     given = config.get("target_modules")
     targets = given if isinstance(given, list) else []
-    chosen = [name for name in ("exclude_modules", "layers_to_transform") if config.get(name) is not None]
+    chosen = [
+        name for name in ("exclude_modules", "layers_to_transform") if config.get(name) is not None
+    ]
     meant = [] if chosen else [module for module in modules if is_target(module, targets)]
     unmet = [
-        t for t in [*targets, *(config.get("target_parameters") or [])] if not any(is_target(n, [t]) for n in names)
+        t
+        for t in [*targets, *(config.get("target_parameters") or [])]
+        if not any(is_target(n, [t]) for n in names)
     ]
     return [*unmet, *(module for module in meant if module not in names)]
 
@@ -105,7 +133,12 @@ def _check_values(config: Mapping[str, Any], folder: Path) -> None:
     """Raise where a field that changes numbers has another type than it should."""
 
     def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        return (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and value > 0
+        )
 
     good = {name: number(config.get(name)) for name in ("r", "lora_alpha")}
     good["r"] = good["r"] and isinstance(config["r"], int)
@@ -113,11 +146,19 @@ def _check_values(config: Mapping[str, Any], folder: Path) -> None:
         good[name] = isinstance(config.get(name, False), bool)
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
-        good[name] = isinstance(patterns, dict) and all(map(number, patterns.values())) and all(map(_regular, patterns))
+        good[name] = (
+            isinstance(patterns, dict)
+            and all(map(number, patterns.values()))
+            and all(map(_regular, patterns))
+        )
     parameters = config.get("target_parameters") or []
-    good["target_parameters"] = isinstance(parameters, list) and all(isinstance(name, str) for name in parameters)
+    good["target_parameters"] = isinstance(parameters, list) and all(
+        isinstance(name, str) for name in parameters
+    )
     if bad := [name for name, fine in good.items() if not fine]:
-        raise ValueError(f"{folder / CONFIG}: {bad[0]} is {config.get(bad[0])!r}, which is no value for it")
+        raise ValueError(
+            f"{folder / CONFIG}: {bad[0]} is {config.get(bad[0])!r}, which is no value for it"
+        )
 
 
 def _regular(pattern: str) -> bool:
@@ -136,7 +177,9 @@ def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, np.floa
 
 
 def _matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    matching = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    matching = (
+        value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)
+    )
     return next(matching, default)
 
 

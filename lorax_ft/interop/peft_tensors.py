@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from lorax_ft.interop.huggingface import family_names, hf_module
+from lorax_ft.interop.lazy_tensor import lazy_tensors
 from lorax_ft.interop.peft_config import is_target
-from lorax_ft.interop.stored import stored_tensors
 from lorax_ft.models.model import Model
 
 WEIGHTS = "adapter_model.safetensors"
@@ -66,7 +66,7 @@ def adapter_tensors(folder: Path, config: Mapping[str, Any], model: Model) -> It
     Raises:
       ValueError: the file is damaged, or holds something that is no LoRA's.
     """
-    for key, stored in sorted(stored_tensors(folder / WEIGHTS).items()):
+    for key, stored in sorted(lazy_tensors(folder / WEIGHTS).items()):
         module, leaf = _parse(key, folder)
         target = _parameter(module, config)
         entry = Entry(key=key, module=module, target=target, leaf=leaf, value=stored.read(()))
@@ -84,16 +84,24 @@ def _parse(key: str, folder: Path) -> tuple[str, str]:
 
 def _parameter(module: str, config: Mapping[str, Any]) -> str:
     """The module, or its weight where that is what PEFT adapted."""
-    return f"{module}.weight" if is_target(f"{module}.weight", config.get("target_parameters")) else module
+    return (
+        f"{module}.weight"
+        if is_target(f"{module}.weight", config.get("target_parameters"))
+        else module
+    )
 
 
-def _sparse(entry: Entry, config: Mapping[str, Any], model: Model, *, where: Path) -> Iterator[Entry]:
+def _sparse(
+    entry: Entry, config: Mapping[str, Any], model: Model, *, where: Path
+) -> Iterator[Entry]:
     """The entries of single modules in one of a sparse MLP, whose modules have other names in memory than in files."""
     assert model.config.experts
     count, names = model.config.experts.count, family_names(model.hf_config)
     module = entry.module.replace(".base_layer", "")
     path = module.removeprefix("model.").replace(".", "/")
-    adapted = [name for name in STACKS if is_target(f"{module}.{name}", config.get("target_parameters"))]
+    adapted = [
+        name for name in STACKS if is_target(f"{module}.{name}", config.get("target_parameters"))
+    ]
     inside = entry.module.count(".base_layer")
     if not module.endswith(".experts") or inside >= len(adapted):
         yield dataclasses.replace(entry, module=hf_module(path, names))
@@ -102,10 +110,14 @@ def _sparse(entry: Entry, config: Mapping[str, Any], model: Model, *, where: Pat
     for name, values in _apart(entry, count, STACKS[parameter], where=where).items():
         for i, value in enumerate(values):
             expert = hf_module(f"{path}/{i}/{name}", names)
-            yield dataclasses.replace(entry, module=expert, target=f"{module}.{parameter}", value=value)
+            yield dataclasses.replace(
+                entry, module=expert, target=f"{module}.{parameter}", value=value
+            )
 
 
-def _apart(entry: Entry, count: int, names: tuple[str, ...], *, where: Path) -> dict[str, np.ndarray]:
+def _apart(
+    entry: Entry, count: int, names: tuple[str, ...], *, where: Path
+) -> dict[str, np.ndarray]:
     """A `[E, R, I]` or B `[E, O, R]` of each of the modules in one parameter."""
     *_, rows, columns = entry.value.shape
     if entry.leaf == "lora_a" and rows % count == 0:
@@ -113,4 +125,6 @@ def _apart(entry: Entry, count: int, names: tuple[str, ...], *, where: Path) -> 
     if entry.leaf == "lora_b" and columns % count == 0 and rows % len(names) == 0:
         b = entry.value.reshape(rows, -1, count).transpose(2, 0, 1)
         return dict(zip(names, np.split(b, len(names), axis=1), strict=True))
-    raise ValueError(f"{where}: {entry.key} has the shape {entry.value.shape}, which is none of {count} experts")
+    raise ValueError(
+        f"{where}: {entry.key} has the shape {entry.value.shape}, which is none of {count} experts"
+    )

@@ -15,13 +15,20 @@ from safetensors.numpy import save_file
 
 from lorax_ft.interop.bitsandbytes import packed_tensors, packing_config
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.interop.huggingface import INDEX, WEIGHTS, Names, abstract_params, family_names, hf_names
+from lorax_ft.interop.huggingface import (
+    INDEX,
+    WEIGHTS,
+    Names,
+    abstract_params,
+    family_names,
+    hf_names,
+)
 from lorax_ft.interop.tokenizer import save_tokenizer
 from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES
 from lorax_ft.lowrank.merge import merged_leaves
 from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.models.model import WITHOUT_START, Model
-from lorax_ft.quant.double import Doubled
+from lorax_ft.quant.double import DoubleQuantized
 from lorax_ft.quant.int8 import Int8
 from lorax_ft.quant.nf4 import NF4
 from lorax_ft.tree import Tree, flatten, modules
@@ -60,7 +67,9 @@ def save_model(
     _write(folder, _tensors(params, model, dtype), model, shard_bytes=shard_bytes, others=others)
 
 
-def save_quantized(folder: str | Path, params: Tree, model: Model, *, shard_bytes: int = SHARD_BYTES) -> None:
+def save_quantized(
+    folder: str | Path, params: Tree, model: Model, *, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Writes the base in `params`, with kernels in NF4, as a checkpoint that transformers loads with bitsandbytes.
 
     The base is written as it stands beside the adapters, bit by bit: where an init changed it (PiSSA, LoftQ, OLoRA),
@@ -78,15 +87,27 @@ def save_quantized(folder: str | Path, params: Tree, model: Model, *, shard_byte
       OSError: the disk is full, or may not be written.
     """
     beside = ADAPTER_LEAVES | STEP_LEAVES
-    leaves = {path: leaf for path, leaf in flatten(params).items() if path.rpartition("/")[2] not in beside}
+    leaves = {
+        path: leaf
+        for path, leaf in flatten(params).items()
+        if path.rpartition("/")[2] not in beside
+    }
     packed = [leaf for leaf in leaves.values() if isinstance(leaf, NF4)]
     if not packed or any(isinstance(leaf, Int8) for leaf in leaves.values()):
-        raise ValueError("save_quantized writes bases with kernels in NF4 (quant.format nf4); save_model writes others")
-    plain = {path: leaf for path, leaf in leaves.items() if path.endswith("/kernel") and not isinstance(leaf, NF4)}
+        raise ValueError(
+            "save_quantized writes bases with kernels in NF4 (quant.format nf4); save_model writes others"
+        )
+    plain = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if path.endswith("/kernel") and not isinstance(leaf, NF4)
+    }
     names = family_names(model.hf_config)
-    skipped = [name for path, leaf in plain.items() for name, _ in hf_names(path, leaf.shape, names)]
+    skipped = [
+        name for path, leaf in plain.items() for name, _ in hf_names(path, leaf.shape, names)
+    ]
     packing = packing_config(
-        doubled=isinstance(packed[0].absmax, Doubled),
+        double_quant=isinstance(packed[0].absmax, DoubleQuantized),
         dtype=model.config.dtype,
         skipped=sorted({"lm_head", *(name.removesuffix(".weight") for name in skipped)}),
     )
@@ -122,14 +143,22 @@ def _quantized_tensors(leaves: dict[str, Any], model: Model) -> Iterator[Tensor]
             for name, index in hf_names(path, leaf.shape, names):
                 yield from packed_tensors(name, jax.tree.map(operator.itemgetter(index), host))
         else:
-            own = hf_tensors(path, host, names)  # what trains whole is float32 beside a bfloat16 base
-            yield from ((name, np.ascontiguousarray(value, model.config.dtype)) for name, value in own)
+            own = hf_tensors(
+                path, host, names
+            )  # what trains whole is float32 beside a bfloat16 base
+            yield from (
+                (name, np.ascontiguousarray(value, model.config.dtype)) for name, value in own
+            )
 
 
 def _check_leaves(found: set[str], model: Model) -> None:
-    strange = found ^ set(flatten(abstract_params(model.config, tied="lm_head/kernel" not in found)))
+    strange = found ^ set(
+        flatten(abstract_params(model.config, tied="lm_head/kernel" not in found))
+    )
     if strange:
-        raise ValueError(f"saving: unexpected or missing leaf {min(strange)!r}; these are not the model's parameters")
+        raise ValueError(
+            f"saving: unexpected or missing leaf {min(strange)!r}; these are not the model's parameters"
+        )
 
 
 def _write(
@@ -146,11 +175,16 @@ def _write(
         raise ValueError("saving: the model has no hf_config, so there is no config.json to write")
     if Path(folder).resolve() == Path(model.source or " ").resolve():
         raise ValueError(f"{folder} is where the model was loaded from; give another folder")
-    with new_folder(folder, replaces=("model*.safetensors", INDEX), others=others) as new:  # an old model's shards
+    with new_folder(
+        folder, replaces=("model*.safetensors", INDEX), others=others
+    ) as new:  # an old model's shards
         files, tied, kind = _write_shards(new, tensors, shard_bytes)
         written = {"tie_word_embeddings": tied, "dtype": kind, **fields}
         dropped = ("torch_dtype", WITHOUT_START)
-        _write_json(new / "config.json", {k: v for k, v in model.hf_config.items() if k not in dropped} | written)
+        _write_json(
+            new / "config.json",
+            {k: v for k, v in model.hf_config.items() if k not in dropped} | written,
+        )
         if len(files) > 1:
             total = sum(size for names in files.values() for size in names.values())
             weight_map = {name: file for file, names in files.items() for name in names}

@@ -23,13 +23,17 @@ from lorax_ft.models.model import Model
 from lorax_ft.models.rope import Rope
 from lorax_ft.tree import Tree
 
-WRITTEN = {architecture.kind: name for name, architecture in ARCHITECTURES.items()} | {"mistral": "llama"}
+WRITTEN = {architecture.kind: name for name, architecture in ARCHITECTURES.items()} | {
+    "mistral": "llama"
+}
 """The architectures that families are written as."""
 COMPUTING = ("dtype", "attention", "remat")  # of a config: what no file holds
 FAR = 10**9  # a position that no text reaches
 
 
-def save_gguf(file: str | Path, params: Tree, model: Model, *, kind: Literal["F16", "Q8_0"] = "Q8_0") -> None:
+def save_gguf(
+    file: str | Path, params: Tree, model: Model, *, kind: Literal["F16", "Q8_0"] = "Q8_0"
+) -> None:
     """Writes `params`, with their adapters merged, as one .gguf file with its tokenizer.
 
     Args:
@@ -49,7 +53,9 @@ def save_gguf(file: str | Path, params: Tree, model: Model, *, kind: Literal["F1
         raise ValueError(f"{given} is where the model was loaded from; give another file")
     c = model.config
     if kind == "Q8_0" and any(size % 32 for size in (c.width, c.mlp_width, c.heads * c.head_dim)):
-        raise ValueError("Q8_0 takes rows of a multiple of 32, which this model's are not; write F16 (--gguf-type F16)")
+        raise ValueError(
+            "Q8_0 takes rows of a multiple of 32, which this model's are not; write F16 (--gguf-type F16)"
+        )
     metadata, factors = _described(model)
     metadata |= tokenizer_metadata(model, metadata)
     with scratch_beside(file, given=given) as scratch:
@@ -82,10 +88,16 @@ def _described(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "write a folder instead (--target hf), which llama.cpp's own converter reads"
         )
     metadata, factors = _metadata(model)
-    arrays: dict[str, Any] = factors | {"token_embd.weight": SimpleNamespace(shape=(model.config.vocab_size,))}
+    arrays: dict[str, Any] = factors | {
+        "token_embd.weight": SimpleNamespace(shape=(model.config.vocab_size,))
+    }
     arrays |= {} if model.config.tied else {"output.weight": None}
     modules = module_names(model.config).items()
-    arrays |= {f"blk.0.{name}.bias": None for name, path in modules if path.rpartition("/")[2] in model.config.biases}
+    arrays |= {
+        f"blk.0.{name}.bias": None
+        for name, path in modules
+        if path.rpartition("/")[2] in model.config.biases
+    }
     again = decoder_config(read_config(metadata, arrays), source=source)
     lost = _difference(model.config, again)
     if lost is None and FACTORS in factors and metadata["general.architecture"] != "llama":
@@ -107,14 +119,22 @@ def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     for key, (field, type_) in {**FIELDS, **architecture.fields}.items():
         if (value := getattr(hf, field, None)) is not None:
             keys[key] = type_(value)
-    keys |= {"attention.key_length": c.head_dim, "attention.value_length": c.head_dim, "vocab_size": c.vocab_size}
+    keys |= {
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "vocab_size": c.vocab_size,
+    }
     ropes = {kind.window: kind.rope for kind in c.kinds if kind.rope}
     full = ropes.get(None) or next(iter(ropes.values()))
     rope_keys, factors = write_rope(full)
     keys |= rope_keys
     if architecture.local_theta:
-        keys["rope.freq_base_swa"] = next((rope.theta for window, rope in ropes.items() if window), full.theta)
-    return {"general.architecture": name} | {f"{name}.{key}": value for key, value in keys.items()}, factors
+        keys["rope.freq_base_swa"] = next(
+            (rope.theta for window, rope in ropes.items() if window), full.theta
+        )
+    return {"general.architecture": name} | {
+        f"{name}.{key}": value for key, value in keys.items()
+    }, factors
 
 
 def _difference(ours: DecoderConfig, again: DecoderConfig) -> str | None:
@@ -122,16 +142,21 @@ def _difference(ours: DecoderConfig, again: DecoderConfig) -> str | None:
     for field in dataclasses.fields(DecoderConfig):
         if field.name == "kinds":
             layers = (c.kinds * c.layers if len(c.kinds) == 1 else c.kinds for c in (ours, again))
-            if not all(a.window == b.window and _turn_alike(a.rope, b.rope) for a, b in zip(*layers, strict=True)):
+            if not all(
+                a.window == b.window and _turn_alike(a.rope, b.rope)
+                for a, b in zip(*layers, strict=True)
+            ):
                 return "kinds"
-        elif field.name not in COMPUTING and getattr(ours, field.name) != getattr(again, field.name):
+        elif field.name not in COMPUTING and getattr(ours, field.name) != getattr(
+            again, field.name
+        ):
             return field.name
     return None
 
 
 def _turn_alike(a: Rope | None, b: Rope | None) -> bool:
     """Whether two rotary embeddings are one, be it in other words: factors for what they follow from."""
-    if a is None or b is None or not {a.stretch, b.stretch} <= {"llama3", "longrope"}:
+    if a is None or b is None or not {a.scaling, b.scaling} <= {"llama3", "longrope"}:
         return a == b
     pairs = [(divisors(a, position=at), divisors(b, position=at)) for at in (0, FAR)]
     same = (a.dims, a.theta, a.magnitude) == (b.dims, b.theta, b.magnitude)
@@ -140,7 +165,12 @@ def _turn_alike(a: Rope | None, b: Rope | None) -> bool:
 
 def _add(writer: Any, key: str, value: Any) -> None:
     """One key with a value in GGUF's type for it."""
-    by_type = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    by_type = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     by_type.get(type(value), writer.add_array)(key, value)
 
 
@@ -153,11 +183,17 @@ def _add_tensors(writer: Any, params: Tree, model: Model, kind: str) -> None:
     import gguf
 
     packed = gguf.GGMLQuantizationType[kind]
-    may_have_head = gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[gguf.MODEL_ARCH[writer.arch.upper()]]
+    may_have_head = (
+        gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[gguf.MODEL_ARCH[writer.arch.upper()]]
+    )
     for name, value in _tensors(params, model):
         if name == "output.weight" and not may_have_head:
-            raise ValueError(f"the head is tuned, and llama.cpp's {writer.arch} has none beside the embedding table")
-        if value.ndim == 1 or "ffn_gate_inp" in name:  # a router's choices must not change by rounding
+            raise ValueError(
+                f"the head is tuned, and llama.cpp's {writer.arch} has none beside the embedding table"
+            )
+        if (
+            value.ndim == 1 or "ffn_gate_inp" in name
+        ):  # a router's choices must not change by rounding
             writer.add_tensor(name, value)
         else:
             writer.add_tensor(name, gguf.quants.quantize(value, packed), raw_dtype=packed)
@@ -172,11 +208,19 @@ def _tensors(params: Tree, model: Model) -> Iterator[tuple[str, np.ndarray]]:
     for path, leaf in merged_leaves(params, layout=model.layout):
         module, _, kind = path.removeprefix("layers/").rpartition("/")
         name, whole = theirs[module], np.asarray(leaf)
-        parts = {f"blk.{i}.": part for i, part in enumerate(whole)} if path.startswith("layers/") else {"": whole}
+        parts = (
+            {f"blk.{i}.": part for i, part in enumerate(whole)}
+            if path.startswith("layers/")
+            else {"": whole}
+        )
         for block, part in parts.items():
             value = np.asarray(part, np.float32)
             value = value.swapaxes(-1, -2) if kind == "kernel" else value
             if count := heads.get(name):
-                value = value.reshape(count, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+                value = (
+                    value.reshape(count, 2, -1, *value.shape[1:])
+                    .swapaxes(1, 2)
+                    .reshape(value.shape)
+                )
             value = value + np.float32(c.norm_offset) if name.endswith("norm") else value
             yield f"{block}{name}.{LEAVES[kind]}", np.ascontiguousarray(value)

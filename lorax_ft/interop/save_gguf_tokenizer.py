@@ -42,12 +42,16 @@ def tokenizer_metadata(model: Model, metadata: Mapping[str, Any]) -> dict[str, A
     common = {"add_bos_token": starts, "add_eos_token": eos is not None and begun[starts:] == [eos]}
     ids = {f"{key}_token_id": getattr(tokenizer, f"{name}_id") for name, key in SPECIAL.items()}
     common |= {key: i for key, i in ids.items() if i is not None}
-    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+    template = (
+        {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+    )
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     if parts["model"]["type"] == "BPE":
         forms = _sentencepiece if parts["model"].get("byte_fallback") else _byte_level
         for form in forms(parts, model.config.vocab_size):
-            keys = {f"tokenizer.ggml.{key}": value for key, value in (form | common).items()} | template
+            keys = {
+                f"tokenizer.ggml.{key}": value for key, value in (form | common).items()
+            } | template
             if read_tokenizer({**metadata, **keys})(PROBE).input_ids == tokenizer(PROBE).input_ids:
                 return keys
     raise ValueError(
@@ -63,8 +67,16 @@ def _byte_level(parts: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]
     tokens, types = _tokens(parts, size)
     for pre, words in PRE_TOKENIZERS.items():
         cut = _without_offsets(json.loads(pre_tokenizer(words).__getstate__()))
-        if cut == _without_offsets(parts["pre_tokenizer"]) and words.whole == bool(bpe.get("ignore_merges")):
-            yield {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges}
+        if cut == _without_offsets(parts["pre_tokenizer"]) and words.whole == bool(
+            bpe.get("ignore_merges")
+        ):
+            yield {
+                "model": "gpt2",
+                "pre": pre,
+                "tokens": tokens,
+                "token_type": types,
+                "merges": merges,
+            }
 
 
 def _sentencepiece(parts: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
@@ -75,7 +87,13 @@ def _sentencepiece(parts: Mapping[str, Any], size: int) -> Iterator[dict[str, An
         ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
     scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
     for prefix in (True, False):
-        keys = {"model": "llama", "pre": "default", "tokens": tokens, "token_type": types, "scores": scores}
+        keys = {
+            "model": "llama",
+            "pre": "default",
+            "tokens": tokens,
+            "token_type": types,
+            "scores": scores,
+        }
         yield keys | {"add_space_prefix": prefix}
 
 
@@ -85,17 +103,27 @@ def _tokens(parts: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
     texts = {i: token for token, i in bpe["vocab"].items()}
     types = dict.fromkeys(texts, NORMAL)
     if bpe.get("byte_fallback"):
-        types |= {bpe["vocab"][byte]: BYTE for byte in (f"<0x{b:02X}>" for b in range(256)) if byte in bpe["vocab"]}
+        types |= {
+            bpe["vocab"][byte]: BYTE
+            for byte in (f"<0x{b:02X}>" for b in range(256))
+            if byte in bpe["vocab"]
+        }
     for i, token in added.items():
         types[i] = CONTROL if token["special"] else USER_DEFINED
         texts[i] = token["content"] if token["special"] else token["content"].replace(SPACE, " ")
     if bpe.get("unk_token") in bpe["vocab"]:
         types[bpe["vocab"][bpe["unk_token"]]] = UNKNOWN
-    return [texts.get(i, f"[PAD{i}]") for i in range(size)], [types.get(i, UNUSED) for i in range(size)]
+    return [texts.get(i, f"[PAD{i}]") for i in range(size)], [
+        types.get(i, UNUSED) for i in range(size)
+    ]
 
 
 def _without_offsets(cut: Any) -> Any:
     """A pre-tokenizer's description without what changes no id."""
     if isinstance(cut, list):
         return [_without_offsets(part) for part in cut]
-    return {k: _without_offsets(v) for k, v in cut.items() if k != "trim_offsets"} if isinstance(cut, dict) else cut
+    return (
+        {k: _without_offsets(v) for k, v in cut.items() if k != "trim_offsets"}
+        if isinstance(cut, dict)
+        else cut
+    )

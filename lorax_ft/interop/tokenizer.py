@@ -18,10 +18,14 @@ def load_tokenizer(folder: str | Path) -> Any:
     if not any((Path(folder) / name).is_file() for name in FILES):
         return None
     try:
-        return import_transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return import_transformers().AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True
+        )
     except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {reason}") from error
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -11,7 +11,10 @@ from lorax_ft.interop.save import save_model
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree
 
-TABLES = {"embed_tokens", "lm_head"}  # whose adapters vLLM takes for some families only (`embedding_modules` there)
+TABLES = {
+    "embed_tokens",
+    "lm_head",
+}  # whose adapters vLLM takes for some families only (`embedding_modules` there)
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes (0.33)
 
 
@@ -36,9 +39,15 @@ def save_for_vllm(
         value of vLLM's; and as `save_peft` and `save_model`.
     """
     if max_lora_rank not in RANKS:
-        raise ValueError(f"max_lora_rank is {max_lora_rank}; vLLM takes {', '.join(map(str, RANKS))}")
+        raise ValueError(
+            f"max_lora_rank is {max_lora_rank}; vLLM takes {', '.join(map(str, RANKS))}"
+        )
     adapters, whole = collect_adapters(params, model, None)
-    if whole or TABLES & adapters.keys() or any("magnitude" in matrix for matrix in adapters.values()):
+    if (
+        whole
+        or TABLES & adapters.keys()
+        or any("magnitude" in matrix for matrix in adapters.values())
+    ):
         save_model(folder, params, model)
         return "model"
     rank = max(matrix["lora_a"].shape[1] for matrix in adapters.values())

@@ -46,9 +46,9 @@ def add_adapters(
         `dropout` for `with_dropout`.
       layout: the layers of the model (`lorax_ft.layout`, or a loaded model's own).
       key: every leaf's randomness is folded from it and the leaf's path.
-      originals: by path, what reads the matrices again that are quantised in `params` (`Model.originals`); needed by
+      originals: by path, what reads the matrices again that are quantized in `params` (`Model.originals`); needed by
         inits that change the base.
-      rounds: of decomposition and quantising, for PiSSA and LoftQ on a quantised base.
+      rounds: of decomposition and quantizing, for PiSSA and LoftQ on a quantized base.
       statistics: by path, what inits from data start from (`lorax_ft.calibrate`).
       advance: called with a share of the work whenever it is done; the shares make up 1.
 
@@ -62,20 +62,33 @@ def add_adapters(
     kernels = {path: _kernel(layers, path, spec) for path, spec in layout.items()}
     shapes = {path: kernel.shape for path, kernel in kernels.items()}
     plans = plan_adapters(config, layout=layout, shapes=shapes)
-    measured = checked_statistics(config, statistics, needed_statistics(config, layout=layout, shapes=shapes))
+    measured = checked_statistics(
+        config, statistics, needed_statistics(config, layout=layout, shapes=shapes)
+    )
     if config.init == "eva":
         plans, measured = spread_ranks(plans, measured, config, key=key)
     for path, plan in plans.items():
         layer = layers.get(path, {})
         if ADAPTER_LEAVES & layer.keys():
-            raise ValueError(f"{path} has an adapter already; merge it first (lorax_ft.merge_adapters)")
+            raise ValueError(
+                f"{path} has an adapter already; merge it first (lorax_ft.merge_adapters)"
+            )
         # A tied head's kernel is the embedding's, and stays.
         keeps = config.keep_base or (path == "lm_head" and "kernel" not in layer)
-        original = None if keeps or config.init not in CHANGES_BASE else _original(originals, path, layer)
+        original = (
+            None if keeps or config.init not in CHANGES_BASE else _original(originals, path, layer)
+        )
         layers[path] = layer | adapter_leaves(
-            kernels[path], config, spec=layout[path], plan=plan, key=key, keeps=keeps, original=original, rounds=rounds,
+            kernels[path],
+            config,
+            spec=layout[path],
+            plan=plan,
+            key=key,
+            keeps=keeps,
+            original=original,
+            rounds=rounds,
             statistic=measured.get(path),
-        )  # fmt: skip
+        )
         advance(1 / len(plans))
     return from_modules(layers)
 
@@ -103,7 +116,7 @@ def attach_adapters(
     return from_modules(layers)
 
 
-def switched_off(params: Tree, base: Tree, *, layout: Layout | None = None) -> Tree:
+def disable_adapters(params: Tree, base: Tree, *, layout: Layout | None = None) -> Tree:
     """The parameters with all adapters switched off, in the same structure: no program is compiled anew.
 
     Modules trained whole are the base's again. s becomes 0; where an init changed the base, A and B become the start
@@ -120,7 +133,9 @@ def switched_off(params: Tree, base: Tree, *, layout: Layout | None = None) -> T
             old = own.get(path, {})
             if "kernel" in layer and "kernel" not in old:  # a head that was untied
                 old = {"kernel": tied_kernel(base)}
-            same = {name for name in layer.keys() & old.keys() if not isinstance(layer[name], Quantized)}
+            same = {
+                name for name in layer.keys() & old.keys() if not isinstance(layer[name], Quantized)
+            }
             layer = layer | {name: old[name].astype(layer[name].dtype) for name in same}
             layers[path] = layer
         if "lora_a0" in layer and "start_scale" not in layer:
@@ -151,7 +166,9 @@ def norms(params: Tree, *, layout: Layout | None = None) -> Tree:
     for path, layer in modules(params).items():
         if "magnitude" in layer:
             base = {} if {"kernel", "embedding"} & layer.keys() else {"kernel": tied_kernel(params)}
-            found[path] = {"norm": column_norm(as_canonical(layer | base, layout[path] if layout else None))}
+            found[path] = {
+                "norm": column_norm(as_canonical(layer | base, layout[path] if layout else None))
+            }
     return from_modules(found)
 
 
@@ -202,10 +219,10 @@ def tied_kernel(params: Tree) -> Array:
 
 
 def _original(originals: Mapping[str, Original], path: str, layer: Layer) -> Original | None:
-    """What reads W again, where a start is to be taken out of a quantised base."""
+    """What reads W again, where a start is to be taken out of a quantized base."""
     if isinstance(layer.get("kernel"), Quantized) and path not in originals:
         raise ValueError(
-            f"{path}: its kernel is quantised and the weights that it came from are not at hand, so no start can be "
+            f"{path}: its kernel is quantized and the weights that it came from are not at hand, so no start can be "
             "taken out of it; load the original checkpoint, or set adapter.keep_base"
         )
     return originals.get(path)

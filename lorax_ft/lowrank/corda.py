@@ -25,7 +25,9 @@ from lorax_ft.lowrank.svd import Factors, on_host
 DAMP = 0.01  # of C's mean eigenvalue, added to all, as in the authors' code
 
 
-def corda(w: Array, c: Array, *, rank: int, last: bool, randomised: Callable[[Array], Factors] | None) -> Factors:
+def corda(
+    w: Array, c: Array, *, rank: int, last: bool, randomized: Callable[[Array], Factors] | None
+) -> Factors:
     """A √s and B √s of a stack of matrices.
 
     Args:
@@ -33,13 +35,13 @@ def corda(w: Array, c: Array, *, rank: int, last: bool, randomised: Callable[[Ar
       c: `[L, I, I]`.
       rank: r.
       last: whether the last r triples are taken, the very last first, or the first r.
-      randomised: gives U_r √S_r and √S_r V_rᵀ of such a stack as W on the device; None: all is done on the host, in
+      randomized: gives U_r √S_r and √S_r V_rᵀ of such a stack as W on the device; None: all is done on the host, in
         float64.
     """
-    if randomised is not None:
+    if randomized is not None:
         with jax.default_matmul_precision("highest"):
             c = jax.vmap(functools.partial(_damped, jnp))(c)
-            a, b = randomised(jnp.matmul(c, w.astype(jnp.float32)))
+            a, b = randomized(jnp.matmul(c, w.astype(jnp.float32)))
             return jnp.linalg.solve(c, a), b
 
     def factors(pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -50,7 +52,10 @@ def corda(w: Array, c: Array, *, rank: int, last: bool, randomised: Callable[[Ar
         root = np.sqrt(s[:rank])
         return np.linalg.solve(c, u[:, :rank]) * root, root[:, None] * vt[:rank]
 
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:  # see `svd.exact`
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):  # see `svd.exact`
         parts = list(pool.map(factors, zip(on_host(w), on_host(c), strict=True)))
     a, b = (jnp.asarray(np.stack(part).astype(np.float32)) for part in zip(*parts, strict=True))
     return a, b

@@ -3,7 +3,7 @@
     C = Σ (x − x̄)ᵀ (x − x̄) / N = V Λ Vᵀ,   A = V_r,   B = 0
 
 Then the ranks go to where directions explain most: the λ_i / Σ λ of all matrices are put in order, and the first of
-them are taken, as many as there were ranks and at most ρ r of a matrix. The inputs are centred as in the authors' code.
+them are taken, as many as there were ranks and at most ρ r of a matrix. The inputs are centered as in the authors' code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def eva(c: Array, *, svd: Callable[[Array], Factors]) -> tuple[Array, Array]:
     v, _ = svd(c)
     roots = jnp.linalg.norm(v, axis=1)  # √λ
     variance = jnp.trace(c, axis1=1, axis2=2)[:, None]
-    return v / jnp.where(roots > 0, roots, 1)[:, None], roots**2 / jnp.where(variance > 0, variance, 1)
+    return v / jnp.where(roots > 0, roots, 1)[:, None], roots**2 / jnp.where(
+        variance > 0, variance, 1
+    )
 
 
 def redistributed(
@@ -47,11 +49,16 @@ def redistributed(
     Raises:
       ValueError: there are fewer directions with any variance than ranks.
     """
-    allowed = {path: np.arange(explained[path].shape[1]) < np.round(rho * r)[:, None] for path, r in ranks.items()}
+    allowed = {
+        path: np.arange(explained[path].shape[1]) < np.round(rho * r)[:, None]
+        for path, r in ranks.items()
+    }
     usable = {path: np.where(allowed[path], explained[path], 0.0) for path in ranks}
     for path, shares in usable.items():
         if not (shares[ranks[path] > 0, 0] > NOISE).all():
-            raise ValueError(f"{path}: the calibration tokens do not vary there; give more adapter.calibration_batches")
+            raise ValueError(
+                f"{path}: the calibration tokens do not vary there; give more adapter.calibration_batches"
+            )
         shares[ranks[path] > 0, 0] = np.inf
     budget = sum(int(r.sum()) for r in ranks.values())
     pooled = np.concatenate([shares.ravel() for shares in usable.values()])

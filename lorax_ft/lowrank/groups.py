@@ -1,4 +1,4 @@
-"""Which leaves train, and in which group of the optimiser."""
+"""Which leaves train, and in which group of the optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorax_ft.tree import Tree, flatten, from_modules, modules, split
 
 
 def label(params: Tree, *, whole: Sequence[str] = (), freeze: Sequence[str] = ()) -> Tree:
-    """Each leaf's group for the optimiser.
+    """Each leaf's group for the optimizer.
 
     `lora_a`, `lora_b`, `magnitude`; `weight` and `vector` for the matrices and for the biases and norms of
     modules that train whole; else `frozen`.
@@ -28,18 +28,27 @@ def label(params: Tree, *, whole: Sequence[str] = (), freeze: Sequence[str] = ()
     layers = modules(params)
     bases = [path for path, layer in layers.items() if layer.keys() - ADAPTER_LEAVES - STEP_LEAVES]
     patterns = [p for p in whole if p != "all"]
-    check_coverage(patterns, lambda p: any(is_whole(path, (p,)) for path in bases), names=bases, where="train_whole")
+    check_coverage(
+        patterns,
+        lambda p: any(fully_trained(path, (p,)) for path in bases),
+        names=bases,
+        where="train_whole",
+    )
 
     def group(path: str, name: str) -> str:
         if name in ("lora_a", "lora_b", "magnitude"):
             return "frozen" if name in freeze else name
-        if name in ADAPTER_LEAVES | STEP_LEAVES or not is_whole(path, whole):
+        if name in ADAPTER_LEAVES | STEP_LEAVES or not fully_trained(path, whole):
             return "frozen"
         if isinstance(layers[path][name], Quantized):
-            raise ValueError(f"{path} is quantised, so its own weights do not train; leave it out of train_whole")
+            raise ValueError(
+                f"{path} is quantized, so its own weights do not train; leave it out of train_whole"
+            )
         return "weight" if name in ("kernel", "embedding") else "vector"
 
-    return from_modules({path: {name: group(path, name) for name in layer} for path, layer in layers.items()})
+    return from_modules(
+        {path: {name: group(path, name) for name in layer} for path, layer in layers.items()}
+    )
 
 
 def partition(
@@ -61,13 +70,17 @@ def partition(
     labels = flatten(label(params, whole=whole, freeze=freeze))
 
     def mine(path: str) -> bool:
-        return labels[path] != "frozen" or (by == "ownership" and path.rpartition("/")[2] in ADAPTER_LEAVES)
+        return labels[path] != "frozen" or (
+            by == "ownership" and path.rpartition("/")[2] in ADAPTER_LEAVES
+        )
 
     return split(params, mine)
 
 
-def is_whole(path: str, whole: Sequence[str]) -> bool:
+def fully_trained(path: str, whole: Sequence[str]) -> bool:
     """Whether the patterns `whole` match the module at `path`, or one that it stands in."""
     parts = path.split("/")
     parents = ["/".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(pattern == "all" or any(matches(pattern, parent) for parent in parents) for pattern in whole)
+    return any(
+        pattern == "all" or any(matches(pattern, parent) for parent in parents) for pattern in whole
+    )

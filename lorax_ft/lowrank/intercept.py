@@ -1,7 +1,7 @@
 """How an ordinary linen model sees adapters: its layers' calls are intercepted, and `linear` answers.
 
 The model's code knows nothing of it. A layer's product with A is the layer's own code run on A (a
-clone with other features), so its dtype, precision, padding and `dot_general` are honoured.
+clone with other features), so its dtype, precision, padding and `dot_general` are honored.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ class Traced:
     """The letters of the input, the kernel and the output."""
 
 
-def adapt(apply: Callable[..., Any], *, gather: Gather = lambda path, kernel: kernel) -> Callable[..., Any]:
+def adapt(
+    apply: Callable[..., Any], *, gather: Gather = lambda path, kernel: kernel
+) -> Callable[..., Any]:
     """A function like `apply` that sees the adapters in the parameters it is given.
 
     Args:
       apply: `model.apply` of a linen model, or any function that calls it. Jit the result, not the argument.
-      gather: by a layer's path, its quantised kernel as it is to lie on a mesh before it is dequantised.
+      gather: by a layer's path, its quantized kernel as it is to lie on a mesh before it is dequantized.
 
     Returns:
       The function; with no adapter in the parameters it computes what `apply` does.
@@ -56,7 +58,9 @@ def adapt(apply: Callable[..., Any], *, gather: Gather = lambda path, kernel: ke
     A magnitude whose norm was not computed beforehand (`with_norms`) gets it inside the layer.
     """
 
-    def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def intercept(
+        next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
         if context.method_name != "__call__" or type(context.module) not in KINDS:
             return next_fun(*args, **kwargs)
         layer = nn.meta.unbox(context.module.variables.get("params", {}))
@@ -64,7 +68,9 @@ def adapt(apply: Callable[..., Any], *, gather: Gather = lambda path, kernel: ke
             return next_fun(*args, **kwargs)
         traced = trace(context.module, args, kwargs)
         if traced is None:
-            raise ValueError(f"{'/'.join(context.module.path)} has an adapter, but this form of the layer takes none")
+            raise ValueError(
+                f"{'/'.join(context.module.path)} has an adapter, but this form of the layer takes none"
+            )
         run = functools.partial(_run, context.module, gather)
         return _adapted(context.module, traced, layer, args[0] if args else kwargs["inputs"], run)
 
@@ -78,9 +84,13 @@ def adapt(apply: Callable[..., Any], *, gather: Gather = lambda path, kernel: ke
 def trace(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Traced | None:
     """What a module's call says of its kernel's axes; None where it is no layer that can be adapted."""
     kind = KINDS.get(type(module))
-    if kind is None or not module.has_variable("params", "embedding" if kind == "embed" else "kernel"):
+    if kind is None or not module.has_variable(
+        "params", "embedding" if kind == "embed" else "kernel"
+    ):
         return None
-    shape = nn.meta.unbox(module.variables["params"])["embedding" if kind == "embed" else "kernel"].shape
+    shape = nn.meta.unbox(module.variables["params"])[
+        "embedding" if kind == "embed" else "kernel"
+    ].shape
     axes = tuple(range(len(shape)))
     n_in = len(axes) - 1
     if kind == "einsum":
@@ -91,7 +101,9 @@ def trace(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Traced | N
         n_in = 1 if isinstance(module.axis, int) else len(module.axis)
     if kind == "conv" and (module.feature_group_count != 1 or module.mask is not None):
         return None
-    return Traced(spec=LayerSpec(kind=kind, stack=(), ins=axes[:n_in], outs=axes[n_in:]), shape=shape)
+    return Traced(
+        spec=LayerSpec(kind=kind, stack=(), ins=axes[:n_in], outs=axes[n_in:]), shape=shape
+    )
 
 
 def _adapted(module: nn.Module, traced: Traced, layer: Layer, x: Array, run: Run) -> Array:
@@ -105,7 +117,9 @@ def _adapted(module: nn.Module, traced: Traced, layer: Layer, x: Array, run: Run
     if "bias" in layer:  # the layer's output has the type of input, kernel and bias together
         quantized = isinstance(own_order, Quantized)
         kernel = jnp.zeros((), own_order.dtype) if quantized else own_order
-        x, kernel, layer["bias"] = module.promote_dtype(x, kernel, layer["bias"], dtype=module.dtype)
+        x, kernel, layer["bias"] = module.promote_dtype(
+            x, kernel, layer["bias"], dtype=module.dtype
+        )
         layer["kernel"] = own_order if quantized else kernel
     if traced.einsum is not None:
         return _adapted_einsum(module, traced, layer, x, run)
@@ -123,7 +137,8 @@ def _adapted_einsum(module: nn.Module, traced: Traced, layer: Layer, x: Array, r
     assert traced.einsum is not None
     lhs, letters, result = traced.einsum
     batch, ins, outs = (
-        "".join(letters[i] for i in axes) for axes in (traced.spec.stack, traced.spec.ins, traced.spec.outs)
+        "".join(letters[i] for i in axes)
+        for axes in (traced.spec.stack, traced.spec.ins, traced.spec.outs)
     )
     rest = "".join(c for c in result if c not in letters)
     rank = next(c for c in "abcdefghijklmnopqrstuvwxyz" if c not in lhs + letters + result)
@@ -138,11 +153,18 @@ def _adapted_einsum(module: nn.Module, traced: Traced, layer: Layer, x: Array, r
     if "bias" in layer:
         ordered = "".join(c for c in result if c in letters)
         layer["bias"] = jnp.einsum(f"{ordered}->{batch}{outs}", layer["bias"])
-    return jnp.einsum(f"{rest}{batch}{outs}->{result}", linear(layer, x, dot, precision=module.precision))
+    return jnp.einsum(
+        f"{rest}{batch}{outs}->{result}", linear(layer, x, dot, precision=module.precision)
+    )
 
 
 def _run(
-    module: nn.Module, gather: Gather, fields: dict[str, Any], name: str, kernel: Array | Quantized, x: Array
+    module: nn.Module,
+    gather: Gather,
+    fields: dict[str, Any],
+    name: str,
+    kernel: Array | Quantized,
+    x: Array,
 ) -> Array:
     """The module's own code on another kernel, without its bias."""
     if name == "kernel":
@@ -151,14 +173,18 @@ def _run(
     def run(kernel: Array | Quantized, x: Array) -> Array:
         if isinstance(kernel, Quantized):
             kernel = dense(gather("/".join(module.path), kernel))
-        y: Array = module.clone(parent=None, name=None, **fields).apply({"params": {name: kernel}}, x)  # type: ignore
+        y: Array = module.clone(parent=None, name=None, **fields).apply(
+            {"params": {name: kernel}}, x
+        )  # type: ignore
         return y
 
-    # A kernel is dequantised again for the backward pass, or those of all layers would be kept for it.
+    # A kernel is dequantized again for the backward pass, or those of all layers would be kept for it.
     return jax.checkpoint(run)(kernel, x) if isinstance(kernel, Quantized) else run(kernel, x)
 
 
-def _trace_einsum(module: nn.Module, shape: tuple[int, ...], args: Any, kwargs: Mapping[str, Any]) -> Traced | None:
+def _trace_einsum(
+    module: nn.Module, shape: tuple[int, ...], args: Any, kwargs: Mapping[str, Any]
+) -> Traced | None:
     equation = (args[1] if len(args) > 1 else kwargs.get("einsum_str")) or module.einsum_str
     lhs, _, rest = equation.replace(" ", "").partition(",")
     letters, _, result = rest.partition("->")

@@ -42,21 +42,31 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
     >>> layout(model.apply, params, jax.numpy.ones((1, 2)))[""].kind
     'dense'
     """
-    leaves = flatten(nn.meta.unbox(params)).items()  # as shapes, which quantised kernels have too
-    plain = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves if _is_base(path)}
+    leaves = flatten(nn.meta.unbox(params)).items()  # as shapes, which quantized kernels have too
+    plain = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in leaves
+        if _is_base(path)
+    }
     full = modules(unflatten(plain))
     seen: dict[str, intercept.Traced] = {}
     attended: set[str] = set()
     views: dict[str, list[dict[str, int]]] = {}
 
-    def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def record(
+        next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
         module = context.module
-        if context.method_name == "attend":  # the table is an output head too, which an adapter on the lookup is not
+        if (
+            context.method_name == "attend"
+        ):  # the table is an output head too, which an adapter on the lookup is not
             attended.add("/".join(module.path))
         if context.method_name == "__call__":
             view = nn.meta.unbox(module.variables.get("params", {}))
             path = "/".join(module.path)
-            views.setdefault(path, []).append({name: leaf.ndim for name, leaf in flatten(view).items()})
+            views.setdefault(path, []).append(
+                {name: leaf.ndim for name, leaf in flatten(view).items()}
+            )
             if found := intercept.trace(module, args, kwargs):
                 seen[path] = found
         return next_fun(*args, **kwargs)
@@ -66,7 +76,11 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
             return apply({"params": params}, *example)
 
     jax.eval_shape(run, unflatten(plain), *example)
-    return {path: _spec(path, traced, full[path], views) for path, traced in seen.items() if path not in attended}
+    return {
+        path: _spec(path, traced, full[path], views)
+        for path, traced in seen.items()
+        if path not in attended
+    }
 
 
 def logical_paths(path: str, spec: LayerSpec, shape: tuple[int, ...]) -> list[str]:
@@ -92,7 +106,9 @@ def _is_base(path: str) -> bool:
     return path.rpartition("/")[2] not in ADAPTER_LEAVES | STEP_LEAVES
 
 
-def _spec(path: str, traced: intercept.Traced, layer: Layer, views: dict[str, list[dict[str, int]]]) -> LayerSpec:
+def _spec(
+    path: str, traced: intercept.Traced, layer: Layer, views: dict[str, list[dict[str, int]]]
+) -> LayerSpec:
     """The spec of the whole leaf, from that of the slice which the model sees inside its scans."""
     name = "embedding" if traced.spec.kind == "embed" else "kernel"
     shape, local = layer[name].shape, traced.shape
@@ -102,7 +118,9 @@ def _spec(path: str, traced: intercept.Traced, layer: Layer, views: dict[str, li
             f"{path}: its kernel {shape} is seen as {local} inside the model; lift modules over the first axis "
             'of their parameters (nn.scan(variable_axes={"params": 0}))'
         )
-    return traced.spec.inside_scans(tuple(_scanned(path, name, len(shape) - 1 - k, views) for k in range(n)))
+    return traced.spec.inside_scans(
+        tuple(_scanned(path, name, len(shape) - 1 - k, views) for k in range(n))
+    )
 
 
 def _scanned(path: str, name: str, ndim: int, views: dict[str, list[dict[str, int]]]) -> int:

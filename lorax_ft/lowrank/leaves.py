@@ -47,20 +47,28 @@ def adapter_leaves(
       plan: the ranks and scales of its matrices.
       key: every matrix's randomness is folded from it and the matrix's path.
       keeps: whether W stays where the init would change it.
-      original: reads W again, where the kernel is quantised and the init changes it.
-      rounds: of decomposition and quantising.
+      original: reads W again, where the kernel is quantized and the init changes it.
+      rounds: of decomposition and quantizing.
       statistic: what an init from data starts from, with one stack axis.
     """
     w = spec.canonical("kernel", kernel)
     stack, rows, _ = spec.sizes(kernel.shape)
     keys = _keys(key, plan.paths)
     site = Site(
-        w=matrices(w, stack=len(keys), rows=rows), rank=plan.width, ranks=plan.ranks.reshape(-1),
-        scales=plan.scales.reshape(-1), keys=keys, embed=spec.kind == "embed", statistic=statistic, rounds=rounds,
-    )  # fmt: skip
+        w=matrices(w, stack=len(keys), rows=rows),
+        rank=plan.width,
+        ranks=plan.ranks.reshape(-1),
+        scales=plan.scales.reshape(-1),
+        keys=keys,
+        embed=spec.kind == "embed",
+        statistic=statistic,
+        rounds=rounds,
+    )
     base: Layer = {}
     if original is not None and isinstance(kernel, Quantized):
-        kernel_without, begun = _requantized(site, config, kernel, original, plan.scales, n_in=len(spec.ins))
+        kernel_without, begun = _requantized(
+            site, config, kernel, original, plan.scales, n_in=len(spec.ins)
+        )
         base["kernel"] = kernel_without
     else:
         begun = start(site, config)
@@ -68,12 +76,23 @@ def adapter_leaves(
 
     def leaf(name: str, factor: Array) -> Array:
         n_in = len(spec.stack) + len(spec.ins)
-        shape = (*w.shape[:n_in], plan.width) if name == "lora_a" else (*stack, plan.width, *w.shape[n_in:])
+        shape = (
+            (*w.shape[:n_in], plan.width)
+            if name == "lora_a"
+            else (*stack, plan.width, *w.shape[n_in:])
+        )
         return spec.restored(name, factor.reshape(shape))
 
-    leaves = {"lora_a": leaf("lora_a", a), "lora_b": leaf("lora_b", b), "lora_scale": jnp.asarray(plan.scales)}
+    leaves = {
+        "lora_a": leaf("lora_a", a),
+        "lora_b": leaf("lora_b", b),
+        "lora_scale": jnp.asarray(plan.scales),
+    }
     if taken is not None:  # copies: A and B are donated to the step, their start stays
-        leaves |= {"lora_a0": jnp.copy(leaf("lora_a", taken[0])), "lora_b0": jnp.copy(leaf("lora_b", taken[1]))}
+        leaves |= {
+            "lora_a0": jnp.copy(leaf("lora_a", taken[0])),
+            "lora_b0": jnp.copy(leaf("lora_b", taken[1])),
+        }
         if keeps:
             leaves["start_scale"] = jnp.asarray(plan.scales)
         elif not base:
@@ -84,7 +103,7 @@ def adapter_leaves(
 
 
 def without_start(layer: Layer, spec: LayerSpec | None, original: Original | None) -> Layer:
-    """The kernel W − s A₀ B₀; of a quantised one, that of the original quantised anew."""
+    """The kernel W − s A₀ B₀; of a quantized one, that of the original quantized anew."""
     layer = as_canonical(layer, spec)
     if isinstance(layer["kernel"], Quantized):
         assert original is not None
@@ -93,9 +112,15 @@ def without_start(layer: Layer, spec: LayerSpec | None, original: Original | Non
         a, b = (jnp.asarray(on_host(layer[name])) for name in ("lora_a0", "lora_b0"))
         n_in, rank = a.ndim - scales.ndim - 1, a.shape[-1]
         a, b = a.reshape(scales.size, -1, rank), b.reshape(scales.size, rank, -1)
-        quantized = requantized(layer["kernel"], original, lambda w, i, rounded: (a[i], b[i]), scales, n_in=n_in)
+        quantized = requantized(
+            layer["kernel"], original, lambda w, i, rounded: (a[i], b[i]), scales, n_in=n_in
+        )
         return {"kernel": quantized}
-    start = {"lora_a": layer["lora_a0"], "lora_b": layer["lora_b0"], "lora_scale": -layer["lora_scale"]}
+    start = {
+        "lora_a": layer["lora_a0"],
+        "lora_b": layer["lora_b0"],
+        "lora_scale": -layer["lora_scale"],
+    }
     kernel = merged_kernel(start | {"kernel": layer["kernel"]})
     return {"kernel": spec.restored("kernel", kernel) if spec else kernel}
 
@@ -106,7 +131,13 @@ def fold_path(key: Array, path: str) -> Array:
 
 
 def _requantized(
-    site: Site, config: AdapterConfig, kernel: Quantized, original: Original, scales: np.ndarray, *, n_in: int
+    site: Site,
+    config: AdapterConfig,
+    kernel: Quantized,
+    original: Original,
+    scales: np.ndarray,
+    *,
+    n_in: int,
 ) -> tuple[Quantized, Start]:
     """The kernel q(W − s A₀ B₀) and where its adapters start, a matrix at a time."""
     begun: list[Start] = []
@@ -116,12 +147,17 @@ def _requantized(
         begun.append(
             start(
                 dataclasses.replace(
-                    site, w=w, ranks=site.ranks[i], scales=site.scales[i], keys=site.keys[i], statistic=one,
+                    site,
+                    w=w,
+                    ranks=site.ranks[i],
+                    scales=site.scales[i],
+                    keys=site.keys[i],
+                    statistic=one,
                     rounded=rounded,
                 ),
                 config,
             )
-        )  # fmt: skip
+        )
         taken = begun[-1].taken
         assert taken is not None
         return taken

@@ -2,7 +2,7 @@
 
 A layer is a dict of leaves; which leaves stand there says which method it is:
 
-    kernel | embedding  [*L, in, out]   W, the base weight: an array, or a quantised leaf (`lorax_ft.quant`)
+    kernel | embedding  [*L, in, out]   W, the base weight: an array, or a quantized leaf (`lorax_ft.quant`)
     bias                [*L, out]       b
     lora_a, lora_b      [*L, in, r], [*L, r, out]   A and B
     lora_scale          [*L]            s
@@ -30,7 +30,9 @@ from lorax_ft.quant.kernels import dense, matrices
 Layer = dict[str, Any]
 Dot = Callable[[Array, Array], Array]
 
-ADAPTER_LEAVES = frozenset({"lora_a", "lora_b", "lora_scale", "lora_a0", "lora_b0", "start_scale", "magnitude"})
+ADAPTER_LEAVES = frozenset(
+    {"lora_a", "lora_b", "lora_scale", "lora_a0", "lora_b0", "start_scale", "magnitude"}
+)
 STEP_LEAVES = frozenset({"norm", "dropout_key", "dropout_rate"})
 NORM_BLOCK = 2**22  # elements of W + s A B that the norm holds at once
 
@@ -55,16 +57,24 @@ def linear(layer: Layer, x: Array, dot: Dot, *, precision: lax.PrecisionLike = N
     Source: LoRA (2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948).
     """
     if "magnitude" in layer and "norm" not in layer:
-        raise ValueError("this layer has a DoRA magnitude without its norm; call lorax_ft.with_norms(params) first")
+        raise ValueError(
+            "this layer has a DoRA magnitude without its norm; call lorax_ft.with_norms(params) first"
+        )
 
     def base(x: Array) -> Array:  # x W, less the start where the base was kept
         y = dot(x, layer["kernel"])
-        return y - low_rank(x, ("lora_a0", "lora_b0", "start_scale"), y.dtype) if "start_scale" in layer else y
+        return (
+            y - low_rank(x, ("lora_a0", "lora_b0", "start_scale"), y.dtype)
+            if "start_scale" in layer
+            else y
+        )
 
     def low_rank(x: Array, names: tuple[str, str, str], dtype: jnp.dtype) -> Array:
         a, b, s = (layer[name] for name in names)
         b = (s.reshape(s.shape + (1,) * (b.ndim - s.ndim)) * b).astype(dtype)
-        return _expand(dot(x, a.astype(dtype)).astype(dtype), b, n_stack=s.ndim, precision=precision)
+        return _expand(
+            dot(x, a.astype(dtype)).astype(dtype), b, n_stack=s.ndim, precision=precision
+        )
 
     y = base(x)
     dtype = y.dtype
@@ -116,7 +126,9 @@ def column_norm(layer: Layer) -> Array:
     """
     n_stack = layer["lora_scale"].ndim
     out_shape = layer["lora_b"].shape[n_stack + 1 :]
-    norms = _over_stack(_norm_matrix, _matrices(jax.tree.map(lax.stop_gradient, layer)), jnp.float32)
+    norms = _over_stack(
+        _norm_matrix, _matrices(jax.tree.map(lax.stop_gradient, layer)), jnp.float32
+    )
     return norms.reshape(*layer["lora_scale"].shape, *out_shape)
 
 
@@ -135,7 +147,9 @@ def _dropout(layer: Layer, x: Array) -> Array:
     """x̃: the input of the adapter branch; x itself where there is nothing to drop."""
     if "dropout_key" not in layer or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    key, rate = (layer[name].reshape(-1)[0] for name in ("dropout_key", "dropout_rate"))  # experts share x
+    key, rate = (
+        layer[name].reshape(-1)[0] for name in ("dropout_key", "dropout_rate")
+    )  # experts share x
     keep = 1 - rate  # in float32, as bfloat16 has no 0.99
     scaled = (x.astype(jnp.float32) / keep).astype(x.dtype)
     return jnp.where(jax.random.bernoulli(key, keep, x.shape), scaled, 0)
@@ -168,7 +182,9 @@ def _matrices(layer: Layer) -> Layer:
     return flat
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))  # or the loop would be compiled anew at every call outside a jit
+@functools.partial(
+    jax.jit, static_argnums=(0, 2)
+)  # or the loop would be compiled anew at every call outside a jit
 def _over_stack(f: Callable[[Layer], Array], layers: Layer, dtype: jnp.dtype) -> Array:
     """f of each matrix of a stack, one at a time."""
     if layers["kernel"].shape[0] == 1:
@@ -179,7 +195,9 @@ def _over_stack(f: Callable[[Layer], Array], layers: Layer, dtype: jnp.dtype) ->
 def _merge_matrix(layer: Layer) -> Array:
     """(W + s A B) · m / n of one matrix `[I, O]`, or of some of its rows, in float32."""
     w = dense(layer["kernel"], jnp.float32)
-    w = w + layer["lora_scale"] * jnp.matmul(layer["lora_a"], layer["lora_b"], precision=lax.Precision.HIGHEST)
+    w = w + layer["lora_scale"] * jnp.matmul(
+        layer["lora_a"], layer["lora_b"], precision=lax.Precision.HIGHEST
+    )
     if "start_scale" in layer:
         start = jnp.matmul(layer["lora_a0"], layer["lora_b0"], precision=lax.Precision.HIGHEST)
         w = w - layer["start_scale"] * start
@@ -190,18 +208,26 @@ def _norm_matrix(layer: Layer) -> Array:
     """‖W + s A B‖ of one matrix over its rows, `[O]`."""
     layer = layer | {"kernel": dense(layer["kernel"])}
     rows, columns = layer["kernel"].shape
-    blocks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * columns <= NORM_BLOCK or n == rows))
+    blocks = next(
+        n
+        for n in range(1, rows + 1)
+        if rows % n == 0 and (rows // n * columns <= NORM_BLOCK or n == rows)
+    )
 
     def block_squares(part: Layer) -> Array:
         return jnp.sum(_merge_matrix(layer | part) ** 2, axis=0)
 
-    by_row: Layer = {name: leaf for name, leaf in layer.items() if name in ("kernel", "lora_a", "lora_a0")}
+    by_row: Layer = {
+        name: leaf for name, leaf in layer.items() if name in ("kernel", "lora_a", "lora_a0")
+    }
     if blocks == 1:
         return jnp.sqrt(block_squares(by_row))
     strided = {k: v.reshape(rows // blocks, blocks, -1) for k, v in by_row.items()}
 
     def add_block(i: Array, squares: Array) -> Array:
-        every_kth = {k: lax.dynamic_index_in_dim(v, i, axis=1, keepdims=False) for k, v in strided.items()}
+        every_kth = {
+            k: lax.dynamic_index_in_dim(v, i, axis=1, keepdims=False) for k, v in strided.items()
+        }
         return squares + block_squares(every_kth)
 
     return jnp.sqrt(lax.fori_loop(0, blocks, add_block, jnp.zeros(columns, jnp.float32)))

@@ -17,7 +17,9 @@ from jax import Array
 from lorax_ft.lowrank.svd import Factors
 
 
-def lora_ga(g: Array, *, rank: int, ranks: np.ndarray, gamma: float, svd: Callable[[Array], Factors]) -> Factors:
+def lora_ga(
+    g: Array, *, rank: int, ranks: np.ndarray, gamma: float, svd: Callable[[Array], Factors]
+) -> Factors:
     """A `[L, I, r]` and B `[L, r, O]` of a stack of matrices.
 
     Args:

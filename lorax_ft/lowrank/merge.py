@@ -36,7 +36,9 @@ def merge_adapters(params: Tree, *, layout: Layout | None = None) -> Tree:
     return unflatten(dict(merged_leaves(params, layout=layout)))
 
 
-def merged_leaves(params: Tree, *, layout: Layout | None = None, dtype: Any = None) -> Iterator[tuple[str, Array]]:
+def merged_leaves(
+    params: Tree, *, layout: Layout | None = None, dtype: Any = None
+) -> Iterator[tuple[str, Array]]:
     """The leaves of `merge_adapters` by slash path, one at a time, so that not all need to exist at once.
 
     What is merged has the kernel's own type, or `dtype`.
@@ -66,7 +68,9 @@ def merge_weighted(
       ValueError: there are not as many weights as trees, or none.
     """
     if not adapted or len(adapted) != len(weights):
-        raise ValueError(f"{len(adapted)} adapters and {len(weights)} weights; give as many of each, at least one")
+        raise ValueError(
+            f"{len(adapted)} adapters and {len(weights)} weights; give as many of each, at least one"
+        )
     flat = flatten(base)
     table = "embed_tokens/embedding"
     tied = "lm_head/kernel" not in flat and table in flat
@@ -74,19 +78,26 @@ def merge_weighted(
     untied = False
     for params, weight in zip(adapted, weights, strict=True):
         merged = merged_leaves(params, layout=layout, dtype=jnp.float32)
-        changed = {path: leaf for path, leaf in merged if path not in flat or leaf is not flat[path]}
+        changed = {
+            path: leaf for path, leaf in merged if path not in flat or leaf is not flat[path]
+        }
         if tied:  # a head that is the table changes as the table does
             untied |= "lm_head/kernel" in changed
             own = changed.get(table, flat[table]).T
             changed["lm_head/kernel"] = changed.get("lm_head/kernel", own)
         for path, leaf in changed.items():
             old = flat[path] if path in flat else tied_kernel(base)
-            change[path] = change.get(path, 0) + weight * (leaf.astype(jnp.float32) - dense(old, jnp.float32))
+            change[path] = change.get(path, 0) + weight * (
+                leaf.astype(jnp.float32) - dense(old, jnp.float32)
+            )
     if tied and not untied:
         change.pop("lm_head/kernel")
     kept = flat | ({"lm_head/kernel": tied_kernel(base)} if tied and untied else {})
     return unflatten(
-        {p: (dense(w, jnp.float32) + change[p]).astype(w.dtype) if p in change else w for p, w in kept.items()}
+        {
+            p: (dense(w, jnp.float32) + change[p]).astype(w.dtype) if p in change else w
+            for p, w in kept.items()
+        }
     )
 
 
@@ -106,10 +117,14 @@ def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout | None = None
         if "lora_a" not in layer:
             continue
         if "magnitude" in layer or "kernel" not in layer:
-            raise ValueError(f"{path}: merged weights do not tell the base of a DoRA, an embedding or a tied head")
+            raise ValueError(
+                f"{path}: merged weights do not tell the base of a DoRA, an embedding or a tied head"
+            )
         turned = {name: -layer[name] for name in ("lora_scale", "start_scale") if name in layer}
         back = layer | turned | {"kernel": layers[path]["kernel"]}
-        layers[path] = layers[path] | {"kernel": _merged(back, "kernel", layout[path] if layout else None)}
+        layers[path] = layers[path] | {
+            "kernel": _merged(back, "kernel", layout[path] if layout else None)
+        }
     return from_modules(layers)
 
 
@@ -122,10 +137,19 @@ def _merged(layer: Layer, name: str, spec: LayerSpec | None) -> Array:
 def _untied(params: Tree, layout: Layout | None) -> Tree:
     """The tree with a head of its own where an adapter makes a tied head and its embedding differ."""
     flat = flatten(params)
-    embeddings = [path for path, layer in modules(params).items() if {"embedding", "lora_a"} <= layer.keys()]
+    embeddings = [
+        path for path, layer in modules(params).items() if {"embedding", "lora_a"} <= layer.keys()
+    ]
     if embeddings and layout is None:
-        raise ValueError(f"{embeddings[0]} is adapted and may be the output head too: pass layout= to merge it")
-    tied = "lm_head/kernel" not in flat and layout is not None and "lm_head" in layout and layout["lm_head"].by_name
+        raise ValueError(
+            f"{embeddings[0]} is adapted and may be the output head too: pass layout= to merge it"
+        )
+    tied = (
+        "lm_head/kernel" not in flat
+        and layout is not None
+        and "lm_head" in layout
+        and layout["lm_head"].by_name
+    )
     if ("lm_head/lora_a" in flat and "lm_head/kernel" not in flat) or (embeddings and tied):
         flat = flat | {"lm_head/kernel": tied_kernel(params)}
     return unflatten(flat)

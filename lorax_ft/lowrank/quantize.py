@@ -1,4 +1,4 @@
-"""Quantising the base of any linen model whose layout is known.
+"""Quantizing the base of any linen model whose layout is known.
 
 {"up_proj": {"kernel": W}}  →  {"up_proj": {"kernel": NF4(codes, absmax)}}
 """
@@ -17,8 +17,10 @@ from lorax_ft.quant.kernels import Quantized, quantize
 from lorax_ft.tree import Tree, from_modules, modules
 
 
-def quantize_base(params: Tree, config: QuantConfig, *, layout: Layout) -> tuple[Tree, dict[str, Original]]:
-    """The parameters with quantised kernels, and by path what reads the kernels as they were.
+def quantize_base(
+    params: Tree, config: QuantConfig, *, layout: Layout
+) -> tuple[Tree, dict[str, Original]]:
+    """The parameters with quantized kernels, and by path what reads the kernels as they were.
 
     Embeddings, output heads and routers stay whole, and kernels whose axes are not in the order stack, in, out (some
     of `nn.Einsum`'s).
@@ -33,7 +35,7 @@ def quantize_base(params: Tree, config: QuantConfig, *, layout: Layout) -> tuple
       held, so are the original kernels.
 
     Raises:
-      ValueError: the format is none, a kernel is quantised already, or there is no kernel to quantise.
+      ValueError: the format is none, a kernel is quantized already, or there is no kernel to quantize.
     """
     if config.format == "none":
         raise ValueError("quant.format is none; give nf4 or int8")
@@ -42,15 +44,21 @@ def quantize_base(params: Tree, config: QuantConfig, *, layout: Layout) -> tuple
     for path, spec in layout.items():
         kernel = layers.get(path, {}).get("kernel")
         if isinstance(kernel, Quantized):
-            raise ValueError(f"{path} is quantised already; give the parameters as they were loaded")
+            raise ValueError(
+                f"{path} is quantized already; give the parameters as they were loaded"
+            )
         if kernel is None or spec.by_name or not _in_order(spec):
             continue
         n_stack, n_in = len(spec.stack), len(spec.ins)
-        leaf = quantize(kernel, format=config.format, doubled=config.double, n_stack=n_stack, n_in=n_in)
+        leaf = quantize(
+            kernel, format=config.format, double_quant=config.double, n_stack=n_stack, n_in=n_in
+        )
         layers[path] = layers[path] | {"kernel": leaf}
         originals[path] = _reader(kernel)
     if not originals:
-        raise ValueError(f"none of the layers has a kernel of axes stack, in, out: {', '.join(layout) or 'no layer'}")
+        raise ValueError(
+            f"none of the layers has a kernel of axes stack, in, out: {', '.join(layout) or 'no layer'}"
+        )
     return from_modules(layers), originals
 
 

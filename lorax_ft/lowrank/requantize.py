@@ -1,4 +1,4 @@
-"""Taking a start out of a base that is quantised: W is read again, a matrix at a time, and becomes q(W − s A₀ B₀)."""
+"""Taking a start out of a base that is quantized: W is read again, a matrix at a time, and becomes q(W − s A₀ B₀)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from lorax_ft.quant.kernels import Quantized, dense, quantize_as
 from lorax_ft.quant.stream import streamed
 
 Original = Callable[[tuple[int, ...]], np.ndarray]
-"""Reads the matrix `[*ins, *outs]` at an index of the stack, as it was before it was quantised."""
+"""Reads the matrix `[*ins, *outs]` at an index of the stack, as it was before it was quantized."""
 Rounded = Callable[[Array], Array]
-"""Quantising and back."""
+"""Quantizing and back."""
 
 
 def is_requantized(layer: Mapping[str, Any]) -> bool:
     """Whether the layer's kernel is q(W − s A₀ B₀), which neither W nor q(W) and the factors give back."""
-    return isinstance(layer.get("kernel"), Quantized) and "lora_a0" in layer and "start_scale" not in layer
+    return (
+        isinstance(layer.get("kernel"), Quantized)
+        and "lora_a0" in layer
+        and "start_scale" not in layer
+    )
 
 
 def requantized(
@@ -34,7 +38,7 @@ def requantized(
     *,
     n_in: int,
 ) -> Quantized:
-    """The stack quantised anew, as `kernel` is and where it is, without its start.
+    """The stack quantized anew, as `kernel` is and where it is, without its start.
 
     Args:
       kernel: of the shape `[*L, *ins, *outs]`.
@@ -53,6 +57,10 @@ def requantized(
         i = int(np.ravel_multi_index(index, stack)) if stack else 0
         w = jnp.asarray(original(index), jnp.float32).reshape(1, rows, -1)
         a, b = start_of(w, slice(i, i + 1), rounded)
-        return quantize_as(kernel, (w - scales[index] * product(a, b)).reshape(sizes), n_stack=0, n_in=n_in)
+        return quantize_as(
+            kernel, (w - scales[index] * product(a, b)).reshape(sizes), n_stack=0, n_in=n_in
+        )
 
-    return streamed(matrix, stack=stack, like=kernel, on=jax.tree.map(lambda part: part.sharding, kernel))
+    return streamed(
+        matrix, stack=stack, like=kernel, on=jax.tree.map(lambda part: part.sharding, kernel)
+    )

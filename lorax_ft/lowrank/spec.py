@@ -38,7 +38,7 @@ class LayerSpec:
     def canonical(self, name: str, leaf: Any) -> Any:
         """The leaf called `name` with its axes in the order stack, in, out; r stands for the axes it replaces.
 
-        Quantised kernels have them in that order already.
+        Quantized kernels have them in that order already.
         """
         if isinstance(leaf, Quantized):
             return leaf
@@ -52,14 +52,20 @@ class LayerSpec:
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
         """The stack's shape, and the numbers of rows and columns of each matrix, of a kernel of `shape`."""
-        stack, ins, outs = (tuple(shape[i] for i in axes) for axes in (self.stack, self.ins, self.outs))
+        stack, ins, outs = (
+            tuple(shape[i] for i in axes) for axes in (self.stack, self.ins, self.outs)
+        )
         return stack, math.prod(ins), math.prod(outs)
 
     def inside_scans(self, scanned: tuple[int, ...]) -> LayerSpec:
         """The spec of the stacked kernel, where this is that of the slice inside scans."""
         n = len(scanned)
-        stack, ins, outs = (tuple(n + axis for axis in axes) for axes in (self.stack, self.ins, self.outs))
-        return dataclasses.replace(self, stack=(*range(n), *stack), ins=ins, outs=outs, scanned=scanned)
+        stack, ins, outs = (
+            tuple(n + axis for axis in axes) for axes in (self.stack, self.ins, self.outs)
+        )
+        return dataclasses.replace(
+            self, stack=(*range(n), *stack), ins=ins, outs=outs, scanned=scanned
+        )
 
     def _axes(self, name: str) -> tuple[int, ...]:
         ins = self.ins[:1] if name in ("lora_b", "lora_b0") else self.ins

@@ -49,9 +49,9 @@ class Site:
     """What an init from data is given: EVA its A `[L, I, R]`, CorDA Σ xᵀ x / N `[L, I, I]`, LoRA-GA and LoRA-One
     ∂L/∂W `[L, I, O]`."""
     rounds: int = 1
-    """Rounds of decomposition and quantising."""
+    """Rounds of decomposition and quantizing."""
     rounded: Callable[[Array], Array] | None = None
-    """Quantising and back, where the base is to be quantised once the start is out of it."""
+    """Quantizing and back, where the base is to be quantized once the start is out of it."""
 
     def own(self, a: Array, b: Array) -> Factors:
         """The factors, with zeros beyond each matrix's own rank."""
@@ -60,7 +60,9 @@ class Site:
 
     def over_root(self, a: Array, b: Array) -> Factors:
         """A / √s and B / √s."""
-        root = jnp.sqrt(jnp.maximum(jnp.asarray(self.scales), jnp.finfo(jnp.float32).tiny))[:, None, None]
+        root = jnp.sqrt(jnp.maximum(jnp.asarray(self.scales), jnp.finfo(jnp.float32).tiny))[
+            :, None, None
+        ]
         return a / root, b / root
 
     def drawn(self, draw: Callable[..., Array], size: int) -> Array:
@@ -83,7 +85,9 @@ def start(site: Site, config: AdapterConfig) -> Start:
     if site.embed:
         no_a = jnp.zeros((count, rows, site.rank), jnp.float32)
         return Start(site.own(no_a, site.drawn(initial.embedding, columns)))
-    triples = functools.partial(svd, rank=site.rank, iterations=config.svd_iterations, keys=site.keys)
+    triples = functools.partial(
+        svd, rank=site.rank, iterations=config.svd_iterations, keys=site.keys
+    )
     if config.init in CHANGES_BASE:
         return _taken_out(site, config, triples)
     return Start(site.own(*_beside(site, config, triples)))
@@ -117,26 +121,41 @@ def _taken_out(site: Site, config: AdapterConfig, triples: Callable[..., Factors
 
     match config.init:
         case "pissa":
-            factors = site.over_root(*pissa(dense(site.w), svd=decomposed, rounded=site.rounded, rounds=site.rounds))
+            factors = site.over_root(
+                *pissa(dense(site.w), svd=decomposed, rounded=site.rounded, rounds=site.rounds)
+            )
         case "milora":
             factors = site.over_root(*milora(dense(site.w), svd=decomposed))
         case "corda":
             assert site.statistic is not None
-            last, randomised = config.corda_mode == "kpm", None if config.svd_iterations is None else triples
-            found = corda(dense(site.w), site.statistic, rank=site.rank, last=last, randomised=randomised)
+            last, randomized = (
+                config.corda_mode == "kpm",
+                None if config.svd_iterations is None else triples,
+            )
+            found = corda(
+                dense(site.w), site.statistic, rank=site.rank, last=last, randomized=randomized
+            )
             factors = site.over_root(*found)
         case "lora_ga":
             assert site.statistic is not None
             twice = functools.partial(triples, rank=2 * site.rank)
             gamma = config.lora_ga_gamma
-            factors = lora_ga(site.statistic, rank=site.rank, ranks=site.ranks, gamma=gamma, svd=twice)
+            factors = lora_ga(
+                site.statistic, rank=site.rank, ranks=site.ranks, gamma=gamma, svd=twice
+            )
         case "loftq":
             if site.rounded is None:
                 raise ValueError(
-                    "adapter.init is loftq, which starts from what quantising loses, and a kernel is not quantised; "
+                    "adapter.init is loftq, which starts from what quantizing loses, and a kernel is not quantized; "
                     "set quant.format, leave adapter.keep_base out and target linear layers, not the head"
                 )
-            fitted = loftq(dense(site.w), rank=site.rank, svd=decomposed, rounded=site.rounded, rounds=site.rounds)
+            fitted = loftq(
+                dense(site.w),
+                rank=site.rank,
+                svd=decomposed,
+                rounded=site.rounded,
+                rounds=site.rounds,
+            )
             return Start(*(site.over_root(*factors) for factors in fitted))
         case _:
             factors = olora(dense(site.w), rank=site.rank)

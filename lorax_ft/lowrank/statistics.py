@@ -23,7 +23,12 @@ from lorax_ft.lowrank.svd import svd
 from lorax_ft.lowrank.targets import Plan, plan_adapters
 
 Kind = Literal["covariance", "moment", "gradient"]
-STATISTICS: dict[str, Kind] = {"eva": "covariance", "corda": "moment", "lora_ga": "gradient", "lora_one": "gradient"}
+STATISTICS: dict[str, Kind] = {
+    "eva": "covariance",
+    "corda": "moment",
+    "lora_ga": "gradient",
+    "lora_one": "gradient",
+}
 """Which inits need which: Σ (x − x̄)ᵀ (x − x̄) / N or Σ xᵀ x / N of the inputs, `[*L, I, I]`, or ∂L/∂W `[*L, I, O]`."""
 
 
@@ -59,7 +64,9 @@ def needed_statistics(
 
 
 def checked_statistics(
-    config: AdapterConfig, given: Mapping[str, Array | np.ndarray], needed: Mapping[str, jax.ShapeDtypeStruct]
+    config: AdapterConfig,
+    given: Mapping[str, Array | np.ndarray],
+    needed: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, Array]:
     """The statistics that are needed, each `[L, ...]` with one stack axis.
 
@@ -89,7 +96,11 @@ def checked_statistics(
 
 
 def spread_ranks(
-    plans: Mapping[str, Plan], covariances: Mapping[str, Array], config: AdapterConfig, *, key: Array
+    plans: Mapping[str, Plan],
+    covariances: Mapping[str, Array],
+    config: AdapterConfig,
+    *,
+    key: Array,
 ) -> tuple[dict[str, Plan], dict[str, Array]]:
     """EVA: the plans with the ranks where they explain most, and the directions `[L, I, R]` that A is to start from.
 
@@ -98,9 +109,13 @@ def spread_ranks(
     plans, directions, explained = dict(plans), {}, {}
     for path, c in covariances.items():
         keys = jax.random.split(fold_path(key, path), len(c))
-        decomposed = functools.partial(svd, rank=plans[path].width, iterations=config.svd_iterations, keys=keys)
+        decomposed = functools.partial(
+            svd, rank=plans[path].width, iterations=config.svd_iterations, keys=keys
+        )
         directions[path], explained[path] = eva(c, svd=decomposed)
-    traced = any(isinstance(share, jax.core.Tracer) for share in explained.values())  # for the shapes alone
+    traced = any(
+        isinstance(share, jax.core.Tracer) for share in explained.values()
+    )  # for the shapes alone
     if config.eva_rho == 1 or not explained or traced:
         return plans, directions
     before = {path: plans[path].ranks.reshape(-1) for path in explained}
@@ -108,6 +123,12 @@ def spread_ranks(
     for path, new in redistributed(before, shares, rho=config.eva_rho).items():
         plan = plans[path]
         ranks = new.reshape(plan.ranks.shape)
-        grown = np.sqrt(ranks / np.maximum(plan.ranks, 1)) if config.scaling == "rank_stabilized" else ranks > 0
-        plans[path] = dataclasses.replace(plan, ranks=ranks, scales=(plan.scales * grown).astype(np.float32))
+        grown = (
+            np.sqrt(ranks / np.maximum(plan.ranks, 1))
+            if config.scaling == "rank_stabilized"
+            else ranks > 0
+        )
+        plans[path] = dataclasses.replace(
+            plan, ranks=ranks, scales=(plan.scales * grown).astype(np.float32)
+        )
     return plans, directions

@@ -1,4 +1,4 @@
-"""The top singular triples of matrices, W ≈ U_r S_r V_rᵀ: exactly on the host, or randomised on the device.
+"""The top singular triples of matrices, W ≈ U_r S_r V_rᵀ: exactly on the host, or randomized on the device.
 
 Exactly, the last r as well.
 """
@@ -22,14 +22,16 @@ Factors = tuple[Array, Array]
 """A `[L, I, r]` and B `[L, r, O]`."""
 
 
-def svd(w: Array, *, rank: int, iterations: int | None, keys: Array, last: bool = False) -> tuple[Array, Array]:
+def svd(
+    w: Array, *, rank: int, iterations: int | None, keys: Array, last: bool = False
+) -> tuple[Array, Array]:
     """U_r √S_r and √S_r V_rᵀ of a stack of matrices.
 
     Args:
       w: `[L, I, O]`.
       rank: r.
-      iterations: power iterations of the randomised SVD on the device; None: the exact SVD on the host.
-      keys: `[L]`, for the randomised SVD.
+      iterations: power iterations of the randomized SVD on the device; None: the exact SVD on the host.
+      keys: `[L]`, for the randomized SVD.
       last: the r smallest triples, the smallest first, in place of the largest; exactly only.
 
     Returns:
@@ -41,12 +43,14 @@ def svd(w: Array, *, rank: int, iterations: int | None, keys: Array, last: bool 
     if iterations is None:
         if isinstance(w, jax.core.Tracer):
             way_out = "call it there" if last else "set adapter.svd_iterations"
-            raise ValueError(f"the exact SVD runs on the host, outside jit and eval_shape; {way_out}")
+            raise ValueError(
+                f"the exact SVD runs on the host, outside jit and eval_shape; {way_out}"
+            )
         exactly = functools.partial(exact, rank=rank, last=last)
         a, b = exactly(np.asarray(w)) if w.is_fully_addressable else _shared(exactly, w)
         return jnp.asarray(a), jnp.asarray(b)
     with threadpool_limits(1, user_api="blas"):  # LAPACK's, on a CPU
-        return jax.block_until_ready(randomised(w, keys, rank=rank, iterations=iterations))
+        return jax.block_until_ready(randomized(w, keys, rank=rank, iterations=iterations))
 
 
 def product(a: Array, b: Array) -> Array:
@@ -56,7 +60,11 @@ def product(a: Array, b: Array) -> Array:
 
 def on_host(w: Array) -> np.ndarray:
     """The whole array on every host."""
-    return np.asarray(w) if w.is_fully_addressable else multihost_utils.process_allgather(w, tiled=True)
+    return (
+        np.asarray(w)
+        if w.is_fully_addressable
+        else multihost_utils.process_allgather(w, tiled=True)
+    )
 
 
 def exact(w: np.ndarray, *, rank: int, last: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -73,11 +81,15 @@ def exact(w: np.ndarray, *, rank: int, last: bool = False) -> tuple[np.ndarray, 
         wide = m.shape[0] <= m.shape[1]
         short = m if wide else m.T  # [n, long]
         n = short.shape[0]
-        _, q = scipy.linalg.eigh(short @ short.T, subset_by_index=[0, rank - 1] if last else [n - rank, n - 1])
+        _, q = scipy.linalg.eigh(
+            short @ short.T, subset_by_index=[0, rank - 1] if last else [n - rank, n - 1]
+        )
         u, s, vt = np.linalg.svd(q.T @ short, full_matrices=False)
         order = slice(None, None, -1 if last else 1)
         u, root, vt = q @ u[:, order], np.sqrt(s[order]), vt[order]
-        sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(rank)])  # so that a smaller rank is a prefix of a larger
+        sign = np.sign(
+            u[np.abs(u).argmax(axis=0), np.arange(rank)]
+        )  # so that a smaller rank is a prefix of a larger
         u, vt = u * sign, vt * sign[:, None]
         near, far = u * root, root[:, None] * vt
         a, b = (near, far) if wide else (far.T, near.T)
@@ -89,7 +101,9 @@ def exact(w: np.ndarray, *, rank: int, last: bool = False) -> tuple[np.ndarray, 
     return np.stack([a for a, _ in parts]), np.stack([b for _, b in parts])
 
 
-def _shared(exactly: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], w: Array) -> tuple[np.ndarray, np.ndarray]:
+def _shared(
+    exactly: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], w: Array
+) -> tuple[np.ndarray, np.ndarray]:
     """`exact` of an array on several hosts: each takes some of the matrices, and all get the same factors."""
     n, i = jax.process_count(), jax.process_index()
     whole = on_host(w)
@@ -101,8 +115,8 @@ def _shared(exactly: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], w: A
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "iterations"))
-def randomised(w: Array, keys: Array, *, rank: int, iterations: int) -> tuple[Array, Array]:
-    """By a randomised SVD with power iterations (Halko et al., 0909.4061), float32 at the highest precision.
+def randomized(w: Array, keys: Array, *, rank: int, iterations: int) -> tuple[Array, Array]:
+    """By a randomized SVD with power iterations (Halko et al., 0909.4061), float32 at the highest precision.
 
     The basis Q spans the short side; it is made orthonormal once an iteration, Q ← qr(M Mᵀ Q), and M ≈ Q Qᵀ M.
     """
@@ -118,7 +132,10 @@ def randomised(w: Array, keys: Array, *, rank: int, iterations: int) -> tuple[Ar
         q = jnp.linalg.qr(y)[0]
         b = matmul(q.T, m)
         squares, u = jnp.linalg.eigh(matmul(b, b.T))  # ascending
-        u, root = u[:, ::-1][:, :rank], jnp.maximum(squares[::-1][:rank], 0) ** 0.25  # √S, where the squares are S²
+        u, root = (
+            u[:, ::-1][:, :rank],
+            jnp.maximum(squares[::-1][:rank], 0) ** 0.25,
+        )  # √S, where the squares are S²
         near, far = matmul(q, u) * root, matmul(u.T, b) / jnp.where(root > 0, root, 1)[:, None]
         return (near, far) if wide else (far.T, near.T)
 

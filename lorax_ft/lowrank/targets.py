@@ -28,7 +28,9 @@ class Plan:
     """R, the columns of A: the largest rank, or the largest that EVA may give."""
 
 
-def plan_adapters(config: AdapterConfig, *, layout: Layout, shapes: dict[str, tuple[int, ...]]) -> dict[str, Plan]:
+def plan_adapters(
+    config: AdapterConfig, *, layout: Layout, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Plan]:
     """The modules that `config` adapts, with the rank and the scale of each matrix of their stacks.
 
     Args:
@@ -45,13 +47,24 @@ def plan_adapters(config: AdapterConfig, *, layout: Layout, shapes: dict[str, tu
     plans = {}
     for path, spec in layout.items():
         ranks = np.array([_rank(config, name, spec) for name in paths[path]])
-        alphas = np.array([first_value(config.patterns("alpha_pattern"), name, config.alpha) for name in paths[path]])
+        alphas = np.array(
+            [
+                first_value(config.patterns("alpha_pattern"), name, config.alpha)
+                for name in paths[path]
+            ]
+        )
         if not ranks.any():
             continue
         stack, rows, columns = spec.sizes(shapes[path])
         if ranks.max() > min(rows, columns):
-            raise ValueError(f"{path}: rank {ranks.max()} is above the smaller side of its matrix, {rows} × {columns}")
-        divisor = np.sqrt(np.maximum(ranks, 1)) if config.scaling == "rank_stabilized" else np.maximum(ranks, 1)
+            raise ValueError(
+                f"{path}: rank {ranks.max()} is above the smaller side of its matrix, {rows} × {columns}"
+            )
+        divisor = (
+            np.sqrt(np.maximum(ranks, 1))
+            if config.scaling == "rank_stabilized"
+            else np.maximum(ranks, 1)
+        )
         scales = np.where(ranks > 0, alphas / divisor, 0).astype(np.float32)
         spread = config.eva_rho if config.init == "eva" and spec.kind != "embed" else 1
         plans[path] = Plan(
@@ -61,7 +74,9 @@ def plan_adapters(config: AdapterConfig, *, layout: Layout, shapes: dict[str, tu
             width=min(round(spread * ranks.max()), rows, columns),
         )
     if config.targets and not plans:
-        raise ValueError(f"adapter.exclude and adapter.layers leave nothing of adapter.targets {config.targets}")
+        raise ValueError(
+            f"adapter.exclude and adapter.layers leave nothing of adapter.targets {config.targets}"
+        )
     return plans
 
 
@@ -87,7 +102,9 @@ def is_target(path: str, *, targets: Sequence[str], by_name: bool, embed: bool) 
 
 def layer_index(path: str) -> int | None:
     """The index in a logical path: 3 for `layers/3/mlp` and for `Block_3/mlp`, None where there is none."""
-    found = re.search(r"(?:^|/)(?:[^/]*_)?(\d+)/", f"{path}/" if re.search(r"(^|/)\d+$", path) else path)
+    found = re.search(
+        r"(?:^|/)(?:[^/]*_)?(\d+)/", f"{path}/" if re.search(r"(^|/)\d+$", path) else path
+    )
     return int(found[1]) if found else None
 
 
@@ -96,7 +113,9 @@ def first_value(rules: Iterable[tuple[str, T]], path: str, default: T) -> T:
     return next((value for pattern, value in rules if matches(pattern, path)), default)
 
 
-def check_coverage(patterns: Iterable[str], hit: Callable[[str], bool], *, names: Iterable[str], where: str) -> None:
+def check_coverage(
+    patterns: Iterable[str], hit: Callable[[str], bool], *, names: Iterable[str], where: str
+) -> None:
     """Raise where a pattern matches none of the modules.
 
     Args:
@@ -114,7 +133,9 @@ def check_coverage(patterns: Iterable[str], hit: Callable[[str], bool], *, names
             last = {kind.rpartition("/")[2] for kind in kinds}
             near = difflib.get_close_matches(pattern, sorted(last | set(kinds)), n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}? There are" if near else "; there are"
-            raise ValueError(f"{where}: {pattern!r} matches no module{hint} {', '.join(kinds) or 'none'}")
+            raise ValueError(
+                f"{where}: {pattern!r} matches no module{hint} {', '.join(kinds) or 'none'}"
+            )
 
 
 def _rank(config: AdapterConfig, path: str, spec: LayerSpec) -> int:
@@ -134,14 +155,24 @@ def _check_patterns(config: AdapterConfig, layout: Layout, paths: dict[str, list
     names = [name for name, _ in known]
 
     def hit(pattern: str) -> bool:
-        return any(is_target(n, targets=(pattern,), by_name=s.by_name, embed=s.kind == "embed") for n, s in known)
+        return any(
+            is_target(n, targets=(pattern,), by_name=s.by_name, embed=s.kind == "embed")
+            for n, s in known
+        )
 
     check_coverage(config.targets, hit, names=names, where="adapter.targets")
     check_coverage(config.exclude, hit, names=names, where="adapter.exclude")
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = [p for p, _ in config.patterns(field)]
-        check_coverage(patterns, lambda p: any(matches(p, n) for n in names), names=names, where=f"adapter.{field}")
+        check_coverage(
+            patterns,
+            lambda p: any(matches(p, n) for n in names),
+            names=names,
+            where=f"adapter.{field}",
+        )
     indices = {index for index in map(layer_index, names) if index is not None}
     if missing := set(config.layers) - indices:
         last = max(indices, default=-1)
-        raise ValueError(f"adapter.layers: there is no layer {min(missing)}; the model has layers 0 to {last}")
+        raise ValueError(
+            f"adapter.layers: there is no layer {min(missing)}; the model has layers 0 to {last}"
+        )

@@ -22,7 +22,7 @@ Cache = dict[str, Array]
 BLOCKS = 4  # of queries: an eighth more than half of the products is left
 
 
-class Surroundings(NamedTuple):
+class RopeAndMask(NamedTuple):
     """What all layers of a kind share, stacked over the N distinct kinds."""
 
     cos: Array
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, around: Surroundings, positions: Array, cache: Cache | None
+        self, x: Array, around: RopeAndMask, positions: Array, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
         """`[B, T, D]` to `[B, T, D]`; `around` without its axis N, positions `[B, T]`."""
         c = self.config
@@ -58,15 +58,25 @@ class Attention(nn.Module):
         return dense(c, c.width, "o_proj")(y.reshape(*y.shape[:2], -1)), cache
 
 
-def surroundings(
-    config: DecoderConfig, positions: Array, segment_ids: Array | None, *, slots: int | None, length: Array | None
-) -> tuple[Surroundings, Array]:
+def rope_and_mask(
+    config: DecoderConfig,
+    positions: Array,
+    segment_ids: Array | None,
+    *,
+    slots: int | None,
+    length: Array | None,
+) -> tuple[RopeAndMask, Array]:
     """What layers share by kind, and the kind of each layer `[L]`; `slots` are a cache's, `length` `[B]` the texts'."""
     kinds = config.kinds if len(config.kinds) > 1 else config.kinds * config.layers
     distinct = tuple(dict.fromkeys(kinds))
     dims = next((kind.rope.dims for kind in distinct if kind.rope), 2)
-    still = (jnp.ones((*positions.shape, 1, dims // 2)), jnp.zeros((*positions.shape, 1, dims // 2)))
-    turns = [rotary(kind.rope, positions, length=length) if kind.rope else still for kind in distinct]
+    still = (
+        jnp.ones((*positions.shape, 1, dims // 2)),
+        jnp.zeros((*positions.shape, 1, dims // 2)),
+    )
+    turns = [
+        rotary(kind.rope, positions, length=length) if kind.rope else still for kind in distinct
+    ]
     cos, sin = (jnp.stack(parts) for parts in zip(*turns, strict=True))
     # A token's place in its row, or in the cache; a window that is longer than the row hides nothing.
     rows = positions if slots else jnp.arange(positions.shape[1])[None]
@@ -76,10 +86,12 @@ def surroundings(
         windows = windows[:1]
     mask = None
     if slots or segment_ids is not None or windows != [None]:
-        mask = jnp.stack([_causal(rows, places, window)[:, None] for window in windows])  # [N, B or 1, 1, T, S]
+        mask = jnp.stack(
+            [_causal(rows, places, window)[:, None] for window in windows]
+        )  # [N, B or 1, 1, T, S]
         if segment_ids is not None:
             mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return Surroundings(cos, sin, mask), jnp.array([distinct.index(kind) for kind in kinds])
+    return RopeAndMask(cos, sin, mask), jnp.array([distinct.index(kind) for kind in kinds])
 
 
 def _causal(places: Array, length: int, window: int | None = None) -> Array:
@@ -95,26 +107,38 @@ def attend(config: DecoderConfig, q: Array, k: Array, v: Array, mask: Array | No
     if kernel == "blocks" or config.attention_softcap is not None:
         return _attend_in_blocks(q, k, v, mask, scale=scale, cap=config.attention_softcap)
     causal = q.shape[1] == k.shape[1]  # with a cache there are more slots than queries
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=causal, implementation=kernel)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=causal, implementation=kernel
+    )
 
 
-def _attend_in_blocks(q: Array, k: Array, v: Array, mask: Array | None, *, scale: float, cap: float | None) -> Array:
+def _attend_in_blocks(
+    q: Array, k: Array, v: Array, mask: Array | None, *, scale: float, cap: float | None
+) -> Array:
     """`attend` with heads before rows, and in blocks of queries that leave out the keys behind them.
 
     On a CPU it takes 0.4 of the time of jax.nn.dot_product_attention (jax 0.10.2, forward and backward, 256 tokens).
     """
     b, t, h, c = q.shape
     s, heads = k.shape[1:3]
-    q = q.reshape(b, t, heads, h // heads, c).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, C], G queries a key
+    q = q.reshape(b, t, heads, h // heads, c).transpose(
+        0, 2, 3, 1, 4
+    )  # [B, K, G, T, C], G queries a key
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, C]
     n = t // BLOCKS if t == s and t % BLOCKS == 0 and t >= 32 * BLOCKS else t
     parts = []
     for start in range(0, t, n):
         seen = start + n if t == s else s
         rows = q[:, :, :, start : start + n].reshape(b, heads, -1, c)
-        scores = jnp.einsum("bkrc,bksc->bkrs", rows, k[:, :, :seen], preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "bkrc,bksc->bkrs", rows, k[:, :, :seen], preferred_element_type=jnp.float32
+        )
         scores = softcap(scale * scores.reshape(b, heads, h // heads, n, seen), cap)
-        visible = _causal(start + jnp.arange(n), seen) if mask is None else mask[:, :, None, start : start + n, :seen]
+        visible = (
+            _causal(start + jnp.arange(n), seen)
+            if mask is None
+            else mask[:, :, None, start : start + n, :seen]
+        )
         p = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min)).astype(v.dtype)
         y = jnp.einsum("bkrs,bksc->bkrc", p.reshape(b, heads, -1, seen), v[:, :, :seen])
         parts.append(y.reshape(b, heads, h // heads, n, c))
@@ -129,9 +153,9 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:
 
 def _write(cache: Array, new: Array, positions: Array) -> Array:
     """The cache `[B, S, K, C]` with `new` `[B, T, K, C]` in the slots from each row's first position on."""
-    return jax.vmap(lambda row, part, start: lax.dynamic_update_slice_in_dim(row, part, start, axis=0))(
-        cache, new, positions[:, 0]
-    )
+    return jax.vmap(
+        lambda row, part, start: lax.dynamic_update_slice_in_dim(row, part, start, axis=0)
+    )(cache, new, positions[:, 0])
 
 
 def _attention_kernel(
@@ -151,7 +175,9 @@ def _cudnn_lacks(config: DecoderConfig, *, tokens: tuple[int, int], masked: bool
     backend = jax.default_backend()
     if backend != "gpu":
         return f"a GPU, and this is a {backend}"
-    named = re.fullmatch(r"(\d+)\.(\d+)", jax.local_devices()[0].compute_capability)  # AMD's are not so named
+    named = re.fullmatch(
+        r"(\d+)\.(\d+)", jax.local_devices()[0].compute_capability
+    )  # AMD's are not so named
     generation = (int(named[1]), int(named[2])) if named else (0, 0)
     trains = tokens[0] == tokens[1]  # with a cache there are more slots than queries
     widest = 256 if generation >= (9, 0) else 128
@@ -159,7 +185,8 @@ def _cudnn_lacks(config: DecoderConfig, *, tokens: tuple[int, int], masked: bool
         "a GPU of NVIDIA's Ampere generation or later": generation >= (8, 0),
         "model.dtype bfloat16": config.dtype == "bfloat16",
         "no soft cap": config.attention_softcap is None,
-        f"heads of a width below {widest + 1} that 8 divides": config.head_dim <= widest and config.head_dim % 8 == 0,
+        f"heads of a width below {widest + 1} that 8 divides": config.head_dim <= widest
+        and config.head_dim % 8 == 0,
         "an even data.max_length under a mask": not (masked and trains) or tokens[0] % 2 == 0,
     }
     return next((need for need, met in needs.items() if not met), None)

@@ -25,7 +25,7 @@ class Experts:
     count: int
     top_k: int
     """Experts that a token takes."""
-    renormalised: bool
+    renormalized: bool
     """Whether the weights of the chosen ones are scaled to the sum 1."""
 
 

@@ -24,12 +24,14 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """`[B, T, D]` to `[B, T, D]`."""
         c = self.config
-        gate, up = projections(c, x, (c.mlp_width, c.mlp_width), ("gate_proj", "up_proj"), "gate_up_proj")
+        gate, up = projections(
+            c, x, (c.mlp_width, c.mlp_width), ("gate_proj", "up_proj"), "gate_up_proj"
+        )
         gate, up = checkpoint_name(gate, "mlp"), checkpoint_name(up, "mlp")
         return dense(c, c.width, "down_proj")(ACTIVATIONS[c.activation](gate) * up)
 
 
-class SparseMLP(nn.Module):
+class MoE(nn.Module):
     """Σ weight · expert(x) over the experts that a router chooses for each token (2101.03961).
 
     Every expert computes every token, and what was not chosen weighs 0: exact, and `count / chosen` times the
@@ -46,10 +48,12 @@ class SparseMLP(nn.Module):
         rows = x.reshape(-1, c.width)
         p = jax.nn.softmax(dense(c, e.count, "gate")(rows).astype(jnp.float32))
         weights, chosen = lax.top_k(p, e.top_k)
-        if e.renormalised:
+        if e.renormalized:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         share = jnp.zeros_like(p).at[jnp.arange(len(rows))[:, None], chosen].set(weights)  # [N, E]
-        y = ExpertMLP(c, name="experts")(jnp.broadcast_to(rows, (e.count, *rows.shape)))  # [E, N, D]
+        y = ExpertMLP(c, name="experts")(
+            jnp.broadcast_to(rows, (e.count, *rows.shape))
+        )  # [E, N, D]
         return jnp.einsum("end,ne->nd", y, share.astype(y.dtype)).reshape(x.shape)
 
 

@@ -18,9 +18,10 @@ from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.spec import LayerSpec
 from lorax_ft.models.attention import Cache
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.decoder import Decoder, gathered
+from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.parts import rows_dot_general, softcap
 from lorax_ft.quant.kernels import format_of
+from lorax_ft.sharding import gathered
 from lorax_ft.tree import Tree, flatten
 
 WITHOUT_START = "start_taken_out"
@@ -45,14 +46,16 @@ class Model:
     source: str = ""
     """Where the checkpoint came from: a folder, a file or a hub id."""
     originals: Mapping[str, Original] = dataclasses.field(default_factory=dict)
-    """By module path, what reads the matrices again that are quantised in `params`."""
+    """By module path, what reads the matrices again that are quantized in `params`."""
     prequantized: bool = False
-    """Whether the checkpoint itself is quantised, so that what quantising lost is not known."""
+    """Whether the checkpoint itself is quantized, so that what quantizing lost is not known."""
 
     @property
     def base(self) -> str:
-        """What the adapters stand on, in words: the source, and the format of its kernels where they are quantised."""
-        formats = sorted({str(format_of(leaf)) for leaf in flatten(self.params).values() if format_of(leaf)})
+        """What the adapters stand on, in words: the source, and the format of its kernels where they are quantized."""
+        formats = sorted(
+            {str(format_of(leaf)) for leaf in flatten(self.params).values() if format_of(leaf)}
+        )
         return self.source + (f" in {formats[0]}" if formats else "")
 
     @property
@@ -70,8 +73,12 @@ class Model:
         """The layers that can be adapted, by slash path (see `lorax_ft.layout`)."""
         tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         found = layout(lambda v, t: self.module.apply(v, t), self.params, tokens)
-        found |= {p: dataclasses.replace(found[p], by_name=True) for p in found if p.endswith("mlp/gate")}  # routers
-        return found | {"lm_head": LayerSpec(kind="dense", stack=(), ins=(0,), outs=(1,), by_name=True)}
+        found |= {
+            p: dataclasses.replace(found[p], by_name=True) for p in found if p.endswith("mlp/gate")
+        }  # routers
+        return found | {
+            "lm_head": LayerSpec(kind="dense", stack=(), ins=(0,), outs=(1,), by_name=True)
+        }
 
     def features(
         self,
@@ -86,7 +93,15 @@ class Model:
     ) -> tuple[Array, Cache | None]:
         """Features `[B, T, D]` before the head, and the cache; arguments as `Decoder.__call__` has them."""
         apply = adapt(self.module.apply, gather=gathered)
-        return apply({"params": params}, tokens, positions, segment_ids, noise=noise, cache=cache, length=length)
+        return apply(
+            {"params": params},
+            tokens,
+            positions,
+            segment_ids,
+            noise=noise,
+            cache=cache,
+            length=length,
+        )
 
     def head(self, params: Tree) -> Layer:
         """The output head as a layer for `linear`: its kernel `[D, V]` in the activations' dtype, and its adapter."""
@@ -105,7 +120,9 @@ class Model:
         """Logits `[..., V]` of features `[..., D]`."""
         return self.score(self.head(params), features)
 
-    def apply(self, variables: Mapping[str, Any], tokens: Array, *args: Any, **kwargs: Any) -> Array:
+    def apply(
+        self, variables: Mapping[str, Any], tokens: Array, *args: Any, **kwargs: Any
+    ) -> Array:
         """Logits `[B, T, V]` of tokens `[B, T]`; `variables` is `{"params": params}`, as in linen."""
         features, _ = self.features(variables["params"], tokens, *args, **kwargs)
         return self.logits(variables["params"], features)

@@ -49,7 +49,9 @@ def projections(
 def dense(config: DecoderConfig, features: int, name: str) -> nn.Dense:
     """The projection of that name."""
     bias = name in config.biases
-    return nn.Dense(features, use_bias=bias, dtype=config.dtype, dot_general=rows_dot_general, name=name)
+    return nn.Dense(
+        features, use_bias=bias, dtype=config.dtype, dot_general=rows_dot_general, name=name
+    )
 
 
 def norm(config: DecoderConfig, name: str) -> RMSNorm:

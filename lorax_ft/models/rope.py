@@ -1,4 +1,4 @@
-"""Rotary embeddings (2104.09864), and the ways their frequencies are stretched for longer texts.
+"""Rotary embeddings (2104.09864), and the ways their frequencies are scaled for longer texts.
 
 Letters: B batch, T tokens, H heads, C channels of a head.
 """
@@ -22,7 +22,7 @@ class Rope:
     """Channels that turn, the first of each head."""
     theta: float
     """The longest wavelength over 2π, before stretching."""
-    stretch: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
     factor: float = 1.0
     """How many times longer the texts became (linear, llama3, yarn)."""
     original_positions: int = 0
@@ -30,7 +30,7 @@ class Rope:
     magnitude: float = 1.0
     """Multiplies cosines and sines (yarn, longrope)."""
     low: float = 1.0
-    """Turns over the original positions below which a frequency is stretched in full (llama3, yarn)."""
+    """Turns over the original positions below which a frequency is scaled in full (llama3, yarn)."""
     high: float = 1.0
     """Turns above which it is not."""
     rounded: bool = True
@@ -54,7 +54,10 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     dims = 2 * cos.shape[-1]
     turned, still = jnp.split(x, [dims], axis=-1) if dims < x.shape[-1] else (x, None)
     first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
-    parts = [(first * cos - second * sin).astype(x.dtype), (second * cos + first * sin).astype(x.dtype)]
+    parts = [
+        (first * cos - second * sin).astype(x.dtype),
+        (second * cos + first * sin).astype(x.dtype),
+    ]
     return jnp.concatenate(parts if still is None else [*parts, still], axis=-1)
 
 
@@ -65,17 +68,22 @@ def frequencies(rope: Rope, positions: Array, *, length: Array | None = None) ->
     is what the text may grow to, so that all of the cache's keys and all queries turn alike from the start.
     """
     plain = rope.theta ** (-np.arange(0, rope.dims, 2) / rope.dims)
-    if rope.stretch == "longrope":
-        short, long = (jnp.asarray(plain / np.array(f), jnp.float32) for f in (rope.short_factors, rope.long_factors))
+    if rope.scaling == "longrope":
+        short, long = (
+            jnp.asarray(plain / np.array(f), jnp.float32)
+            for f in (rope.short_factors, rope.long_factors)
+        )
         longest = jnp.max(positions) + 1 if length is None else length[:, None]
         return jnp.where(longest <= rope.original_positions, short, long)
-    if rope.stretch == "linear":
+    if rope.scaling == "linear":
         plain = plain / rope.factor
-    elif rope.stretch == "llama3":  # between the borders, linear in the turns over the original positions
+    elif (
+        rope.scaling == "llama3"
+    ):  # between the borders, linear in the turns over the original positions
         turns = rope.original_positions * plain / (2 * math.pi)
         kept = np.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
         plain = kept * plain + (1 - kept) * plain / rope.factor
-    elif rope.stretch == "yarn":  # between the borders, linear in the channel (2309.00071)
+    elif rope.scaling == "yarn":  # between the borders, linear in the channel (2309.00071)
         kept = _yarn_kept(rope)
         plain = kept * plain + (1 - kept) * plain / rope.factor
     return jnp.asarray(plain, jnp.float32)
@@ -92,10 +100,16 @@ def longrope_magnitude(factor: float, original_positions: int) -> float:
 
 
 def _yarn_kept(rope: Rope) -> np.ndarray:
-    """The share of each frequency that is not stretched, by pair of channels."""
+    """The share of each frequency that is not scaled, by pair of channels."""
 
-    def channel(turns: float) -> float:  # whose wavelength makes so many turns over the original positions
-        return rope.dims * math.log(rope.original_positions / (2 * math.pi * turns)) / (2 * math.log(rope.theta))
+    def channel(
+        turns: float,
+    ) -> float:  # whose wavelength makes so many turns over the original positions
+        return (
+            rope.dims
+            * math.log(rope.original_positions / (2 * math.pi * turns))
+            / (2 * math.log(rope.theta))
+        )
 
     first, last = channel(rope.high), channel(rope.low)
     if rope.rounded:

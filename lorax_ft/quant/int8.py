@@ -26,7 +26,7 @@ class Int8:
     absmax: Array
     """float32, with size 1 for each in axis."""
     dtype: str = dataclasses.field(metadata={"static": True})
-    """The dtype that the kernel had, and has again once dequantised."""
+    """The dtype that the kernel had, and has again once dequantized."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,7 +45,9 @@ class Int8:
 
     def dequantized(self, dtype: Any = None) -> Array:
         """The kernel as an array of `dtype`, or of its own."""
-        return (self.codes.astype(jnp.float32) * (self.absmax / LARGEST)).astype(dtype or self.dtype)
+        return (self.codes.astype(jnp.float32) * (self.absmax / LARGEST)).astype(
+            dtype or self.dtype
+        )
 
     def axes(self, kernel: tuple[str | None, ...], sizes: Mapping[str, int]) -> Int8:
         """For each part the mesh axis of each of its axes, where the kernel would lie as `kernel` says."""
@@ -56,7 +58,7 @@ def quantize(w: Array, *, n_stack: int, n_in: int) -> Int8:
     """The kernel `[*L, *ins, *outs]` in int8, rounded to the nearest (ties: to the even code).
 
     Args:
-      w: the kernel, in any float type; quantised in float32.
+      w: the kernel, in any float type; quantized in float32.
       n_stack: how many axes L stands for.
       n_in: how many in axes follow.
     """

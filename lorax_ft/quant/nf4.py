@@ -19,14 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_ft.quant.double import Doubled
+from lorax_ft.quant.double import DoubleQuantized
 
 BLOCK = 64
 CODEBOOK = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 """Quantiles of a normal distribution, scaled to [−1, 1], with an exact 0."""
 MIDPOINTS = tuple(np.float32((low + high) / 2) for low, high in itertools.pairwise(CODEBOOK))
 
@@ -38,12 +51,12 @@ class NF4:
 
     codes: Array
     """`[*L, O, I / 2]` uint8; `[*L, 1, ⌈N / 2⌉]` where I is no multiple of 64, so that blocks run over rows."""
-    absmax: Array | Doubled
-    """`[*L, O, I / 64]` or `[*L, 1, ⌈N / 64⌉]`, float32, or quantised once more."""
+    absmax: Array | DoubleQuantized
+    """`[*L, O, I / 64]` or `[*L, 1, ⌈N / 64⌉]`, float32, or quantized once more."""
     ins: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     outs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
-    """The dtype that the kernel had, and has again once dequantised."""
+    """The dtype that the kernel had, and has again once dequantized."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,7 +76,9 @@ class NF4:
 
     def dequantized(self, dtype: Any = None) -> Array:
         """The kernel as an array of `dtype`, or of its own."""
-        absmax = self.absmax.dequantized() if isinstance(self.absmax, Doubled) else self.absmax
+        absmax = (
+            self.absmax.dequantized() if isinstance(self.absmax, DoubleQuantized) else self.absmax
+        )
         rows, bytes_ = self.codes.shape[-2:]
         shift = jnp.where(jnp.arange(2 * bytes_) % 2 == 0, 4, 0).astype(jnp.uint8)
         # Accelerators look up slowly; on a CPU choices bit by bit are not fused, and take 36 times the memory.
@@ -87,7 +102,11 @@ class NF4:
         split: tuple[Any, ...] = (None, None)
         if rows > 1 and len(kernel) == n + 2:
             i, o = kernel[n:]
-            split = (o, i) if i and blocks % sizes[i] == 0 else (tuple(a for a in (o, i) if a) or None, None)
+            split = (
+                (o, i)
+                if i and blocks % sizes[i] == 0
+                else (tuple(a for a in (o, i) if a) or None, None)
+            )
 
         def of(part: Array) -> Any:
             return (*stack, *split) if part.ndim == n + 2 else (*stack, *[None] * (part.ndim - n))
@@ -99,7 +118,7 @@ def quantize(w: Array, *, n_stack: int, n_in: int) -> NF4:
     """The kernel `[*L, *ins, *outs]` in NF4: each block's absmax, each value's nearest code (ties: the lower).
 
     Args:
-      w: the kernel, in any float type; quantised in float32.
+      w: the kernel, in any float type; quantized in float32.
       n_stack: how many axes L stands for.
       n_in: how many in axes follow.
     """
@@ -119,7 +138,9 @@ def quantize(w: Array, *, n_stack: int, n_in: int) -> NF4:
 
 def _encode(x: Array) -> Array:
     """The code of the nearest value of the codebook, for x in [−1, 1]: the number of midpoints below x."""
-    return sum(((x > middle).astype(jnp.uint8) for middle in MIDPOINTS), jnp.zeros(x.shape, jnp.uint8))
+    return sum(
+        ((x > middle).astype(jnp.uint8) for middle in MIDPOINTS), jnp.zeros(x.shape, jnp.uint8)
+    )
 
 
 def _looked_up(codes: Array) -> Array:
@@ -132,5 +153,7 @@ def _chosen(codes: Array) -> Array:
     values: list[Any] = [jnp.float32(value) for value in CODEBOOK]
     for bit in range(4):
         one = (codes >> bit) & 1 != 0
-        values = [jnp.where(one, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+        values = [
+            jnp.where(one, high, low) for low, high in zip(values[::2], values[1::2], strict=True)
+        ]
     return values[0]

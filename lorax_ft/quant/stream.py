@@ -1,4 +1,4 @@
-"""Quantising a stack a matrix at a time, so that the whole of it never exists."""
+"""Quantizing a stack a matrix at a time, so that the whole of it never exists."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from lorax_ft.quant.kernels import Quantized
 
 
 def streamed(
-    matrix: Callable[[tuple[int, ...]], Quantized], *, stack: tuple[int, ...], like: Quantized, on: Quantized
+    matrix: Callable[[tuple[int, ...]], Quantized],
+    *,
+    stack: tuple[int, ...],
+    like: Quantized,
+    on: Quantized,
 ) -> Quantized:
-    """A quantised stack on its devices.
+    """A quantized stack on its devices.
 
     Args:
-      matrix: gives the matrix at an index of the stack, quantised and without stack axes.
+      matrix: gives the matrix at an index of the stack, quantized and without stack axes.
       stack: L, the shape of the stack.
       like: the shapes of the stack's parts (`jax.ShapeDtypeStruct`).
       on: the sharding of each part; stack axes are whole.
@@ -36,7 +40,9 @@ def streamed(
             for device, where in place.addressable_devices_indices_map(shape.shape).items():
                 piece = jax.device_put(part[where[n:]], device)
                 if device not in stacks:
-                    stacks[device] = jnp.zeros((math.prod(stack), *piece.shape), piece.dtype, device=device)
+                    stacks[device] = jnp.zeros(
+                        (math.prod(stack), *piece.shape), piece.dtype, device=device
+                    )
                 stacks[device] = _put(stacks[device], piece, i)
         # Before the next is read, or many would be on their way. (Devices as keys have no order, as a tree's must.)
         jax.block_until_ready([list(stacks.values()) for stacks in held])

@@ -39,7 +39,7 @@ def calibrate(
     """The statistics that `add_adapters(..., statistics=...)` takes for `config.init`; none where it needs no data.
 
     Args:
-      model: measured as it is; quantised, where its base is.
+      model: measured as it is; quantized, where its base is.
       config: the init and the modules.
       batches: `[B, T]` each, as the training data gives them.
       packed: whether rows hold several samples, none of which attends to another.
@@ -52,21 +52,29 @@ def calibrate(
     Raises:
       ValueError: there is no batch, nothing in them counts, or a module's inputs cannot be measured.
     """
-    shapes = needed_statistics(config, layout=model.layout, shapes=kernel_shapes(model.params, model.layout))
+    shapes = needed_statistics(
+        config, layout=model.layout, shapes=kernel_shapes(model.params, model.layout)
+    )
     if not shapes:
         return {}
     if not batches:
-        raise ValueError(f"adapter.init {config.init!r} starts from data, and there is no batch of it")
+        raise ValueError(
+            f"adapter.init {config.init!r} starts from data, and there is no batch of it"
+        )
     kind = STATISTICS[config.init]
     measure = gradients if kind == "gradient" else input_moments
     found: dict[str, np.ndarray] = {}
     for group in _groups(shapes):
-        sums, count = measure(model, group, batches, packed=packed, advance=lambda n: advance(n / len(shapes)))
+        sums, count = measure(
+            model, group, batches, packed=packed, advance=lambda n: advance(n / len(shapes))
+        )
         if count == 0:
             raise ValueError("no token of the calibration batches counts; give other data")
         for path, total in sums.items():
-            centred = kind == "covariance"
-            found[path] = total / count if kind == "gradient" else second_moments(total, centred=centred)
+            centered = kind == "covariance"
+            found[path] = (
+                total / count if kind == "gradient" else second_moments(total, centered=centered)
+            )
     return {path: statistic.astype(np.float32) for path, statistic in found.items()}
 
 
@@ -105,7 +113,10 @@ def input_moments(
                 features = pass_by(features, probes["lm_head"], weights)
             return jnp.sum(features.astype(jnp.float32))
 
-        zeros = {p: jnp.zeros((*s.shape[:-2], s.shape[-2] + 1, s.shape[-1] + 1)) for p, s in shapes.items()}
+        zeros = {
+            p: jnp.zeros((*s.shape[:-2], s.shape[-2] + 1, s.shape[-1] + 1))
+            for p, s in shapes.items()
+        }
         return jax.grad(any_scalar)(zeros), jnp.sum(weights)
 
     return _summed(measures, model, shapes, batches, advance)
@@ -119,22 +130,30 @@ def gradients(
     packed: bool,
     advance: Callable[[float], None] = lambda modules: None,
 ) -> tuple[dict[str, np.ndarray], float]:
-    """Σ ∂loss/∂W `[*L, I, O]` of modules over the labelled tokens, and how many these are.
+    """Σ ∂loss/∂W `[*L, I, O]` of modules over the labeled tokens, and how many these are.
 
-    A quantised kernel is dequantised, and a tied head has a kernel of its own, to be differentiated.
+    A quantized kernel is dequantized, and a tied head has a kernel of its own, to be differentiated.
     """
 
     def measures(params: Tree, batch: Batch, shapes: Shapes) -> tuple[dict[str, Array], Array]:
         layers = modules(params)
         kernels = {path: layers.get(path, {}).get("kernel") for path in shapes}
-        own = {p: dense(tied_kernel(params) if k is None else k, jnp.float32) for p, k in kernels.items()}
+        own = {
+            p: dense(tied_kernel(params) if k is None else k, jnp.float32)
+            for p, k in kernels.items()
+        }
 
         def loss(kernels: dict[str, Array]) -> Array:
-            changed = {path: layers.get(path, {}) | {"kernel": kernel} for path, kernel in kernels.items()}
+            changed = {
+                path: layers.get(path, {}) | {"kernel": kernel} for path, kernel in kernels.items()
+            }
             return batch_loss(model, from_modules(layers | changed), batch, packed=packed)
 
         found = jax.grad(loss)(own)
-        canonical = {p: model.layout[p].canonical("kernel", g).reshape(shapes[p].shape) for p, g in found.items()}
+        canonical = {
+            p: model.layout[p].canonical("kernel", g).reshape(shapes[p].shape)
+            for p, g in found.items()
+        }
         return canonical, jnp.sum(batch["weights"])
 
     return _summed(measures, model, shapes, batches, advance)

@@ -27,7 +27,10 @@ def check_read(loss: Callable[[Tree], Any], trained: Tree) -> None:
     """
     jaxpr = jax.make_jaxpr(loss)(trained).jaxpr
     read = _read(jaxpr)
-    paths = ["/".join(str(key.key) for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(trained)[0]]
+    paths = [
+        "/".join(str(key.key) for key in path)
+        for path, _ in jax.tree_util.tree_flatten_with_path(trained)[0]
+    ]
     if unread := [path for path, var in zip(paths, jaxpr.invars, strict=True) if var not in read]:
         raise ValueError(
             f"the loss never reads {_some(unread)}: these layers are called in a way that adapters cannot see; "
@@ -42,8 +45,14 @@ def check_scales(params: Tree) -> None:
       ValueError: with the modules' paths.
     """
     scales = {path: leaf for path, leaf in flatten(params).items() if path.endswith("lora_scale")}
-    if zero := [path.removesuffix("/lora_scale") for path, scale in scales.items() if not bool(jnp.any(scale != 0))]:
-        raise ValueError(f"the scale of {_some(zero)} is 0, so the adapter does nothing; set adapter.alpha above 0")
+    if zero := [
+        path.removesuffix("/lora_scale")
+        for path, scale in scales.items()
+        if not bool(jnp.any(scale != 0))
+    ]:
+        raise ValueError(
+            f"the scale of {_some(zero)} is 0, so the adapter does nothing; set adapter.alpha above 0"
+        )
 
 
 def check_frozen(params: Tree, freeze: Sequence[str]) -> None:
@@ -57,7 +66,12 @@ def check_frozen(params: Tree, freeze: Sequence[str]) -> None:
       ValueError: with those leaves' paths.
     """
     without = {path: layer for path, layer in modules(params).items() if "magnitude" not in layer}
-    leaves = {f"{path}/{name}": layer[name] for path, layer in without.items() for name in freeze if name in layer}
+    leaves = {
+        f"{path}/{name}": layer[name]
+        for path, layer in without.items()
+        for name in freeze
+        if name in layer
+    }
     if zero := [path for path, leaf in leaves.items() if not bool(jnp.any(leaf != 0))]:
         raise ValueError(
             f"{_some(zero)} starts at 0, and adapter.freeze keeps it there, so the adapter does nothing; "
@@ -99,8 +113,15 @@ def check_moved(report: dict[str, Any], *, updates: int) -> None:
     if updates >= 2:
         still = [path for path, (_, changed) in report.items() if not changed]
     else:
-        pairs = {path.rpartition("/")[0] for path in report if path.rpartition("/")[2] in ("lora_a", "lora_b")}
-        factors = {p: [report[f"{p}/{n}"] for n in ("lora_a", "lora_b") if f"{p}/{n}" in report] for p in pairs}
+        pairs = {
+            path.rpartition("/")[0]
+            for path in report
+            if path.rpartition("/")[2] in ("lora_a", "lora_b")
+        }
+        factors = {
+            p: [report[f"{p}/{n}"] for n in ("lora_a", "lora_b") if f"{p}/{n}" in report]
+            for p in pairs
+        }
         still = [p for p in sorted(pairs) if not any(changed for _, changed in factors[p])]
     if still:
         raise ValueError(

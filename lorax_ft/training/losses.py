@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lorax_ft.lowrank.linear import Layer
-from lorax_ft.models.decoder import row_devices
+from lorax_ft.sharding import row_devices
 
 Labels = dict[str, Array]
 Score = Callable[[Layer, Array], Array]
@@ -23,7 +23,13 @@ CHUNK_ROWS = 1024  # tokens whose logits exist at once, on each device
 
 
 def head_loss(
-    layer: Layer, features: Array, targets: Array, weights: Array, *, score: Score, chunk_rows: int | None = None
+    layer: Layer,
+    features: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    score: Score,
+    chunk_rows: int | None = None,
 ) -> Array:
     """Σ weights · cross-entropy of softmax(head(features)), in chunks of the tokens' axis.
 
@@ -47,9 +53,14 @@ def head_loss(
     chunks = min(math.ceil(batch * tokens / chunk_rows), tokens)
     more = -tokens % chunks  # tokens of weight 0, as the chunks are of one size
     features, targets, weights = (
-        jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2)) for x in (features, targets, weights)
+        jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2))
+        for x in (features, targets, weights)
     )
-    labels = {"targets": _split(targets, chunks), "weights": _split(weights, chunks), "chunk": jnp.arange(chunks)}
+    labels = {
+        "targets": _split(targets, chunks),
+        "weights": _split(weights, chunks),
+        "chunk": jnp.arange(chunks),
+    }
     return _fused(functools.partial(_chunk_loss, score), layer, _split(features, chunks), labels)
 
 
@@ -68,19 +79,31 @@ def _fused(loss: Callable[..., Array], layer: Layer, features: Array, labels: La
     return jnp.sum(lax.map(lambda chunk: loss(layer, *chunk), (features, labels)))
 
 
-def _fused_forward(loss: Callable[..., Array], layer: Any, features: Any, labels: Any) -> tuple[Array, Any]:
+def _fused_forward(
+    loss: Callable[..., Array], layer: Any, features: Any, labels: Any
+) -> tuple[Array, Any]:
     trained = {name: leaf.value for name, leaf in layer.items() if leaf.perturbed}
     fixed = {name: leaf.value for name, leaf in layer.items() if not leaf.perturbed}
     labels = {name: leaf.value for name, leaf in labels.items()}
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
 
-    def chunk(total: tuple[Array, Layer], xs: tuple[Array, Labels]) -> tuple[tuple[Array, Layer], Array]:
+    def chunk(
+        total: tuple[Array, Layer], xs: tuple[Array, Labels]
+    ) -> tuple[tuple[Array, Layer], Array]:
         x, y = xs
-        value, (d_layer, d_x) = jax.value_and_grad(lambda l, x: loss(fixed | l, x, y), argnums=(0, 1))(trained, x)
-        return (total[0] + value, jax.tree.map(lambda t, d: t + d.astype(t.dtype), total[1], d_layer)), d_x
+        value, (d_layer, d_x) = jax.value_and_grad(
+            lambda l, x: loss(fixed | l, x, y), argnums=(0, 1)
+        )(trained, x)
+        return (
+            total[0] + value,
+            jax.tree.map(lambda t, d: t + d.astype(t.dtype), total[1], d_layer),
+        ), d_x
 
     (total, d_layer), d_features = lax.scan(chunk, (jnp.zeros(()), zeros), (features.value, labels))
-    d_layer = {name: d_layer[name].astype(trained[name].dtype) if name in trained else None for name in layer}
+    d_layer = {
+        name: d_layer[name].astype(trained[name].dtype) if name in trained else None
+        for name in layer
+    }
     return total, (d_layer, d_features)
 
 

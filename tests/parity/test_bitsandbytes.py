@@ -1,7 +1,7 @@
 """NF4 and its checkpoints agree with bitsandbytes and transformers. Needs torch, bitsandbytes and peft.
 
-Widths are multiples of 64 and all in float32: on CPUs with AVX-512, bitsandbytes 0.50 dequantises other rows wrongly.
-LORAX_FT_SMOLLM2 names a folder with SmolLM2-135M, whose weights are quantised too where it is given.
+Widths are multiples of 64 and all in float32: on CPUs with AVX-512, bitsandbytes 0.50 dequantizes other rows wrongly.
+LORAX_FT_SMOLLM2 names a folder with SmolLM2-135M, whose weights are quantized too where it is given.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ import transformers  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 from lorax_ft.config import AdapterConfig, QuantConfig  # noqa: E402
+from lorax_ft.interop.lazy_tensor import lazy_tensors  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
 from lorax_ft.interop.peft import save_peft  # noqa: E402
 from lorax_ft.interop.save import save_quantized  # noqa: E402
-from lorax_ft.interop.stored import stored_tensors  # noqa: E402
 from lorax_ft.lowrank.adapters import add_adapters  # noqa: E402
 from lorax_ft.models.model import Model  # noqa: E402
-from lorax_ft.quant.double import VALUES, Doubled  # noqa: E402
+from lorax_ft.quant.double import VALUES, DoubleQuantized  # noqa: E402
 from lorax_ft.quant.kernels import quantize  # noqa: E402
 from lorax_ft.quant.nf4 import NF4  # noqa: E402
 from lorax_ft.tree import flatten, from_modules, modules  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch, transformers and PEFT to one another
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # those of torch, transformers and PEFT to one another
 SMOLLM2 = os.environ.get("LORAX_FT_SMOLLM2", "")
 TOKENS = np.random.default_rng(0).integers(0, 90, (2, 17))
 SHAPES = [(64, 64), (192, 128), (128, 576), (33, 40), (3, 5), (7, 64), (50, 100)]  # [O, I]
@@ -82,23 +84,33 @@ def their_logits(model: torch.nn.Module) -> np.ndarray:
 
 
 def assert_as_bitsandbytes(weight: np.ndarray) -> None:
-    """Codes alike; absmax values alike, or in 8 bits within a code; dequantised alike where bitsandbytes is right.
+    """Codes alike; absmax values alike, or in 8 bits within a code; dequantized alike where bitsandbytes is right.
 
     Around 0, where codes lie closest, bitsandbytes 0.50 takes some that are not the nearest, up to 3 codes away.
     """
-    for doubled in (False, True):
-        ours = quantize(jnp.asarray(weight.T), format="nf4", doubled=doubled, n_stack=0, n_in=1)
+    for double_quant in (False, True):
+        ours = quantize(
+            jnp.asarray(weight.T), format="nf4", double_quant=double_quant, n_stack=0, n_in=1
+        )
         assert isinstance(ours, NF4)
         codes, state = bnb.functional.quantize_4bit(
-            torch.as_tensor(np.array(weight)), blocksize=64, quant_type="nf4", compress_statistics=doubled
+            torch.as_tensor(np.array(weight)),
+            blocksize=64,
+            quant_type="nf4",
+            compress_statistics=double_quant,
         )
         np.testing.assert_array_equal(np.asarray(ours.codes).reshape(-1), codes.numpy().reshape(-1))
-        if isinstance(ours.absmax, Doubled):
+        if isinstance(ours.absmax, DoubleQuantized):
             np.testing.assert_allclose(ours.absmax.offset, state.offset.numpy(), rtol=1e-6)
             scale, rounding = np.asarray(ours.absmax.scale), 1e-6 * float(state.offset)
             np.testing.assert_allclose(scale, state.state2.absmax.numpy(), rtol=1e-5, atol=rounding)
-            a, b = np.asarray(ours.absmax.codes).reshape(-1).astype(int), state.absmax.numpy().astype(int)
-            exact = np.repeat(scale > rounding, 256)[: a.size]  # elsewhere all absmax are one, and no code is meant
+            a, b = (
+                np.asarray(ours.absmax.codes).reshape(-1).astype(int),
+                state.absmax.numpy().astype(int),
+            )
+            exact = np.repeat(scale > rounding, 256)[
+                : a.size
+            ]  # elsewhere all absmax are one, and no code is meant
             assert ((np.abs(a - b) <= 1) | (np.abs(VALUES[a] - VALUES[b]) < 3e-5) | ~exact).all()
             assert (a != b)[exact].sum() <= max(1, a.size // 100)
         else:
@@ -124,7 +136,7 @@ def test_random_weights(shape: tuple[int, int], kind: str) -> None:
 @pytest.mark.skipif(not SMOLLM2, reason="LORAX_FT_SMOLLM2 names no folder")
 def test_weights_of_smollm2() -> None:
     def weights() -> Iterator[np.ndarray]:
-        for name, stored in stored_tensors(Path(SMOLLM2) / "model.safetensors").items():
+        for name, stored in lazy_tensors(Path(SMOLLM2) / "model.safetensors").items():
             if name.endswith("_proj.weight") and ".layers.1" in name:  # 1 and 10 to 19
                 yield stored.read(()).astype(np.float32)
 
@@ -137,14 +149,22 @@ def test_theirs_here(checkpoint: Path, tmp_path: Path, double: bool) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
     tensors = load_file(tmp_path / "theirs" / "model.safetensors")
-    for module, kernel in ((m, layer["kernel"]) for m, layer in modules(ours.params).items() if "_proj" in m):
+    for module, kernel in (
+        (m, layer["kernel"]) for m, layer in modules(ours.params).items() if "_proj" in m
+    ):
         for i in range(2):
             name = f"model.layers.{i}.{module.removeprefix('layers/').replace('/', '.')}.weight"
-            np.testing.assert_array_equal(np.asarray(kernel.codes[i]).reshape(-1), tensors[name].reshape(-1))
+            np.testing.assert_array_equal(
+                np.asarray(kernel.codes[i]).reshape(-1), tensors[name].reshape(-1)
+            )
             absmax = kernel.absmax.codes if double else kernel.absmax
-            np.testing.assert_array_equal(np.asarray(absmax[i]).reshape(-1), tensors[f"{name}.absmax"].reshape(-1))
+            np.testing.assert_array_equal(
+                np.asarray(absmax[i]).reshape(-1), tensors[f"{name}.absmax"].reshape(-1)
+            )
     np.testing.assert_allclose(our_logits(ours), their_logits(theirs), atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(our_logits(ours), their_logits(theirs_of(tmp_path / "theirs")), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+        our_logits(ours), their_logits(theirs_of(tmp_path / "theirs")), atol=1e-4, rtol=1e-4
+    )
 
     save_quantized(tmp_path / "again", ours.params, ours)
     again = load_file(tmp_path / "again" / "model.safetensors")
@@ -173,10 +193,15 @@ def adapted(model: Model, config: AdapterConfig) -> dict:
     """Random factors, and magnitudes that are not the norm."""
     rng = np.random.default_rng(1)
     key = jax.random.key(0)
-    layers = modules(add_adapters(model.params, config, layout=model.layout, key=key, originals=model.originals))
+    layers = modules(
+        add_adapters(model.params, config, layout=model.layout, key=key, originals=model.originals)
+    )
     for layer in layers.values():
         if "lora_a" in layer:
-            layer |= {n: jnp.asarray(rng.normal(0, 0.1, layer[n].shape), jnp.float32) for n in ("lora_a", "lora_b")}
+            layer |= {
+                n: jnp.asarray(rng.normal(0, 0.1, layer[n].shape), jnp.float32)
+                for n in ("lora_a", "lora_b")
+            }
         if "magnitude" in layer:
             layer["magnitude"] *= 1.2
     return from_modules(layers)
@@ -184,7 +209,9 @@ def adapted(model: Model, config: AdapterConfig) -> dict:
 
 @pytest.mark.parametrize("init", ["pissa", "loftq", "olora"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_on_the_base_without_its_start(checkpoint: Path, tmp_path: Path, init: str, dora: bool) -> None:
+def test_an_adapter_on_the_base_without_its_start(
+    checkpoint: Path, tmp_path: Path, init: str, dora: bool
+) -> None:
     model = load_model(checkpoint, quant=QuantConfig(format="nf4"))
     params = adapted(model, AdapterConfig(rank=4, alpha=8, init=init, dora=dora))
     save_quantized(tmp_path / "nf4_base", params, model)
@@ -192,15 +219,19 @@ def test_an_adapter_on_the_base_without_its_start(checkpoint: Path, tmp_path: Pa
     named = peft.PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path
     assert named == str(tmp_path / "nf4_base")
     theirs = peft.PeftModel.from_pretrained(theirs_of(named), tmp_path / "adapter")
-    np.testing.assert_allclose(our_logits(model, params), their_logits(theirs), atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(
+        our_logits(model, params), their_logits(theirs), atol=2e-4, rtol=2e-4
+    )
 
 
-def test_an_adapter_on_a_base_that_transformers_quantises(checkpoint: Path, tmp_path: Path) -> None:
-    """QLoRA: the source model, quantised anew there."""
+def test_an_adapter_on_a_base_that_transformers_quantizes(checkpoint: Path, tmp_path: Path) -> None:
+    """QLoRA: the source model, quantized anew there."""
     model = load_model(checkpoint, quant=QuantConfig(format="nf4", double=False))
     params = adapted(model, AdapterConfig(rank=4, alpha=8))
     save_peft(tmp_path / "adapter", params, model)
     base = theirs_of(checkpoint, quantization_config=packing(double=False))
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-    np.testing.assert_allclose(our_logits(model, params), their_logits(theirs), atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(
+        our_logits(model, params), their_logits(theirs), atol=2e-4, rtol=2e-4
+    )
     assert len(flatten(params)) > len(flatten(model.params))

@@ -21,7 +21,9 @@ from lorax_ft.models.model import Model  # noqa: E402
 from lorax_ft.training.calibration import calibrate  # noqa: E402
 from lorax_ft.tree import Tree, from_modules, modules  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch, transformers and PEFT to one another
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # those of torch, transformers and PEFT to one another
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = np.random.default_rng(0).zipf(1.3, (1, 256)) % 61
 
@@ -58,7 +60,9 @@ def started(model: Model, **fields: Any) -> tuple[Tree, dict[str, np.ndarray]]:
     config = AdapterConfig(rank=4, alpha=8, **fields)
     statistics = calibrate(model, config, [batch()])
     key = jax.random.key(0)
-    return add_adapters(model.params, config, layout=model.layout, key=key, statistics=statistics), statistics
+    return add_adapters(
+        model.params, config, layout=model.layout, key=key, statistics=statistics
+    ), statistics
 
 
 def matrices(params: Tree) -> dict[str, dict[str, np.ndarray]]:
@@ -75,21 +79,37 @@ def matrices(params: Tree) -> dict[str, dict[str, np.ndarray]]:
 def theirs(model: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A `[in, r]`, B `[r, out]` and the base weight `[in, out]` of PEFT's module, in float64."""
     module = model.get_submodule(name)
-    parts = module.lora_A["default"].weight, module.lora_B["default"].weight, module.base_layer.weight
+    parts = (
+        module.lora_A["default"].weight,
+        module.lora_B["default"].weight,
+        module.base_layer.weight,
+    )
     a, b, w = (part.detach().double().numpy().T for part in parts)
     return a, b, w
 
 
 @pytest.mark.parametrize(
     ("init", "keep_base"),
-    [("eva", False), ("corda", False), ("corda", True), ("lora_ga", False), ("lora_ga", True), ("lora_one", False)],
+    [
+        ("eva", False),
+        ("corda", False),
+        ("corda", True),
+        ("lora_ga", False),
+        ("lora_ga", True),
+        ("lora_one", False),
+    ],
 )
-def test_peft_loads_ours(checkpoint: Path, tmp_path: Path, init: str, keep_base: bool, randomise: Any) -> None:
+def test_peft_loads_ours(
+    checkpoint: Path, tmp_path: Path, init: str, keep_base: bool, randomize: Any
+) -> None:
     """On the original base: also ranks that differ, and what was taken out of the base as further columns."""
     model = load_model(checkpoint)
     params, _ = started(model, init=init, keep_base=keep_base)
-    used = {path: (layer["lora_a"] != 0).any(-2, keepdims=True) for path, layer in matrices_of(params).items()}
-    layers = modules(randomise(params))
+    used = {
+        path: (layer["lora_a"] != 0).any(-2, keepdims=True)
+        for path, layer in matrices_of(params).items()
+    }
+    layers = modules(randomize(params))
     for path, mask in used.items():  # padding stays zero
         layers[path] |= {
             "lora_a": layers[path]["lora_a"] * mask,
@@ -101,7 +121,9 @@ def test_peft_loads_ours(checkpoint: Path, tmp_path: Path, init: str, keep_base:
     with torch.no_grad():
         plain = base(torch.as_tensor(TOKENS)).logits.numpy()
         theirs = (
-            peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(torch.as_tensor(TOKENS)).logits.numpy()
+            peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+            .eval()(torch.as_tensor(TOKENS))
+            .logits.numpy()
         )
     assert np.abs(theirs - plain).max() > 0.1
     for ours in (params, load_peft(tmp_path / "adapter", model)):
@@ -115,14 +137,22 @@ def matrices_of(params: Tree) -> dict[str, Any]:
 
 
 def test_eva_explains_what_pefts_does(checkpoint: Path) -> None:
-    """PEFT's incremental and randomised SVD finds directions that explain nearly as much as the exact ones, no more."""
+    """PEFT's incremental and randomized SVD finds directions that explain nearly as much as the exact ones, no more."""
     base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
     eva = peft.EvaConfig(rho=2.0)
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=ALL_LINEAR, init_lora_weights="eva", eva_config=eva, task_type="CAUSAL_LM"
+        r=4,
+        lora_alpha=8,
+        target_modules=ALL_LINEAR,
+        init_lora_weights="eva",
+        eva_config=eva,
+        task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(base, config)
-    inputs = {"input_ids": torch.as_tensor(TOKENS), "attention_mask": torch.ones(TOKENS.shape, dtype=torch.long)}
+    inputs = {
+        "input_ids": torch.as_tensor(TOKENS),
+        "attention_mask": torch.ones(TOKENS.shape, dtype=torch.long),
+    }
     peft.initialize_lora_eva_weights(model, [inputs], show_progress_bar=False)
     params, covariances = started(load_model(checkpoint), init="eva")
     totals = np.zeros(2)
@@ -136,7 +166,9 @@ def test_eva_explains_what_pefts_does(checkpoint: Path) -> None:
         if a.shape[1]:
             assert module.scaling["default"] == pytest.approx(ours["lora_scale"])
         shared = min(a.shape[1], rank)
-        explained = [np.trace(q.T @ c @ q) / np.trace(c) for q in (ours["lora_a"][:, :shared], a[:, :shared])]
+        explained = [
+            np.trace(q.T @ c @ q) / np.trace(c) for q in (ours["lora_a"][:, :shared], a[:, :shared])
+        ]
         assert explained[1] <= explained[0] * (1 + 1e-6), name
         totals += explained
     assert totals[1] > 0.99 * totals[0]
@@ -164,7 +196,9 @@ def test_corda_starts_as_pefts(checkpoint: Path, mode: str) -> None:
         np.testing.assert_allclose(w, ours["kernel"], atol=1e-3 * np.abs(w).max(), err_msg=name)
         b = b[::-1] if mode == "kpm" else b  # ours has the very last first
         scale = np.linalg.norm(ours["lora_b"]) / np.linalg.norm(b)
-        np.testing.assert_allclose(np.abs(b) * scale, np.abs(ours["lora_b"]), atol=1e-2 * np.abs(b).max() * scale)
+        np.testing.assert_allclose(
+            np.abs(b) * scale, np.abs(ours["lora_b"]), atol=1e-2 * np.abs(b).max() * scale
+        )
 
 
 def test_lora_ga_takes_the_singular_vectors_that_peft_takes(checkpoint: Path) -> None:
@@ -172,10 +206,16 @@ def test_lora_ga_takes_the_singular_vectors_that_peft_takes(checkpoint: Path) ->
     loraga = pytest.importorskip("peft.tuners.lora.loraga")
     base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=ALL_LINEAR, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()
+        r=4,
+        lora_alpha=8,
+        target_modules=ALL_LINEAR,
+        init_lora_weights="lora_ga",
+        lora_ga_config=peft.LoraGAConfig(),
     )
     tokens = torch.as_tensor(TOKENS)
-    loraga.preprocess_loraga(base, config, train_step=lambda: base(tokens, labels=tokens).loss.backward())
+    loraga.preprocess_loraga(
+        base, config, train_step=lambda: base(tokens, labels=tokens).loss.backward()
+    )
     gradients = {
         f"base_model.model.{name}": module._peft_loraga_grad.double().numpy().T
         for name, module in base.named_modules()
@@ -190,6 +230,10 @@ def test_lora_ga_takes_the_singular_vectors_that_peft_takes(checkpoint: Path) ->
         np.testing.assert_allclose(got, gradient, atol=1e-4 * np.abs(gradient).max(), err_msg=name)
         a, b, _ = theirs(model, name)
         c = b.shape[1] ** 0.25 / 4  # γ = 16
-        np.testing.assert_allclose(np.abs(a.T @ ours["lora_a"]) / c, np.eye(4), atol=0.05, err_msg=name)
+        np.testing.assert_allclose(
+            np.abs(a.T @ ours["lora_a"]) / c, np.eye(4), atol=0.05, err_msg=name
+        )
         unit = b / np.linalg.norm(b, axis=1, keepdims=True)
-        np.testing.assert_allclose(np.abs(unit @ ours["lora_b"].T) / c, np.eye(4), atol=0.05, err_msg=name)
+        np.testing.assert_allclose(
+            np.abs(unit @ ours["lora_b"].T) / c, np.eye(4), atol=0.05, err_msg=name
+        )

@@ -19,20 +19,35 @@ from lorax_ft.interop.load import load_model  # noqa: E402
 
 NEW = 40
 PROMPTS = [[5, 17, 3], list(range(10, 40)), [96, 4], [7] * 12]
-FAMILIES = ["llama_tied", "mistral", "qwen3", "qwen3_moe", "gemma2", "gemma3", "phi4_mini", "smollm3", "olmo2"]
+FAMILIES = [
+    "llama_tied",
+    "mistral",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3",
+    "phi4_mini",
+    "smollm3",
+    "olmo2",
+]
 
 
 def continued(model: torch.nn.Module, prompt: list[int], new: int, **options: float) -> list[int]:
     with torch.no_grad():
         out = model.generate(
-            torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, **options
+            torch.tensor([prompt]),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            **options,
         )
     return out[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_transformers(tmp_path: Path, family: str) -> None:
-    """Prompts of several lengths in one batch, past the windows and past the stretched positions."""
+    """Prompts of several lengths in one batch, past the windows and past the scaled positions."""
     theirs = checkpoint(tmp_path / "model", family)
     ours = load_model(tmp_path / "model")
     # transformers begins anew where a text passes longrope's first length; ours begins with the room's length.
@@ -61,22 +76,51 @@ def test_repetition_penalty_is_transformers(tmp_path: Path) -> None:
 
 
 QUESTIONS = [
-    *("What is the capital of France?", "Name three prime numbers.", "Why is the sky blue?", "Write a haiku on rain."),
-    *("What is 17 + 25?", "Translate 'good morning' into Spanish.", "Who wrote Hamlet?", "How do bees make honey?"),
-    *("Explain gravity to a child.", "List the planets.", "What does HTTP stand for?", "Give me a pancake recipe."),
-    *("Summarise the plot of Romeo and Juliet.", "What is a binary search?", "When did the first world war begin?"),
-    *("Suggest a name for a cat.", "What is photosynthesis?", "Say hello in five languages.", "How far is the moon?"),
+    *(
+        "What is the capital of France?",
+        "Name three prime numbers.",
+        "Why is the sky blue?",
+        "Write a haiku on rain.",
+    ),
+    *(
+        "What is 17 + 25?",
+        "Translate 'good morning' into Spanish.",
+        "Who wrote Hamlet?",
+        "How do bees make honey?",
+    ),
+    *(
+        "Explain gravity to a child.",
+        "List the planets.",
+        "What does HTTP stand for?",
+        "Give me a pancake recipe.",
+    ),
+    *(
+        "Summarize the plot of Romeo and Juliet.",
+        "What is a binary search?",
+        "When did the first world war begin?",
+    ),
+    *(
+        "Suggest a name for a cat.",
+        "What is photosynthesis?",
+        "Say hello in five languages.",
+        "How far is the moon?",
+    ),
     "Write a Python function that reverses a list.",
 ]
 
 
-@pytest.mark.skipif("LORAX_FT_SMOLLM2_FOLDER" not in os.environ, reason="set LORAX_FT_SMOLLM2_FOLDER to a folder")
+@pytest.mark.skipif(
+    "LORAX_FT_SMOLLM2_FOLDER" not in os.environ, reason="set LORAX_FT_SMOLLM2_FOLDER to a folder"
+)
 def test_smollm2_is_transformers() -> None:
     """20 prompts of 64 tokens in float32."""
     folder = os.environ["LORAX_FT_SMOLLM2_FOLDER"]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = load_model(folder)
-    prompts = [list(encode_prompt([{"role": "user", "content": question}], ours.tokenizer)) for question in QUESTIONS]
+    prompts = [
+        list(encode_prompt([{"role": "user", "content": question}], ours.tokenizer))
+        for question in QUESTIONS
+    ]
     prompts = [(prompt * 4)[:64] for prompt in prompts]
     rows = generate(ours, ours.params, prompts, max_new_tokens=64, stop_ids=())
     assert np.shape(rows) == (20, 64)

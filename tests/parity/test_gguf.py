@@ -34,9 +34,7 @@ HF_CONFIG = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 128,
 }
-QUESTION = (
-    "<|im_start|>user\nTom has {} apples. He buys 5 more. How many has he now?<|im_end|>\n<|im_start|>assistant\n"
-)
+QUESTION = "<|im_start|>user\nTom has {} apples. He buys 5 more. How many has he now?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
@@ -56,10 +54,14 @@ def test_llama_cpp_answers_as_we_do(tmp_path: Path, kind: str) -> None:
         theirs.eval(ids)
         expected = np.array(theirs.scores[: len(ids)])
         logits = np.asarray(ours.apply({"params": ours.params}, jnp.asarray(ids)[None])[0])
-        assert np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()  # llama.cpp rounds activations too
+        assert (
+            np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()
+        )  # llama.cpp rounds activations too
 
 
-@pytest.mark.parametrize(("kind", "file_type"), [("Q4_0", 2), ("Q4_1", 3), ("Q8_0", 7), ("Q4_K", 15), ("Q6_K", 18)])
+@pytest.mark.parametrize(
+    ("kind", "file_type"), [("Q4_0", 2), ("Q4_1", 3), ("Q8_0", 7), ("Q4_K", 15), ("Q6_K", 18)]
+)
 def test_blocks_that_llama_cpp_makes(tmp_path: Path, kind: str, file_type: int) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     tokenizer = load_model(EMBEDDED_MODEL).tokenizer
@@ -67,14 +69,22 @@ def test_blocks_that_llama_cpp_makes(tmp_path: Path, kind: str, file_type: int) 
     rng = np.random.default_rng(0)
     shapes = flatten(abstract_params(config))
     params = unflatten(
-        {p: jnp.asarray(rng.normal(float(p.endswith("scale")), 0.1, s.shape), jnp.float32) for p, s in shapes.items()}
+        {
+            p: jnp.asarray(rng.normal(float(p.endswith("scale")), 0.1, s.shape), jnp.float32)
+            for p, s in shapes.items()
+        }
     )
     model = Model(config=config, params=params, hf_config=HF_CONFIG, tokenizer=tokenizer)
     plain, packed = tmp_path / "plain.gguf", tmp_path / "packed.gguf"
     save_gguf(plain, params, model, kind="F16")
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = file_type
-    assert llama_cpp.llama_model_quantize(str(plain).encode(), str(packed).encode(), ctypes.byref(options)) == 0
+    assert (
+        llama_cpp.llama_model_quantize(
+            str(plain).encode(), str(packed).encode(), ctypes.byref(options)
+        )
+        == 0
+    )
     assert kind in {tensor.tensor_type.name for tensor in gguf.GGUFReader(packed).tensors}
     ours = load_model(packed)
     ids = list(range(20, 60))
@@ -83,7 +93,9 @@ def test_blocks_that_llama_cpp_makes(tmp_path: Path, kind: str, file_type: int) 
     expected = np.array(theirs.scores[: len(ids)])
     logits = np.asarray(ours.apply({"params": ours.params}, jnp.asarray(ids)[None])[0])
     plain_logits = np.asarray(model.apply({"params": params}, jnp.asarray(ids)[None])[0])
-    assert np.abs(logits - expected).mean() < 0.02 * np.abs(expected).max()  # llama.cpp rounds activations too
+    assert (
+        np.abs(logits - expected).mean() < 0.02 * np.abs(expected).max()
+    )  # llama.cpp rounds activations too
     if kind.startswith("Q4"):  # where the blocks' own rounding is the larger
         assert np.abs(plain_logits - expected).mean() > 3 * np.abs(logits - expected).mean()
 
@@ -91,7 +103,9 @@ def test_blocks_that_llama_cpp_makes(tmp_path: Path, kind: str, file_type: int) 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_families(tmp_path: Path, case: str) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    tmp_path = tmp_path.parent / case.replace("phi", "fi")  # of a name with phi3 llama.cpp expects SentencePiece
+    tmp_path = tmp_path.parent / case.replace(
+        "phi", "fi"
+    )  # of a name with phi3 llama.cpp expects SentencePiece
     expected = transformers_logits(tmp_path / "model", FAMILIES[case])
     model = load_model(tmp_path / "model")
     save_gguf(tmp_path / "model.gguf", model.params, model, kind="F16")
@@ -103,7 +117,9 @@ def test_families(tmp_path: Path, case: str) -> None:
     theirs.eval(IDS)
     scores = np.array(theirs.scores[: len(IDS)])
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
-    assert np.abs(scores - expected).max() < 0.01 * np.abs(expected).max()  # llama.cpp rounds activations
+    assert (
+        np.abs(scores - expected).max() < 0.01 * np.abs(expected).max()
+    )  # llama.cpp rounds activations
 
 
 IDS = np.random.default_rng(0).integers(4, 700, 40).tolist()
@@ -118,8 +134,12 @@ def transformers_logits(folder: Path, fields: dict[str, Any]) -> np.ndarray:
     tokenizer = load_model(EMBEDDED_MODEL).tokenizer
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     fields = SIZES | {"vocab_size": len(tokenizer)} | ids | fields
-    config = transformers.CONFIG_MAPPING[fields["model_type"]](**{k: v for k, v in fields.items() if k != "model_type"})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    config = transformers.CONFIG_MAPPING[fields["model_type"]](
+        **{k: v for k, v in fields.items() if k != "model_type"}
+    )
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     for name, weight in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             weight.data.normal_(float("norm" in name and "gemma" not in fields["model_type"]), 0.3)
@@ -141,7 +161,9 @@ def test_tokenizers(tmp_path: Path, kind: str) -> None:
     save_gguf(tmp_path / "model.gguf", params, model)
     again = load_model(tmp_path / "model.gguf").tokenizer
     theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
-    for text in texts(accented=kind not in ("tekken", "gpt-4o")):  # whose rules llama.cpp simplifies there
+    for text in texts(
+        accented=kind not in ("tekken", "gpt-4o")
+    ):  # whose rules llama.cpp simplifies there
         ids = theirs.tokenize(text.encode(), add_bos=True, special=True)
         assert again(text).input_ids == ids
         assert tokenizer(text).input_ids == ids

@@ -21,7 +21,16 @@ from lorax_ft.tree import Tree  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 TOKENS = np.random.default_rng(0).integers(3, 700, (2, 30))
-SHORT = ["--train.steps", "3", "--eval.rows", "8", "--eval.exact_match_rows", "0", "--eval.samples", "0"]
+SHORT = [
+    "--train.steps",
+    "3",
+    "--eval.rows",
+    "8",
+    "--eval.exact_match_rows",
+    "0",
+    "--eval.samples",
+    "0",
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -29,7 +38,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def call(script: str, *args: object) -> str:
     command = [sys.executable, f"scripts/{script}.py", *map(str, args)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def their_logits(model: torch.nn.Module) -> np.ndarray:

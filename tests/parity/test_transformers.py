@@ -37,7 +37,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -81,10 +86,24 @@ CASES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "head_dim": 16,
     },
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
     "gemma": {"model_type": "gemma", "head_dim": 16},
-    "gemma2": {"model_type": "gemma2", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, **GEMMA},
-    "gemma3": {"model_type": "gemma3_text", "layer_types": ["sliding_attention"] * 3 + ["full_attention"], **GEMMA},
+    "gemma2": {
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        **GEMMA,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        **GEMMA,
+    },
     "phi3": {"model_type": "phi3", "sliding_window": 8},
     "phi4_mini": {
         "model_type": "phi3",
@@ -103,9 +122,13 @@ def checkpoint(
     folder: Path, case: str = "llama_tied", *, original: int | None = None, **options: object
 ) -> torch.nn.Module:
     torch.manual_seed(0)
-    fields = SIZES | CASES[case] | ({"original_max_position_embeddings": original} if original else {})
+    fields = (
+        SIZES | CASES[case] | ({"original_max_position_embeddings": original} if original else {})
+    )
     config = transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     for name, weight in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             weight.data.normal_(float("norm" in name), 0.3)
@@ -135,7 +158,9 @@ def test_logits(tmp_path: Path, case: str) -> None:
     np.testing.assert_allclose(padded[padding], expected[padding], atol=1e-4, rtol=1e-4)
     positions = np.broadcast_to(np.concatenate([np.arange(8), np.arange(13)]), TOKENS.shape)
     segments = np.broadcast_to(np.repeat([1, 2], [8, 13]), TOKENS.shape)
-    expected = np.concatenate([reference(theirs, part) for part in (TOKENS[:, :8], TOKENS[:, 8:])], axis=1)
+    expected = np.concatenate(
+        [reference(theirs, part) for part in (TOKENS[:, :8], TOKENS[:, 8:])], axis=1
+    )
     np.testing.assert_allclose(apply(TOKENS, positions, segments), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -144,7 +169,10 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     ours = load_model(tmp_path / "model")
     np.testing.assert_allclose(
-        ours.apply({"params": ours.params}, jnp.asarray(TOKENS)), reference(theirs, TOKENS), atol=1e-4, rtol=1e-4
+        ours.apply({"params": ours.params}, jnp.asarray(TOKENS)),
+        reference(theirs, TOKENS),
+        atol=1e-4,
+        rtol=1e-4,
     )
     next((tmp_path / "model").glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match="cannot be read"):
@@ -159,17 +187,24 @@ def test_transformers_loads_our_shards(tmp_path: Path) -> None:
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert all((tmp_path / "again" / name).stat().st_size < 25_000 for name in files)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", attn_implementation="eager"
+    )
     np.testing.assert_array_equal(reference(again, TOKENS), reference(theirs, TOKENS))
     assert again.generation_config.to_dict() == theirs.generation_config.to_dict()
 
 
 def test_bfloat16_checkpoint(tmp_path: Path) -> None:
     checkpoint(tmp_path / "float32").to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32
+    )
     ours = load_model(tmp_path / "model")
     np.testing.assert_allclose(
-        ours.apply({"params": ours.params}, jnp.asarray(TOKENS)), reference(theirs, TOKENS), atol=1e-4, rtol=1e-4
+        ours.apply({"params": ours.params}, jnp.asarray(TOKENS)),
+        reference(theirs, TOKENS),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
@@ -178,14 +213,21 @@ def test_transformers_loads_what_we_write(tmp_path: Path, case: str) -> None:
     theirs = checkpoint(tmp_path / "model", case)
     ours = load_model(tmp_path / "model")
     save_model(tmp_path / "again", ours.params, ours)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", attn_implementation="eager"
+    )
     np.testing.assert_array_equal(reference(again, TOKENS), reference(theirs, TOKENS))
-    assert again.config.to_dict() | {"dtype": None, "_name_or_path": None} == theirs.config.to_dict() | {
+    assert again.config.to_dict() | {
+        "dtype": None,
+        "_name_or_path": None,
+    } == theirs.config.to_dict() | {
         "dtype": None,
         "_name_or_path": None,
     }
     save_model(tmp_path / "half", ours.params, ours, dtype="bfloat16")
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    assert (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    )
 
 
 def test_transformers_loads_an_untied_model(tmp_path: Path) -> None:
@@ -193,6 +235,8 @@ def test_transformers_loads_an_untied_model(tmp_path: Path) -> None:
     ours = load_model(tmp_path / "model")
     params = ours.params | {"lm_head": {"kernel": ours.params["embed_tokens"]["embedding"].T + 0.1}}
     save_model(tmp_path / "again", params, ours)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", attn_implementation="eager"
+    )
     logits = ours.apply({"params": params}, jnp.asarray(TOKENS))
     np.testing.assert_allclose(logits, reference(again, TOKENS), atol=1e-4, rtol=1e-4)

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm.lora.lora_model", exc_type=ImportError)
 import transformers  # noqa: E402
-from checkpoint_cases import randomised  # noqa: E402
+from checkpoint_cases import randomized  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from vllm.config.lora import LoRAConfig  # noqa: E402
 from vllm.lora.lora_model import LoRAModel  # noqa: E402
@@ -32,7 +32,9 @@ METHODS = {
     "lora": AdapterConfig(rank=4, alpha=9),
     "rslora": AdapterConfig(rank=3, scaling="rank_stabilized"),
     "pissa": AdapterConfig(rank=4, alpha=4, init="pissa"),
-    "patterns": AdapterConfig(rank=4, rank_pattern=("layers/1/.*=2", "o_proj=6"), alpha_pattern=("o_proj=5",)),
+    "patterns": AdapterConfig(
+        rank=4, rank_pattern=("layers/1/.*=2", "o_proj=6"), alpha_pattern=("o_proj=5",)
+    ),
 }
 
 
@@ -61,30 +63,42 @@ def loaded_by_vllm(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
     """s B A by module, as vLLM's worker reads the folder for a model with modules of these names."""
     helper = PEFTHelper.from_local_dir(str(folder), max_position_embeddings=64)
     helper.validate_legal(LoRAConfig(max_lora_rank=16))
-    lora = LoRAModel.from_local_checkpoint(str(folder), names, peft_helper=helper, device="cpu", dtype=torch.float32)
+    lora = LoRAModel.from_local_checkpoint(
+        str(folder), names, peft_helper=helper, device="cpu", dtype=torch.float32
+    )
     return {name: pair.scaling * pair.lora_b @ pair.lora_a for name, pair in lora.loras.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_vllm_finds_our_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, method: str) -> None:
+def test_vllm_finds_our_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, method: str
+) -> None:
     monkeypatch.setattr("vllm.lora.lora_model.PIN_MEMORY", False)  # which needs a GPU
     source = checkpoint(tmp_path / "base", family)
     model = load_model(source)
     config = METHODS[method]
-    params = randomised(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)))
+    params = randomized(
+        add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    )
     assert save_for_vllm(tmp_path / "served", params, model, max_lora_rank=16) == "adapter"
 
     tensors = load_file(source / "model.safetensors")
-    linear = [key.removesuffix(".weight") for key in tensors if "norm" not in key and "embed" not in key]
+    linear = [
+        key.removesuffix(".weight") for key in tensors if "norm" not in key and "embed" not in key
+    ]
     names = {module.rpartition(".")[2] for module in linear}
     names |= {module[module.index("experts") :] for module in linear if "experts" in module}
     for module, delta in loaded_by_vllm(tmp_path / "served", names - {"lm_head"}).items():
         tensors[f"{module}.weight"] += delta
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with torch.no_grad():
-        whole = transformers.AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+        whole = transformers.AutoModelForCausalLM.from_pretrained(
+            source, attn_implementation="eager"
+        )
         theirs = whole(torch.as_tensor(TOKENS)).logits.numpy()
-    ours, plain = (np.asarray(model.apply({"params": tree}, TOKENS)) for tree in (params, model.params))
+    ours, plain = (
+        np.asarray(model.apply({"params": tree}, TOKENS)) for tree in (params, model.params)
+    )
     assert np.abs(theirs - plain).max() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.interop.huggingface import abstract_params, decoder_config
-from lorax_ft.models.decoder import QUANTIZABLE
 from lorax_ft.models.model import Model
 from lorax_ft.quant.kernels import quantize
-from lorax_ft.training import sharding
+from lorax_ft.sharding import QUANTIZABLE
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.state import abstract_state
 from lorax_ft.training.step import TrainState, make_train_step
@@ -42,7 +42,9 @@ def main() -> None:
     config = Config.from_json(json.dumps(options["config"]))
     m = config.model
     # By name, as auto goes by the backend that runs this program: a CPU.
-    decoder = decoder_config(options["decoder"], source="the test", dtype=m.dtype, attention="xla", remat=m.remat)
+    decoder = decoder_config(
+        options["decoder"], source="the test", dtype=m.dtype, attention="xla", remat=m.remat
+    )
     model = Model(config=decoder, params={})
     topology = topologies.get_topology_desc(platform="tpu", topology_name=options["topology"])
     mesh = sharding.make_mesh(config.mesh, devices=topology.devices)
@@ -72,15 +74,23 @@ def main() -> None:
 
 def abstract_arguments(model: Model, config: Config, mesh: Mesh) -> tuple[TrainState, Tree, Tree]:
     """Shapes of state, frozen leaves and batch, with their shardings."""
-    base = {path: _base_leaf(path, leaf, config) for path, leaf in flatten(abstract_params(model.config)).items()}
+    base = {
+        path: _base_leaf(path, leaf, config)
+        for path, leaf in flatten(abstract_params(model.config)).items()
+    }
     model = dataclasses.replace(model, params=unflatten(base))
-    state, frozen = abstract_state(model, config.adapter, make_optimizer(config.optim, steps=100), mesh=mesh)
+    state, frozen = abstract_state(
+        model, config.adapter, make_optimizer(config.optim, steps=100), mesh=mesh
+    )
     train = config.train
     shape = (train.microbatches, train.batch_size // train.microbatches, config.data.max_length)
     dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     dtypes |= {"positions": jnp.int32, "segment_ids": jnp.int32}
     batch_place = sharding.batch_sharding(mesh, microbatched=True)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_place) for name, dtype in dtypes.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_place)
+        for name, dtype in dtypes.items()
+    }
     return state, frozen, batch
 
 
@@ -90,11 +100,15 @@ def _base_leaf(path: str, leaf: Any, config: Config) -> Any:
     if q.format == "none" or not re.fullmatch(QUANTIZABLE, path):
         return leaf
     n = leaf.ndim - 2
-    return jax.eval_shape(lambda w: quantize(w, format=q.format, doubled=q.double, n_stack=n, n_in=1), leaf)
+    return jax.eval_shape(
+        lambda w: quantize(w, format=q.format, double_quant=q.double, n_stack=n, n_in=1), leaf
+    )
 
 
-def compile_step(model: Model, config: Config, mesh: Mesh, state: TrainState, frozen: Tree, batch: Tree) -> Any:
-    """The step, compiled as `lorax_ft.training.start.compile_step` does it."""
+def compile_step(
+    model: Model, config: Config, mesh: Mesh, state: TrainState, frozen: Tree, batch: Tree
+) -> Any:
+    """The step, compiled as `lorax_ft.run.start.compile_step` does it."""
     step = make_train_step(
         model,
         make_optimizer(config.optim, steps=100),
@@ -115,7 +129,10 @@ def gathered(text: str) -> list[list[int]]:
     for line in text.splitlines():
         result, found, _ = line.partition(" all-gather")
         if found and " = " in line:
-            shapes |= {tuple(map(int, s.split(","))) for s in re.findall(r"\w+\[([\d,]+)\]", result.split(" = ", 1)[1])}
+            shapes |= {
+                tuple(map(int, s.split(",")))
+                for s in re.findall(r"\w+\[([\d,]+)\]", result.split(" = ", 1)[1])
+            }
     return sorted(map(list, shapes))
 
 
@@ -127,7 +144,9 @@ def total_bytes(tree: Tree) -> int:
 def bytes_a_chip(tree: Tree) -> int:
     """The bytes of a tree's shards on one device."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(port: int, processes: int, index: int, devices: int, *files: str) -> No
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, index)
     assert jax.device_count() == processes * devices
-    from lorax_ft.training.loop import train
+    from lorax_ft.run.loop import train
 
     opened: set[str] = set()
     sys.addaudithook(lambda event, args: _note(opened, event, args))
@@ -47,7 +47,11 @@ def main(port: int, processes: int, index: int, devices: int, *files: str) -> No
 
 def _note(opened: set[str], event: str, args: tuple[Any, ...]) -> None:
     """Note a file that is opened for writing: `open` has the arguments path, mode, flags."""
-    if event == "open" and isinstance(args[0], str | os.PathLike) and args[2] & (os.O_WRONLY | os.O_RDWR):
+    if (
+        event == "open"
+        and isinstance(args[0], str | os.PathLike)
+        and args[2] & (os.O_WRONLY | os.O_RDWR)
+    ):
         opened.add(os.fspath(args[0]))
 
 

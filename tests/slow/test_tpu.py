@@ -81,7 +81,7 @@ def test_seven_billion_parameters_fit_sixteen_chips(dora: bool) -> None:
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_a_quantised_base_is_whole_in_one_layer_at_a_time(format: Any) -> None:
+def test_a_quantized_base_is_whole_in_one_layer_at_a_time(format: Any) -> None:
     """Seven billion parameters: the step's memory is that of LoRA's, less what the base's kernels no longer take."""
     config = Config(
         model=ModelConfig(dtype="bfloat16"),
@@ -92,11 +92,17 @@ def test_a_quantised_base_is_whole_in_one_layer_at_a_time(format: Any) -> None:
         mesh=MeshConfig(data=1, fsdp=16),
     )
     report = compile_for("v5e:4x4", config, QWEN_7B)
-    assert report["kernel_bytes"] < {"nf4": 5.6e9, "int8": 8.9e9}[format]  # of them the table and the head 2.2e9
+    assert (
+        report["kernel_bytes"] < {"nf4": 5.6e9, "int8": 8.9e9}[format]
+    )  # of them the table and the head 2.2e9
     assert report["kernel_bytes_a_chip"] < 1.01 * report["kernel_bytes"] / 16
-    assert report["temporary_bytes"] < 2.5e9  # all kernels in bfloat16 would take 13e9, and 0.8e9 a chip
+    assert (
+        report["temporary_bytes"] < 2.5e9
+    )  # all kernels in bfloat16 would take 13e9, and 0.8e9 a chip
     assert not [shape for shape in report["gathered"] if len(shape) == 3 and shape[0] == 28]
-    codes = {"nf4": [18944, 3584 // 2], "int8": [3584, 18944]}[format]  # which are gathered, and not their values
+    codes = {"nf4": [18944, 3584 // 2], "int8": [3584, 18944]}[
+        format
+    ]  # which are gathered, and not their values
     assert codes in [shape[-2:] for shape in report["gathered"]]
 
 
@@ -104,25 +110,41 @@ def check(report: dict[str, Any], config: Config, *, split: int, width: Any) -> 
     """The base is split, what the step takes is what its arguments hold, and nothing large is gathered."""
     assert report["chips"] == {"v5e:2x2": 4, "v5e:4x4": 16}[report["topology"]]
     assert report["temporary_bytes"] > 0
-    assert report["argument_bytes"] + report["temporary_bytes"] + report["output_bytes"] < CHIP + report["alias_bytes"]
+    assert (
+        report["argument_bytes"] + report["temporary_bytes"] + report["output_bytes"]
+        < CHIP + report["alias_bytes"]
+    )
     assert report["kernel_bytes_a_chip"] == report["kernel_bytes"] / split
     a_chip = report["frozen_bytes_a_chip"] + report["state_bytes_a_chip"]
-    assert a_chip <= report["argument_bytes"] < 2 * a_chip  # the batch, and factors padded to tiles of 128 columns
+    assert (
+        a_chip <= report["argument_bytes"] < 2 * a_chip
+    )  # the batch, and factors padded to tiles of 128 columns
     assert report["alias_bytes"] > 0.9 * report["state_bytes_a_chip"]  # the state is donated
-    whole_stacks = [shape for shape in report["gathered"] if shape in report["kernels"] and len(shape) == 3]
+    whole_stacks = [
+        shape for shape in report["gathered"] if shape in report["kernels"] and len(shape) == 3
+    ]
     assert not whole_stacks, f"all-gathers of all layers at once: {whole_stacks}"
     rows = config.train.batch_size // config.train.microbatches
-    batches = [shape for shape in report["gathered"] if shape == [rows, config.data.max_length, width]]
+    batches = [
+        shape for shape in report["gathered"] if shape == [rows, config.data.max_length, width]
+    ]
     assert not batches, f"all-gathers of the whole batch's activations: {batches}"
 
 
 def compile_for(topology: str, config: Config, decoder: dict[str, Any]) -> dict[str, Any]:
     """What the step of a config takes on a topology; `tests/programs/compile_for_tpu.py` in a process of its own."""
     options = {"topology": topology, "config": dataclasses.asdict(config), "decoder": decoder}
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    }
     done = subprocess.run(
-        [PYTHON or sys.executable, str(ROOT / "tests/programs/compile_for_tpu.py"), json.dumps(options)],
-        env=environment | {"TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": str(ROOT)},
+        [
+            PYTHON or sys.executable,
+            str(ROOT / "tests/programs/compile_for_tpu.py"),
+            json.dumps(options),
+        ],
+        env=environment
+        | {"TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=1800,

@@ -72,7 +72,10 @@ def layer_kinds(c: Any) -> tuple[LayerKind, ...]:
     types = getattr(c, "layer_types", None) or ["sliding_attention"] * c.num_hidden_layers
     ropes = c.rope_parameters
     by_type = {kind: make_rope(ropes.get(kind, ropes), c) for kind in set(types)}
-    kinds = tuple(LayerKind(rope=by_type[t], window=window if t == "sliding_attention" else None) for t in types)
+    kinds = tuple(
+        LayerKind(rope=by_type[t], window=window if t == "sliding_attention" else None)
+        for t in types
+    )
     return kinds if len(set(kinds)) > 1 else kinds[:1]
 
 
@@ -90,13 +93,15 @@ def make_rope(parameters: Mapping[str, Any], c: Any) -> Rope:
     }
     original = p.get("original_max_position_embeddings") or 0
     factor = float(p.get("factor") or (c.max_position_embeddings / original if original else 1))
-    stretched = common | {"factor": factor, "original_positions": original}
+    scaled = common | {"factor": factor, "original_positions": original}
     if kind == "default":
         return Rope(**common)
     if kind == "linear":
-        return Rope(**common, stretch="linear", factor=factor)
+        return Rope(**common, scaling="linear", factor=factor)
     if kind == "llama3":
-        return Rope(**stretched, stretch="llama3", low=p["low_freq_factor"], high=p["high_freq_factor"])
+        return Rope(
+            **scaled, scaling="llama3", low=p["low_freq_factor"], high=p["high_freq_factor"]
+        )
     magnitude = p.get("attention_factor")
     if kind == "yarn":
         if magnitude is None:
@@ -106,12 +111,17 @@ def make_rope(parameters: Mapping[str, Any], c: Any) -> Rope:
                 magnitude = yarn_magnitude(factor, above) / yarn_magnitude(factor, below)
         low, high = p.get("beta_slow") or 1, p.get("beta_fast") or 32
         return Rope(
-            **stretched, stretch="yarn", magnitude=magnitude, low=low, high=high, rounded=p.get("truncate", True)
+            **scaled,
+            scaling="yarn",
+            magnitude=magnitude,
+            low=low,
+            high=high,
+            rounded=p.get("truncate", True),
         )
     if kind == "longrope":
         return Rope(
-            **stretched,
-            stretch="longrope",
+            **scaled,
+            scaling="longrope",
             magnitude=longrope_magnitude(factor, original) if magnitude is None else magnitude,
             short_factors=tuple(p["short_factor"]),
             long_factors=tuple(p["long_factor"]),

@@ -10,7 +10,11 @@ from lorax_ft.models.config import Experts
 
 def describe(c: Any) -> dict[str, Any]:
     """Fields of `DecoderConfig`."""
-    return {"experts": Experts(count=c.num_local_experts, top_k=c.num_experts_per_tok, renormalised=True)}
+    return {
+        "experts": Experts(
+            count=c.num_local_experts, top_k=c.num_experts_per_tok, renormalized=True
+        )
+    }
 
 
 FAMILY = Family(

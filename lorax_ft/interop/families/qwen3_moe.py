@@ -12,7 +12,9 @@ def describe(c: Any) -> dict[str, Any]:
     """Fields of `DecoderConfig`."""
     if c.mlp_only_layers or c.decoder_sparse_step != 1:
         raise ValueError("layers with a dense MLP among sparse ones; supported: all sparse")
-    experts = Experts(count=c.num_experts, top_k=c.num_experts_per_tok, renormalised=c.norm_topk_prob)
+    experts = Experts(
+        count=c.num_experts, top_k=c.num_experts_per_tok, renormalized=c.norm_topk_prob
+    )
     return {"qk_norm": "head", "mlp_width": c.moe_intermediate_size, "experts": experts}
 
 

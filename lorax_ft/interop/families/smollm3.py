@@ -13,7 +13,11 @@ def describe(c: Any) -> dict[str, Any]:
     knows = c.no_rope_layers[: c.num_hidden_layers]
     kinds = layer_kinds(c)
     kinds = kinds if len(kinds) > 1 else kinds * c.num_hidden_layers
-    return {"kinds": tuple(k if r else dataclasses.replace(k, rope=None) for k, r in zip(kinds, knows, strict=True))}
+    return {
+        "kinds": tuple(
+            k if r else dataclasses.replace(k, rope=None) for k, r in zip(kinds, knows, strict=True)
+        )
+    }
 
 
 FAMILY = Family(describe=describe)

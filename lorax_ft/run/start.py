@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step: data, model, adapters, optimiser, each on the mesh."""
+"""Everything a run needs before its first step: data, model, adapters, optimizer, each on the mesh."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.data.batches import Batches, Dataset, check_sources, load_data
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft
 from lorax_ft.interop.peft_config import read_config
 from lorax_ft.lowrank.adapters import with_norms
-from lorax_ft.lowrank.groups import is_whole
+from lorax_ft.lowrank.groups import fully_trained
 from lorax_ft.lowrank.starts import CHANGES_BASE
 from lorax_ft.lowrank.statistics import STATISTICS
-from lorax_ft.models.decoder import SHARDING_RULES
 from lorax_ft.models.model import Model
-from lorax_ft.training import contract, sharding
+from lorax_ft.run.checkpoints import Checkpoints
+from lorax_ft.run.progress import working
+from lorax_ft.run.report import make_console
+from lorax_ft.sharding import DECODER_RULES
+from lorax_ft.training import contract
 from lorax_ft.training.calibration import calibrate
-from lorax_ft.training.checkpoints import Checkpoints
 from lorax_ft.training.optimizer import make_optimizer
-from lorax_ft.training.progress import working
-from lorax_ft.training.report import make_console
 from lorax_ft.training.state import base_of, fresh_state, owned_leaves, resumed_state
 from lorax_ft.training.step import TrainState, batch_loss, make_eval_step, make_train_step
 from lorax_ft.tree import Tree, combine, flatten, unflatten
@@ -85,7 +86,9 @@ def start(config: Config, *, folder: Path) -> Job:
     model = _load(config, mesh)
     _check_quantized(model, config)
     if model.tokenizer is None:
-        raise ValueError(f"{config.model.path} holds no tokenizer; put its tokenizer.json beside the weights")
+        raise ValueError(
+            f"{config.model.path} holds no tokenizer; put its tokenizer.json beside the weights"
+        )
     if config.adapter.start_from is not None:
         model = _with_adapter(model, config)
     data = load_data(config.data, model.tokenizer, seed=config.train.seed)
@@ -93,7 +96,10 @@ def start(config: Config, *, folder: Path) -> Job:
     clock.lap("model and data")
     train = config.train
     batches = Batches(
-        rows=data.train.rows, batch_size=train.batch_size, max_length=config.data.max_length, seed=train.seed
+        rows=data.train.rows,
+        batch_size=train.batch_size,
+        max_length=config.data.max_length,
+        seed=train.seed,
     )
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
     tx = make_optimizer(config.optim, steps=steps)
@@ -112,17 +118,34 @@ def start(config: Config, *, folder: Path) -> Job:
             clock.lap("calibration")
         with working(make_console(), f"starting from {config.adapter.init}") as advance:
             state, frozen = fresh_state(
-                model, config.adapter, tx, mesh=mesh, key=key, rounds=config.quant.rounds, statistics=statistics,
+                model,
+                config.adapter,
+                tx,
+                mesh=mesh,
+                key=key,
+                rounds=config.quant.rounds,
+                statistics=statistics,
                 advance=advance,
-            )  # fmt: skip
+            )
     checkpoints.check_room(state, owned_leaves(state.trained, frozen))
     model = base_of(model, state, frozen)
     clock.lap("adapters")
     evaluate = jax.jit(make_eval_step(model, packed=False))
     job = Job(
-        config=config, mesh=mesh, data=data, batches=batches, steps=steps, model=model, state=state, frozen=frozen,
-        step=None, evaluate=evaluate, checkpoints=checkpoints, first_step=int(state.step), seconds=clock.laps,
-    )  # fmt: skip
+        config=config,
+        mesh=mesh,
+        data=data,
+        batches=batches,
+        steps=steps,
+        model=model,
+        state=state,
+        frozen=frozen,
+        step=None,
+        evaluate=evaluate,
+        checkpoints=checkpoints,
+        first_step=int(state.step),
+        seconds=clock.laps,
+    )
     batch, _ = job.batch(job.first_step)
     _check_contract(job, batch)
     compiled = compile_step(job, tx, batch)
@@ -141,7 +164,9 @@ def compile_step(job: Job, tx: optax.GradientTransformation, batch: dict[str, Ar
         neftune_alpha=config.train.neftune_alpha,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, job.state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
+    jitted = jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh))
+    )
     with jax.set_mesh(job.mesh):  # by which the model keeps rows split (`split_rows`)
         return jitted.lower(job.state, job.frozen, batch, step_key(config)).compile()
 
@@ -155,13 +180,20 @@ def _load(config: Config, mesh: Mesh) -> Model:
     """The base, each leaf on its devices."""
 
     def shardings(path: str, leaf: Any) -> Any:
-        return flatten(sharding.param_shardings(unflatten({path: leaf}), SHARDING_RULES, mesh=mesh))[path]
+        return flatten(sharding.param_shardings(unflatten({path: leaf}), DECODER_RULES, mesh=mesh))[
+            path
+        ]
 
     m = config.model
     return load_model(
-        m.path, revision=m.revision, dtype=m.dtype, attention=m.attention, remat=m.remat, quant=config.quant,
+        m.path,
+        revision=m.revision,
+        dtype=m.dtype,
+        attention=m.attention,
+        remat=m.remat,
+        quant=config.quant,
         shardings=shardings,
-    )  # fmt: skip
+    )
 
 
 def _with_adapter(model: Model, config: Config) -> Model:
@@ -169,10 +201,12 @@ def _with_adapter(model: Model, config: Config) -> Model:
     folder = Path(config.adapter.start_from or "")
     params = load_peft(folder, model)
     for module in read_config(folder).get("modules_to_save") or ():
-        if module == "lm_head" and module not in params:  # PEFT's copy of a tied table, which is one leaf here
+        if (
+            module == "lm_head" and module not in params
+        ):  # PEFT's copy of a tied table, which is one leaf here
             continue
         path = module.removeprefix("model.").replace(".", "/")
-        if not is_whole(path, config.adapter.train_whole):
+        if not fully_trained(path, config.adapter.train_whole):
             raise ValueError(
                 f"{folder} holds {path}, trained whole; give --adapter.train_whole {path} to go on with it"
             )
@@ -191,7 +225,11 @@ def _measured(model: Model, config: Config, batches: Batches, mesh: Mesh) -> dic
         )
     m = config.train.microbatches  # of what fits into memory
     whole = (batches.batch(i) for i in range(adapter.calibration_batches))
-    parts = ({k: v[j * size // m : (j + 1) * size // m] for k, v in batch.items()} for batch in whole for j in range(m))
+    parts = (
+        {k: v[j * size // m : (j + 1) * size // m] for k, v in batch.items()}
+        for batch in whole
+        for j in range(m)
+    )
     placed = [sharding.place_batch(part, mesh) for part in parts]
     with working(make_console(), f"measuring for {adapter.init}") as advance, jax.set_mesh(mesh):
         return calibrate(model, adapter, placed, packed=config.data.pack, advance=advance)
@@ -202,13 +240,18 @@ def _check_contract(job: Job, batch: dict[str, Array]) -> None:
     first = {name: rows[0] for name, rows in batch.items()}
 
     def loss(trained: Tree) -> Array:
-        return batch_loss(job.model, with_norms(combine(trained, job.frozen)), first, packed=job.config.data.pack)
+        return batch_loss(
+            job.model, with_norms(combine(trained, job.frozen)), first, packed=job.config.data.pack
+        )
 
     contract.check_read(loss, job.state.trained)
 
 
 def _check_mesh(config: Config, mesh: Mesh) -> None:
-    rows, devices = config.train.batch_size // config.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, devices = (
+        config.train.batch_size // config.train.microbatches,
+        mesh.shape["data"] * mesh.shape["fsdp"],
+    )
     if rows % devices:
         raise ValueError(
             f"train.batch_size {config.train.batch_size} in {config.train.microbatches} microbatches gives {rows} "
@@ -227,12 +270,12 @@ def _check_quantization(config: Config) -> None:
 
 
 def _check_quantized(model: Model, config: Config) -> None:
-    """Raise where a start is to win back what quantising lost, and the model was quantised before."""
+    """Raise where a start is to win back what quantizing lost, and the model was quantized before."""
     adapter = config.adapter
     fits = adapter.start_from is None and (adapter.init == "loftq" or config.quant.rounds > 1)
     if fits and model.prequantized:
         raise ValueError(
-            f"{model.source} is in NF4 already, so what quantising lost is not known; load the checkpoint that it came "
+            f"{model.source} is in NF4 already, so what quantizing lost is not known; load the checkpoint that it came "
             "from, or take another adapter.init, and quant.rounds 1"
         )
 

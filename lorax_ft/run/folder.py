@@ -10,11 +10,21 @@ import jax
 from jax.experimental import multihost_utils
 
 from lorax_ft.config import Config
-from lorax_ft.training.log import LOG, PLOT
+from lorax_ft.run.log import LOG, PLOT
 
 CONFIG = "config.json"
 PROBE = ".writable-"  # of this process, or of another that starts
-OWN = (CONFIG, "adapter", "nf4_base", "model", "checkpoints", "tensorboard", "wandb", LOG, PLOT)  # what a run writes
+OWN = (
+    CONFIG,
+    "adapter",
+    "nf4_base",
+    "model",
+    "checkpoints",
+    "tensorboard",
+    "wandb",
+    LOG,
+    PLOT,
+)  # what a run writes
 
 
 def check_folder(config: Config) -> Config | None:
@@ -34,12 +44,23 @@ def check_folder(config: Config) -> Config | None:
     try:
         tempfile.TemporaryDirectory(dir=existing, prefix=PROBE).cleanup()
     except OSError as error:
-        raise ValueError(f"train.output {folder}: nothing can be written to {existing}: {error.strerror}") from error
+        raise ValueError(
+            f"train.output {folder}: nothing can be written to {existing}: {error.strerror}"
+        ) from error
     holds_run = _is_run(folder / CONFIG)
     holds = folder.is_dir() and any(not path.name.startswith(PROBE) for path in folder.iterdir())
-    for name, path in (("adapter.start_from", config.adapter.start_from), ("model.path", config.model.path)):
-        if train.overwrite and path is not None and folder.resolve() in Path(path).resolve().parents:
-            raise ValueError(f"{name} {path} lies in {folder}, which train.overwrite deletes; give another output")
+    for name, path in (
+        ("adapter.start_from", config.adapter.start_from),
+        ("model.path", config.model.path),
+    ):
+        if (
+            train.overwrite
+            and path is not None
+            and folder.resolve() in Path(path).resolve().parents
+        ):
+            raise ValueError(
+                f"{name} {path} lies in {folder}, which train.overwrite deletes; give another output"
+            )
     if train.resume and not holds_run:
         raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
     if train.resume:
@@ -47,7 +68,9 @@ def check_folder(config: Config) -> Config | None:
         _check_same_run(config, then)
         return then
     if holds and not holds_run:
-        raise ValueError(f"{folder} is not empty and holds no run, so it is left alone; give another --train.output")
+        raise ValueError(
+            f"{folder} is not empty and holds no run, so it is left alone; give another --train.output"
+        )
     if holds and not train.overwrite:
         raise ValueError(
             f"{folder} holds another run; give --train.resume, --train.overwrite or another --train.output"

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: trained leaves, the optimiser's state and the step, by orbax.
+"""Checkpoints of a run: trained leaves, the optimizer's state and the step, by orbax.
 
 The step is the data's position too, since batches are a function of it. The base is not saved; the
 frozen leaves of the adapters (scales, starts) are, once.
@@ -28,7 +28,9 @@ class Checkpoints:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:  # makes the folder, so not before it is needed
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, create=True, enable_async_checkpointing=True
+        )
         return ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
@@ -42,7 +44,10 @@ class Checkpoints:
           OSError: ENOSPC, with the folder and the bytes.
         """
         existing = next(place for place in (self._folder, *self._folder.parents) if place.is_dir())
-        need, free = sum(leaf.nbytes for leaf in jax.tree.leaves((state, owned))), shutil.disk_usage(existing).free
+        need, free = (
+            sum(leaf.nbytes for leaf in jax.tree.leaves((state, owned))),
+            shutil.disk_usage(existing).free,
+        )
         if need > free:
             reason = f"{os.strerror(errno.ENOSPC)}: a checkpoint takes {need / 1e6:,.1f} MB, {free / 1e6:,.1f} are left"
             raise OSError(errno.ENOSPC, reason, str(self._folder))
@@ -78,7 +83,9 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"checkpoint {step} does not fit this run's adapters or optimiser: {reason}") from error
+            raise ValueError(
+                f"checkpoint {step} does not fit this run's adapters or optimizer: {reason}"
+            ) from error
         return TrainState(**restored["state"]), restored["owned"] if owned else {}
 
     def close(self) -> None:

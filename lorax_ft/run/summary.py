@@ -8,14 +8,16 @@ from pathlib import Path
 from rich.console import Console
 
 from lorax_ft.config import Config
-from lorax_ft.evaluation.exact_match import Answered
+from lorax_ft.evaluation.exact_match import Answers
 from lorax_ft.interop.peft import BASE
-from lorax_ft.training import report
-from lorax_ft.training.log import LOG, PLOT, read_log
-from lorax_ft.training.start import Job
+from lorax_ft.run import report
+from lorax_ft.run.log import LOG, PLOT, read_log
+from lorax_ft.run.start import Job
 from lorax_ft.tree import combine
 
-OWN_RUN = "--config configs/own.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
+OWN_RUN = (
+    "--config configs/own.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class Evaluation:
 
     loss: float | None
     exact_match: float | None
-    answered: Answered | None
+    answered: Answers | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ def print_start(console: Console, job: Job, *, dry_run: bool) -> None:
     train, validation = job.data.train, job.data.validation
     console.print(
         f"{len(train.conversations):,} samples in {len(train.rows):,} rows, {train.tokens:,} tokens, of them "
-        f"{train.labels:,} labelled; {train.cut:,} samples cut, {train.dropped:,} dropped as no answer is left; "
+        f"{train.labels:,} labeled; {train.cut:,} samples cut, {train.dropped:,} dropped as no answer is left; "
         f"{len(validation.rows):,} rows to validate on.\n{job.steps:,} steps of {job.config.train.batch_size} rows.\n"
     )
     if train.cut > 0.1 * len(train.conversations):
@@ -63,7 +65,7 @@ def print_start(console: Console, job: Job, *, dry_run: bool) -> None:
         parts = {
             "base and other frozen leaves": job.frozen,
             "trained leaves": job.state.trained,
-            "optimiser": job.state.opt_state,
+            "optimizer": job.state.opt_state,
         }
         report.print_memory(console, parts, temporaries=temporaries)
         indices = job.batches.indices(job.first_step)
@@ -78,8 +80,13 @@ def print_resumed(console: Console, job: Job, then: Config) -> None:
     if job.first_step == job.steps:
         console.print("Nothing is left to train; more --train.steps would go on.")
     now = job.config.train
-    if (then.train.steps, then.train.epochs) != (now.steps, now.epochs) and job.config.optim.schedule != "constant":
-        console.print(f"It was to end elsewhere: the learning rate now has the schedule of {job.steps} steps.")
+    if (then.train.steps, then.train.epochs) != (
+        now.steps,
+        now.epochs,
+    ) and job.config.optim.schedule != "constant":
+        console.print(
+            f"It was to end elsewhere: the learning rate now has the schedule of {job.steps} steps."
+        )
 
 
 def print_end(console: Console, job: Job, result: Result) -> None:

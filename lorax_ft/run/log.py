@@ -71,7 +71,10 @@ class Log:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             self.close()
@@ -98,7 +101,9 @@ def check_trackers(trackers: Sequence[str]) -> None:
       ValueError: wandb is named and not installed.
     """
     if "wandb" in trackers and importlib.util.find_spec("wandb") is None:
-        raise ValueError('train.report_to names wandb, which is not installed; pip install "lorax_ft[wandb]"')
+        raise ValueError(
+            'train.report_to names wandb, which is not installed; pip install "lorax_ft[wandb]"'
+        )
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -112,10 +117,12 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(folder: Path) -> Path | None:
-    """Draw a run's training_loss.png from its log: raw and smoothed training loss, and validation points."""
+    """SamplingParams a run's training_loss.png from its log: raw and smoothed training loss, and validation points."""
     lines = read_log(folder)
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    validation = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    validation = [
+        (line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line
+    ]
     if not train:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -132,7 +139,14 @@ def plot_losses(folder: Path) -> Path | None:
         smoothed = np.exp(smooth(np.log(losses))) if log else smooth(losses)
         axes.plot(steps, smoothed, color="#08519c", linewidth=2, label="training loss, smoothed")
     if validation:
-        axes.plot(*np.array(validation).T, "o-", color="#d94801", markersize=5, linewidth=1, label="validation loss")
+        axes.plot(
+            *np.array(validation).T,
+            "o-",
+            color="#d94801",
+            markersize=5,
+            linewidth=1,
+            label="validation loss",
+        )
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
     if log:
         axes.set_yscale("log")

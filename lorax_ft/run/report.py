@@ -29,7 +29,9 @@ WIDE = 100  # columns of a terminal that hold all of the table of what trains
 def make_console() -> Console:
     """A console that only the first of several processes prints to; output to a file is wide enough for the tables."""
     console = Console(highlight=False, quiet=jax.process_index() != 0)
-    return console if console.is_terminal else Console(highlight=False, quiet=console.quiet, width=120)
+    return (
+        console if console.is_terminal else Console(highlight=False, quiet=console.quiet, width=120)
+    )
 
 
 def print_config(console: Console, config: Config) -> None:
@@ -67,7 +69,9 @@ def adapter_rows(params: Tree, trained: Tree, *, layout: Layout) -> list[Row]:
         matrices = f"{active.sum()}" + ("" if active.all() else f" of {active.size}")
         rank = _span(ranks[active]) + (" + m" if "magnitude" in layer else "")
         shape = f"{inner} × {outer}"
-        rows.append((path, matrices, shape, rank, _span(scales[active]), dtype, _spec(leaves), f"{count:,}"))
+        rows.append(
+            (path, matrices, shape, rank, _span(scales[active]), dtype, _spec(leaves), f"{count:,}")
+        )
     return rows
 
 
@@ -76,18 +80,33 @@ def matrix_ranks(layer: Mapping[str, Any]) -> np.ndarray:
     scales, a, b = np.asarray(layer["lora_scale"]), layer["lora_a"], layer["lora_b"]
     n = scales.ndim
     # On the devices: the factors may lie on several hosts.
-    columns, rows = jnp.any(a != 0, axis=tuple(range(n, a.ndim - 1))), jnp.any(b != 0, axis=tuple(range(n + 1, b.ndim)))
+    columns, rows = (
+        jnp.any(a != 0, axis=tuple(range(n, a.ndim - 1))),
+        jnp.any(b != 0, axis=tuple(range(n + 1, b.ndim))),
+    )
     return (np.asarray(columns | rows).sum(axis=-1) * (scales != 0)).reshape(-1)
 
 
 def print_table(console: Console, params: Tree, trained: Tree, *, layout: Layout) -> None:
     """What is adapted, and the share of the parameters that trains."""
-    table = Table(box=box.SIMPLE_HEAD, title="What trains", title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title="What trains",
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
     names = ("module", "matrices", "shape", "rank", "scale", "dtype", "sharding", "parameters")
-    shown = [name for name in names if console.width >= WIDE or name not in ("matrices", "dtype", "sharding")]
+    shown = [
+        name
+        for name in names
+        if console.width >= WIDE or name not in ("matrices", "dtype", "sharding")
+    ]
     for name in shown:
         left = name in ("module", "dtype", "sharding")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name != "sharding", overflow="fold")
+        table.add_column(
+            name, justify="left" if left else "right", no_wrap=name != "sharding", overflow="fold"
+        )
     rows = adapter_rows(params, trained, layout=layout)
     for row in rows:
         table.add_row(*(cell for name, cell in zip(names, row, strict=True) if name in shown))
@@ -99,19 +118,27 @@ def print_table(console: Console, params: Tree, trained: Tree, *, layout: Layout
 
 
 def describe_bytes(params: Tree) -> str:
-    """The bytes of the base's arrays, without copies on other devices, and the bits of a quantised parameter."""
-    base = {path: leaf for path, leaf in flatten(params).items() if path.rpartition("/")[2] not in ADAPTER_LEAVES}
+    """The bytes of the base's arrays, without copies on other devices, and the bits of a quantized parameter."""
+    base = {
+        path: leaf
+        for path, leaf in flatten(params).items()
+        if path.rpartition("/")[2] not in ADAPTER_LEAVES
+    }
     quantized = [leaf for leaf in base.values() if isinstance(leaf, Quantized)]
     text = f"{_bytes(base) / 1e6:,.1f} MB"
     if not quantized:
         return text
     count, size = sum(math.prod(leaf.shape) for leaf in quantized), _bytes(quantized)
-    return f"{text}, of them {size / 1e6:,.1f} MB for {count:,} quantised parameters, {8 * size / count:.3f} bits each"
+    return f"{text}, of them {size / 1e6:,.1f} MB for {count:,} quantized parameters, {8 * size / count:.3f} bits each"
 
 
 def base_count(params: Tree) -> int:
     """The number of the base's parameters."""
-    return sum(math.prod(v.shape) for p, v in flatten(params).items() if p.rpartition("/")[2] not in ADAPTER_LEAVES)
+    return sum(
+        math.prod(v.shape)
+        for p, v in flatten(params).items()
+        if p.rpartition("/")[2] not in ADAPTER_LEAVES
+    )
 
 
 def print_memory(console: Console, parts: Mapping[str, Any], *, temporaries: int) -> None:
@@ -123,7 +150,11 @@ def print_memory(console: Console, parts: Mapping[str, Any], *, temporaries: int
       temporaries: bytes that the compiled step asks for beside its arguments.
     """
     table = Table(
-        box=box.SIMPLE_HEAD, title="Memory on each device", title_justify="left", title_style="bold", pad_edge=False
+        box=box.SIMPLE_HEAD,
+        title="Memory on each device",
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
     )
     table.add_column("part")
     table.add_column("MB", justify="right")
@@ -134,10 +165,14 @@ def print_memory(console: Console, parts: Mapping[str, Any], *, temporaries: int
     console.print(table)
 
 
-def print_batch(console: Console, tokenizer: Any, rows: Sequence[Sequence[Sample]], *, most: int = 2) -> None:
+def print_batch(
+    console: Console, tokenizer: Any, rows: Sequence[Sequence[Sample]], *, most: int = 2
+) -> None:
     """The first rows of a batch as the model will see them; what counts in the loss is green."""
     console.print(
-        Text.assemble(("The first batch", "bold"), " (what counts in the loss is ", ("⟦marked⟧", "green"), ")")
+        Text.assemble(
+            ("The first batch", "bold"), " (what counts in the loss is ", ("⟦marked⟧", "green"), ")"
+        )
     )
     for row in rows[:most]:
         text = Text()
@@ -150,10 +185,17 @@ def print_batch(console: Console, tokenizer: Any, rows: Sequence[Sequence[Sample
         console.print(f"… and {len(rows) - most} more rows.\n")
 
 
-def print_answers(console: Console, title: str, questions: Sequence[str], columns: Mapping[str, Sequence[str]]) -> None:
+def print_answers(
+    console: Console, title: str, questions: Sequence[str], columns: Mapping[str, Sequence[str]]
+) -> None:
     """Questions beside their answers."""
     table = Table(
-        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False, show_lines=True
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        show_lines=True,
     )
     table.add_column("question", ratio=3)
     for name in columns:
@@ -166,7 +208,12 @@ def print_answers(console: Console, title: str, questions: Sequence[str], column
 def print_summary(console: Console, rows: Sequence[tuple[str, str]], *, title: str) -> None:
     """The run's result as two columns."""
     table = Table(
-        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_header=False, pad_edge=False
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=False,
+        pad_edge=False,
     )
     table.add_column("", style="bold")
     table.add_column("", overflow="fold")
@@ -195,7 +242,9 @@ def _spec(leaves: Mapping[str, Any]) -> str:
     sharding = next(iter(leaves.values())).sharding
     if sharding.num_devices == 1:
         return "1 device"
-    return ", ".join(f"{name} {tuple(leaf.sharding.spec)}".replace("None", "–") for name, leaf in leaves.items())
+    return ", ".join(
+        f"{name} {tuple(leaf.sharding.spec)}".replace("None", "–") for name, leaf in leaves.items()
+    )
 
 
 def _shape(shape: Sequence[int]) -> str:

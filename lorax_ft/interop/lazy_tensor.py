@@ -18,7 +18,7 @@ Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class LazyTensor:
     """One tensor of a checkpoint."""
 
     shape: tuple[int, ...]
@@ -26,7 +26,7 @@ class Stored:
     """The part of it in these slices; all of it for (). May be a view of the file."""
 
 
-def stored_tensors(file: Path, *, kinds: Mapping[str, Any] = FLOATS) -> dict[str, Stored]:
+def lazy_tensors(file: Path, *, kinds: Mapping[str, Any] = FLOATS) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file, by name.
 
     The package checks the file; the tensors are views of it, where the package would copy each.
@@ -45,16 +45,20 @@ def stored_tensors(file: Path, *, kinds: Mapping[str, Any] = FLOATS) -> dict[str
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
             start = opened.tell()
         content = (
-            np.memmap(file, np.uint8, mode="r", offset=start) if start < file.stat().st_size else np.empty(0, np.uint8)
+            np.memmap(file, np.uint8, mode="r", offset=start)
+            if start < file.stat().st_size
+            else np.empty(0, np.uint8)
         )
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if other := [name for name in names if header[name]["dtype"] not in kinds]:
-        raise ValueError(f"{file}: {other[0]} is {header[other[0]]['dtype']}; supported: {', '.join(kinds)}")
+        raise ValueError(
+            f"{file}: {other[0]} is {header[other[0]]['dtype']}; supported: {', '.join(kinds)}"
+        )
 
-    def stored(entry: dict) -> Stored:
+    def stored(entry: dict) -> LazyTensor:
         begin, end = entry["data_offsets"]
         view = content[begin:end].view(kinds[entry["dtype"]]).reshape(entry["shape"])
-        return Stored(view.shape, view.__getitem__)
+        return LazyTensor(view.shape, view.__getitem__)
 
     return {name: stored(header[name]) for name in names}

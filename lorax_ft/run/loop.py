@@ -15,6 +15,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.data.batches import evaluation_batches
 from lorax_ft.data.chat import encode_prompt
@@ -24,15 +25,16 @@ from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_model, save_quantized
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.requantize import is_requantized
-from lorax_ft.training import contract, report, sharding, summary
-from lorax_ft.training.folder import check_folder, make_folder
-from lorax_ft.training.interrupt import Interruption
-from lorax_ft.training.log import Log, check_trackers
-from lorax_ft.training.progress import Progress
-from lorax_ft.training.start import Job, start, step_key
+from lorax_ft.run import report, summary
+from lorax_ft.run.folder import check_folder, make_folder
+from lorax_ft.run.log import Log, check_trackers
+from lorax_ft.run.progress import Progress
+from lorax_ft.run.start import Job, start, step_key
+from lorax_ft.run.stop_signal import StopSignal
+from lorax_ft.run.summary import Evaluation, Result
+from lorax_ft.training import contract
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
-from lorax_ft.training.summary import Evaluation, Result
 from lorax_ft.tree import Tree, combine, modules, split
 
 
@@ -56,14 +58,18 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
     check_trackers(config.train.report_to)
     then = check_folder(config)
     report.print_config(console, config)
-    console.print(f"\nLoading {config.model.path} on {jax.device_count()} × {jax.devices()[0].device_kind} …")
+    console.print(
+        f"\nLoading {config.model.path} on {jax.device_count()} × {jax.devices()[0].device_kind} …"
+    )
     job = start(config, folder=folder)
     summary.print_start(console, job, dry_run=dry_run)
     if dry_run:
         return None
     if then is not None:
         summary.print_resumed(console, job, then)
-    before = _evaluate(job, job.state, console, "before")  # first, as a wrong answer pattern is found here
+    before = _evaluate(
+        job, job.state, console, "before"
+    )  # first, as a wrong answer pattern is found here
     make_folder(config)
     log = Log(
         folder,
@@ -82,7 +88,12 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
         log.write(job.steps, summary.numbers(after))
     saved = _save(job, state, folder, base=base)
     result = Result(
-        folder=folder, saved=saved, steps=job.steps, before=before, after=after, seconds=time.perf_counter() - began
+        folder=folder,
+        saved=saved,
+        steps=job.steps,
+        before=before,
+        after=after,
+        seconds=time.perf_counter() - began,
     )
     summary.print_end(console, job, result)
     return result
@@ -93,7 +104,10 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
     config, state = job.config.train, job.state
     pending: tuple[int, dict[str, Array], int] | None = None
     key = step_key(job.config)
-    with Progress(console, first=job.first_step, steps=job.steps) as progress, Interruption() as interruption:
+    with (
+        Progress(console, first=job.first_step, steps=job.steps) as progress,
+        StopSignal() as interruption,
+    ):
         for step in range(job.first_step, job.steps):
             batch, tokens = job.batch(step)
             early = step < 2  # a resumed run's adapters have moved already
@@ -106,18 +120,24 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
             stopping = interruption.asked(step) and not last
             saving = last or stopping or (config.save_every and (step + 1) % config.save_every == 0)
             evaluating = not last and config.eval_every and (step + 1) % config.eval_every == 0
-            if early or saving or evaluating:  # nothing is saved of a step whose loss was not looked at
+            if (
+                early or saving or evaluating
+            ):  # nothing is saved of a step whose loss was not looked at
                 _record(pending, log, progress, every=config.log_every)
                 pending = None
             if early:
-                rate = min(value for name, value in metrics.items() if name.startswith("learning_rate"))
+                rate = min(
+                    value for name, value in metrics.items() if name.startswith("learning_rate")
+                )
                 moved = jax.jit(contract.moved)(before, _adapters(state.trained), rate=rate)
                 contract.check_moved(jax.device_get(moved), updates=step + 1)
             if saving:
                 job.checkpoints.save(step + 1, state, owned_leaves(state.trained, job.frozen))
             if stopping:
                 job.checkpoints.close()
-                raise KeyboardInterrupt(f"interrupted after step {step + 1}; --train.resume goes on from there")
+                raise KeyboardInterrupt(
+                    f"interrupted after step {step + 1}; --train.resume goes on from there"
+                )
             if evaluating and (loss := _validation_loss(job, state)) is not None:
                 log.write(step + 1, {"validation_loss": loss})
                 progress.note(f"step {step + 1}: validation loss {loss:.4f}")
@@ -126,7 +146,9 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
     return state
 
 
-def _record(pending: tuple[int, dict[str, Array], int], log: Log, progress: Progress, *, every: int) -> None:
+def _record(
+    pending: tuple[int, dict[str, Array], int], log: Log, progress: Progress, *, every: int
+) -> None:
     """Fetch a step's metrics, stop at a loss that is not finite, and log."""
     step, metrics, tokens = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -160,7 +182,9 @@ def _evaluate(job: Job, state: TrainState, console: Console, when: str) -> Evalu
     exact = match.fraction if match else None
     numbers = [f"validation loss {loss:.4f}"] if loss is not None else []
     numbers += [f"exact match {match.fraction:.1%} of {match.total} answers"] if match else []
-    numbers += [f"{passed_over} questions too long to be answered passed over"] if passed_over else []
+    numbers += (
+        [f"{passed_over} questions too long to be answered passed over"] if passed_over else []
+    )
     started = when == "before" and job.first_step
     console.print(
         f"{f'At step {job.first_step}' if started else f'{when.capitalize()} training'}: {', '.join(numbers)}"
@@ -185,21 +209,25 @@ def _questions(job: Job) -> tuple[list[list[Message]], int]:
 
 
 def _validation_loss(job: Job, state: TrainState) -> float | None:
-    """The mean loss over the labelled tokens of the validation rows, or None without such rows."""
+    """The mean loss over the labeled tokens of the validation rows, or None without such rows."""
     config, rows = job.config, job.data.validation.rows
     if not rows:
         return None
     params = combine(state.trained, job.frozen)
     size = config.train.batch_size // config.train.microbatches
     sums = np.zeros(2)
-    for batch in evaluation_batches(rows, size, max_length=config.data.max_length, limit=config.eval.rows):
+    for batch in evaluation_batches(
+        rows, size, max_length=config.data.max_length, limit=config.eval.rows
+    ):
         with jax.set_mesh(job.mesh):
-            sums += np.array(jax.device_get(job.evaluate(params, sharding.place_batch(batch, job.mesh))))
+            sums += np.array(
+                jax.device_get(job.evaluate(params, sharding.place_batch(batch, job.mesh)))
+            )
     return float(sums[0] / sums[1])
 
 
 def _save_base(job: Job, folder: Path) -> Path | None:
-    """The base that the adapter is for, where no checkpoint elsewhere is it: quantised without its start."""
+    """The base that the adapter is for, where no checkpoint elsewhere is it: quantized without its start."""
     base, params = folder / BASE, combine(job.state.trained, job.frozen)
     if not any(map(is_requantized, modules(params).values())):
         return None
@@ -214,7 +242,9 @@ def _save(job: Job, state: TrainState, folder: Path, *, base: Path | None) -> Pa
     """The adapter as a PEFT folder, or the model as a Hugging Face folder where everything trained."""
     config = job.config.adapter
     params = combine(state.trained, job.frozen)
-    if jax.process_count() > 1:  # the base stays where it is, and is the model's own in save_peft's eyes
+    if (
+        jax.process_count() > 1
+    ):  # the base stays where it is, and is the model's own in save_peft's eyes
         owned, rest = partition(params, by="ownership", whole=config.train_whole)
         params = combine(multihost_utils.process_allgather(owned, tiled=True), rest)
     full = "all" in config.train_whole and not config.targets
@@ -231,4 +261,6 @@ def _save(job: Job, state: TrainState, folder: Path, *, base: Path | None) -> Pa
 
 def _adapters(trained: Tree) -> Tree:
     """The trained leaves that belong to adapters."""
-    return split(trained, lambda path: path.rpartition("/")[2] in ("lora_a", "lora_b", "magnitude"))[0]
+    return split(
+        trained, lambda path: path.rpartition("/")[2] in ("lora_a", "lora_b", "magnitude")
+    )[0]

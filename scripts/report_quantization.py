@@ -1,6 +1,6 @@
 """How much of what NF4 loses do the starts win back? A table by type of layer, in Markdown.
 
-    python scripts/report_quantisation.py --model MODEL > table.md
+    python scripts/report_quantization.py --model MODEL > table.md
 
 For each matrix W the error of QLoRA's start is ‖W − nf4(W)‖, that of QPiSSA's and LoftQ's ‖W − (Q + A B)‖, in the
 nuclear norm; the table has the reduction of the one by the other in per cent (PiSSA, 2404.02948, table 8).
@@ -40,7 +40,7 @@ class Args:
     ranks: tuple[int, ...] = (16, 64)
     """Ranks of the adapters."""
     rounds: tuple[int, ...] = (1, 5)
-    """Rounds of decomposition and quantising."""
+    """Rounds of decomposition and quantizing."""
     every: int = 5
     """Take every so-manieth layer."""
 
@@ -49,7 +49,9 @@ def main(args: Args) -> None:
     """Prints the table."""
     if args.every < 1:
         raise ValueError(f"--every is {args.every}; it must be above 0")
-    columns = [(start, rank, rounds) for rank in args.ranks for start in STARTS for rounds in args.rounds]
+    columns = [
+        (start, rank, rounds) for rank in args.ranks for start in STARTS for rounds in args.rounds
+    ]
     print(f"| layer | matrices | {' | '.join(f'{s} r={r}, {n} rounds' for s, r, n in columns)} |")
     print("|---|---:|" + "---:|" * len(columns))
     everything: list[list[float]] = [[] for _ in columns]
@@ -65,7 +67,9 @@ def main(args: Args) -> None:
 def reduction(w: Array, start: str, rank: int, rounds: int) -> float:
     """By how many per cent a start's error is below QLoRA's."""
     stack = w[None]
-    decomposed = functools.partial(svd, rank=rank, iterations=None, keys=jax.random.split(jax.random.key(0), 1))
+    decomposed = functools.partial(
+        svd, rank=rank, iterations=None, keys=jax.random.split(jax.random.key(0), 1)
+    )
     if start == "QPiSSA":
         last = taken = pissa(stack, svd=decomposed, rounded=rounded, rounds=rounds)
     else:

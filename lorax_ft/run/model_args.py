@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tuned:
+class ModelArgs:
     """Where a model is: in a run, or at a path with or without an adapter."""
 
     run: str | None = None
@@ -29,7 +29,7 @@ class Tuned:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the weights; None takes the run's, and float32 without a run."""
     quant: Literal["none", "nf4", "int8"] = "none"
-    """Type of the kernels that --model is quantised to; a run's are as they were in training."""
+    """Type of the kernels that --model is quantized to; a run's are as they were in training."""
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
@@ -41,7 +41,7 @@ class Tuned:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked(Tuned, Sampling):
+class ChatArgs(ModelArgs, Sampling):
     """A model that is asked something, and how it answers."""
 
     system: str | None = None
@@ -52,13 +52,15 @@ class Asked(Tuned, Sampling):
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
-        Tuned.__post_init__(self)
+        ModelArgs.__post_init__(self)
         Sampling.__post_init__(self)
         check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be 0 or more and below 2^32")
-        check(self.max_new_tokens > 0, f"max_new_tokens is {self.max_new_tokens}; it must be above 0")
+        check(
+            self.max_new_tokens > 0, f"max_new_tokens is {self.max_new_tokens}; it must be above 0"
+        )
 
 
-def load_tuned(tuned: Tuned) -> tuple[Model, Tree]:
+def load_with_adapter(tuned: ModelArgs) -> tuple[Model, Tree]:
     """The model, and its parameters with the adapter in them.
 
     Raises:
@@ -69,18 +71,24 @@ def load_tuned(tuned: Tuned) -> tuple[Model, Tree]:
     from lorax_ft.interop.peft import load_peft
 
     m = config.model
-    model = load_model(m.path, revision=m.revision, dtype=m.dtype, attention=m.attention, quant=config.quant)
+    model = load_model(
+        m.path, revision=m.revision, dtype=m.dtype, attention=m.attention, quant=config.quant
+    )
     return model, model.params if adapter is None else load_peft(adapter, model)
 
 
-def locate(tuned: Tuned) -> tuple[Config, Path | None]:
-    """Which model to load and how to quantise it, and the folder of its adapter or None; without loading anything.
+def locate(tuned: ModelArgs) -> tuple[Config, Path | None]:
+    """Which model to load and how to quantize it, and the folder of its adapter or None; without loading anything.
 
     Raises:
       ValueError: there is no such run or adapter, or the run has not finished.
     """
     if tuned.model is not None:
-        adapter = None if tuned.adapter is None else _existing(Path(tuned.adapter), "adapter", "adapter_config.json")
+        adapter = (
+            None
+            if tuned.adapter is None
+            else _existing(Path(tuned.adapter), "adapter", "adapter_config.json")
+        )
         model = ModelConfig(path=tuned.model, dtype=tuned.dtype or "float32")
         return Config(model=model, quant=QuantConfig(format=tuned.quant)), adapter
     assert tuned.run is not None
@@ -88,7 +96,9 @@ def locate(tuned: Tuned) -> tuple[Config, Path | None]:
     try:
         config = Config.from_json((run / "config.json").read_text(encoding="utf-8"))
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{run} holds no run: its config.json is another; is it a model (--model {run})?") from error
+        raise ValueError(
+            f"{run} holds no run: its config.json is another; is it a model (--model {run})?"
+        ) from error
     model = dataclasses.replace(config.model, dtype=tuned.dtype or config.model.dtype)
     adapter = run / "adapter" if (run / "adapter").is_dir() else None
     own = run / ("nf4_base" if adapter else "model")  # a base without its start; full fine-tuning
@@ -96,7 +106,9 @@ def locate(tuned: Tuned) -> tuple[Config, Path | None]:
         model = dataclasses.replace(model, path=str(own), revision=None)
     if adapter or own.is_dir():
         return dataclasses.replace(config, model=model), adapter
-    raise ValueError(f"{run} holds neither an adapter nor a model: its training has not come to an end")
+    raise ValueError(
+        f"{run} holds neither an adapter nor a model: its training has not come to an end"
+    )
 
 
 def _existing(folder: Path, what: str, marker: str) -> Path:

@@ -41,7 +41,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
 
@@ -53,7 +56,9 @@ class Progress:
         peak = max(value for name, value in values.items() if name.startswith("learning_rate"))
         text = f"loss {values['loss']:.4f}  rate {peak:.2e}  {self._rate:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, description=text)
-        if not self._console.is_terminal and (step % max(self._steps // LINES, 1) == 0 or step == self._steps):
+        if not self._console.is_terminal and (
+            step % max(self._steps // LINES, 1) == 0 or step == self._steps
+        ):
             left = (self._steps - step) * tokens / max(self._rate, 1e-9)
             self._console.print(f"step {step}/{self._steps}  {text}  {left:.0f} s left")
         return rate
@@ -70,7 +75,13 @@ class Progress:
 @contextlib.contextmanager
 def working(console: Console, what: str) -> Iterator[Callable[[float], None]]:
     """A bar for a part of the start; gives the function to call with each share that is done."""
-    shown = bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=None), bars.TimeRemainingColumn()
-    with bars.Progress(*shown, console=console, disable=not console.is_terminal, transient=True) as bar:
+    shown = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(bar_width=None),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(
+        *shown, console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
         task = bar.add_task(what, total=1.0)
         yield lambda share: bar.advance(task, share)

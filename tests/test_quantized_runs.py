@@ -1,4 +1,4 @@
-"""What a run on a quantised base leaves behind: its adapter, and its base where that lacks a start."""
+"""What a run on a quantized base leaves behind: its adapter, and its base where that lacks a start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, save_peft
 from lorax_ft.interop.save import save_model, save_quantized
 from lorax_ft.interop.vllm import save_for_vllm
-from lorax_ft.lowrank.adapters import add_adapters, attach_adapters, switched_off
+from lorax_ft.lowrank.adapters import add_adapters, attach_adapters, disable_adapters
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.merge import merge_adapters, merge_weighted
 from lorax_ft.models.model import Model
@@ -33,7 +33,7 @@ CHANGING = {
 }
 
 
-def randomised(params: dict, seed: int = 1) -> dict:
+def randomized(params: dict, seed: int = 1) -> dict:
     """The tree with random factors, which tell a wrong adapter from none."""
     rng = np.random.default_rng(seed)
     layers = modules(params)
@@ -47,21 +47,30 @@ def randomised(params: dict, seed: int = 1) -> dict:
 
 
 def adapted(model: Model, config: AdapterConfig, *, rounds: int = 1) -> dict:
-    return randomised(
+    return randomized(
         add_adapters(
-            model.params, config, layout=model.layout, key=jax.random.key(0), originals=model.originals, rounds=rounds
+            model.params,
+            config,
+            layout=model.layout,
+            key=jax.random.key(0),
+            originals=model.originals,
+            rounds=rounds,
         )
     )
 
 
 @pytest.mark.parametrize("name", CHANGING)
-def test_a_base_without_its_start_goes_with_its_adapter(source: Path, tmp_path: Path, name: str) -> None:
+def test_a_base_without_its_start_goes_with_its_adapter(
+    source: Path, tmp_path: Path, name: str
+) -> None:
     model = load_model(source, quant=QuantConfig(format="nf4"))
     params = adapted(model, CHANGING[name], rounds=2)
     run = tmp_path / "run"
-    with pytest.raises(ValueError, match="was quantised without its start, so its adapter is for that base alone"):
+    with pytest.raises(
+        ValueError, match="was quantized without its start, so its adapter is for that base alone"
+    ):
         save_peft(run / "adapter", params, model)
-    with pytest.raises(ValueError, match="was quantised without its start"):
+    with pytest.raises(ValueError, match="was quantized without its start"):
         save_for_vllm(run / "adapter", params, model)
     assert not run.exists()
     save_quantized(run / "nf4_base", params, model)
@@ -73,7 +82,9 @@ def test_a_base_without_its_start_goes_with_its_adapter(source: Path, tmp_path: 
     assert not any("lora_a0" in layer for layer in modules(again).values())
     np.testing.assert_allclose(logits(base, again), logits(model, params), atol=1e-5)
     assert np.abs(logits(base) - logits(model)).max() > 0.1
-    with pytest.raises(ValueError, match=rf"was trained on {run / 'nf4_base'}, not on {source}; load that with it"):
+    with pytest.raises(
+        ValueError, match=rf"was trained on {run / 'nf4_base'}, not on {source}; load that with it"
+    ):
         load_peft(run / "adapter", model)
     merged = merge_adapters(again, layout=base.layout)
     np.testing.assert_allclose(logits(base, merged), logits(model, params), atol=1e-4)
@@ -106,11 +117,16 @@ def leaf_at(tree: dict, path: tuple[str, ...]) -> Any:
 
 
 def test_a_start_can_be_taken_out_of_a_packed_checkpoint(packed: Path, tmp_path: Path) -> None:
-    """W is then what the checkpoint dequantises to."""
+    """W is then what the checkpoint dequantizes to."""
     model = load_model(packed)
     config = AdapterConfig(rank=3, alpha=3, init="pissa")
     params = add_adapters(
-        model.params, config, layout=model.layout, key=jax.random.key(0), originals=model.originals, rounds=3
+        model.params,
+        config,
+        layout=model.layout,
+        key=jax.random.key(0),
+        originals=model.originals,
+        rounds=3,
     )
     whole = merge_adapters(params, layout=model.layout)
     for path in ("mlp/up_proj", "self_attn/v_proj"):
@@ -122,10 +138,16 @@ def test_a_start_can_be_taken_out_of_a_packed_checkpoint(packed: Path, tmp_path:
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize(
     "config",
-    [AdapterConfig(rank=3), AdapterConfig(rank=3, dora=True), AdapterConfig(rank=3, init="pissa", keep_base=True)],
+    [
+        AdapterConfig(rank=3),
+        AdapterConfig(rank=3, dora=True),
+        AdapterConfig(rank=3, init="pissa", keep_base=True),
+    ],
     ids=["lora", "dora", "pissa_keep_base"],
 )
-def test_adapters_on_quantised_bases(source: Path, tmp_path: Path, format: Any, config: AdapterConfig) -> None:
+def test_adapters_on_quantized_bases(
+    source: Path, tmp_path: Path, format: Any, config: AdapterConfig
+) -> None:
     """To PEFT and back, switched off, merged, merged with weights."""
     model = load_model(source, quant=QuantConfig(format=format))
     params = adapted(model, config)
@@ -134,7 +156,7 @@ def test_adapters_on_quantised_bases(source: Path, tmp_path: Path, format: Any, 
     assert rank == (6 if config.keep_base else 3)
     again = load_peft(tmp_path / "adapter", model)
     np.testing.assert_allclose(logits(model, again), logits(model, params), atol=1e-4)
-    off = switched_off(again, model.params, layout=model.layout)
+    off = disable_adapters(again, model.params, layout=model.layout)
     assert jax.tree.structure(off) == jax.tree.structure(again)
     np.testing.assert_allclose(logits(model, off), logits(model), atol=1e-5)
     assert np.abs(logits(model, again) - logits(model)).max() > 0.1
@@ -149,11 +171,15 @@ def test_adapters_on_quantised_bases(source: Path, tmp_path: Path, format: Any, 
         np.testing.assert_allclose(logits(model, halves), logits(merged), atol=1e-4)
 
 
-def test_a_module_trained_whole_needs_a_base_that_is_not_quantised(source: Path, tmp_path: Path) -> None:
+def test_a_module_trained_whole_needs_a_base_that_is_not_quantized(
+    source: Path, tmp_path: Path
+) -> None:
     model = load_model(source)
     layers = modules(adapted(model, AdapterConfig(rank=3, exclude=("up_proj",))))
     layers["layers/mlp/up_proj"]["kernel"] += jnp.float32(0.1)
     save_peft(tmp_path / "adapter", from_modules(layers), model)
-    quantised = load_model(source, quant=QuantConfig(format="nf4"))
-    with pytest.raises(ValueError, match=r"up_proj\.weight was trained whole; the model's is quantised"):
-        load_peft(tmp_path / "adapter", quantised)
+    quantized = load_model(source, quant=QuantConfig(format="nf4"))
+    with pytest.raises(
+        ValueError, match=r"up_proj\.weight was trained whole; the model's is quantized"
+    ):
+        load_peft(tmp_path / "adapter", quantized)
