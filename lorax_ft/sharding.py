@@ -1,4 +1,8 @@
-"""Where each leaf lives on the mesh: rules for the base by slash path, adapters derived from their kernel's."""
+"""Where everything lies on the mesh: parameters, adapters, the optimizer's state, batches, activations.
+
+The base's leaves follow rules by slash path; an adapter's leaves follow their kernel's axes, as the
+schema names them. Letters: M microbatches, B rows, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +18,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorax_ft.config import MeshConfig
-from lorax_ft.lowrank.linear import ADAPTER_LEAVES
+from lorax_ft.lowrank.layout import Layout
 from lorax_ft.quant.kernels import Quantized
-from lorax_ft.tree import Tree, first_match, flatten, unflatten
+from lorax_ft.schema import is_adapter, leaf_schema
+from lorax_ft.tree import Tree, first_match, flatten, join, unflatten
 
-Axis = str | tuple[str, ...] | None
+MeshAxis = str | tuple[str, ...] | None
+"""The mesh axis, or axes, that an array's axis is split over."""
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
-ROW_AXES = ("data", "fsdp")  # the mesh axes that rows are split over
+"""(regular expression for a slash path, mesh axes of the leaf's axes); the first match wins."""
 
-QUANTIZABLE = r"layers/.*_proj/kernel"
-"""The leaves that a quantized base has in fewer bits: all linear layers but the head and the routers."""
+ROW_AXES = ("data", "fsdp")  # the mesh axes that the rows of a batch are split over
 
-# Which axes of a leaf the mesh splits, by slash path; the first match wins and every leaf must have one.
-DECODER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+# Every leaf of a decoder must match a rule. The first axis of `layers` counts the layers.
+DECODER_RULES: Rules = (
     (r"embed_tokens/embedding", ("tensor", "fsdp")),
     (r"lm_head/kernel", ("fsdp", "tensor")),
     (r"layers/.*/experts/(gate|up)_proj/kernel", (None, None, "fsdp", "tensor")),
@@ -45,7 +50,7 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
 
     Args:
       config: the axes' sizes.
-      devices: which devices; None takes all.
+      devices: which devices; None: all.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -58,43 +63,72 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
             f"a mesh of data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} "
             f"does not fit {len(devices)} devices"
         )
-    # Explicit axes, which jax.make_mesh takes by default since 0.9, fail in nn.Embed on a sharded table.
-    shape = (data, config.fsdp, config.tensor)
+    # Explicit axes, jax.make_mesh's default since 0.9, fail in nn.Embed on a sharded table.
     return jax.make_mesh(
-        shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
+        (data, config.fsdp, config.tensor),
+        ("data", "fsdp", "tensor"),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=devices,
     )
 
 
-def param_shardings(shapes: Tree, rules: Rules, *, mesh: Mesh) -> Tree:
+def param_shardings(shapes: Tree, rules: Rules, *, layout: Layout, mesh: Mesh) -> Tree:
     """A `NamedSharding` for every leaf.
 
     Args:
       shapes: the parameters or their shapes, adapters included.
-      rules: (regular expression, axes) for the base's leaves by slash path; the first match wins.
+      rules: for the base's leaves.
+      layout: the layers of the model, which give adapters the meaning of their axes.
       mesh: the devices.
 
     Returns:
-      The tree of shardings; at a quantized kernel one for each part. A's in axes and B's out axes lie as their
-      kernel's do, the rank is whole. An axis that does not divide by its mesh axis is whole on every device.
+      The tree of shardings; at a quantized kernel one for each part. An adapter's in and out axes
+      are split as its kernel's, its rank axis is whole. An axis that does not divide by its mesh
+      axis is whole on every device.
 
     Raises:
       ValueError: no rule matches a leaf.
     """
-    flat = flatten(shapes)
-    return unflatten({path: _sharding(path, flat, rules, mesh) for path in flat})
+    places = {}
+    for path, leaf in flatten(shapes).items():
+        if is_adapter(path):
+            axes = _adapter_axes(path, rules, layout)
+            places[path] = NamedSharding(mesh, fitted(axes, leaf.shape, mesh.shape))
+        else:
+            places[path] = base_sharding(path, leaf, rules, mesh=mesh)
+    return unflatten(places)
+
+
+def base_sharding(path: str, leaf: Any, rules: Rules, *, mesh: Mesh) -> Any:
+    """The sharding of one leaf of the base; of a quantized kernel, one for each part.
+
+    Raises:
+      ValueError: no rule matches it.
+    """
+    axes = _rule(path, len(leaf.shape), rules)
+    if not isinstance(leaf, Quantized):
+        return NamedSharding(mesh, fitted(axes, leaf.shape, mesh.shape))
+
+    def placed(part: Any, part_axes: tuple[MeshAxis, ...]) -> NamedSharding:
+        return NamedSharding(mesh, fitted(part_axes, part.shape, mesh.shape))
+
+    return jax.tree.map(placed, leaf, leaf.axes(axes, mesh.shape))
 
 
 def state_shardings(
     tx: optax.GradientTransformation, trained: Tree, shardings: Tree, *, mesh: Mesh
 ) -> Any:
-    """Shardings of an optimizer's state: moments lie where their parameter does, all else is on every device."""
+    """Shardings of an optimizer's state: moments as their parameter, all else on every device."""
     shapes, places = flatten(trained), flatten(shardings)
 
     def place_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        suffixes = ("/".join(names[i:]) for i in range(len(names)))
-        same = next((p for p in suffixes if p in shapes and shapes[p].shape == leaf.shape), None)
-        return replicated(mesh) if same is None else places[same]
+        # A moment's path in the state ends with its parameter's path.
+        for start in range(len(names)):
+            suffix = "/".join(names[start:])
+            if suffix in shapes and shapes[suffix].shape == leaf.shape:
+                return places[suffix]
+        return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place_of, jax.eval_shape(tx.init, trained))
 
@@ -105,12 +139,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, *, microbatched: bool) -> NamedSharding:
-    """Rows split over data and fsdp: `[B, T]`, or `[M, B, T]` where the batch is cut into microbatches."""
-    return NamedSharding(mesh, P(None, ROW_AXES) if microbatched else P(ROW_AXES))
+    """Rows split over data and fsdp: of `[B, T]`, or of `[M, B, T]` where there are microbatches."""
+    axes = P(None, ROW_AXES) if microbatched else P(ROW_AXES)
+    return NamedSharding(mesh, axes)
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same in every process, as a global array; each process hands over its shards."""
+    """A host array, the same in every process, as a global array.
+
+    Each process provides its own shards.
+    """
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
@@ -119,16 +157,19 @@ def place_batch(
 ) -> dict[str, jax.Array]:
     """A batch `[B, T]` on the mesh, as `[M, B / M, T]` where `microbatches` is given."""
     sharding = batch_sharding(mesh, microbatched=microbatches > 0)
-    cut = {
-        k: v.reshape(microbatches, -1, v.shape[-1]) if microbatches else v for k, v in batch.items()
-    }
-    return {k: place(v, sharding) for k, v in cut.items()}
+    placed = {}
+    for name, rows in batch.items():
+        if microbatches:
+            rows = rows.reshape(microbatches, -1, rows.shape[-1])
+        placed[name] = place(rows, sharding)
+    return placed
 
 
 def split_rows(x: Array) -> Array:
-    """x `[B, ...]` with its rows split over the ambient mesh (`jax.set_mesh`), if there is one that divides them.
+    """x `[B, ...]` with its rows split over the ambient mesh (`jax.set_mesh`), if they divide by it.
 
-    Without it XLA may leave the width split, as the embedding table is, and gather the whole batch on every device.
+    Without it XLA may leave the width split, as the embedding table is, and gather the whole batch
+    on every device.
     """
     axes = tuple(axis for axis in ROW_AXES if axis in jax.sharding.get_abstract_mesh().shape)
     if not axes or x.shape[0] % row_devices():
@@ -137,16 +178,16 @@ def split_rows(x: Array) -> Array:
 
 
 def row_devices() -> int:
-    """Over how many devices of the ambient mesh (`jax.set_mesh`) the rows of a batch are split; 1 without one."""
+    """The number of devices of the ambient mesh that a batch's rows are split over; 1 without one."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes.get(axis, 1) for axis in ROW_AXES)
 
 
 def gathered(path: str, kernel: Quantized) -> Quantized:
-    """A layer's quantized kernel, whole over the ambient mesh's fsdp axis, and split over tensor as the rules say.
+    """A layer's quantized kernel, whole over the ambient mesh's fsdp axis and split over tensor.
 
-    It is dequantized after that, so that codes travel between devices and not the values: a quarter of the bytes.
-    Without it XLA dequantizes first.
+    It is dequantized after that, so that devices exchange codes and not values: a quarter of the
+    bytes. Without it XLA dequantizes first.
 
     Args:
       path: the module's, such as `layers/mlp/up_proj`.
@@ -156,52 +197,44 @@ def gathered(path: str, kernel: Quantized) -> Quantized:
     axes = first_match(DECODER_RULES, f"{path}/kernel")
     if sizes.get("fsdp", 1) == 1 or axes is None:
         return kernel
-    _, *own = (None if axis == "fsdp" else axis for axis in axes)
-    places = kernel.axes(tuple(own), sizes)
+    _, *without_layers = axes
+    whole_over_fsdp = tuple(None if axis == "fsdp" else axis for axis in without_layers)
 
-    def constrained(part: Array, axes: tuple[Axis, ...]) -> Array:
-        return lax.with_sharding_constraint(part, fitted(axes, part.shape, sizes))
+    def constrained(part: Array, part_axes: tuple[MeshAxis, ...]) -> Array:
+        return lax.with_sharding_constraint(part, fitted(part_axes, part.shape, sizes))
 
-    return jax.tree.map(constrained, kernel, places)
+    return jax.tree.map(constrained, kernel, kernel.axes(whole_over_fsdp, sizes))
 
 
-def fitted(axes: tuple[Axis, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
+def fitted(axes: tuple[MeshAxis, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
     """The mesh axes of an array's axes, without those that do not divide them."""
-
-    def fits(axis: Axis, size: int) -> bool:
+    kept = []
+    for axis, size in zip(axes, shape, strict=True):
         names = axis if isinstance(axis, tuple) else (axis,)
-        return axis is not None and size % math.prod(sizes[name] for name in names if name) == 0
-
-    return P(*(axis if fits(axis, size) else None for axis, size in zip(axes, shape, strict=True)))
-
-
-def _sharding(path: str, flat: Mapping[str, Any], rules: Rules, mesh: Mesh) -> Any:
-    shape = flat[path].shape
-    parent, _, name = path.rpartition("/")
-    if isinstance(flat[path], Quantized):
-        axes = flat[path].axes(_axes(path, len(shape), rules), mesh.shape)
-        return jax.tree.map(
-            lambda part, a: NamedSharding(mesh, fitted(a, part.shape, mesh.shape)), flat[path], axes
-        )
-    if name not in ADAPTER_LEAVES:
-        return NamedSharding(mesh, fitted(_axes(path, len(shape), rules), shape, mesh.shape))
-    base = f"{parent}/embedding" if f"{parent}/embedding" in flat else f"{parent}/kernel"
-    n_stack = flat[f"{parent}/lora_scale"].ndim
-    n_in = flat[f"{parent}/lora_a"].ndim - n_stack - 1
-    n_out = flat[f"{parent}/lora_b"].ndim - n_stack - 1
-    kernel = _axes(base, n_stack + n_in + n_out, rules)
-    stack, ins, outs = kernel[:n_stack], kernel[n_stack : n_stack + n_in], kernel[n_stack + n_in :]
-    axes = {
-        "lora_a": (*stack, *ins, None),
-        "lora_b": (*stack, None, *outs),
-        "magnitude": (*stack, *outs),
-    }
-    axes |= {"lora_a0": axes["lora_a"], "lora_b0": axes["lora_b"]}
-    return NamedSharding(mesh, fitted(axes.get(name, stack), shape, mesh.shape))
+        devices = math.prod(sizes[name] for name in names if name)
+        kept.append(axis if size % devices == 0 else None)
+    return P(*kept)
 
 
-def _axes(path: str, ndim: int, rules: Rules) -> tuple[str | None, ...]:
+def _adapter_axes(path: str, rules: Rules, layout: Layout) -> tuple[MeshAxis, ...]:
+    """The mesh axes of an adapter's leaf: those of the kernel's axes that its row names."""
+    module, _, name = path.rpartition("/")
+    spec = layout[module]
+    n = len(spec.stack) + len(spec.ins) + len(spec.outs)
+    kernel = _rule(join(module, spec.weight), n, rules)
+    meanings = {"stack": spec.stack, "in": spec.ins, "out": spec.outs}
+    axes: list[MeshAxis] = []
+    for axis in leaf_schema(name).axes:
+        if axis == "rank":
+            axes.append(None)
+        else:
+            axes += [kernel[i] for i in meanings[axis]]
+    return tuple(axes)
+
+
+def _rule(path: str, ndim: int, rules: Rules) -> tuple[str | None, ...]:
+    """The mesh axes that the rules give to a leaf of the base, one for each of its axes."""
     axes = first_match(rules, path)
     if axes is None:
-        raise ValueError(f"no sharding rule matches the parameter {path}; add one beside the model")
+        raise ValueError(f"no sharding rule matches the parameter {path}; add one to DECODER_RULES")
     return (*axes, *[None] * (ndim - len(axes)))

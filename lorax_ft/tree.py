@@ -1,4 +1,4 @@
-"""Parameter trees: nested dicts of arrays, whose leaves have slash paths such as `layers/mlp/up_proj/kernel`."""
+"""Parameter trees: nested dicts whose leaves have slash paths, such as `layers/mlp/up_proj/kernel`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from flax import traverse_util
+
 Tree = dict[str, Any]
 T = TypeVar("T")
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of a nested dict by slash path, in the dict's order. Empty dicts vanish.
 
     >>> flatten({"a": {"kernel": 1, "bias": 2}})
     {'a/kernel': 1, 'a/bias': 2}
     """
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}/"))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    return traverse_util.flatten_dict(tree, sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
@@ -31,14 +27,7 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
     >>> unflatten({"a/kernel": 1, "a/bias": 2})
     {'a': {'kernel': 1, 'bias': 2}}
     """
-    tree: Tree = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def modules(tree: Mapping[str, Any]) -> dict[str, Tree]:
@@ -56,21 +45,26 @@ def modules(tree: Mapping[str, Any]) -> dict[str, Tree]:
 
 def from_modules(layers: Mapping[str, Tree]) -> Tree:
     """The nested dict of modules by slash path: the inverse of `modules`."""
-    return unflatten(
-        {
-            f"{path}/{name}" if path else name: leaf
-            for path, layer in layers.items()
-            for name, leaf in layer.items()
-        }
-    )
+    flat = {}
+    for path, layer in layers.items():
+        for name, leaf in layer.items():
+            flat[join(path, name)] = leaf
+    return unflatten(flat)
+
+
+def join(path: str, name: str) -> str:
+    """The slash path of a leaf of the module at `path`; the root's path is empty."""
+    return f"{path}/{name}" if path else name
 
 
 def split(tree: Mapping[str, Any], keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
     """Two trees: the leaves whose slash path `keep` accepts, and the others."""
-    flat = flatten(tree)
-    return unflatten({p: v for p, v in flat.items() if keep(p)}), unflatten(
-        {p: v for p, v in flat.items() if not keep(p)}
-    )
+    accepted: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    for path, leaf in flatten(tree).items():
+        part = accepted if keep(path) else others
+        part[path] = leaf
+    return unflatten(accepted), unflatten(others)
 
 
 def combine(*trees: Mapping[str, Any]) -> Tree:
@@ -79,15 +73,15 @@ def combine(*trees: Mapping[str, Any]) -> Tree:
     Raises:
       ValueError: two trees hold the same leaf, or one holds a leaf where another holds a dict.
 
-    >>> combine({"a": {"kernel": 1}}, {"a": {"lora_a": 2}})
-    {'a': {'kernel': 1, 'lora_a': 2}}
+    >>> combine({"a": {"kernel": 1}}, {"a": {"bias": 2}})
+    {'a': {'kernel': 1, 'bias': 2}}
     """
     flat: dict[str, Any] = {}
     for tree in trees:
         for path, leaf in flatten(tree).items():
             if path in flat:
                 raise ValueError(
-                    f"two of the trees hold the leaf {path!r}; combine takes parts that do not overlap"
+                    f"two of the trees hold the leaf {path!r}; combine needs trees that do not overlap"
                 )
             flat[path] = leaf
     for path in flat:
@@ -100,4 +94,7 @@ def combine(*trees: Mapping[str, Any]) -> Tree:
 
 def first_match(rules: Iterable[tuple[str, T]], path: str) -> T | None:
     """The value of the first (regular expression, value) rule that matches the whole path, or None."""
-    return next((value for pattern, value in rules if re.fullmatch(pattern, path)), None)
+    for pattern, value in rules:
+        if re.fullmatch(pattern, path):
+            return value
+    return None

@@ -1,4 +1,4 @@
-"""Adding adapters to a parameter tree, switching them off, and what a step needs beside them.
+"""Adding adapters to a parameter tree, disabling them, and the leaves that a step needs beside them.
 
 {"up_proj": {"kernel": W}}  →  {"up_proj": {"kernel": W, "lora_a": A, "lora_b": B, "lora_scale": s}}
 """
@@ -15,15 +15,19 @@ import numpy as np
 from jax import Array
 
 from lorax_ft.config import AdapterConfig
+from lorax_ft.lowrank.inits import Init, find_function, find_init, init_options
+from lorax_ft.lowrank.keys import fold_path
 from lorax_ft.lowrank.layout import Layout
-from lorax_ft.lowrank.leaves import Kernel, adapter_leaves, fold_path, without_start
-from lorax_ft.lowrank.linear import ADAPTER_LEAVES, Layer, column_norm
+from lorax_ft.lowrank.module_leaves import adapter_leaves, leaf_shapes, without_start
 from lorax_ft.lowrank.requantize import Original
-from lorax_ft.lowrank.spec import LayerSpec, as_canonical
-from lorax_ft.lowrank.starts import CHANGES_BASE
-from lorax_ft.lowrank.statistics import checked_statistics, needed_statistics, spread_ranks
+from lorax_ft.lowrank.spec import base_kernel, base_shape, with_kernel
+from lorax_ft.lowrank.statistics import checked_statistics, needed_statistics
 from lorax_ft.lowrank.targets import plan_adapters
+from lorax_ft.lowrank.terms import TERMS, check_layer, dropout, is_adapted, kept_start, low_rank
+from lorax_ft.lowrank.terms import magnitude as magnitude_term
+from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized
+from lorax_ft.schema import init_schema
 from lorax_ft.tree import Tree, combine, from_modules, modules
 
 
@@ -33,147 +37,183 @@ def add_adapters(
     *,
     layout: Layout,
     key: Array,
+    init: Init | None = None,
     originals: Mapping[str, Original] = MappingProxyType({}),
     rounds: int = 1,
     statistics: Mapping[str, Array | np.ndarray] = MappingProxyType({}),
     advance: Callable[[float], None] = lambda share: None,
 ) -> Tree:
-    """The parameters with low-rank leaves beside the kernels that `config.targets` matches.
+    """The parameters with adapter leaves beside the kernels that `config.targets` matches.
 
     Args:
       params: a tree of arrays; its leaves are shared with the result, not copied.
-      config: which modules, which rank, which start. Its `train_whole` and `freeze` are for `partition`, and its
-        `dropout` for `with_dropout`.
+      config: which modules, rank and init. Its `train_whole` and `freeze` are for `partition`, and
+        its `dropout` for `with_dropout`.
       layout: the layers of the model (`lorax_ft.layout`, or a loaded model's own).
       key: every leaf's randomness is folded from it and the leaf's path.
-      originals: by path, what reads the matrices again that are quantized in `params` (`Model.originals`); needed by
-        inits that change the base.
-      rounds: of decomposition and quantizing, for PiSSA and LoftQ on a quantized base.
+      init: an init of your own, in place of the one that `config.init` names: a function of an
+        `InitContext` that returns an `InitResult` (`lorax_ft.lowrank.inits.context`).
+      originals: by path, reads the matrices that are quantized in `params` in full precision
+        (`Model.originals`); needed by inits that change the base.
+      rounds: of decomposition and quantization, for PiSSA and LoftQ on a quantized base.
       statistics: by path, what inits from data start from (`lorax_ft.calibrate`).
       advance: called with a share of the work whenever it is done; the shares make up 1.
 
     Returns:
-      A new tree. The base is changed only by inits that say so (`CHANGES_BASE`), and not with `keep_base`.
+      A new tree. Only inits whose row in `lorax_ft.schema.INITS` says `changes_base` change the
+      base, and not with `keep_base`.
 
     Raises:
-      ValueError: a pattern matches no module, a rank is above a matrix's smaller side, or a statistic is missing.
+      ValueError: a pattern matches no module, a rank is above a matrix's smaller side, a statistic
+        is missing, or the init computes on the host and `params` are being traced.
+
+    An init of your own edits no file of this library:
+
+    >>> from lorax_ft.lowrank.inits.context import InitContext, InitResult
+    >>> def ones(context: InitContext) -> InitResult:
+    ...     return InitResult((context.zeros_a() + 1, context.zeros_b()))
+    >>> from lorax_ft.lowrank.layout import layout
+    >>> dense = nn.Dense(3)
+    >>> params = dense.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    >>> layers = layout(dense.apply, params, jnp.ones((1, 4)))
+    >>> config, key = AdapterConfig(rank=2), jax.random.key(1)
+    >>> float(add_adapters(params, config, layout=layers, key=key, init=ones)["lora_a"].sum())
+    8.0
     """
     layers = modules(nn.meta.unbox(params))
-    kernels = {path: _kernel(layers, path, spec) for path, spec in layout.items()}
-    shapes = {path: kernel.shape for path, kernel in kernels.items()}
-    plans = plan_adapters(config, layout=layout, shapes=shapes)
-    measured = checked_statistics(
-        config, statistics, needed_statistics(config, layout=layout, shapes=shapes)
-    )
-    if config.init == "eva":
-        plans, measured = spread_ranks(plans, measured, config, key=key)
+    row = init_schema(config.init)
+    # What an init of the caller's own does to the base shows when it is called.
+    changes_base = row.changes_base or init is not None
+    plans = plan_adapters(config, params, layout=layout, changes_base=changes_base)
+    if init is None and row.on_host and config.svd_iterations is None:
+        _check_not_traced(config, layers)
+    needed = needed_statistics(config, params, layout=layout)
+    measured = checked_statistics(config, statistics, needed)
+    if init is None and row.prepare is not None:
+        prepare = find_function(row.prepare)
+        plans, measured = prepare(plans, measured, config, key=key)
     for path, plan in plans.items():
         layer = layers.get(path, {})
-        if ADAPTER_LEAVES & layer.keys():
+        if is_adapted(layer):
             raise ValueError(
                 f"{path} has an adapter already; merge it first (lorax_ft.merge_adapters)"
             )
-        # A tied head's kernel is the embedding's, and stays.
-        keeps = config.keep_base or (path == "lm_head" and "kernel" not in layer)
-        original = (
-            None if keeps or config.init not in CHANGES_BASE else _original(originals, path, layer)
-        )
+        original = None
+        if plan.start == "in_base" and init is None:
+            original = _original(originals, path, layer)
         layers[path] = layer | adapter_leaves(
-            kernels[path],
-            config,
+            base_kernel(layers, path, layout[path]),
             spec=layout[path],
             plan=plan,
+            init=init or find_init(config.init),
             key=key,
-            keeps=keeps,
+            options=init_options(config.init, config),
+            statistic=measured.get(path),
             original=original,
             rounds=rounds,
-            statistic=measured.get(path),
         )
         advance(1 / len(plans))
     return from_modules(layers)
+
+
+def abstract_adapters(config: AdapterConfig, params: Tree, *, layout: Layout) -> Tree:
+    """The shapes of the leaves that `add_adapters` adds, as float32 `jax.ShapeDtypeStruct`.
+
+    Nothing is computed and no init runs: the shapes follow from the layers and the config.
+
+    Args:
+      config: the adapters.
+      params: the model's parameters, or their shapes.
+      layout: the layers of the model.
+
+    Raises:
+      ValueError: as `plan_adapters`.
+    """
+    layers = modules(nn.meta.unbox(params))
+    found: dict[str, Layer] = {}
+    for path, plan in plan_adapters(config, params, layout=layout).items():
+        spec = layout[path]
+        shapes = leaf_shapes(spec, plan, base_shape(layers, path, spec))
+        found[path] = {
+            name: jax.ShapeDtypeStruct(spec.stored_shape(name, shape), jnp.float32)
+            for name, shape in shapes.items()
+        }
+    return from_modules(found)
 
 
 def attach_adapters(
     base: Tree,
     adapters: Tree,
     *,
-    layout: Layout | None = None,
+    layout: Layout,
     originals: Mapping[str, Original] = MappingProxyType({}),
 ) -> Tree:
-    """An original base with adapter leaves put back on it: W − s A₀ B₀ is computed again from the kept start.
+    """The base with adapter leaves put back on it: W − s A₀ B₀ is computed again from A₀ and B₀.
 
     Args:
       base: the parameters as they were loaded.
       adapters: adapter leaves, as `partition(params, by="ownership")` gives them.
-      layout: needed where a kernel's axes are not in the order stack, in, out.
+      layout: the layers of the model.
       originals: as in `add_adapters`.
+
+    Raises:
+      ValueError: leaves that belong together are not all there.
     """
     layers = modules(combine(base, adapters))
     for path, layer in layers.items():
-        if "lora_a0" in layer and "start_scale" not in layer:
+        check_layer(layer, path)
+        if kept_start.is_in_base(layer):
+            spec = layout[path]
             original = _original(originals, path, layer)
-            layers[path] = layer | without_start(layer, layout[path] if layout else None, original)
+            kernel = without_start(layer[spec.weight], layer, spec=spec, original=original)
+            layers[path] = layer | {spec.weight: kernel}
     return from_modules(layers)
 
 
-def disable_adapters(params: Tree, base: Tree, *, layout: Layout | None = None) -> Tree:
-    """The parameters with all adapters switched off, in the same structure: no program is compiled anew.
+def disable_adapters(params: Tree, base: Tree, *, layout: Layout) -> Tree:
+    """The parameters with all adapters disabled, in the same structure, so that nothing recompiles.
 
-    Modules trained whole are the base's again. s becomes 0; where an init changed the base, A and B become the start
-    instead, W − s A₀ B₀ + s A₀ B₀ = W, and DoRA's magnitude the norm of W.
+    Weights that were trained in full are the base's again. The leaf that says which matrices are
+    adapted becomes 0, such as s. Where an init changed the base, A and B become A₀ and B₀ instead,
+    W − s A₀ B₀ + s A₀ B₀ = W, and DoRA's magnitude becomes the norm of W.
 
     Args:
       params: a tree with adapters.
       base: the model's own parameters, as they were loaded.
-      layout: needed where a kernel's axes are not in the order stack, in, out.
+      layout: the layers of the model.
     """
     layers, own = modules(params), modules(base)
     for path, layer in layers.items():
-        if "lora_a0" not in layer or "start_scale" in layer:
-            old = own.get(path, {})
-            if "kernel" in layer and "kernel" not in old:  # a head that was untied
-                old = {"kernel": tied_kernel(base)}
-            same = {
-                name for name in layer.keys() & old.keys() if not isinstance(layer[name], Quantized)
-            }
-            layer = layer | {name: old[name].astype(layer[name].dtype) for name in same}
-            layers[path] = layer
-        if "lora_a0" in layer and "start_scale" not in layer:
-            layer = layer | {"lora_a": layer["lora_a0"], "lora_b": layer["lora_b0"]}
-            if "magnitude" in layer:
-                n = column_norm(as_canonical(layer, layout[path] if layout else None))
-                layer |= {name: n for name in ("magnitude", "norm") if name in layer}
-            layers[path] = layer
-        elif "lora_a" in layer:
-            scales = {name: layer[name] for name in ("lora_scale", "start_scale") if name in layer}
-            layers[path] = layer | {name: jnp.zeros_like(s) for name, s in scales.items()}
+        check_layer(layer, path)
+        if not kept_start.is_in_base(layer):
+            layer = layer | _base_weights(path, layer, own, layout)
+        layers[path] = layer | _disabled(layer, path, layout)
     return from_modules(layers)
 
 
-def with_norms(params: Tree, *, layout: Layout | None = None) -> Tree:
-    """The parameters with DoRA's detached norm ‖W + s A B‖ beside every magnitude; derived, never stored.
+def with_norms(params: Tree, *, layout: Layout) -> Tree:
+    """The parameters with DoRA's norm ‖W + s A B‖ beside every magnitude; derived, never stored.
 
     Args:
       params: a tree with adapters.
-      layout: needed where a kernel's axes are not in the order stack, in, out.
+      layout: the layers of the model.
     """
     return combine(params, norms(params, layout=layout))
 
 
-def norms(params: Tree, *, layout: Layout | None = None) -> Tree:
+def norms(params: Tree, *, layout: Layout) -> Tree:
     """The `norm` leaves alone, as `with_norms` adds them: they change only when A and B do."""
+    layers = modules(params)
     found: dict[str, Layer] = {}
-    for path, layer in modules(params).items():
-        if "magnitude" in layer:
-            base = {} if {"kernel", "embedding"} & layer.keys() else {"kernel": tied_kernel(params)}
-            found[path] = {
-                "norm": column_norm(as_canonical(layer | base, layout[path] if layout else None))
-            }
+    for path, layer in layers.items():
+        if magnitude_term.MAGNITUDE in layer:
+            full = with_kernel(layers, path, layout[path])
+            found[path] = {magnitude_term.NORM: magnitude_term.column_norm(full)}
     return from_modules(found)
 
 
 def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:
-    """The parameters with a dropout key and rate beside every A, for one training step.
+    """The parameters with a dropout key and rate beside every adapter that drops out its input.
 
     Args:
       params: a tree with adapters.
@@ -186,43 +226,57 @@ def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:
         key = jax.random.wrap_key_data(key)
     layers = modules(params)
     for path, layer in layers.items():
-        if "lora_a" in layer:
-            stack = layer["lora_scale"].shape
-            one = fold_path(key, path)
-            layer["dropout_key"] = jax.random.split(one, stack) if stack else one
-            layer["dropout_rate"] = jnp.full(stack, rate, jnp.float32)
+        for term in TERMS:
+            if term.takes_dropout and term.active in layer:
+                stack = layer[term.active].shape
+                layers[path] = layer | dropout.leaves(fold_path(key, path), rate, stack=stack)
     return from_modules(layers)
 
 
-def kernel_shapes(params: Tree, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """The shapes of the kernels of a layout's modules, in `params` or their shapes."""
-    layers = modules(nn.meta.unbox(params))
-
-    def shape(path: str) -> tuple[int, ...]:
-        layer = layers.get(path, {})
-        own = [layer[name].shape for name in ("kernel", "embedding") if name in layer]
-        return own[0] if own else layers["embed_tokens"]["embedding"].shape[::-1]  # a tied head
-
-    return {path: shape(path) for path in layout}
-
-
-def _kernel(layers: dict[str, Layer], path: str, spec: LayerSpec) -> Kernel:
-    layer = layers.get(path, {})
-    if spec.kind == "embed":
-        return layer["embedding"]
-    return layer["kernel"] if "kernel" in layer else layers["embed_tokens"]["embedding"].T
+def _base_weights(path: str, layer: Layer, own: Mapping[str, Layer], layout: Layout) -> Layer:
+    """The base's own leaves of a layer, in the dtypes that the layer has them in."""
+    old = own.get(path, {})
+    spec = layout.get(path)
+    if spec is not None and spec.tied_to is not None and spec.weight in layer:
+        old = {spec.weight: base_kernel(own, path, spec)}  # also of a head that was untied
+    return {
+        name: old[name].astype(leaf.dtype)
+        for name, leaf in layer.items()
+        if name in old and not isinstance(leaf, Quantized)
+    }
 
 
-def tied_kernel(params: Tree) -> Array:
-    """The kernel of a tied output head."""
-    return params["embed_tokens"]["embedding"].T
+def _disabled(layer: Layer, path: str, layout: Layout) -> Layer:
+    """The leaves with which an adapted layer computes what its base does."""
+    if not kept_start.is_in_base(layer):
+        switches = [term.active for term in TERMS if term.active in layer]
+        if kept_start.SCALE in layer:
+            switches.append(kept_start.SCALE)
+        return {name: jnp.zeros_like(layer[name]) for name in switches}
+    start = {low_rank.A: layer[kept_start.A0], low_rank.B: layer[kept_start.B0]}
+    if magnitude_term.MAGNITUDE not in layer:
+        return start
+    n = magnitude_term.column_norm(with_kernel({path: layer | start}, path, layout[path]))
+    both = (magnitude_term.MAGNITUDE, magnitude_term.NORM)
+    return start | {name: n for name in both if name in layer}
 
 
 def _original(originals: Mapping[str, Original], path: str, layer: Layer) -> Original | None:
-    """What reads W again, where a start is to be taken out of a quantized base."""
+    """Reads W again, where a start is subtracted from a quantized base."""
     if isinstance(layer.get("kernel"), Quantized) and path not in originals:
         raise ValueError(
-            f"{path}: its kernel is quantized and the weights that it came from are not at hand, so no start can be "
-            "taken out of it; load the original checkpoint, or set adapter.keep_base"
+            f"{path}: its kernel is quantized and the original weights are not available, so the "
+            "init cannot change it; load the original checkpoint, or set adapter.keep_base"
         )
     return originals.get(path)
+
+
+def _check_not_traced(config: AdapterConfig, layers: Mapping[str, Layer]) -> None:
+    """Raise where an init that computes on the host is called inside a JAX transformation."""
+    leaves = jax.tree.leaves(dict(layers))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise ValueError(
+            f"adapter.init {config.init} computes an exact SVD on the host, outside jit and "
+            "eval_shape; call add_adapters there, set adapter.svd_iterations, or use "
+            "lorax_ft.abstract_adapters for shapes"
+        )

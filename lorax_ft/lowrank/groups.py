@@ -5,50 +5,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES
 from lorax_ft.lowrank.targets import check_coverage, matches
+from lorax_ft.lowrank.terms import check_layer
 from lorax_ft.quant.kernels import Quantized
+from lorax_ft.schema import Owner, is_adapter, is_base, leaf_schema
 from lorax_ft.tree import Tree, flatten, from_modules, modules, split
+
+FROZEN = "frozen"
 
 
 def label(params: Tree, *, whole: Sequence[str] = (), freeze: Sequence[str] = ()) -> Tree:
-    """Each leaf's group for the optimizer.
-
-    `lora_a`, `lora_b`, `magnitude`; `weight` and `vector` for the matrices and for the biases and norms of
-    modules that train whole; else `frozen`.
+    """Each leaf's group for the optimizer: a value of `lorax_ft.schema.Group`, or "frozen".
 
     Args:
       params: a tree with adapters.
-      whole: patterns of modules whose own weights train; "all" matches every one.
-      freeze: names of adapter leaves that stay where they start, such as `lora_a` in LoRA-FA (2308.03303).
+      whole: patterns of modules whose own weights train in full; "all" matches every one.
+      freeze: names of adapter leaves that do not train, such as `lora_a` in LoRA-FA (2308.03303).
 
     Raises:
-      ValueError: a pattern matches no module.
+      ValueError: a pattern matches no module, leaves that belong together are not all there, or a
+        quantized module is to train in full.
     """
     layers = modules(params)
-    bases = [path for path, layer in layers.items() if layer.keys() - ADAPTER_LEAVES - STEP_LEAVES]
-    patterns = [p for p in whole if p != "all"]
-    check_coverage(
-        patterns,
-        lambda p: any(fully_trained(path, (p,)) for path in bases),
-        names=bases,
-        where="train_whole",
-    )
+    bases = [path for path, layer in layers.items() if any(map(is_base, layer))]
+    patterns = [pattern for pattern in whole if pattern != "all"]
 
-    def group(path: str, name: str) -> str:
-        if name in ("lora_a", "lora_b", "magnitude"):
-            return "frozen" if name in freeze else name
-        if name in ADAPTER_LEAVES | STEP_LEAVES or not fully_trained(path, whole):
-            return "frozen"
-        if isinstance(layers[path][name], Quantized):
+    def hit(pattern: str) -> bool:
+        return any(fully_trained(path, (pattern,)) for path in bases)
+
+    check_coverage(patterns, hit, names=bases, where="train_whole")
+    labels: dict[str, Tree] = {}
+    for path, layer in layers.items():
+        check_layer(layer, path)
+        trains_whole = fully_trained(path, whole)
+        labels[path] = {name: _group(name, trains_whole, freeze) for name in layer}
+        if trains_whole and any(isinstance(leaf, Quantized) for leaf in layer.values()):
             raise ValueError(
-                f"{path} is quantized, so its own weights do not train; leave it out of train_whole"
+                f"{path} is quantized, so its own weights cannot train; remove it from train_whole"
             )
-        return "weight" if name in ("kernel", "embedding") else "vector"
-
-    return from_modules(
-        {path: {name: group(path, name) for name in layer} for path, layer in layers.items()}
-    )
+    return from_modules(labels)
 
 
 def partition(
@@ -62,25 +57,39 @@ def partition(
 
     Args:
       params: a tree with adapters.
-      by: "training": what trains, and what is frozen. "ownership": what belongs to the fine-tuning
-        (frozen scales, factors and starts too), and what belongs to the base.
-      whole: patterns of modules whose own weights train, as for `label`: a config's `train_whole`.
-      freeze: names of adapter leaves that do not train, as for `label`: a config's `freeze`.
+      by: "training": the leaves that train, and the frozen ones. "ownership": the leaves that belong
+        to the fine-tuning (frozen scales, factors and starts too), and those of the base.
+      whole: patterns of modules whose own weights train in full: a config's `train_whole`.
+      freeze: names of adapter leaves that do not train: a config's `freeze`.
     """
     labels = flatten(label(params, whole=whole, freeze=freeze))
 
-    def mine(path: str) -> bool:
-        return labels[path] != "frozen" or (
-            by == "ownership" and path.rpartition("/")[2] in ADAPTER_LEAVES
-        )
+    def in_first(path: str) -> bool:
+        trains = labels[path] != FROZEN
+        return trains or (by == "ownership" and is_adapter(path))
 
-    return split(params, mine)
+    return split(params, in_first)
+
+
+def adapter_leaves_of(params: Tree) -> Tree:
+    """The leaves that belong to adapters."""
+    return split(params, is_adapter)[0]
 
 
 def fully_trained(path: str, whole: Sequence[str]) -> bool:
-    """Whether the patterns `whole` match the module at `path`, or one that it stands in."""
+    """Whether the patterns `whole` match the module at `path`, or one that contains it."""
     parts = path.split("/")
-    parents = ["/".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(
-        pattern == "all" or any(matches(pattern, parent) for parent in parents) for pattern in whole
-    )
+    for pattern in whole:
+        for end in range(1, len(parts) + 1):
+            if pattern == "all" or matches(pattern, "/".join(parts[:end])):
+                return True
+    return False
+
+
+def _group(name: str, trains_whole: bool, freeze: Sequence[str]) -> str:
+    """The group of a leaf of a module whose own weights train in full, or not."""
+    row = leaf_schema(name)
+    trains = trains_whole if row.owner is Owner.BASE else name not in freeze
+    if row.group is None or not trains:
+        return FROZEN
+    return row.group.value

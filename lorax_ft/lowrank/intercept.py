@@ -1,4 +1,4 @@
-"""How an ordinary linen model sees adapters: its layers' calls are intercepted, and `linear` answers.
+"""How an ordinary linen model sees adapters: its layers' calls are intercepted and go to `linear`.
 
 The model's code knows nothing of it. A layer's product with A is the layer's own code run on A (a
 clone with other features), so its dtype, precision, padding and `dot_general` are honored.
@@ -16,29 +16,33 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_ft.lowrank.linear import ADAPTER_LEAVES, Layer, column_norm, linear
-from lorax_ft.lowrank.spec import Kind, LayerSpec, as_canonical
+from lorax_ft.lowrank.linear import linear
+from lorax_ft.lowrank.spec import LayerSpec, Module, as_canonical
+from lorax_ft.lowrank.terms import bias, is_adapted, magnitude
+from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized, dense
 
 Gather = Callable[[str, Quantized], Quantized]
-Run = Callable[[dict[str, Any], str, Any, Array], Array]
-"""The module's own code with other fields, on another kernel (or embedding) and an input."""
+Run = Callable[[dict[str, Any], Any, Array], Array]
+"""The module's own code, with other fields and another kernel (or embedding), on an input."""
 
-KINDS: dict[type[nn.Module], Kind] = {
+MODULES: dict[type[nn.Module], Module] = {
     nn.Dense: "dense",
     nn.DenseGeneral: "general",
     nn.Einsum: "einsum",
     nn.Conv: "conv",
     nn.Embed: "embed",
 }
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traced:
-    """What a trace saw of a layer inside its scans: its kernel's shape, the meaning of its axes, its equation."""
+    """What a trace sees of a layer inside its scans."""
 
     spec: LayerSpec
     shape: tuple[int, ...]
+    """The kernel's."""
     einsum: tuple[str, str, str] | None = None
     """The letters of the input, the kernel and the output."""
 
@@ -49,30 +53,35 @@ def adapt(
     """A function like `apply` that sees the adapters in the parameters it is given.
 
     Args:
-      apply: `model.apply` of a linen model, or any function that calls it. Jit the result, not the argument.
-      gather: by a layer's path, its quantized kernel as it is to lie on a mesh before it is dequantized.
+      apply: `model.apply` of a linen model, or any function that calls it. Jit the result, not the
+        argument.
+      gather: (path, quantized kernel) -> that kernel placed on the mesh as it should be when it is
+        dequantized.
 
     Returns:
-      The function; with no adapter in the parameters it computes what `apply` does.
+      The function. Without adapters in the parameters it computes what `apply` does.
 
     A magnitude whose norm was not computed beforehand (`with_norms`) gets it inside the layer.
     """
 
     def intercept(
-        next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+        next_fun: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        context: nn.module.InterceptorContext,
     ) -> Any:
-        if context.method_name != "__call__" or type(context.module) not in KINDS:
+        module = context.module
+        if context.method_name != "__call__" or type(module) not in MODULES:
             return next_fun(*args, **kwargs)
-        layer = nn.meta.unbox(context.module.variables.get("params", {}))
-        if not ADAPTER_LEAVES & layer.keys() and not isinstance(layer.get("kernel"), Quantized):
+        layer = nn.meta.unbox(module.variables.get("params", {}))
+        if not is_adapted(layer) and not isinstance(layer.get("kernel"), Quantized):
             return next_fun(*args, **kwargs)
-        traced = trace(context.module, args, kwargs)
+        traced = trace(module, args, kwargs)
         if traced is None:
-            raise ValueError(
-                f"{'/'.join(context.module.path)} has an adapter, but this form of the layer takes none"
-            )
-        run = functools.partial(_run, context.module, gather)
-        return _adapted(context.module, traced, layer, args[0] if args else kwargs["inputs"], run)
+            path = "/".join(module.path)
+            raise ValueError(f"{path} has an adapter, but this form of the layer supports none")
+        run = functools.partial(_run_module, module, gather, traced.spec.weight)
+        return _adapted_call(module, traced, layer, _input_of(args, kwargs), run)
 
     def adapted(*args: Any, **kwargs: Any) -> Any:
         with nn.intercept_methods(intercept):
@@ -82,124 +91,156 @@ def adapt(
 
 
 def trace(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Traced | None:
-    """What a module's call says of its kernel's axes; None where it is no layer that can be adapted."""
-    kind = KINDS.get(type(module))
-    if kind is None or not module.has_variable(
-        "params", "embedding" if kind == "embed" else "kernel"
-    ):
+    """What a module's call says of its kernel's axes; None where no adapter can be added to it."""
+    kind = MODULES.get(type(module))
+    if kind is None:
         return None
-    shape = nn.meta.unbox(module.variables["params"])[
-        "embedding" if kind == "embed" else "kernel"
-    ].shape
-    axes = tuple(range(len(shape)))
-    n_in = len(axes) - 1
+    weight = LayerSpec(module=kind, stack=(), ins=(), outs=()).weight
+    if not module.has_variable("params", weight):
+        return None
+    shape = nn.meta.unbox(module.variables["params"])[weight].shape
     if kind == "einsum":
         return _trace_einsum(module, shape, args, kwargs)
+    n_in = len(shape) - 1
     if kind == "general":
         if module.batch_dims:
             return None
         n_in = 1 if isinstance(module.axis, int) else len(module.axis)
     if kind == "conv" and (module.feature_group_count != 1 or module.mask is not None):
         return None
+    axes = tuple(range(len(shape)))
     return Traced(
-        spec=LayerSpec(kind=kind, stack=(), ins=axes[:n_in], outs=axes[n_in:]), shape=shape
+        spec=LayerSpec(module=kind, stack=(), ins=axes[:n_in], outs=axes[n_in:]), shape=shape
     )
 
 
-def _adapted(module: nn.Module, traced: Traced, layer: Layer, x: Array, run: Run) -> Array:
+def _input_of(args: Any, kwargs: Mapping[str, Any]) -> Array:
+    return args[0] if args else kwargs["inputs"]
+
+
+def _adapted_call(module: nn.Module, traced: Traced, layer: Layer, x: Array, run: Run) -> Array:
     """The layer's output by `linear`."""
     spec = traced.spec
-    name = "embedding" if spec.kind == "embed" else "kernel"
-    own_order, layer = layer[name], as_canonical(layer, spec)
-    if "magnitude" in layer and "norm" not in layer:
-        layer["norm"] = column_norm(layer)
-    layer["kernel"] = own_order
-    if "bias" in layer:  # the layer's output has the type of input, kernel and bias together
-        quantized = isinstance(own_order, Quantized)
-        kernel = jnp.zeros((), own_order.dtype) if quantized else own_order
-        x, kernel, layer["bias"] = module.promote_dtype(
-            x, kernel, layer["bias"], dtype=module.dtype
-        )
-        layer["kernel"] = own_order if quantized else kernel
+    own_kernel = layer[spec.weight]
+    layer = magnitude.with_norm(as_canonical(layer, spec))
+    in_shape = tuple(layer["kernel"].shape[len(spec.stack) :][: len(spec.ins)])
+    layer["kernel"] = own_kernel
+    if bias.BIAS in layer:
+        x, layer = _promoted(module, x, layer)
     if traced.einsum is not None:
-        return _adapted_einsum(module, traced, layer, x, run)
+        return _adapted_einsum(module, traced, layer, x, run, in_shape)
 
     def dot(x: Array, kernel: Array) -> Array:
         features = kernel.shape[len(spec.ins) :]
-        fields: dict[str, Any] = {"features": features if spec.kind == "general" else features[0]}
-        return run(fields, name, kernel, x)
+        one_axis = spec.module != "general"
+        return run({"features": features[0] if one_axis else features}, kernel, x)
 
-    return linear(layer, x, dot, precision=getattr(module, "precision", None))
+    precision = getattr(module, "precision", None)
+    return linear(layer, x, dot, precision=precision, in_shape=in_shape)
 
 
-def _adapted_einsum(module: nn.Module, traced: Traced, layer: Layer, x: Array, run: Run) -> Array:
-    """`linear` on an output of axes (rest, batch, out), which are put in the equation's order at the end."""
+def _promoted(module: nn.Module, x: Array, layer: Layer) -> tuple[Array, Layer]:
+    """Input, kernel and bias in the dtype that linen promotes the three to."""
+    kernel = layer["kernel"]
+    quantized = isinstance(kernel, Quantized)
+    # A quantized kernel takes part with its dtype alone.
+    stand_in = jnp.zeros((), kernel.dtype) if quantized else kernel
+    x, stand_in, promoted_bias = module.promote_dtype(
+        x, stand_in, layer[bias.BIAS], dtype=module.dtype
+    )
+    return x, layer | {"kernel": kernel if quantized else stand_in, bias.BIAS: promoted_bias}
+
+
+def _adapted_einsum(
+    module: nn.Module,
+    traced: Traced,
+    layer: Layer,
+    x: Array,
+    run: Run,
+    in_shape: tuple[int, ...],
+) -> Array:
+    """`linear` with an output of axes (rest, batch, out), put in the equation's order at the end."""
     assert traced.einsum is not None
     lhs, letters, result = traced.einsum
     batch, ins, outs = (
-        "".join(letters[i] for i in axes)
+        "".join(letters[axis] for axis in axes)
         for axes in (traced.spec.stack, traced.spec.ins, traced.spec.outs)
     )
-    rest = "".join(c for c in result if c not in letters)
-    rank = next(c for c in "abcdefghijklmnopqrstuvwxyz" if c not in lhs + letters + result)
+    rest = "".join(letter for letter in result if letter not in letters)
+    rank = next(letter for letter in LETTERS if letter not in lhs + letters + result)
+    own_kernel = layer["kernel"]
 
     def dot(x: Array, kernel: Array) -> Array:
-        if kernel is layer["kernel"]:
-            y = run({"einsum_str": f"{lhs},{letters}->{result}"}, "kernel", kernel, x)
+        if kernel is own_kernel:
+            y = run({"einsum_str": f"{lhs},{letters}->{result}"}, kernel, x)
             return jnp.einsum(f"{result}->{rest}{batch}{outs}", y)
         equation = f"{lhs},{batch}{ins}{rank}->{rest}{batch}{rank}"
-        return run({"einsum_str": equation, "shape": kernel.shape}, "kernel", kernel, x)
+        return run({"einsum_str": equation, "shape": kernel.shape}, kernel, x)
 
-    if "bias" in layer:
-        ordered = "".join(c for c in result if c in letters)
-        layer["bias"] = jnp.einsum(f"{ordered}->{batch}{outs}", layer["bias"])
-    return jnp.einsum(
-        f"{rest}{batch}{outs}->{result}", linear(layer, x, dot, precision=module.precision)
-    )
+    if bias.BIAS in layer:
+        bias_letters = "".join(letter for letter in result if letter in letters)
+        layer = layer | {
+            bias.BIAS: jnp.einsum(f"{bias_letters}->{batch}{outs}", layer[bias.BIAS])
+        }
+    y = linear(layer, x, dot, precision=module.precision, in_shape=in_shape)
+    return jnp.einsum(f"{rest}{batch}{outs}->{result}", y)
 
 
-def _run(
+def _run_module(
     module: nn.Module,
     gather: Gather,
+    weight: str,
     fields: dict[str, Any],
-    name: str,
     kernel: Array | Quantized,
     x: Array,
 ) -> Array:
     """The module's own code on another kernel, without its bias."""
-    if name == "kernel":
+    if weight == "kernel":
         fields = fields | {"use_bias": False}
 
     def run(kernel: Array | Quantized, x: Array) -> Array:
         if isinstance(kernel, Quantized):
             kernel = dense(gather("/".join(module.path), kernel))
-        y: Array = module.clone(parent=None, name=None, **fields).apply(
-            {"params": {name: kernel}}, x
-        )  # type: ignore
+        clone = module.clone(parent=None, name=None, **fields)
+        y: Array = clone.apply({"params": {weight: kernel}}, x)  # type: ignore[assignment]
         return y
 
-    # A kernel is dequantized again for the backward pass, or those of all layers would be kept for it.
-    return jax.checkpoint(run)(kernel, x) if isinstance(kernel, Quantized) else run(kernel, x)
+    if not isinstance(kernel, Quantized):
+        return run(kernel, x)
+    # Dequantize again for the backward pass, or the kernels of all layers would be kept for it.
+    return jax.checkpoint(run)(kernel, x)
 
 
 def _trace_einsum(
     module: nn.Module, shape: tuple[int, ...], args: Any, kwargs: Mapping[str, Any]
 ) -> Traced | None:
-    equation = (args[1] if len(args) > 1 else kwargs.get("einsum_str")) or module.einsum_str
-    lhs, _, rest = equation.replace(" ", "").partition(",")
+    """The axes of an einsum's kernel by its equation, whose ellipses are spelled out."""
+    given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
+    equation = (given or module.einsum_str).replace(" ", "")
+    lhs, _, rest = equation.partition(",")
     letters, _, result = rest.partition("->")
-    x = args[0] if args else kwargs["inputs"]
     if "..." in letters or len(letters) != len(shape):
         return None
-    if "..." in lhs:  # spell the ellipsis out
-        free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in lhs + letters + result]
-        spelled = "".join(free[: x.ndim - len(lhs.replace("...", ""))])
+    if "..." in lhs:
+        free = [c for c in LETTERS.upper() if c not in lhs + letters + result]
+        missing = _input_of(args, kwargs).ndim - len(lhs.replace("...", ""))
+        spelled = "".join(free[:missing])
         lhs, result = lhs.replace("...", spelled), result.replace("...", spelled)
-    axes = {c: i for i, c in enumerate(letters)}
-    if any(c not in lhs and c not in result for c in letters):
-        return None
-    batch = tuple(i for c, i in axes.items() if c in lhs and c in result)
-    ins = tuple(i for c, i in axes.items() if c in lhs and c not in result)
-    outs = tuple(i for c, i in axes.items() if c not in lhs)
-    spec = LayerSpec(kind="einsum", stack=batch, ins=ins, outs=outs, experts=len(batch))
+    batch, ins, outs = [], [], []
+    for axis, letter in enumerate(letters):
+        if letter not in lhs and letter not in result:
+            return None
+        if letter not in lhs:
+            outs.append(axis)
+        elif letter in result:
+            batch.append(axis)
+        else:
+            ins.append(axis)
+    spec = LayerSpec(
+        module="einsum",
+        stack=tuple(batch),
+        ins=tuple(ins),
+        outs=tuple(outs),
+        experts=len(batch),
+    )
     return Traced(spec=spec, shape=shape, einsum=(lhs, letters, result))

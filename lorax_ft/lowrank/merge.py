@@ -11,145 +11,155 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_ft.lowrank.adapters import tied_kernel
 from lorax_ft.lowrank.layout import Layout
-from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES, Layer, merged_kernel
-from lorax_ft.lowrank.spec import LayerSpec, as_canonical
+from lorax_ft.lowrank.linear import merged_layer
+from lorax_ft.lowrank.spec import LayerSpec, as_canonical, base_kernel
+from lorax_ft.lowrank.terms import TERMS, check_layer, is_adapted, kept_startX
+from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import dense
-from lorax_ft.tree import Tree, flatten, from_modules, modules, unflatten
+from lorax_ft.schema import is_base
+from lorax_ft.tree import Tree, flatten, from_modules, join, modules, unflatten
 
 
-def merge_adapters(params: Tree, *, layout: Layout | None = None) -> Tree:
-    """The base model's tree again, with W − s₀ A₀ B₀ + s A B, times DoRA's m / n, as each kernel.
+def merge_adapters(params: Tree, *, layout: Layout) -> Tree:
+    """The base model's tree again, with the adapters folded in, such as W + s A B as each kernel.
 
     Args:
       params: a tree with adapters.
-      layout: the layers of the model; needed where an embedding is adapted, or where a kernel's axes are
-        not in the order stack, in, out (some of `nn.Einsum`'s).
+      layout: the layers of the model.
 
-    A tied output head whose adapter, or whose embedding's adapter, makes the two differ is untied: the
-    result then holds `lm_head/kernel`.
+    A tied output head whose adapter, or whose embedding's adapter, makes the two differ is untied:
+    the result then has a kernel of its own there.
 
     Raises:
-      ValueError: factors do not fit their kernel, or only the layout could tell how to merge.
+      ValueError: factors do not fit their kernel, or leaves that belong together are missing.
     """
     return unflatten(dict(merged_leaves(params, layout=layout)))
 
 
 def merged_leaves(
-    params: Tree, *, layout: Layout | None = None, dtype: Any = None
+    params: Tree, *, layout: Layout, dtype: Any = None
 ) -> Iterator[tuple[str, Array]]:
-    """The leaves of `merge_adapters` by slash path, one at a time, so that not all need to exist at once.
+    """The leaves of `merge_adapters` by slash path, one module at a time, so that few exist at once.
 
-    What is merged has the kernel's own type, or `dtype`.
+    Merged leaves have their own dtype, or `dtype`.
     """
-    for path, layer in modules(_untied(params, layout)).items():
-        for name in [name for name in layer if name not in ADAPTER_LEAVES | STEP_LEAVES]:
-            if "lora_a" in layer and name in ("kernel", "embedding"):
-                cast = layer if dtype is None else layer | {name: dense(layer[name], dtype)}
-                leaf = _merged(cast, name, layout[path] if layout else None)
-            else:
-                leaf = dense(layer[name])
-            yield f"{path}/{name}" if path else name, leaf
+    for path, layer in _untied(params, layout).items():
+        check_layer(layer, path)
+        merged = layer
+        if is_adapted(layer):
+            merged = layer | _merged(layer, layout[path], dtype)
+        for name in filter(is_base, layer):
+            yield join(path, name), dense(merged[name])
 
 
 def merge_weighted(
-    base: Tree, adapted: Sequence[Tree], weights: Sequence[float], *, layout: Layout | None = None
+    base: Tree, adapted: Sequence[Tree], weights: Sequence[float], *, layout: Layout
 ) -> Tree:
-    """W + Σ w (merged − W): several adapters of one base in one tree, each as strong as its weight.
+    """W + Σ w (merged − W): several adapters of one base in one tree, each scaled by its weight.
 
     Args:
       base: the parameters that all the adapters are for.
       adapted: trees with adapters on that base.
       weights: one for each tree.
-      layout: as in `merge_adapters`.
+      layout: the layers of the model.
 
     Raises:
       ValueError: there are not as many weights as trees, or none.
     """
     if not adapted or len(adapted) != len(weights):
         raise ValueError(
-            f"{len(adapted)} adapters and {len(weights)} weights; give as many of each, at least one"
+            f"{len(adapted)} adapters and {len(weights)} weights; give one weight for each adapter"
         )
-    flat = flatten(base)
-    table = "embed_tokens/embedding"
-    tied = "lm_head/kernel" not in flat and table in flat
+    untied = _untied(base, layout, also=adapted)
+    flat = flatten(from_modules(untied))
     change: dict[str, Array] = {}
-    untied = False
     for params, weight in zip(adapted, weights, strict=True):
-        merged = merged_leaves(params, layout=layout, dtype=jnp.float32)
-        changed = {
-            path: leaf for path, leaf in merged if path not in flat or leaf is not flat[path]
-        }
-        if tied:  # a head that is the table changes as the table does
-            untied |= "lm_head/kernel" in changed
-            own = changed.get(table, flat[table]).T
-            changed["lm_head/kernel"] = changed.get("lm_head/kernel", own)
-        for path, leaf in changed.items():
-            old = flat[path] if path in flat else tied_kernel(base)
-            change[path] = change.get(path, 0) + weight * (
-                leaf.astype(jnp.float32) - dense(old, jnp.float32)
-            )
-    if tied and not untied:
-        change.pop("lm_head/kernel")
-    kept = flat | ({"lm_head/kernel": tied_kernel(base)} if tied and untied else {})
-    return unflatten(
-        {
-            p: (dense(w, jnp.float32) + change[p]).astype(w.dtype) if p in change else w
-            for p, w in kept.items()
-        }
-    )
+        for path, leaf in _with_heads(params, untied, layout):
+            old = flat[path]
+            if leaf is not old:
+                difference = leaf.astype(jnp.float32) - dense(old, jnp.float32)
+                change[path] = change.get(path, 0) + weight * difference
+    merged = {}
+    for path, leaf in flat.items():
+        if path in change:
+            leaf = (dense(leaf, jnp.float32) + change[path]).astype(leaf.dtype)
+        merged[path] = leaf
+    return unflatten(merged)
 
 
-def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout | None = None) -> Tree:
-    """The tree that `params` were merged from: W = M − s A B (+ s₀ A₀ B₀), to the rounding of M's dtype.
+def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout) -> Tree:
+    """The tree that `params` were merged from: W = M − s A B (+ s₀ A₀ B₀), up to M's rounding.
 
     Args:
       merged: what `merge_adapters` gave.
       params: a tree with the adapters; its kernels are not used.
-      layout: as in `merge_adapters`.
+      layout: the layers of the model.
 
     Raises:
-      ValueError: an adapter has a DoRA magnitude, or an embedding is adapted: the merged weights do not tell W.
+      ValueError: an adapter is no sum with W (DoRA, IA3), or an embedding or a tied head is adapted:
+        the merged weights do not tell W.
     """
     layers = modules(merged)
     for path, layer in modules(params).items():
-        if "lora_a" not in layer:
+        if not is_adapted(layer):
             continue
-        if "magnitude" in layer or "kernel" not in layer:
+        active = [term.active for term in TERMS if term.active in layer]
+        multiplies = any(term.multiplies and term.leaves[0] in layer for term in TERMS)
+        if multiplies or "kernel" not in layer:
             raise ValueError(
-                f"{path}: merged weights do not tell the base of a DoRA, an embedding or a tied head"
+                f"{path}: the base cannot be recovered from the merged weights of DoRA, IA3, an "
+                "embedding or a tied head"
             )
-        turned = {name: -layer[name] for name in ("lora_scale", "start_scale") if name in layer}
-        back = layer | turned | {"kernel": layers[path]["kernel"]}
-        layers[path] = layers[path] | {
-            "kernel": _merged(back, "kernel", layout[path] if layout else None)
-        }
+        negative = {name: -layer[name] for name in (*active, kept_start.SCALE) if name in layer}
+        spec = layout[path]
+        back = layer | negative | {"kernel": layers[path]["kernel"]}
+        layers[path] = layers[path] | {"kernel": _merged(back, spec, None)["kernel"]}
     return from_modules(layers)
 
 
-def _merged(layer: Layer, name: str, spec: LayerSpec | None) -> Array:
-    """The layer's kernel or embedding with its adapter in it, its axes in their own order."""
-    kernel = merged_kernel(as_canonical(layer, spec))
-    return spec.restored(name, kernel) if spec else kernel
+def _merged(layer: Layer, spec: LayerSpec, dtype: Any) -> Layer:
+    """The layer's own matrix and bias with its adapter in them, in their own order of axes."""
+    canonical = as_canonical(layer, spec)
+    if dtype is not None:
+        canonical["kernel"] = dense(canonical["kernel"], dtype)
+    merged = merged_layer(canonical)
+    kernel = spec.restored("kernel", merged.pop("kernel"))
+    return merged | {spec.weight: kernel}
 
 
-def _untied(params: Tree, layout: Layout | None) -> Tree:
-    """The tree with a head of its own where an adapter makes a tied head and its embedding differ."""
-    flat = flatten(params)
-    embeddings = [
-        path for path, layer in modules(params).items() if {"embedding", "lora_a"} <= layer.keys()
-    ]
-    if embeddings and layout is None:
-        raise ValueError(
-            f"{embeddings[0]} is adapted and may be the output head too: pass layout= to merge it"
-        )
-    tied = (
-        "lm_head/kernel" not in flat
-        and layout is not None
-        and "lm_head" in layout
-        and layout["lm_head"].by_name
-    )
-    if ("lm_head/lora_a" in flat and "lm_head/kernel" not in flat) or (embeddings and tied):
-        flat = flat | {"lm_head/kernel": tied_kernel(params)}
-    return unflatten(flat)
+def _untied(params: Tree, layout: Layout, *, also: Sequence[Tree] = ()) -> dict[str, Layer]:
+    """The modules, with a kernel of its own for a tied head that an adapter makes differ.
+
+    Args:
+      params: the tree.
+      layout: the layers of the model.
+      also: trees whose adapters, or own kernels of heads, count as well.
+    """
+    layers = modules(params)
+    others = [layers, *map(modules, also)]
+    for path, spec in layout.items():
+        if spec.tied_to is None or spec.weight in layers.get(path, {}):
+            continue
+        for tree in others:
+            head, table = tree.get(path, {}), tree.get(spec.tied_to, {})
+            if is_adapted(head) or is_adapted(table) or spec.weight in head:
+                kernel = base_kernel(layers, path, spec)
+                layers[path] = layers.get(path, {}) | {spec.weight: kernel}
+                break
+    return layers
+
+
+def _with_heads(
+    params: Tree, base: dict[str, Layer], layout: Layout
+) -> Iterator[tuple[str, Array]]:
+    """The merged leaves in float32, with a kernel for each head that is untied in `base`.
+
+    A head that is still tied in `params` changes as its table does.
+    """
+    merged = dict(merged_leaves(params, layout=layout, dtype=jnp.float32))
+    for path, spec in layout.items():
+        own = join(path, spec.weight)
+        if spec.tied_to is not None and spec.weight in base.get(path, {}) and own not in merged:
+            merged[own] = base_kernel(modules(unflatten(merged)), path, spec)
+    yield from merged.items()

@@ -12,7 +12,6 @@ from jax import Array
 from lorax_ft.config import QuantConfig
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.requantize import Original
-from lorax_ft.lowrank.spec import LayerSpec
 from lorax_ft.quant.kernels import Quantized, quantize
 from lorax_ft.tree import Tree, from_modules, modules
 
@@ -44,28 +43,24 @@ def quantize_base(
     for path, spec in layout.items():
         kernel = layers.get(path, {}).get("kernel")
         if isinstance(kernel, Quantized):
-            raise ValueError(
-                f"{path} is quantized already; give the parameters as they were loaded"
-            )
-        if kernel is None or spec.by_name or not _in_order(spec):
+            raise ValueError(f"{path} is already quantized; give the parameters as they were loaded")
+        if kernel is None or not spec.quantizable:
             continue
-        n_stack, n_in = len(spec.stack), len(spec.ins)
         leaf = quantize(
-            kernel, format=config.format, double_quant=config.double, n_stack=n_stack, n_in=n_in
+            kernel,
+            format=config.format,
+            double_quant=config.double,
+            n_stack=len(spec.stack),
+            n_in=len(spec.ins),
         )
         layers[path] = layers[path] | {"kernel": leaf}
         originals[path] = _reader(kernel)
     if not originals:
-        raise ValueError(
-            f"none of the layers has a kernel of axes stack, in, out: {', '.join(layout) or 'no layer'}"
-        )
+        known = ", ".join(layout) or "no layer"
+        raise ValueError(f"none of the layers has a kernel of axes stack, in, out: {known}")
     return from_modules(layers), originals
 
 
-def _in_order(spec: LayerSpec) -> bool:
-    axes = spec.stack + spec.ins + spec.outs
-    return axes == tuple(range(len(axes)))
-
-
 def _reader(kernel: Array) -> Original:
+    """Reads the matrix at an index of the stack."""
     return lambda index: np.asarray(kernel[index])

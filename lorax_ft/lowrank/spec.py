@@ -1,27 +1,28 @@
-"""The meaning of the axes of a layer's kernel, and of the factors beside it."""
+"""What the axes of a layer's kernel mean, and of the leaves beside it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from jax import Array
 
-from lorax_ft.lowrank.linear import Layer
+from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized
+from lorax_ft.schema import leaf_schema
 
-Kind = Literal["dense", "general", "einsum", "conv", "embed"]
-ORDERED = frozenset(
-    {"kernel", "lora_a", "lora_b", "lora_a0", "lora_b0"}
-)  # leaves with in or out axes in the kernel's order
+Module = Literal["dense", "general", "einsum", "conv", "embed"]
+KERNEL, EMBEDDING = "kernel", "embedding"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """One layer that can be adapted: the meaning of its kernel's axes."""
 
-    kind: Kind
+    module: Module
+    """The linen module: Dense, DenseGeneral, Einsum, Conv or Embed."""
     stack: tuple[int, ...]
     """Axes that count layers of a scan, then experts."""
     ins: tuple[int, ...]
@@ -31,31 +32,74 @@ class LayerSpec:
     experts: int = 0
     """How many of the stack axes count experts."""
     scanned: tuple[int, ...] = ()
-    """For each scan that the layer stands in, the parts of the path before its index."""
+    """For each scan that the layer stands in, the number of path parts before its index."""
     by_name: bool = False
     """Whether "all-linear" leaves it out: an output head, a router."""
+    tied_to: str | None = None
+    """The path of the embedding whose table, transposed, is this layer's kernel, where it has none
+    of its own."""
+
+    @property
+    def weight(self) -> str:
+        """The name of the layer's own matrix."""
+        return EMBEDDING if self.module == "embed" else KERNEL
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether `quant.format` quantizes the kernel.
+
+        Embeddings, output heads and routers stay in full precision. So do kernels whose axes are
+        not in the order stack, in, out, since quantized leaves have no other order.
+        """
+        axes = self.stack + self.ins + self.outs
+        in_order = axes == tuple(range(len(axes)))
+        return in_order and not self.by_name and self.module != "embed"
 
     def canonical(self, name: str, leaf: Any) -> Any:
-        """The leaf called `name` with its axes in the order stack, in, out; r stands for the axes it replaces.
+        """The leaf called `name` with its axes in the order stack, in, rank, out.
 
-        Quantized kernels have them in that order already.
+        Vectors and quantized kernels have them in that order already.
         """
-        if isinstance(leaf, Quantized):
+        if isinstance(leaf, Quantized) or not _keeps_kernel_order(name):
             return leaf
-        axes = self._axes(name)
+        axes = self._kernel_axes(name)
         return leaf.transpose([sorted(axes).index(axis) for axis in axes])
 
     def restored(self, name: str, leaf: Array) -> Array:
-        """The inverse of `canonical`: in A and B too, axes stand in the kernel's order, r for the first replaced."""
-        axes = self._axes(name)
+        """The inverse of `canonical`."""
+        if not _keeps_kernel_order(name):
+            return leaf
+        axes = self._kernel_axes(name)
         return leaf.transpose([axes.index(axis) for axis in sorted(axes)])
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
-        """The stack's shape, and the numbers of rows and columns of each matrix, of a kernel of `shape`."""
-        stack, ins, outs = (
-            tuple(shape[i] for i in axes) for axes in (self.stack, self.ins, self.outs)
-        )
+        """The stack's shape, and the rows and columns of each matrix, of a kernel of `shape`."""
+        parts = [tuple(shape[axis] for axis in axes) for axes in (self.stack, self.ins, self.outs)]
+        stack, ins, outs = parts
         return stack, math.prod(ins), math.prod(outs)
+
+    def leaf_shape(self, name: str, kernel: tuple[int, ...], *, rank: int) -> tuple[int, ...]:
+        """The shape, in canonical order, of a leaf beside a kernel whose own shape is `kernel`."""
+        canonical = tuple(kernel[axis] for axis in self.stack + self.ins + self.outs)
+        return self.canonical_shape(name, canonical, rank=rank)
+
+    def canonical_shape(self, name: str, kernel: tuple[int, ...], *, rank: int) -> tuple[int, ...]:
+        """The same beside a kernel whose shape is given in canonical order."""
+        n_stack, n_in = len(self.stack), len(self.ins)
+        sizes = {
+            "stack": kernel[:n_stack],
+            "in": kernel[n_stack : n_stack + n_in],
+            "out": kernel[n_stack + n_in :],
+            "rank": (rank,),
+        }
+        return tuple(size for axis in leaf_schema(name).axes for size in sizes[axis])
+
+    def stored_shape(self, name: str, canonical: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that `restored` gives to a leaf of this canonical shape."""
+        if not _keeps_kernel_order(name):
+            return canonical
+        axes = self._kernel_axes(name)
+        return tuple(canonical[axes.index(axis)] for axis in sorted(axes))
 
     def inside_scans(self, scanned: tuple[int, ...]) -> LayerSpec:
         """The spec of the stacked kernel, where this is that of the slice inside scans."""
@@ -63,19 +107,59 @@ class LayerSpec:
         stack, ins, outs = (
             tuple(n + axis for axis in axes) for axes in (self.stack, self.ins, self.outs)
         )
-        return dataclasses.replace(
-            self, stack=(*range(n), *stack), ins=ins, outs=outs, scanned=scanned
-        )
+        stacked = (*range(n), *stack)
+        return dataclasses.replace(self, stack=stacked, ins=ins, outs=outs, scanned=scanned)
 
-    def _axes(self, name: str) -> tuple[int, ...]:
-        ins = self.ins[:1] if name in ("lora_b", "lora_b0") else self.ins
-        outs = self.outs[:1] if name in ("lora_a", "lora_a0") else self.outs
+    def _kernel_axes(self, name: str) -> tuple[int, ...]:
+        """For each axis of the leaf, the kernel's axis in whose place it stands.
+
+        The rank stands in the place of the first of the axes that it replaces.
+        """
+        axes = leaf_schema(name).axes
+        ins = self.ins if "in" in axes else self.ins[:1]
+        outs = self.outs if "out" in axes else self.outs[:1]
         return self.stack + ins + outs
 
 
-def as_canonical(layer: Layer, spec: LayerSpec | None) -> Layer:
-    """The layer with its base weight under the name `kernel`, and all axes in the order stack, in, out."""
-    renamed = {"kernel" if name == "embedding" else name: leaf for name, leaf in layer.items()}
-    if spec is None:
-        return renamed
-    return renamed | {n: spec.canonical(n, leaf) for n, leaf in renamed.items() if n in ORDERED}
+def _keeps_kernel_order(name: str) -> bool:
+    """Whether the axes of a leaf stand in its kernel's order: those of matrices do."""
+    return len(leaf_schema(name).axes) == 3
+
+
+def as_canonical(layer: Layer, spec: LayerSpec) -> Layer:
+    """The layer with its matrix under the name "kernel" and all axes in canonical order."""
+    renamed = {KERNEL if name == EMBEDDING else name: leaf for name, leaf in layer.items()}
+    return {name: spec.canonical(name, leaf) for name, leaf in renamed.items()}
+
+
+def base_kernel(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> Array | Quantized:
+    """The base weight of the layer at `path`, in its own order of axes.
+
+    Args:
+      layers: the leaves by module path (`lorax_ft.tree.modules`).
+      path: the module's slash path.
+      spec: its layout; a layer without a kernel has the table that `tied_to` names.
+
+    Raises:
+      ValueError: there is no such weight.
+    """
+    layer = layers.get(path, {})
+    if spec.weight in layer:
+        return layer[spec.weight]
+    if spec.tied_to is None:
+        raise ValueError(f"{path or 'the layer'} has no {spec.weight}; are these the model's parameters?")
+    return layers[spec.tied_to][EMBEDDING].T
+
+
+def base_shape(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> tuple[int, ...]:
+    """The shape of `base_kernel`, also where `layers` hold shapes only."""
+    layer = layers.get(path, {})
+    if spec.weight not in layer and spec.tied_to is not None:
+        return layers[spec.tied_to][EMBEDDING].shape[::-1]
+    return layer[spec.weight].shape
+
+
+def with_kernel(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> Layer:
+    """The layer at `path` in canonical order, with the tied kernel where it has none of its own."""
+    kernel = base_kernel(layers, path, spec)
+    return as_canonical(layers.get(path, {}) | {spec.weight: kernel}, spec)

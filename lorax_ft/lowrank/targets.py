@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -12,72 +11,95 @@ import numpy as np
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.layout import Layout, logical_paths
-from lorax_ft.lowrank.spec import LayerSpec
+from lorax_ft.lowrank.plan import Plan, Start
+from lorax_ft.lowrank.spec import LayerSpec, base_shape
+from lorax_ft.lowrank.terms import planned_leaves
+from lorax_ft.lowrank.terms.term import Layer
+from lorax_ft.schema import init_schema, leaf_schema
+from lorax_ft.tree import Tree, modules
 
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What one module gets: ranks and scales for each matrix of its stack, 0 where it gets nothing."""
-
-    paths: list[str]
-    ranks: np.ndarray
-    scales: np.ndarray
-    width: int
-    """R, the columns of A: the largest rank, or the largest that EVA may give."""
-
-
 def plan_adapters(
-    config: AdapterConfig, *, layout: Layout, shapes: dict[str, tuple[int, ...]]
+    config: AdapterConfig, params: Tree, *, layout: Layout, changes_base: bool | None = None
 ) -> dict[str, Plan]:
-    """The modules that `config` adapts, with the rank and the scale of each matrix of their stacks.
+    """The modules that `config` adapts, with the rank and scale of each matrix of their stacks.
 
     Args:
       config: patterns, ranks and alphas.
+      params: the model's parameters, or their shapes.
       layout: the layers of the model.
-      shapes: their kernels' shapes.
+      changes_base: whether the init changes the base; None: as the row of `config.init` says.
 
     Raises:
-      ValueError: a pattern matches no module, all that targets match is excluded, or a rank is above a matrix's
-        smaller side.
+      ValueError: a pattern matches no module, everything that targets match is excluded, or a rank
+        is above a matrix's smaller side.
     """
+    if changes_base is None:
+        changes_base = init_schema(config.init).changes_base
+    layers = modules(params)
+    shapes = {path: base_shape(layers, path, spec) for path, spec in layout.items()}
     paths = {path: logical_paths(path, spec, shapes[path]) for path, spec in layout.items()}
     _check_patterns(config, layout, paths)
     plans = {}
     for path, spec in layout.items():
         ranks = np.array([_rank(config, name, spec) for name in paths[path]])
-        alphas = np.array(
-            [
-                first_value(config.patterns("alpha_pattern"), name, config.alpha)
-                for name in paths[path]
-            ]
-        )
         if not ranks.any():
             continue
-        stack, rows, columns = spec.sizes(shapes[path])
-        if ranks.max() > min(rows, columns):
-            raise ValueError(
-                f"{path}: rank {ranks.max()} is above the smaller side of its matrix, {rows} × {columns}"
-            )
-        divisor = (
-            np.sqrt(np.maximum(ranks, 1))
-            if config.scaling == "rank_stabilized"
-            else np.maximum(ranks, 1)
-        )
-        scales = np.where(ranks > 0, alphas / divisor, 0).astype(np.float32)
-        spread = config.eva_rho if config.init == "eva" and spec.kind != "embed" else 1
-        plans[path] = Plan(
-            paths=paths[path],
-            ranks=ranks.reshape(stack),
-            scales=scales.reshape(stack),
-            width=min(round(spread * ranks.max()), rows, columns),
-        )
+        start = _start(config, spec, layers.get(path, {}), changes_base=changes_base)
+        plans[path] = _plan(config, path, spec, paths[path], ranks, shapes[path], start)
     if config.targets and not plans:
         raise ValueError(
-            f"adapter.exclude and adapter.layers leave nothing of adapter.targets {config.targets}"
+            f"adapter.exclude and adapter.layers leave none of adapter.targets {config.targets}"
         )
     return plans
+
+
+def _plan(
+    config: AdapterConfig,
+    path: str,
+    spec: LayerSpec,
+    paths: list[str],
+    ranks: np.ndarray,
+    shape: tuple[int, ...],
+    start: Start,
+) -> Plan:
+    """The plan of one module, of whose matrices some have ranks above 0."""
+    stack, rows, columns = spec.sizes(shape)
+    largest = int(ranks.max())
+    rules = config.patterns("alpha_pattern")
+    alphas = np.array([first_value(rules, name, config.alpha) for name in paths])
+    divisor = np.maximum(ranks, 1)
+    if config.scaling == "rank_stabilized":
+        divisor = np.sqrt(divisor)
+    scales = np.where(ranks > 0, alphas / divisor, 0).astype(np.float32)
+    width = largest
+    if config.init == "eva" and spec.module != "embed":  # room for the ranks it may give
+        width = min(round(config.eva_rho * largest), rows, columns)
+    plan = Plan(
+        paths=paths,
+        ranks=ranks.reshape(stack),
+        scales=scales.reshape(stack),
+        width=width,
+        config=config,
+        start=start,
+    )
+    has_rank = any("rank" in leaf_schema(name).axes for name in planned_leaves(plan))
+    if has_rank and largest > min(rows, columns):
+        raise ValueError(
+            f"{path}: rank {largest} is above the smaller side of its matrix, {rows} × {columns}"
+        )
+    return plan
+
+
+def _start(config: AdapterConfig, spec: LayerSpec, layer: Layer, *, changes_base: bool) -> Start:
+    """Where a module's init subtracts A₀ B₀: nowhere, from the base, or in the forward."""
+    if spec.module == "embed" or not changes_base:
+        return "none"
+    # A tied head's kernel is the embedding's, which must stay.
+    is_tied = spec.weight not in layer
+    return "kept" if config.keep_base or is_tied else "in_base"
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -89,28 +111,49 @@ def matches(pattern: str, path: str) -> bool:
     (True, False)
     """
     parts = path.split("/")
-    suffixes = ("/".join(parts[i:]) for i in range(len(parts)))
-    return any(pattern in (suffix, suffix.replace("/", ".")) for suffix in suffixes) or any(
-        re.fullmatch(pattern, name) is not None for name in (path, path.replace("/", "."))
-    )
+    for name in (path, path.replace("/", ".")):
+        if re.fullmatch(pattern, name):
+            return True
+    for start in range(len(parts)):
+        suffix = "/".join(parts[start:])
+        if pattern in (suffix, suffix.replace("/", ".")):
+            return True
+    return False
 
 
-def is_target(path: str, *, targets: Sequence[str], by_name: bool, embed: bool) -> bool:
-    """Whether `targets` match the module at `path`; "all-linear" matches all but heads, routers and embeddings."""
-    return any(not (by_name or embed) if t == "all-linear" else matches(t, path) for t in targets)
+def is_target(path: str, spec: LayerSpec, targets: Sequence[str]) -> bool:
+    """Whether `targets` match the module at `path`.
+
+    "all-linear" matches all but output heads, routers and embeddings.
+    """
+    for target in targets:
+        if target == "all-linear":
+            hit = not spec.by_name and spec.module != "embed"
+        else:
+            hit = matches(target, path)
+        if hit:
+            return True
+    return False
 
 
 def layer_index(path: str) -> int | None:
-    """The index in a logical path: 3 for `layers/3/mlp` and for `Block_3/mlp`, None where there is none."""
-    found = re.search(
-        r"(?:^|/)(?:[^/]*_)?(\d+)/", f"{path}/" if re.search(r"(^|/)\d+$", path) else path
-    )
+    """The index of the layer in a logical path, or None.
+
+    >>> layer_index("layers/3/mlp"), layer_index("Block_3/mlp"), layer_index("lm_head")
+    (3, 3, None)
+    """
+    if re.search(r"(^|/)\d+$", path):  # the layer itself, as a module
+        path += "/"
+    found = re.search(r"(?:^|/)(?:[^/]*_)?(\d+)/", path)
     return int(found[1]) if found else None
 
 
 def first_value(rules: Iterable[tuple[str, T]], path: str, default: T) -> T:
     """The value of the first (pattern, value) rule that matches the module at `path`."""
-    return next((value for pattern, value in rules if matches(pattern, path)), default)
+    for pattern, value in rules:
+        if matches(pattern, path):
+            return value
+    return default
 
 
 def check_coverage(
@@ -127,52 +170,45 @@ def check_coverage(
     Raises:
       ValueError: with the modules that exist and the nearest name.
     """
-    kinds = sorted({re.sub(r"/\d+(?=/|$)", "/*", name) for name in names})
+    existing = sorted({re.sub(r"/\d+(?=/|$)", "/*", name) for name in names})
+    last_parts = {path.rpartition("/")[2] for path in existing}
     for pattern in patterns:
-        if not hit(pattern):
-            last = {kind.rpartition("/")[2] for kind in kinds}
-            near = difflib.get_close_matches(pattern, sorted(last | set(kinds)), n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}? There are" if near else "; there are"
-            raise ValueError(
-                f"{where}: {pattern!r} matches no module{hint} {', '.join(kinds) or 'none'}"
-            )
+        if hit(pattern):
+            continue
+        known = sorted(last_parts | set(existing))
+        near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}? There are" if near else "; there are"
+        listed = ", ".join(existing) or "none"
+        raise ValueError(f"{where}: {pattern!r} matches no module{hint} {listed}")
 
 
 def _rank(config: AdapterConfig, path: str, spec: LayerSpec) -> int:
     """The rank of one matrix, 0 where it is not adapted."""
-    embed = spec.kind == "embed"
-    chosen = is_target(path, targets=config.targets, by_name=spec.by_name, embed=embed)
-    if not chosen or is_target(path, targets=config.exclude, by_name=spec.by_name, embed=embed):
+    if not is_target(path, spec, config.targets) or is_target(path, spec, config.exclude):
         return 0
-    index = layer_index(path)
-    if config.layers and index not in config.layers:
+    if config.layers and layer_index(path) not in config.layers:
         return 0
     return int(first_value(config.patterns("rank_pattern"), path, config.rank))
 
 
 def _check_patterns(config: AdapterConfig, layout: Layout, paths: dict[str, list[str]]) -> None:
-    known = [(name, layout[path]) for path, names in paths.items() for name in names]
-    names = [name for name, _ in known]
+    """Raise where an option matches nothing in the model."""
+    specs = {name: layout[path] for path, names in paths.items() for name in names}
 
-    def hit(pattern: str) -> bool:
-        return any(
-            is_target(n, targets=(pattern,), by_name=s.by_name, embed=s.kind == "embed")
-            for n, s in known
-        )
+    def targeted(pattern: str) -> bool:
+        return any(is_target(name, spec, (pattern,)) for name, spec in specs.items())
 
-    check_coverage(config.targets, hit, names=names, where="adapter.targets")
-    check_coverage(config.exclude, hit, names=names, where="adapter.exclude")
+    def matched(pattern: str) -> bool:
+        return any(matches(pattern, name) for name in specs)
+
+    check_coverage(config.targets, targeted, names=specs, where="adapter.targets")
+    check_coverage(config.exclude, targeted, names=specs, where="adapter.exclude")
     for field in ("rank_pattern", "alpha_pattern"):
-        patterns = [p for p, _ in config.patterns(field)]
-        check_coverage(
-            patterns,
-            lambda p: any(matches(p, n) for n in names),
-            names=names,
-            where=f"adapter.{field}",
-        )
-    indices = {index for index in map(layer_index, names) if index is not None}
+        patterns = [pattern for pattern, _ in config.patterns(field)]
+        check_coverage(patterns, matched, names=specs, where=f"adapter.{field}")
+    indices = {layer_index(name) for name in specs} - {None}
     if missing := set(config.layers) - indices:
-        last = max(indices, default=-1)
+        last = max((index for index in indices if index is not None), default=-1)
         raise ValueError(
             f"adapter.layers: there is no layer {min(missing)}; the model has layers 0 to {last}"
         )

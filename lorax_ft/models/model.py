@@ -1,4 +1,7 @@
-"""A loaded model: its functions, its parameters, its tokenizer."""
+"""A decoder's functions, apart from any parameters; and a model as it was loaded, with them.
+
+Letters: B batch, T tokens, D width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -13,55 +16,29 @@ from jax import Array
 
 from lorax_ft.lowrank.intercept import adapt
 from lorax_ft.lowrank.layout import Layout, layout
-from lorax_ft.lowrank.linear import Layer, column_norm, linear
+from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.requantize import Original
-from lorax_ft.lowrank.spec import LayerSpec
+from lorax_ft.lowrank.spec import LayerSpec, with_kernel
+from lorax_ft.lowrank.terms import magnitude
+from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.models.attention import Cache
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.parts import rows_dot_general, softcap
-from lorax_ft.quant.kernels import format_of
+from lorax_ft.quant.kernels import Format
 from lorax_ft.sharding import gathered
-from lorax_ft.tree import Tree, flatten
+from lorax_ft.tree import Tree
 
+TABLE, HEAD = "embed_tokens", "lm_head"
 WITHOUT_START = "start_taken_out"
-"""The mark, in its config.json, of a base that is for one adapter."""
+"""The field of config.json that marks a base from which an adapter's start was subtracted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    """A decoder with its parameters. Its functions see adapters in whatever parameters they are given.
-
-    Letters: B batch, T tokens, D width, V vocabulary.
-    """
+class CausalLM:
+    """The functions of a decoder. They see adapters in whatever parameters they are given."""
 
     config: DecoderConfig
-    params: Tree
-    tokenizer: Any = None
-    """The transformers tokenizer, or None for a model without one."""
-    hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The checkpoint's own config.json."""
-    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The checkpoint's generation_config.json, where it has one."""
-    source: str = ""
-    """Where the checkpoint came from: a folder, a file or a hub id."""
-    originals: Mapping[str, Original] = dataclasses.field(default_factory=dict)
-    """By module path, what reads the matrices again that are quantized in `params`."""
-    prequantized: bool = False
-    """Whether the checkpoint itself is quantized, so that what quantizing lost is not known."""
-
-    @property
-    def base(self) -> str:
-        """What the adapters stand on, in words: the source, and the format of its kernels where they are quantized."""
-        formats = sorted(
-            {str(format_of(leaf)) for leaf in flatten(self.params).values() if format_of(leaf)}
-        )
-        return self.source + (f" in {formats[0]}" if formats else "")
-
-    @property
-    def without_start(self) -> bool:
-        """Whether the checkpoint is a base that a run left, out of which its adapter's start was taken."""
-        return bool(self.hf_config.get(WITHOUT_START))
 
     @functools.cached_property
     def module(self) -> Decoder:
@@ -72,13 +49,15 @@ class Model:
     def layout(self) -> Layout:
         """The layers that can be adapted, by slash path (see `lorax_ft.layout`)."""
         tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-        found = layout(lambda v, t: self.module.apply(v, t), self.params, tokens)
-        found |= {
-            p: dataclasses.replace(found[p], by_name=True) for p in found if p.endswith("mlp/gate")
-        }  # routers
-        return found | {
-            "lm_head": LayerSpec(kind="dense", stack=(), ins=(0,), outs=(1,), by_name=True)
-        }
+        found = layout(self.module.apply, abstract_params(self.config), tokens)
+        for path, spec in found.items():
+            if path.endswith("mlp/gate"):  # a router, which "all-linear" leaves out
+                found[path] = dataclasses.replace(spec, by_name=True)
+        tied_to = TABLE if self.config.tied else None
+        found[HEAD] = LayerSpec(
+            module="dense", stack=(), ins=(0,), outs=(1,), by_name=True, tied_to=tied_to
+        )
+        return found
 
     def features(
         self,
@@ -91,25 +70,21 @@ class Model:
         cache: Cache | None = None,
         length: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        """Features `[B, T, D]` before the head, and the cache; arguments as `Decoder.__call__` has them."""
+        """Features `[B, T, D]` before the head, and the cache; arguments as in `Decoder.__call__`."""
         apply = adapt(self.module.apply, gather=gathered)
+        variables = {"params": params}
         return apply(
-            {"params": params},
-            tokens,
-            positions,
-            segment_ids,
-            noise=noise,
-            cache=cache,
-            length=length,
+            variables, tokens, positions, segment_ids, noise=noise, cache=cache, length=length
         )
 
     def head(self, params: Tree) -> Layer:
-        """The output head as a layer for `linear`: its kernel `[D, V]` in the activations' dtype, and its adapter."""
-        layer = dict(params.get("lm_head", {}))
-        kernel = layer["kernel"] if "kernel" in layer else params["embed_tokens"]["embedding"].T
-        if "magnitude" in layer and "norm" not in layer:
-            layer["norm"] = column_norm(layer | {"kernel": kernel})
-        return layer | {"kernel": kernel.astype(self.config.dtype)}
+        """The output head as a layer for `linear`, with its adapter.
+
+        Its kernel `[D, V]`, which may be the embedding's, has the dtype of the activations.
+        """
+        layers = {path: params.get(path, {}) for path in (TABLE, HEAD)}
+        layer = magnitude.with_norm(with_kernel(layers, HEAD, self.layout[HEAD]))
+        return layer | {"kernel": layer["kernel"].astype(self.config.dtype)}
 
     def score(self, head: Layer, features: Array) -> Array:
         """Logits `[..., V]` of features `[..., D]`, by a head as `head` gives it."""
@@ -126,3 +101,61 @@ class Model:
         """Logits `[B, T, V]` of tokens `[B, T]`; `variables` is `{"params": params}`, as in linen."""
         features, _ = self.features(variables["params"], tokens, *args, **kwargs)
         return self.logits(variables["params"], features)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model(CausalLM):
+    """A decoder's functions, with what else its checkpoint holds: tokenizer and configs."""
+
+    tokenizer: Any = None
+    """The transformers tokenizer, or None for a model without one."""
+    hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The checkpoint's own config.json."""
+    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The checkpoint's generation_config.json, where it has one."""
+    source: str = ""
+    """Where the checkpoint came from: a folder, a file or a hub id."""
+    format: Format | None = None
+    """The format of the quantized kernels; None: nothing is quantized."""
+
+    @property
+    def base(self) -> str:
+        """What adapters are trained on, in words: the source, and the format of its kernels."""
+        return f"{self.source} in {self.format}" if self.format else self.source
+
+    @property
+    def without_start(self) -> bool:
+        """Whether the checkpoint is the base that a run left for its adapter, without the start."""
+        return bool(self.hf_config.get(WITHOUT_START))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedModel(Model):
+    """A model with the parameters that its checkpoint holds."""
+
+    params: Tree
+    originals: Mapping[str, Original] = dataclasses.field(default_factory=dict)
+    """By module path, reads the matrices that are quantized in `params` in full precision."""
+    prequantized: bool = False
+    """Whether the checkpoint itself is quantized, so that the error of quantization is unknown."""
+
+    def without_params(self) -> Model:
+        """The same model, without its parameters."""
+        names = [field.name for field in dataclasses.fields(Model)]
+        return Model(**{name: getattr(self, name) for name in names})
+
+
+def abstract_params(config: DecoderConfig, *, tied: bool | None = None) -> Tree:
+    """The shapes of a decoder's parameters, as `jax.ShapeDtypeStruct` in float32.
+
+    Args:
+      config: the decoder's.
+      tied: whether the head is the embedding's table; None: as the config says.
+    """
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    decoder = Decoder(dataclasses.replace(config, dtype="float32"))
+    params: Tree = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["params"]
+    if config.tied if tied is None else tied:
+        return params
+    kernel = jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)
+    return params | {HEAD: {"kernel": kernel}}

@@ -1,6 +1,7 @@
-"""Measuring what the inits that start from data need, on batches of it: the layers' inputs, or the kernels' gradients.
+"""Calibration: measuring what inits from data need, the layers' inputs or the kernels' gradients.
 
 One program measures as many modules as fit into `GROUP_BYTES`, and runs over all batches.
+Letters: B batch, T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -14,169 +15,180 @@ import numpy as np
 from jax import Array
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.lowrank.adapters import kernel_shapes, tied_kernel
+from lorax_ft.lowrank.inits.svd import on_host
 from lorax_ft.lowrank.observe import PROBE, WEIGHTS, observed, pass_by, second_moments
-from lorax_ft.lowrank.statistics import STATISTICS, needed_statistics
-from lorax_ft.lowrank.svd import on_host
-from lorax_ft.models.model import Model
+from lorax_ft.lowrank.spec import base_kernel
+from lorax_ft.lowrank.statistics import needed_statistics
+from lorax_ft.models.model import HEAD, LoadedModel
 from lorax_ft.quant.kernels import dense
-from lorax_ft.training.step import Batch, batch_loss
+from lorax_ft.schema import init_schema
+from lorax_ft.training.losses import Batch, batch_loss
 from lorax_ft.tree import Tree, from_modules, modules
 
 GROUP_BYTES = 2**30
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
-Measures = Callable[[Tree, Batch, Shapes], tuple[dict[str, Array], Array]]
+Measure = Callable[[Tree, Batch, Shapes], tuple[dict[str, Array], Array]]
+"""(parameters, batch, shapes of the statistics) -> sums of the statistics, number of tokens."""
+Sums = tuple[dict[str, np.ndarray], float]
 
 
 def calibrate(
-    model: Model,
+    model: LoadedModel,
     config: AdapterConfig,
     batches: Sequence[Mapping[str, Any]],
     *,
     packed: bool = False,
     advance: Callable[[float], None] = lambda share: None,
 ) -> dict[str, np.ndarray]:
-    """The statistics that `add_adapters(..., statistics=...)` takes for `config.init`; none where it needs no data.
+    """The statistics that `add_adapters(..., statistics=...)` needs for `config.init`, if any.
 
     Args:
       model: measured as it is; quantized, where its base is.
       config: the init and the modules.
       batches: `[B, T]` each, as the training data gives them.
-      packed: whether rows hold several samples, none of which attends to another.
+      packed: whether rows hold several samples, none of which may attend to another.
       advance: called with a share of the work whenever it is done; the shares make up 1.
 
     Returns:
-      By module path, the covariance `[*L, I, I]` of the inputs of tokens that are no padding (EVA), their second
-      moments (CorDA), or the gradient `[*L, I, O]` of the mean loss (LoRA-GA, LoRA-One).
+      By module path, the covariance `[*L, I, I]` of the inputs of tokens that are not padding
+      (EVA), their second moments (CorDA), or the gradient `[*L, I, O]` of the mean loss (LoRA-GA,
+      LoRA-One).
 
     Raises:
-      ValueError: there is no batch, nothing in them counts, or a module's inputs cannot be measured.
+      ValueError: there is no batch, no token in them counts, or a module's inputs cannot be
+        measured.
     """
-    shapes = needed_statistics(
-        config, layout=model.layout, shapes=kernel_shapes(model.params, model.layout)
-    )
+    shapes = needed_statistics(config, model.params, layout=model.layout)
     if not shapes:
         return {}
     if not batches:
-        raise ValueError(
-            f"adapter.init {config.init!r} starts from data, and there is no batch of it"
-        )
-    kind = STATISTICS[config.init]
-    measure = gradients if kind == "gradient" else input_moments
+        raise ValueError(f"adapter.init {config.init!r} starts from data, but there is no batch")
+    statistic = init_schema(config.init).statistic
+    measure = gradients if statistic == "gradient" else input_moments
+
+    def advance_modules(count: float) -> None:
+        advance(count / len(shapes))
+
     found: dict[str, np.ndarray] = {}
     for group in _groups(shapes):
-        sums, count = measure(
-            model, group, batches, packed=packed, advance=lambda n: advance(n / len(shapes))
-        )
+        sums, count = measure(model, group, batches, packed=packed, advance=advance_modules)
         if count == 0:
-            raise ValueError("no token of the calibration batches counts; give other data")
+            raise ValueError("no token of the calibration batches counts; use other data")
         for path, total in sums.items():
-            centered = kind == "covariance"
-            found[path] = (
-                total / count if kind == "gradient" else second_moments(total, centered=centered)
-            )
-    return {path: statistic.astype(np.float32) for path, statistic in found.items()}
+            if statistic == "gradient":
+                mean = total / count
+            else:
+                mean = second_moments(total, centered=statistic == "covariance")
+            found[path] = mean.astype(np.float32)
+    return found
 
 
 def input_moments(
-    model: Model,
+    model: LoadedModel,
     shapes: Shapes,
     batches: Sequence[Mapping[str, Any]],
     *,
     packed: bool,
     advance: Callable[[float], None] = lambda modules: None,
-) -> tuple[dict[str, np.ndarray], float]:
-    """Σ [x, 1]ᵀ [x, 1] `[*L, I + 1, I + 1]` of the inputs x of modules over tokens that are no padding, and how many.
+) -> Sums:
+    """Σ [x, 1]ᵀ [x, 1] `[*L, I + 1, I + 1]` of modules' inputs x, and the number of tokens.
+
+    Padding does not count.
 
     Raises:
-      ValueError: a module is no Dense layer.
+      ValueError: a module is not a Dense layer.
     """
     for path in shapes:
-        if model.layout[path].kind != "dense":
+        module = model.layout[path].module
+        if module != "dense":
             raise ValueError(
-                f"{path} is {model.layout[path].kind}, and inputs are measured of dense layers only; leave it out of "
-                "adapter.targets, or take another adapter.init"
+                f"{path} is of the type {module}, and only inputs of dense layers can be measured; "
+                "remove it from adapter.targets, or use another adapter.init"
             )
 
-    def measures(params: Tree, batch: Batch, shapes: Shapes) -> tuple[dict[str, Array], Array]:
+    def measure(params: Tree, batch: Batch, shapes: Shapes) -> tuple[dict[str, Array], Array]:
         weights = (batch["segment_ids"] > 0).astype(jnp.float32)
         segments = batch["segment_ids"] if packed else None
 
         def any_scalar(probes: dict[str, Array]) -> Array:
-            layers = modules(params)
-            for path, probe in probes.items():
-                spread = jnp.broadcast_to(weights, (*probe.shape[:-2], *weights.shape))
-                layers[path] = layers.get(path, {}) | {PROBE: probe, WEIGHTS: spread}
+            """Whatever is differentiated, the gradient of a probe is its layer's moments."""
+            probed = _with_probes(params, probes, weights)
             run = observed(model.features)
-            features, _ = run(from_modules(layers), batch["tokens"], batch["positions"], segments)
-            if "lm_head" in probes:  # which is applied outside the module
-                features = pass_by(features, probes["lm_head"], weights)
+            features, _ = run(probed, batch["tokens"], batch["positions"], segments)
+            if HEAD in probes:  # the head is applied outside the module
+                features = pass_by(features, probes[HEAD], weights)
             return jnp.sum(features.astype(jnp.float32))
 
-        zeros = {
-            p: jnp.zeros((*s.shape[:-2], s.shape[-2] + 1, s.shape[-1] + 1))
-            for p, s in shapes.items()
-        }
+        zeros = {}
+        for path, shape in shapes.items():
+            *stack, rows, columns = shape.shape
+            zeros[path] = jnp.zeros((*stack, rows + 1, columns + 1))
         return jax.grad(any_scalar)(zeros), jnp.sum(weights)
 
-    return _summed(measures, model, shapes, batches, advance)
+    return _summed(measure, model, shapes, batches, advance)
 
 
 def gradients(
-    model: Model,
+    model: LoadedModel,
     shapes: Shapes,
     batches: Sequence[Mapping[str, Any]],
     *,
     packed: bool,
     advance: Callable[[float], None] = lambda modules: None,
-) -> tuple[dict[str, np.ndarray], float]:
-    """Σ ∂loss/∂W `[*L, I, O]` of modules over the labeled tokens, and how many these are.
+) -> Sums:
+    """Σ ∂loss/∂W `[*L, I, O]` of modules over the labeled tokens, and the number of these.
 
-    A quantized kernel is dequantized, and a tied head has a kernel of its own, to be differentiated.
+    A quantized kernel is dequantized to be differentiated, and a tied head gets a kernel of its own.
     """
 
-    def measures(params: Tree, batch: Batch, shapes: Shapes) -> tuple[dict[str, Array], Array]:
+    def measure(params: Tree, batch: Batch, shapes: Shapes) -> tuple[dict[str, Array], Array]:
         layers = modules(params)
-        kernels = {path: layers.get(path, {}).get("kernel") for path in shapes}
-        own = {
-            p: dense(tied_kernel(params) if k is None else k, jnp.float32)
-            for p, k in kernels.items()
+        kernels = {
+            path: dense(base_kernel(layers, path, model.layout[path]), jnp.float32)
+            for path in shapes
         }
 
         def loss(kernels: dict[str, Array]) -> Array:
-            changed = {
-                path: layers.get(path, {}) | {"kernel": kernel} for path, kernel in kernels.items()
-            }
-            return batch_loss(model, from_modules(layers | changed), batch, packed=packed)
+            changed = dict(layers)
+            for path, kernel in kernels.items():
+                changed[path] = layers.get(path, {}) | {"kernel": kernel}
+            return batch_loss(model, from_modules(changed), batch, packed=packed)
 
-        found = jax.grad(loss)(own)
-        canonical = {
-            p: model.layout[p].canonical("kernel", g).reshape(shapes[p].shape)
-            for p, g in found.items()
-        }
-        return canonical, jnp.sum(batch["weights"])
+        found = {}
+        for path, gradient in jax.grad(loss)(kernels).items():
+            canonical = model.layout[path].canonical("kernel", gradient)
+            found[path] = canonical.reshape(shapes[path].shape)
+        return found, jnp.sum(batch["weights"])
 
-    return _summed(measures, model, shapes, batches, advance)
+    return _summed(measure, model, shapes, batches, advance)
+
+
+def _with_probes(params: Tree, probes: Mapping[str, Array], weights: Array) -> Tree:
+    """The parameters with a probe and the tokens' weights beside the kernels to be observed."""
+    layers = modules(params)
+    for path, probe in probes.items():
+        stack = probe.shape[:-2]  # scans slice every leaf, so each layer needs the weights
+        spread = jnp.broadcast_to(weights, (*stack, *weights.shape))
+        layers[path] = layers.get(path, {}) | {PROBE: probe, WEIGHTS: spread}
+    return from_modules(layers)
 
 
 def _summed(
-    measures: Measures,
-    model: Model,
+    measure: Measure,
+    model: LoadedModel,
     shapes: Shapes,
     batches: Sequence[Mapping[str, Any]],
     advance: Callable[[float], None],
-) -> tuple[dict[str, np.ndarray], float]:
-    """What `measures` finds, added up over the batches on the device, in float32, and fetched."""
-
-    @jax.jit
-    def first(params: Tree, batch: Batch) -> tuple[dict[str, Array], Array]:
-        return measures(params, batch, shapes)
-
+) -> Sums:
+    """What `measure` finds, summed over the batches on the device in float32, and fetched."""
+    # Jitted here: this is the top of a computation of its own.
+    measure_batch = jax.jit(lambda params, batch: measure(params, batch, shapes))
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
     total: Any = None
     for batch in batches:
-        part = first(model.params, dict(batch))
+        part = measure_batch(model.params, dict(batch))
         total = part if total is None else add(total, part)
+        # Before the next batch, or several of them would be in memory at once.
         jax.block_until_ready(total)
         advance(len(shapes) / len(batches))
     sums, count = total
@@ -186,9 +198,12 @@ def _summed(
 def _groups(shapes: Shapes) -> Iterator[Shapes]:
     """The modules in groups whose statistics fit into `GROUP_BYTES` together, or that hold one."""
     group: dict[str, jax.ShapeDtypeStruct] = {}
+    size = 0
     for path, shape in shapes.items():
-        if group and sum(4 * s.size for s in (*group.values(), shape)) > GROUP_BYTES:
+        bytes_ = 4 * shape.size
+        if group and size + bytes_ > GROUP_BYTES:
             yield group
-            group = {}
+            group, size = {}, 0
         group[path] = shape
+        size += bytes_
     yield group

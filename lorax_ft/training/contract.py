@@ -1,17 +1,19 @@
 """What must hold for a fine-tuning to be one, checked when a run starts and after its first updates.
 
-Adapters fail in silence: a layer the loss never reads, a scale of zero, a factor that never moves.
+Adapters fail in silence: a layer that the loss never reads, a scale of 0, a factor that never moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from lorax_ft.lowrank.terms import active_leaf, is_adapted, low_rank, magnitude
 from lorax_ft.tree import Tree, flatten, modules
 
 
@@ -26,37 +28,41 @@ def check_read(loss: Callable[[Tree], Any], trained: Tree) -> None:
       ValueError: with the paths of the leaves that no equation of the traced loss uses.
     """
     jaxpr = jax.make_jaxpr(loss)(trained).jaxpr
-    read = _read(jaxpr)
-    paths = [
-        "/".join(str(key.key) for key in path)
-        for path, _ in jax.tree_util.tree_flatten_with_path(trained)[0]
-    ]
-    if unread := [path for path, var in zip(paths, jaxpr.invars, strict=True) if var not in read]:
+    read = _read_variables(jaxpr)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(trained)
+    unread = []
+    for (keys, _), variable in zip(leaves, jaxpr.invars, strict=True):
+        if variable not in read:
+            unread.append("/".join(str(key.key) for key in keys))
+    if unread:
         raise ValueError(
-            f"the loss never reads {_some(unread)}: these layers are called in a way that adapters cannot see; "
-            "leave them out (adapter.exclude), or call them as linen layers inside adapt(apply)"
+            f"the loss never reads {_some(unread)}: these layers are called in a way that adapters "
+            "cannot see; exclude them (adapter.exclude), or call them as linen layers inside "
+            "adapt(apply)"
         )
 
 
-def check_scales(params: Tree) -> None:
-    """Raise where all scales of an adapted module are 0, so that its adapter does nothing.
+def check_active(params: Tree) -> None:
+    """Raise where no matrix of an adapted module is active, such as where all scales are 0.
 
     Raises:
       ValueError: with the modules' paths.
     """
-    scales = {path: leaf for path, leaf in flatten(params).items() if path.endswith("lora_scale")}
-    if zero := [
-        path.removesuffix("/lora_scale")
-        for path, scale in scales.items()
-        if not bool(jnp.any(scale != 0))
-    ]:
+    idle = []
+    for path, layer in modules(params).items():
+        if is_adapted(layer) and not bool(jnp.any(layer[active_leaf(layer)] != 0)):
+            idle.append(path)
+    if idle:
         raise ValueError(
-            f"the scale of {_some(zero)} is 0, so the adapter does nothing; set adapter.alpha above 0"
+            f"the scale of {_some(idle)} is 0, so the adapter does nothing; "
+            "set adapter.alpha above 0"
         )
 
 
 def check_frozen(params: Tree, freeze: Sequence[str]) -> None:
-    """Raise where a factor that does not train starts at 0, so that A B stays 0 for ever, and no magnitude trains.
+    """Raise where a factor that does not train starts at 0, so that A B stays 0 forever.
+
+    A magnitude that trains beside them is enough.
 
     Args:
       params: a tree with adapters.
@@ -65,39 +71,39 @@ def check_frozen(params: Tree, freeze: Sequence[str]) -> None:
     Raises:
       ValueError: with those leaves' paths.
     """
-    without = {path: layer for path, layer in modules(params).items() if "magnitude" not in layer}
-    leaves = {
-        f"{path}/{name}": layer[name]
-        for path, layer in without.items()
-        for name in freeze
-        if name in layer
-    }
-    if zero := [path for path, leaf in leaves.items() if not bool(jnp.any(leaf != 0))]:
+    zero = []
+    for path, layer in modules(params).items():
+        if magnitude.MAGNITUDE in layer:
+            continue
+        for name in freeze:
+            if name in layer and not bool(jnp.any(layer[name] != 0)):
+                zero.append(f"{path}/{name}")
+    if zero:
         raise ValueError(
-            f"{_some(zero)} starts at 0, and adapter.freeze keeps it there, so the adapter does nothing; "
-            "leave out either the module or the freezing"
+            f"{_some(zero)} starts at 0, and adapter.freeze keeps it there, so the adapter does "
+            "nothing; exclude the module, or do not freeze the factor"
         )
 
 
 def moved(before: Tree, after: Tree, *, rate: Array | float) -> dict[str, Array]:
-    """For each leaf by slash path, whether it is finite, and whether any element of it changed; jit it.
+    """For each leaf by slash path, whether it is finite, and whether any element of it changed.
 
-    An update at a learning rate below what float32 can add to the leaf counts as a change.
+    Jit it. An update at a learning rate below what float32 can add to the leaf counts as a change.
     """
     old, new = flatten(before), flatten(after)
+    report = {}
+    for path, leaf in new.items():
+        resolution = jnp.finfo(jnp.float32).eps * jnp.max(jnp.abs(old[path]))
+        changed = (old[path] != leaf).any() | (rate < resolution)
+        report[path] = jnp.stack([jnp.isfinite(leaf).all(), changed])
+    return report
 
-    def report(old: Array, new: Array) -> Array:
-        lost = rate < jnp.finfo(jnp.float32).eps * jnp.max(jnp.abs(old))
-        return jnp.stack([jnp.isfinite(new).all(), (old != new).any() | lost])
 
-    return {path: report(old[path], new[path]) for path in new}
-
-
-def check_moved(report: dict[str, Any], *, updates: int) -> None:
+def check_moved(report: Mapping[str, Any], *, updates: int) -> None:
     """Raise where a leaf that the last update should have moved has not, or is not finite.
 
-    With B = 0 the first gradient of A is exactly zero (on an embedding, where A = 0, the other way round), so after
-    the first update one of the two factors has moved, and after the second every leaf that trains has.
+    With B = 0 the first gradient of A is exactly zero (on an embedding, where A = 0, it is B's). So
+    after the first update one of the two factors has moved, and after the second every leaf has.
 
     Args:
       report: what `moved` returned for the last update, fetched.
@@ -108,43 +114,61 @@ def check_moved(report: dict[str, Any], *, updates: int) -> None:
     """
     if broken := [path for path, (finite, _) in report.items() if not finite]:
         raise ValueError(
-            f"after update {updates}, {_some(broken)} holds values that are not finite; lower the learning rate"
+            f"after update {updates}, {_some(broken)} holds values that are not finite; "
+            "lower the learning rate"
         )
     if updates >= 2:
         still = [path for path, (_, changed) in report.items() if not changed]
     else:
-        pairs = {
-            path.rpartition("/")[0]
-            for path in report
-            if path.rpartition("/")[2] in ("lora_a", "lora_b")
-        }
-        factors = {
-            p: [report[f"{p}/{n}"] for n in ("lora_a", "lora_b") if f"{p}/{n}" in report]
-            for p in pairs
-        }
-        still = [p for p in sorted(pairs) if not any(changed for _, changed in factors[p])]
+        still = _idle_modules(report)
     if still:
         raise ValueError(
-            f"after update {updates}, {_some(still)} did not move: a gradient is zero or a learning rate too small"
+            f"after update {updates}, {_some(still)} did not move: its gradient is zero, or the "
+            "learning rate is too small"
         )
 
 
-def _read(jaxpr: Any) -> set[Any]:
-    """The variables of a jaxpr that some equation uses; one that an inner jaxpr ignores does not count."""
-    used = {var for var in jaxpr.outvars if not hasattr(var, "val")}
-    for eqn in jaxpr.eqns:
-        inner = [_open(value) for value in eqn.params.values() if hasattr(_open(value), "eqns")]
-        aligned = next((j for j in inner if len(j.invars) == len(eqn.invars)), None)
-        reads = _read(aligned) if aligned else set()
-        for i, var in enumerate(eqn.invars):
-            if not hasattr(var, "val") and (aligned is None or aligned.invars[i] in reads):
-                used.add(var)
+def _idle_modules(report: Mapping[str, Any]) -> list[str]:
+    """The modules with factors of which none changed."""
+    changed_by_module: dict[str, list[bool]] = {}
+    for path, (_, changed) in report.items():
+        module, _, name = path.rpartition("/")
+        if name in low_rank.FACTORS:
+            changed_by_module.setdefault(module, []).append(bool(changed))
+    return sorted(path for path, changes in changed_by_module.items() if not np.any(changes))
+
+
+def _read_variables(jaxpr: Any) -> set[Any]:
+    """The variables of a jaxpr that some equation uses.
+
+    One that is passed to an inner jaxpr which ignores it does not count.
+    """
+    used = {variable for variable in jaxpr.outvars if not _is_literal(variable)}
+    for equation in jaxpr.eqns:
+        inner = _inner_jaxpr(equation)
+        inner_reads = set() if inner is None else _read_variables(inner)
+        for i, variable in enumerate(equation.invars):
+            if _is_literal(variable):
+                continue
+            if inner is None or inner.invars[i] in inner_reads:
+                used.add(variable)
     return used
 
 
-def _open(value: Any) -> Any:
-    return getattr(value, "jaxpr", value)
+def _inner_jaxpr(equation: Any) -> Any:
+    """The jaxpr that an equation calls with its own inputs, if it calls one."""
+    for value in equation.params.values():
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns") and len(inner.invars) == len(equation.invars):
+            return inner
+    return None
 
 
-def _some(paths: list[str]) -> str:
-    return ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+def _is_literal(variable: Any) -> bool:
+    return hasattr(variable, "val")
+
+
+def _some(paths: Sequence[str]) -> str:
+    """The first few paths, and how many more there are."""
+    shown = ", ".join(paths[:4])
+    return shown if len(paths) <= 4 else f"{shown} and {len(paths) - 4} more"

@@ -1,6 +1,7 @@
-"""Cross-entropy fused with the output head: full logits never exist, and are computed once.
+"""Losses: functions `loss(params, batch, key) -> (sum, weight, metrics)` that the step minimizes.
 
-Letters: B batch, T tokens, D width, V vocabulary.
+The supervised one is a cross-entropy fused with the output head: full logits never exist, and are
+computed once. Letters: B batch, T tokens, D width, V vocabulary, N chunks.
 """
 
 from __future__ import annotations
@@ -10,16 +11,96 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array, lax
 
-from lorax_ft.lowrank.linear import Layer
+from lorax_ft.lowrank.adapters import with_dropout
+from lorax_ft.lowrank.terms import dropout as dropout_term
+from lorax_ft.lowrank.terms.term import Layer
+from lorax_ft.models.model import CausalLM
 from lorax_ft.sharding import row_devices
+from lorax_ft.tree import Tree
 
-Labels = dict[str, Array]
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+Loss = Callable[[Tree, Batch, Array | None], tuple[Array, Array, Metrics]]
+"""(params, batch, key) -> (Σ weight · loss, Σ weight, metrics, each a sum like the loss). The key is
+None in evaluation, where nothing is random."""
 Score = Callable[[Layer, Array], Array]
 CHUNK_ROWS = 1024  # tokens whose logits exist at once, on each device
+
+
+def supervised_loss(
+    model: CausalLM, *, packed: bool, dropout: float = 0.0, neftune_alpha: float = 0.0
+) -> Loss:
+    """The cross-entropy of the next token, over the labeled tokens.
+
+    Args:
+      model: whose functions are used.
+      packed: whether rows hold several samples, none of which may attend to another.
+      dropout: rate on the input of the adapter branch.
+      neftune_alpha: strength of the noise on the embeddings.
+
+    Returns:
+      The loss of a batch of `tokens`, `targets`, `weights`, `positions` and `segment_ids`, each
+      `[B, T]`, as `lorax_ft.data.packing.collate` makes them. Its weight is the number of labeled
+      tokens. Without a key there is neither dropout nor noise.
+    """
+
+    def loss(params: Tree, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
+        noise = None
+        if key is not None:
+            params = with_dropout(params, jax.random.fold_in(key, 0), rate=dropout)
+            if neftune_alpha:
+                noise = neftune(
+                    jax.random.fold_in(key, 1),
+                    batch["segment_ids"],
+                    alpha=neftune_alpha,
+                    width=model.config.width,
+                )
+        value = batch_loss(model, params, batch, packed=packed, noise=noise)
+        return value, jnp.sum(batch["weights"]), {}
+
+    return loss
+
+
+def batch_loss(
+    model: CausalLM, params: Tree, batch: Batch, *, packed: bool, noise: Array | None = None
+) -> Array:
+    """Σ weights · cross-entropy over a batch `[B, T]`."""
+    segments = batch["segment_ids"] if packed else None
+    features, _ = model.features(
+        params, batch["tokens"], batch["positions"], segments, noise=noise
+    )
+    head = model.head(params)
+    return head_loss(head, features, batch["targets"], batch["weights"], score=model.score)
+
+
+def neftune(key: Array, segment_ids: Array, *, alpha: float, width: int) -> Array:
+    """U(−1, 1) · α / √(L D), with L each sample's true length; 0 on padding (2310.05914).
+
+    Args:
+      key: for the noise.
+      segment_ids: `[B, T]`, 0 on padding.
+      alpha: α.
+      width: D.
+
+    Returns:
+      `[B, T, D]` float32.
+    """
+    chex.assert_rank(segment_ids, 2)
+    tokens = segment_ids.shape[1]
+
+    def lengths_of(row: Array) -> Array:
+        return jnp.bincount(row, length=tokens + 1)[row]
+
+    lengths = jax.vmap(lengths_of)(segment_ids)  # [B, T]
+    strength = jnp.where(segment_ids > 0, alpha / jnp.sqrt(lengths * width), 0.0)
+    noise = jax.random.uniform(key, (*segment_ids.shape, width), minval=-1, maxval=1)
+    return noise * strength[..., None]
 
 
 def head_loss(
@@ -33,48 +114,60 @@ def head_loss(
 ) -> Array:
     """Σ weights · cross-entropy of softmax(head(features)), in chunks of the tokens' axis.
 
-    The gradient to the features, and to those leaves of the head that train, is computed in the forward
-    pass beside the loss, so that logits are neither kept nor computed twice.
+    The gradient to the features, and to those leaves of the head that train, is computed in the
+    forward pass beside the loss, so that logits are neither kept nor computed twice.
 
     Args:
       layer: the head: kernel `[D, V]` and its adapter.
       features: `[B, T, D]`.
       targets: `[B, T]`, the next tokens.
-      weights: `[B, T]` float32; 0 leaves a token out.
+      weights: `[B, T]` float32; 0 excludes a token.
       score: the logits `[..., V]` of a head and features `[..., D]`.
-      chunk_rows: tokens in a chunk; a chunk takes 4 · chunk_rows · V bytes. None: `CHUNK_ROWS` a device of the
-        ambient mesh that has rows of its own.
+      chunk_rows: tokens in a chunk, which needs 4 · chunk_rows · V bytes. None: `CHUNK_ROWS` for
+        each device of the ambient mesh that has rows of its own.
 
     Returns:
       A float32 scalar, the sum.
     """
+    chex.assert_rank(features, 3)
+    chex.assert_equal_shape([targets, weights])
     batch, tokens = targets.shape
     chunk_rows = chunk_rows or CHUNK_ROWS * row_devices()
     chunks = min(math.ceil(batch * tokens / chunk_rows), tokens)
-    more = -tokens % chunks  # tokens of weight 0, as the chunks are of one size
-    features, targets, weights = (
-        jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2))
-        for x in (features, targets, weights)
-    )
+    padding = -tokens % chunks  # tokens of weight 0 make all chunks equal
+
+    def chunked(x: Array) -> Array:
+        widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
+        return _split(jnp.pad(x, widths), chunks)
+
     labels = {
-        "targets": _split(targets, chunks),
-        "weights": _split(weights, chunks),
+        "targets": chunked(targets),
+        "weights": chunked(weights),
         "chunk": jnp.arange(chunks),
     }
-    return _fused(functools.partial(_chunk_loss, score), layer, _split(features, chunks), labels)
+    return _fused(functools.partial(_chunk_loss, score), layer, chunked(features), labels)
 
 
-def _chunk_loss(score: Score, layer: Layer, features: Array, labels: Labels) -> Array:
+def _split(x: Array, chunks: int) -> Array:
+    """`[B, T, ...]` as chunks `[N, B, T / N, ...]`.
+
+    Rows stay whole, so that a batch that is sharded by rows stays where it is.
+    """
+    batch, tokens, *rest = x.shape
+    return jnp.moveaxis(x.reshape(batch, chunks, tokens // chunks, *rest), 1, 0)
+
+
+def _chunk_loss(score: Score, layer: Layer, features: Array, labels: Batch) -> Array:
     """Σ w (log Σ exp z − z_target) of one chunk, in float32."""
-    if "dropout_key" in layer:  # each chunk drops other features
-        layer = layer | {"dropout_key": jax.random.fold_in(layer["dropout_key"], labels["chunk"])}
+    # Each chunk drops out other features.
+    layer = dropout_term.fold_in(layer, labels["chunk"])
     logits = score(layer, features).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, labels["targets"][..., None], axis=-1)[..., 0]
-    return jnp.sum(labels["weights"] * (jax.nn.logsumexp(logits, axis=-1) - picked))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels["targets"])
+    return jnp.sum(labels["weights"] * losses)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(loss: Callable[..., Array], layer: Layer, features: Array, labels: Labels) -> Array:
+def _fused(loss: Callable[..., Array], layer: Layer, features: Array, labels: Batch) -> Array:
     """The sum of `loss` over chunks `[N, B, t, ...]`."""
     return jnp.sum(lax.map(lambda chunk: loss(layer, *chunk), (features, labels)))
 
@@ -82,39 +175,43 @@ def _fused(loss: Callable[..., Array], layer: Layer, features: Array, labels: La
 def _fused_forward(
     loss: Callable[..., Array], layer: Any, features: Any, labels: Any
 ) -> tuple[Array, Any]:
+    """The sum, and as residuals the gradients to the layer's trained leaves and to the features.
+
+    With symbolic zeros each argument says whether it is differentiated (`perturbed`).
+    """
     trained = {name: leaf.value for name, leaf in layer.items() if leaf.perturbed}
     fixed = {name: leaf.value for name, leaf in layer.items() if not leaf.perturbed}
-    labels = {name: leaf.value for name, leaf in labels.items()}
+    chunk_labels = {name: leaf.value for name, leaf in labels.items()}
+
+    def chunk_value(trained: Layer, x: Array, chunk: Batch) -> Array:
+        return loss(fixed | trained, x, chunk)
+
+    def add_chunk(carry: tuple[Array, Layer], xs: tuple[Array, Batch]) -> tuple[Any, Array]:
+        total, d_layer = carry
+        value, (d_chunk, d_x) = jax.value_and_grad(chunk_value, argnums=(0, 1))(trained, *xs)
+        d_layer = jax.tree.map(lambda t, d: t + d.astype(t.dtype), d_layer, d_chunk)
+        return (total + value, d_layer), d_x
+
+    # Summed in float32, whatever the dtype of the leaves.
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
-
-    def chunk(
-        total: tuple[Array, Layer], xs: tuple[Array, Labels]
-    ) -> tuple[tuple[Array, Layer], Array]:
-        x, y = xs
-        value, (d_layer, d_x) = jax.value_and_grad(
-            lambda l, x: loss(fixed | l, x, y), argnums=(0, 1)
-        )(trained, x)
-        return (
-            total[0] + value,
-            jax.tree.map(lambda t, d: t + d.astype(t.dtype), total[1], d_layer),
-        ), d_x
-
-    (total, d_layer), d_features = lax.scan(chunk, (jnp.zeros(()), zeros), (features.value, labels))
-    d_layer = {
-        name: d_layer[name].astype(trained[name].dtype) if name in trained else None
-        for name in layer
-    }
-    return total, (d_layer, d_features)
+    start = (jnp.zeros(()), zeros)
+    (total, d_layer), d_features = lax.scan(add_chunk, start, (features.value, chunk_labels))
+    d_leaves = dict.fromkeys(layer)
+    for name, leaf in trained.items():
+        d_leaves[name] = d_layer[name].astype(leaf.dtype)
+    return total, (d_leaves, d_features)
 
 
-def _fused_backward(loss: Callable[..., Array], residuals: Any, g: Array) -> tuple[Any, Any, None]:
-    d_layer, d_features = jax.tree.map(lambda d: (g * d.astype(g.dtype)).astype(d.dtype), residuals)
+def _fused_backward(
+    loss: Callable[..., Array], residuals: Any, g: Array
+) -> tuple[Any, Any, None]:
+    """The gradients of the forward pass, times the gradient g of the sum."""
+
+    def scaled(d: Array) -> Array:
+        return (g * d.astype(g.dtype)).astype(d.dtype)
+
+    d_layer, d_features = jax.tree.map(scaled, residuals)
     return d_layer, d_features, None
 
 
 _fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)
-
-
-def _split(x: Array, chunks: int) -> Array:
-    """`[B, T, ...]` as chunks `[N, B, T / N, ...]`: rows stay whole, so that a sharded batch stays in place."""
-    return jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0)

@@ -1,20 +1,39 @@
-"""The optimizer: one group of the tree a leaf name, each with its own rate, in `optax.multi_transform`.
+"""The optimizer: each group of leaves with a learning rate of its own, in `optax.multi_transform`.
 
-LoRA+ (2402.12354) is nothing but a rate for B that is λ times A's.
+    update = −rate · (direction + decay · parameter),   rate = peak · schedule(count)
+
+The peak is a number in the state, and the schedule, whose peak is 1, is part of the program. So
+states with different rates can be stacked and vmapped. LoRA+ (2402.12354) is a peak for B that is λ
+times A's.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Set
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
 from lorax_ft.config import OptimConfig
 from lorax_ft.lowrank.groups import label
+from lorax_ft.schema import Group
 from lorax_ft.tree import Tree
 
-DECAYED = ("lora_a", "lora_b", "weight")
+DECAYED = (Group.LORA_A, Group.LORA_B, Group.WEIGHT)
+
+
+class RateState(NamedTuple):
+    """The learning rate of a group. `optax.tree.get_all_with_path` finds its fields by name."""
+
+    count: Array
+    """Updates made so far, int32."""
+    peak: Array
+    """float32."""
+    rate: Array
+    """The rate that the last update used, float32."""
 
 
 def make_optimizer(config: OptimConfig, *, steps: int) -> optax.GradientTransformation:
@@ -25,78 +44,94 @@ def make_optimizer(config: OptimConfig, *, steps: int) -> optax.GradientTransfor
       steps: the length of the run.
 
     Returns:
-      A transformation for the tree of trained leaves (`partition(params)[0]`). λ · rate goes to every
-      `lora_b`, an embedding's too; `magnitude_ratio` · rate to magnitudes; the rate itself to the rest.
-      A, B and whole matrices are decayed; magnitudes, biases and norms are not.
+      A transformation for the tree of trained leaves (`partition(params)[0]`). λ · rate goes to
+      every B, an embedding's too; `magnitude_ratio` · rate to magnitudes; the rate itself to the
+      rest. A, B and whole matrices are decayed; magnitudes, biases, norms and IA3 are not.
     """
-    ratios = {
-        "lora_a": 1.0,
-        "lora_b": config.lora_plus_ratio,
-        "magnitude": config.magnitude_ratio,
-        "weight": 1.0,
-        "vector": 1.0,
+    unit = unit_schedule(config, steps=steps)
+    transforms: dict[Any, Any] = {
+        group.value: _group_transform(config, group, unit) for group in Group
     }
-    groups = {group: _group(config, group, ratio, steps) for group, ratio in ratios.items()}
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, optax.multi_transform(groups, _labels))
+    clip = optax.identity()
+    if config.clip_norm:
+        clip = optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, optax.multi_transform(transforms, _labels))
 
 
-def schedule(config: OptimConfig, *, steps: int, ratio: float = 1.0) -> optax.Schedule:
-    """The learning rate at each step. Warm-up ends at the peak and its first rate is above 0, so no step is idle."""
-    peak = config.learning_rate * ratio
-    last = peak * config.final_fraction
+def unit_schedule(config: OptimConfig, *, steps: int) -> optax.Schedule:
+    """The learning rate at each step over its peak.
+
+    Warm-up ends at 1, and its first value is above 0, so that no step is idle.
+    """
     warmup = min(round(config.warmup_fraction * steps), steps - 1)
     rest = max(steps - warmup, 1)
-    falls = {
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),
-        "linear": lambda: optax.linear_schedule(peak, last, rest),
-        "constant": lambda: optax.constant_schedule(peak),
-        "wsd": lambda: optax.linear_schedule(
-            peak, last, max(rest // 5, 1), transition_begin=rest - max(rest // 5, 1)
-        ),
-    }
-    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, falls[config.schedule]()], [warmup])
+    last = config.final_fraction
+    if config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(1.0, rest, alpha=last)
+    elif config.schedule == "linear":
+        fall = optax.linear_schedule(1.0, last, rest)
+    elif config.schedule == "wsd":  # warmup-stable-decay: falls over the last fifth
+        fifth = max(rest // 5, 1)
+        fall = optax.linear_schedule(1.0, last, fifth, transition_begin=rest - fifth)
+    else:
+        fall = optax.constant_schedule(1.0)
+    rise = optax.linear_schedule(1.0 / max(warmup, 1), 1.0, max(warmup - 1, 1))
+    return optax.join_schedules([rise, fall], [warmup])
 
 
-def learning_rates(state: Any, groups: set[str]) -> dict[str, Array]:
-    """The rates that the last update used, by group, read from the optimizer's state."""
-    inner = state[1].inner_states
-    return {
-        group: inner[group].inner_state.hyperparams["learning_rate"] for group in sorted(groups)
-    }
+def scale_by_rate(peak: float, unit: optax.Schedule) -> optax.GradientTransformation:
+    """Multiplies updates by −peak · unit(count), with the peak in the state."""
+
+    def init(params: optax.Params) -> RateState:
+        zero = jnp.zeros((), jnp.int32)
+        return RateState(zero, jnp.asarray(peak, jnp.float32), jnp.zeros((), jnp.float32))
+
+    def update(
+        updates: optax.Updates, state: RateState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, RateState]:
+        rate = (state.peak * unit(state.count)).astype(jnp.float32)
+        scaled = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
+        return scaled, RateState(optax.safe_increment(state.count), state.peak, rate)
+
+    return optax.GradientTransformation(init, update)
+
+
+def learning_rates(opt_state: Any, groups: Set[str]) -> dict[str, Array]:
+    """The rates that the last update used, of these groups; none where the state has no such rates."""
+    rates = {}
+    for path, rate in optax.tree.get_all_with_path(opt_state, "rate"):
+        for key in path:
+            if getattr(key, "key", None) in groups:
+                rates[str(key.key)] = rate
+    return rates
 
 
 def _labels(trained: Tree) -> Tree:
     return label(trained, whole=("all",))
 
 
-def _group(
-    config: OptimConfig, group: str, ratio: float, steps: int
+def _group_transform(
+    config: OptimConfig, group: Group, unit: optax.Schedule
 ) -> optax.GradientTransformation:
-    rate = schedule(config, steps=steps, ratio=ratio)
+    """The optimizer of one group."""
     decay = config.weight_decay if group in DECAYED else 0.0
-    moments = {"b1": config.b1, "b2": config.b2}
-    if config.optimizer == "sgd":
-        return optax.inject_hyperparams(_sgd, static_args=("momentum", "decay"))(
-            rate, momentum=config.b1, decay=decay
-        )
-    if config.optimizer == "adam":
-        return optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps"))(
-            rate, eps=config.eps, **moments
-        )
-    if config.optimizer == "lion":
-        lion = optax.inject_hyperparams(optax.lion, static_args=("b1", "b2", "weight_decay"))
-        return lion(rate, weight_decay=decay, **moments)
-    factory = optax.adamw if config.optimizer == "adamw" else optax.nadamw
-    adamw = optax.inject_hyperparams(factory, static_args=("b1", "b2", "eps", "weight_decay"))
-    return adamw(rate, weight_decay=decay, eps=config.eps, **moments)
+    ratios = {
+        Group.LORA_B: config.lora_plus_ratio,
+        Group.MAGNITUDE: config.magnitude_ratio,
+    }
 
-
-def _sgd(
-    learning_rate: optax.ScalarOrSchedule, momentum: float, decay: float
-) -> optax.GradientTransformation:
-    decoupled = optax.add_decayed_weights(decay)  # behind the momentum
     return optax.chain(
-        optax.trace(momentum), decoupled, optax.scale_by_learning_rate(learning_rate)
+        _direction(config),
+        optax.add_decayed_weights(decay),  # decoupled: behind the moments
+        scale_by_rate(config.learning_rate * ratios.get(group, 1.0), unit),
     )
+
+
+def _direction(config: OptimConfig) -> optax.GradientTransformation:
+    """What the optimizer makes of a gradient, before decay and rate."""
+    if config.optimizer == "sgd":
+        return optax.trace(config.b1)
+    if config.optimizer == "lion":
+        return optax.scale_by_lion(config.b1, config.b2)
+    nesterov = config.optimizer == "nadamw"
+    return optax.scale_by_adam(config.b1, config.b2, config.eps, nesterov=nesterov)

@@ -1,11 +1,14 @@
-"""The state that a run starts from: fresh adapters on a base, or a checkpoint's."""
+"""The state of a training: shapes first, then shardings, then values.
+
+One road for a run that begins, a run that resumes and a plan without weights: `abstract_state` says
+the shape and the sharding of every leaf, and `fresh_state` or `resumed_state` fills them.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,76 +18,62 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lorax_ft import sharding
-from lorax_ft.config import USED_BY, AdapterConfig
-from lorax_ft.lowrank.adapters import add_adapters, attach_adapters, kernel_shapes
-from lorax_ft.lowrank.groups import fully_trained, partition
-from lorax_ft.lowrank.linear import ADAPTER_LEAVES
-from lorax_ft.lowrank.starts import CHANGES_BASE
-from lorax_ft.lowrank.statistics import STATISTICS, needed_statistics
-from lorax_ft.models.model import Model
-from lorax_ft.quant.kernels import Quantized
-from lorax_ft.run.checkpoints import Checkpoints
-from lorax_ft.sharding import DECODER_RULES
+from lorax_ft.config import AdapterConfig
+from lorax_ft.lowrank.adapters import abstract_adapters, add_adapters, attach_adapters
+from lorax_ft.lowrank.groups import adapter_leaves_of, fully_trained, partition
+from lorax_ft.lowrank.layout import Layout
+from lorax_ft.lowrank.terms import is_adapted
+from lorax_ft.models.model import LoadedModel
+from lorax_ft.schema import is_base
 from lorax_ft.training import contract
 from lorax_ft.training.step import TrainState
-from lorax_ft.tree import Tree, combine, flatten, modules, split, unflatten
+from lorax_ft.tree import Tree, combine, flatten, modules, split
+
+
+class Restore(Protocol):
+    """Reads a checkpoint into the shapes and shardings of a state and of the adapters' frozen leaves."""
+
+    def __call__(self, state: TrainState, owned: Tree) -> tuple[TrainState, Tree]:
+        """The restored state and frozen leaves."""
 
 
 def abstract_state(
-    model: Model, config: AdapterConfig, tx: optax.GradientTransformation, *, mesh: Mesh
+    params: Tree,
+    config: AdapterConfig,
+    tx: optax.GradientTransformation,
+    *,
+    layout: Layout,
+    mesh: Mesh,
 ) -> tuple[TrainState, Tree]:
-    """The shapes and shardings of a run's state and of its frozen leaves; nothing is computed.
+    """The shapes and shardings of a state and of its frozen leaves; nothing is computed.
 
     Args:
-      model: its parameters may be shapes (`jax.ShapeDtypeStruct`).
+      params: the model's parameters, or their shapes (`jax.ShapeDtypeStruct`); with the adapters to
+        continue from, if there are any.
       config: the adapters.
       tx: the optimizer of the trained leaves.
+      layout: the layers of the model.
       mesh: the devices.
     """
-    # What runs on the host cannot be traced; the shapes are those of any start that is taken out of the base.
-    changes: Any = {"init": "olora"} | {
-        f: getattr(AdapterConfig, f) for f in USED_BY if f != "keep_base"
-    }
-    traceable = dataclasses.replace(config, **changes) if config.init in CHANGES_BASE else config
-    traceable = (
-        dataclasses.replace(traceable, svd_iterations=0)
-        if traceable.init in STATISTICS
-        else traceable
+    shapes = jax.tree.map(_shape, params)
+    if config.start_from is None:
+        shapes = combine(shapes, abstract_adapters(config, params, layout=layout))
+    _check_targets(shapes, config)
+    trained, frozen = _partition(shapes, config)
+    trained = jax.tree.map(_float32, trained)
+    places = sharding.param_shardings(
+        combine(trained, frozen), sharding.DECODER_RULES, layout=layout, mesh=mesh
     )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    base = flatten(model.params)
-    quantized = {
-        path: jax.eval_shape(lambda x: x, leaf)
-        for path, leaf in base.items()
-        if isinstance(leaf, Quantized)
-    }
-    plain = unflatten(
-        {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in base.items()}
-    )
-    kernels = kernel_shapes(model.params, model.layout)
-    needed = (
-        {} if config.start_from else needed_statistics(config, layout=model.layout, shapes=kernels)
-    )
-
-    def adapted(params: Tree, key: Array, statistics: Mapping[str, Array]) -> Tree:
-        return _with_adapters(params, traceable, model=model, key=key, statistics=statistics)
-
-    shapes = jax.eval_shape(adapted, plain, key, needed)
-    shapes = unflatten(
-        flatten(shapes) | quantized
-    )  # whose starts are not traced either, but shaped as others are
-    places = sharding.param_shardings(shapes, DECODER_RULES, mesh=mesh)
-    chosen: dict[str, Any] = {"whole": config.train_whole, "freeze": config.freeze}
-    trained, frozen = partition(jax.tree.map(_placed, shapes, places), **chosen)
-    trained_places, _ = partition(places, **chosen)
+    trained_places, frozen_places = _partition(places, config)
     opt_places = sharding.state_shardings(tx, trained, trained_places, mesh=mesh)
     opt_state = jax.tree.map(_placed, jax.eval_shape(tx.init, trained), opt_places)
     step: Any = _placed(jax.ShapeDtypeStruct((), jnp.int32), sharding.replicated(mesh))
-    return TrainState(step, trained, opt_state), frozen
+    trained = jax.tree.map(_placed, trained, trained_places)
+    return TrainState(step, trained, opt_state), jax.tree.map(_placed, frozen, frozen_places)
 
 
 def fresh_state(
-    model: Model,
+    model: LoadedModel,
     config: AdapterConfig,
     tx: optax.GradientTransformation,
     *,
@@ -97,50 +86,55 @@ def fresh_state(
     """The state of a run that begins, and its frozen leaves, each on its devices.
 
     Raises:
-      ValueError: as `add_adapters`, or a scale is 0.
+      ValueError: as `add_adapters`, or an adapter could never do anything.
     """
-    abstract, frozen_shapes = abstract_state(model, config, tx, mesh=mesh)
-    params = _with_adapters(
-        model.params,
-        config,
-        model=model,
-        key=key,
-        rounds=rounds,
-        statistics=statistics,
-        advance=advance,
+    abstract, abstract_frozen = abstract_state(
+        model.params, config, tx, layout=model.layout, mesh=mesh
     )
-    contract.check_scales(params)
+    params = model.params
+    if config.start_from is None:
+        params = add_adapters(
+            params,
+            config,
+            layout=model.layout,
+            key=key,
+            originals=model.originals,
+            rounds=rounds,
+            statistics=statistics,
+            advance=advance,
+        )
+    contract.check_active(params)
     contract.check_frozen(params, config.freeze)
-    params = jax.tree.map(_move, params, combine(abstract.trained, frozen_shapes))
-    trained, frozen = partition(params, whole=config.train_whole, freeze=config.freeze)
+    params = jax.tree.map(_moved, params, combine(abstract.trained, abstract_frozen))
+    trained, frozen = _partition(params, config)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    # Jitted, so that each moment is made on its devices and never whole on one.
     opt_state = jax.jit(tx.init, out_shardings=places)(trained)
-    return TrainState(
-        sharding.place(np.zeros((), np.int32), sharding.replicated(mesh)), trained, opt_state
-    ), frozen
+    step = sharding.place(np.zeros((), np.int32), sharding.replicated(mesh))
+    return TrainState(step, trained, opt_state), frozen
 
 
 def resumed_state(
-    model: Model,
+    model: LoadedModel,
     config: AdapterConfig,
     tx: optax.GradientTransformation,
     *,
     mesh: Mesh,
-    checkpoints: Checkpoints,
+    restore: Restore,
 ) -> tuple[TrainState, Tree]:
-    """The state of the newest checkpoint, and the frozen leaves that belong to it.
+    """The state of a checkpoint, and the frozen leaves that belong to it.
 
     Raises:
       ValueError: there is no checkpoint, or it does not fit.
     """
-    abstract, frozen = abstract_state(model, config, tx, mesh=mesh)
-    state, owned = checkpoints.restore(abstract, owned_leaves(abstract.trained, frozen))
-    base, _ = split(model.params, lambda path: path.rpartition("/")[2] not in ADAPTER_LEAVES)
-    adapters, _ = split(
-        combine(state.trained, owned), lambda path: path.rpartition("/")[2] in ADAPTER_LEAVES
+    abstract, abstract_frozen = abstract_state(
+        model.params, config, tx, layout=model.layout, mesh=mesh
     )
-    params = attach_adapters(base, adapters, originals=model.originals)
-    _, frozen = partition(params, whole=config.train_whole, freeze=config.freeze)
+    state, owned = restore(abstract, owned_leaves(abstract.trained, abstract_frozen))
+    base, _ = split(model.params, is_base)
+    adapters = adapter_leaves_of(combine(state.trained, owned))
+    params = attach_adapters(base, adapters, layout=model.layout, originals=model.originals)
+    _, frozen = _partition(params, config)
     return state, frozen
 
 
@@ -151,47 +145,40 @@ def owned_leaves(trained: Tree, frozen: Tree) -> Tree:
     return split(owned, lambda path: path not in paths)[0]
 
 
-def base_of(model: Model, state: TrainState, frozen: Tree) -> Model:
-    """The model with the base that stands beside the adapters, so that no leaf is held twice."""
-    base = flatten(model.params)
-    params, _ = split(combine(state.trained, frozen), lambda path: path in base)
-    return dataclasses.replace(model, params=params)
+def _partition(params: Tree, config: AdapterConfig) -> tuple[Tree, Tree]:
+    """The leaves that train, and the frozen ones."""
+    return partition(params, whole=config.train_whole, freeze=config.freeze)
 
 
-def _with_adapters(
-    params: Tree, config: AdapterConfig, *, model: Model, key: Array, **given: Any
-) -> Tree:
-    """The parameters with adapters, unless they hold those to go on with; `given` is for `add_adapters`.
+def _check_targets(params: Tree, config: AdapterConfig) -> None:
+    """Raise where a module is to be adapted and to train in full."""
+    for path, layer in modules(params).items():
+        if is_adapted(layer) and fully_trained(path, config.train_whole):
+            raise ValueError(
+                f"{path} is matched by adapter.targets and by adapter.train_whole; "
+                "remove it from one of them"
+            )
 
-    Modules that train whole are float32, since bfloat16 rounds small updates away.
-    """
-    if config.start_from is None:
-        params = add_adapters(
-            params, config, layout=model.layout, key=key, originals=model.originals, **given
-        )
-    both = [
-        p
-        for p, layer in modules(params).items()
-        if "lora_a" in layer and fully_trained(p, config.train_whole)
-    ]
-    if both:
-        raise ValueError(
-            f"{both[0]} is meant by adapter.targets and by adapter.train_whole; give it to one of them"
-        )
-    trained, frozen = partition(params, whole=config.train_whole, freeze=config.freeze)
-    return combine(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained), frozen)
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _float32(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What trains is float32, since bfloat16 rounds small updates away."""
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
 
 
 def _placed(leaf: Any, place: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
-def _move(leaf: Array, target: Any) -> Array:
+def _moved(leaf: Array, target: Any) -> Array:
+    """The leaf in the dtype and on the devices of `target`."""
+    if leaf.dtype != target.dtype:
+        leaf = leaf.astype(target.dtype)
     if leaf.sharding == target.sharding:
         return leaf
-    addressable = leaf.is_fully_addressable
-    return (
-        sharding.place(np.asarray(leaf), target.sharding)
-        if addressable
-        else jax.device_put(leaf, target.sharding)
-    )
+    if leaf.is_fully_addressable:
+        return sharding.place(np.asarray(leaf), target.sharding)
+    return jax.device_put(leaf, target.sharding)

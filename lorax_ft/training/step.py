@@ -1,6 +1,6 @@
 """The training step: one pure function of state, frozen leaves, batch and key.
 
-Letters: M microbatches, B rows, T tokens, D width.
+Letters: M microbatches, B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lorax_ft.lowrank.adapters import norms, with_dropout, with_norms
-from lorax_ft.models.model import Model
-from lorax_ft.training.losses import head_loss
+from lorax_ft.lowrank.adapters import norms, with_norms
+from lorax_ft.lowrank.groups import label
+from lorax_ft.lowrank.layout import Layout
+from lorax_ft.training.losses import Batch, Loss, Metrics
 from lorax_ft.training.optimizer import learning_rates
 from lorax_ft.tree import Tree, combine, flatten
-
-Batch = dict[str, Array]
-Metrics = dict[str, Array]
 
 
 class TrainState(NamedTuple):
@@ -34,123 +32,84 @@ class TrainState(NamedTuple):
     """The optimizer's state."""
 
 
+TrainStep = Callable[[TrainState, Tree, Batch, Array], tuple[TrainState, Metrics]]
+
+
 def make_train_step(
-    model: Model,
-    tx: optax.GradientTransformation,
-    *,
-    packed: bool,
-    dropout: float = 0.0,
-    neftune_alpha: float = 0.0,
-) -> Callable[[TrainState, Tree, Batch, Array], tuple[TrainState, Metrics]]:
-    """The step `train_step(state, frozen, batch, key) -> (state, metrics)`, to be jitted with the state donated.
+    loss: Loss, tx: optax.GradientTransformation, *, layout: Layout
+) -> TrainStep:
+    """The step `train_step(state, frozen, batch, key) -> (state, metrics)`.
+
+    Jit it with the state donated, or vmap it over states that differ in rates, scales or seeds.
 
     Args:
-      model: whose functions are used; its parameters are not.
+      loss: `loss(params, batch, key) -> (sum, weight, metrics)`, such as `supervised_loss`. The step
+        minimizes Σ sum / Σ weight over the microbatches.
       tx: the optimizer of the trained leaves.
-      packed: whether rows hold several samples, none of which attends to another.
-      dropout: rate on the adapter branch's input.
-      neftune_alpha: strength of the noise on the embeddings.
+      layout: the layers of the model.
 
     Returns:
-      The step. Its batch is `[M, B, T]`; microbatches are scanned, and a token weighs the same in whichever
-      it stands. Metrics: loss (mean over the labeled tokens), grad_norm (before clipping), tokens, and
-      the learning rate of each group.
+      The step. Every array of its batch is `[M, ...]`; the microbatches are scanned, and each counts
+      by its own weight. Metrics: `loss`, those of the loss (also Σ metric / Σ weight), `weight`
+      (Σ weight), `grad_norm` (before clipping), and the learning rate of each group.
     """
 
-    def loss(trained: Tree, frozen: Tree, batch: Batch, key: Array, total: Array) -> Array:
-        params = with_dropout(combine(trained, frozen), jax.random.fold_in(key, 0), rate=dropout)
-        noise = None
-        if neftune_alpha:
-            width = model.config.width
-            noise = neftune(
-                jax.random.fold_in(key, 1), batch["segment_ids"], alpha=neftune_alpha, width=width
-            )
-        return batch_loss(model, params, batch, packed=packed, noise=noise) / total
+    def total(trained: Tree, frozen: Tree, batch: Batch, key: Array) -> tuple[Array, Any]:
+        value, weight, metrics = loss(combine(trained, frozen), batch, key)
+        return value, {"weight": weight, "metrics": metrics | {"loss": value}}
 
     def train_step(
         state: TrainState, frozen: Tree, batch: Batch, key: Array
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        total = jnp.maximum(jnp.sum(batch["weights"]), 1)
-        # What depends on the adapters alone is computed once for all microbatches; it is a constant for the gradient.
-        frozen = combine(frozen, norms(combine(state.trained, frozen)))
-        grad = jax.value_and_grad(loss)
+        # What depends on the adapters alone is computed once for all microbatches. It is a constant
+        # for the gradient.
+        frozen = combine(frozen, norms(combine(state.trained, frozen), layout=layout))
+        grad = jax.grad(total, has_aux=True)
 
-        def accumulate(
-            sums: tuple[Array, Tree], xs: tuple[Batch, Array]
-        ) -> tuple[tuple[Array, Tree], None]:
-            microbatch, i = xs
-            part = grad(state.trained, frozen, microbatch, jax.random.fold_in(key, i), total)
-            return jax.tree.map(jnp.add, sums, part), None
+        def microbatch(i: Array | int, rows: Batch) -> tuple[Tree, Any]:
+            return grad(state.trained, frozen, rows, jax.random.fold_in(key, i))
 
-        m = batch["tokens"].shape[0]
-        if m == 1:
-            value, grads = grad(
-                state.trained,
-                frozen,
-                {k: v[0] for k, v in batch.items()},
-                jax.random.fold_in(key, 0),
-                total,
-            )
-        else:
-            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
-            (value, grads), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(m)))
+        grads, sums = _summed(microbatch, batch)
+        weight = sums["weight"]
+        # A batch without any weight has zero gradients, and must not divide by zero.
+        divisor = jnp.where(weight > 0, weight, 1)
+        grads = jax.tree.map(lambda g: (g / divisor).astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "tokens": total}
-        metrics |= {
-            f"learning_rate/{group}": rate
-            for group, rate in learning_rates(opt_state, _groups(state.trained)).items()
-        }
+        metrics = {name: value / divisor for name, value in sums["metrics"].items()}
+        metrics |= {"weight": weight, "grad_norm": optax.global_norm(grads)}
+        groups = set(flatten(label(state.trained, whole=("all",))).values())
+        for group, rate in learning_rates(opt_state, groups).items():
+            metrics[f"learning_rate/{group}"] = rate
         return TrainState(state.step + 1, trained, opt_state), metrics
 
     return train_step
 
 
-def make_eval_step(model: Model, *, packed: bool) -> Callable[[Tree, Batch], tuple[Array, Array]]:
-    """A function of the parameters and a batch `[B, T]`: the summed loss and the number of labeled tokens."""
+def make_eval_step(
+    loss: Loss, *, layout: Layout
+) -> Callable[[Tree, Batch], tuple[Array, Array]]:
+    """A function of the parameters and a batch: the summed loss and its weight, without noise."""
 
     def eval_step(params: Tree, batch: Batch) -> tuple[Array, Array]:
-        return batch_loss(model, with_norms(params), batch, packed=packed), jnp.sum(
-            batch["weights"]
-        )
+        value, weight, _ = loss(with_norms(params, layout=layout), batch, None)
+        return value, weight
 
     return eval_step
 
 
-def batch_loss(
-    model: Model, params: Tree, batch: Batch, *, packed: bool, noise: Array | None = None
-) -> Array:
-    """Σ weights · cross-entropy over a batch `[B, T]`."""
-    segments = batch["segment_ids"] if packed else None
-    features, _ = model.features(params, batch["tokens"], batch["positions"], segments, noise=noise)
-    return head_loss(
-        model.head(params), features, batch["targets"], batch["weights"], score=model.score
-    )
+def _summed(microbatch: Callable[[Any, Batch], Any], batch: Batch) -> Any:
+    """The sum of `microbatch(i, rows)` over the first axis of the batch."""
+    count = len(jax.tree.leaves(batch)[0])
+    first = jax.tree.map(lambda rows: rows[0], batch)
+    if count == 1:
+        return microbatch(0, first)
 
+    def add(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, microbatch(*numbered)), None
 
-def neftune(key: Array, segment_ids: Array, *, alpha: float, width: int) -> Array:
-    """U(−1, 1) · α / √(L D), with L each sample's true length; 0 on padding (2310.05914).
-
-    Args:
-      key: for the noise.
-      segment_ids: `[B, T]`, 0 on padding.
-      alpha: α.
-      width: D.
-
-    Returns:
-      `[B, T, D]` float32.
-    """
-    tokens = segment_ids.shape[1]
-    lengths = jax.vmap(lambda row: jnp.bincount(row, length=tokens + 1)[row])(segment_ids)  # [B, T]
-    strength = jnp.where(segment_ids > 0, alpha / jnp.sqrt(lengths * width), 0.0)
-    return (
-        jax.random.uniform(key, (*segment_ids.shape, width), minval=-1, maxval=1)
-        * strength[..., None]
-    )
-
-
-def _groups(trained: Tree) -> set[str]:
-    names = {path.rpartition("/")[2] for path in flatten(trained)}
-    adapters = names & {"lora_a", "lora_b", "magnitude"}
-    return adapters | ({"weight"} if names - adapters else set())
+    shapes = jax.eval_shape(microbatch, 0, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    sums, _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
+    return sums

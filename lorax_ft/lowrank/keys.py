@@ -1,0 +1,28 @@
+"""Random keys by path, so that adding a target never changes another module's start."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def fold_path(key: Array, path: str) -> Array:
+    """A key for the leaf or module at `path`."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def matrix_keys(key: Array, paths: list[str]) -> Array:
+    """A key for each matrix of a stack, by its logical path.
+
+    Experts share a path, so theirs are told apart by their order in the stack.
+    """
+    seen: dict[str, int] = {}
+    keys = []
+    for path in paths:
+        place = seen.get(path, 0)
+        keys.append(jax.random.fold_in(fold_path(key, path), place))
+        seen[path] = place + 1
+    return jnp.stack(keys)

@@ -1,0 +1,68 @@
+"""The terms of an adapted layer's equation, in the equation's order. Each file is one of them.
+
+    y = l ⊙ (b + (m / n) · (x W − s x A₀ B₀ + s x̃ A B + shards(x̃) D))
+
+A layer is computed (`linear`) and merged (`merged_layer`) by folding over those terms whose leaves
+it has. A term says in its file which leaves it needs, how it acts and how it merges.
+"""
+
+from __future__ import annotations
+
+from lorax_ft.lowrank.terms import bias, dropout, kept_start, low_rank, magnitude
+from lorax_ft.lowrank.plan import Plan
+from lorax_ft.lowrank.terms.term import Layer, Term
+from lorax_ft.schema import is_adapter
+
+TERMS: tuple[Term, ...] = (
+    dropout.TERM,
+    kept_start.TERM,
+    low_rank.TERM,
+    magnitude.TERM,
+    bias.TERM,
+)
+
+
+def terms_of(layer: Layer) -> list[Term]:
+    """The terms that a layer has, in the equation's order.
+
+    Raises:
+      ValueError: as `check_layer`.
+    """
+    check_layer(layer)
+    return [term for term in TERMS if term.leaves[0] in layer]
+
+
+def check_layer(layer: Layer, path: str = "") -> None:
+    """Raise where a layer has some leaves of a term and lacks others that belong to them.
+
+    Args:
+      layer: the layer's leaves.
+      path: the module's slash path, for the error.
+
+    Raises:
+      ValueError: with the leaf that stands there and the one that is missing.
+    """
+    for term in TERMS:
+        found = [name for name in (*term.leaves, *term.optional) if name in layer]
+        missing = [name for name in (*term.leaves, *term.needs) if name not in layer]
+        if found and missing:
+            where = f"{path}: " if path else ""
+            raise ValueError(
+                f"{where}this layer has the leaf {found[0]!r} but no {missing[0]!r}; the two belong "
+                "together (build adapters with lorax_ft.add_adapters or load_peft)"
+            )
+
+
+def planned_leaves(plan: Plan) -> list[str]:
+    """The leaves that a module with this plan gets."""
+    return [name for term in TERMS for name in term.planned(plan)]
+
+
+def is_adapted(layer: Layer) -> bool:
+    """Whether a layer has adapter leaves."""
+    return any(is_adapter(name) for name in layer)
+
+
+def active_leaf(layer: Layer) -> str:
+    """The name of the leaf `[*L]` that says which matrices of an adapted stack are adapted."""
+    return next(term.active for term in terms_of(layer) if term.active is not None)

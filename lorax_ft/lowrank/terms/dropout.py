@@ -1,0 +1,41 @@
+"""Dropout on the input of an adapter's branch: x̃, in training steps only."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lorax_ft.lowrank.terms.term import Layer, Term
+
+KEY, RATE = "dropout_key", "dropout_rate"
+
+
+def dropped(layer: Layer, x: Array) -> Array:
+    """x̃: x with some elements zeroed and the others scaled up; x itself without dropout leaves.
+
+    The same layer gives the same x̃ wherever it is asked for, since the key is a leaf.
+    """
+    if KEY not in layer or not jnp.issubdtype(x.dtype, jnp.floating):  # ids of tokens stay
+        return x
+    # The experts of a stack share x, so they share the first one's key.
+    key, rate = (layer[name].reshape(-1)[0] for name in (KEY, RATE))
+    keep = 1 - rate  # in float32, as bfloat16 has no 0.99
+    scaled = (x.astype(jnp.float32) / keep).astype(x.dtype)
+    return jnp.where(jax.random.bernoulli(key, keep, x.shape), scaled, 0)
+
+
+def fold_in(layer: Layer, data: Array) -> Layer:
+    """The layer with another dropout key, for another part of its input."""
+    if KEY not in layer:
+        return layer
+    return layer | {KEY: jax.random.fold_in(layer[KEY], data)}
+
+
+def leaves(key: Array, rate: float, *, stack: tuple[int, ...]) -> Layer:
+    """The dropout leaves of a layer: a key for each matrix of its stack."""
+    keys = jax.random.split(key, stack) if stack else key
+    return {KEY: keys, RATE: jnp.full(stack, rate, jnp.float32)}
+
+
+TERM = Term(leaves=(KEY, RATE))

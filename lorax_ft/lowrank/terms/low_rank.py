@@ -1,0 +1,85 @@
+"""LoRA (2106.09685): y + s · x̃ A B, with s = alpha / r, or alpha / √r for rsLoRA (2312.03732)."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lorax_ft.lowrank.plan import Plan
+from lorax_ft.lowrank.terms.dropout import dropped
+from lorax_ft.lowrank.terms.term import Layer, Product, Term, highest_matmul
+
+A, B, SCALE = "lora_a", "lora_b", "lora_scale"
+FACTORS = (A, B)
+
+
+def planned(plan: Plan) -> tuple[str, ...]:
+    """A, B and s, where the method is LoRA."""
+    return (A, B, SCALE) if plan.config.method == "lora" else ()
+
+
+def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+    """y + s · x̃ A B."""
+    return y + low_rank(dropped(layer, x), layer[A], layer[B], layer[SCALE], y.dtype, product)
+
+
+def merge(layer: Layer, base: Layer) -> Layer:
+    """W + s A B."""
+    update = layer[SCALE] * highest_matmul(layer[A], layer[B])
+    return base | {"kernel": base["kernel"] + update}
+
+
+def low_rank(
+    x: Array, a: Array, b: Array, s: Array, dtype: jnp.dtype, product: Product
+) -> Array:
+    """s · x A B in `dtype`; the scale goes into B, the smallest of the three."""
+    scaled_b = (expanded_to(s, b.ndim) * b).astype(dtype)
+    z = product.dot(x, a.astype(dtype)).astype(dtype)  # [..., R]
+    return expand(z, scaled_b, n_stack=s.ndim, product=product)
+
+
+def expand(z: Array, b: Array, *, n_stack: int, product: Product) -> Array:
+    """z B: the rank in z's last axis becomes B's out axes.
+
+    Stack axes that are left inside a layer count experts: z is then `[..., E, R]`.
+    """
+    rank, out_shape = b.shape[n_stack], b.shape[n_stack + 1 :]
+    if n_stack:
+        experts = math.prod(b.shape[:n_stack])
+        flat = b.reshape(experts, rank, -1)
+        z_flat = z.reshape(-1, experts, rank)
+        y = jnp.einsum("zer,ero->zeo", z_flat, flat, precision=product.precision)
+    else:
+        z_flat = z.reshape(-1, rank)
+        y = jnp.matmul(z_flat, b.reshape(rank, -1), precision=product.precision)
+    return y.reshape(*z.shape[:-1], *out_shape)
+
+
+def expanded_to(s: Array, ndim: int) -> Array:
+    """A number for each matrix of a stack, `[*L]`, with axes of size 1 behind it."""
+    return s.reshape(s.shape + (1,) * (ndim - s.ndim))
+
+
+def ranks(layer: Layer) -> np.ndarray:
+    """The columns of A, or rows of B, that are not padding, of each matrix: `[L]`."""
+    scale, a, b = np.asarray(layer[SCALE]), layer[A], layer[B]
+    n = scale.ndim
+    # Computed where the factors are: they may be spread over several hosts.
+    columns = jnp.any(a != 0, axis=tuple(range(n, a.ndim - 1)))
+    rows = jnp.any(b != 0, axis=tuple(range(n + 1, b.ndim)))
+    used = np.asarray(columns | rows).sum(axis=-1)
+    return (used * (scale != 0)).reshape(-1)
+
+
+TERM = Term(
+    leaves=(A, B, SCALE),
+    active=SCALE,
+    takes_dropout=True,
+    planned=planned,
+    after=after,
+    merge=merge,
+    ranks=ranks,
+)

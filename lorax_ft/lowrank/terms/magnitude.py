@@ -1,0 +1,141 @@
+"""DoRA (2402.09353): y · m / n, with n = ‖W + s A B‖ of each output, a constant for the gradient.
+
+With dropout it is x W + (m / n − 1) · x̃ W + (m / n) · s x̃ A B, as in PEFT: the magnitude acts on the
+base's product with x̃. Letters: I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lorax_ft.lowrank.matrices import matrices_of, over_stack
+from lorax_ft.lowrank.plan import Plan
+from lorax_ft.lowrank.terms import kept_start, low_rank
+from lorax_ft.lowrank.terms.dropout import dropped
+from lorax_ft.lowrank.terms.term import Layer, Product, Term
+from lorax_ft.quant.kernels import dense
+from lorax_ft.schema import leaf_schema
+
+MAGNITUDE, NORM = "magnitude", "norm"
+NORM_BLOCK = 2**22  # elements of W + s A B that the norm holds at once
+DIRECTION = (kept_start.TERM, low_rank.TERM)
+"""The terms whose sum with W is the direction that m / n scales."""
+
+
+def planned(plan: Plan) -> tuple[str, ...]:
+    """The magnitude alone: its norm is derived."""
+    return (MAGNITUDE,) if plan.config.dora else ()
+
+
+def initial(layer: Layer, plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Layer:
+    """m = ‖W + s A B‖, so that m / n = 1."""
+    return {MAGNITUDE: column_norm(layer)} if plan.config.dora else {}
+
+
+def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+    """g · y with g = m / n; with dropout also (1 − g) · (x − x̃) W, so that x itself meets W."""
+    if NORM not in layer:
+        raise ValueError(
+            "this layer has a DoRA magnitude without its norm; "
+            "call lorax_ft.with_norms(params, layout=layout) first"
+        )
+    g = gain(layer)
+    scaled = g * y.astype(jnp.float32)
+    x_dropped = dropped(layer, x)
+    if x_dropped is not x:
+        lost = x - x_dropped
+        base = kept_start.after(layer, lost, product.dot(lost, layer["kernel"]), product)
+        scaled = scaled + (1 - g) * base.astype(jnp.float32)
+    return scaled.astype(y.dtype)
+
+
+def merge(layer: Layer, base: Layer) -> Layer:
+    """(W + s A B) · m / n of one matrix."""
+    return base | {"kernel": base["kernel"] * gain(layer)}
+
+
+def gain(layer: Layer) -> Array:
+    """m / n in float32: 0 where n = 0, and 1 in matrices of a stack that are not adapted."""
+    m, n = layer[MAGNITUDE], layer[NORM]
+    adapted = low_rank.expanded_to(layer[low_rank.SCALE], m.ndim) != 0
+    safe_n = jnp.where(n > 0, n, 1)
+    ratio = jnp.where(n > 0, m / safe_n, 0)
+    return jnp.where(adapted, ratio, 1)
+
+
+def with_norm(layer: Layer) -> Layer:
+    """The layer, in canonical order, with n beside its magnitude, if it has one."""
+    if MAGNITUDE not in layer or NORM in layer:
+        return layer
+    return layer | {NORM: column_norm(layer)}
+
+
+def column_norm(layer: Layer) -> Array:
+    """n = ‖W + s A B‖ over the in axes, `[*L, *out]` in float32, a constant for the gradient.
+
+    One matrix of the stack is computed at a time, and of a large one every k-th row, so that no
+    full-size temporary exists and a sharded axis stays sharded.
+
+    Args:
+      layer: leaves in canonical order, kernel included.
+    """
+    names = ("kernel", *low_rank.TERM.leaves, *kept_start.TERM.leaves, *kept_start.TERM.optional)
+    direction = {name: lax.stop_gradient(layer[name]) for name in names if name in layer}
+    norms = over_stack(_norm, matrices_of(direction))
+    stack = layer[low_rank.SCALE].shape
+    out_shape = layer[low_rank.B].shape[len(stack) + 1 :]
+    return norms.reshape(*stack, *out_shape)
+
+
+def _norm(layer: Layer) -> Array:
+    """‖W + s A B‖ of one matrix over its rows, `[O]`."""
+    layer = layer | {"kernel": dense(layer["kernel"])}
+    rows, columns = layer["kernel"].shape
+    # A slice of the rows needs those rows of W, A and A₀, and all of the others.
+    by_row = {name: leaf for name, leaf in layer.items() if "in" in leaf_schema(name).axes}
+    blocks = _blocks(rows, columns)
+    if blocks == 1:
+        return jnp.sqrt(_squares(layer, by_row))
+    strided = {name: leaf.reshape(rows // blocks, blocks, -1) for name, leaf in by_row.items()}
+
+    def add_block(i: Array, squares: Array) -> Array:
+        take: Callable[[Array], Array] = functools.partial(
+            lax.dynamic_index_in_dim, index=i, axis=1, keepdims=False
+        )
+        return squares + _squares(layer, jax.tree.map(take, strided))
+
+    return jnp.sqrt(lax.fori_loop(0, blocks, add_block, jnp.zeros(columns, jnp.float32)))
+
+
+def _blocks(rows: int, columns: int) -> int:
+    """The smallest number of equal blocks of rows that hold at most `NORM_BLOCK` elements each."""
+    for blocks in range(1, rows):
+        if rows % blocks == 0 and rows // blocks * columns <= NORM_BLOCK:
+            return blocks
+    return rows
+
+
+def _squares(layer: Layer, part: Layer) -> Array:
+    """The sum of squares of W + s A B over some of its rows, `[O]`."""
+    base = {"kernel": part["kernel"].astype(jnp.float32)}
+    for term in DIRECTION:
+        if term.leaves[0] in layer:
+            base = term.merge(layer | part, base)
+    return jnp.sum(base["kernel"] ** 2, axis=0)
+
+
+TERM = Term(
+    leaves=(MAGNITUDE,),
+    optional=(NORM,),
+    needs=(low_rank.A, low_rank.B, low_rank.SCALE),
+    multiplies=True,
+    planned=planned,
+    initial=initial,
+    after=after,
+    merge=merge,
+)

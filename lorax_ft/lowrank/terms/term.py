@@ -1,0 +1,85 @@
+"""What a term is: one summand or factor of the adapted layer's equation.
+
+Letters: I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array, lax
+
+from lorax_ft.lowrank.plan import Plan
+
+Layer = dict[str, Any]
+"""The leaves of one layer, by name."""
+Dot = Callable[[Array, Any], Array]
+"""`dot(x, k)`: the layer's product of its input with a kernel that has W's in axes."""
+
+
+class Product(NamedTuple):
+    """How the layer multiplies."""
+
+    dot: Dot
+    in_shape: tuple[int, ...]
+    """The sizes of W's in axes."""
+    precision: lax.PrecisionLike = None
+    """Of the product with B, as the layer has it."""
+
+
+def _unchanged_input(layer: Layer, x: Array) -> Array:
+    return x
+
+
+def _unchanged_output(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+    return y
+
+
+def _unchanged_base(layer: Layer, base: Layer) -> Layer:
+    return base
+
+
+def _nothing(*args: Any) -> Layer:
+    return {}
+
+
+class Term(NamedTuple):
+    """A term: its leaves, and how it acts. Functions that are left out change nothing."""
+
+    leaves: tuple[str, ...]
+    """Leaves that stand together or not at all."""
+    optional: tuple[str, ...] = ()
+    """Leaves that may stand beside them."""
+    needs: tuple[str, ...] = ()
+    """Leaves of other terms that must stand there too."""
+    active: str | None = None
+    """The leaf `[*L]` that is 0 for those matrices of a stack that are not adapted."""
+    multiplies: bool = False
+    """Whether it multiplies, so that merged weights do not tell the base."""
+    takes_dropout: bool = False
+    """Whether its input is dropped out in training."""
+    planned: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
+    """The leaves that a layer with this plan gets."""
+    initial: Callable[[Layer, Plan, dict[str, tuple[int, ...]]], Layer] = _nothing
+    """Their values where no init gives them: (layer in canonical order, plan, shapes) -> leaves."""
+    before: Callable[[Layer, Array], Array] = _unchanged_input
+    """What it does to the layer's input."""
+    after: Callable[[Layer, Array, Array, Product], Array] = _unchanged_output
+    """What it makes of the output so far: (layer, x, y, product) -> y."""
+    merge: Callable[[Layer, Layer], Layer] = _unchanged_base
+    """The same on one matrix: (its leaves, kernel `[I, O]` and bias) -> kernel and bias, float32."""
+    ranks: Callable[[Layer], np.ndarray] | None = None
+    """The rank of each matrix of the stack, `[L]`; None for a term without ranks."""
+
+    @property
+    def changes_kernel(self) -> bool:
+        """Whether merging does anything."""
+        return self.merge is not _unchanged_base
+
+
+def highest_matmul(a: Array, b: Array) -> Array:
+    """A B in float32. Accelerators multiply float32 in fewer bits unless told otherwise."""
+    return jax.numpy.matmul(a, b, precision=lax.Precision.HIGHEST)

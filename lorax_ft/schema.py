@@ -1,0 +1,210 @@
+"""The tables that say what the library's data is: a row for each leaf and for each initialization.
+
+A layer of a model is a dict of leaves. The leaves beside its kernel say which method it uses, and
+their rows here say everything else: canonical axis order, shapes, optimizer groups, shardings,
+what is counted, trained and saved. Imports no JAX, so that configs can read it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+Axis = Literal["stack", "in", "out", "rank"]
+
+
+class Owner(enum.Enum):
+    """Whom a leaf belongs to."""
+
+    BASE = "base"
+    """The pretrained model."""
+    ADAPTER = "adapter"
+    """The fine-tuning: saved with it, though it may be frozen (scales, starts)."""
+    STEP = "step"
+    """One forward pass: derived or drawn for it, never stored."""
+
+
+class Group(enum.StrEnum):
+    """Groups of the optimizer. Each has a learning rate of its own."""
+
+    LORA_A = "lora_a"
+    LORA_B = "lora_b"
+    MAGNITUDE = "magnitude"
+    WEIGHT = "weight"
+    """Other matrices."""
+    VECTOR = "vector"
+    """Other vectors: biases, norms, IA3."""
+
+
+class LeafSchema(NamedTuple):
+    """What a leaf is."""
+
+    axes: tuple[Axis, ...]
+    """Its axes in canonical order. "in" and "out" may each be several axes of the array."""
+    owner: Owner
+    group: Group | None = None
+    """Group of the optimizer where the leaf trains; None: it is always frozen."""
+
+
+BASE, ADAPTER, STEP = Owner.BASE, Owner.ADAPTER, Owner.STEP
+
+LEAVES: Mapping[str, LeafSchema] = {
+    # The base: W and b. Anything else that a model has is `OTHER`.
+    "kernel": LeafSchema(("stack", "in", "out"), BASE, Group.WEIGHT),
+    "embedding": LeafSchema(("stack", "in", "out"), BASE, Group.WEIGHT),
+    "bias": LeafSchema(("stack", "out"), BASE, Group.VECTOR),
+    # LoRA: A, B and the scale s = alpha / r, or alpha / √r for rsLoRA.
+    "lora_a": LeafSchema(("stack", "in", "rank"), ADAPTER, Group.LORA_A),
+    "lora_b": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.LORA_B),
+    "lora_scale": LeafSchema(("stack",), ADAPTER),
+    # A₀ and B₀ of an init that changes the base. `start_scale` is s where the base was kept as it
+    # was, so that the forward subtracts s · x A₀ B₀.
+    "lora_a0": LeafSchema(("stack", "in", "rank"), ADAPTER),
+    "lora_b0": LeafSchema(("stack", "rank", "out"), ADAPTER),
+    "start_scale": LeafSchema(("stack",), ADAPTER),
+    # DoRA: m, and n = ‖W + s A B‖ of the current step.
+    "magnitude": LeafSchema(("stack", "out"), ADAPTER, Group.MAGNITUDE),
+    "norm": LeafSchema(("stack", "out"), STEP),
+    # Dropout on the adapter branch's input, in a training step.
+    "dropout_key": LeafSchema(("stack",), STEP),
+    "dropout_rate": LeafSchema(("stack",), STEP),
+}
+
+OTHER = LeafSchema((), BASE, Group.VECTOR)
+"""A leaf of the base that has no row, such as the scale of a norm."""
+
+
+AdapterMethod = Literal["lora"]
+
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "lora": (
+        *("rank", "rank_pattern", "alpha", "alpha_pattern", "scaling", "init", "dora", "dropout"),
+        "freeze",
+    ),
+}
+"""The options of AdapterConfig that a method uses. Others may not be set."""
+
+
+class InitSchema(NamedTuple):
+    """How an initialization of A and B works, and what it needs."""
+
+    function: str
+    """Its function in `lorax_ft.lowrank.inits`, as "module:name"."""
+    changes_base: bool = False
+    """Whether s A₀ B₀ is subtracted from the base, so that the adapted model starts unchanged."""
+    statistic: Literal["covariance", "moment", "gradient"] | None = None
+    """What is measured on data first: Σ (x − x̄)ᵀ(x − x̄) / N or Σ xᵀx / N of the inputs, or ∂L/∂W."""
+    options: tuple[str, ...] = ()
+    """Fields of AdapterConfig that this init uses and others may not set."""
+    prepare: str | None = None
+    """A function that is called once before, with the plans and statistics of all modules, and may
+    change both."""
+    fits_quantized: bool = False
+    """Whether it can fit A and B to what quantizing the base loses (`quant.rounds`)."""
+    on_host: bool = False
+    """Whether it computes on the host, outside jit, unless `svd_iterations` is set."""
+
+
+InitName = Literal[
+    "kaiming",
+    "gaussian",
+    "orthogonal",
+    "pissa",
+    "milora",
+    "olora",
+    "loftq",
+    "eva",
+    "corda",
+    "lora_ga",
+    "lora_one",
+]
+
+INITS: Mapping[str, InitSchema] = {
+    "kaiming": InitSchema("random:kaiming"),
+    "gaussian": InitSchema("random:gaussian"),
+    "orthogonal": InitSchema("orthogonal:orthogonal"),
+    "pissa": InitSchema(
+        "pissa:pissa",
+        changes_base=True,
+        options=("svd_iterations", "keep_base"),
+        fits_quantized=True,
+        on_host=True,
+    ),
+    "milora": InitSchema(
+        "milora:milora", changes_base=True, options=("keep_base",), on_host=True
+    ),
+    "olora": InitSchema("olora:olora", changes_base=True, options=("keep_base",)),
+    "loftq": InitSchema(
+        "loftq:loftq",
+        changes_base=True,
+        options=("svd_iterations", "keep_base"),
+        fits_quantized=True,
+        on_host=True,
+    ),
+    "eva": InitSchema(
+        "eva:eva",
+        prepare="eva:redistribute",
+        statistic="covariance",
+        options=("calibration_batches", "eva_rho", "svd_iterations"),
+        on_host=True,
+    ),
+    "corda": InitSchema(
+        "corda:corda",
+        changes_base=True,
+        statistic="moment",
+        options=("calibration_batches", "corda_mode", "svd_iterations", "keep_base"),
+        on_host=True,
+    ),
+    "lora_ga": InitSchema(
+        "lora_ga:lora_ga",
+        changes_base=True,
+        statistic="gradient",
+        options=("calibration_batches", "lora_ga_gamma", "svd_iterations", "keep_base"),
+        on_host=True,
+    ),
+    "lora_one": InitSchema(
+        "lora_one:lora_one",
+        statistic="gradient",
+        options=("calibration_batches", "lora_one_gamma", "svd_iterations"),
+        on_host=True,
+    ),
+}
+
+
+def leaf_schema(name: str) -> LeafSchema:
+    """The row of the leaf called `name`."""
+    return LEAVES.get(name, OTHER)
+
+
+def leaf_name(path: str) -> str:
+    """The last part of a slash path.
+
+    >>> leaf_name("layers/mlp/up_proj/kernel")
+    'kernel'
+    """
+    return path.rpartition("/")[2]
+
+
+def is_base(path: str) -> bool:
+    """Whether the leaf at a slash path belongs to the base model."""
+    return leaf_schema(leaf_name(path)).owner is Owner.BASE
+
+
+def is_adapter(path: str) -> bool:
+    """Whether the leaf at a slash path belongs to the fine-tuning and is saved with it."""
+    return leaf_schema(leaf_name(path)).owner is Owner.ADAPTER
+
+
+def init_schema(name: str) -> InitSchema:
+    """The row of an init.
+
+    Raises:
+      ValueError: there is no init of that name.
+    """
+    if name not in INITS:
+        near = difflib.get_close_matches(name, INITS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no init {name!r}; known: {', '.join(INITS)}{hint}")
+    return INITS[name]
