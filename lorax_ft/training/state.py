@@ -63,7 +63,7 @@ def abstract_state(
     )
     kernels = kernel_shapes(model.params, model.layout)
     needed = (
-        {} if config.start_from else needed_statistics(config, layout=model.layout, shapes=kernels)
+        {} if config.continue_from else needed_statistics(config, layout=model.layout, shapes=kernels)
     )
 
     def adapted(params: Tree, key: Array, statistics: Mapping[str, Array]) -> Tree:
@@ -165,7 +165,7 @@ def _with_adapters(
 
     Modules that train whole are float32, since bfloat16 rounds small updates away.
     """
-    if config.start_from is None:
+    if config.continue_from is None:
         params = add_adapters(
             params, config, layout=model.layout, key=key, originals=model.originals, **given
         )
