@@ -2,7 +2,7 @@
 
 A config file is a Python file that defines `get_config() -> Config`. It is loaded by
 `scripts/train.py --config FILE`, which accepts overrides such as `--adapter.rank 32`. The docstring
-under each field is its `--help` text.
+under each field is its `--help` text; tyro keeps its line breaks, so they stand between clauses.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit, if model.path is a Hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the base weights and the activations; adapters and optimizer state are always
-    float32."""
+    """Dtype of base weights and activations; adapters and optimizer state are always float32."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention implementation; auto uses cuDNN on a GPU in bfloat16, blockwise causal attention on
-    a CPU, and XLA everywhere else."""
+    """Attention implementation.
+    auto: cuDNN on a GPU in bfloat16, blockwise causal attention on a CPU, XLA otherwise."""
     remat: Literal["none", "dots", "mlp", "full"] = "full"
-    """Gradient checkpointing: recompute nothing (none), everything except matrix products (dots),
-    everything except the MLP's wide activations (mlp), or the whole layer (full)."""
+    """Gradient checkpointing: what the backward pass recomputes.
+    none: nothing; dots: all but matrix products; mlp: all but the MLP's wide activations;
+    full: everything."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -69,14 +69,11 @@ class QuantConfig:
     """Quantization of the frozen base weights, as in QLoRA."""
 
     format: Literal["none", "nf4", "int8"] = "none"
-    """Format of the linear layers' weights: unquantized (none), 4-bit NormalFloat in blocks of 64
-    (nf4), or 8-bit integers (int8)."""
+    """Format of linear weights: none, nf4 (4-bit NormalFloat in blocks of 64) or int8."""
     double: bool = True
-    """Double quantization: also quantize NF4's absmax values; 4.13 instead of 4.5 bits per
-    parameter."""
+    """Double quantization of NF4's absmax values: 4.13 instead of 4.5 bits per parameter."""
     rounds: int = 1
-    """Alternating rounds of quantization and SVD, for adapter.init pissa or loftq on a quantized
-    base."""
+    """Alternating rounds of quantization and SVD, for adapter.init pissa and loftq."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -107,21 +104,22 @@ class AdapterConfig:
         "lora_ga",
         "lora_one",
     ] = "kaiming"
-    """Initialization of A and B: random A and B = 0 (kaiming, gaussian); both random with A B = 0
-    (orthogonal); the largest (pissa) or smallest (milora) singular triples of the weight; its QR
-    decomposition (olora); its quantization error (loftq); the layer's inputs (eva, corda) or its
-    gradients (lora_ga, lora_one) on training data. Embeddings always use random A and B = 0."""
+    """Initialization of A and B.
+    kaiming, gaussian: random A and B = 0; orthogonal: random A and B with A B = 0;
+    pissa, milora: the largest or smallest singular triples of the weight;
+    olora: QR decomposition of the weight; loftq: SVD of the quantization error;
+    eva, corda: from the layer's inputs on training data; lora_ga, lora_one: from its gradients.
+    Embeddings always start with a random A and B = 0."""
     calibration_batches: int = 8
     """Training batches to measure for the data-driven inits (eva, corda, lora_ga, lora_one)."""
     eva_rho: float = 2.0
-    """EVA: ranks are redistributed by explained variance, up to eva_rho times the rank of a matrix;
-    1 disables redistribution."""
+    """EVA: maximum rank after redistribution, relative to rank; 1 disables redistribution."""
     corda_mode: Literal["kpm", "ipm"] = "kpm"
-    """CorDA: adapt the directions that matter least for the data, to preserve what it covers
-    (kpm: knowledge-preserved mode), or most, to learn it (ipm: instruction-previewed mode)."""
+    """CorDA mode.
+    kpm (knowledge-preserved): adapt the directions that the calibration data uses least;
+    ipm (instruction-previewed): adapt those that it uses most."""
     lora_ga_gamma: float = 16.0
-    """LoRA-GA's gamma: A and B are singular vectors of the gradient times O^(1/4) / sqrt(gamma),
-    with O the layer's output size."""
+    """LoRA-GA's gamma: A and B are the gradient's singular vectors times O^(1/4) / sqrt(gamma)."""
     lora_one_gamma: float = 128.0
     """LoRA-One's gamma: A B starts as a gradient descent step of spectral norm 1 / gamma."""
     svd_iterations: int | None = None
@@ -131,11 +129,11 @@ class AdapterConfig:
     dropout: float = 0.0
     """Dropout rate on the input of the adapter branch, in training only."""
     keep_base: bool = False
-    """Keep the base weights unchanged for inits that would modify them (such as pissa); the forward
-    pass subtracts the initial A B instead."""
+    """Keep the base weights unchanged where the init, such as pissa, would modify them;
+    the forward pass subtracts the initial A B instead."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Modules to adapt: names, suffixes, regular expressions, or all-linear (every layer
-    except embeddings, routers and the language model head)."""
+    """Modules to adapt: names, suffixes, regular expressions, or all-linear
+    (every layer except embeddings, routers and the language model head)."""
     exclude: tuple[str, ...] = ()
     """Modules to exclude from adapter.targets, in the same syntax."""
     layers: tuple[int, ...] = ()
@@ -145,11 +143,11 @@ class AdapterConfig:
     alpha_pattern: tuple[str, ...] = ()
     """Alphas of single modules, each as "pattern=alpha"; the first match wins."""
     continue_from: str | None = None
-    """PEFT adapter folder to continue training from; its rank, alpha, targets and DoRA setting
-    replace those given here."""
+    """PEFT adapter folder to continue training from.
+    Its rank, alpha, targets and use of DoRA replace the options given here."""
     train_whole: tuple[str, ...] = ()
-    """Modules whose own weights are trained (PEFT: modules_to_save), in the syntax of
-    adapter.targets; "all" is full fine-tuning."""
+    """Modules whose own weights are trained (PEFT: modules_to_save); "all": full fine-tuning.
+    Same syntax as adapter.targets."""
     freeze: tuple[Literal["lora_a", "lora_b"], ...] = ()
     """Adapter factors to freeze at their initial values; freezing lora_a is LoRA-FA."""
     start_from: str | None = None
@@ -269,11 +267,12 @@ class DataConfig:
     """The training and validation data, and how they become token rows."""
 
     train: tuple[str, ...] = (EMBEDDED_DATA,)
-    """Training data: files (.jsonl, .json, .csv, .parquet), or a folder or Hub id
-    ("owner/name:subset") with splits."""
+    """Training data: files (.jsonl, .json, .csv, .parquet), a folder with a file per split,
+    or a Hub id ("owner/name" or "owner/name:subset")."""
     validation: tuple[str, ...] = ()
-    """Validation data: files, a folder or a Hub id. If empty, data.validation_split of the training
-    folder is used; if there is none, training rows are held out."""
+    """Validation data: files, a folder or a Hub id.
+    If empty: data.validation_split of the training folder if it exists,
+    else held-out training rows."""
     split: str = "train"
     """Split to read if data.train is a folder or Hub id."""
     revision: str | None = None
@@ -281,8 +280,7 @@ class DataConfig:
     validation_split: str = "test"
     """Split to read if the validation data is a folder or Hub id."""
     validation_rows: int = 200
-    """Training rows to hold out for validation (at most a tenth of all rows) if there is no other
-    validation data; 0 holds out none."""
+    """Training rows to hold out if there is no validation data, at most a tenth; 0: none."""
     limit: int | None = None
     """Maximum number of training rows to read; None reads all."""
     shape: Literal["auto", "messages", "alpaca", "sharegpt", "question_answer"] = "auto"
@@ -328,22 +326,20 @@ class OptimConfig:
     optimizer: Literal["adamw", "adam", "nadamw", "lion", "sgd"] = "adamw"
     """Optimizer, from optax."""
     learning_rate: float = 2e-4
-    """Peak learning rate; lora_plus_ratio and magnitude_ratio scale it for B and the DoRA
-    magnitudes."""
+    """Peak learning rate; the two ratios below scale it for B and for DoRA's magnitudes."""
     lora_plus_ratio: float = 1.0
     """LoRA+: ratio of B's learning rate to A's; the paper recommends 16."""
     magnitude_ratio: float = 1.0
     """Ratio of the learning rate of DoRA's magnitudes to A's."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Learning rate schedule after warmup; wsd (warmup-stable-decay) stays constant, and decays
-    over the last fifth."""
+    """Learning rate schedule after warmup.
+    wsd (warmup-stable-decay): constant, with a linear decay over the last fifth."""
     warmup_fraction: float = 0.03
     """Fraction of all steps used for linear warmup."""
     final_fraction: float = 0.0
     """Final learning rate as a fraction of the peak, for schedules that decay."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, applied to A, B and fully trained matrices, but not to magnitudes,
-    biases and norms."""
+    """Decoupled weight decay; not applied to DoRA magnitudes, biases and norms."""
     b1: float = 0.9
     """Decay rate of the first moment."""
     b2: float = 0.999
@@ -368,7 +364,7 @@ class OptimConfig:
             )
         check(
             not self.weight_decay or self.optimizer != "adam",
-            f"optim.weight_decay is {self.weight_decay}, but optim.optimizer adam has none; use adamw",
+            f"optim.weight_decay is {self.weight_decay}, but adam has no weight decay; use adamw",
         )
 
 
@@ -379,8 +375,7 @@ class TrainConfig:
     output: str = "out/run"
     """Output folder for the adapter, the log, the loss plot and the checkpoints."""
     overwrite: bool = False
-    """Delete the previous run in the output folder when the new one starts; other files are
-    kept."""
+    """Delete the previous run in the output folder once the new run starts; keep other files."""
     resume: bool = False
     """Resume from the latest checkpoint in the output folder."""
     steps: int | None = None
@@ -390,20 +385,18 @@ class TrainConfig:
     batch_size: int = 16
     """Global batch size: rows per optimizer step, over all devices."""
     microbatches: int = 1
-    """Gradient accumulation: number of microbatches per step, to save memory. The gradient stays
-    the same, except for the random draws of dropout and NEFTune."""
+    """Gradient accumulation: microbatches per optimizer step, to save memory.
+    The result is the same, except for the random draws of dropout and NEFTune."""
     neftune_alpha: float = 0.0
-    """NEFTune: magnitude of the uniform noise on the embeddings in training; the paper uses
-    5 to 15."""
+    """NEFTune: scale of the uniform noise on the embeddings; the paper uses 5 to 15; 0: off."""
     seed: int = 0
     """Random seed for adapter initialization, row order, dropout and NEFTune noise."""
     log_every: int = 1
-    """Log every this many steps."""
+    """Log every N steps."""
     eval_every: int = 0
-    """Evaluate every this many steps; 0 evaluates only at the start and the end."""
+    """Evaluate every N steps; 0 evaluates only at the start and the end."""
     save_every: int = 0
-    """Save a checkpoint every this many steps; 0 saves only at the end and when the run is
-    interrupted (Ctrl-C)."""
+    """Save a checkpoint every N steps; 0 saves only at the end or on Ctrl-C."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
@@ -445,11 +438,10 @@ class EvalConfig:
     rows: int = 64
     """Validation rows to compute the loss on at each evaluation; 0 uses all."""
     exact_match_rows: int = 100
-    """Validation questions to answer before and after training, to measure exact match; 0 skips
-    it."""
+    """Validation questions to answer before and after training, for exact match; 0: none."""
     answer_pattern: str | None = None
-    r"""Regular expression whose first group is the part of an answer to compare, such as
-    "#### (-?[\d,.]+)"; None compares whole answers."""
+    r"""Regular expression whose first group is the part of an answer to compare,
+    such as "#### (-?[\d,.]+)"; None compares whole answers."""
     samples: int = 3
     """Number of sample answers to print from before and after training."""
     max_new_tokens: int = 64
@@ -474,7 +466,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """The device mesh."""
+    """Shape of the device mesh: the number of devices along each axis."""
 
     data: int = -1
     """Data parallelism: number of replicas of the weights; -1 uses all remaining devices."""
