@@ -1,4 +1,4 @@
-"""Checks of values that a person writes, with errors that name the value, its place and what it must be."""
+"""Validation of user input; every error names the value, its place and what is allowed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+TYPE_NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    type(None): "None",
+}
+"""Python types in the words of an error message."""
+
 
 def check(condition: bool, message: str) -> None:
     """Raise ValueError unless the condition holds."""
@@ -15,90 +24,100 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def section(config: Any) -> str:
-    """The section of the run that a config is, as its options are called: `adapter` for an AdapterConfig."""
-    return type(config).__name__.removesuffix("Config").lower()
-
-
-def typed(config: Any) -> None:
-    """Raise unless every field holds what its annotation says."""
-    for field, kind in get_type_hints(type(config)).items():
+def check_types(config: Any) -> None:
+    """Raise ValueError unless the value of every field has its annotated type."""
+    for field, annotation in get_type_hints(type(config)).items():
         value = getattr(config, field)
-        if not _fits(value, kind):
-            near = difflib.get_close_matches(
-                str(value), [str(choice) for choice in get_args(kind)], n=1
-            )
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            where = ".".join(part for part in (section(config), field) if part)
-            raise ValueError(f"{where} is {value!r}; it must be {_spelled(kind)}{meant}")
+        if _has_type(value, annotation):
+            continue
+        # The top-level Config has no section name of its own.
+        option = f"{section_name(config)}.{field}".removeprefix(".")
+        message = f"{option} is {value!r}; it must be {_describe(annotation)}"
+        choices = [str(choice) for choice in get_args(annotation)]
+        matches = difflib.get_close_matches(str(value), choices, n=1)
+        if matches:
+            message += f"; did you mean {matches[0]!r}?"
+        raise ValueError(message)
 
 
-def positive(config: Any, *fields: str) -> None:
-    """Raise unless these fields are above 0 and finite."""
+def check_positive(config: Any, *fields: str) -> None:
+    """Raise ValueError unless these fields are above 0 and finite."""
     for field in fields:
         value = getattr(config, field)
         check(
             math.isfinite(value) and value > 0,
-            f"{section(config)}.{field} is {value}; it must be above 0 and finite",
+            f"{section_name(config)}.{field} is {value}; it must be above 0 and finite",
         )
 
 
-def within(config: Any, *fields: str) -> None:
-    """Raise unless these fields lie between 0 and 1."""
+def check_fraction(config: Any, *fields: str) -> None:
+    """Raise ValueError unless these fields are between 0 and 1."""
     for field in fields:
         value = getattr(config, field)
-        check(0 <= value <= 1, f"{section(config)}.{field} is {value}; it must lie between 0 and 1")
+        check(
+            0 <= value <= 1,
+            f"{section_name(config)}.{field} is {value}; it must be between 0 and 1",
+        )
 
 
-def regex(pattern: str, where: str) -> re.Pattern[str]:
-    """The compiled pattern."""
+def section_name(config: Any) -> str:
+    """The option prefix of a config: "adapter" for an `AdapterConfig`, "" for a `Config`."""
+    return type(config).__name__.removesuffix("Config").lower()
+
+
+def compile_pattern(pattern: str, option: str) -> re.Pattern[str]:
+    """Compile a regular expression that was given for `option`.
+
+    Raises:
+      ValueError: it is not a valid regular expression.
+    """
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+        raise ValueError(f"{option}: {pattern!r} is not a regular expression: {error}") from error
 
 
-def pattern_value(entry: str, field: str, number: type[int] | type[float]) -> tuple[str, float]:
-    """The parts of "pattern=value"."""
-    pattern, equals, value = entry.rpartition("=")
+def parse_pattern(entry: str, field: str, number: type[int] | type[float]) -> tuple[str, float]:
+    """Split an entry "pattern=value" of an adapter field; `number` parses the value.
+
+    Raises:
+      ValueError: the entry has another form, or the value is not above 0.
+    """
+    # A pattern may contain "=", a value may not.
+    pattern, _, value = entry.rpartition("=")
     try:
         parsed = number(value)
-        valid = bool(equals and pattern) and math.isfinite(parsed) and parsed > 0
     except ValueError:
-        valid = False
+        parsed = math.nan
     check(
-        valid, f'adapter.{field}: {entry!r} is not of the form "pattern=value" with a value above 0'
+        bool(pattern) and math.isfinite(parsed) and parsed > 0,
+        f'adapter.{field}: {entry!r} is not of the form "pattern=value" with a value above 0',
     )
-    regex(pattern, f"adapter.{field}")
+    compile_pattern(pattern, f"adapter.{field}")
     return pattern, parsed
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    origin, inner = get_origin(kind), get_args(kind)
+def _has_type(value: Any, annotation: Any) -> bool:
+    origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return value in inner
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+        return value in args
+    if origin is tuple:  # always of the form tuple[item, ...]
+        return isinstance(value, tuple) and all(_has_type(item, args[0]) for item in value)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, choice) for choice in inner)
-    if kind in (int, float):  # a bool is an int in Python's eyes
-        return isinstance(value, int | kind) and not isinstance(value, bool)
-    return isinstance(value, kind)
+        return any(_has_type(value, choice) for choice in args)
+    if annotation in (int, float):
+        # A float field accepts an int. No number field accepts a bool, which is a subclass of int.
+        return isinstance(value, int | annotation) and not isinstance(value, bool)
+    return isinstance(value, annotation)
 
 
-def _spelled(kind: Any) -> str:
-    origin, inner = get_origin(kind), get_args(kind)
+def _describe(annotation: Any) -> str:
+    """The annotation in the words of an error message."""
+    origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}"
+        return f"one of {', '.join(map(str, args))}"
     if origin is tuple:
-        return f"a tuple, each entry {_spelled(inner[0])}"
+        return f"a tuple, each entry {_describe(args[0])}"
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_spelled, inner))
-    known = {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "True or False",
-        type(None): "None",
-    }
-    return known.get(kind, kind.__name__)
+        return " or ".join(map(_describe, args))
+    return TYPE_NAMES.get(annotation, annotation.__name__)

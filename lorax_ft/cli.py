@@ -1,4 +1,4 @@
-"""What the scripts share: arguments by tyro, errors in one line, quiet libraries. Imports no JAX."""
+"""What the scripts share: argument parsing, one-line errors, quiet libraries. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -15,22 +16,24 @@ import tyro
 Args = TypeVar("Args")
 
 QUIET = {
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that PyTorch is not there
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it warns that PyTorch is missing
     "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",  # it warns where a process forks after tokenizing
+    "TOKENIZERS_PARALLELISM": "false",  # it warns if the process forks after tokenizing
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's own log
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # the log of XLA
 }
+
+DEPRECATED_OPTION = r"\w+\.\w+ is deprecated"
 
 
 def run(main: Callable[[Args], None], args_type: type[Args]) -> None:
-    """Parses the command line into `args_type` and calls `main` with it.
+    """Parse the command line into `args_type` and call `main` with it.
 
-    Bad input ends the process with one line and status 2 (see `one_line_errors`).
+    Bad input ends the process with a one-line error and status 2 (see `one_line_errors`).
 
     Args:
-      main: does the work; it raises ValueError or OSError where its input is bad.
-      args_type: a dataclass; the sentence under a field is its help.
+      main: the script; it raises ValueError or OSError on bad input.
+      args_type: a dataclass; the docstring under each field is its help text.
     """
     with one_line_errors():
         main(parse(args_type))
@@ -39,35 +42,41 @@ def run(main: Callable[[Args], None], args_type: type[Args]) -> None:
 def parse(
     args_type: type[Args], *, default: Args | None = None, argv: Sequence[str] | None = None
 ) -> Args:
-    """The command line as an `args_type`; `--help` prints and ends the process.
+    """Parse the command line into `args_type`; `--help` prints the help and ends the process.
 
     Args:
       args_type: a dataclass.
-      default: values for what is not given; None takes the dataclass's own.
-      argv: the arguments; None takes the process's.
+      default: values of options that are not given; None uses the defaults of the dataclass.
+      argv: the arguments; None uses those of the process.
 
     Raises:
-      ValueError: an option is unknown (with the nearest), missing or of the wrong type, or a value is out of range.
+      ValueError: an option is unknown (the error names the closest one), lacks its value or has the
+        wrong type, or a value is invalid.
     """
-    said = io.StringIO()
+    captured = io.StringIO()
+    defaults = tyro.MISSING_NONPROP if default is None else default
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                args_type,
-                args=argv,
-                default=tyro.MISSING_NONPROP if default is None else default,
-            )
+        with contextlib.redirect_stderr(captured), warnings.catch_warnings(record=True) as caught:
+            # Python shows a DeprecationWarning only if the code in __main__ causes it; here tyro
+            # does, for an option that the user typed.
+            warnings.filterwarnings("always", DEPRECATED_OPTION, DeprecationWarning)
+            args = tyro.cli(args_type, args=argv, default=defaults)
     except SystemExit as end:
-        if not end.code:
+        if not end.code:  # --help
             raise
-        raise ValueError(_unboxed(said.getvalue())) from None
+        raise ValueError(_unbox(captured.getvalue())) from None
+    # tyro may build a section several times.
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"warning: {message}", file=sys.stderr)
+    return args
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process where the block raises: bad input with one line and status 2, an interruption with 130.
+    """End the process if the block raises: with status 2 on bad input, 130 on an interrupt.
 
-    With LORAX_FT_DEBUG=1 in the environment the traceback is shown. Libraries imported in the block are quiet.
+    The error takes one line, or the whole traceback if LORAX_FT_DEBUG=1 is set in the environment.
+    Libraries that are imported inside the block are quiet.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -76,47 +85,57 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("LORAX_FT_DEBUG"):
             raise
-        sys.stdout.flush()
-        print(f"error: {_message(error)}", file=sys.stderr)
+        sys.stdout.flush()  # else the error could appear before what was printed earlier
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or "interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _message(error: Exception) -> str:
-    """The error in one line; the system's own errors by file and reason, without their number."""
+def _one_line(error: Exception) -> str:
+    """The message of an error in one line; for errors of the system, file and reason only."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        # str(error) would start with "[Errno 2]".
+        if error.filename:
+            return f"{error.filename}: {error.strerror}"
+        return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _unboxed(box: str) -> str:
-    """The first section of tyro's box of an error, and the names of similar arguments, in one line."""
-    # Where the output is not Unicode, tyro draws no box: rules of -, the first under a title.
-    plain = re.sub(r"\x1b\[[\d;]*m", "", box)
-    lines = [
-        re.sub(r"-{3,}", lambda rule: "─" * len(rule[0]), line).strip("│╭╮╰╯ ")
-        for line in plain.splitlines()
-    ]
+def _unbox(box: str) -> str:
+    """The message in the box that tyro draws around an error, in one line, with a suggestion."""
+    sections = _box_sections(box)
+    message = "the arguments cannot be parsed"
+    for section in sections:
+        if section:
+            message = " ".join(section)
+            break
+    # Errors raised by the dataclass itself have this prefix, and say how to fix the input.
+    without_prefix = re.sub(r"^Error parsing \w+: ", "", message)
+    if without_prefix != message:
+        return without_prefix.rstrip(".")
+    message = message.rstrip(".")
+    if message.startswith("Unrecognized"):
+        # The sections after the first list similar options, the closest one first.
+        for section in sections[1:]:
+            for line in section:
+                if line.startswith("--"):
+                    return f"{message}; did you mean {line.split()[0]}?"
+    return f"{message}; --help lists all options"
+
+
+def _box_sections(box: str) -> list[list[str]]:
+    """The lines of text in a box, split into sections at its horizontal rules."""
     sections: list[list[str]] = [[]]
-    for line in lines:
+    for line in box.splitlines():
+        line = re.sub(r"\x1b\[[\d;]*m", "", line)  # colors
+        # tyro draws with "-" if the output cannot encode Unicode.
+        line = re.sub(r"-{3,}", lambda rule: "─" * len(rule[0]), line)
+        line = line.strip("│╭╮╰╯ ")
         if set(line) == {"─"}:
             sections.append([])
-        elif line and "─ " not in line and " ─" not in line:
+        elif line and "─ " not in line and " ─" not in line:  # text, and not a title in a rule
             sections[-1].append(line)
-    sections = sections if "╭" in plain else sections[1:]
-    message = " ".join(next(filter(None, sections), ["the arguments cannot be read"]))
-    checked = re.match(
-        r"Error parsing \w+: ", message
-    )  # by the dataclass itself, which says what to do
-    message = message[checked.end() if checked else 0 :].rstrip(".")
-    unknown = message.startswith("Unrecognized")
-    near = [
-        line.split()[0]
-        for section in sections[1:]
-        for line in section
-        if unknown and line.startswith("--")
-    ]
-    hint = "" if checked else "; --help lists all options"
-    return message + (f"; did you mean {near[0]}?" if near else hint)
+    # Without Unicode there is no box: a rule under the title comes before the first section.
+    return sections if "╭" in box else sections[1:]

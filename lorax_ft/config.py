@@ -1,7 +1,8 @@
-"""What a run is: frozen dataclasses, checked when they are built. Imports no JAX.
+"""The configuration of a run: frozen dataclasses that validate their values. Imports no JAX.
 
-A config file is a Python file with `get_config() -> Config`; `scripts/train.py --config FILE` loads
-it and takes overrides such as `--adapter.rank 32`. The sentence under each field is its `--help`.
+A config file is a Python file that defines `get_config() -> Config`. It is loaded by
+`scripts/train.py --config FILE`, which accepts overrides such as `--adapter.rank 32`. The docstring
+under each field is its `--help` text; tyro keeps its line breaks, so they stand between clauses.
 """
 
 from __future__ import annotations
@@ -11,10 +12,18 @@ import importlib.util
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from lorax_ft.checks import check, pattern_value, positive, regex, typed, within
+from lorax_ft.checks import (
+    check,
+    check_fraction,
+    check_positive,
+    check_types,
+    compile_pattern,
+    parse_pattern,
+)
 
 FROM_DATA = ("eva", "corda", "lora_ga", "lora_one")
 USED_BY = {
@@ -26,7 +35,7 @@ USED_BY = {
     "svd_iterations": ("pissa", "loftq", *FROM_DATA),
     "keep_base": ("pissa", "milora", "olora", "loftq", "corda", "lora_ga"),
 }
-"""Options of adapters that some inits alone heed."""
+"""Adapter options that only some inits use, with those inits."""
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_MODEL = str(ASSETS / "tiny")
@@ -35,50 +44,53 @@ EMBEDDED_DATA = str(ASSETS / "questions")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which checkpoint, and how it is computed."""
+    """The base model to load, and how to run it."""
 
     path: str = EMBEDDED_MODEL
-    """Hugging Face folder, .gguf file or hub id of the checkpoint to fine-tune."""
+    """Base model to fine-tune: a Hugging Face folder, a .gguf file or a Hub id."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit, if model.path is a Hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the base weights and of the activations; adapters and their moments are float32 always."""
+    """Dtype of base weights and activations; adapters and optimizer state are always float32."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention kernel; auto takes cuDNN on a GPU in bfloat16, causal blocks on a CPU, and XLA elsewhere."""
+    """Attention implementation.
+    auto: cuDNN on a GPU in bfloat16, blockwise causal attention on a CPU, XLA otherwise."""
     remat: Literal["none", "dots", "mlp", "full"] = "full"
-    """What the backward pass recomputes: nothing, all but matrix products, all but the MLP's wide ones, or all."""
+    """Gradient checkpointing: what the backward pass recomputes.
+    none: nothing; dots: all but matrix products; mlp: all but the MLP's wide activations;
+    full: everything."""
 
     def __post_init__(self) -> None:
-        typed(self)
+        check_types(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """In how many bits the frozen base is kept: QLoRA and its kin."""
+    """Quantization of the frozen base weights, as in QLoRA."""
 
     format: Literal["none", "nf4", "int8"] = "none"
-    """Type of the kernels of linear layers: as the model has them, 4 bits in blocks of 64, or 8 bits."""
+    """Format of linear weights: none, nf4 (4-bit NormalFloat in blocks of 64) or int8."""
     double: bool = True
-    """Quantize NF4's absmax values too: 4.13 bits a parameter in place of 4.5."""
+    """Double quantization of NF4's absmax values: 4.13 instead of 4.5 bits per parameter."""
     rounds: int = 1
-    """Rounds of decomposition and quantizing of the starts that fit themselves to a quantized base (pissa, loftq)."""
+    """Alternating rounds of quantization and SVD, for adapter.init pissa and loftq."""
 
     def __post_init__(self) -> None:
-        typed(self)
-        positive(self, "rounds")
+        check_types(self)
+        check_positive(self, "rounds")
         check(self.rounds <= 100, f"quant.rounds is {self.rounds}; it must be at most 100")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Which modules get low-rank leaves, of which rank, and how they start."""
+    """Which modules get adapters, their rank, and how they are initialized."""
 
     rank: int = 8
     """Rank r of the adapters."""
     alpha: float = 16.0
-    """Numerator of the scale: alpha / r, or alpha / sqrt(r) if rank-stabilized."""
+    """LoRA alpha: the numerator of the scale, see adapter.scaling."""
     scaling: Literal["standard", "rank_stabilized"] = "standard"
-    """alpha / r (LoRA) or alpha / sqrt(r) (rsLoRA)."""
+    """Scale of A B: alpha / r (standard), or alpha / sqrt(r) (rank_stabilized, rsLoRA)."""
     init: Literal[
         "kaiming",
         "gaussian",
@@ -92,49 +104,61 @@ class AdapterConfig:
         "lora_ga",
         "lora_one",
     ] = "kaiming"
-    """How A and B start: random A with B = 0 (kaiming, gaussian), both random with A B = 0 (orthogonal), top singular
-    triples (pissa) or the last ones (milora), by QR (olora), from what quantizing the base loses (loftq), or from data:
-    the layers' inputs (eva, corda), or their gradients (lora_ga, lora_one). Embeddings start at random always."""
+    """Initialization of A and B.
+    kaiming, gaussian: random A and B = 0; orthogonal: random A and B with A B = 0;
+    pissa, milora: the largest or smallest singular triples of the weight;
+    olora: QR decomposition of the weight; loftq: SVD of the quantization error;
+    eva, corda: from the layer's inputs on training data; lora_ga, lora_one: from its gradients.
+    Embeddings always start with a random A and B = 0."""
     calibration_batches: int = 8
-    """Training batches, from the first on, that inits from data are measured on."""
+    """Training batches to measure for the data-driven inits (eva, corda, lora_ga, lora_one)."""
     eva_rho: float = 2.0
-    """EVA: the largest rank that a matrix may get over its own, where ranks go to what explains most; 1 leaves them."""
+    """EVA: maximum rank after redistribution, relative to rank; 1 disables redistribution."""
     corda_mode: Literal["kpm", "ipm"] = "kpm"
-    """CorDA: start from what the data's inputs need least, to keep it (kpm), or most, to learn it (ipm)."""
+    """CorDA mode.
+    kpm (knowledge-preserved): adapt the directions that the calibration data uses least;
+    ipm (instruction-previewed): adapt those that it uses most."""
     lora_ga_gamma: float = 16.0
-    """LoRA-GA: gamma; A and B start as O^(1/4) / sqrt(gamma) times singular vectors of the gradient."""
+    """LoRA-GA's gamma: A and B are the gradient's singular vectors times O^(1/4) / sqrt(gamma)."""
     lora_one_gamma: float = 128.0
-    """LoRA-One: gamma; A B starts as a step of spectral norm 1 / gamma down the gradient."""
+    """LoRA-One's gamma: A B starts as a gradient descent step of spectral norm 1 / gamma."""
     svd_iterations: int | None = None
-    """Power iterations of a randomized SVD, for inits by SVD; None computes the exact one."""
+    """Power iterations of a randomized SVD, for inits that use an SVD; None: exact SVD."""
     dora: bool = False
-    """Train a magnitude for each output channel beside the direction (DoRA)."""
+    """DoRA: also train a magnitude for each output channel."""
     dropout: float = 0.0
-    """Dropout rate on the adapter branch's input, in training only."""
+    """Dropout rate on the input of the adapter branch, in training only."""
     keep_base: bool = False
-    """Leave the base weights as they are where the init would change them; the forward subtracts the start."""
+    """Keep the base weights unchanged where the init, such as pissa, would modify them;
+    the forward pass subtracts the initial A B instead."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Modules to adapt: all-linear (all but embeddings, routers and a language model's head), names, suffixes, or
-    regular expressions."""
+    """Modules to adapt: names, suffixes, regular expressions, or all-linear
+    (every layer except embeddings, routers and the language model head)."""
     exclude: tuple[str, ...] = ()
-    """Modules to leave alone, written as targets are."""
+    """Modules to exclude from adapter.targets, in the same syntax."""
     layers: tuple[int, ...] = ()
-    """Indices of the layers to adapt, and nothing outside them; none given means everything."""
+    """Indices of the layers to adapt (PEFT: layers_to_transform); empty adapts all."""
     rank_pattern: tuple[str, ...] = ()
-    """Ranks by module, each as "pattern=rank"; the first match wins."""
+    """Ranks of single modules, each as "pattern=rank"; the first match wins."""
     alpha_pattern: tuple[str, ...] = ()
-    """Alphas by module, each as "pattern=alpha"; the first match wins."""
-    start_from: str | None = None
-    """PEFT folder whose adapter trains on; it says rank, alpha, targets and DoRA, and what is given here of them is not
-    used."""
+    """Alphas of single modules, each as "pattern=alpha"; the first match wins."""
+    continue_from: str | None = None
+    """PEFT adapter folder to continue training from.
+    Its rank, alpha, targets and use of DoRA replace the options given here."""
     train_whole: tuple[str, ...] = ()
-    """Modules whose own weights train in full, written as targets are; "all" is full fine-tuning."""
+    """Modules whose own weights are trained (PEFT: modules_to_save); "all": full fine-tuning.
+    Same syntax as adapter.targets."""
     freeze: tuple[Literal["lora_a", "lora_b"], ...] = ()
-    """Factors that stay where they start, without gradient or moments: lora_a is LoRA-FA."""
+    """Adapter factors to freeze at their initial values; freezing lora_a is LoRA-FA."""
+    start_from: str | None = None
+    """Deprecated: use continue_from."""
 
     def __post_init__(self) -> None:
-        typed(self)
-        positive(self, "rank", "alpha", "calibration_batches", "lora_ga_gamma", "lora_one_gamma")
+        check_types(self)
+        self._rename_start_from()
+        check_positive(
+            self, "rank", "alpha", "calibration_batches", "lora_ga_gamma", "lora_one_gamma"
+        )
         check(
             1 <= self.eva_rho < 1000,
             f"adapter.eva_rho is {self.eva_rho}; it must be at least 1 and below 1000",
@@ -143,86 +167,137 @@ class AdapterConfig:
             0 <= self.dropout < 1,
             f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1",
         )
+        for index in self.layers:
+            check(index >= 0, f"adapter.layers is {self.layers}; indices start at 0")
+        self._check_svd()
+        self._check_init_options()
+        self._check_ranks()
+        self._check_trained_modules()
+
+    def _rename_start_from(self) -> None:
+        """Move the value of the deprecated `start_from` to `continue_from`."""
+        old, new = self.start_from, self.continue_from
+        if old is None:
+            return
         check(
-            self.svd_iterations is None or self.svd_iterations >= 0,
-            f"adapter.svd_iterations is {self.svd_iterations}; it must be 0 or more, or None for the exact SVD",
+            new is None or new == old,
+            f"adapter.start_from is {old} and adapter.continue_from is {new}; "
+            "give adapter.continue_from only",
         )
-        smallest = self.init == "milora" or (self.init == "corda" and self.corda_mode == "kpm")
+        # Level 4 is the caller of AdapterConfig(); below it are __init__ and __post_init__.
+        warnings.warn(
+            "adapter.start_from is deprecated; use adapter.continue_from",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+        # `object.__setattr__`, because the dataclass is frozen.
+        object.__setattr__(self, "continue_from", old)
+        # Copies made by dataclasses.replace() would warn again, or find two different values.
+        object.__setattr__(self, "start_from", None)
+
+    def _check_svd(self) -> None:
+        if self.svd_iterations is None:
+            return
         check(
-            self.svd_iterations is None or not smallest,
-            f"adapter.svd_iterations is {self.svd_iterations}; the randomized SVD finds the largest singular triples, "
-            f"and adapter.init {self.init} starts from the smallest: leave it out",
+            self.svd_iterations >= 0,
+            f"adapter.svd_iterations is {self.svd_iterations}; it must be 0 or more, "
+            "or None for the exact SVD",
         )
+        # Power iterations converge to the largest singular values, so there is no randomized
+        # version of the inits that use the smallest ones.
+        uses_smallest = self.init == "milora" or (self.init == "corda" and self.corda_mode == "kpm")
+        check(
+            not uses_smallest,
+            f"adapter.svd_iterations is {self.svd_iterations}, but a randomized SVD finds the "
+            f"largest singular triples, and adapter.init {self.init} uses the smallest; "
+            "remove adapter.svd_iterations",
+        )
+
+    def _check_init_options(self) -> None:
+        """Raise if an option was changed that the chosen init would silently ignore."""
         for field, inits in USED_BY.items():
             value = getattr(self, field)
+            default = getattr(type(self), field)
             check(
-                value == getattr(type(self), field) or self.init in inits,
-                f"adapter.{field} is {value}, but adapter.init {self.init} has no use for it; it is for "
-                f"{', '.join(inits)}",
+                value == default or self.init in inits,
+                f"adapter.{field} is {value}, but adapter.init {self.init} does not use it; "
+                f"it applies to {', '.join(inits)}",
             )
-        check(
-            all(i >= 0 for i in self.layers), f"adapter.layers is {self.layers}; indices start at 0"
-        )
-        for field in ("rank_pattern", "alpha_pattern"):
-            for entry in getattr(self, field):
-                pattern_value(entry, field, int if field == "rank_pattern" else float)
-        if self.init == "orthogonal":
-            for rank in (self.rank, *(value for _, value in self.patterns("rank_pattern"))):
-                check(
-                    rank % 2 == 0,
-                    f"adapter.init orthogonal halves the rank, which is {rank:g}; give an even one",
-                )
+
+    def _check_ranks(self) -> None:
+        for entry in self.rank_pattern:
+            parse_pattern(entry, "rank_pattern", int)
+        for entry in self.alpha_pattern:
+            parse_pattern(entry, "alpha_pattern", float)
+        if self.init != "orthogonal":
+            return
+        # The orthogonal init builds A from one half of an orthogonal basis and B from the other.
+        ranks = [value for _, value in self.patterns("rank_pattern")]
+        for rank in (self.rank, *ranks):
+            check(
+                rank % 2 == 0,
+                f"adapter.init orthogonal splits the rank in two halves, and the rank is {rank:g}; "
+                "give an even rank",
+            )
+
+    def _check_trained_modules(self) -> None:
         for pattern in (*self.targets, *self.exclude, *self.train_whole):
-            regex(pattern, "adapter.targets, exclude or train_whole")
+            compile_pattern(pattern, "adapter.targets, exclude or train_whole")
         check(
             bool(self.targets or self.train_whole),
-            "adapter.targets and adapter.train_whole are empty: nothing would train",
+            "adapter.targets and adapter.train_whole are both empty, so nothing would train; "
+            "give one of them",
         )
+        # With both factors frozen, only DoRA magnitudes and fully trained modules are left.
+        freezes_both = len(set(self.freeze)) == 2
         check(
-            len(set(self.freeze)) < 2 or self.dora or bool(self.train_whole),
-            f"adapter.freeze is {self.freeze}: nothing would train; leave one of them out",
+            not freezes_both or self.dora or bool(self.train_whole),
+            f"adapter.freeze is {self.freeze}: nothing would train; freeze only one factor",
         )
 
     def patterns(
         self, field: Literal["rank_pattern", "alpha_pattern"]
     ) -> tuple[tuple[str, float], ...]:
         """The (pattern, value) pairs of `rank_pattern` or `alpha_pattern`."""
-        return tuple(pattern_value(entry, field, float) for entry in getattr(self, field))
+        return tuple(parse_pattern(entry, field, float) for entry in getattr(self, field))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to learn from, and in which form the model sees it."""
+    """The training and validation data, and how they become token rows."""
 
     train: tuple[str, ...] = (EMBEDDED_DATA,)
-    """Training files (.jsonl, .json, .csv, .parquet), or a folder or hub id ("owner/name:subset") with splits."""
+    """Training data: files (.jsonl, .json, .csv, .parquet), a folder with a file per split,
+    or a Hub id ("owner/name" or "owner/name:subset")."""
     validation: tuple[str, ...] = ()
-    """Validation files, folder or hub id; none takes the training folder's other split, or holds out rows."""
+    """Validation data: files, a folder or a Hub id.
+    If empty: data.validation_split of the training folder if it exists,
+    else held-out training rows."""
     split: str = "train"
-    """Split to read of a folder or hub id in data.train."""
+    """Split to read if data.train is a folder or Hub id."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit, if data.train or data.validation is a Hub id."""
     validation_split: str = "test"
-    """Split to read of a folder or hub id to validate on."""
+    """Split to read if the validation data is a folder or Hub id."""
     validation_rows: int = 200
-    """Training rows to hold out, at most a tenth of them, where there is nothing else to validate on; 0 is none."""
+    """Training rows to hold out if there is no validation data, at most a tenth; 0: none."""
     limit: int | None = None
-    """Largest number of training rows to read; None reads all."""
+    """Maximum number of training rows to read; None reads all."""
     shape: Literal["auto", "messages", "alpaca", "sharegpt", "question_answer"] = "auto"
-    """Shape of a row; auto looks at the first row's fields."""
+    """Format of a row; auto detects it from the fields of the first row."""
     fields: tuple[str, ...] = ()
-    """Renamed fields, each as "expected=actual", such as "question=prompt"."""
+    """Field names in the data, each as "expected=actual", such as "question=prompt"."""
     system: str | None = None
-    """System message put before each conversation that has none."""
+    """System message for conversations that have none."""
     max_length: int = 256
-    """Tokens in a row; longer samples are cut."""
+    """Tokens per row; longer samples are truncated."""
     pack: bool = False
-    """Put several samples in a row, none of which attends to another."""
+    """Pack several samples into each row; samples do not attend to one another."""
     loss_on: Literal["assistant", "all"] = "assistant"
-    """Tokens that count in the loss: those of the assistant's turns, or all."""
+    """Tokens that contribute to the loss: only the assistant's turns (assistant), or all."""
 
     def __post_init__(self) -> None:
-        typed(self)
+        check_types(self)
         check(bool(self.train), "data.train is empty; give a file or a hub id")
         check(
             self.max_length >= 8,
@@ -244,37 +319,40 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer, its rates and their schedule."""
+    """The optimizer, its learning rates and their schedule."""
 
+    # Elementwise optimizers only: scanned layers share one leaf, and norms over a whole leaf (LAMB,
+    # Adafactor) would mix them.
     optimizer: Literal["adamw", "adam", "nadamw", "lion", "sgd"] = "adamw"
-    """Optimizer, from optax; all work element by element, so that a stack of layers is no other than its layers."""
+    """Optimizer, from optax."""
     learning_rate: float = 2e-4
-    """Peak learning rate of A, of magnitudes and of whole modules."""
+    """Peak learning rate; the two ratios below scale it for B and for DoRA's magnitudes."""
     lora_plus_ratio: float = 1.0
-    """LoRA+: the learning rate of B over that of A; the paper's value is 16."""
+    """LoRA+: ratio of B's learning rate to A's; the paper recommends 16."""
     magnitude_ratio: float = 1.0
-    """The learning rate of DoRA's magnitudes over that of A."""
+    """Ratio of the learning rate of DoRA's magnitudes to A's."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """How the rate falls after warm-up; wsd is warmup-stable-decay, which falls over the last fifth."""
+    """Learning rate schedule after warmup.
+    wsd (warmup-stable-decay): constant, with a linear decay over the last fifth."""
     warmup_fraction: float = 0.03
-    """Share of the steps over which the rate rises, in equal steps, to its peak."""
+    """Fraction of all steps used for linear warmup."""
     final_fraction: float = 0.0
-    """The last rate over the peak rate, where the schedule falls."""
+    """Final learning rate as a fraction of the peak, for schedules that decay."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of A, B and whole matrices; magnitudes, biases and norms are not decayed."""
+    """Decoupled weight decay; not applied to DoRA magnitudes, biases and norms."""
     b1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     b2: float = 0.999
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: float = 1e-8
-    """Adam's epsilon."""
+    """Adam's epsilon, added to the denominator."""
     clip_norm: float = 1.0
-    """Largest global norm of the gradient; 0 does not clip."""
+    """Maximum global norm of the gradient; 0 disables clipping."""
 
     def __post_init__(self) -> None:
-        typed(self)
-        positive(self, "learning_rate", "lora_plus_ratio", "magnitude_ratio")
-        within(self, "warmup_fraction", "final_fraction")
+        check_types(self)
+        check_positive(self, "learning_rate", "lora_plus_ratio", "magnitude_ratio")
+        check_fraction(self, "warmup_fraction", "final_fraction")
         for field in ("b1", "b2"):
             value = getattr(self, field)
             check(0 <= value < 1, f"optim.{field} is {value}; it must be at least 0 and below 1")
@@ -286,46 +364,49 @@ class OptimConfig:
             )
         check(
             not self.weight_decay or self.optimizer != "adam",
-            f"optim.weight_decay is {self.weight_decay}, and optim.optimizer adam has none; take adamw",
+            f"optim.weight_decay is {self.weight_decay}, but adam has no weight decay; use adamw",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long to train, in which batches, and what to write where."""
+    """The length of the run, its batches, logs and checkpoints."""
 
     output: str = "out/run"
-    """Folder for the adapter, the log, the plot and the checkpoints."""
+    """Output folder for the adapter, the log, the loss plot and the checkpoints."""
     overwrite: bool = False
-    """Delete the run that the output folder holds, once the new one has begun; other files stay."""
+    """Delete the previous run in the output folder once the new run starts; keep other files."""
     resume: bool = False
-    """Go on from the newest checkpoint in the output folder."""
+    """Resume from the latest checkpoint in the output folder."""
     steps: int | None = None
-    """Optimizer steps; None counts them from epochs."""
+    """Number of optimizer steps; None computes it from train.epochs."""
     epochs: float = 1.0
-    """Passes over the training rows, where steps is None."""
+    """Passes over the training rows; ignored if train.steps is given."""
     batch_size: int = 16
-    """Rows in an optimizer step, over all devices."""
+    """Global batch size: rows per optimizer step, over all devices."""
     microbatches: int = 1
-    """Parts that a batch is cut into, to save memory; the result is the same, but for what dropout and noise draw."""
+    """Gradient accumulation: microbatches per optimizer step, to save memory.
+    The result is the same, except for the random draws of dropout and NEFTune."""
     neftune_alpha: float = 0.0
-    """NEFTune: strength of the uniform noise on the embeddings in training; the paper's values are 5 to 15."""
+    """NEFTune: scale of the uniform noise on the embeddings; the paper uses 5 to 15; 0: off."""
     seed: int = 0
-    """Seed of the adapters, the order of rows, dropout and noise."""
+    """Random seed for adapter initialization, row order, dropout and NEFTune noise."""
     log_every: int = 1
-    """Steps between two lines of the log."""
+    """Log every N steps."""
     eval_every: int = 0
-    """Steps between two evaluations; 0 evaluates at the start and the end only."""
+    """Evaluate every N steps; 0 evaluates only at the start and the end."""
     save_every: int = 0
-    """Steps between two checkpoints; 0 saves one at the end, or where the run is interrupted (Ctrl-C)."""
+    """Save a checkpoint every N steps; 0 saves only at the end or on Ctrl-C."""
     keep_checkpoints: int = 2
-    """Checkpoints to keep."""
+    """Number of latest checkpoints to keep."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Trackers that receive the log as well; wandb is installed by an extra of its own."""
+    """Trackers to log to; wandb needs pip install "lorax_ft[wandb]"."""
 
     def __post_init__(self) -> None:
-        typed(self)
-        positive(self, "epochs", "batch_size", "microbatches", "log_every", "keep_checkpoints")
+        check_types(self)
+        check_positive(
+            self, "epochs", "batch_size", "microbatches", "log_every", "keep_checkpoints"
+        )
         check(
             self.steps is None or 0 < self.steps < 2**31,
             f"train.steps is {self.steps}; it must be above 0 and below 2^31",
@@ -336,7 +417,8 @@ class TrainConfig:
         )
         check(
             self.batch_size % self.microbatches == 0,
-            f"train.batch_size {self.batch_size} does not divide into {self.microbatches} microbatches",
+            f"train.batch_size {self.batch_size} does not divide into "
+            f"train.microbatches {self.microbatches}",
         )
         for field in ("neftune_alpha", "eval_every", "save_every"):
             check(
@@ -345,63 +427,65 @@ class TrainConfig:
             )
         check(
             not (self.resume and self.overwrite),
-            "train.resume and train.overwrite exclude each other",
+            "train.resume and train.overwrite are mutually exclusive; give one of them",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What to measure and to show on the validation rows."""
+    """What to measure on the validation rows, and what to print."""
 
     rows: int = 64
-    """Validation rows whose loss is measured at each evaluation; 0 takes all."""
+    """Validation rows to compute the loss on at each evaluation; 0 uses all."""
     exact_match_rows: int = 100
-    """Validation questions answered before and after training, to count exact matches; 0 counts none."""
+    """Validation questions to answer before and after training, for exact match; 0: none."""
     answer_pattern: str | None = None
-    r"""Regular expression whose first group is the answer to compare, such as "#### (-?[\d,.]+)"; None compares all."""
+    r"""Regular expression whose first group is the part of an answer to compare,
+    such as "#### (-?[\d,.]+)"; None compares whole answers."""
     samples: int = 3
-    """Answers to show before and after training."""
+    """Number of sample answers to print from before and after training."""
     max_new_tokens: int = 64
-    """Longest answer, in tokens."""
+    """Maximum length of a generated answer, in tokens."""
 
     def __post_init__(self) -> None:
-        typed(self)
-        positive(self, "max_new_tokens")
+        check_types(self)
+        check_positive(self, "max_new_tokens")
         for field in ("rows", "exact_match_rows", "samples"):
             check(
                 getattr(self, field) >= 0,
                 f"eval.{field} is {getattr(self, field)}; it must be 0 or more",
             )
         if self.answer_pattern is not None:
-            compiled = regex(self.answer_pattern, "eval.answer_pattern")
+            compiled = compile_pattern(self.answer_pattern, "eval.answer_pattern")
             check(
                 compiled.groups >= 1,
-                f"eval.answer_pattern {self.answer_pattern!r} has no group to take the answer from",
+                f"eval.answer_pattern {self.answer_pattern!r} has no group for the answer; "
+                "put the answer in parentheses",
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the devices share the work."""
+    """Shape of the device mesh: the number of devices along each axis."""
 
     data: int = -1
-    """Devices along the data axis (whole copies of the weights); -1 takes all that are left."""
+    """Data parallelism: number of replicas of the weights; -1 uses all remaining devices."""
     fsdp: int = 1
-    """Devices along the fsdp axis (rows are split, and so are the weights)."""
+    """FSDP: number of devices that shard both the rows of a batch and the weights."""
     tensor: int = 1
-    """Devices along the tensor axis (each matrix is split)."""
+    """Tensor parallelism: number of devices that shard each matrix."""
 
     def __post_init__(self) -> None:
-        typed(self)
+        check_types(self)
         check(
             self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1"
         )
-        positive(self, "fsdp", "tensor")
+        check_positive(self, "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run: which model, which adapters, which data, how long, and where the result goes."""
+    """The complete configuration of a run."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
@@ -413,55 +497,67 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        typed(self)
-        q, a = self.quant, self.adapter
-        fits = a.start_from is not None or (
-            a.init in ("pissa", "loftq") and q.format != "none" and not a.keep_base
+        check_types(self)
+        quant, adapter = self.quant, self.adapter
+        if quant.rounds == 1 or adapter.continue_from is not None:
+            return
+        # Each round quantizes what A B does not explain; keep_base forbids that change of the base.
+        alternates = (
+            adapter.init in ("pissa", "loftq") and quant.format != "none" and not adapter.keep_base
         )
         check(
-            q.rounds == 1 or fits,
-            f"quant.rounds is {q.rounds}, but nothing goes in rounds: set quant.format nf4 and adapter.init pissa or "
-            "loftq, without adapter.keep_base",
+            alternates,
+            f"quant.rounds is {quant.rounds}, which has no effect here; "
+            "set quant.format nf4 and adapter.init pissa or loftq, without adapter.keep_base",
         )
 
     def to_json(self) -> str:
-        """The config as JSON, every field resolved."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """The config as JSON, with the value of every field."""
+        sections = dataclasses.asdict(self)
+        del sections["adapter"]["start_from"]  # deprecated; its value is in continue_from
+        return json.dumps(sections, indent=2)
 
     @staticmethod
     def from_json(text: str) -> Config:
         """The config that `to_json` wrote.
 
         Raises:
-          ValueError: a section or a field is unknown, or a value out of range.
+          ValueError: a section or a field is unknown, or a value is invalid.
         """
+        section_types: dict[str, Any] = {}
+        for field in dataclasses.fields(Config):
+            section_types[field.name] = field.default_factory
         sections: dict[str, Any] = {}
-        known: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
         for name, values in json.loads(text).items():
             check(
-                name in known, f"unknown section {name!r} of the config; known: {', '.join(known)}"
+                name in section_types,
+                f"unknown section {name!r} of the config; known: {', '.join(section_types)}",
             )
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            for key, value in values.items():
+                if isinstance(value, list):  # JSON has no tuples
+                    values[key] = tuple(value)
             try:
-                sections[name] = known[name](**values)
-            except TypeError as error:
+                sections[name] = section_types[name](**values)
+            except TypeError as error:  # an unknown field
                 raise ValueError(f"section {name!r} of the config: {error}") from error
         return Config(**sections)
 
 
 def load_config(path: str | Path) -> Config:
-    """The config of a Python file with `get_config()`.
+    """The config that `get_config()` of a Python file returns.
 
     Raises:
-      ValueError: the file is missing, fails, or does not return a `Config`.
+      ValueError: the file is missing, raises an exception, or does not return a `Config`.
     """
     path = Path(path)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ValueError(
-            f"no config file at {path}" + (f"; beside it: {', '.join(near)}" if near else "")
-        )
-    check(path.suffix == ".py", f"{path} is no .py file with get_config()")
+        siblings = sorted(p.name for p in path.parent.glob("*.py"))
+        message = f"there is no config file {path}"
+        if siblings:
+            message += f"; files in {path.parent}: {', '.join(siblings)}"
+        raise ValueError(message)
+    # importlib returns no loader for other suffixes.
+    check(path.suffix == ".py", f"{path} is not a .py file with get_config()")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -469,6 +565,7 @@ def load_config(path: str | Path) -> Config:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
+    # The file is user code: it may raise anything.
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     check(

@@ -33,16 +33,16 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--train.microbatches", "3"], "does not divide"),
         (["--mesh.fsdp", "3"], "does not fit"),
         (
-            ["--train.output", "old", "--train.overwrite", "--adapter.start_from", "old/adapter"],
-            "adapter.start_from old/adapter lies in old, which train.overwrite deletes",
+            ["--train.output", "old", "--train.overwrite", "--adapter.continue_from", "old/adapter"],
+            "adapter.continue_from old/adapter lies in old, which train.overwrite deletes",
         ),
-        (["--adapter.start_from", "notes"], "notes holds no adapter_config.json"),
+        (["--adapter.continue_from", "notes"], "notes holds no adapter_config.json"),
         (["--train.output", "notes"], "holds no run"),
         (["--train.output", "old"], "holds another run"),
         (["--train.output", "fresh", "--train.resume"], "no run to resume"),
         (["--config", "configs/lroa.py"], "no config file"),
-        (["--config", "bad.jsonl"], "bad.jsonl is no .py file with get_config()"),
-        (["--quant.rounds", "3"], "quant.rounds is 3, but nothing goes in rounds"),
+        (["--config", "bad.jsonl"], "bad.jsonl is not a .py file with get_config()"),
+        (["--quant.rounds", "3"], "quant.rounds is 3, which has no effect here"),
         (["--quant.format", "int8", "--adapter.init", "pissa"], "there is no file for one in int8"),
         (
             [

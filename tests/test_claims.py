@@ -124,7 +124,7 @@ def test_an_orthogonal_start_is_the_base_and_both_factors_learn_at_once(
     for path, leaf in flatten(g).items():
         assert all(np.abs(matrix).max() > 0 for matrix in leaf), path
     with pytest.raises(
-        ValueError, match=r"adapter.init orthogonal halves the rank, which is 3; give an even one"
+        ValueError, match=r"adapter.init orthogonal splits the rank in two halves, and the rank is 3"
     ):
         AdapterConfig(rank=3, init="orthogonal")
 

@@ -142,7 +142,7 @@ def test_scripts_refuse(
         str(ROOT / "configs/lora.py"),
         "--model.path",
         "base",
-        "--adapter.start_from",
+        "--adapter.continue_from",
         "adapter",
     ]
     for command in (

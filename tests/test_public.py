@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import lorax_ft
-from lorax_ft import config
+from lorax_ft import cli, config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -26,7 +28,7 @@ def test_importing_everything_pulls_in_no_other_framework_and_is_quick() -> None
 import sys, time, jax
 began = time.perf_counter()
 import lorax_ft
-from lorax_ft import config
+from lorax_ft import cli, config
 for name in lorax_ft.__all__: getattr(lorax_ft, name)
 heavy = ("torch", "tensorflow", "tensorboardX", "matplotlib")
 print(time.perf_counter() - began, *[name for name in heavy if name in sys.modules])
@@ -64,20 +66,20 @@ def test_help_is_quick_and_has_a_sentence_for_each_option() -> None:
             {"init": "pisa"},
             "adapter.init is 'pisa'; it must be one of kaiming, .*mean 'pissa'",
         ),
-        ("AdapterConfig", {"rank": "8"}, "adapter.rank is '8'; it must be a whole number"),
-        ("AdapterConfig", {"rank": 8.0}, "adapter.rank is 8.0; it must be a whole number"),
+        ("AdapterConfig", {"rank": "8"}, "adapter.rank is '8'; it must be an integer"),
+        ("AdapterConfig", {"rank": 8.0}, "adapter.rank is 8.0; it must be an integer"),
         ("AdapterConfig", {"dora": 1}, "adapter.dora is 1; it must be True or False"),
         (
             "AdapterConfig",
             {"targets": ["q_proj"]},
-            "adapter.targets is .*; it must be a tuple, each entry text",
+            "adapter.targets is .*; it must be a tuple, each entry a string",
         ),
         (
             "AdapterConfig",
             {"freeze": ("lora_c",)},
             "adapter.freeze is .*each entry one of lora_a, lora_b",
         ),
-        ("AdapterConfig", {"svd_iterations": True}, "it must be a whole number or None"),
+        ("AdapterConfig", {"svd_iterations": True}, "it must be an integer or None"),
         ("ModelConfig", {"dtype": "bfloat"}, "model.dtype is 'bfloat'; .*mean 'bfloat16'"),
         (
             "OptimConfig",
@@ -93,7 +95,33 @@ def test_help_is_quick_and_has_a_sentence_for_each_option() -> None:
     ],
 )
 def test_values_written_in_a_file_are_checked(section: str, fields: dict, said: str) -> None:
-    """Whole numbers are numbers too."""
+    """An int is accepted for a float field."""
     with pytest.raises(ValueError, match=said):
         getattr(config, section)(**fields)
     assert config.AdapterConfig(alpha=8).alpha == 8
+
+
+def test_start_from_is_a_deprecated_name_of_continue_from(capsys: pytest.CaptureFixture) -> None:
+    """From Python, from a saved config.json and from the command line."""
+    new = config.AdapterConfig(continue_from="folder")
+    with pytest.warns(DeprecationWarning, match=r"use adapter\.continue_from") as caught:
+        old = config.AdapterConfig(start_from="folder")
+    assert caught[0].filename == __file__
+    assert old == new
+    assert dataclasses.replace(old, continue_from="other").continue_from == "other"
+
+    run = config.Config(adapter=old)
+    assert config.Config.from_json(run.to_json()) == run
+    saved = json.loads(run.to_json())
+    saved["adapter"]["start_from"] = saved["adapter"].pop("continue_from")
+    with pytest.warns(DeprecationWarning, match=r"use adapter\.continue_from"):
+        assert config.Config.from_json(json.dumps(saved)) == run
+
+    assert cli.parse(config.Config, argv=["--adapter.start_from", "folder"]) == run
+    printed = "warning: adapter.start_from is deprecated; use adapter.continue_from\n"
+    assert capsys.readouterr().err == printed
+
+    with pytest.raises(ValueError, match="continue_from only"):
+        config.AdapterConfig(start_from="folder", continue_from="other")
+    with pytest.raises(ValueError, match="continue_from only"):
+        cli.parse(config.Config, default=run, argv=["--adapter.start_from", "other"])

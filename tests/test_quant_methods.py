@@ -343,9 +343,9 @@ def test_mistakes_are_one_clear_line(model: Model, quantized: Any) -> None:
 
 
 def test_rounds_of_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"quant.rounds is 5, but nothing goes in rounds"):
+    with pytest.raises(ValueError, match=r"quant.rounds is 5, which has no effect here"):
         Config(quant=QuantConfig(format="nf4", rounds=5))
-    with pytest.raises(ValueError, match=r"quant.rounds is 2, but nothing goes in rounds"):
+    with pytest.raises(ValueError, match=r"quant.rounds is 2, which has no effect here"):
         Config(quant=QuantConfig(rounds=2), adapter=AdapterConfig(init="pissa"))
     Config(quant=QuantConfig(format="nf4", rounds=5), adapter=AdapterConfig(init="loftq"))
 

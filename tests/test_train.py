@@ -125,10 +125,10 @@ def test_a_run_on_a_quantized_base_leaves_all_that_its_adapter_needs(
         "there is no file for one in int8; take quant.format nf4, or adapter.keep_base"
         in capsys.readouterr().err
     )
-    assert main(*shared, *out, "--adapter.start_from", moved / "adapter") == 2
+    assert main(*shared, *out, "--adapter.continue_from", moved / "adapter") == 2
     assert f"was trained on {halves / 'nf4_base'}" in capsys.readouterr().err
     on = [
-        "--adapter.start_from",
+        "--adapter.continue_from",
         moved / "adapter",
         "--model.path",
         moved / "nf4_base",
@@ -211,7 +211,7 @@ def test_an_adapter_trains_on(main: Main, tmp_path: Path, capsys: Any) -> None:
     more = [
         *config("lora"),
         *SHORT,
-        "--adapter.start_from",
+        "--adapter.continue_from",
         first / "adapter",
         "--optim.schedule",
         "constant",

@@ -50,7 +50,7 @@ def check_folder(config: Config) -> Config | None:
     holds_run = _is_run(folder / CONFIG)
     holds = folder.is_dir() and any(not path.name.startswith(PROBE) for path in folder.iterdir())
     for name, path in (
-        ("adapter.start_from", config.adapter.start_from),
+        ("adapter.continue_from", config.adapter.continue_from),
         ("model.path", config.model.path),
     ):
         if (
@@ -116,7 +116,7 @@ def _check_same_run(now: Config, then: Config) -> None:
         "model": ("path", "revision", "dtype"),
         "quant": tuple(f.name for f in dataclasses.fields(now.quant)),
         "adapter": tuple(
-            f.name for f in dataclasses.fields(now.adapter) if f.name != "start_from"
+            f.name for f in dataclasses.fields(now.adapter) if f.name != "continue_from"
         ),  # it may have moved
         "data": tuple(f.name for f in dataclasses.fields(now.data)),
         "optim": tuple(f.name for f in dataclasses.fields(now.optim)),

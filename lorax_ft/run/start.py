@@ -89,7 +89,7 @@ def start(config: Config, *, folder: Path) -> Job:
         raise ValueError(
             f"{config.model.path} holds no tokenizer; put its tokenizer.json beside the weights"
         )
-    if config.adapter.start_from is not None:
+    if config.adapter.continue_from is not None:
         model = _with_adapter(model, config)
     data = load_data(config.data, model.tokenizer, seed=config.train.seed)
     _check_vocabulary(data, model)
@@ -198,7 +198,7 @@ def _load(config: Config, mesh: Mesh) -> Model:
 
 def _with_adapter(model: Model, config: Config) -> Model:
     """The model with the adapter that is to train on."""
-    folder = Path(config.adapter.start_from or "")
+    folder = Path(config.adapter.continue_from or "")
     params = load_peft(folder, model)
     for module in read_config(folder).get("modules_to_save") or ():
         if (
@@ -216,7 +216,7 @@ def _with_adapter(model: Model, config: Config) -> Model:
 def _measured(model: Model, config: Config, batches: Batches, mesh: Mesh) -> dict[str, np.ndarray]:
     """What an init from data starts from, measured on the first training batches; nothing for other inits."""
     adapter, size = config.adapter, batches.batch_size
-    if adapter.init not in STATISTICS or adapter.start_from is not None or not adapter.targets:
+    if adapter.init not in STATISTICS or adapter.continue_from is not None or not adapter.targets:
         return {}
     if adapter.calibration_batches * size > len(batches):
         raise ValueError(
@@ -261,7 +261,7 @@ def _check_mesh(config: Config, mesh: Mesh) -> None:
 
 def _check_quantization(config: Config) -> None:
     adapter = config.adapter
-    changes = adapter.start_from is None and adapter.init in CHANGES_BASE and not adapter.keep_base
+    changes = adapter.continue_from is None and adapter.init in CHANGES_BASE and not adapter.keep_base
     if changes and config.quant.format == "int8":
         raise ValueError(
             f"adapter.init {adapter.init} changes the base, and there is no file for one in int8; take quant.format nf4"
@@ -272,7 +272,7 @@ def _check_quantization(config: Config) -> None:
 def _check_quantized(model: Model, config: Config) -> None:
     """Raise where a start is to win back what quantizing lost, and the model was quantized before."""
     adapter = config.adapter
-    fits = adapter.start_from is None and (adapter.init == "loftq" or config.quant.rounds > 1)
+    fits = adapter.continue_from is None and (adapter.init == "loftq" or config.quant.rounds > 1)
     if fits and model.prequantized:
         raise ValueError(
             f"{model.source} is in NF4 already, so what quantizing lost is not known; load the checkpoint that it came "

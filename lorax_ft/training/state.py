@@ -56,7 +56,7 @@ def abstract_state(
       mesh: the devices.
     """
     shapes = jax.tree.map(_shape, params)
-    if config.start_from is None:
+    if config.continue_from is None:
         shapes = combine(shapes, abstract_adapters(config, params, layout=layout))
     _check_targets(shapes, config)
     trained, frozen = _partition(shapes, config)
@@ -92,7 +92,7 @@ def fresh_state(
         model.params, config, tx, layout=model.layout, mesh=mesh
     )
     params = model.params
-    if config.start_from is None:
+    if config.continue_from is None:
         params = add_adapters(
             params,
             config,

@@ -77,7 +77,7 @@ def test_from_a_run_to_peft_and_back_and_to_transformers(tmp_path: Path, config:
     said = call("generate", *where, question, "--max-new-tokens", "8")
     assert said == call("generate", "--model", merged, question, "--max-new-tokens", "8")
 
-    more = ["--adapter.start_from", again, "--train.output", tmp_path / "more"]
+    more = ["--adapter.continue_from", again, "--train.output", tmp_path / "more"]
     call("train", "--config", "configs/lora.py", *SHORT, *more)
     further = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32),
