@@ -51,7 +51,7 @@ def detect_shape(row: Row, *, fields: Sequence[str] = ()) -> Shape:
     'question_answer'
     """
     renames = _parse_renames(fields).row
-    # A wrong rename gets its own error: the one below would only say that no format matches.
+    # A wrong rename gets its own error. The one below would only say that no format matches.
     for name, actual in renames.items():
         if actual not in row.fields:
             raise ValueError(
@@ -112,7 +112,7 @@ def to_messages(
 
 
 def split_answer(messages: Sequence[Message]) -> tuple[list[Message], str]:
-    """Splits a conversation at its last assistant turn: the prompt before it, and its content."""
+    """Returns the messages before the last assistant turn, and the content of that turn."""
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     return list(messages[:last]), messages[last]["content"]
 
@@ -120,7 +120,7 @@ def split_answer(messages: Sequence[Message]) -> tuple[list[Message], str]:
 def _convert_alpaca(fields: Mapping[str, Any], where: str) -> list[Message]:
     messages = []
     history = []
-    # Many Alpaca files write null or an empty string where there is no history.
+    # Rows without a history often have null or an empty string there.
     if fields.get("history"):
         history = _list(fields, "history", where)
     for number, pair in enumerate(history, 1):
@@ -194,9 +194,9 @@ def _with_system(messages: list[Message], system: str | None) -> list[Message]:
 
 
 def _value(fields: Mapping[str, Any], name: str, where: str, *, expected: str = "") -> Any:
-    """Returns a field's value; `expected` is the name it is a rename of, for the error."""
+    """Returns a field's value; `expected` is the name that a renamed field has in the format."""
     if name not in fields:
-        # The error proposes a complete option, with the closest field if there is one.
+        # The error proposes a complete option, with the closest field name if there is one.
         near = difflib.get_close_matches(name, list(fields), n=1)
         proposal = near[0] if near else "NAME"
         raise ValueError(

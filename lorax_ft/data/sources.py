@@ -66,7 +66,7 @@ def find_split(folder: str, split: str) -> str | None:
 
 
 def _read(path: str, split: str, revision: str | None) -> Iterator[Row]:
-    """Yields the rows of one source, at least one."""
+    """Yields the rows of one source, which must have at least one."""
     empty = True
     for row in _open(path, split, revision):
         empty = False
@@ -129,7 +129,7 @@ def _read_json(path: str) -> Iterator[Row]:
         values = json.loads(_decode(Path(path).read_bytes(), path))
     except json.JSONDecodeError as error:
         hint = ""
-        # This is how Python reports a second object after the first: JSON Lines, misnamed.
+        # Python reports a second object after the first as "Extra data": the file is JSON Lines.
         if error.msg == "Extra data":
             hint = "; a file with one object per line needs the suffix .jsonl"
         raise ValueError(f"{path}, line {error.lineno}: {_json_problem(error)}{hint}") from error
@@ -275,7 +275,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    # `datasets` wraps the error of its reader, and its own message says nothing about the file.
+    # `datasets` wraps its reader's error in one whose message does not say what is wrong.
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -79,7 +79,7 @@ def exact_match(
     expected = extract_references(references, pattern=pattern)
     correct = []
     for text, reference in zip(answers, expected, strict=True):
-        # No extracted answer (None) never equals a reference, which always has one.
+        # An answer without a match is None, which equals no reference.
         correct.append(extract(text, pattern=pattern) == reference)
     return ExactMatch(correct=tuple(correct))
 
@@ -94,7 +94,7 @@ def evaluate_answers(
     pattern: str | None = None,
     batch_size: int = 32,
 ) -> Answers:
-    """Generates the last answer of each conversation, greedily, and compares it with the given one.
+    """Generates the last answer of each conversation, greedily, and compares it with the reference.
 
     Args:
       model: the model; its tokenizer is used too.
@@ -102,7 +102,7 @@ def evaluate_answers(
       conversations: conversations with an assistant turn each; turns after the last one are
         ignored.
       max_new_tokens: the largest number of tokens in an answer.
-      compared: how many answers to compare, from the first on; None compares all.
+      compared: how many answers to compare, counted from the first; None compares all.
       pattern: see `exact_match`.
       batch_size: answers that are generated at once.
 
@@ -140,7 +140,7 @@ def extract(text: str, *, pattern: str | None) -> str | None:
     if pattern is None:
         return text.strip()
     found = None
-    # A model often repeats the answer's marker while it reasons; its last word counts.
+    # A model may write the answer's marker several times while it reasons; the last match counts.
     for match in _compile(pattern).finditer(text):
         # A group in an unused alternative is None, as in "(a)|b".
         if match[1] is not None:
@@ -148,7 +148,7 @@ def extract(text: str, *, pattern: str | None) -> str | None:
     if found is None:
         return None
     if re.fullmatch(r"[-+]?\d[\d,]*(\.\d*)?", found):
-        # The full stop of the sentence, which a pattern such as [\d.]+ takes with the number.
+        # A pattern such as ([\d.]+) also captures the period that ends the sentence.
         return found.replace(",", "").removesuffix(".")
     return found
 
