@@ -73,7 +73,7 @@ def test_collate_by_hand() -> None:
         "segment_ids": [[1, 1, 1, 2, 2, 0]],
     }
     for too_long in (lambda: collate([[first, second]], 4), lambda: pack([first], 2)):
-        with pytest.raises(ValueError, match="cut it first"):
+        with pytest.raises(ValueError, match="truncate it first"):
             too_long()
 
 
@@ -141,8 +141,8 @@ def test_validation_rows_are_held_out_by_seed(questions: str) -> None:
 
     def answers(seed: int) -> tuple[list[str], list[str]]:
         data = load_data(config, BYTES, seed=seed)
-        parts = (data.train, data.validation)
-        train, validation = ([split_answer(c)[1] for c in part.conversations] for part in parts)
+        splits = (data.train, data.validation)
+        train, validation = ([split_answer(c)[1] for c in split.conversations] for split in splits)
         return train, validation
 
     train, validation = answers(0)

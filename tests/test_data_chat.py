@@ -93,10 +93,10 @@ def test_prompt_is_the_sample_before_its_labels() -> None:
     [
         (
             UNSTABLE,
-            r"line 3: the chat template writes the turns up to 2 otherwise .*; use --data.loss_on all",
+            r"line 3: .* renders the turns up to 2 differently .*; use --data.loss_on all",
         ),
-        (REFUSING, "line 3: the chat template refuses this conversation: roles must alternate"),
-        (None, "has no chat template; take an instruction-tuned checkpoint"),
+        (REFUSING, "line 3: the chat template rejects this conversation: roles must alternate"),
+        (None, "has no chat template; use an instruction-tuned checkpoint"),
     ],
 )
 def test_templates_that_cannot_be_used(template: str | None, message: str) -> None:
@@ -120,9 +120,7 @@ def test_cut_and_dropped_are_counted() -> None:
     assert (len(encoded.samples), encoded.cut, encoded.dropped) == (2, 2, 1)
     assert len(encoded.samples[1]) == 50
     assert encoded.samples[1].mask[-1]
-    with pytest.raises(
-        ValueError, match="none of the 3 samples keeps a token to learn within 8 tokens"
-    ):
+    with pytest.raises(ValueError, match="none of the 3 samples keeps a label within 8 tokens"):
         encode_all(conversations, BYTES, max_length=8, where=where)
     with pytest.raises(ValueError, match="none of the 1 samples"):  # one token is nobody's target
         encode_all(

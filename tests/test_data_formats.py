@@ -96,10 +96,15 @@ def test_shapes(
             {"question": "a", "answer": "\ud800"},
             (),
             "question_answer",
-            "answer holds half of a surrogate pair",
+            "answer contains an unpaired surrogate",
         ),
-        ({"messages": [user("a")]}, (), "messages", "line 7: no turn is the assistant's"),
-        ({"messages": []}, (), "messages", "line 7: no turn is the assistant's"),
+        (
+            {"messages": [user("a")]},
+            (),
+            "messages",
+            "line 7: the conversation has no assistant turn",
+        ),
+        ({"messages": []}, (), "messages", "line 7: the conversation has no assistant turn"),
         ({"messages": "a"}, (), "messages", "messages is str, not a list"),
         ({"messages": ["a"]}, (), "messages", "turn 1: a turn must be an object"),
         (
@@ -130,7 +135,7 @@ def test_shapes(
             {"instruction": "a", "output": "b", "history": [["c"]]},
             (),
             "alpaca",
-            "pair 1 of the history: not a list of two",
+            "pair 1 of the history: must be a list of two texts",
         ),
     ],
 )
@@ -145,7 +150,7 @@ def test_bad_rows_name_the_place(
 def test_unknown_shape_lists_the_known() -> None:
     with pytest.raises(
         ValueError,
-        match=r"its fields \(text\) fit no shape; known: messages \(messages\); sharegpt",
+        match=r"the fields \(text\) match no known shape; known: messages \(messages\); sharegpt",
     ):
         detect_shape(Row(fields={"text": "a"}, where="a.jsonl, line 1"))
 

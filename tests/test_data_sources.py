@@ -54,29 +54,29 @@ def test_json_parquet_and_limit(tmp_path: Path) -> None:
         ),
         ("a.jsonl", '{"q": 1}\n[1]\n', "a.jsonl, line 2: a row must be an object, not list"),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: not JSON: nested too deeply"),
-        ("a.jsonl", "\n\n", "a.jsonl holds no rows"),
+        ("a.jsonl", "\n\n", "a.jsonl contains no rows"),
         ("a.json", '[{"q": 1},\n {"q" 2}]', "a.json, line 2: not JSON: expecting ':'"),
         ("a.json", '[{"q": 1}, 2]', "a.json, item 2: a row must be an object, not int"),
-        ("a.json", '{"q": 1}', "a.json: holds one dict, not a list of objects"),
+        ("a.json", '{"q": 1}', "a.json: contains one dict, not a list of objects"),
         (
             "a.json",
             '{"q": 1}\n{"q": 2}',
-            "a.json, line 2: .*one object a line wants the suffix .jsonl",
+            "a.json, line 2: .*one object per line needs the suffix .jsonl",
         ),
-        ("a.json", "[]", "a.json holds no rows"),
+        ("a.json", "[]", "a.json contains no rows"),
         (
             "a.csv",
             "q,a\n1,2\n3\n",
-            "a.csv, line 3: its number of fields is 1, but the header's is 2",
+            "a.csv, line 3: the row's number of fields is 1, but the header's is 2",
         ),
-        ("a.csv", "q,q\n1,2\n", "a.csv, line 1: the header names q twice"),
+        ("a.csv", "q,q\n1,2\n", "a.csv, line 1: the header repeats q"),
         ("a.csv", 'q,a\n1,"2\n', "a.csv, line 2: not CSV"),
-        ("a.csv", "q,a\n", "a.csv holds no rows"),
+        ("a.csv", "q,a\n", "a.csv contains no rows"),
         ("a.parquet", "no", "a.parquet cannot be read as Parquet"),
         (
             "a.txt",
             "no",
-            "a.txt is not of a kind that can be read; supported: .jsonl, .json, .csv, .parquet",
+            "a.txt has an unsupported file type; supported: .jsonl, .json, .csv, .parquet",
         ),
     ],
 )
@@ -106,10 +106,10 @@ def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write(tmp_path / "train.jsonl", "{}")
     (tmp_path / "bare").mkdir()
     cases = {
-        f"{tmp_path}/trian.jsonl": "no file .*; the nearest in its folder is train.jsonl",
+        f"{tmp_path}/trian.jsonl": "no file .*; the closest name in its folder is train.jsonl",
         f"{tmp_path}/none/a.jsonl": "there is no folder",
-        f"{tmp_path}/bare": r"holds no file train\.jsonl or train\.json or",
-        "owner/name": "no such file, and the hub gave no split 'train' .*: Couldn't reach the Hub$",
+        f"{tmp_path}/bare": r"contains none of train\.jsonl, train\.json,",
+        "owner/name": "no such file, and loading split 'train' .*: Couldn't reach the Hub$",
         "trian.jsonll": "no file trian.jsonll",
     }
     for path, message in cases.items():

@@ -1,1 +1,1 @@
-"""Rows from files or the hub, conversations, loss masks, packing, batches. numpy only: no JAX."""
+"""Datasets: reading, chat templates, loss masks, packing and batching. NumPy only, no JAX."""

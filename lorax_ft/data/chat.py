@@ -1,4 +1,4 @@
-"""Samples from conversations: the chat template applied, tokens, and the mask of those that count in the loss.
+"""Converts conversations to samples: token ids from the chat template, and the loss mask.
 
 Letters: N tokens of a sample.
 """
@@ -16,10 +16,13 @@ from lorax_ft.data.formats import Message
 
 LossOn = Literal["assistant", "all"]
 Tokenizer = Any
-"""A transformers tokenizer; not named by its type, so that importing this module stays cheap."""
+"""A transformers tokenizer. The type is not named, so that importing this module stays cheap."""
 Span = tuple[int, int]
+"""Start and end of a range of characters, the end exclusive."""
 
-_CHUNK = 1024  # conversations tokenized at once: enough to keep all cores busy, few enough to keep offsets small
+# Conversations per tokenizer call: enough to keep all cores busy, few enough to keep the
+# character offsets, which take far more memory than the tokens, small.
+_CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,15 +40,15 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """The samples of many conversations, and what became of the others."""
+    """The samples of many conversations, and how many were truncated or dropped."""
 
     samples: list[Sample]
     cut: int
     """Conversations longer than `max_length`."""
     dropped: int
-    """Conversations that have no label, mostly because it was cut away; they are not among the samples."""
+    """Conversations without a label, usually because it was truncated; they have no sample."""
     usual_length: int
-    """Tokens that 95 % of the conversations fit into."""
+    """Length in tokens that 95 % of the conversations do not exceed."""
 
 
 def encode(
@@ -56,17 +59,19 @@ def encode(
     loss_on: LossOn = "assistant",
     where: str = "conversation",
 ) -> Sample:
-    """One conversation as a sample, cut to `max_length` tokens.
+    """Converts one conversation to a sample, truncated to `max_length` tokens.
 
-    A token counts as a label if it holds text of an assistant turn: what the template writes from the generation
-    prompt on, up to and including the end-of-turn token. The text is tokenized once, so that tokens are those which
-    the template gives.
+    A token counts as a label if it contains text of an assistant turn: what the template writes
+    after the generation prompt, up to and including the end-of-turn token. The conversation is
+    tokenized in one piece, so the tokens are the ones that the template produces.
 
     Raises:
-      ValueError: the tokenizer has no chat template or no offsets, the template refuses the conversation, or writes
-        its beginning otherwise than on its own (then assistant turns cannot be found).
+      ValueError: the tokenizer has no chat template or no character offsets, or the template
+        rejects the conversation, or it renders the first turns differently when more turns
+        follow (then the assistant turns cannot be located).
     """
-    return _cut(next(_samples([messages], tokenizer, loss_on=loss_on, where=[where])), max_length)
+    samples = _encode_untruncated([messages], tokenizer, loss_on=loss_on, where=[where])
+    return _truncate(next(samples), max_length)
 
 
 def encode_all(
@@ -77,171 +82,191 @@ def encode_all(
     loss_on: LossOn = "assistant",
     where: Sequence[str],
 ) -> Encoded:
-    """Many conversations as samples, in their order; `where` names the place of each for errors.
+    """Converts conversations to samples, in order; `where` names each one's place in errors.
 
     Raises:
       ValueError: as `encode`, or no sample keeps a label.
     """
     samples: list[Sample] = []
     lengths: list[int] = []
-    for sample in _samples(conversations, tokenizer, loss_on=loss_on, where=where):
+    for sample in _encode_untruncated(conversations, tokenizer, loss_on=loss_on, where=where):
         lengths.append(len(sample))
-        short = _cut(sample, max_length)
-        if short.mask[1:].any():  # the first token is nobody's target
-            samples.append(short)
+        truncated = _truncate(sample, max_length)
+        # The first token is never a target: no token before it predicts it.
+        if truncated.mask[1:].any():
+            samples.append(truncated)
     if conversations and not samples:
         raise ValueError(
-            f"none of the {len(conversations)} samples keeps a token to learn within {max_length} tokens; "
+            f"none of the {len(conversations)} samples keeps a label within {max_length} tokens; "
             "raise data.max_length"
         )
-    usual = int(np.quantile(lengths, 0.95, method="higher")) if lengths else 0
-    cut = sum(length > max_length for length in lengths)
+    usual_length = 0
+    if lengths:
+        usual_length = int(np.quantile(lengths, 0.95, method="higher"))
     return Encoded(
-        samples=samples, cut=cut, dropped=len(conversations) - len(samples), usual_length=usual
+        samples=samples,
+        cut=sum(length > max_length for length in lengths),
+        dropped=len(conversations) - len(samples),
+        usual_length=usual_length,
     )
 
 
 def encode_prompt(
     messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "prompt"
 ) -> np.ndarray:
-    """Token ids int32 [N] of a conversation that waits for the assistant; `where` names its place for errors.
+    """Converts a conversation to token ids, int32 [N], ready for the assistant's next turn.
+
+    `where` names the conversation's place in errors.
 
     Raises:
-      ValueError: the tokenizer has no chat template, or the template refuses the conversation.
+      ValueError: the tokenizer has no chat template, or the template rejects the conversation.
     """
     _check_tokenizer(tokenizer)
     text = _apply_template(messages, tokenizer, prompt=True, where=where)
-    return np.asarray(
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32
-    )
+    # The template writes the special tokens, the beginning-of-sequence token included.
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    return np.asarray(encoded["input_ids"], np.int32)
 
 
 def describe_row(tokenizer: Tokenizer, sample: Sample) -> list[tuple[str, bool]]:
-    """The sample's text for a person: consecutive pieces, each with whether its tokens count as labels."""
+    """Splits a sample's text for display into pieces, each with whether its tokens are labels."""
     ids = sample.tokens.tolist()
-    borders = [0, *(np.flatnonzero(np.diff(sample.mask)) + 1).tolist(), len(ids)]
-    # By prefixes, because some tokenizers drop the space before what they decode first.
-    texts = [tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False) for n in borders]
-    pieces = itertools.pairwise(zip(borders, texts, strict=True))
-    return [
-        (text[len(before) :], bool(sample.mask[start]))
-        for (start, before), (end, text) in pieces
-        if end > start
-    ]
+    if not ids:
+        return []
+    changes = np.flatnonzero(np.diff(sample.mask)) + 1
+    borders = [0, *changes.tolist(), len(ids)]
+    pieces = []
+    before = ""
+    for start, end in itertools.pairwise(borders):
+        # Decode the whole prefix: some tokenizers drop the space before the first token they get.
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        pieces.append((text[len(before) :], bool(sample.mask[start])))
+        before = text
+    return pieces
 
 
-def _samples(
+def _encode_untruncated(
     conversations: Sequence[Sequence[Message]],
     tokenizer: Tokenizer,
     *,
     loss_on: LossOn,
     where: Sequence[str],
 ) -> Iterator[Sample]:
-    """The samples of conversations, not cut."""
     _check_tokenizer(tokenizer)
-    ends = _special_tokens(tokenizer)
+    end_tokens = _special_tokens(tokenizer)
     pairs = zip(conversations, where, strict=True)
     while chunk := list(itertools.islice(pairs, _CHUNK)):
-        texts, spans = [], []
+        texts = []
+        label_spans = []
         for messages, place in chunk:
             text = _apply_template(messages, tokenizer, prompt=False, where=place)
-            texts.append(text)
+            spans = [(0, len(text))]
             if loss_on == "assistant":
-                spans.append(_assistant_spans(messages, text, tokenizer, ends=ends, where=place))
-            else:
-                spans.append([(0, len(text))])
-        yield from _tokenize(texts, spans, tokenizer)
+                spans = _assistant_spans(messages, text, tokenizer, end_tokens, place)
+            texts.append(text)
+            label_spans.append(spans)
+        yield from _tokenize(texts, label_spans, tokenizer)
 
 
 def _check_tokenizer(tokenizer: Tokenizer) -> None:
     name = tokenizer.name_or_path or "this model"
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"the tokenizer of {name} has no chat template; take an instruction-tuned checkpoint, "
-            "or put a chat_template.jinja beside its tokenizer.json"
+            f"the tokenizer of {name} has no chat template; use an instruction-tuned checkpoint, "
+            "or put a chat_template.jinja next to its tokenizer.json"
         )
+    # Only the tokenizers of the Rust library return the offsets that locate assistant turns.
     if not tokenizer.is_fast:
         raise ValueError(
-            f"the tokenizer of {name} gives no offsets; take a checkpoint with a tokenizer.json"
+            f"the tokenizer of {name} returns no character offsets; "
+            "use a checkpoint with a tokenizer.json"
         )
 
 
 def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The tokens that may end a turn; some checkpoints name theirs in the vocabulary only."""
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
-    return tuple(filter(None, {*tokenizer.all_special_tokens, *added}))
+    """Returns the tokens that may end a turn."""
+    tokens = set(tokenizer.all_special_tokens)
+    # Some checkpoints declare their end-of-turn token in the vocabulary only.
+    for token in tokenizer.added_tokens_decoder.values():
+        tokens.add(str(token))
+    tokens.discard("")  # every text ends with the empty string
+    return tuple(tokens)
 
 
 def _assistant_spans(
     messages: Sequence[Message],
     text: str,
     tokenizer: Tokenizer,
-    *,
-    ends: tuple[str, ...],
+    end_tokens: tuple[str, ...],
     where: str,
 ) -> list[Span]:
-    """The characters of the conversation's text that the assistant's turns fill.
+    """Returns the characters of the rendered conversation that the assistant's turns cover.
 
-    A turn begins behind the generation prompt, and ends with its end-of-turn token if it has one: white space that
-    the template writes behind that belongs to nobody.
+    A turn starts after the generation prompt. It ends with its end-of-turn token if it has one:
+    white space that the template writes after that token belongs to no turn.
     """
     spans = []
-    for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
         before = _apply_template(messages[:turn], tokenizer, prompt=True, where=where)
-        whole = turn + 1 == len(messages)
-        through = (
-            text
-            if whole
-            else _apply_template(messages[: turn + 1], tokenizer, prompt=False, where=where)
-        )
+        through = text
+        is_last = turn + 1 == len(messages)
+        if not is_last:
+            through = _apply_template(messages[: turn + 1], tokenizer, prompt=False, where=where)
+        # Some templates rewrite earlier turns, for example to drop reasoning from old answers.
         if not (through.startswith(before) and text.startswith(through)):
             raise ValueError(
-                f"{where}: the chat template writes the turns up to {turn + 1} otherwise when others follow, so the "
-                "assistant's tokens cannot be told apart; use --data.loss_on all, or another chat template"
+                f"{where}: the chat template renders the turns up to {turn + 1} differently when "
+                "more turns follow, so the assistant's tokens cannot be located; "
+                "use --data.loss_on all, or another chat template"
             )
+        end = len(through)
         trimmed = through.rstrip()
-        spans.append((len(before), len(trimmed) if trimmed.endswith(ends) else len(through)))
+        if trimmed.endswith(end_tokens):
+            end = len(trimmed)
+        spans.append((len(before), end))
     return spans
 
 
 def _apply_template(
     messages: Sequence[Message], tokenizer: Tokenizer, *, prompt: bool, where: str
 ) -> str:
+    """Renders a conversation, with the generation prompt at its end if `prompt`."""
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=prompt
         )
-    except (
-        Exception
-    ) as error:  # a template is a program of its own: whatever it raises is about this conversation
+    # A template is a program of its own, and may raise anything about this conversation.
+    except Exception as error:
         raise ValueError(
-            f"{where}: the chat template refuses this conversation: {error}"
+            f"{where}: the chat template rejects this conversation: {error}"
         ) from error
     return str(text)
 
 
 def _tokenize(
-    texts: Sequence[str], spans: Sequence[list[Span]], tokenizer: Tokenizer
+    texts: Sequence[str], label_spans: Sequence[Sequence[Span]], tokenizer: Tokenizer
 ) -> Iterator[Sample]:
-    # Special tokens are in the text already; verbose=False keeps quiet about texts that are cut later.
+    # The texts contain their special tokens already. Without verbose=False, transformers warns
+    # about every text that is longer than the model's context; those are truncated later.
     encoded = tokenizer(
         list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
-    for ids, offsets, to_learn in zip(
-        encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
-    ):
-        yield Sample(
-            np.asarray(ids, np.int32),
-            _overlaps(np.asarray(offsets, np.int64).reshape(-1, 2), to_learn),
-        )
+    columns = zip(encoded["input_ids"], encoded["offset_mapping"], label_spans, strict=True)
+    for ids, offsets, spans in columns:
+        # The reshape gives an empty conversation's offsets their second axis: [0] to [0, 2].
+        offsets_array = np.asarray(offsets, np.int64).reshape(-1, 2)
+        yield Sample(np.asarray(ids, np.int32), _overlaps(offsets_array, spans))
 
 
 def _overlaps(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """Which tokens hold a character of a span: bool [N], of offsets [N, 2].
+    """Returns which tokens contain a character of a span, bool [N], from offsets [N, 2].
 
-    Byte-level tokenizers leave spaces out of a token's offsets, so that a token of spaces only is empty and stands
-    behind them: its end can be trusted, its start lies at least one character before. The tokens of a character of
-    several bytes all have that character's offsets.
+    Byte-level tokenizers leave spaces out of a token's offsets, so a token of spaces only has an
+    empty range after them: its end is reliable, and its start is at least one character earlier.
+    If a character of several bytes is split into several tokens, each of them has the offsets of
+    the whole character.
     """
     ends = offsets[:, 1]
     starts = np.minimum(offsets[:, 0], ends - 1)
@@ -251,5 +276,5 @@ def _overlaps(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     return mask
 
 
-def _cut(sample: Sample, max_length: int) -> Sample:
+def _truncate(sample: Sample, max_length: int) -> Sample:
     return Sample(sample.tokens[:max_length], sample.mask[:max_length])

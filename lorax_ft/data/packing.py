@@ -1,4 +1,4 @@
-"""Rows of several samples, and the arrays that keep each sample blind to the others.
+"""Packs samples into rows, and builds the arrays that stop them from attending to each other.
 
 Letters: B rows of a batch, T tokens of a row.
 """
@@ -17,36 +17,42 @@ Batch = dict[str, np.ndarray]
 
 
 def pack(samples: Sequence[Sample], max_length: int) -> list[list[Sample]]:
-    """Samples in rows of at most `max_length` tokens, by best fit in decreasing length; no sample is split.
+    """Packs samples into rows of at most `max_length` tokens, by best-fit decreasing.
+
+    No sample is split.
 
     Raises:
       ValueError: a sample is longer than a row.
     """
     rows: list[list[Sample]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, index) of each row, in order
+    free: list[tuple[int, int]] = []  # (tokens left, row index), sorted for the bisection
     for sample in sorted(samples, key=len, reverse=True):
-        if len(sample) > max_length:
+        length = len(sample)
+        if length > max_length:
             raise ValueError(
-                f"a sample of {len(sample)} tokens does not fit a row of {max_length}; cut it first"
+                f"a sample of {length} tokens does not fit in a row of {max_length}; "
+                "truncate it first"
             )
-        place = bisect.bisect_left(free, (len(sample), 0))
+        # The fullest row that still has room; the earliest of several equally full ones.
+        place = bisect.bisect_left(free, (length, 0))
         if place == len(free):
-            left, row = max_length, len(rows)
+            left = max_length
+            row = len(rows)
             rows.append([])
         else:
             left, row = free.pop(place)
         rows[row].append(sample)
-        bisect.insort(free, (left - len(sample), row))
+        bisect.insort(free, (left - length, row))
     return rows
 
 
 def collate(rows: Sequence[Sequence[Sample]], max_length: int) -> Batch:
-    """The batch of some rows, each padded to `max_length`; a row may be empty.
+    """Builds a batch from rows of samples, each padded to `max_length`; a row may be empty.
 
     Returns arrays [B, T]:
       tokens: int32, 0 in padding.
       targets: int32, the next token of the same sample; 0 at a sample's last token and in padding.
-      weights: float32, 1 where the target is a label that counts, else 0.
+      weights: float32, 1 where the target is a label that counts in the loss, else 0.
       positions: int32, from 0 in each sample.
       segment_ids: int32, 1, 2, ... for the samples of a row, 0 in padding.
 
@@ -54,17 +60,24 @@ def collate(rows: Sequence[Sequence[Sample]], max_length: int) -> Batch:
       ValueError: a row is longer than `max_length`.
     """
     shape = (len(rows), max_length)
-    names = ("tokens", "targets", "weights", "positions", "segment_ids")
-    batch = {name: np.zeros(shape, np.float32 if name == "weights" else np.int32) for name in names}
+    batch = {
+        "tokens": np.zeros(shape, np.int32),
+        "targets": np.zeros(shape, np.int32),
+        "weights": np.zeros(shape, np.float32),
+        "positions": np.zeros(shape, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+    }
     for b, row in enumerate(rows):
         start = 0
-        for segment, sample in enumerate(row, 1):
+        for segment, sample in enumerate(row, 1):  # segment 0 is padding
             stop = start + len(sample)
             if stop > max_length:
                 raise ValueError(
-                    f"a row of {sum(map(len, row))} tokens is longer than {max_length}; pack or cut it first"
+                    f"a row of {sum(map(len, row))} tokens is longer than {max_length}; "
+                    "pack or truncate it first"
                 )
             batch["tokens"][b, start:stop] = sample.tokens
+            # The last token of a sample has no target: the next one belongs to another sample.
             batch["targets"][b, start : stop - 1] = sample.tokens[1:]
             batch["weights"][b, start : stop - 1] = sample.mask[1:]
             batch["positions"][b, start:stop] = np.arange(len(sample))

@@ -1,4 +1,7 @@
-"""Rows of data from files or the hub, each with the place it came from, so that a later error can name it."""
+"""Reads dataset rows from files and the Hub.
+
+Each row carries the place it came from, so a later error can name it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ SUPPORTED = (".jsonl", ".json", ".csv", ".parquet")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of a data set."""
+    """One row of a dataset."""
 
     fields: dict[str, Any]
     """The row's values by field name."""
@@ -36,50 +39,56 @@ def read_rows(
     limit: int | None = None,
     revision: str | None = None,
 ) -> list[Row]:
-    """The rows of files and hub data sets, one source after the other.
+    """Reads the rows of files and Hub datasets, one source after the other.
 
     Args:
-      paths: files (.jsonl, .json, .csv, .parquet), folders with a file for each split, such as `train.jsonl`, or
-        hub ids as "owner/name" or "owner/name:subset".
-      split: the split of a folder or a hub data set.
-      limit: the largest number of rows, over all sources; what lies behind is not read.
-      revision: branch, tag or commit of a hub data set.
+      paths: files (.jsonl, .json, .csv, .parquet), folders with one file per split, such as
+        `train.jsonl`, or Hub ids as "owner/name" or "owner/name:subset".
+      split: the split to read of a folder or a Hub dataset.
+      limit: the largest number of rows over all sources; rows after that are not read.
+      revision: branch, tag or commit of a Hub dataset.
 
     Raises:
-      ValueError: a source is missing, unreachable, of an unknown kind or empty, or a row is malformed
-        (with file and line).
+      ValueError: a source is missing, unreachable, empty or of an unsupported file type, or a row
+        is malformed (the message has the file and line).
     """
     rows = itertools.chain.from_iterable(_read(path, split, revision) for path in paths)
     return list(itertools.islice(rows, limit))
 
 
 def find_split(folder: str, split: str) -> str | None:
-    """The file of a split in a folder, such as `train.jsonl`, or None."""
-    return next((str(f) for s in SUPPORTED if (f := Path(folder) / f"{split}{s}").is_file()), None)
+    """Returns the file of a split in a folder, such as `train.jsonl`, or None."""
+    for suffix in SUPPORTED:
+        file = Path(folder) / f"{split}{suffix}"
+        if file.is_file():
+            return str(file)
+    return None
 
 
 def _read(path: str, split: str, revision: str | None) -> Iterator[Row]:
-    """The rows of one source, at least one."""
-    file = Path(path)
-    if file.is_file():
-        rows = _read_file(path)
-    elif file.is_dir():
-        split_file = find_split(path, split)
-        if split_file is None:
-            raise ValueError(
-                f"{path} holds no file {' or '.join(split + suffix for suffix in SUPPORTED)}"
-            )
-        rows = _read_file(split_file)
-    elif _is_hub_id(path):
-        rows = _read_hub(path, split, revision)
-    else:
-        raise ValueError(_missing(file))
+    """Yields the rows of one source, which must have at least one."""
     empty = True
-    for row in rows:
+    for row in _open(path, split, revision):
         empty = False
         yield row
     if empty:
-        raise ValueError(f"{path} holds no rows")
+        raise ValueError(f"{path} contains no rows")
+
+
+def _open(path: str, split: str, revision: str | None) -> Iterator[Row]:
+    """Chooses the reader of a source."""
+    file = Path(path)
+    if file.is_file():
+        return _read_file(path)
+    if file.is_dir():
+        split_file = find_split(path, split)
+        if split_file is None:
+            names = ", ".join(split + suffix for suffix in SUPPORTED)
+            raise ValueError(f"{path} contains none of {names}")
+        return _read_file(split_file)
+    if _is_hub_id(path):
+        return _read_hub(path, split, revision)
+    raise ValueError(_missing(file))
 
 
 def _read_file(path: str) -> Iterator[Row]:
@@ -93,85 +102,98 @@ def _read_file(path: str) -> Iterator[Row]:
         case ".parquet":
             return _read_parquet(path)
     raise ValueError(
-        f"{path} is not of a kind that can be read; supported: {', '.join(SUPPORTED)}, or a hub id"
+        f"{path} has an unsupported file type; supported: {', '.join(SUPPORTED)}, or a Hub id"
     )
 
 
 def _read_jsonl(path: str) -> Iterator[Row]:
-    """One object a line; empty lines are passed over. Lines end at a line feed only, as JSON demands."""
+    """Yields the rows of a file with one JSON object per line; empty lines are skipped."""
+    # Binary mode splits lines at "\n" only. str.splitlines would also split at characters that
+    # JSON allows inside a string, such as U+2028.
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
-            if text := _decode(line, where).strip():
-                try:
-                    value = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: {_syntax(error)}") from error
-                yield _row(value, where)
+            text = _decode(line, where).strip()
+            if not text:
+                continue
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: {_json_problem(error)}") from error
+            yield _object_row(value, where)
 
 
 def _read_json(path: str) -> Iterator[Row]:
-    """One list of objects."""
+    """Yields the rows of a file that is one JSON list of objects."""
     try:
         values = json.loads(_decode(Path(path).read_bytes(), path))
     except json.JSONDecodeError as error:
-        hint = "; one object a line wants the suffix .jsonl" if error.msg == "Extra data" else ""
-        raise ValueError(f"{path}, line {error.lineno}: {_syntax(error)}{hint}") from error
+        hint = ""
+        # Python reports a second object after the first as "Extra data": the file is JSON Lines.
+        if error.msg == "Extra data":
+            hint = "; a file with one object per line needs the suffix .jsonl"
+        raise ValueError(f"{path}, line {error.lineno}: {_json_problem(error)}{hint}") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: {_syntax(error)}") from error
+        raise ValueError(f"{path}: {_json_problem(error)}") from error
     if not isinstance(values, list):
-        raise ValueError(f"{path}: holds one {type(values).__name__}, not a list of objects")
+        raise ValueError(f"{path}: contains one {type(values).__name__}, not a list of objects")
     for number, value in enumerate(values, 1):
-        yield _row(value, f"{path}, item {number}")
+        yield _object_row(value, f"{path}, item {number}")
 
 
 def _read_csv(path: str) -> Iterator[Row]:
-    """A header, then one row of as many fields each, as text.
+    """Yields the rows of a CSV file with a header; all values are text.
 
-    Not by `datasets` 5.2, which infers types (an answer "007" becomes 7, one that reads "None" becomes nothing),
-    fills short rows, cuts long ones, and does not say on which line a row stands.
+    `datasets` 5.2 is not used, because it infers types (the answer "007" becomes 7, "None" becomes
+    null), pads short rows, truncates long ones, and does not report the line of a row.
     """
-    reader = csv.reader(
-        io.StringIO(_decode(Path(path).read_bytes(), path), newline=""), strict=True
-    )
+    # newline="" leaves line breaks to the csv module, which must see those in quoted fields as is.
+    text = io.StringIO(_decode(Path(path).read_bytes(), path), newline="")
+    reader = csv.reader(text, strict=True)
     header: list[str] = []
-    first = 1  # the line on which the row begins; quoted fields may run over several
+    first_line = 1  # where the current row starts; quoted fields may contain line breaks
     try:
         for values in reader:
-            where, first = f"{path}, line {first}", reader.line_num + 1
+            where = f"{path}, line {first_line}"
+            first_line = reader.line_num + 1
             if not header:
                 header = values
-                if repeated := {name for name in header if header.count(name) > 1}:
-                    raise ValueError(
-                        f"{where}: the header names {', '.join(sorted(repeated))} twice"
-                    )
+                _check_header(header, where)
             elif len(values) == len(header):
                 yield Row(fields=dict(zip(header, values, strict=True)), where=where)
-            elif values:  # an empty line has none
+            elif values:  # the reader returns an empty list for an empty line
                 raise ValueError(
-                    f"{where}: its number of fields is {len(values)}, but the header's is {len(header)}"
+                    f"{where}: the row's number of fields is {len(values)}, "
+                    f"but the header's is {len(header)}"
                 )
     except csv.Error as error:
-        raise ValueError(f"{path}, line {first}: not CSV: {error}") from error
+        raise ValueError(f"{path}, line {first_line}: not CSV: {error}") from error
+
+
+def _check_header(header: Sequence[str], where: str) -> None:
+    repeated = {name for name in header if header.count(name) > 1}
+    if repeated:
+        # The row is a dict, so one of two columns with the same name would be lost.
+        raise ValueError(f"{where}: the header repeats {', '.join(sorted(repeated))}")
 
 
 def _read_parquet(path: str) -> Iterator[Row]:
+    # Imported only when needed: the import is slow, and most runs read JSON Lines.
     import datasets
 
-    with (
-        tempfile.TemporaryDirectory() as cache
-    ):  # the rows go to memory; no copy of the file stays behind
+    # A cache of its own, deleted afterwards: the default one would keep a copy of the file.
+    with tempfile.TemporaryDirectory() as cache:
         try:
-            with _quiet():
+            with _quiet_datasets():
                 table = datasets.load_dataset(
                     "parquet", data_files=path, split="train", cache_dir=cache
                 )
-        except Exception as error:  # whatever the reader raises is about this file
+        # The reader has no common base class of errors; all of them are about this file.
+        except Exception as error:
             raise ValueError(
-                f"{path} cannot be read as Parquet: {_reason(_root(error))}"
+                f"{path} cannot be read as Parquet: {_first_line(_root_cause(error))}"
             ) from error
-        for number, fields in enumerate(table, 1):
-            yield Row(fields=dict(fields), where=f"{path}, row {number}")
+        yield from _table_rows(table, path)
 
 
 def _read_hub(path: str, split: str, revision: str | None) -> Iterator[Row]:
@@ -179,34 +201,44 @@ def _read_hub(path: str, split: str, revision: str | None) -> Iterator[Row]:
 
     name, _, subset = path.partition(":")
     try:
-        with _quiet():
+        with _quiet_datasets():
             table = datasets.load_dataset(name, subset or None, split=split, revision=revision)
-    except (
-        Exception
-    ) as error:  # the network, the hub, the data set's own files: all mean that there are no rows
+    # Whether the network, the Hub or the dataset's own files fail, there are no rows to read.
+    except Exception as error:
         raise ValueError(
-            f"{path}: no such file, and the hub gave no split {split!r} of a data set of that name: {_reason(error)}"
+            f"{path}: there is no such file, and loading split {split!r} of a Hub dataset with "
+            f"that name failed: {_first_line(error)}"
         ) from error
+    yield from _table_rows(table, path)
+
+
+def _table_rows(table: Iterable[dict[str, Any]], path: str) -> Iterator[Row]:
     for number, fields in enumerate(table, 1):
         yield Row(fields=dict(fields), where=f"{path}, row {number}")
 
 
 def _is_hub_id(path: str) -> bool:
-    """Whether a path that is no file reads as a hub id rather than as a misspelt file."""
-    named = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", path) is not None
+    """Whether a path that does not exist looks like a Hub id rather than a misspelled file."""
+    is_named_like_one = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", path) is not None
     has_suffix = re.search(r"\.[A-Za-z]\w*$", path) is not None
     in_a_folder = "/" in path and Path(path).parent.is_dir()
-    return named and not has_suffix and not in_a_folder and not Path(path).exists()
+    # A socket or a device is neither a file nor a folder, but it does exist.
+    exists = Path(path).exists()
+    return is_named_like_one and not has_suffix and not in_a_folder and not exists
 
 
 def _missing(file: Path) -> str:
+    """Describes a missing file, with the closest existing name as a hint."""
     if not file.parent.is_dir():
         return f"no file {file}: there is no folder {file.parent}"
-    near = difflib.get_close_matches(file.name, [p.name for p in file.parent.iterdir()], n=1)
-    return f"no file {file}" + (f"; the nearest in its folder is {near[0]}" if near else "")
+    names = [entry.name for entry in file.parent.iterdir()]
+    near = difflib.get_close_matches(file.name, names, n=1)
+    if not near:
+        return f"no file {file}"
+    return f"no file {file}; the closest name in its folder is {near[0]}"
 
 
-def _row(value: Any, where: str) -> Row:
+def _object_row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: a row must be an object, not {type(value).__name__}")
     return Row(fields=value, where=where)
@@ -214,43 +246,52 @@ def _row(value: Any, where: str) -> Row:
 
 def _decode(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8-sig")  # some editors put a byte order mark first
+        return data.decode("utf-8-sig")  # some editors write a byte order mark first
     except UnicodeDecodeError as error:
-        line = "" if ", line" in where else f", line {data.count(10, 0, error.start) + 1}"
+        # For a whole file, `where` is only its path, and the line must be counted.
+        if ", line" not in where:
+            line = data.count(b"\n", 0, error.start) + 1
+            where = f"{where}, line {line}"
         raise ValueError(
-            f"{where}{line}: not UTF-8 text ({error.reason} at byte {error.start + 1})"
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start + 1})"
         ) from error
 
 
-def _syntax(error: Exception) -> str:
+def _json_problem(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg[0].lower()}{error.msg[1:]} (column {error.colno})"
-    return (
-        f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else _reason(error)}"
-    )
+        message = error.msg[0].lower() + error.msg[1:]
+        return f"not JSON: {message} (column {error.colno})"
+    if isinstance(error, RecursionError):
+        return "not JSON: nested too deeply"
+    return f"not JSON: {_first_line(error)}"
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of an error."""
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+def _first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message: one line is all that a user should see."""
+    for line in str(error).splitlines():
+        if line.strip():
+            return line.strip()
+    return type(error).__name__
 
 
-def _root(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
+    # `datasets` wraps its reader's error in one whose message does not say what is wrong.
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the progress bars and the logs of `datasets` and the hub: what fails becomes our own error."""
+def _quiet_datasets() -> Iterator[None]:
+    """Silences the progress bars and logs of `datasets` and the Hub client.
+
+    Failures reach the user as errors that the callers raise.
+    """
     import datasets
 
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
-    bars = not datasets.are_progress_bars_disabled()
+    had_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -259,5 +300,5 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if bars:
+        if had_bars:
             datasets.enable_progress_bars()

@@ -1,1 +1,1 @@
-"""What a model can do, as numbers."""
+"""Metrics of a model's answers."""

@@ -1,4 +1,7 @@
-"""The share of answers that equal their references, as text or by what a pattern finds in both."""
+"""Exact match: the fraction of answers that equal their references.
+
+Either the whole texts are compared, or what a regular expression extracts from both.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +17,39 @@ from lorax_ft.tree import Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExactMatch:
-    """Which answers are right."""
+    """Which answers are correct."""
 
     correct: tuple[bool, ...]
-    """For each answer, in their order."""
+    """Whether each answer is correct, in the order of the answers."""
 
     @property
     def count(self) -> int:
-        """Right answers."""
+        """Number of correct answers."""
         return sum(self.correct)
 
     @property
     def total(self) -> int:
-        """Answers."""
+        """Number of answers."""
         return len(self.correct)
 
     @property
     def fraction(self) -> float:
-        """Right answers over answers, between 0 and 1."""
+        """Fraction of correct answers, between 0 and 1."""
         return self.count / self.total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answers:
-    """Questions, what the model said, and how that compares."""
+    """The questions, the model's answers and the references, in the same order."""
 
     prompts: list[list[Message]]
     """The messages before each answer."""
     answers: list[str]
+    """What the model generated, stripped."""
     references: list[str]
+    """The last assistant turn of each conversation."""
     match: ExactMatch | None
-    """Of the answers that are compared; None where none is."""
+    """The result for the answers that were compared; None if none were."""
 
 
 def exact_match(
@@ -53,24 +58,30 @@ def exact_match(
     r"""Compares answers with their references.
 
     Args:
-      answers: what the model said.
-      references: what it should have said.
-      pattern: regular expression whose first group is compared, where it matches last in each text; of numbers
-        without their commas. None compares the whole texts, stripped.
+      answers: what the model generated.
+      references: the expected answers.
+      pattern: regular expression; its first group is compared, at its last match in each text. If
+        the group is a number, commas are removed first. None compares the whole texts, stripped.
 
     Raises:
-      ValueError: there is nothing to compare, the pattern is none or has no group, or does not match a reference.
+      ValueError: there is nothing to compare, or the pattern is not a regular expression, has no
+        group or does not match a reference.
 
-    >>> exact_match(["4 + 4 = 8, so #### 1,008"], ["#### 1008"], pattern=r"#### (-?[\d,.]+)").fraction
+    >>> pattern = r"#### (-?[\d,.]+)"
+    >>> exact_match(["4 + 4 = 8, so #### 1,008"], ["#### 1008"], pattern=pattern).fraction
     1.0
     """
     if not answers or len(answers) != len(references):
         raise ValueError(
-            f"{len(answers)} answers and {len(references)} references; give as many of each, at least one"
+            f"{len(answers)} answers and {len(references)} references; "
+            "give one reference for each answer, and at least one answer"
         )
-    wanted = extract_references(references, pattern=pattern)
-    found = [extract(text, pattern=pattern) for text in answers]
-    return ExactMatch(correct=tuple(a == b for a, b in zip(found, wanted, strict=True)))
+    expected = extract_references(references, pattern=pattern)
+    correct = []
+    for text, reference in zip(answers, expected, strict=True):
+        # An answer without a match is None, which equals no reference.
+        correct.append(extract(text, pattern=pattern) == reference)
+    return ExactMatch(correct=tuple(correct))
 
 
 def evaluate_answers(
@@ -83,69 +94,85 @@ def evaluate_answers(
     pattern: str | None = None,
     batch_size: int = 32,
 ) -> Answers:
-    """Lets the model give each conversation's last answer, greedily, and compares it with the one that stands there.
+    """Generates the last answer of each conversation, greedily, and compares it with the reference.
 
     Args:
-      model: gives the tokenizer too.
+      model: the model; its tokenizer is used too.
       params: parameters, with or without adapters.
-      conversations: with an assistant turn each; what follows the last one is left out.
-      max_new_tokens: the longest answer.
-      compared: how many answers, from the first on, are compared; None compares all.
+      conversations: conversations with an assistant turn each; turns after the last one are
+        ignored.
+      max_new_tokens: the largest number of tokens in an answer.
+      compared: how many answers to compare, counted from the first; None compares all.
       pattern: see `exact_match`.
-      batch_size: answers at once.
+      batch_size: answers that are generated at once.
 
     Raises:
       ValueError: as `exact_match` and `answer`, or a conversation has no assistant turn.
     """
+    prompts = []
+    references = []
     for number, messages in enumerate(conversations, 1):
         if all(message["role"] != "assistant" for message in messages):
             raise ValueError(
                 f"conversation {number} has no assistant turn to compare an answer with"
             )
-    pairs = [split_answer(messages) for messages in conversations]
-    prompts, references = [prompt for prompt, _ in pairs], [reference for _, reference in pairs]
-    right = references[:compared]
-    extract_references(right, pattern=pattern)  # before the minutes that answers may take
+        prompt, reference = split_answer(messages)
+        prompts.append(prompt)
+        references.append(reference)
+    expected = references[:compared]
+    # A pattern that does not fit must fail now, not after minutes of generation.
+    extract_references(expected, pattern=pattern)
     answers = answer(model, params, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    match = exact_match(answers[: len(right)], right, pattern=pattern) if right else None
+    match = None
+    if expected:
+        match = exact_match(answers[: len(expected)], expected, pattern=pattern)
     return Answers(prompts=prompts, answers=answers, references=references, match=match)
 
 
 def extract(text: str, *, pattern: str | None) -> str | None:
-    """What is compared of a text: the pattern's last match, a number without commas; None where nothing matches.
+    r"""Returns the part of a text that is compared; None if the pattern does not match.
 
-    >>> extract("first #### 3, then #### 1,250.", pattern=r"#### ([\\d,.]+)")
+    This is the first group of the pattern's last match, without commas if it is a number.
+
+    >>> extract("first #### 3, then #### 1,250.", pattern=r"#### ([\d,.]+)")
     '1250'
     """
     if pattern is None:
         return text.strip()
-    found = [
-        match[1].strip() for match in _compiled(pattern).finditer(text) if match[1] is not None
-    ]
-    if not found:
+    found = None
+    # A model may write the answer's marker several times while it reasons; the last match counts.
+    for match in _compile(pattern).finditer(text):
+        # A group in an unused alternative is None, as in "(a)|b".
+        if match[1] is not None:
+            found = match[1].strip()
+    if found is None:
         return None
-    is_number = re.fullmatch(r"[-+]?\d[\d,]*(\.\d*)?", found[-1]) is not None
-    return found[-1].replace(",", "").removesuffix(".") if is_number else found[-1]
-
-
-def extract_references(references: Sequence[str], *, pattern: str | None) -> list[str]:
-    """What is compared of each reference.
-
-    Raises:
-      ValueError: the pattern is none or has no group, or does not match one of them.
-    """
-    found = []
-    for number, text in enumerate(references, 1):
-        part = extract(text, pattern=pattern)
-        if part is None:
-            raise ValueError(
-                f"the answer pattern {pattern!r} does not match reference {number}: {text[-80:]!r}"
-            )
-        found.append(part)
+    if re.fullmatch(r"[-+]?\d[\d,]*(\.\d*)?", found):
+        # A pattern such as ([\d.]+) also captures the period that ends the sentence.
+        return found.replace(",", "").removesuffix(".")
     return found
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def extract_references(references: Sequence[str], *, pattern: str | None) -> list[str]:
+    """Returns the part of each reference that is compared.
+
+    Raises:
+      ValueError: the pattern is not a regular expression, has no group or does not match one of
+        the references.
+    """
+    extracted = []
+    for number, text in enumerate(references, 1):
+        part = extract(text, pattern=pattern)
+        if part is None:
+            # The end of the reference is where an answer usually stands.
+            raise ValueError(
+                f"the answer pattern {pattern!r} does not match reference {number}: {text[-80:]!r}"
+            )
+        extracted.append(part)
+    return extracted
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
