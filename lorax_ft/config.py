@@ -13,6 +13,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,18 +25,7 @@ from lorax_ft.checks import (
     compile_pattern,
     parse_pattern,
 )
-
-FROM_DATA = ("eva", "corda", "lora_ga", "lora_one")
-USED_BY = {
-    "calibration_batches": FROM_DATA,
-    "eva_rho": ("eva",),
-    "corda_mode": ("corda",),
-    "lora_ga_gamma": ("lora_ga",),
-    "lora_one_gamma": ("lora_one",),
-    "svd_iterations": ("pissa", "loftq", *FROM_DATA),
-    "keep_base": ("pissa", "milora", "olora", "loftq", "corda", "lora_ga"),
-}
-"""Adapter options that only some inits use, with those inits."""
+from lorax_ft.schema import INITS, METHODS, AdapterMethod, Factor, InitName
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_MODEL = str(ASSETS / "tiny")
@@ -85,25 +75,15 @@ class QuantConfig:
 class AdapterConfig:
     """Which modules get adapters, their rank, and how they are initialized."""
 
+    method: AdapterMethod = "lora"
+    """Adapter method."""
     rank: int = 8
     """Rank r of the adapters."""
     alpha: float = 16.0
     """LoRA alpha: the numerator of the scale, see adapter.scaling."""
     scaling: Literal["standard", "rank_stabilized"] = "standard"
     """Scale of A B: alpha / r (standard), or alpha / sqrt(r) (rank_stabilized, rsLoRA)."""
-    init: Literal[
-        "kaiming",
-        "gaussian",
-        "orthogonal",
-        "pissa",
-        "milora",
-        "olora",
-        "loftq",
-        "eva",
-        "corda",
-        "lora_ga",
-        "lora_one",
-    ] = "kaiming"
+    init: InitName = "kaiming"
     """Initialization of A and B.
     kaiming, gaussian: random A and B = 0; orthogonal: random A and B with A B = 0;
     pissa, milora: the largest or smallest singular triples of the weight;
@@ -148,7 +128,7 @@ class AdapterConfig:
     train_whole: tuple[str, ...] = ()
     """Modules whose own weights are trained (PEFT: modules_to_save); "all": full fine-tuning.
     Same syntax as adapter.targets."""
-    freeze: tuple[Literal["lora_a", "lora_b"], ...] = ()
+    freeze: tuple[Factor, ...] = ()
     """Adapter factors to freeze at their initial values; freezing lora_a is LoRA-FA."""
     start_from: str | None = None
     """Deprecated: use continue_from."""
@@ -170,7 +150,7 @@ class AdapterConfig:
         for index in self.layers:
             check(index >= 0, f"adapter.layers is {self.layers}; indices start at 0")
         self._check_svd()
-        self._check_init_options()
+        self._check_options()
         self._check_ranks()
         self._check_trained_modules()
 
@@ -213,15 +193,25 @@ class AdapterConfig:
             "remove adapter.svd_iterations",
         )
 
-    def _check_init_options(self) -> None:
-        """Raise if an option was changed that the chosen init would silently ignore."""
-        for field, inits in USED_BY.items():
+    def _check_options(self) -> None:
+        """Raise if an option was changed that the method or the init would silently ignore."""
+        used_by_init = {name: row.options for name, row in INITS.items()}
+        self._check_used("method", self.method, METHODS)
+        self._check_used("init", self.init, used_by_init)
+
+    def _check_used(
+        self, choice: str, chosen: str, used_by: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """Raise if an option that some choices use was changed, and the chosen one ignores it."""
+        optional = {option: None for options in used_by.values() for option in options}
+        for field in optional:
             value = getattr(self, field)
-            default = getattr(type(self), field)
+            unchanged = value == getattr(type(self), field)
+            users = [name for name, options in used_by.items() if field in options]
             check(
-                value == default or self.init in inits,
-                f"adapter.{field} is {value}, but adapter.init {self.init} does not use it; "
-                f"it applies to {', '.join(inits)}",
+                unchanged or chosen in users,
+                f"adapter.{field} is {value}, but adapter.{choice} {chosen} does not use it; "
+                f"it applies to {', '.join(users)}",
             )
 
     def _check_ranks(self) -> None:
@@ -503,7 +493,9 @@ class Config:
             return
         # Each round quantizes what A B does not explain; keep_base forbids that change of the base.
         alternates = (
-            adapter.init in ("pissa", "loftq") and quant.format != "none" and not adapter.keep_base
+            INITS[adapter.init].fits_quantized
+            and quant.format != "none"
+            and not adapter.keep_base
         )
         check(
             alternates,

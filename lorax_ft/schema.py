@@ -76,6 +76,9 @@ OTHER = LeafSchema((), BASE, Group.VECTOR)
 """A leaf of the base that has no row, such as the scale of a norm."""
 
 
+Factor = Literal["lora_a", "lora_b"]
+"""The factors that `adapter.freeze` may freeze."""
+
 AdapterMethod = Literal["lora"]
 
 METHODS: Mapping[str, tuple[str, ...]] = {

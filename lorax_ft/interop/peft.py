@@ -1,7 +1,8 @@
 """PEFT adapter folders, written and read.
 
-PEFT keeps the factors transposed (`lora_A.weight` `[r, in]`, `lora_B.weight` `[out, r]`), tensors for each layer
-of a stack, and no start: A₀ and B₀ become further columns, A' = [A, A₀] and B' = [B; −B₀], on the original base.
+PEFT keeps the factors transposed (`lora_A.weight` `[r, in]`, `lora_B.weight` `[out, r]`), a tensor for
+each layer of a stack, and no start: A₀ and B₀ become further columns, A' = [A, A₀] and B' = [B; −B₀],
+on the original base.
 """
 
 from __future__ import annotations
@@ -14,34 +15,27 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from safetensors.numpy import save_file
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, unstacked
-from lorax_ft.interop.peft_collect import (
-    Layers,
-    Matrix,
-    base_kernel,
-    collect_adapters,
-    differ,
-    table,
-)
-from lorax_ft.interop.peft_config import (
-    CONFIG,
-    rank_and_scale,
-    read_config,
-    without_tensors,
-    write_config,
-)
-from lorax_ft.interop.peft_tensors import PREFIX, WEIGHTS, Entry, adapter_tensors
-from lorax_ft.lowrank.linear import Layer, column_norm
-from lorax_ft.models.model import Model
+from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, read_json, unstacked
+from lorax_ft.interop.peft_collect import collect_adapters, differ
+from lorax_ft.interop.peft_config import CONFIG, WEIGHTS, without_tensors
+from lorax_ft.interop.peft_methods import Matrix, method_of_config, method_of_matrix
+from lorax_ft.interop.peft_tensors import OWN_SUFFIXES, PREFIX, Entry, adapter_tensors
+from lorax_ft.lowrank.layout import Layout
+from lorax_ft.lowrank.spec import LayerSpec, base_kernel, base_shape, with_kernel
+from lorax_ft.lowrank.terms import magnitude
+from lorax_ft.lowrank.terms.term import Layer
+from lorax_ft.models.model import HEAD, TABLE, LoadedModel, Model
 from lorax_ft.quant.kernels import Quantized
+from lorax_ft.schema import leaf_schema
 from lorax_ft.tree import Tree, from_modules, modules
 
-BASE = "nf4_base"  # the folder beside a run's adapter that holds its base, where a checkpoint elsewhere is not it
+BASE = "nf4_base"  # the folder beside a run's adapter with its base, if no other checkpoint is it
+Place = tuple[str, tuple[int, ...]]
+"""The path of a module, and the index of one matrix in its stack."""
 
 
 def save_peft(
@@ -53,56 +47,57 @@ def save_peft(
     base: str | Path | None = None,
     others: Literal["refuse", "keep"] = "refuse",
 ) -> None:
-    """Writes the adapters in `params` as a folder that PEFT loads on the model's original checkpoint, or on `base`.
+    """Writes the adapters in `params` as a folder that PEFT loads on the original checkpoint.
 
-    Modules trained whole are written too. A start (PiSSA) becomes plain LoRA of twice the rank on the original, and
-    nothing on `base`. Alpha is the scale times the rank.
+    Fully trained modules are written too. A start (PiSSA) becomes plain LoRA of twice the rank on
+    the original, and nothing on `base`. Alpha is the scale times the rank.
 
     Args:
-      folder: written beside and renamed.
+      folder: written to a temporary folder first, then renamed.
       params: base and adapters together.
       model: the model as it was loaded; its source is named as the adapter's base.
-      config: what the adapters were made from: says which modules were trained whole, and the dropout rate.
-        None compares the weights with the model's own, and records no dropout.
-      base: folder with the base as it stands in `params`, without the starts (`save_quantized`); needed where an init
-        changed a base that is quantized, since no adapter on the original gives that back.
-      others: what becomes of files of other names in the folder.
+      config: what the adapters were made from: says which modules were trained in full, and the
+        dropout rate. None compares the weights with the model's own, and records no dropout.
+      base: folder with the base as it is in `params`, without the starts (`save_quantized`), on which
+        PEFT is to load the adapter. Needed where an init changed a quantized base, since no adapter
+        on the original is equal to that.
+      others: whether files of other names in the folder are kept, or refused.
 
     Raises:
-      ValueError: there is no adapter, a module is both adapted and trained whole, `base` is needed, or the folder holds
-        other files.
+      ValueError: there is no adapter, a module is both adapted and trained in full, `base` is
+        needed, or the folder holds other files.
     """
     adapters, whole = collect_adapters(params, model, config, base=base)
     names = family_names(model.hf_config)
-    named = {path: hf_module(path, names) for path in adapters}
-    tensors = {
-        k: v
-        for path, matrix in adapters.items()
-        for k, v in _tensors(path, named[path], matrix).items()
-    }
+    named = {hf_module(path, names): matrix for path, matrix in adapters.items()}
+    method = method_of_matrix(next(iter(adapters.values())))
+    tensors: dict[str, np.ndarray] = {}
+    for path, matrix in adapters.items():
+        module = hf_module(path, names)
+        for suffix, value in method.tensors(matrix, path == TABLE).items():
+            tensors[f"{PREFIX}{module}.{suffix}"] = np.ascontiguousarray(value)
     for path, weight in whole.items():
         module, _, leaf = path.rpartition("/")
-        tensors[f"{PREFIX}{hf_module(module, names)}.{LEAVES[leaf]}"] = weight
-    peft_config = write_config(
-        {named[path]: matrix["lora_a"].shape[1] for path, matrix in adapters.items()},
-        {named[path]: matrix["lora_scale"].item() for path, matrix in adapters.items()},
-        modules=_known_modules(model),
-        base_model_name_or_path=str(base) if base else model.source or None,
-        lora_dropout=config.dropout if config else 0.0,
-        modules_to_save=sorted({hf_module(path.rpartition("/")[0], names) for path in whole})
-        or None,
-        use_dora=any("magnitude" in matrix for matrix in adapters.values()),
-    )
+        name = f"{PREFIX}{hf_module(module, names)}.{LEAVES[leaf]}"
+        tensors[name] = np.ascontiguousarray(weight)
+    whole_modules = {hf_module(path.rpartition("/")[0], names) for path in whole}
+    peft_config = {
+        "peft_type": method.peft_type,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": str(base) if base else model.source or None,
+        "modules_to_save": sorted(whole_modules) or None,
+        **method.config(named, _known_modules(model, params)),
+    }
+    if method.dropout is not None:
+        peft_config[method.dropout] = config.dropout if config else 0.0
     with new_folder(folder, others=others) as new:
-        (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
-        save_file(
-            {k: np.ascontiguousarray(v) for k, v in tensors.items()},
-            new / WEIGHTS,
-            metadata={"format": "pt"},
-        )
+        text = json.dumps(peft_config, indent=2, sort_keys=True)
+        (new / CONFIG).write_text(text + "\n")
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_peft(folder: str | Path, model: Model) -> Tree:
+def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     """The model's parameters with the adapters of a PEFT folder in them.
 
     Args:
@@ -110,171 +105,204 @@ def load_peft(folder: str | Path, model: Model) -> Tree:
       model: the adapter's base.
 
     Raises:
-      ValueError: the folder is damaged, holds no LoRA or an option that is not supported, or does not fit the model.
+      ValueError: the folder is damaged, its type or an option of it is not supported, or it does not
+        fit the model.
     """
     folder = Path(folder)
-    config, known = read_config(folder), _known_modules(model)
+    config = read_config(folder)
+    method = method_of_config(config, folder)
+    known = _known_modules(model, model.params)
     _check_base(config, folder, model)
     layers = modules(model.params)
-    adapters: dict[str, dict[Any, Matrix]] = {}
-    found: dict[tuple[str, Any], Entry] = {}
-    for entry in adapter_tensors(folder, config, model):
-        where = f"{folder}: {entry.key}"
-        path, index = _place(entry.module, known, where=folder)
+    raw: dict[Place, Matrix] = {}
+    targets: dict[Place, Entry] = {}
+    for entry in adapter_tensors(folder, config, method, model):
+        place = _place(entry.module, known, where=folder)
         if entry.leaf != "base":
-            found[path, index] = entry
-        if entry.leaf in ("base", "whole", "bias"):
-            layers |= _with_whole(layers, path, index, entry, where=where)
-        elif "scale" in layers.get(path, {}):
-            raise ValueError(f"{where} is for a norm, which takes no adapter")
-        elif entry.value.ndim != 2 and entry.leaf != "magnitude":
-            raise ValueError(f"{where} has the shape {entry.value.shape}, which is not a matrix's")
+            targets[place] = entry
+        if entry.leaf in OWN_SUFFIXES.values():
+            layers |= _with_own_weight(layers, place, entry, model.layout, where=folder)
         else:
-            adapters.setdefault(path, {}).setdefault(index, {})[entry.leaf] = entry.value.T
-    if (
-        model.config.tied
-        and "lm_head" in layers
-        and not differ(layers["lm_head"]["kernel"], table(layers))
-    ):
-        del layers["lm_head"]
-    if missing := without_tensors(config, [entry.target for entry in found.values()], known):
-        raise ValueError(
-            f"{folder}: {CONFIG} targets {missing[0]}, but {WEIGHTS} holds nothing of it; is it another model's?"
-        )
-    if not found:
-        raise ValueError(f"{folder}: {WEIGHTS} holds no adapter")
-    for path, matrices in adapters.items():
-        for index, matrix in matrices.items():
-            _complete(matrix, config, found[path, index], where=folder)
+            _check_adaptable(entry, layers.get(place[0], {}), where=folder)
+            raw.setdefault(place, {})[entry.leaf] = entry.value
+    if model.config.tied and HEAD in layers:
+        table = layers[TABLE]["embedding"].T
+        if not differ(layers[HEAD]["kernel"], table):
+            del layers[HEAD]
+    _check_complete(config, targets, known, folder)
+    stacks: dict[str, dict[tuple[int, ...], Matrix]] = {}
+    for (path, index), matrix in raw.items():
+        entry = targets[path, index]
+        where = f"{folder}: {entry.module}"
+        complete = method.complete(matrix, config, entry.target, where)
+        stacks.setdefault(path, {})[index] = complete
+    for path, matrices in stacks.items():
         layers[path] = layers.get(path, {}) | _stacked(
-            matrices, base_kernel(layers, path), path=path, where=folder
+            matrices, layers, path, model.layout[path], where=folder
         )
     return from_modules(layers)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder.
+
+    Raises:
+      ValueError: it is missing, its type is not supported, or it has an option that changes numbers
+        and is not supported.
+    """
+    config = read_json(folder / CONFIG)
+    method_of_config(config, folder).check_config(config, folder)
+    return config
+
+
 def _check_base(config: Mapping[str, Any], folder: Path, model: Model) -> None:
-    """Raise where the adapter is for a base without its start and the model is none, or another's."""
-    named, source = Path(config.get("base_model_name_or_path") or ""), Path(model.source).resolve()
-    own = source in (named.resolve(), folder.resolve().parent / BASE)
-    if model.without_start and not own:
+    """Raise where the adapter is for a base without its start and the model is not that base.
+
+    Likewise where the model is such a base, and the adapter is for another.
+    """
+    named = Path(config.get("base_model_name_or_path") or "")
+    source = Path(model.source).resolve()
+    is_own_base = source in (named.resolve(), folder.resolve().parent / BASE)
+    if model.without_start and not is_own_base:
         raise ValueError(
-            f"{model.source} lacks another adapter's start; {folder} was trained on {named}: load that"
+            f"{model.source} is the base of another adapter, without its start; {folder} was trained "
+            f"on {named}: load that"
         )
-    if named.name == BASE and not (own and model.without_start):
+    if named.name == BASE and not (is_own_base and model.without_start):
+        raise ValueError(f"{folder} was trained on {named}, not on {model.source}; load {named}")
+
+
+def _check_adaptable(entry: Entry, layer: Layer, *, where: Path) -> None:
+    """Raise where a tensor belongs to a norm, or has the wrong number of axes."""
+    if "scale" in layer:
+        raise ValueError(f"{where}: {entry.key} adapts a norm, which is not supported")
+    # Magnitudes are vectors; PEFT has a vector of IA3 as a matrix with one row or column.
+    vectors = leaf_schema(entry.leaf).axes == ("stack", "out")
+    if entry.value.ndim != 2 and not vectors:
         raise ValueError(
-            f"{folder} was trained on {named}, not on {model.source}; load that with it"
+            f"{where}: {entry.key} has the shape {entry.value.shape}; it must be a matrix"
         )
 
 
-def _known_modules(model: Model) -> dict[str, tuple[str, Any]]:
-    """Where the modules of the model stand, by Hugging Face's names: the module's path and the index in its stack."""
-    layers: Layers = {"lm_head": {}} | modules(model.params)
-    stack = (model.config.layers, model.config.experts.count if model.config.experts else 1)
+def _check_complete(
+    config: Mapping[str, Any], targets: Mapping[Place, Entry], known: Mapping[str, Place], folder: Path
+) -> None:
+    """Raise where the folder lacks tensors of its targets, or has no tensors at all."""
+    missing = without_tensors(config, [entry.target for entry in targets.values()], known)
+    if missing:
+        raise ValueError(
+            f"{folder}: {CONFIG} targets {missing[0]}, but {WEIGHTS} holds no tensor for it; is it "
+            "another model's?"
+        )
+    if not targets:
+        raise ValueError(f"{folder}: {WEIGHTS} holds no adapter")
+
+
+def _known_modules(model: Model, params: Tree) -> dict[str, Place]:
+    """Where the modules of the model stand, by Hugging Face's names."""
+    experts = model.config.experts.count if model.config.experts else 1
+    stack = (model.config.layers, experts)
     names = family_names(model.hf_config)
-    return {
-        hf_module(logical, names): (path, index)
-        for path in layers
-        for logical, index in unstacked(path, stack)
-    }
+    known = {}
+    for path in {HEAD: {}} | modules(params):
+        for logical, index in unstacked(path, stack):
+            known[hf_module(logical, names)] = (path, index)
+    return known
 
 
-def _place(module: str, known: Mapping[str, tuple[str, Any]], *, where: Path) -> tuple[str, Any]:
+def _place(module: str, known: Mapping[str, Place], *, where: Path) -> Place:
     """The path of a module, and its index in the stack there."""
     if module in known:
         return known[module]
     near = difflib.get_close_matches(module, known, n=1)
-    raise ValueError(
-        f"{where}: the model has no module {module}"
-        + (f"; the nearest is {near[0]}" if near else "")
-    )
+    hint = f"; the nearest is {near[0]}" if near else ""
+    raise ValueError(f"{where}: the model has no module {module}{hint}")
 
 
-def _tensors(path: str, name: str, matrix: Matrix) -> dict[str, np.ndarray]:
-    """The tensors of the adapter at a logical path, whose module has a name in the checkpoint."""
-    name = PREFIX + name
-    a, b = (
-        ("lora_embedding_A", "lora_embedding_B")
-        if path == "embed_tokens"
-        else ("lora_A.weight", "lora_B.weight")
-    )
-    tensors = {f"{name}.{a}": matrix["lora_a"].T, f"{name}.{b}": matrix["lora_b"].T}
-    return tensors | (
-        {f"{name}.lora_magnitude_vector": matrix["magnitude"]} if "magnitude" in matrix else {}
-    )
-
-
-def _with_whole(
-    layers: Layers, path: str, index: Any, entry: Entry, *, where: str
+def _with_own_weight(
+    layers: Mapping[str, Layer], place: Place, entry: Entry, layout: Layout, *, where: Path
 ) -> dict[str, Layer]:
     """The layers that a weight, or a bias, of one layer of a stack replaces."""
-    layer = layers.get(path) or {"kernel": base_kernel(layers, path)}
-    name = (
-        "bias"
-        if entry.leaf == "bias"
-        else next(n for n in ("kernel", "embedding", "scale") if n in layer)
-    )
+    path, index = place
+    layer = layers.get(path)
+    if layer is None:  # a tied head, which the folder unties
+        layer = {"kernel": base_kernel(layers, path, layout[path])}
+    if entry.leaf == "bias":
+        name = "bias"
+    else:
+        name = next(name for name in ("kernel", "embedding", "scale") if name in layer)
     if name not in layer:
-        raise ValueError(f"{where}: the model's module has no bias")
+        raise ValueError(f"{where}: {entry.key}: the model's module has no bias")
     old = layer[name]
     if isinstance(old, Quantized):
         raise ValueError(
-            f"{where} was trained whole; the model's is quantized: load it with quant.format none"
+            f"{where}: {entry.key} was trained in full, but the model is quantized: load it with "
+            "quant.format none"
         )
     value = entry.value.T if name == "kernel" else entry.value
     if old[index].shape != value.shape:
         raise ValueError(
-            f"{where} has the shape {value.shape}; the model's is {old[index].shape} (in, out)"
+            f"{where}: {entry.key} has the shape {value.shape}; the model's is {old[index].shape} "
+            "(in, out)"
         )
     dtype = jnp.promote_types(old.dtype, value.dtype)
-    new = {path: layer | {name: jnp.asarray(old, dtype).at[index].set(jnp.asarray(value, dtype))}}
-    if entry.leaf == "whole" and path == "embed_tokens" and "lm_head" not in layers:
-        new["lm_head"] = {
-            "kernel": table(layers)
-        }  # PEFT trains a copy: a tied head keeps the table
+    replaced = jnp.asarray(old, dtype).at[index].set(jnp.asarray(value, dtype))
+    new = {path: layer | {name: replaced}}
+    if entry.leaf == "whole" and path == TABLE and HEAD not in layers:
+        # PEFT trains a copy of the table, so a tied head keeps the original.
+        new[HEAD] = {"kernel": base_kernel(layers, HEAD, layout[HEAD])}
     return new
 
 
-def _complete(matrix: Matrix, config: Mapping[str, Any], entry: Entry, *, where: Path) -> None:
-    """Checks the tensors of the entry's module and puts its scale beside them."""
-    needed = ["lora_a", "lora_b", *(["magnitude"] if config.get("use_dora") else [])]
-    if missing := [name for name in needed if name not in matrix]:
-        raise ValueError(f"{where}: {entry.module} has no {missing[0]}")
-    rank, scale = rank_and_scale(config, entry.target)
-    matrix["lora_scale"] = np.asarray(scale)
-    if matrix["lora_a"].shape[1:] != (rank,) or matrix["lora_b"].shape[:1] != (rank,):
-        given = matrix["lora_a"].shape[-1]
-        raise ValueError(
-            f"{where}: {entry.module} has rank {given} in {WEIGHTS}, and {rank} in {CONFIG}"
-        )
-
-
 def _stacked(
-    matrices: Mapping[Any, Matrix], kernel: Array | Quantized, *, path: str, where: Path
+    matrices: Mapping[tuple[int, ...], Matrix],
+    layers: Mapping[str, Layer],
+    path: str,
+    spec: LayerSpec,
+    *,
+    where: Path,
 ) -> Layer:
-    """The adapter leaves of a stack: zero padding to the largest rank, scale 0 where a layer is not adapted."""
-    *stack, rows, columns = kernel.shape
-    rank = max(matrix["lora_a"].shape[1] for matrix in matrices.values())
-    shapes = {
-        "lora_a": (*stack, rows, rank),
-        "lora_b": (*stack, rank, columns),
-        "lora_scale": tuple(stack),
+    """The adapter leaves of a stack: zero padding to the largest rank, 0 for matrices without one."""
+    kernel_shape = base_shape(layers, path, spec)
+    rank = max(map(_rank, matrices.values()))
+    first = next(iter(matrices.values()))
+    leaves = {
+        name: np.zeros(spec.leaf_shape(name, kernel_shape, rank=rank), np.float32)
+        for name in first
     }
-    leaves = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     for index, matrix in matrices.items():
-        a, b = matrix["lora_a"], matrix["lora_b"]
-        if (len(a), b.shape[1]) != (rows, columns):
-            raise ValueError(
-                f"{where}: A and B of {path} are for {len(a)} × {b.shape[1]}; the model has {rows} × {columns}"
-            )
-        leaves["lora_a"][index][:, : a.shape[1]] = a
-        leaves["lora_b"][index][: b.shape[0]] = b
-        leaves["lora_scale"][index] = matrix["lora_scale"]
+        for name, value in matrix.items():
+            target = leaves[name][index]
+            _check_fits(name, value, target.shape, path, where=where)
+            # Only a rank axis may be longer than the matrix's own.
+            leaves[name][index][tuple(slice(size) for size in value.shape)] = value
     layer = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
-    if any("magnitude" in matrix for matrix in matrices.values()):
-        magnitude = np.array(
-            column_norm(layer | {"kernel": kernel})
-        )  # the identity, where there is no adapter
+    if magnitude.MAGNITUDE in layer and len(matrices) < leaves[magnitude.MAGNITUDE][..., 0].size:
+        # Where there is no adapter, the magnitude is the identity.
+        whole = with_kernel({**layers, path: layers.get(path, {}) | layer}, path, spec)
+        full = np.array(magnitude.column_norm(whole))
         for index, matrix in matrices.items():
-            magnitude[index] = matrix["magnitude"].reshape(-1)
-        layer["magnitude"] = jnp.asarray(magnitude)
+            full[index] = matrix[magnitude.MAGNITUDE]
+        layer[magnitude.MAGNITUDE] = jnp.asarray(full)
     return layer
+
+
+def _rank(matrix: Matrix) -> int:
+    """The rank of a matrix's adapter; 0 where it has none."""
+    for name, value in matrix.items():
+        axes = leaf_schema(name).axes
+        if "rank" in axes:
+            return value.shape[axes.index("rank") - 1]  # without the stack axis
+    return 0
+
+
+def _check_fits(
+    name: str, value: np.ndarray, expected: tuple[int, ...], path: str, *, where: Path
+) -> None:
+    """Raise where a leaf has another size than the model's module, apart from its rank."""
+    axes = leaf_schema(name).axes[1:]
+    for axis, size, wanted in zip(axes, value.shape, expected, strict=True):
+        if axis != "rank" and size != wanted:
+            raise ValueError(
+                f"{where}: {name} of {path} has the shape {value.shape}; the model needs {expected}"
+            )
