@@ -165,7 +165,7 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     assert len(printed.splitlines()) == 2
     (tmp_path / "questions.txt").write_text("w7 w8\n\n" + "w9 " * 2048)
     message = (
-        f"error: {tmp_path}/questions.txt, line 3: 2051 tokens and max_new_tokens 8 are more than "
+        f"error: {tmp_path}/questions.txt, line 3: 2051 tokens plus max_new_tokens 8 exceed "
     )
     refused = call(
         "generate",
