@@ -81,7 +81,7 @@ class Chat:
             ):
                 yield answer
         finally:
-            # Also after Ctrl-C: the conversation goes on from what the user has seen.
+            # Also after Ctrl-C: the conversation continues from what the user has seen.
             self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
 
 
@@ -127,7 +127,7 @@ def _command(chat: Chat, line: str) -> str:
 
 
 def _adapter(chat: Chat, argument: str) -> str:
-    """Switches the adapter on or off, loads another one, or says which of these holds."""
+    """Switches the adapter on or off, loads another one, or says whether one is on."""
     if argument == "":
         return _adapter_status(chat)
     if argument in ("on", "off") and not chat.has_adapter:

@@ -55,7 +55,7 @@ class Args(ChatArgs):
 
 def main(args: Args) -> None:
     """Loads the model and prints the answers."""
-    # The file is read first: loading the model takes long, and a bad file should fail before.
+    # Before the model, which takes long to load: a bad file should fail at once.
     questions = {}
     if args.file is not None:
         questions = _read(Path(args.file))
@@ -80,7 +80,7 @@ def _answers(
     turn: int,
     where: Sequence[str] | None = None,
 ) -> list[str]:
-    """The answers to questions that do not know of each other."""
+    """The answers to independent questions, each in a conversation of its own."""
     import jax
 
     from lorax_ft.inference.texts import answer

@@ -44,7 +44,7 @@ class Args(ModelArgs):
 def main(args: Args) -> None:
     """Loads the model, merges the adapters and saves the result."""
     output = Path(args.output)
-    # All checks that need no model come first: loading it takes long.
+    # Check all that can be checked before loading the model, which takes long.
     _check_output(output, overwrite=args.overwrite)
     config, adapter = locate(args)
     if adapter is None:

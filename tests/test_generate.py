@@ -201,7 +201,7 @@ def test_sampling(model: Model) -> None:
         (1.0, 3, 0.75, [4 / 7, 3 / 7, 0, 0]),  # of the three that are left, two hold 7/9
     ],
 )
-def test_pick_draws_from_the_right_distribution(
+def test_sample_token_draws_from_the_right_distribution(
     temperature: float, top_k: int, top_p: float, expected: list
 ) -> None:
     n = 20_000

@@ -89,7 +89,7 @@ def prefill(
     cache: Cache | None = empty_cache(config, batch, padded + max_new_tokens)
     features, cache = model.features(params, tokens, cache=cache, length=sampling_params.max_length)
     assert cache is not None
-    # Prompts are padded on the right, so each row has its last token at another column.
+    # Prompts are padded on the right, so the last token of each row is at a different column.
     last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
     zeros = jnp.zeros(batch, jnp.int32)
     seen = _tokens_of_prompts(tokens, lengths, config.vocab_size)
@@ -211,7 +211,7 @@ def _tokens_of_prompts(tokens: Array, lengths: Array, vocab_size: int) -> Array:
 
 
 def _shard_rows(x: Array, mesh: Mesh | None) -> Array:
-    """x with its rows sharded over the mesh, if their number is divisible by the shards."""
+    """x with its rows sharded over the mesh, if their number is divisible by that of the shards."""
     if mesh is None:
         return x
     axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)

@@ -185,7 +185,7 @@ def check_prompts(
                 f"{config.max_positions} positions of the model; shorten the prompt or lower "
                 "max_new_tokens"
             )
-        # A gather out of range does not fail in JAX: it clamps, and the text would be wrong.
+        # JAX does not raise when it gathers out of range: the text would be silently wrong.
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(
                 f"{place} has the token id {max(prompt, key=abs)}, but the vocabulary has only "

@@ -13,7 +13,7 @@ class Sampling:
     """How the next token is chosen."""
 
     temperature: float = 0.0
-    """0 is greedy decoding; above 0 samples, and 1 samples from the model's own distribution."""
+    """0 is greedy decoding. Above 0, tokens are sampled; 1 keeps the model's own distribution."""
     top_k: int | None = None
     """Sample only from the k most likely tokens."""
     top_p: float | None = None

@@ -61,7 +61,7 @@ def answer(
         raise ValueError(f"batch_size is {batch_size}; it must be above 0")
     prompts = _encode_prompts(model, conversations, where, max_new_tokens=max_new_tokens)
     # A batch is padded to its longest prompt, so prompts of similar length share one. The longest
-    # come first: if memory does not suffice, this fails at once.
+    # come first: if memory runs out, it does so in the first batch.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     size = min(batch_size, len(prompts))
     params = with_all_norms(params)
@@ -69,7 +69,7 @@ def answer(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = [prompts[i] for i in rows]
-        # The last batch is filled up, as another batch size would compile another program.
+        # The last batch is padded to the same size: another size would compile another program.
         batch += batch[-1:] * (size - len(rows))
         *_, texts = stream_texts(
             model,
@@ -129,7 +129,7 @@ def stream_texts(
             break
         shown = _extended(shown, stable)
         yield shown
-    # Nothing follows any more, so the ends that were held back belong to the texts.
+    # No more tokens follow, so the ends that were held back belong to the texts.
     yield _extended(shown, texts)
 
 
@@ -156,7 +156,7 @@ def _encode_prompts(
 
 
 def _extended(shown: list[str], texts: list[str]) -> list[str]:
-    """The new texts; or the shown one, where the new text does not start with it.
+    """The new texts, except those that do not start with what was shown: these stay as shown.
 
     A byte-level decoder may withdraw a complete character while the next one is incomplete
     (ByteFallback in tokenizers).
@@ -173,7 +173,7 @@ def _stop_position(text: str, stop_strings: Sequence[str]) -> int | None:
             matches.append((start + len(stop), start))
     if not matches:
         return None
-    # By its end: a model that stops at once never generates what completes a longer stop string.
+    # The earliest end, not the earliest start: decoding token by token would stop there.
     _, start = min(matches)
     return start
 
