@@ -1,88 +1,74 @@
-"""Write a tuned model for another program.
+"""Export a fine-tuned model for another program.
 
     python scripts/export.py --run out/pissa --target vllm --output out/served
     python scripts/export.py --run out/pissa --target gguf --output out/tuned.gguf
 
-peft: the adapter as a PEFT folder. vllm: an adapter that vLLM serves, or the merged model where it cannot (DoRA).
-hf: the merged model as a folder for transformers. gguf: the merged model as a file for llama.cpp.
+Targets:
+  peft: the adapter as a PEFT folder.
+  vllm: the adapter for vLLM, or the merged model if vLLM does not support the adapter (DoRA).
+  hf: the merged model as a folder for transformers.
+  gguf: the merged model as a file for llama.cpp.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lorax_ft import cli
 from lorax_ft.run.model_args import ModelArgs, load_with_adapter, locate
 
+if TYPE_CHECKING:
+    from lorax_ft.models.model import Model
+    from lorax_ft.tree import Tree
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(ModelArgs):
-    """Write a tuned model for another program."""
+    """Export a fine-tuned model for another program."""
 
     target: Literal["peft", "vllm", "hf", "gguf"]
-    """What will read it: PEFT, vLLM, transformers, or llama.cpp."""
+    """Program that will load it: PEFT, vLLM, transformers (hf) or llama.cpp (gguf)."""
     output: str
-    """Folder to write; a .gguf file for gguf."""
+    """Folder to write; for gguf, a .gguf file."""
     max_lora_rank: int = 16
-    """vllm: what it is started with (--max-lora-rank)."""
+    """For vllm: the --max-lora-rank that you will start vLLM with."""
     gguf_type: Literal["F16", "Q8_0"] = "Q8_0"
-    """gguf: type of the matrices."""
+    """For gguf: data type of the weight matrices."""
     overwrite: bool = False
-    """Replace what is at the output."""
+    """Replace what is at the output path."""
 
 
 def main(args: Args) -> None:
-    """Loads, converts, writes."""
+    """Loads the model and exports it."""
     output = Path(args.output)
     _check(output, args)
     model, params = load_with_adapter(args)
-    from lorax_ft.interop.peft import save_peft
-    from lorax_ft.interop.save import save_model
-    from lorax_ft.interop.save_gguf import save_gguf
-    from lorax_ft.interop.vllm import save_for_vllm
-
-    quantized, merged = model.base != model.source, True
-    if args.target == "peft":
-        save_peft(output, params, model)
-        print(f"{output}: an adapter for PeftModel.from_pretrained")
-        merged = False
-    elif args.target == "vllm":
-        if save_for_vllm(output, params, model, max_lora_rank=args.max_lora_rank) == "adapter":
-            print(
-                f"{output}: an adapter; vllm serve {model.source} --enable-lora --max-lora-rank {args.max_lora_rank} "
-                f"--lora-modules tuned={output}"
-            )
-            merged = False
-        else:
-            print(
-                f"{output}: the merged model, as vLLM has no form for this adapter; vllm serve {output}"
-            )
-    elif args.target == "hf":
-        save_model(output, params, model)
-        print(f"{output}: the merged model for AutoModelForCausalLM.from_pretrained")
+    exported = _export(output, model, params, args)
+    # What the user must know about the base, where it is quantized.
+    if model.base == model.source:
+        return
+    if exported == "model":
+        print(f"The base of the adapter is {model.base}; the merged model contains it dequantized.")
     else:
-        save_gguf(output, params, model, kind=args.gguf_type)
-        print(f"{output}: the merged model in {args.gguf_type}; llama-cli -m {output}")
-    if quantized and merged:
-        print(f"The adapter's base is {model.base}; what is merged has that, dequantized.")
-    elif quantized:
         print(
-            f"The adapter was trained on {model.base}: load the base in that, as on another its answers differ."
+            f"The adapter was trained on {model.base}: load the base with the same quantization, "
+            "as the answers differ with another."
         )
 
 
 def _check(output: Path, args: Args) -> None:
-    """Refuses what cannot be written, before anything is loaded."""
-    _, adapter = locate(args)
+    """Raises ValueError for what cannot be exported, before the model is loaded."""
+    config, adapter = locate(args)
     if adapter is None and args.target in ("peft", "vllm"):
         raise ValueError(
-            f"there is no adapter to export for {args.target}: it is a whole model; take --target hf"
+            f"there is no adapter to export for {args.target}: {config.model.path} is a whole "
+            "model; use --target hf"
         )
     if args.target == "gguf":
         if output.suffix != ".gguf":
-            raise ValueError(f"--output {output} is no .gguf file")
+            raise ValueError(f"--output {output} is not a .gguf file")
         if output.exists() and (output.is_dir() or not args.overwrite):
             raise ValueError(f"{output} exists; give another file, or --overwrite to replace it")
     elif output.exists() and not output.is_dir():
@@ -91,6 +77,52 @@ def _check(output: Path, args: Args) -> None:
         raise ValueError(
             f"{output} is not empty; give another folder, or --overwrite to replace what is in it"
         )
+
+
+def _export(output: Path, model: Model, params: Tree, args: Args) -> Literal["adapter", "model"]:
+    """Writes the output, prints how to load it, and returns whether it is an adapter or a model."""
+    from lorax_ft.interop.peft import save_peft
+    from lorax_ft.interop.save import save_model
+    from lorax_ft.interop.save_gguf import save_gguf
+
+    if args.target == "peft":
+        save_peft(output, params, model)
+        print(f"saved the adapter to {output}; load it with PeftModel.from_pretrained")
+        return "adapter"
+    if args.target == "vllm":
+        return _export_for_vllm(output, model, params, args)
+    if args.target == "hf":
+        save_model(output, params, model)
+        print(
+            f"saved the merged model to {output}; load it with AutoModelForCausalLM.from_pretrained"
+        )
+    else:
+        save_gguf(output, params, model, kind=args.gguf_type)
+        print(
+            f"saved the merged model to {output}, in {args.gguf_type}; run it with: "
+            f"llama-cli -m {output}"
+        )
+    return "model"
+
+
+def _export_for_vllm(
+    output: Path, model: Model, params: Tree, args: Args
+) -> Literal["adapter", "model"]:
+    """`_export` for vLLM, which does not support every adapter."""
+    from lorax_ft.interop.vllm import save_for_vllm
+
+    exported = save_for_vllm(output, params, model, max_lora_rank=args.max_lora_rank)
+    if exported == "adapter":
+        print(
+            f"saved the adapter to {output}; serve it with: vllm serve {model.source} "
+            f"--enable-lora --max-lora-rank {args.max_lora_rank} --lora-modules tuned={output}"
+        )
+    else:
+        print(
+            f"saved the merged model to {output}, because vLLM does not support this adapter; "
+            f"serve it with: vllm serve {output}"
+        )
+    return exported
 
 
 if __name__ == "__main__":

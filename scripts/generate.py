@@ -1,11 +1,10 @@
-"""Ask a tuned model something.
+"""Generate answers with a fine-tuned model.
 
     python scripts/generate.py --run out/pissa "What is 12 + 30?"
-    python scripts/generate.py --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter my/adapter "Who wrote Faust?"
-
     python scripts/generate.py --run out/pissa --file questions.txt > answers.jsonl
+    python scripts/generate.py --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter my/adapter
 
-Without a question it reads one from each line.
+Without a question or a file, it reads questions from standard input, one per line.
 """
 
 from __future__ import annotations
@@ -15,88 +14,117 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from lorax_ft import cli
 from lorax_ft.run.model_args import ChatArgs, load_with_adapter
 
+if TYPE_CHECKING:
+    from lorax_ft.models.model import Model
+    from lorax_ft.tree import Tree
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(ChatArgs):
-    """Ask a tuned model something; without a question, read one from each line."""
+    """Generate answers with a fine-tuned model."""
 
     question: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION")] = None
-    """What to ask; none given reads questions line by line, each on its own."""
+    """One question; without it or --file, questions are read from standard input, one per line."""
     file: str | None = None
-    """Text file with a question on each line; the answers are printed as JSON lines."""
+    """Text file with one question per line; the answers are printed as JSON lines."""
     batch_size: int = 8
-    """Questions of a file that are answered at once."""
+    """Number of questions in --file that are answered at once."""
     max_new_tokens: int = 256
-    """Longest answer, in tokens."""
+    """Maximum number of tokens of an answer."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, and are left out."""
+    """Strings that end an answer; the answer does not include them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(0xD800 <= ord(letter) < 0xE000 for letter in self.question or ""):
-            raise ValueError("the question is no text: it holds bytes that are not UTF-8")
         if self.question is not None and self.file is not None:
             raise ValueError("give a question or --file, not both")
+        try:
+            # Python decodes invalid bytes of the command line to surrogates (PEP 383), which no
+            # tokenizer accepts.
+            (self.question or "").encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the question is not valid UTF-8") from error
 
 
 def main(args: Args) -> None:
-    """Loads the model and answers."""
-    lines = None if args.file is None else _read(Path(args.file))
+    """Loads the model and prints the answers."""
+    # Before the model, which takes long to load: a bad file should fail at once.
+    questions = {}
+    if args.file is not None:
+        questions = _read(Path(args.file))
     model, params = load_with_adapter(args)
+    if args.file is not None:
+        where, texts = list(questions), list(questions.values())
+        answers = _answers(args, model, params, texts, turn=0, where=where)
+        for question, text in zip(texts, answers, strict=True):
+            print(json.dumps({"question": question, "answer": text}, ensure_ascii=False))
+        return
+    for turn, question in enumerate(_questions(args.question)):
+        (text,) = _answers(args, model, params, [question], turn=turn)
+        print(text, flush=True)
+
+
+def _answers(
+    args: Args,
+    model: Model,
+    params: Tree,
+    questions: Sequence[str],
+    *,
+    turn: int,
+    where: Sequence[str] | None = None,
+) -> list[str]:
+    """The answers to independent questions, each in a conversation of its own."""
     import jax
 
     from lorax_ft.inference.texts import answer
 
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
-
-    def ask(questions: Sequence[str], number: int, where: Sequence[str] | None = None) -> list[str]:
-        return answer(
-            model,
-            params,
-            [[*system, {"role": "user", "content": question}] for question in questions],
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.batch_size,
-            sampling=args,
-            stop_strings=args.stop,
-            key=jax.random.fold_in(jax.random.key(args.seed), number),
-            where=where,
-        )
-
-    if lines is not None:
-        questions = list(lines.values())
-        for question, text in zip(questions, ask(questions, 0, list(lines)), strict=True):
-            print(json.dumps({"question": question, "answer": text}, ensure_ascii=False))
-        return
-    for number, question in enumerate(_questions(args.question)):
-        print(*ask([question], number), flush=True)
+    system = []
+    if args.system is not None:
+        system.append({"role": "system", "content": args.system})
+    return answer(
+        model,
+        params,
+        [[*system, {"role": "user", "content": question}] for question in questions],
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        sampling=args,
+        stop_strings=args.stop,
+        # A new key for each line of input: a question that is repeated may get another answer.
+        key=jax.random.fold_in(jax.random.key(args.seed), turn),
+        where=where,
+    )
 
 
 def _read(file: Path) -> dict[str, str]:
-    """The questions of a file, by the place of each."""
+    """The questions of a file, by file and line number."""
     if not file.is_file():
-        raise ValueError(f"no file at {file}")
+        raise ValueError(f"there is no file at {file}")
     try:
+        # -sig, as editors on Windows start a file with a byte order mark.
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
-    lines = enumerate(text.split("\n"), 1)
-    questions = {f"{file}, line {number}": line.strip() for number, line in lines if line.strip()}
+    questions = {}
+    # Not splitlines(), which also splits at form feeds and U+2028.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            questions[f"{file}, line {number}"] = line.strip()
     if not questions:
-        raise ValueError(f"{file} holds no question")
+        raise ValueError(f"{file} contains no questions")
     return questions
 
 
-def _questions(given: str | None) -> Iterator[str]:
-    """The question that was given, or those that a person types."""
-    if given is not None:
-        yield given
+def _questions(question: str | None) -> Iterator[str]:
+    """The question of the command line, or else those of standard input."""
+    if question is not None:
+        yield question
         return
     while True:
         try:

@@ -1,10 +1,10 @@
-"""Merge an adapter into its model, or several with weights.
+"""Merge an adapter into its base model, or several adapters with weights.
 
     python scripts/merge.py --run out/pissa --output out/merged
-    python scripts/merge.py --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter my/adapter --output out/merged
-    python scripts/merge.py --run out/pissa --also other/adapter --weights 0.7 0.3 --output out/merged
+    python scripts/merge.py --model MODEL --adapter my/adapter --output out/merged
+    python scripts/merge.py --run out/pissa --also other/adapter --weights 0.7 0.3 --output out/both
 
-The folder that it writes is a Hugging Face checkpoint, which transformers loads.
+The output is a Hugging Face checkpoint, which transformers loads.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lorax_ft.run.model_args import ModelArgs, load_with_adapter, locate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(ModelArgs):
-    """Merge an adapter into its model, or several with weights, as a folder that transformers loads."""
+    """Merge an adapter into its base model, or several adapters with weights."""
 
     output: str
-    """Folder to write."""
+    """Folder to save the merged model to, as a Hugging Face checkpoint."""
     also: tuple[str, ...] = ()
-    """PEFT folders of further adapters of the same model."""
+    """PEFT folders of more adapters of the same model."""
     weights: tuple[float, ...] = ()
-    """Strength of each adapter, the first one's first; none given merges each as it is."""
+    """Weight of each adapter, starting with that of --run or --adapter; by default each is 1."""
     overwrite: bool = False
-    """Replace the model that the output folder holds, if it holds one."""
+    """Replace the model in the output folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,19 +42,13 @@ class Args(ModelArgs):
 
 
 def main(args: Args) -> None:
-    """Loads, merges, saves."""
+    """Loads the model, merges the adapters and saves the result."""
     output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; give a folder to write to")
-    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
-        raise ValueError(
-            f"{output} is not empty; give another folder, or --overwrite to replace the model in it"
-        )
+    # Check all that can be checked before loading the model, which takes long.
+    _check_output(output, overwrite=args.overwrite)
     config, adapter = locate(args)
     if adapter is None:
-        raise ValueError(
-            f"there is nothing to merge: {config.model.path} is a whole model, without an adapter"
-        )
+        raise ValueError(f"there is no adapter to merge: {config.model.path} is a whole model")
     model, params = load_with_adapter(args)
     from lorax_ft.interop.peft import load_peft
     from lorax_ft.interop.save import save_model
@@ -63,15 +57,28 @@ def main(args: Args) -> None:
     if args.also or args.weights:
         adapted = [params, *(load_peft(folder, model) for folder in args.also)]
         weights = args.weights or (1.0,) * len(adapted)
+        # Only a sum of 1 adds the initial value back that the base lacks, and exactly once.
         if model.without_start and not math.isclose(sum(weights), 1):
             raise ValueError(
-                f"{model.source} lacks the start that its adapters begin with, so their weights must add up to 1, not "
-                f"{sum(weights):g}"
+                f"{model.source} is the base minus its adapters' initial value, so their weights "
+                f"must add up to 1, not {sum(weights):g}"
             )
         params = merge_weighted(model.params, adapted, weights, layout=model.layout)
     save_model(output, params, model)
-    base = model.base + (", dequantized" if model.base != model.source else "")
-    print(f"merged {', '.join([str(adapter), *args.also])} into {base}: {output}")
+    base = model.base
+    if model.base != model.source:
+        base += ", dequantized"
+    print(f"merged {', '.join([str(adapter), *args.also])} into {base}; saved to {output}")
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises ValueError if the output folder cannot be written."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give a folder to write to")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(
+            f"{output} is not empty; give another folder, or --overwrite to replace the model in it"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Fine-tune a model.
 
 python scripts/train.py --config configs/pissa.py
-python scripts/train.py --config configs/dora.py --model.path MODEL --data.train FILE.jsonl --adapter.rank 32
-python scripts/train.py --config configs/lora.py --multihost --mesh.fsdp 16     # on every host of a pod
+python scripts/train.py --config configs/dora.py --model.path MODEL --data.train FILE.jsonl
+python scripts/train.py --config configs/lora.py --multihost --mesh.fsdp 16  # on every host
 """
 
 from __future__ import annotations
@@ -17,46 +17,53 @@ from lorax_ft.config import Config, load_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Config):
-    """Fine-tune a model as a config file says; every value of the file can be overridden here."""
+    """Fine-tune a model as a config file says; options override the values of the file."""
 
     config: str | None = None
-    """Python file with get_config(); the values below are the file's."""
+    """Python file with get_config(); the defaults below are its values."""
     dry_run: bool = False
-    """Print what would train, the memory it takes and the first batch, and stop."""
+    """Print what would be trained, the memory it needs and the first batch, then stop."""
     multihost: bool = False
-    """Several processes run this together, such as one on each host of a TPU pod or of a Slurm job: join them by
-    jax.distributed.initialize()."""
+    """Join all processes of a TPU pod or a Slurm job into one run: calls
+    jax.distributed.initialize(). Start the same command on every host."""
 
 
 def main() -> None:
-    """Read the config file, then the overrides, then train."""
+    """Reads the config file, then the options, then trains."""
     with cli.one_line_errors():
+        # Before the full parser, whose defaults are the values of the config file.
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         first.add_argument("--config", nargs="?")
-        file = first.parse_known_args()[0].config
-        config = load_config(file) if file else Config()
-        args = cli.parse(Args, default=Args(**_values(config), config=file))
+        config_file = first.parse_known_args()[0].config
+        config = Config()
+        if config_file:
+            config = load_config(config_file)
+        args = cli.parse(Args, default=Args(**_values(config), config=config_file))
         if args.multihost:
-            _join()
+            _join_processes()
+        # JAX takes seconds to import: --help and errors in the options should not wait for it.
+        # It must also not look for devices before the processes are joined.
         from lorax_ft.run.loop import train
 
         train(Config(**_values(args)), dry_run=args.dry_run)
 
 
-def _join() -> None:
-    """Make one run of several processes."""
+def _join_processes() -> None:
+    """Joins the processes of all hosts into one JAX runtime."""
     import jax
 
     try:
         jax.distributed.initialize()
     except ValueError as error:
-        known = "it knows TPU pods, Slurm, Open MPI and Kubernetes"
         raise ValueError(
-            f"--multihost: JAX finds no other processes here ({error}); {known}"
+            f"--multihost: JAX found no other processes ({error}); it detects those of TPU pods, "
+            "Slurm, Open MPI and Kubernetes"
         ) from error
 
 
 def _values(config: Config) -> dict[str, Any]:
+    """The values of Config's fields, without those that Args adds."""
+    # Not asdict(), which would also turn the nested configs into dicts.
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
 
 

@@ -45,7 +45,7 @@ def test_answers_in_batches(speaker: Model, model: Model) -> None:
         answer(speaker, speaker.params, conversations[:1], max_new_tokens=8, stop_strings=[""])
     long, short = asked(*["w1"] * 60), asked("w1")
     with pytest.raises(
-        ValueError, match=r"^a.txt, line 7: 63 tokens and max_new_tokens 8 are more than the 64"
+        ValueError, match=r"^a.txt, line 7: 63 tokens plus max_new_tokens 8 exceed the 64"
     ):
         answer(
             speaker,

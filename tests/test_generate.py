@@ -15,7 +15,7 @@ import pytest
 from generation_cases import CASES
 
 from lorax_ft.config import MeshConfig
-from lorax_ft.inference.decode import SamplingParams, extend, prefill, sample_token
+from lorax_ft.inference.decode import SamplingParams, decode, prefill, sample_token
 from lorax_ft.inference.generate import generate, stream
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.lowrank.adapters import with_norms
@@ -89,14 +89,14 @@ def draw(
     rows: int = 4,
 ) -> SamplingParams:
     numbers = (np.float32(temperature), np.int32(top_k), np.float32(top_p), np.float32(penalty))
-    length = np.full(rows, 99, np.int32)
+    max_length = np.full(rows, 99, np.int32)
     return SamplingParams(
-        *numbers, stop=np.array(stop, np.int32), key=jax.random.key(0), length=length
+        *numbers, stop_ids=np.array(stop, np.int32), key=jax.random.key(0), max_length=max_length
     )
 
 
 def test_stops_early(model: Model) -> None:
-    """The loop ends when all rows have: the rest of the room stays at 0."""
+    """The loop ends when all rows have: the other new tokens stay 0."""
     tokens, lengths = np.full((4, 64), 7, np.int32), np.array([3, 5, 7, 9], np.int32)
     options = {
         "config": dataclasses.replace(model.config, attention="xla"),
@@ -105,11 +105,11 @@ def test_stops_early(model: Model) -> None:
     }
     ((first,),) = generate(model, model.params, [[7, 7, 7]], max_new_tokens=1, stop_ids=())
     chosen = draw(stop=tuple(range(first // 32 * 32, first // 32 * 32 + 32)))
-    state = prefill(model.params, tokens, lengths, chosen, room=32, **options)
-    state = extend(model.params, state, np.int32(32), chosen, **options)
+    state = prefill(model.params, tokens, lengths, chosen, max_new_tokens=32, **options)
+    state = decode(model.params, state, np.int32(32), chosen, **options)
     last = max(int(count) for count in state.counts)
     assert last < 31
-    assert not np.asarray(state.out)[:, last + 1 :].any()
+    assert not np.asarray(state.new_tokens)[:, last + 1 :].any()
 
 
 def test_streaming_gives_the_same_tokens_a_few_at_a_time(model: Model) -> None:
@@ -201,7 +201,7 @@ def test_sampling(model: Model) -> None:
         (1.0, 3, 0.75, [4 / 7, 3 / 7, 0, 0]),  # of the three that are left, two hold 7/9
     ],
 )
-def test_pick_draws_from_the_right_distribution(
+def test_sample_token_draws_from_the_right_distribution(
     temperature: float, top_k: int, top_p: float, expected: list
 ) -> None:
     n = 20_000
@@ -220,7 +220,7 @@ def test_the_second_call_is_compiled_already(model: Model, params: Callable[[str
 
     call(params("dora"), 0)
     call(model.params, 0, sampling=Sampling(temperature=0.5, top_k=5), key=jax.random.key(0))
-    before = prefill._cache_size(), extend._cache_size()
+    before = prefill._cache_size(), decode._cache_size()
     call(jax.tree.map(lambda leaf: leaf * 1.01, params("dora")), 3)
     call(
         model.params,
@@ -228,7 +228,7 @@ def test_the_second_call_is_compiled_already(model: Model, params: Callable[[str
         sampling=Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.1),
         key=jax.random.key(5),
     )
-    assert (prefill._cache_size(), extend._cache_size()) == before
+    assert (prefill._cache_size(), decode._cache_size()) == before
 
 
 def test_no_parameter_is_a_constant(model: Model) -> None:
@@ -237,9 +237,9 @@ def test_no_parameter_is_a_constant(model: Model) -> None:
     shape = jax.ShapeDtypeStruct((2, 32), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
     options = {"config": model.config, "greedy": True, "mesh": None}
     state = jax.eval_shape(
-        functools.partial(prefill, room=32, **options), abstract, *shape, draw(rows=2)
+        functools.partial(prefill, max_new_tokens=32, **options), abstract, *shape, draw(rows=2)
     )
-    text = extend.lower(abstract, state, np.int32(4), draw(rows=2), **options).as_text()
+    text = decode.lower(abstract, state, np.int32(4), draw(rows=2), **options).as_text()
     assert len(text) < 200_000
     assert "97x32xf32>" in text
 
@@ -258,9 +258,12 @@ def test_on_eight_devices(model: Model, params: Callable[[str], Tree]) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"prompts": [[1], []]}, "prompt 2 holds no token"),
-        ({"prompts": [[1, 97]]}, "prompt 1 holds the token 97; the vocabulary holds 97"),
-        ({"prompts": [[1] * 60]}, "60 tokens and max_new_tokens 5 are more than the 64 positions"),
+        ({"prompts": [[1], []]}, "prompt 2 has no tokens"),
+        (
+            {"prompts": [[1, 97]]},
+            "prompt 1 has the token id 97, but the vocabulary has only 97 tokens",
+        ),
+        ({"prompts": [[1] * 60]}, "60 tokens plus max_new_tokens 5 exceed the 64 positions"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"sampling": {"temperature": -1.0}}, "temperature is -1.0"),
         ({"sampling": {"temperature": float("nan")}}, "temperature is nan"),

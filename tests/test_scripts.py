@@ -44,7 +44,7 @@ def test_locate(tmp_path: Path) -> None:
     (run / "config.json").write_text(
         Config(model=ModelConfig(path="base", dtype="bfloat16")).to_json()
     )
-    with pytest.raises(ValueError, match="has not come to an end"):
+    with pytest.raises(ValueError, match="has not finished"):
         locate(ModelArgs(run=str(run)))
     (run / "model").mkdir()
     config, adapter = locate(ModelArgs(run=str(run)))
@@ -59,9 +59,9 @@ def test_locate(tmp_path: Path) -> None:
     (run / "nf4_base").mkdir()
     config, adapter = locate(ModelArgs(run=str(run)))
     assert (config.model.path, adapter) == (str(run / "nf4_base"), run / "adapter")
-    with pytest.raises(ValueError, match=r"no run at .*; beside it there is pissa"):
+    with pytest.raises(ValueError, match=r"there is no run at .*; did you mean .*/pissa\?"):
         locate(ModelArgs(run=str(tmp_path / "pisa")))
-    with pytest.raises(ValueError, match=r"holds no adapter: there is no adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"contains no adapter: adapter_config\.json is missing"):
         locate(ModelArgs(model="base", adapter=str(tmp_path)))
     assert locate(ModelArgs(model="base", quant="nf4"))[0].quant.format == "nf4"
     with pytest.raises(ValueError, match="--quant goes with --model"):
@@ -149,7 +149,7 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     assert asking == (0, f"{expected}\n", "")
     message = f"error: {merged} is not empty; give another folder, or --overwrite to replace the model in it\n"
     assert call("merge", "--run", str(run), "--output", str(merged)) == (2, "", message)
-    message = f"error: no run at {tmp_path / 'rum'}; beside it there is run\n"
+    message = f"error: there is no run at {tmp_path / 'rum'}; did you mean {run}?\n"
     assert call("generate", "--run", str(tmp_path / "rum"), "w7") == (2, "", message)
     (tmp_path / "questions.txt").write_text("w7 w8\n\nw9\n")
     status, printed, _ = call(
@@ -164,9 +164,7 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     assert json.loads(printed.splitlines()[0]) == {"question": "w7 w8", "answer": expected}
     assert len(printed.splitlines()) == 2
     (tmp_path / "questions.txt").write_text("w7 w8\n\n" + "w9 " * 2048)
-    message = (
-        f"error: {tmp_path}/questions.txt, line 3: 2051 tokens and max_new_tokens 8 are more than "
-    )
+    message = f"error: {tmp_path}/questions.txt, line 3: 2051 tokens plus max_new_tokens 8 exceed "
     refused = call(
         "generate",
         "--run",
@@ -192,9 +190,9 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
         "adapter: on",
         expected,
     ]
-    assert lines[7:] == ["adapter: on; /adapter on, off or PATH changes that"]
+    assert lines[7:] == ["adapter: on; /adapter on, off or PATH changes this"]
     wrong = errors.splitlines()
-    assert wrong[0] == "error: there is no command /nonsense; /help lists them"
+    assert wrong[0] == "error: unknown command /nonsense; /help lists the commands"
     assert wrong[1].startswith("error: nowhere holds no adapter_config.json")
     assert len(wrong) == 2
     for weights, text in (
@@ -276,7 +274,7 @@ def test_export(
         ValueError, match=r"tokenizer of .* is not written as GGUF; supported: SentencePiece"
     ):
         export("lora", "gguf", "tuned.gguf", "--gguf-type", "F16")
-    with pytest.raises(ValueError, match=r"is no .gguf file"):
+    with pytest.raises(ValueError, match=r"is not a .gguf file"):
         export("lora", "gguf", "tuned.bin")
     assert not (tmp_path / "other").exists()
     assert not (tmp_path / "tuned.gguf").exists()

@@ -1,1 +1,1 @@
-"""Generation with a cache, and the tuned model that a run left behind."""
+"""Text generation with a key/value cache."""

@@ -1,7 +1,7 @@
-"""The two compiled programs of generation: one reads the prompts, the other makes a token a round.
+"""The two compiled programs of generation: `prefill` reads the prompts, `decode` adds the tokens.
 
-Letters: B rows of a batch, T tokens of a padded prompt, S slots of the cache, N room for new tokens, D width,
-V vocabulary.
+Letters: B rows of a batch, T tokens of a padded prompt, N maximum number of new tokens, D width,
+V vocabulary. The cache has T + N slots per row.
 """
 
 from __future__ import annotations
@@ -25,155 +25,173 @@ from lorax_ft.tree import Tree
 
 
 class SamplingParams(NamedTuple):
-    """How tokens are chosen and where a row ends, as arrays, so that other values are no other program."""
+    """How tokens are sampled and where a row stops; arrays, so that new values do not recompile."""
 
     temperature: Array | np.float32
     top_k: Array | np.int32
     top_p: Array | np.float32
     repetition_penalty: Array | np.float32
-    stop: Array | np.ndarray
-    """Ids that end a row, of any number; -1 is none."""
+    stop_ids: Array | np.ndarray
+    """Token ids that end a row, padded with -1."""
     key: Array
-    length: Array
-    """What each row may grow to, its prompt included, [B]."""
+    max_length: Array
+    """Maximum length of each row, prompt plus new tokens, [B]."""
 
 
-class State(NamedTuple):
-    """Rows on their way."""
+class DecodeState(NamedTuple):
+    """What one decoding step passes to the next."""
 
     step: Array
-    """New tokens so far."""
-    out: Array
-    """The new tokens, [B, N]; what follows a row's stop means nothing."""
-    last: Array
-    """The newest token, [B]."""
+    """Number of new tokens so far."""
+    new_tokens: Array
+    """The new tokens, [B, N]; the values after a row's stop id are meaningless."""
+    last_token: Array
+    """The most recent token, [B]."""
     position: Array
-    """The slot of the newest token, [B]."""
+    """The cache slot of the most recent token, [B]."""
     counts: Array
-    """New tokens of each row before its stop, [B]."""
+    """Number of new tokens of each row before its stop id, [B]."""
     stopped: Array
-    """Which rows have met a stop id, [B]."""
+    """Which rows have reached a stop id, [B]."""
     seen: Array
-    """Which tokens stand in each row, [B, V]."""
+    """Which tokens of the vocabulary occur in each row, [B, V]."""
     cache: Cache
 
 
-@functools.partial(jax.jit, static_argnames=("config", "room", "greedy", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "greedy", "mesh"))
 def prefill(
     params: Tree,
     tokens: Array,
     lengths: Array,
-    draw: SamplingParams,
+    sampling_params: SamplingParams,
     *,
     config: DecoderConfig,
-    room: int,
+    max_new_tokens: int,
     greedy: bool,
     mesh: Mesh | None,
-) -> State:
-    """Reads prompts, and makes the first token of each row.
+) -> DecodeState:
+    """Reads the prompts and generates the first token of each row.
 
     Args:
       params: parameters, with DoRA's norms.
-      tokens: `[B, T]`, prompts padded on the right. The padding's keys and values lie in slots that no earlier
-        position sees, and a new token overwrites its slot before anything looks there.
-      lengths: `[B]`, of the prompts.
-      draw: how a token is chosen.
+      tokens: `[B, T]`, prompts padded on the right. No earlier position attends to the padding's
+        keys and values, and each new token overwrites its slot before any position reads it.
+      lengths: `[B]`, lengths of the prompts.
+      sampling_params: how tokens are sampled and where a row stops.
       config: the decoder's.
-      room: N, the most new tokens.
-      greedy: takes the likeliest token each time; temperature, top_k, top_p and key play no part then.
-      mesh: where the parameters lie, if on more than one device.
+      max_new_tokens: N.
+      greedy: pick the most likely token; temperature, top_k, top_p and key are ignored.
+      mesh: the mesh that the parameters are sharded over, or None.
     """
     model = Model(config=config, params={})
-    tokens, lengths = (_by_row(x, mesh) for x in (tokens, lengths))
-    rows = len(tokens)
-    cache: Cache | None = empty_cache(config, rows, tokens.shape[1] + room)
-    features, cache = model.features(params, tokens, cache=cache, length=draw.length)
+    tokens, lengths = _shard_rows(tokens, mesh), _shard_rows(lengths, mesh)
+    batch, padded = tokens.shape
+    cache: Cache | None = empty_cache(config, batch, padded + max_new_tokens)
+    features, cache = model.features(params, tokens, cache=cache, length=sampling_params.max_length)
     assert cache is not None
-    last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    zeros = jnp.zeros(rows, jnp.int32)
-    prompt = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    seen = (
-        jnp.zeros((rows, config.vocab_size), bool).at[jnp.arange(rows)[:, None], tokens].max(prompt)
-    )
-    out = jnp.zeros((rows, room), jnp.int32)
-    state = State(
+    # Prompts are padded on the right, so the last token of each row is at a different column.
+    last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    zeros = jnp.zeros(batch, jnp.int32)
+    seen = _tokens_of_prompts(tokens, lengths, config.vocab_size)
+    state = DecodeState(
         step=jnp.int32(0),
-        out=out,
-        last=zeros,
+        new_tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
+        last_token=zeros,
         position=lengths - 1,
         counts=zeros,
-        stopped=jnp.zeros(rows, bool),
+        stopped=jnp.zeros(batch, bool),
         seen=seen,
         cache=cache,
     )
-    return _advance(state, model.logits(params, last), draw, greedy=greedy)
+    return _append_token(state, model.logits(params, last), sampling_params, greedy=greedy)
 
 
+# The state is donated: its cache, the largest array here, is updated in place, not copied.
 @functools.partial(
     jax.jit, static_argnames=("config", "greedy", "mesh"), donate_argnames=("state",)
 )
-def extend(
+def decode(
     params: Tree,
-    state: State,
+    state: DecodeState,
     until: Array,
-    draw: SamplingParams,
+    sampling_params: SamplingParams,
     *,
     config: DecoderConfig,
     greedy: bool,
     mesh: Mesh | None,
-) -> State:
-    """Goes on until every row has met a stop id, or `until` new tokens are made; arguments as in `prefill`."""
-    model = Model(config=config, params={})
-    head = {"lm_head": model.head(params)}  # once, not in each round of the loop
+) -> DecodeState:
+    """Generates until every row has reached a stop id or has `until` new tokens.
 
-    def body(state: State) -> State:
+    Args as in `prefill`. `state` is donated: the caller must not use it afterwards.
+    """
+    model = Model(config=config, params={})
+    # The head is transposed and cast here, once, instead of in every iteration of the loop.
+    head = {"lm_head": model.head(params)}
+
+    def unfinished(state: DecodeState) -> Array:
+        return (state.step < until) & ~jnp.all(state.stopped)
+
+    def step(state: DecodeState) -> DecodeState:
         features, cache = model.features(
             params,
-            state.last[:, None],
+            state.last_token[:, None],
             state.position[:, None],
             cache=state.cache,
-            length=draw.length,
+            length=sampling_params.max_length,
         )
         assert cache is not None
-        return _advance(
-            state._replace(cache=cache), model.logits(head, features[:, 0]), draw, greedy=greedy
-        )
+        state = state._replace(cache=cache)
+        logits = model.logits(head, features[:, 0])
+        return _append_token(state, logits, sampling_params, greedy=greedy)
 
-    end = lax.while_loop(lambda state: (state.step < until) & ~jnp.all(state.stopped), body, state)
-    return end._replace(
-        out=_whole(end.out, mesh),
-        counts=_whole(end.counts, mesh),
-        stopped=_whole(end.stopped, mesh),
+    state = lax.while_loop(unfinished, step, state)
+    # With several processes, each can read only arrays that its own devices hold in full.
+    return state._replace(
+        new_tokens=_replicate(state.new_tokens, mesh),
+        counts=_replicate(state.counts, mesh),
+        stopped=_replicate(state.stopped, mesh),
     )
 
 
-def sample_token(scores: Array, key: Array | None, draw: SamplingParams) -> Array:
-    """The next token `[B]` by logits `[B, V]`: the likeliest without a key, else one drawn by each row's own key."""
+def sample_token(logits: Array, key: Array | None, sampling_params: SamplingParams) -> Array:
+    """The next token `[B]` from logits `[B, V]`.
+
+    Without a key this is the most likely token. With a key it is sampled, after temperature, top-k
+    and top-p, in this order.
+    """
     if key is None:
-        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    order = jnp.argsort(scores, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(scores, order, axis=-1) / draw.temperature
-    ranked = jnp.where(jnp.arange(scores.shape[-1]) < draw.top_k, ranked, -jnp.inf)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1) / sampling_params.temperature
+    rank = jnp.arange(logits.shape[-1])
+    ranked = jnp.where(rank < sampling_params.top_k, ranked, -jnp.inf)
     p = jax.nn.softmax(ranked)
-    ranked = jnp.where(jnp.cumsum(p, axis=-1) - p < draw.top_p, ranked, -jnp.inf)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(scores)))
-    drawn = jax.vmap(jax.random.categorical)(keys, ranked)
-    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    # Mass before the token, without its own: the token that crosses top_p stays in (1904.09751).
+    mass_before = jnp.cumsum(p, axis=-1) - p
+    ranked = jnp.where(mass_before < sampling_params.top_p, ranked, -jnp.inf)
+    # One key per row, so that a row's sample does not depend on the other rows.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits)))
+    sampled = jax.vmap(jax.random.categorical)(keys, ranked)
+    return jnp.take_along_axis(order, sampled[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def _advance(state: State, scores: Array, draw: SamplingParams, *, greedy: bool) -> State:
-    """The state with one token more, by logits `[B, V]`."""
-    scores = scores.astype(jnp.float32)
-    damped = jnp.where(
-        scores < 0, scores * draw.repetition_penalty, scores / draw.repetition_penalty
-    )
-    scores = jnp.where(state.seen, damped, scores)  # 1909.05858
-    token = sample_token(scores, None if greedy else jax.random.fold_in(draw.key, state.step), draw)
-    stopped = state.stopped | jnp.any(token[:, None] == draw.stop, axis=1)
-    return State(
+def _append_token(
+    state: DecodeState, logits: Array, sampling_params: SamplingParams, *, greedy: bool
+) -> DecodeState:
+    """The state with one more token, chosen by logits `[B, V]`."""
+    logits = logits.astype(jnp.float32)
+    penalty = sampling_params.repetition_penalty
+    # CTRL (1909.05858) divides every logit, which would favor tokens with a negative one; as in
+    # transformers, those are multiplied.
+    penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    logits = jnp.where(state.seen, penalized, logits)
+    key = None if greedy else jax.random.fold_in(sampling_params.key, state.step)
+    token = sample_token(logits, key, sampling_params)
+    stopped = state.stopped | jnp.any(token[:, None] == sampling_params.stop_ids, axis=1)
+    return DecodeState(
         step=state.step + 1,
-        out=lax.dynamic_update_slice(state.out, token[:, None], (0, state.step)),
-        last=token,
+        new_tokens=lax.dynamic_update_slice(state.new_tokens, token[:, None], (0, state.step)),
+        last_token=token,
         position=state.position + 1,
         counts=state.counts + (~stopped).astype(jnp.int32),
         stopped=stopped,
@@ -182,14 +200,29 @@ def _advance(state: State, scores: Array, draw: SamplingParams, *, greedy: bool)
     )
 
 
-def _by_row(x: Array, mesh: Mesh | None) -> Array:
-    """x with its first axis split over the mesh, where it divides."""
-    axes = tuple(axis for axis in ROW_AXES if mesh and axis in mesh.shape)
-    if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+def _tokens_of_prompts(tokens: Array, lengths: Array, vocab_size: int) -> Array:
+    """Which tokens of the vocabulary occur in each prompt, `[B, V]`."""
+    batch, padded = tokens.shape
+    in_prompt = jnp.arange(padded) < lengths[:, None]  # [B, T]
+    seen = jnp.zeros((batch, vocab_size), bool)
+    rows = jnp.arange(batch)[:, None]
+    # max, not set: the padding (False) may have the id of a token in the prompt (True).
+    return seen.at[rows, tokens].max(in_prompt)
+
+
+def _shard_rows(x: Array, mesh: Mesh | None) -> Array:
+    """x with its rows sharded over the mesh, if their number is divisible by that of the shards."""
+    if mesh is None:
+        return x
+    axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    if x.shape[0] % shards != 0:
         return x
     return lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes)))
 
 
-def _whole(x: Array, mesh: Mesh | None) -> Array:
-    """x whole on every device, so that every process can read it."""
-    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+def _replicate(x: Array, mesh: Mesh | None) -> Array:
+    """x in full on every device of the mesh."""
+    if mesh is None:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, P()))

@@ -1,10 +1,11 @@
-"""Tokens from a model."""
+"""Generation from token ids to token ids."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax_ft.inference.decode import SamplingParams, extend, prefill
+from lorax_ft.inference.decode import DecodeState, SamplingParams, decode, prefill
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.models.config import DecoderConfig
@@ -21,9 +22,16 @@ from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree, combine, flatten, split
 
 GREEDY = Sampling()
-END_OF_TURN = (
-    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>"),
-    *("<|endoftext|>", "<|end_of_text|>"),
+# Some chat checkpoints do not list their end-of-turn token in eos_token_id.
+END_OF_TURN_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|end_of_turn|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
 )
 
 
@@ -37,34 +45,35 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     key: Array | None = None,
 ) -> list[list[int]]:
-    """Continues prompts, all in one batch.
+    """Continues the prompts, all in one batch.
 
-    Two programs are compiled for each number of prompts and each length of the padded prompts and of
-    `max_new_tokens`, both rounded up (`bucket`); sampling with any numbers is another two.
+    JAX compiles two programs for each combination of batch size, prompt length and `max_new_tokens`
+    (the two lengths are rounded up by `bucket`), and two more for sampling instead of greedy
+    decoding. New values in `sampling` do not recompile.
 
     Args:
-      model: gives the decoder's config, and the stop ids where none are given.
-      params: parameters, with or without adapters, on one device or on a mesh.
-      prompts: token ids, of any lengths above 0.
-      max_new_tokens: the longest continuation.
-      sampling: how a token is chosen.
-      stop_ids: tokens that end a row; None takes `default_stop_ids`.
-      key: for drawing. What a row draws depends on the key and its index, not on the other rows.
+      model: provides the decoder's config and the default stop ids.
+      params: parameters, with or without adapters, on one device or sharded over a mesh.
+      prompts: token ids, at least one per prompt.
+      max_new_tokens: maximum number of new tokens of each row.
+      sampling: how the next token is chosen.
+      stop_ids: token ids that end a row; None takes `default_stop_ids`.
+      key: random key for sampling. A row's samples depend on the key and the row's index, not on
+        the other rows.
 
     Returns:
-      The new tokens of each row, up to its first stop id, which is left out.
+      The new tokens of each row, up to its first stop id, without it.
 
     Raises:
-      ValueError: a prompt is empty, is no text of this vocabulary, or is too long for the model's positions; a
-        number is out of range; or sampling lacks its key.
+      ValueError: a prompt is empty, has token ids outside the vocabulary, or is too long for the
+        model's positions; an option is out of range; or sampling has no key.
     """
-    n = max_new_tokens
     *_, rows = stream(
         model,
         params,
         prompts,
-        max_new_tokens=n,
-        chunk=n,
+        max_new_tokens=max_new_tokens,
+        chunk=max_new_tokens,
         sampling=sampling,
         stop_ids=stop_ids,
         key=key,
@@ -83,65 +92,65 @@ def stream(
     stop_ids: Sequence[int] | None = None,
     key: Array | None = None,
 ) -> Iterator[list[list[int]]]:
-    """`generate`, a few tokens at a time.
+    """Like `generate`, but yields the tokens as they are generated.
 
     Args:
-      model: as for `generate`, and so is all that is not named here.
-      chunk: new tokens between two results; any number is the same program.
+      model: this and the other arguments are those of `generate`.
+      chunk: number of new tokens between two results; another number does not recompile.
 
     Yields:
-      The new tokens of each row so far, up to its first stop id; the last result is what `generate` returns.
+      The new tokens of each row so far, up to its first stop id; the last result is what `generate`
+      returns.
     """
     check_prompts(prompts, max_new_tokens, model.config)
     if sampling.temperature > 0 and key is None:
-        raise ValueError(
-            f"at temperature {sampling.temperature} tokens are drawn, which needs key=jax.random.key(seed)"
-        )
+        raise ValueError(f"temperature {sampling.temperature} needs key=jax.random.key(seed)")
     if not len(prompts):
         yield []
         return
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    stop = np.array(default_stop_ids(model) if stop_ids is None else stop_ids, np.int32)
-    mesh = _mesh(params)
-    key = jax.random.key(0) if key is None else key
-    draw = SamplingParams(
-        temperature=np.float32(sampling.temperature or 1),
-        top_k=np.int32(min(sampling.top_k or model.config.vocab_size, model.config.vocab_size)),
-        top_p=np.float32(math.inf if sampling.top_p is None else sampling.top_p),
-        repetition_penalty=np.float32(sampling.repetition_penalty),
-        stop=np.pad(stop, (0, bucket(len(stop) or 1) - len(stop)), constant_values=-1),
-        key=_everywhere(key, mesh) if mesh else key,
-        length=jnp.asarray(lengths + max_new_tokens),
+    tokens, lengths = _pad(prompts)
+    mesh = _mesh_of(params)
+    sampling_params = _sampling_params(
+        sampling,
+        vocab_size=model.config.vocab_size,
+        stop_ids=default_stop_ids(model) if stop_ids is None else stop_ids,
+        key=_replicated_key(key, mesh),
+        max_length=jnp.asarray(lengths + max_new_tokens),
     )
-    config = dataclasses.replace(
-        model.config, attention="xla"
-    )  # a single query is not a case for cuDNN's kernel
-    params, greedy = with_all_norms(params), sampling.temperature == 0
-    room = bucket(max_new_tokens)
-    state = prefill(
-        params, tokens, lengths, draw, config=config, room=room, greedy=greedy, mesh=mesh
-    )
+    params = with_all_norms(params)
+    static: dict[str, Any] = {
+        # cuDNN's attention is for many queries at once; decoding has one.
+        "config": dataclasses.replace(model.config, attention="xla"),
+        "greedy": sampling.temperature == 0,
+        "mesh": mesh,
+    }
+    capacity = bucket(max_new_tokens)
+    state = prefill(params, tokens, lengths, sampling_params, max_new_tokens=capacity, **static)
     for until in [*range(chunk, max_new_tokens, chunk), max_new_tokens]:
-        state = extend(
-            params, state, np.int32(until), draw, config=config, greedy=greedy, mesh=mesh
-        )
-        out, counts, stopped = (np.asarray(x) for x in (state.out, state.counts, state.stopped))
-        yield [row[:count].tolist() for row, count in zip(out, counts, strict=True)]
-        if stopped.all():
+        state = decode(params, state, np.int32(until), sampling_params, **static)
+        yield _new_tokens(state)
+        if np.asarray(state.stopped).all():
             return
 
 
 def default_stop_ids(model: Model) -> tuple[int, ...]:
-    """The ends of text by tokenizer, config.json and generation_config.json, and the usual ones in the vocabulary."""
+    """The token ids that end a text.
+
+    These are the eos_token_id of config.json, of generation_config.json and of the tokenizer, and
+    all `END_OF_TURN_TOKENS` that the tokenizer knows.
+    """
     ids: set[int | None] = set()
-    for configured in (c.get("eos_token_id") for c in (model.hf_config, model.generation_config)):
-        ids |= set(configured if isinstance(configured, list | tuple) else [configured])
+    for config in (model.hf_config, model.generation_config):
+        eos = config.get("eos_token_id")
+        if isinstance(eos, list | tuple):
+            ids.update(eos)
+        else:
+            ids.add(eos)
     if model.tokenizer is not None:
+        ids.add(model.tokenizer.eos_token_id)
+        # Added tokens only: convert_tokens_to_ids would give unk's id for an unknown token.
         added = model.tokenizer.get_added_vocab()
-        ids |= {model.tokenizer.eos_token_id, *(added.get(token) for token in END_OF_TURN)}
+        ids.update(added.get(token) for token in END_OF_TURN_TOKENS)
     return tuple(sorted(i for i in ids if i is not None))
 
 
@@ -152,64 +161,131 @@ def check_prompts(
     *,
     where: Sequence[str] | None = None,
 ) -> None:
-    """Raise ValueError where a prompt cannot be continued; `where` names the place of each, and None counts them."""
+    """Checks that the model can continue every prompt.
+
+    Args:
+      prompts: token ids.
+      max_new_tokens: maximum number of new tokens of each row.
+      config: the decoder's.
+      where: the source of each prompt, for errors; None numbers them.
+
+    Raises:
+      ValueError: a prompt is empty, too long or has token ids outside the vocabulary; or
+        max_new_tokens is below 1.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be above 0")
     for i, prompt in enumerate(prompts):
         place = where[i] if where else f"prompt {i + 1}"
         if len(prompt) == 0:
-            raise ValueError(f"{place} holds no token")
+            raise ValueError(f"{place} has no tokens")
         if len(prompt) + max_new_tokens > config.max_positions:
             raise ValueError(
-                f"{place}: {len(prompt)} tokens and max_new_tokens {max_new_tokens} are more than the "
-                f"{config.max_positions} positions of the model; shorten one of them"
+                f"{place}: {len(prompt)} tokens plus max_new_tokens {max_new_tokens} exceed the "
+                f"{config.max_positions} positions of the model; shorten the prompt or lower "
+                "max_new_tokens"
             )
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        # JAX does not raise when it gathers out of range: the text would be silently wrong.
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(
-                f"{place} holds the token {max(prompt, key=abs)}; the vocabulary holds {config.vocab_size}"
+                f"{place} has the token id {max(prompt, key=abs)}, but the vocabulary has only "
+                f"{config.vocab_size} tokens"
             )
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up, so that few lengths are compiled: a power of two from 32 to 256, then multiples of 256.
+    """`length` rounded up, so that few distinct lengths are compiled.
+
+    Up to 256 it is a power of two from 32 on, above that a multiple of 256.
 
     >>> [bucket(n) for n in (1, 33, 256, 700)]
     [32, 64, 256, 768]
     """
-    return (
-        max(32, 2 ** math.ceil(math.log2(length)))
-        if length <= 256
-        else math.ceil(length / 256) * 256
-    )
+    if length > 256:
+        return math.ceil(length / 256) * 256
+    return max(32, 2 ** math.ceil(math.log2(length)))
 
 
 def with_all_norms(params: Tree) -> Tree:
-    """The parameters with DoRA's norms, computed unless they stand there; for many calls with the same adapter."""
+    """The parameters with DoRA's column norms, which are computed if any is missing.
+
+    `generate` calls this. Call it yourself once before many calls with the same adapter.
+    """
     paths = flatten(params)
-    if all(
-        f"{path.removesuffix('magnitude')}norm" in paths
-        for path in paths
-        if path.endswith("/magnitude")
-    ):
+    magnitudes = [path for path in paths if path.endswith("/magnitude")]
+    if all(path.removesuffix("magnitude") + "norm" in paths for path in magnitudes):
         return params
-    without, _ = split(params, lambda path: not path.endswith("/norm"))
-    return combine(without, _norms(without))
+    without_norms, _ = split(params, lambda path: not path.endswith("/norm"))
+    return combine(without_norms, _norms(without_norms))
 
 
 @jax.jit
 def _norms(params: Tree) -> Tree:
-    return split(with_norms(params), lambda path: path.endswith("/norm"))[0]
+    """Only the norms, so that the compiled program does not copy the other parameters."""
+    norms, _ = split(with_norms(params), lambda path: path.endswith("/norm"))
+    return norms
 
 
-def _everywhere(key: Array, mesh: Mesh) -> Array:
-    """The key on every device of the mesh; device_put cannot place a key on devices of other processes (jax 0.10)."""
+def _pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts padded on the right `[B, T]`, and their lengths `[B]`."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, lengths
+
+
+def _sampling_params(
+    sampling: Sampling,
+    *,
+    vocab_size: int,
+    stop_ids: Sequence[int],
+    key: Array,
+    max_length: Array,
+) -> SamplingParams:
+    """The options as arrays, where an option that is None becomes a value that has no effect."""
+    top_k = min(sampling.top_k or vocab_size, vocab_size)
+    # Not 1: rounding can lift the cumulative sum of probabilities to 1 before the last token.
+    top_p = math.inf if sampling.top_p is None else sampling.top_p
+    # Padded, so that another number of stop ids does not recompile; no token has the id -1.
+    padding = bucket(len(stop_ids) or 1) - len(stop_ids)
+    return SamplingParams(
+        # Greedy decoding ignores the temperature, and 1 avoids a division by 0.
+        temperature=np.float32(sampling.temperature or 1),
+        top_k=np.int32(top_k),
+        top_p=np.float32(top_p),
+        repetition_penalty=np.float32(sampling.repetition_penalty),
+        stop_ids=np.pad(np.array(stop_ids, np.int32), (0, padding), constant_values=-1),
+        key=key,
+        max_length=max_length,
+    )
+
+
+def _new_tokens(state: DecodeState) -> list[list[int]]:
+    """The new tokens of each row, up to its stop id."""
+    new_tokens, counts = np.asarray(state.new_tokens), np.asarray(state.counts)
+    return [row[:count].tolist() for row, count in zip(new_tokens, counts, strict=True)]
+
+
+def _replicated_key(key: Array | None, mesh: Mesh | None) -> Array:
+    """The key on every device of the mesh; without a key, one that greedy decoding ignores."""
+    if key is None:
+        key = jax.random.key(0)
+    if mesh is None:
+        return key
+    # device_put cannot place a typed key on devices of other processes (jax 0.10).
     data, sharding = np.asarray(jax.random.key_data(key)), NamedSharding(mesh, P())
-    placed = jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
-    return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(key))
+    replicated = jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
+    return jax.random.wrap_key_data(replicated, impl=jax.random.key_impl(key))
 
 
-def _mesh(params: Tree) -> Mesh | None:
-    """The mesh that the parameters lie on, or None where they lie on one device."""
-    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
-    meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding))
-    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
+def _mesh_of(params: Tree) -> Mesh | None:
+    """The mesh that the parameters are sharded over, or None if they are on one device."""
+    for leaf in jax.tree.leaves(params):
+        # Leaves may also be numpy arrays, which have no sharding.
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            continue
+        if isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None

@@ -1,4 +1,4 @@
-"""How a token is chosen. Imports no JAX."""
+"""Options of sampling. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lorax_ft.checks import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is chosen."""
+    """How the next token is chosen."""
 
     temperature: float = 0.0
-    """0 takes the likeliest token each time; above, tokens are drawn, and 1 draws as the model is."""
+    """0 is greedy decoding. Above 0, tokens are sampled; 1 keeps the model's own distribution."""
     top_k: int | None = None
-    """SamplingParams among the k likeliest tokens only."""
+    """Sample only from the k most likely tokens."""
     top_p: float | None = None
-    """SamplingParams among the fewest likeliest tokens whose probabilities sum up to p (1904.09751)."""
+    """Sample only from the most likely tokens whose probabilities add up to p (1904.09751)."""
     repetition_penalty: float = 1.0
-    """Above 1, makes tokens less likely that stand in the text already (1909.05858)."""
+    """Above 1, tokens that already occur in the text become less likely (1909.05858)."""
 
     def __post_init__(self) -> None:
         check(
@@ -35,8 +35,10 @@ class Sampling:
             math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
             f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite",
         )
+        # Greedy decoding would ignore these options; whoever sets one expects sampling.
         for name in ("top_k", "top_p"):
             check(
                 self.temperature > 0 or getattr(self, name) is None,
-                f"{name} is given, but at temperature 0 nothing is drawn; give a temperature such as 0.7",
+                f"{name} is given, but at temperature 0 decoding is greedy; set a temperature "
+                "such as 0.7",
             )

@@ -1,8 +1,9 @@
-"""Texts from a model: answers in conversations, as a whole or as they grow."""
+"""Generation from conversations to text, complete or streamed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +16,10 @@ from lorax_ft.inference.sampling import Sampling
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree
 
-STOP_CHUNK = 16  # tokens between two looks at the text
-BROKEN = "\ufffd"  # how a character's first bytes are decoded
+# Tokens between two searches for stop strings: each search decodes the whole text on the host.
+STOP_CHUNK = 16
+# U+FFFD, what a tokenizer decodes the first bytes of an incomplete character to.
+REPLACEMENT = "\ufffd"
 
 
 def answer(
@@ -32,45 +35,46 @@ def answer(
     key: Array | None = None,
     where: Sequence[str] | None = None,
 ) -> list[str]:
-    """The assistant's next turn in each conversation, as stripped text without special tokens.
+    """Generates the assistant's next turn in each conversation.
 
     Args:
-      model: gives the tokenizer too.
+      model: also provides the tokenizer.
       params: parameters, with or without adapters.
-      conversations: messages that wait for the assistant.
-      max_new_tokens: the longest answer.
-      batch_size: answers at once; the prompts are taken by length, the longest first.
-      sampling: how a token is chosen.
-      stop_ids: tokens that end an answer; None takes `default_stop_ids`.
-      stop_strings: texts that end an answer, and are left out.
-      key: for drawing.
-      where: the place of each conversation, for errors; None counts them.
+      conversations: messages up to the assistant's next turn.
+      max_new_tokens: maximum number of tokens of each answer.
+      batch_size: number of answers that are generated at once.
+      sampling: how the next token is chosen.
+      stop_ids: token ids that end an answer; None takes `default_stop_ids`.
+      stop_strings: strings that end an answer; the answer does not include them.
+      key: random key for sampling.
+      where: the source of each conversation, for errors; None numbers them.
+
+    Returns:
+      The answers, without special tokens and without whitespace at both ends.
 
     Raises:
-      ValueError: as `generate`, or the tokenizer or its chat template is missing, or refuses a conversation. All
-        conversations are checked before the first is answered.
+      ValueError: as in `generate`; or the model has no tokenizer, the tokenizer has no chat
+        template, or the template rejects a conversation. All conversations are checked before the
+        first answer is generated.
     """
-    if model.tokenizer is None:
-        raise ValueError(
-            f"{model.source or 'the model'} has no tokenizer; take a checkpoint with a tokenizer.json"
-        )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be above 0")
-    where = where or [f"prompt {number}" for number in range(1, len(conversations) + 1)]
-    pairs = zip(conversations, where, strict=True)
-    prompts = [encode_prompt(messages, model.tokenizer, where=place) for messages, place in pairs]
-    check_prompts(prompts, max_new_tokens, model.config, where=where)
+    prompts = _encode_prompts(model, conversations, where, max_new_tokens=max_new_tokens)
+    # A batch is padded to its longest prompt, so prompts of similar length share one. The longest
+    # come first: if memory runs out, it does so in the first batch.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    size = min(batch_size, len(order))
+    size = min(batch_size, len(prompts))
     params = with_all_norms(params)
     answers = [""] * len(prompts)
-    for start in range(0, len(order), size or 1):
-        chosen = order[start : start + size]
-        *_, last = stream_texts(
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = [prompts[i] for i in rows]
+        # The last batch is padded to the same size: another size would compile another program.
+        batch += batch[-1:] * (size - len(rows))
+        *_, texts = stream_texts(
             model,
             params,
-            [prompts[i] for i in chosen]
-            + [prompts[chosen[-1]]] * (size - len(chosen)),  # one shape for all
+            batch,
             max_new_tokens=max_new_tokens,
             chunk=STOP_CHUNK if stop_strings else max_new_tokens,
             sampling=sampling,
@@ -78,7 +82,7 @@ def answer(
             stop_strings=stop_strings,
             key=None if key is None else jax.random.fold_in(key, start),
         )
-        for i, text in zip(chosen, last, strict=False):
+        for i, text in zip(rows, texts, strict=False):
             answers[i] = text.strip()
     return answers
 
@@ -95,65 +99,97 @@ def stream_texts(
     stop_strings: Sequence[str] = (),
     key: Array | None = None,
 ) -> Iterator[list[str]]:
-    """`stream`, as texts without special tokens, which end before the first of `stop_strings`.
+    """Like `stream`, but yields texts, without special tokens.
 
-    Each text begins with the one before it: an end that may be the beginning of a stop string, or of a character,
-    is held back until that is decided.
+    Each text starts with the previous one. An end that may be the start of a stop string, or an
+    incomplete character, is held back until that is known.
+
+    Args:
+      model: this and the other arguments are those of `stream`.
+      stop_strings: strings that end a text; the text does not include them.
     """
     if "" in stop_strings:
-        raise ValueError("a stop string is empty, and would end every text where it begins")
-    shown, texts = [""] * len(prompts), [""] * len(prompts)
-    found = stream(
-        model,
-        params,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        chunk=chunk,
-        sampling=sampling,
-        stop_ids=stop_ids,
-        key=key,
-    )
-    for rows in found:
-        decode = model.tokenizer.decode
-        whole = [
-            decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for row in rows
-        ]
-        ends = [_end(text, stop_strings) for text in whole]
-        texts = [text[:end] for text, end in zip(whole, ends, strict=True)]
-        if texts and None not in ends:
+        raise ValueError("a stop string is empty, so every text would end before its first token")
+    options: dict[str, Any] = {"sampling": sampling, "stop_ids": stop_ids, "key": key}
+    shown = [""] * len(prompts)
+    texts = shown
+    for rows in stream(
+        model, params, prompts, max_new_tokens=max_new_tokens, chunk=chunk, **options
+    ):
+        texts, stable, finished = [], [], []
+        for row in rows:
+            text = model.tokenizer.decode(
+                row, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            end = _stop_position(text, stop_strings)
+            texts.append(text[:end])
+            finished.append(end is not None)
+            stable.append(text[:end] if end is not None else _stable_prefix(text, stop_strings))
+        if texts and all(finished):
             break
-        settled = [
-            t if end is not None else _settled(t, stop_strings)
-            for t, end in zip(texts, ends, strict=True)
-        ]
-        shown = _grown(shown, settled)
+        shown = _extended(shown, stable)
         yield shown
-    yield _grown(shown, texts)
+    # No more tokens follow, so the ends that were held back belong to the texts.
+    yield _extended(shown, texts)
 
 
-def _grown(shown: list[str], texts: list[str]) -> list[str]:
-    """The texts, but those as they were shown that do not go on from there.
+def _encode_prompts(
+    model: Model,
+    conversations: Sequence[Sequence[Message]],
+    where: Sequence[str] | None,
+    *,
+    max_new_tokens: int,
+) -> list[np.ndarray]:
+    """The token ids of each conversation, all of which the model can continue."""
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{model.source or 'the model'} has no tokenizer; use a checkpoint with a "
+            "tokenizer.json"
+        )
+    if where is None:
+        where = [f"prompt {number}" for number in range(1, len(conversations) + 1)]
+    prompts = []
+    for messages, place in zip(conversations, where, strict=True):
+        prompts.append(encode_prompt(messages, model.tokenizer, where=place))
+    check_prompts(prompts, max_new_tokens, model.config, where=where)
+    return prompts
 
-    A byte-level decoder takes a whole character back where the next one is not whole yet (tokenizers' ByteFallback).
+
+def _extended(shown: list[str], texts: list[str]) -> list[str]:
+    """The new texts, except those that do not start with what was shown: these stay as shown.
+
+    A byte-level decoder may withdraw a complete character while the next one is incomplete
+    (ByteFallback in tokenizers).
     """
     return [new if new.startswith(old) else old for old, new in zip(shown, texts, strict=True)]
 
 
-def _end(text: str, stop_strings: Sequence[str]) -> int | None:
-    """Where the stop string begins that is complete first, or None."""
-    found = [(start + len(stop), start) for stop in stop_strings if (start := text.find(stop)) >= 0]
-    return min(found)[1] if found else None
+def _stop_position(text: str, stop_strings: Sequence[str]) -> int | None:
+    """The start of the stop string that is complete first, or None if there is none."""
+    matches = []
+    for stop in stop_strings:
+        start = text.find(stop)
+        if start >= 0:
+            matches.append((start + len(stop), start))
+    if not matches:
+        return None
+    # The earliest end, not the earliest start: decoding token by token would stop there.
+    _, start = min(matches)
+    return start
 
 
-def _settled(text: str, stop_strings: Sequence[str]) -> str:
-    """The text without an end that may yet become a stop string or another character.
+def _stable_prefix(text: str, stop_strings: Sequence[str]) -> str:
+    """The text without an end that may become a stop string or another character.
 
-    >>> _settled("1 + 1\\n\\nQ", ["\\n\\nQuestion", "###"]), _settled("1 + 1\\n", [])
-    ('1 + 1', '1 + 1\\n')
+    >>> _stable_prefix("1 + 1\\n\\nQ", ["\\n\\nQuestion", "###"])
+    '1 + 1'
+    >>> _stable_prefix("1 + 1\\n", [])
+    '1 + 1\\n'
     """
-    text = text.rstrip(BROKEN)
-    starts = [stop[:n] for stop in stop_strings for n in range(1, len(stop))]
-    return text[
-        : len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)
-    ]
+    text = text.rstrip(REPLACEMENT)
+    held_back = 0
+    for stop in stop_strings:
+        for length in range(1, len(stop)):
+            if text.endswith(stop[:length]):
+                held_back = max(held_back, length)
+    return text[: len(text) - held_back]

@@ -1,4 +1,4 @@
-"""A tuned model from where a run left it, or from a model and an adapter. Imports JAX when it loads, not before."""
+"""Arguments that scripts share: which model to load. Imports JAX only when it loads one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """Where a model is: in a run, or at a path with or without an adapter."""
+    """Which model to load: that of a training run, or a checkpoint with or without an adapter."""
 
     run: str | None = None
     """Output folder of a training run, such as out/pissa."""
     model: str | None = None
-    """Hugging Face folder, .gguf file or hub id, in place of a run."""
+    """Hugging Face folder, .gguf file or hub id, instead of a run."""
     adapter: str | None = None
-    """PEFT folder of an adapter for --model."""
+    """PEFT adapter folder to load on top of --model."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights; None takes the run's, and float32 without a run."""
+    """dtype of the weights; None is the run's dtype, or float32 with --model."""
     quant: Literal["none", "nf4", "int8"] = "none"
-    """Type of the kernels that --model is quantized to; a run's are as they were in training."""
+    """Quantize the kernels of --model; the base of a run is quantized as in training."""
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
@@ -37,21 +37,24 @@ class ModelArgs:
         if self.adapter is not None and self.model is None:
             raise ValueError("--adapter goes with --model; a run has its own adapter")
         if self.quant != "none" and self.model is None:
-            raise ValueError("--quant goes with --model; a run's base is as it was in training")
+            raise ValueError(
+                "--quant goes with --model; a run uses the quantization it trained with"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatArgs(ModelArgs, Sampling):
-    """A model that is asked something, and how it answers."""
+    """Which model to load, and how it generates answers."""
 
     system: str | None = None
-    """System message that comes first."""
+    """System message at the start of the conversation."""
     max_new_tokens: int = 512
-    """Longest answer, in tokens."""
+    """Maximum number of tokens of an answer."""
     seed: int = 0
-    """Seed of the draws."""
+    """Random seed for sampling."""
 
     def __post_init__(self) -> None:
+        # super() would run only the checks of ModelArgs.
         ModelArgs.__post_init__(self)
         Sampling.__post_init__(self)
         check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be 0 or more and below 2^32")
@@ -60,63 +63,89 @@ class ChatArgs(ModelArgs, Sampling):
         )
 
 
-def load_with_adapter(tuned: ModelArgs) -> tuple[Model, Tree]:
-    """The model, and its parameters with the adapter in them.
+def load_with_adapter(args: ModelArgs) -> tuple[Model, Tree]:
+    """Loads the model; returns it with its parameters, which include the adapter if there is one.
 
     Raises:
-      ValueError: there is no such run, model or adapter, the run has not finished, or they do not fit each other.
+      ValueError: the run, the model or the adapter does not exist, the run has not finished, or the
+        adapter does not fit the model.
     """
-    config, adapter = locate(tuned)
+    config, adapter = locate(args)
+    # JAX takes seconds to import: --help and errors in the arguments should not wait for it.
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft
 
-    m = config.model
     model = load_model(
-        m.path, revision=m.revision, dtype=m.dtype, attention=m.attention, quant=config.quant
+        config.model.path,
+        revision=config.model.revision,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        quant=config.quant,
     )
-    return model, model.params if adapter is None else load_peft(adapter, model)
+    if adapter is None:
+        return model, model.params
+    return model, load_peft(adapter, model)
 
 
-def locate(tuned: ModelArgs) -> tuple[Config, Path | None]:
-    """Which model to load and how to quantize it, and the folder of its adapter or None; without loading anything.
+def locate(args: ModelArgs) -> tuple[Config, Path | None]:
+    """Finds the model without loading it.
+
+    Returns:
+      A config that says which checkpoint to load and how to quantize it, and the folder of the
+      adapter, or None if the checkpoint is the whole model.
 
     Raises:
-      ValueError: there is no such run or adapter, or the run has not finished.
+      ValueError: the run or the adapter does not exist, or the run has not finished.
     """
-    if tuned.model is not None:
-        adapter = (
-            None
-            if tuned.adapter is None
-            else _existing(Path(tuned.adapter), "adapter", "adapter_config.json")
-        )
-        model = ModelConfig(path=tuned.model, dtype=tuned.dtype or "float32")
-        return Config(model=model, quant=QuantConfig(format=tuned.quant)), adapter
-    assert tuned.run is not None
-    run = _existing(Path(tuned.run), "run", "config.json")
+    if args.run is not None:
+        return _locate_run(Path(args.run), dtype=args.dtype)
+    assert args.model is not None
+    adapter = None
+    if args.adapter is not None:
+        adapter = _existing(Path(args.adapter), "adapter", "adapter_config.json")
+    model = ModelConfig(path=args.model, dtype=args.dtype or "float32")
+    return Config(model=model, quant=QuantConfig(format=args.quant)), adapter
+
+
+def _locate_run(
+    run: Path, *, dtype: Literal["float32", "bfloat16"] | None
+) -> tuple[Config, Path | None]:
+    """The config and the adapter of a run."""
+    config_file = _existing(run, "run", "config.json") / "config.json"
     try:
-        config = Config.from_json((run / "config.json").read_text(encoding="utf-8"))
+        config = Config.from_json(config_file.read_text(encoding="utf-8"))
     except (ValueError, AttributeError) as error:
+        # Checkpoints of transformers have a config.json, too.
         raise ValueError(
-            f"{run} holds no run: its config.json is another; is it a model (--model {run})?"
+            f"{config_file} is not the config of a training run; if {run} is a model, use "
+            f"--model {run}"
         ) from error
-    model = dataclasses.replace(config.model, dtype=tuned.dtype or config.model.dtype)
-    adapter = run / "adapter" if (run / "adapter").is_dir() else None
-    own = run / ("nf4_base" if adapter else "model")  # a base without its start; full fine-tuning
-    if own.is_dir():
-        model = dataclasses.replace(model, path=str(own), revision=None)
-    if adapter or own.is_dir():
+    model = dataclasses.replace(config.model, dtype=dtype or config.model.dtype)
+    adapter = run / "adapter"
+    if adapter.is_dir():
+        # Some inits (PiSSA, LoftQ) subtract the initial adapter from the base and quantize the
+        # difference. Quantizing the original would not give this base, so the run saves it.
+        base = run / "nf4_base"
+        if base.is_dir():
+            model = dataclasses.replace(model, path=str(base), revision=None)
         return dataclasses.replace(config, model=model), adapter
-    raise ValueError(
-        f"{run} holds neither an adapter nor a model: its training has not come to an end"
-    )
+    # Full fine-tuning saves a whole model instead of an adapter.
+    whole = run / "model"
+    if not whole.is_dir():
+        raise ValueError(f"{run} has neither an adapter nor a model: its training has not finished")
+    model = dataclasses.replace(model, path=str(whole), revision=None)
+    return dataclasses.replace(config, model=model), None
 
 
-def _existing(folder: Path, what: str, marker: str) -> Path:
-    """The folder, which holds the file `marker`."""
+def _existing(folder: Path, content: str, marker: str) -> Path:
+    """The folder, if it contains the file `marker`; else an error that suggests another folder."""
     if (folder / marker).is_file():
         return folder
     if folder.is_dir():
-        raise ValueError(f"{folder} holds no {what}: there is no {marker} in it")
+        raise ValueError(f"{folder} contains no {content}: {marker} is missing")
     others = sorted(path.parent.name for path in folder.parent.glob(f"*/{marker}"))
-    near = difflib.get_close_matches(folder.name, others, n=1, cutoff=0.3) or others[:1]
-    raise ValueError(f"no {what} at {folder}" + (f"; beside it there is {near[0]}" if near else ""))
+    similar = difflib.get_close_matches(folder.name, others, n=1, cutoff=0.3) or others[:1]
+    hint = ""
+    if similar:
+        hint = f"; did you mean {folder.parent / similar[0]}?"
+    raise ValueError(f"there is no {content} at {folder}{hint}")

@@ -50,7 +50,8 @@ def test_greedy_is_transformers(tmp_path: Path, family: str) -> None:
     """Prompts of several lengths in one batch, past the windows and past the scaled positions."""
     theirs = checkpoint(tmp_path / "model", family)
     ours = load_model(tmp_path / "model")
-    # transformers begins anew where a text passes longrope's first length; ours begins with the room's length.
+    # transformers changes longrope's factors once a text passes the original length; ours chooses
+    # them at the start, by prompt plus max_new_tokens.
     prompts = PROMPTS[1:2] if family == "phi4_mini" else PROMPTS
     rows = generate(ours, ours.params, prompts, max_new_tokens=NEW, stop_ids=())
     assert rows == [continued(theirs, prompt, NEW) for prompt in prompts]
@@ -58,7 +59,7 @@ def test_greedy_is_transformers(tmp_path: Path, family: str) -> None:
 
 
 def test_longrope_goes_by_what_a_text_may_grow_to(tmp_path: Path) -> None:
-    """Not by the room that is set aside for it, nor by the other rows."""
+    """Not by the size of the cache, nor by the other rows."""
     theirs = checkpoint(tmp_path / "model", "phi4_mini", original=64)
     ours = load_model(tmp_path / "model")
     prompts = [list(range(20, 60)), [5, 6, 7], list(range(9, 89))]
