@@ -1,4 +1,4 @@
-"""Greedy continuations are transformers', token for token. Needs torch."""
+"""Greedy continuations equal transformers', token for token. Needs torch."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ def continued(model: torch.nn.Module, prompt: list[int], new: int, **options: fl
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_transformers(tmp_path: Path, family: str) -> None:
-    """Prompts of several lengths in one batch, past the windows and past the scaled positions."""
+    """Prompts of several lengths in one batch, beyond sliding windows and scaled positions."""
     theirs = checkpoint(tmp_path / "model", family)
     ours = load_model(tmp_path / "model")
-    # transformers begins anew where a text passes longrope's first length; ours begins with the room's length.
+    # transformers switches longrope's factors once a text exceeds the original length; ours picks
+    # them by the maximum length that the text may reach.
     prompts = PROMPTS[1:2] if family == "phi4_mini" else PROMPTS
     rows = generate(ours, ours.params, prompts, max_new_tokens=NEW, stop_ids=())
     assert rows == [continued(theirs, prompt, NEW) for prompt in prompts]
@@ -58,7 +59,7 @@ def test_greedy_is_transformers(tmp_path: Path, family: str) -> None:
 
 
 def test_longrope_goes_by_what_a_text_may_grow_to(tmp_path: Path) -> None:
-    """Not by the room that is set aside for it, nor by the other rows."""
+    """Not by the size of the cache, nor by the other rows."""
     theirs = checkpoint(tmp_path / "model", "phi4_mini", original=64)
     ours = load_model(tmp_path / "model")
     prompts = [list(range(20, 60)), [5, 6, 7], list(range(9, 89))]
