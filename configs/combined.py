@@ -1,4 +1,4 @@
-"""All at once: PiSSA, DoRA, rsLoRA, LoRA+ and NEFTune.
+"""PiSSA, DoRA, rsLoRA, LoRA+ and NEFTune combined.
 
     python scripts/train.py --config configs/combined.py
 

@@ -1,4 +1,4 @@
-"""DoRA (2402.09353): a magnitude for each output channel beside LoRA's direction.
+"""DoRA (2402.09353): LoRA with a trainable magnitude for each output channel.
 
     python scripts/train.py --config configs/dora.py
 

@@ -1,8 +1,8 @@
-"""EVA (2410.07170): A spans the directions in which the inputs vary most, and ranks go to where they matter.
+"""EVA (2410.07170): A spans the directions of largest input variance, which also set the ranks.
 
     python scripts/train.py --config configs/eva.py
 
-150 steps of 32 rows, 114 s in all on two CPU cores, beside other work, 5 s of it to measure the inputs.
+150 steps of 32 rows, 114 s in all on two CPU cores, 5 s of it to measure inputs, beside other work.
 Exact match on unseen questions: 0 % before, 98 % after.
 """
 

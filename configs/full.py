@@ -1,4 +1,4 @@
-"""Full fine-tuning: no adapter, every parameter trains; the baseline. Saves a model instead of an adapter.
+"""Full fine-tuning, the baseline: all parameters train. Saves a model instead of an adapter.
 
     python scripts/train.py --config configs/full.py
 

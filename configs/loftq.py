@@ -1,4 +1,4 @@
-"""LoftQ (2310.08659): the NF4 base and A B are fitted to each weight in turn, 5 rounds.
+"""LoftQ (2310.08659): 5 rounds alternately fit the NF4 base and A B to each weight.
 
     python scripts/train.py --config configs/loftq.py
 

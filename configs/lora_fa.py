@@ -1,4 +1,4 @@
-"""LoRA-FA (2308.03303): LoRA whose A stays where it starts, so that only B has gradients and moments.
+"""LoRA-FA (2308.03303): LoRA with a frozen A, so that only B has gradients and moments.
 
     python scripts/train.py --config configs/lora_fa.py
 

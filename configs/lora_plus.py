@@ -1,9 +1,10 @@
-"""LoRA+ (2402.12354): B learns 16 times as fast as A.
+"""LoRA+ (2402.12354): LoRA with a 16 times higher learning rate for B than for A.
 
     python scripts/train.py --config configs/lora_plus.py
 
-150 steps of 32 rows, 57 s in all on two CPU cores, beside other work; A learns at 1e-3, B at 1.6e-2. Exact match
-on unseen questions: 0 % before, 97 % after.
+150 steps of 32 rows, 57 s in all on two CPU cores, beside other work.
+Learning rates: 1e-3 for A, 1.6e-2 for B.
+Exact match on unseen questions: 0 % before, 97 % after.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""MiLoRA (2406.09044): A and B start from the last singular triples of each weight, which are taken out of the base.
+"""MiLoRA (2406.09044): A B starts as the smallest singular triples of W, removed from the base.
 
     python scripts/train.py --config configs/milora.py
 

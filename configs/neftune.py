@@ -1,4 +1,4 @@
-"""NEFTune (2310.05914): LoRA with uniform noise on the embeddings in training.
+"""NEFTune (2310.05914): LoRA with uniform noise on the embeddings during training.
 
     python scripts/train.py --config configs/neftune.py
 

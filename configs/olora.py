@@ -1,4 +1,4 @@
-"""OLoRA (2406.01775): A and B start from a QR decomposition of each weight, which is taken out of the base.
+"""OLoRA (2406.01775): A and B start from a QR decomposition of W, removed from the base.
 
     python scripts/train.py --config configs/olora.py
 

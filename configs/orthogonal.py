@@ -1,4 +1,4 @@
-"""Orthogonal start: A and B are both random and A B = 0, so that both learn from the first step.
+"""Orthogonal initialization: random A and B with A B = 0; both train from the first step.
 
     python scripts/train.py --config configs/orthogonal.py
 

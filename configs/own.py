@@ -1,8 +1,9 @@
-"""A place to start from for a model and data of your own: LoRA on all linear layers, one pass over the rows.
+"""A starting point for your own model and data: LoRA on all linear layers, one epoch.
 
     python scripts/train.py --config configs/own.py --model.path MODEL --data.train FILE.jsonl
 
-MODEL is a Hugging Face folder, a hub id or a .gguf file. --dry-run first shows what would train and a batch.
+MODEL is a Hugging Face folder, a Hub id or a .gguf file. With --dry-run the command only shows what
+would train, and the first batch.
 """
 
 from lorax_ft.config import (

@@ -1,9 +1,10 @@
-"""QLoRA (2305.14314): the frozen base in 4-bit NF4, its block scales in 8 bits, and LoRA in float32 on top.
+"""QLoRA (2305.14314): float32 LoRA on a frozen base in 4-bit NF4, with double quantization.
 
     python scripts/train.py --config configs/qlora.py
 
-150 steps of 32 rows, 74 s in all on two CPU cores, beside other work. The base's linear layers take 4.13 bits a
-parameter. Exact match on unseen questions: 0 % before, 100 % after.
+150 steps of 32 rows, 74 s in all on two CPU cores, beside other work.
+The linear layers of the base take 4.13 bits per parameter.
+Exact match on unseen questions: 0 % before, 100 % after.
 """
 
 from lorax_ft.config import (

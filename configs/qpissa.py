@@ -1,4 +1,4 @@
-"""QPiSSA (2404.02948): PiSSA on an NF4 base, in 5 rounds that fit A and B to what quantizing then loses.
+"""QPiSSA (2404.02948): PiSSA on an NF4 base, with 5 rounds of quantization and SVD.
 
     python scripts/train.py --config configs/qpissa.py
 

@@ -1,4 +1,4 @@
-"""rsLoRA (2312.03732): LoRA with the scale alpha / √r, which keeps high ranks learning.
+"""rsLoRA (2312.03732): LoRA with the scale alpha / √r, which makes higher ranks effective.
 
     python scripts/train.py --config configs/rslora.py
 

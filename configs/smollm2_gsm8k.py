@@ -1,10 +1,11 @@
-"""SmolLM2-135M-Instruct learns GSM8K's working and its "#### answer", with LoRA on all linear layers.
+"""SmolLM2-135M-Instruct learns to solve GSM8K step by step, with LoRA on all linear layers.
 
     python scripts/train.py --config configs/smollm2_gsm8k.py
 
-With local copies: `--model.path MODEL.gguf --data.train gsm8k/train.jsonl --data.validation gsm8k/test.jsonl`.
-A step of 4 × 256 tokens takes 5.0 s on two CPU cores. With one row of 160 tokens instead, the validation loss fell
-from 1.85 to 1.06 in 100 steps (docs/LOG.md).
+For local copies, add
+`--model.path MODEL.gguf --data.train gsm8k/train.jsonl --data.validation gsm8k/test.jsonl`.
+A step of 4 × 256 tokens takes 5.0 s on two CPU cores. With one row of 160 tokens instead, the
+validation loss fell from 1.85 to 1.06 in 100 steps (docs/LOG.md).
 """
 
 from lorax_ft.config import (

@@ -1,10 +1,11 @@
-"""Measure the training step, PiSSA's start (`--what pissa`) and compilation (`--what compile`), beside PEFT's.
+"""Benchmark training steps, PiSSA initialization and compilation against PEFT.
 
     python scripts/bench.py --model SmolLM2-135M-Instruct.gguf --peer PEER/bin/python --what step
 
-A step trains 4 rows of 256 random tokens, all of which count, in float32 with AdamW; adapters of rank 8 (16 for
-PiSSA's start) sit on all linear layers. Every variant is a process of its own. They take turns, so that whatever
-else the machine does meets all alike, and before each turn the rate of a matrix product tells its condition.
+A step trains on 4 rows of 256 random tokens, all of which count in the loss, in float32 with AdamW
+and rank-8 adapters on all linear layers (rank 16 for PiSSA initialization). Every variant is a
+separate process. The variants take turns, so that other load on the machine affects all of them
+equally. The speed of a matrix product, measured before each turn, shows the state of the machine.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ from lorax_ft import cli
 HERE = Path(__file__).parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 ROWS, TOKENS = 4, 256
-WARMUP = 2  # steps before the first that counts
-LARGEST = 6e9  # bytes: no process takes more, and so much is left free before another starts
-CALLS = {"pissa": 2, "compile": 0}  # of a process that lives for one turn
+WARMUP = 2  # steps before the first one that is measured
+LARGEST = 6e9  # bytes: an upper bound per process, kept free before another one starts
+CALLS = {"pissa": 2, "compile": 0}  # calls of a process that lives for one turn
 PEERS = {**bench_peft.STEPS, **bench_peft.INITS, **bench_peft.SERVES}
 Sample = dict[str, Any]
 Samples = dict[str, list[Sample]]
 Product = Callable[[], float]
 Column = tuple[
     str, str, Callable[[Sequence[float]], float], str
-]  # title, key, over the rounds, format
+]  # title, key, reduction over rounds, format
 COLUMNS: list[Column] = [
     ("first call s", "first", statistics.median, ".2f"),
     ("seconds", "seconds", statistics.median, ".2f"),
@@ -61,27 +62,29 @@ COLUMNS: list[Column] = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Measure the training step, PiSSA's start or compilation, beside PEFT's."""
+    """Benchmark training steps, PiSSA initialization, inference or compilation against PEFT."""
 
     model: str
-    """Hugging Face folder or .gguf file."""
+    """Base model: a Hugging Face folder or a .gguf file."""
     peer: str | None = None
-    """Python with torch, transformers and peft; none given measures this library alone."""
+    """Python with torch, transformers and peft; None measures only this library."""
     what: Literal["step", "pissa", "serve", "compile"] = "step"
-    """The training step; PiSSA's start of all matrices; loading, decoding and merging; or compiling by layers."""
+    """What to measure.
+    step: the training step; pissa: PiSSA initialization of all matrices;
+    serve: loading, decoding and merging; compile: compilation by number of layers."""
     rounds: int = 5
-    """Turns of each variant."""
+    """Number of turns per variant."""
     variants: str | None = None
-    """Names with commas between; ratios refer to the first. None takes all."""
+    """Comma-separated variants; ratios refer to the first one. None measures all."""
     memory: float | None = None
-    """GB for all processes together; None takes nine tenths of what is free now."""
+    """Memory limit for all processes together, in GB; None uses 90 % of the free memory."""
     markdown: bool = False
-    """Print the table in Markdown as well, for docs/LOG.md."""
+    """Also print the table in Markdown, for docs/LOG.md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-    """A variant that is ready and waits for its turns."""
+    """The process of a variant, ready for its turns."""
 
     name: str
     popen: subprocess.Popen[str]
@@ -89,14 +92,14 @@ class Process:
     facts: Sample
 
     def call(self) -> Sample:
-        """One call: `seconds`, and the process's `peak` so far in GB."""
+        """Run one call: `seconds`, and the `peak` memory of the process so far, in GB."""
         assert self.popen.stdin is not None
         self.popen.stdin.write("\n")
         self.popen.stdin.flush()
         return self.reply()
 
     def reply(self) -> Sample:
-        """The next reply; lines that libraries print are passed over."""
+        """The next reply; lines that libraries print are skipped."""
         assert self.popen.stdout is not None
         for line in self.popen.stdout:
             if line.startswith("{"):
@@ -104,16 +107,16 @@ class Process:
         status = self.popen.wait()
         self.errors.seek(0)
         said = [line for line in self.errors.read().splitlines() if line.strip()] or [
-            "it said nothing"
+            "it printed nothing"
         ]
         raise ValueError(f"the process of {self.name} ended with status {status}: {said[-1]}")
 
 
 def main(args: Args) -> None:
-    """Measures and prints."""
+    """Run the benchmark and print the table."""
     if args.rounds < 1:
         raise ValueError(f"--rounds is {args.rounds}; it must be above 0")
-    import bench_ours  # JAX, which --help does not wait for
+    import bench_ours  # imports JAX, so --help does not wait for it
 
     ours = {
         "step": bench_ours.STEPS,
@@ -146,12 +149,15 @@ def main(args: Args) -> None:
 def _together(
     args: Args, names: list[str], config: Path, *, product: Product, console: Console
 ) -> Samples:
-    """Steps in turn, all processes alive; where memory does not hold them, in groups that each hold the first."""
+    """Run steps in turns, with all processes alive.
+
+    If memory is too small for all, they run in groups; each group contains the first variant.
+    """
     samples: Samples = {}
     pending = names[1:]
     budget = args.memory * 1e9 if args.memory else 0.9 * psutil.virtual_memory().available
 
-    def held() -> int:  # bytes, by the processes that wait
+    def held() -> int:  # bytes used by the waiting processes
         return sum(
             psutil.Process(process.popen.pid).memory_info().rss for process in group.values()
         )
@@ -165,7 +171,7 @@ def _together(
                     group[name] = stack.enter_context(_process(args, name, config, warmup=WARMUP))
                 except ValueError as error:
                     console.print(f"{name} is left out: {error}", markup=False)
-            for turned in range(args.rounds):  # another variant begins each round
+            for turned in range(args.rounds):  # each round starts with a different variant
                 order = [*group][turned % len(group) :] + [*group][: turned % len(group)]
                 turn = {
                     name: group[name].facts | {"product": product()} | group[name].call()
@@ -179,7 +185,7 @@ def _together(
 def _afresh(
     args: Args, names: list[str], config: Path, *, product: Product, console: Console
 ) -> Samples:
-    """A new process for each turn, since its first call counts."""
+    """A new process for each turn, because the first call is measured too."""
     samples: Samples = {}
     for _ in range(args.rounds):
         turn = {}
@@ -194,7 +200,7 @@ def _afresh(
 
 
 def _add(samples: Samples, turn: dict[str, Sample], reference: str, console: Console) -> None:
-    """Adds a round, with each variant's ratio to the reference of the same round."""
+    """Add a round, with each variant's ratio to the reference in the same round."""
     for name, sample in turn.items():
         if "seconds" in sample:
             sample["ratio"] = sample["seconds"] / turn[reference]["seconds"]
@@ -208,7 +214,7 @@ def _add(samples: Samples, turn: dict[str, Sample], reference: str, console: Con
 
 @contextlib.contextmanager
 def _process(args: Args, name: str, config: Path, *, warmup: int = 0) -> Iterator[Process]:
-    """A variant's process, ready for its turns; it ends with the block."""
+    """The process of a variant, ready for its turns; it is stopped when the block ends."""
     if name in PEERS:
         assert args.peer is not None
         command = [args.peer, str(HERE / "bench_peft.py"), name, "--model-config", str(config)]
@@ -233,7 +239,7 @@ def _process(args: Args, name: str, config: Path, *, warmup: int = 0) -> Iterato
 
 
 def _names(args: Args, known: list[str]) -> list[str]:
-    """The variants to measure: those asked for, or all that can be."""
+    """The requested variants, or all available ones."""
     if args.variants is None:
         return [name for name in known if args.peer or name not in PEERS]
     names = args.variants.split(",")
@@ -241,7 +247,8 @@ def _names(args: Args, known: list[str]) -> list[str]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)
             raise ValueError(
-                f"--variants: there is no {name!r}; did you mean {near[0]}? known: {', '.join(known)}"
+                f"--variants: there is no {name!r}; did you mean {near[0]}? "
+                f"known: {', '.join(known)}"
             )
         if name in PEERS and not args.peer:
             raise ValueError(
@@ -263,7 +270,7 @@ def _condition() -> str:
 
 
 def _print(console: Console, title: str, samples: Samples, *, markdown: bool) -> None:
-    """A row for each variant; a column for what any of them has."""
+    """One row per variant; columns that no variant has are left out."""
     columns = [
         column for column in COLUMNS if any(column[1] in rounds[0] for rounds in samples.values())
     ]

@@ -1,4 +1,4 @@
-"""This library's variants, which `bench.py` measures: each is a process that waits for its turns.
+"""The variants of this library that `bench.py` measures, each in its own process.
 
 python scripts/bench_ours.py VARIANT --model MODEL --batch 4 --tokens 256
 """
@@ -55,12 +55,12 @@ SERVES: dict[str, dict[str, Any]] = {
     "merge": {"what": "merge"},
 }
 COMPILES = {f"lora_layers_{layers}": layers for layers in (2, 8, 30)}
-PRODUCTS = 20  # in one measurement of their rate
+PRODUCTS = 20  # matrix products per measurement of their speed
 Facts = dict[str, Any]
 
 
 def main() -> None:
-    """Builds a variant, then serves its calls."""
+    """Build a variant, then serve its calls."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variant", choices=[*STEPS, *INITS, *SERVES, *COMPILES])
     parser.add_argument("--model", required=True)
@@ -82,12 +82,12 @@ def main() -> None:
 
 
 def model_config(path: str) -> dict[str, Any]:
-    """The config.json of a Hugging Face folder, or what a .gguf file holds of it."""
+    """The config.json of a Hugging Face folder, or its equivalent from a .gguf file."""
     return read_gguf(Path(path))[0] if path.endswith(".gguf") else read_folder(Path(path))[0]
 
 
 def make_product() -> Callable[[], float]:
-    """A function that measures the rate of a float32 product [1024, 576] x [576, 1536], in GFLOP/s."""
+    """A function that measures a float32 product [1024, 576] x [576, 1536] in GFLOP/s."""
     x, w = jnp.ones((1024, 576)), jnp.ones((576, 1536))
     product = jax.jit(jnp.matmul).lower(x, w).compile()
 
@@ -103,7 +103,7 @@ def make_product() -> Callable[[], float]:
 def _step(
     path: str, changes: dict[str, dict[str, Any]], shape: tuple[int, ...]
 ) -> tuple[Callable[[], None], Facts]:
-    """A compiled training step, and what compiling took."""
+    """A compiled training step, and the time and memory of its compilation."""
     config = lft.Config(
         model=lft.ModelConfig(path=path, **changes.get("model", {})),
         adapter=lft.AdapterConfig(**{"rank": 8} | changes.get("adapter", {})),
@@ -113,9 +113,8 @@ def _step(
     model = lft.load_model(path, remat=config.model.remat, quant=config.quant)
     tx = lft.make_optimizer(config.optim, steps=1000)
     state, frozen = _state(model, config.adapter, tx)
-    model = dataclasses.replace(
-        model, params={}
-    )  # they stand in state and frozen; PiSSA's base is another one
+    # The parameters are in state and frozen; PiSSA changed the base, so this would be a copy.
+    model = dataclasses.replace(model, params={})
     batch, key = _batch(model.config.vocab_size, shape), jax.random.key(2)
     compiled, facts = _compile(model, tx, state, frozen, batch)
 
@@ -129,7 +128,7 @@ def _step(
 
 
 def _start(path: str, changes: dict[str, Any]) -> Callable[[], None]:
-    """Adding adapters of rank 16."""
+    """A function that adds adapters of rank 16."""
     model = lft.load_model(path)
     config = lft.AdapterConfig(rank=16, **changes)
     layout, key = model.layout, jax.random.key(1)
@@ -139,7 +138,7 @@ def _start(path: str, changes: dict[str, Any]) -> Callable[[], None]:
 
 
 def _serving(path: str, *, what: str, rows: int = 0, quant: Any = "none") -> Callable[[], Any]:
-    """Loading, NEW tokens after a prompt of PROMPT in each row, or merging adapters of rank 16."""
+    """Loading, generating NEW tokens after PROMPT tokens per row, or merging rank-16 adapters."""
     if what == "load":
         return lambda: jax.block_until_ready(
             lft.load_model(path, quant=lft.QuantConfig(format=quant)).params
@@ -155,7 +154,7 @@ def _serving(path: str, *, what: str, rows: int = 0, quant: Any = "none") -> Cal
 
 
 def _compiling(path: str, layers: int, shape: tuple[int, ...]) -> Facts:
-    """What compiling LoRA's step takes for so many layers; there are no weights, only shapes."""
+    """The cost of compiling LoRA's step for a number of layers, from shapes without weights."""
     remat = lft.ModelConfig().remat
     sizes = dataclasses.replace(
         decoder_config(model_config(path), source=path, remat=remat), layers=layers
@@ -189,7 +188,7 @@ def _compile(
     frozen: Tree,
     batch: dict[str, Array],
 ) -> tuple[Any, Facts]:
-    """The step, compiled ahead, with seconds of tracing and compiling and GB of temporaries."""
+    """The step, compiled ahead of time; seconds to trace and compile, and GB of temporaries."""
     jitted = jax.jit(lft.make_train_step(model, tx, packed=False), donate_argnums=0)
     began = time.perf_counter()
     lowered = jitted.lower(state, frozen, batch, jax.random.key(2))
@@ -197,13 +196,13 @@ def _compile(
     compiled = lowered.compile()
     done = time.perf_counter()
     facts = {"trace": traced - began, "compile": done - traced}
-    if memory := compiled.memory_analysis():  # not every backend has it
+    if memory := compiled.memory_analysis():  # some backends do not report it
         facts["temporaries"] = memory.temp_size_in_bytes / 1e9
     return compiled, facts
 
 
 def _batch(vocabulary: int, shape: tuple[int, ...]) -> dict[str, Array]:
-    """Random tokens `[1, B, T]`, all of which count, a sample a row."""
+    """Random tokens `[1, B, T]`, one sample per row; all count in the loss."""
     tokens = jax.random.randint(jax.random.key(0), shape, 0, vocabulary)
     return {
         "tokens": tokens,

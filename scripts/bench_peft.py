@@ -1,10 +1,12 @@
-"""The peers that `bench.py` measures: PEFT, and torch alone, as they install and at their best.
+"""The peers that `bench.py` measures: PEFT and plain torch, by default and at their fastest.
 
 `bench.py` starts it with the Python of an environment that has torch, transformers and peft:
 
-    PEER_PYTHON scripts/bench_peft.py VARIANT --model-config CONFIG.json --cores 2 --batch 4 --tokens 256
+    PEER_PYTHON scripts/bench_peft.py VARIANT --model-config CONFIG.json --cores 2 \\
+        --batch 4 --tokens 256
 
-The weights are random, since no time here depends on them. At its top it imports the standard library alone.
+The weights are random, because the timings do not depend on them. The module level imports only the
+standard library, because `bench.py` imports this file too.
 """
 
 from __future__ import annotations
@@ -44,19 +46,19 @@ SERVES: dict[str, dict[str, Any]] = {
 }
 PROMPT, NEW = 32, 64  # tokens
 NOTES = {
-    "peft_lora_bf16_autocast": "torch's autocast: matrix products in bfloat16, which are not the same numbers",
-    "peft_lora_mkl_avx512": "float32, with MKL made to believe that the processor is Intel's, as torch alone does not",
+    "peft_lora_bf16_autocast": "torch's autocast: bfloat16 matrix products, so different numbers",
+    "peft_lora_mkl_avx512": "float32; MKL with AVX-512, which it uses by default only on Intel CPUs",
 }
-MKL_AVX512 = 12  # the first of MKL_CBWR_Get_Auto_Branch's values that means AVX-512
+MKL_AVX512 = 12  # the lowest value of MKL_CBWR_Get_Auto_Branch that means AVX-512
 
-# MKL takes AVX-512 where this function, which it exports, says that the processor is Intel's.
+# MKL uses AVX-512 only if these functions, which it exports, report an Intel processor.
 SHIM = (
     "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(void) { return 1; }\n"
 )
 
 
 def main() -> None:
-    """Builds a variant, then serves its calls."""
+    """Build a variant, then serve its calls."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variant", choices=[*STEPS, *INITS, *SERVES])
     parser.add_argument("--model-config", required=True, type=Path)
@@ -89,11 +91,11 @@ def main() -> None:
 
 
 def serve(prepare: Callable[[], Callable[[], Any]], facts: dict[str, Any]) -> None:
-    """Says that it is ready, then makes a call for each line that it reads and says how long it took.
+    """Print `facts`, then run and time one call for each line of stdin.
 
     Args:
-      prepare: gives the call to time; its own time does not count. Calls end when their work is done.
-      facts: what to say about the variant first.
+      prepare: returns the call to time, which blocks until its work is done; is not timed itself.
+      facts: information about the variant.
     """
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
@@ -116,7 +118,7 @@ def _step(
     bf16: bool = False,
     avx512: bool = False,
 ) -> Callable[[], None]:
-    """A training step of AdamW on random tokens, all of which count."""
+    """A training step with AdamW on random tokens, all of which count in the loss."""
     import peft
     import torch
 
@@ -148,7 +150,7 @@ def _step(
 
 
 def _init(model: Any, lora: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
-    """Adding adapters of rank 16 to a fresh copy of the model."""
+    """A function that adds adapters of rank 16 to a fresh copy of the model."""
     import peft
 
     config = peft.LoraConfig(
@@ -163,7 +165,7 @@ def _init(model: Any, lora: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
 
 
 def _load(path: str) -> None:
-    """Loads a folder, tokenizer included; each page of the weights is touched, as they are mapped from the file."""
+    """Load a folder with its tokenizer, and read all weights, which are mapped from the file."""
     import torch
     import transformers
 
@@ -174,7 +176,7 @@ def _load(path: str) -> None:
 
 
 def _serving(model: Any, *, what: str, rows: int = 0) -> Callable[[], Callable[[], Any]]:
-    """NEW tokens after a prompt of PROMPT in each row, or merging adapters of rank 16."""
+    """Generating NEW tokens after PROMPT tokens per row, or merging rank-16 adapters."""
     import peft
     import torch
 
@@ -200,7 +202,7 @@ def _serving(model: Any, *, what: str, rows: int = 0) -> Callable[[], Callable[[
 
 
 def _preload_shim() -> None:
-    """Starts this process again with the shim loaded before torch's MKL; needs a C compiler."""
+    """Restart this process with the shim loaded before torch's MKL; needs a C compiler."""
     if "LD_PRELOAD" in os.environ:
         return
     folder = Path(tempfile.mkdtemp(prefix="bench_mkl_"))
@@ -216,7 +218,7 @@ def _preload_shim() -> None:
 
 
 def _check_avx512() -> None:
-    """Raises RuntimeError unless the MKL inside torch has chosen AVX-512."""
+    """Raise RuntimeError unless torch's MKL uses AVX-512."""
     import ctypes
 
     import torch

@@ -1,9 +1,10 @@
-"""How much of what NF4 loses do the starts win back? A table by type of layer, in Markdown.
+"""How much of NF4's quantization error QPiSSA and LoftQ recover: a Markdown table by layer type.
 
     python scripts/report_quantization.py --model MODEL > table.md
 
-For each matrix W the error of QLoRA's start is ‖W − nf4(W)‖, that of QPiSSA's and LoftQ's ‖W − (Q + A B)‖, in the
-nuclear norm; the table has the reduction of the one by the other in per cent (PiSSA, 2404.02948, table 8).
+For each matrix W, the initial error of QLoRA is ‖W − nf4(W)‖, and that of QPiSSA and LoftQ is
+‖W − (Q + A B)‖, in the nuclear norm. The table shows by how many percent QPiSSA and LoftQ reduce
+QLoRA's error (PiSSA, 2404.02948, table 8).
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ STARTS = ("QPiSSA", "LoftQ")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """How much of what NF4 loses QPiSSA and LoftQ win back, by type of layer."""
+    """How much of NF4's quantization error QPiSSA and LoftQ recover, by layer type."""
 
     model: str
-    """Hugging Face folder, .gguf file or hub id."""
+    """Base model: a Hugging Face folder, a .gguf file or a Hub id."""
     ranks: tuple[int, ...] = (16, 64)
-    """Ranks of the adapters."""
+    """Adapter ranks to report."""
     rounds: tuple[int, ...] = (1, 5)
-    """Rounds of decomposition and quantizing."""
+    """Numbers of alternating rounds of quantization and SVD."""
     every: int = 5
-    """Take every so-manieth layer."""
+    """Use every Nth layer."""
 
 
 def main(args: Args) -> None:
-    """Prints the table."""
+    """Print the table."""
     if args.every < 1:
         raise ValueError(f"--every is {args.every}; it must be above 0")
     columns = [
@@ -65,7 +66,7 @@ def main(args: Args) -> None:
 
 
 def reduction(w: Array, start: str, rank: int, rounds: int) -> float:
-    """By how many per cent a start's error is below QLoRA's."""
+    """The reduction of QLoRA's error in percent."""
     stack = w[None]
     decomposed = functools.partial(
         svd, rank=rank, iterations=None, keys=jax.random.split(jax.random.key(0), 1)
@@ -79,7 +80,7 @@ def reduction(w: Array, start: str, rank: int, rounds: int) -> float:
 
 
 def rounded(w: Array) -> Array:
-    """To NF4 and back."""
+    """Quantize to NF4 and dequantize."""
     return dense(quantize(w, format="nf4", n_stack=1, n_in=1))
 
 
@@ -89,7 +90,7 @@ def nuclear(error: Array) -> float:
 
 
 def _kernels(args: Args) -> Iterator[tuple[str, Array]]:
-    """The type of each kind of layer, and its matrices `[N, I, O]`."""
+    """The matrices `[N, I, O]` of each layer type."""
     layers = modules(lft.load_model(args.model).params)
     paths = [path for path in layers if path.endswith("_proj")]
     for path in track(paths, console=Console(stderr=True)):

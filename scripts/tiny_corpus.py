@@ -1,16 +1,16 @@
-"""The text that the embedded model is pretrained on: stories, small talk about their facts, and arithmetic.
+"""The pretraining corpus of the embedded model: stories, questions about them, and arithmetic.
 
-A document is plain text, or a conversation of (question, answer) turns. What the model reads:
+A document is plain text, or a conversation of (question, answer) turns. The corpus contains:
 
-  stories          little narratives with quantities; now and then a sentence says how many there are now
+  stories          short narratives with quantities; some sentences state the current number
   notes            headings and lists of things
-  recall           questions about a story whose answer stands in it ("How many apples does Tom have at first?")
+  recall           questions that the story answers ("How many apples does Tom have at first?")
   copying          "Repeat: ..."
-  sums             arithmetic in digits, in words and in chains of two, plain and as conversation
+  sums             arithmetic in digits, in words and in chains of two, as text and conversation
   comparing        which of two numbers is larger, who has more, which comes next
 
-What it never reads: a question about a story whose answer must be computed, such a question with its
-working, and `####` (see `tiny_questions.py`).
+It never contains questions about a story whose answer must be computed, their worked solutions, or
+`####` (see `tiny_questions.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Thing = tuple[str, str]
 
 
 def documents(seed: int) -> Iterator[str | Chat]:
-    """Documents without end, the same for the same seed."""
+    """An endless stream of documents, reproducible by seed."""
     rng = random.Random(seed)
     makers, weights = zip(*SHARES.items(), strict=True)
     while True:
@@ -51,7 +51,7 @@ def story(rng: random.Random) -> str:
     """A narrative of one or two people and what they own, in the present or the past."""
     past = rng.random() < 0.4
     people, things = two_people(rng), two_things(rng)
-    both = people[0].he != people[1].he and rng.random() < 0.4  # else a pronoun would not say who
+    both = people[0].he != people[1].he and rng.random() < 0.4  # else a pronoun would be ambiguous
     owned = {person: rng.randint(1, 60) for person in people[: 1 + both]}
     thing = things[0]
     has = "had" if past else "has"
@@ -80,7 +80,8 @@ def _scene(rng: random.Random, past: bool) -> str:
             f"{person.name} {goes} to the {place}.",
             f"The {thing[0]} {is_} {rng.choice(COLORS)}.",
             f"There {is_} a {rng.choice(COLORS)} {rng.choice(HOLDERS)[0]} at the {place}.",
-            f"On {rng.choice(DAYS)} {person.name} {goes} to the {place} with {person.his} {thing[1]}.",
+            f"On {rng.choice(DAYS)} {person.name} {goes} to the {place} "
+            f"with {person.his} {thing[1]}.",
         )
     )
 
@@ -88,7 +89,7 @@ def _scene(rng: random.Random, past: bool) -> str:
 def _event(
     rng: random.Random, person: Person, thing: Thing, owned: int, past: bool
 ) -> tuple[str, int]:
-    """A sentence in which someone's things become more or fewer, and by how many."""
+    """A sentence that increases or decreases someone's things, and the change."""
     gain = owned < 3 or (owned < LARGEST - 3 and rng.random() < 0.5)
     number = rng.randint(1, min(30, LARGEST - owned if gain else owned - 1))
     who = rng.choice(
@@ -136,7 +137,7 @@ def _state(rng: random.Random, person: Person, thing: Thing, owned: int, past: b
 
 
 def together(rng: random.Random) -> str:
-    """A plain text that sets what two people have side by side, or what lies in boxes."""
+    """A plain text that compares what two people have, or what boxes contain."""
     (one, two), (thing, _), (_, holders) = two_people(rng), two_things(rng), rng.choice(HOLDERS)
     a, b = rng.randint(2, 49), rng.randint(2, 49)
     draw = rng.random()
@@ -167,7 +168,7 @@ def notes(rng: random.Random) -> str:
 
 
 def recall(rng: random.Random) -> Chat:
-    """Facts and events, and questions whose answers stand in them."""
+    """Facts and events, and questions that they answer."""
     (one, two), (thing, other) = two_people(rng), two_things(rng)
     a, b, c = (rng.randint(1, LARGEST) for _ in range(3))
     verb, place = rng.choice((*GAIN, *LOSE)), rng.choice(PLACES)
@@ -205,14 +206,14 @@ def recall(rng: random.Random) -> Chat:
 
 
 def copying(rng: random.Random) -> Chat:
-    """Something to be said again."""
+    """A text to repeat."""
     numbers = " ".join(str(rng.randint(0, LARGEST)) for _ in range(rng.randint(2, 6)))
     what = rng.choice((numbers, numbers, story(rng).split(". ")[0].rstrip(".") + "."))
     return [(rng.choice((f"Repeat: {what}", f"Say this again: {what}")), what)]
 
 
 def draw_sum(rng: random.Random) -> tuple[int, str, int]:
-    """Two numbers and a sign whose result lies between 0 and 99."""
+    """Two numbers and an operator, with a result between 0 and 99."""
     sign = rng.choice("++---*" if rng.random() < 0.9 else "+-*")
     if sign == "*":
         return rng.randint(0, 10), sign, rng.randint(0, 10)
@@ -238,7 +239,7 @@ def asked_sums(rng: random.Random) -> Chat:
 
 
 def chains(rng: random.Random) -> str | Chat:
-    """Two sums, the second of which goes on from the first's result."""
+    """Two sums; the second starts from the result of the first."""
     a, sign, b = draw_sum(rng)
     middle = value(a, sign, b)
     gain = middle < 2 or (middle < LARGEST - 1 and rng.random() < 0.5)
@@ -249,7 +250,7 @@ def chains(rng: random.Random) -> str | Chat:
 
 
 def comparing(rng: random.Random) -> Chat:
-    """Which of two is more, and what comes next."""
+    """Which of two numbers is larger, and what comes next."""
     a, b = rng.sample(range(LARGEST), 2)
     (one, two), (thing, _) = two_people(rng), two_things(rng)
     draw = rng.random()
@@ -291,4 +292,4 @@ SHARES: dict[Callable[[random.Random], str | Chat], float] = {
     chains: 0.1,
     comparing: 0.05,
 }
-"""The documents' kinds and their shares."""
+"""The types of documents and their shares."""

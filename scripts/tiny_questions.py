@@ -1,12 +1,13 @@
 """The fine-tuning task of the embedded model: a miniature of GSM8K.
 
-A row is a word problem of one or two steps and its answer with the working, as GSM8K writes it:
+A row is a word problem of one or two steps and its worked solution, in the format of GSM8K:
 
-    {"question": "Tom has 12 apples. He buys 5 more and gives 3 away. How many apples does he have now?",
+    {"question":
+       "Tom has 12 apples. He buys 5 more and gives 3 away. How many apples does he have now?",
      "answer": "12 + 5 = 17\\n17 - 3 = 14\\n#### 14"}
 
-There are ten kinds of problems. The pretrained model knows their words and their arithmetic (`tiny_corpus.py`),
-but has never answered one.
+There are ten types of problems. The pretrained model knows their words and their arithmetic
+(`tiny_corpus.py`), but has never seen such a problem.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from collections.abc import Callable, Sequence
 from tiny_world import GAIN, HOLDERS, LARGEST, LOSE, PEOPLE, PLACES, THINGS, two_people
 
 Step = tuple[int, str, int]
-Draw = tuple[str, list[Step]]  # the question, the steps of its working
+Draw = tuple[str, list[Step]]  # the question, and the steps of its solution
 
 
 def make_questions(seed: int, *, train: int, test: int) -> dict[str, list[dict[str, str]]]:
     """Rows of "train" and "test", each with `question` and `answer`.
 
-    No two have the same kind with the same numbers, so that no test question was trained on in other words.
+    No two have the same type and the same numbers, so no test question is a rewording of a training
+    question.
     """
     rng = random.Random(seed)
     rows: list[dict[str, str]] = []
@@ -39,13 +41,13 @@ def make_questions(seed: int, *, train: int, test: int) -> dict[str, list[dict[s
 
 
 def answer(steps: Sequence[Step]) -> str:
-    """The working, a step a line, and the result behind `####`."""
+    """The solution, one step per line, and the result after `####`."""
     lines = [f"{a} {sign} {b} = {value(a, sign, b)}" for a, sign, b in steps]
     return "\n".join([*lines, f"#### {value(*steps[-1])}"])
 
 
 def value(a: int, sign: str, b: int) -> int:
-    """What a sum, a difference or a product comes to."""
+    """The result of a sum, a difference or a product."""
     return a + b if sign == "+" else a - b if sign == "-" else a * b
 
 

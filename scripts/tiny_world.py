@@ -1,6 +1,6 @@
-"""The little world of the embedded model: who lives in it, what they own, what they do with it.
+"""The vocabulary of the embedded model's texts: people, their things, and what they do.
 
-`tiny_corpus.py` (what the model reads) and `tiny_questions.py` (what it is fine-tuned on) share these words.
+`tiny_corpus.py` (pretraining) and `tiny_questions.py` (fine-tuning) share these words.
 """
 
 from __future__ import annotations

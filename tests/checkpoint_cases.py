@@ -1,4 +1,4 @@
-"""A small model of random weights, saved and changed, for the tests of checkpoints and adapter folders."""
+"""A small random model, saved and modified, for the tests of checkpoints and adapter folders."""
 
 from __future__ import annotations
 
@@ -38,9 +38,11 @@ TOKENS = jnp.arange(24).reshape(2, 12) % 40
 def random_model(*, tied: bool = False, seed: int = 0) -> Model:
     config = dataclasses.replace(CONFIG, tied=tied)
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(
-        rng.normal(leaf.shape in [(16,), (3, 16)], 0.3, leaf.shape), jnp.float32
-    )
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        is_norm = leaf.shape in [(16,), (3, 16)]  # norm weights are near 1
+        return jnp.asarray(rng.normal(is_norm, 0.3, leaf.shape), jnp.float32)
+
     params = jax.tree.map(draw, abstract_params(config))
     return Model(config=config, params=params, hf_config=HF_CONFIG)
 
@@ -57,7 +59,7 @@ def logits(config: DecoderConfig, params: dict) -> jax.Array:
 
 
 def moved(params: dict, seed: int = 1) -> dict:
-    """The parameters with other factors and magnitudes."""
+    """The parameters with random factors and magnitudes."""
     rng = np.random.default_rng(seed)
     trained = ("lora_a", "lora_b", "magnitude")
     flat = flatten(params)
@@ -72,7 +74,7 @@ def moved(params: dict, seed: int = 1) -> dict:
 
 
 def randomized(params: dict, seed: int = 1) -> dict:
-    """The tree with random factors and magnitudes in place of the starts, whose B is zero; padding stays zero."""
+    """The tree with random factors and magnitudes; the padding stays zero."""
     rng = np.random.default_rng(seed)
     layers = modules(params)
     for layer in layers.values():

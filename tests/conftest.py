@@ -1,4 +1,4 @@
-"""Strictness for every test, and the fixtures that several files share: models of the zoo, adapted, tuned or saved."""
+"""Strict JAX settings for all tests, and the fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Compiled programs are kept between runs: most of these tests' time is XLA's.
+# Keep compiled programs between runs: these tests spend most of their time in XLA.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"lorax_ft_tests_{os.getuid()}")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# LLVM's optimizations take a third of the compiler's time, and the programs are too small for them.
-# Eight devices share two cores: XLA's concurrent order of collectives deadlocks there (jaxlib 0.10.2), and its
-# patience of 40 s is short.
+# LLVM's optimizations take a third of the compile time, and these programs are too small to
+# benefit from them.
+# Eight devices share two cores. XLA's concurrent scheduling of collectives deadlocks there (jaxlib
+# 0.10.2), and its default timeout of 40 s is too short.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false "
@@ -44,7 +45,7 @@ from lorax_ft.tree import Tree, flatten, unflatten
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Only now: these hold keys and arrays, which settle the number of devices.
+# Imported late: these modules create keys and arrays, which fixes the number of devices.
 import generation_cases
 import nf4_cases
 from method_cases import KEY, TABLE, TARGETS, Adapted, random_statistics
@@ -56,7 +57,7 @@ Randomize = Callable[..., Tree]
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Programs do not stay for ever: each maps memory, and Linux gives a process 65,530 maps."""
+    """Drop compiled programs: each maps memory, and Linux allows 65,530 maps per process."""
     yield
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
@@ -65,21 +66,24 @@ def forget_programs() -> Iterator[None]:
 
 @pytest.fixture
 def standard_promotion() -> Iterator[None]:
-    """JAX's usual dtype promotion, for tests that run optax's schedules: they add an int32 count to a float (0.2.8)."""
+    """JAX's default dtype promotion, for tests that run optax schedules.
+
+    optax 0.2.8 adds an int32 step count to a float.
+    """
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 @pytest.fixture
 def strict() -> Iterator[None]:
-    """No implicit promotion between types: what the library's own numerics are held to."""
+    """No implicit dtype promotion: the library's own numerics must not rely on it."""
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
 @pytest.fixture(scope="session")
 def zoo() -> Callable[[str], Case]:
-    """The cases by name, each built once."""
+    """The models of the zoo by name; each is built once."""
     return functools.cache(built_case)
 
 
@@ -97,19 +101,19 @@ def decoder() -> Callable[..., Model]:
 
 @pytest.fixture(scope="session")
 def padded_batches() -> Callable[..., list[dict[str, np.ndarray]]]:
-    """Batches for such a model: rows of different lengths, padded: `padded_batches(2, rows=4, tokens=8)`."""
+    """Padded batches of rows of different lengths: `padded_batches(2, rows=4, tokens=8)`."""
     return _padded_batches
 
 
 @pytest.fixture(scope="session")
 def randomize() -> Randomize:
-    """A function that moves every trained leaf of an adapter to a random place: `randomize(params, seed)`."""
+    """A function that gives every trained adapter leaf random values: `randomize(params, seed)`."""
     return _randomize
 
 
 @pytest.fixture(scope="session")
 def adapted(zoo: Any) -> Adapted:
-    """The parameters of a model of the zoo with a method of the table: `adapted(model, method, rank=4)`."""
+    """The parameters of a zoo model with adapters: `adapted(model, method, rank=4)`."""
 
     @functools.cache
     def build(model: str, method: str, **fields: Any) -> Tree:
@@ -129,13 +133,13 @@ def adapted(zoo: Any) -> Adapted:
 
 @pytest.fixture(scope="module")
 def model(decoder: Callable[..., Model]) -> Model:
-    """The zoo's decoder, where a file has no model of its own."""
+    """The zoo's decoder, unless a test file defines its own model."""
     return decoder()
 
 
 @pytest.fixture(scope="module")
 def params(model: Model, randomize: Callable[..., Tree]) -> Callable[[str], Tree]:
-    """The parameters of one of `generation_cases`, with random factors and magnitudes: `params("dora")`."""
+    """The parameters of a case of `generation_cases`, with random factors: `params("dora")`."""
 
     def build(case: str) -> Tree:
         config = generation_cases.CASES[case]
@@ -150,7 +154,7 @@ def params(model: Model, randomize: Callable[..., Tree]) -> Callable[[str], Tree
 
 @pytest.fixture(scope="module")
 def speaker(model: Model) -> Model:
-    """The model with a tokenizer of words and a config.json."""
+    """The model with a word-level tokenizer and a config.json."""
     c = model.config
     hf_config = {
         "model_type": "llama",
@@ -172,7 +176,7 @@ def speaker(model: Model) -> Model:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of random float32 weights, of the sizes in `nf4_cases`."""
+    """A checkpoint of random float32 weights with the sizes of `nf4_cases`."""
     config = decoder_config(nf4_cases.HF_CONFIG, source="these tests")
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -185,7 +189,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in NF4, quantized twice."""
+    """The same checkpoint in NF4 with double quantization."""
     model = load_model(source, quant=QuantConfig(format="nf4"))
     folder = tmp_path_factory.mktemp("packed") / "model"
     save_quantized(folder, model.params, model)

@@ -1,4 +1,4 @@
-"""Turns, files and tokenizers of bytes, for the tests of data."""
+"""Conversations, files and byte-level tokenizers for the tests of data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from lorax_ft.data.formats import Message
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -18,7 +20,7 @@ CHATML = (
 def make_tokenizer(
     template: str | None = CHATML, *, trim_offsets: bool = True, merges: int = 0
 ) -> Any:
-    """A byte-level BPE tokenizer of `merges` merges."""
+    """A byte-level BPE tokenizer with `merges` merges."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())

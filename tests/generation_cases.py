@@ -1,4 +1,4 @@
-"""Adapters by name, and a tokenizer of words for the zoo's decoder, for the tests of generation."""
+"""Adapters by name, and a word-level tokenizer for the zoo's decoder, for generation tests."""
 
 from __future__ import annotations
 

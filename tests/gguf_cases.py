@@ -1,4 +1,4 @@
-"""Small models and tokenizers of every kind that GGUF files hold, for the tests here and those against llama.cpp."""
+"""Small models and tokenizers of every GGUF architecture, for these tests and the parity tests."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "num_experts": 6,
-        "num_experts_per_tok": 3,  # with other numbers llama.cpp's rounding changes the choice for a token of forty
+        "num_experts_per_tok": 3,  # with 2, llama.cpp's rounding changes the routing of a token
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
         "head_dim": 32,
@@ -98,7 +98,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 SENTENCEPIECE = {"llama": True, "gemma": False}
-"""Whether a space is put before texts."""
+"""Whether the tokenizer puts a space before each text."""
 SPECIALS = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL}
 PIECES = [
     "the",
@@ -126,7 +126,7 @@ ACCENTED = ["ÉCOLE", "e\u0301t", "हिन्दी"]
 
 
 def tokenizer_keys(kind: str) -> dict[str, Any]:
-    """GGUF's keys of a trained tokenizer: of a name for how words are cut, or of one of `SENTENCEPIECE`."""
+    """The GGUF metadata of a trained tokenizer: of a pre-tokenizer or one of `SENTENCEPIECE`."""
     keys = _sentencepiece(kind) if kind in SENTENCEPIECE else _byte_level(kind)
     keys |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": True}
     other = {"general.architecture": "llama", "llama.context_length": 128}
@@ -134,7 +134,10 @@ def tokenizer_keys(kind: str) -> dict[str, Any]:
 
 
 def texts(*, accented: bool = True) -> Iterator[str]:
-    """With all kinds of spaces, scripts and digits; `accented`: with combining marks and capitals beyond ASCII."""
+    """Texts with many kinds of spaces, scripts and digits.
+
+    `accented` adds combining marks and capitals outside ASCII.
+    """
     yield from (
         "",
         "Hello world",
@@ -151,7 +154,7 @@ def texts(*, accented: bool = True) -> Iterator[str]:
 
 
 def by_score(text: str, keys: dict[str, Any]) -> list[int]:
-    """SentencePiece's ids of a text: whole tokens apart, then of all neighbors the best are merged first."""
+    """SentencePiece's token ids: split at special tokens, then merge the best pairs first."""
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     ids = {token: i for i, token in enumerate(tokens)}
     whole = [
@@ -239,7 +242,7 @@ def _merges(tokenizer: Tokenizer) -> list[list[str]]:
 
 
 def _train(tokenizer: Tokenizer, **options: Any) -> list[str]:
-    """The tokens that a tokenizer learns from a file of this library and from the pieces, in the order of learning."""
+    """The tokens that a BPE tokenizer learns from a source file and the pieces, in merge order."""
     corpus = [
         Path(gguf_tokenizer.__file__).read_text(encoding="utf-8"),
         *("".join(PIECES) for _ in range(20)),

@@ -1,4 +1,4 @@
-"""One layer of matrices: its equations written out, random leaves, and what dropout makes of an input."""
+"""One linear layer: its equations written out, random leaves, and its input after dropout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorax_ft.tree import Tree
 
 
 def reference(layer: dict[str, Array], x: Array, *, x_dropped: Array | None = None) -> Array:
-    """In float64, y of a layer of matrices, with the whole weight written out."""
+    """The output y of a linear layer in float64, computed from the merged weight."""
     w, s = layer["kernel"], layer.get("lora_scale", 0.0)
     if "start_scale" in layer:
         w = w - layer["start_scale"] * layer["lora_a0"] @ layer["lora_b0"]
@@ -46,7 +46,7 @@ def random_layer(
 
 
 def dropped_input(drop: Tree, x: Array) -> Array:
-    """x̃, read through a layer whose branch is the identity."""
+    """The dropped-out input x̃, read from a layer whose adapter branch is the identity."""
     eye = jnp.eye(x.shape[-1])
     layer = {
         "kernel": (0 * eye).astype(x.dtype),

@@ -1,4 +1,4 @@
-"""The table of cases that every method joins with a line, and what its tests measure with."""
+"""The table of methods (one line each) that all method tests run on, and their helpers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ INITS: dict[str, dict[str, Any]] = {
     "lora_ga": {
         "init": "lora_ga",
         "rank": 2,
-    },  # which takes 2 r singular vectors of a matrix with 5
+    },  # it needs 2 r singular vectors, and the matrix has 5
     "lora_one": {"init": "lora_one", "lora_one_gamma": 1.0},
 }
 TABLE: dict[str, dict[str, Any]] = {
@@ -66,7 +66,10 @@ Adapted = Callable[..., Tree]
 
 
 def random_statistics(case: Any, config: AdapterConfig) -> dict[str, np.ndarray]:
-    """Of the shapes that the init needs, the same for a matrix stacked or not; covariances are positive definite."""
+    """Random statistics in the shapes that the init needs.
+
+    A matrix gets the same values in a stack and alone; covariances are positive definite.
+    """
     shapes = kernel_shapes(case.params, case.layout)
     found = {}
     for path, needed in needed_statistics(config, layout=case.layout, shapes=shapes).items():
@@ -85,6 +88,6 @@ def changes_base(method: str) -> bool:
 
 
 def distance(got: Array, want: Array) -> float:
-    """The largest difference, relative to the largest value."""
+    """The maximum difference, relative to the maximum value."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.abs(got - want).max() / np.abs(want).max())

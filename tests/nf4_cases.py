@@ -1,4 +1,4 @@
-"""A small checkpoint's config and what compares models, for the tests of bitsandbytes' NF4 and of quantized runs."""
+"""A small checkpoint's config and a model comparison, for the NF4 and quantized-run tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from lorax_ft.models.model import Model
 
-# 24 is no multiple of a block: some kernels run over rows, some have half a block or an odd block at their end.
+# 24 is not a multiple of the block size: blocks cross rows, and some kernels end with a partial or
+# an odd block.
 HF_CONFIG = {
     "model_type": "llama",
     "vocab_size": 40,

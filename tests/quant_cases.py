@@ -1,4 +1,4 @@
-"""The formats of quantized bases, for the tests of the formats and of the methods on top of them."""
+"""The quantization formats, for the tests of the formats and of methods on quantized bases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short runs by the real main, for the tests of runs."""
+"""Short runs of the real main(), for the tests of runs."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def trained(main: Main, name: str, folder: Path, *options: object) -> dict[int, float]:
-    """The losses of three steps of a config."""
+    """The losses of the first three steps of a config."""
     steps = [*config(name), *SHORT, "--optim.schedule", "constant", "--train.steps", 3, *options]
     assert main(*steps, "--train.output", folder / "whole") == 0
     return losses(folder / "whole")
 
 
 def resumed(main: Main, name: str, folder: Path) -> dict[int, float]:
-    """Likewise; resumed from where a crash between the second and the third step leaves it, the run is the same."""
+    """The same; also crash between the second and third step, resume, and check that both agree."""
     expected = trained(main, name, folder, "--train.save_every", 2)
     whole, crashed = folder / "whole", folder / "crashed"
     shutil.copytree(whole, crashed)

@@ -1,4 +1,4 @@
-"""Interception: `adapt` reaches every layer of any linen model, and computes in the layer's own precision."""
+"""Interception: `adapt` reaches every layer of any linen model, in the layer's precision."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_without_adapters_adapt_computes_what_apply_does(zoo: Any) -> None:
 def test_two_adapters_of_one_base_do_not_share_a_trace(
     zoo: Any, adapted: Adapted, randomize: Any
 ) -> None:
-    """Scanned and recomputed bodies are cached by their function: other parameters must be seen all the same."""
+    """JAX caches the bodies of scan and remat by function; other parameters must still be used."""
     case = zoo("vit_rematted")
     first = randomize(adapted("vit_rematted", "kaiming-standard"), 1)
     second = randomize(adapted("vit_rematted", "kaiming-standard", targets=("up",)), 2)
@@ -89,7 +89,7 @@ def test_an_adapted_layer_honors_its_precision(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["merged_kernel", "column_norm", "randomized"])
 def test_what_is_computed_from_weights_has_highest_precision(name: str) -> None:
-    """Accelerators multiply float32 in fewer bits unless they are told not to."""
+    """Accelerators multiply float32 at a lower precision by default."""
     layer = {
         name: leaf
         for name, leaf in random_layer(np.random.default_rng(7), dora=True, kept=True).items()
@@ -176,7 +176,7 @@ def test_a_layer_of_many_modules_in_a_vmap_is_a_stack() -> None:
 
 
 def test_several_adapters_over_one_base_by_vmap(zoo: Any, adapted: Adapted, randomize: Any) -> None:
-    """A leading axis over the adapters' tree: the base is not copied, each answer is the adapter's own."""
+    """vmap over the adapters' leaves only: the base is not copied; each output is its adapter's."""
     case = zoo("vit_scanned")
     start = adapted("vit_scanned", "kaiming-standard-dora", targets=("up", "query", "classes"))
     trees = [randomize(start, seed) for seed in (1, 2)]

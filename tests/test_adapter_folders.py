@@ -1,4 +1,4 @@
-"""Adapters in PEFT's folders there and back, without torch."""
+"""Adapters survive a round trip through PEFT folders; without torch."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def test_a_start_becomes_twice_the_rank_on_the_original_base(
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_stacked_experts_are_taken_apart(tmp_path: Path, kind: str) -> None:
-    """As PEFT writes `target_parameters`: A `[E·R, in]`, B `[out, R·E]`; gate_up innermost, gate and up with one A."""
+    """PEFT's `target_parameters`: A `[E·R, in]`, B `[out, R·E]`.
+
+    gate_up comes innermost, and gate and up share one A.
+    """
     sizes = {
         "num_local_experts": 4,
         "num_experts": 4,

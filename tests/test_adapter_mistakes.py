@@ -1,4 +1,4 @@
-"""Mistakes in an adapter's config or tree are one clear line."""
+"""Mistakes in an adapter's config or tree raise a clear one-line error."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_factors_that_do_not_fit_raise() -> None:
 
 
 def test_merging_a_transposed_kernel_without_its_layout_raises(zoo: Any, adapted: Adapted) -> None:
-    """The square `...D,FD->...F` is the one whose shape alone says nothing."""
+    """`...D,FD->...F` with D = F: the shape alone does not reveal that the kernel is transposed."""
     for target in ("square", "query"):
         with pytest.raises(ValueError, match="layout"):
             merge_adapters(adapted("einsums", "kaiming-standard", targets=(target,)))

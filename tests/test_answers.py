@@ -1,4 +1,4 @@
-"""Answers in texts: where they stop, what is shown of them while they grow, and exact match."""
+"""Generated answers: where they stop, how they stream, and exact match."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_answers_in_batches(speaker: Model, model: Model) -> None:
 
 
 class Letters:
-    """A tokenizer whose tokens are bytes; a run of them that is no text is decoded as so many broken characters."""
+    """A tokenizer of single bytes; invalid UTF-8 decodes to one replacement character per byte."""
 
     def decode(self, row: list[int], **options: bool) -> str:
         try:
@@ -76,7 +76,7 @@ class Letters:
         ("7 + 5 = 12\n\nQuestion: 3", ["\n\nQuestion"], "7 + 5 = 12"),
         ("7 + 5 = 12\n\nQuite", ["\n\nQuestion", "###"], "7 + 5 = 12\n\nQuite"),
         ("ends in a begin\n\nQ", ["\n\nQuestion"], "ends in a begin\n\nQ"),
-        ("one abcd", ["abcd", "b"], "one a"),  # the one that is complete first
+        ("one abcd", ["abcd", "b"], "one a"),  # the stop string that is complete first
         ("aab", ["ab"], "a"),
         ("été €€ 😀", [], "été €€ 😀"),
         ("é\n\nQé", ["\n\nQé"], "é"),
@@ -151,7 +151,7 @@ def test_evaluate_answers(speaker: Model) -> None:
             "answer: yes, sir",
             "answer:(.*)",
             False,
-        ),  # a comma in a text is no number's
+        ),  # this comma is not part of a number
         ("b", "a", "(a)|b", False),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a run refuses costs one line, and loses nothing."""
+"""Bad input ends a run with a one-line error and changes no file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--train.microbatches", "3"], "does not divide"),
         (["--mesh.fsdp", "3"], "does not fit"),
         (
-            ["--train.output", "old", "--train.overwrite", "--adapter.continue_from", "old/adapter"],
+            [
+                "--train.output",
+                "old",
+                "--train.overwrite",
+                "--adapter.continue_from",
+                "old/adapter",
+            ],
             "adapter.continue_from old/adapter lies in old, which train.overwrite deletes",
         ),
         (["--adapter.continue_from", "notes"], "notes holds no adapter_config.json"),

@@ -1,4 +1,4 @@
-"""What inits from data are given: measured inside scans and shards, it is what a direct computation gives."""
+"""Statistics for data-driven inits: measured in scans and shards, they equal direct results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 
 def inputs_of(model: Model, batch: dict[str, np.ndarray]) -> dict[str, Array]:
-    """Each Dense layer's inputs of tokens that are no padding, a layer at a time and without a scan."""
+    """The inputs of each Dense layer at non-padding tokens, computed without a scan."""
     seen: dict[str, list[Array]] = {}
     inside = batch["segment_ids"].reshape(-1) > 0
 
@@ -107,7 +107,7 @@ def test_measuring_on_a_mesh_gives_the_same(decoder: Any, padded_batches: Any, i
 def test_a_quantized_model_is_measured_as_it_is(
     decoder: Any, padded_batches: Any, init: str
 ) -> None:
-    """The same as of the model whose kernels are what the quantized ones stand for."""
+    """The statistics equal those of the model with dequantized kernels."""
     model, config = decoder(), AdapterConfig(rank=2, targets=TARGETS, init=init)
     flat = flatten(model.params)
     names = [path for path in flat if "_proj/kernel" in path]
@@ -160,7 +160,7 @@ def test_ranks_go_to_what_explains_most() -> None:
 
 @pytest.mark.parametrize("scaling", ["standard", "rank_stabilized"])
 def test_alpha_follows_the_ranks(decoder: Any, padded_batches: Any, scaling: str) -> None:
-    """As in PEFT: alpha r' / r over r' is alpha / r, and with rsLoRA over √r' it grows with √r'."""
+    """As in PEFT, alpha becomes alpha r' / r: LoRA's scale stays, rsLoRA's grows with √r'."""
     model = decoder()
     config = AdapterConfig(rank=4, alpha=8.0, init="eva", scaling=scaling)
     statistics = calibrate(model, config, padded_batches(8))

@@ -1,4 +1,4 @@
-"""Checkpoints there and back bitwise, as transformers names them, without torch and without a second copy in memory."""
+"""Checkpoints in transformers' format: bitwise round trips without torch or a second copy."""
 
 from __future__ import annotations
 
@@ -67,10 +67,11 @@ from lorax_ft import QuantConfig, load_model
 
 quant = QuantConfig(format=sys.argv[2])
 
-def held():  # bytes of memory that are no file's
+def held():  # bytes of anonymous memory, without mapped files
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
-jax.block_until_ready(load_model(sys.argv[1], quant=quant).params)  # what the first call imports and compiles
+# The first call imports and compiles, which the measurement must not count.
+jax.block_until_ready(load_model(sys.argv[1], quant=quant).params)
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
 before, peak, done = held(), 0, threading.Event()
@@ -93,7 +94,10 @@ print(peak - before, sum(leaf.nbytes for leaf in leaves), max(leaf.nbytes for le
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("format", ["none", "nf4", "int8"])
 def test_loading_holds_the_model_and_a_tensor(tmp_path: Path, format: str) -> None:
-    """On the host at most the placed model and its largest leaf; of a quantized one never the model that it was."""
+    """Peak host memory is the placed model and its largest leaf.
+
+    While quantizing, the unquantized model is never in memory as a whole.
+    """
     table = (
         {"vocab_size": 40_000, "hidden_size": 256, "intermediate_size": 1024}
         if format == "none"
@@ -117,7 +121,7 @@ def test_loading_holds_the_model_and_a_tensor(tmp_path: Path, format: str) -> No
     assert (
         model == whole if format == "none" else model < {"nf4": 0.15, "int8": 0.28}[format] * whole
     )
-    # A stack is put together from its matrices, of which some are in work at a time.
+    # A stack is assembled from its matrices; several of them are in memory at a time.
     assert held < model + largest + (0 if format == "none" else largest + 4 * 512 * 2048 * 4)
 
 
@@ -184,7 +188,7 @@ def test_rope_theta_stands_in_two_places(tmp_path: Path, spelling: dict) -> None
 
 
 def test_a_head_of_its_own_beside_a_tied_config_is_kept(tmp_path: Path) -> None:
-    """As transformers does."""
+    """transformers does the same."""
     model = saved_model(tmp_path / "model", tied=True)
     file = tmp_path / "model/model.safetensors"
     tensors = load_file(file)

@@ -1,4 +1,4 @@
-"""What the papers claim of adapters and their starts, as far as a small machine can check it: one test a claim."""
+"""The papers' claims about adapters and their initialization, one test per claim."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def test_claim_2_pissas_residual_and_factors_make_up_the_base(
 
 @pytest.mark.parametrize("alpha", [1.0, 4.0, 64.0])
 def test_claim_2_miloras_adapter_is_orthogonal_to_what_stays(zoo: Any, alpha: float) -> None:
-    """W' + s A B = W for any alpha, relative to 5e-7, and A and B to W's principal subspace (2406.09044)."""
+    """W' + s A B = W for any alpha (relative error 5e-7); A and B avoid W's principal subspace.
+
+    MiLoRA (2406.09044).
+    """
     case = zoo("decoder")
     params = add_adapters(
         case.params, AdapterConfig(rank=4, alpha=alpha, init="milora"), layout=case.layout, key=KEY
@@ -93,7 +96,7 @@ def test_claim_2_miloras_adapter_is_orthogonal_to_what_stays(zoo: Any, alpha: fl
 def test_an_orthogonal_start_is_the_base_and_both_factors_learn_at_once(
     zoo: Any, pattern: tuple[str, ...]
 ) -> None:
-    """A B = 0 in every matrix of a stack, at its own rank, with neither factor 0 (PEFT's "orthogonal")."""
+    """A B = 0 for every matrix of a stack at its rank; A and B are not 0 (PEFT: orthogonal)."""
     case = zoo("decoder")
     config = AdapterConfig(rank=4, init="orthogonal", rank_pattern=pattern)
     params = add_adapters(case.params, config, layout=case.layout, key=KEY)
@@ -124,13 +127,14 @@ def test_an_orthogonal_start_is_the_base_and_both_factors_learn_at_once(
     for path, leaf in flatten(g).items():
         assert all(np.abs(matrix).max() > 0 for matrix in leaf), path
     with pytest.raises(
-        ValueError, match=r"adapter.init orthogonal splits the rank in two halves, and the rank is 3"
+        ValueError,
+        match=r"adapter.init orthogonal splits the rank in two halves, and the rank is 3",
     ):
         AdapterConfig(rank=3, init="orthogonal")
 
 
 def test_claim_3_merged_equals_unmerged(zoo: Any, randomize: Any) -> None:
-    """To 1e-5, and merging leaves the adapted parameters as they were, so that nothing needs restoring."""
+    """Equal to 1e-5; merging does not modify the adapted parameters, so no unmerge is needed."""
     case = zoo("decoder")
     config = AdapterConfig(rank=4, init="pissa", dora=True, scaling="rank_stabilized")
     params = randomize(add_adapters(case.params, config, layout=case.layout, key=KEY))
@@ -184,7 +188,10 @@ def test_claim_7_the_norm_where_the_adapter_nearly_cancels_the_kernel(
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_claim_7_a_gain_near_one_is_not_erased_in_bfloat16(dropout: bool) -> None:
-    """m / n − 1 = 1e-3 is nothing in bfloat16 (its step at 1 is 8e-3), and all of the magnitude's first updates."""
+    """m / n − 1 = 1e-3, the size of the magnitude's first updates, would round to 0 in bfloat16.
+
+    The spacing of bfloat16 at 1 is 8e-3.
+    """
     x = 1000 * jnp.ones((1, 4), jnp.bfloat16)
     layer = {
         "kernel": jnp.eye(4, dtype=jnp.bfloat16),
@@ -193,11 +200,13 @@ def test_claim_7_a_gain_near_one_is_not_erased_in_bfloat16(dropout: bool) -> Non
     }
     layer |= {"lora_scale": jnp.float32(1), "magnitude": jnp.full(4, 1 + 4e-3), "norm": jnp.ones(4)}
     layer |= {"dropout_key": KEY, "dropout_rate": jnp.float32(1e-6)} if dropout else {}
-    assert np.float32(linear(layer, x, jnp.matmul)).max() == 1004  # bfloat16's step at 1000 is 4
+    assert (
+        np.float32(linear(layer, x, jnp.matmul)).max() == 1004
+    )  # the spacing of bfloat16 at 1000 is 4
 
 
 def test_claim_8_counts_of_smollm2() -> None:
-    """All linear layers: 305,280 · r low-rank parameters; DoRA adds 155,520."""
+    """All linear layers have 305,280 · r adapter parameters; DoRA adds 155,520."""
     sizes = {
         "vocab_size": 49152,
         "hidden_size": 576,

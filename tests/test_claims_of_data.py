@@ -1,4 +1,4 @@
-"""What the papers claim of starts from data: one test a claim."""
+"""The papers' claims about data-driven initialization, one test per claim."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 
 def started(model: Model, batches: Any, **fields: Any) -> tuple[Tree, dict[str, np.ndarray]]:
-    """The adapted layers by path, and what their start was measured as."""
+    """The adapted layers by path, and the statistics that initialized them."""
     config = AdapterConfig(**({"rank": 4} | fields))
     statistics = calibrate(model, config, batches)
     params = add_adapters(model.params, config, layout=model.layout, key=KEY, statistics=statistics)
@@ -28,7 +28,7 @@ def started(model: Model, batches: Any, **fields: Any) -> tuple[Tree, dict[str, 
 
 
 def products(params: Tree) -> dict[str, np.ndarray]:
-    """s A B of every module, float64."""
+    """s A B of every module in float64."""
     found = {}
     for path, layer in modules(params).items():
         if "lora_a" in layer:
@@ -43,7 +43,10 @@ def cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def test_eva_explains_the_most_variance_for_its_ranks(decoder: Any, padded_batches: Any) -> None:
-    """tr(Qᵀ C Q) with Q an orthonormal basis of A is the largest of all A; and ranks pay where they go (2410.07170)."""
+    """EVA (2410.07170): A maximizes tr(Qᵀ C Q), with Q an orthonormal basis of A.
+
+    Ranks go to the directions that explain the most variance.
+    """
     model, batches = decoder(), padded_batches(8)
 
     def explained(params: Tree) -> dict[str, np.ndarray]:
@@ -104,7 +107,10 @@ def test_cordas_residual_and_factors_make_up_the_base(
 
 
 def test_corda_takes_what_the_data_needs_most_or_least(decoder: Any, padded_batches: Any) -> None:
-    """IPM: no A B of rank r leaves less of C W. KPM: of what the layer answers to the data, A B holds the least."""
+    """IPM: A B is the best approximation of C W of rank r.
+
+    KPM: A B holds the least of the layer's output on the data.
+    """
     model, batches = decoder(), padded_batches(8)
     first, moments = started(model, batches, init="corda", corda_mode="ipm")
     last, _ = started(model, batches, init="corda", corda_mode="kpm")
@@ -133,7 +139,10 @@ def test_corda_takes_what_the_data_needs_most_or_least(decoder: Any, padded_batc
 def test_lora_gas_first_step_is_the_gradients_best_of_twice_the_rank(
     decoder: Any, padded_batches: Any
 ) -> None:
-    """d(A B) = A dB + dA B ∝ the gradient's best approximation of rank 2 r; LoRA's is far from it (2407.05000)."""
+    """d(A B) = A dB + dA B ∝ the best approximation of the gradient of rank 2 r (2407.05000).
+
+    That of plain LoRA is far from it.
+    """
     model, batches = decoder(), padded_batches(1, rows=8)
     batch = jax.tree.map(jnp.asarray, batches[0])
     ours, full = started(model, batches, init="lora_ga")
@@ -154,7 +163,10 @@ def test_lora_gas_first_step_is_the_gradients_best_of_twice_the_rank(
 
 
 def test_lora_one_starts_a_step_down_the_gradient(decoder: Any, padded_batches: Any) -> None:
-    """s A B is −∂L/∂W's best of rank r, of norm s / γ, and the loss is smaller for it (2502.01235)."""
+    """s A B is the best rank-r approximation of −∂L/∂W, of norm s / γ, and lowers the loss.
+
+    LoRA-One (2502.01235).
+    """
     model, batches = decoder(), padded_batches(1, rows=8)
     params, full = started(model, batches, init="lora_one", alpha=8.0)
     for path, change in products(params).items():

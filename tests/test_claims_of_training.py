@@ -1,4 +1,4 @@
-"""What the papers claim of gradients, rates and frozen factors: one test a claim."""
+"""The papers' claims about gradients, learning rates and frozen factors, one test per claim."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 
 def test_claim_5_the_first_gradients() -> None:
-    """At B = 0, dA = 0 exactly and dB = s · (x A)ᵀ dy."""
+    """At B = 0: dA = 0 exactly, and dB = s · (x A)ᵀ dy."""
     rng = np.random.default_rng(0)
     layer = {
         "kernel": rng.normal(size=(6, 5)),
@@ -60,7 +60,7 @@ def test_claim_5_the_first_gradients() -> None:
 def test_claim_6_detaching_doras_norm_leaves_the_magnitudes_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """dm is the same with the norm detached or not; dA and dB are not (2402.09353, section 4.3)."""
+    """Detaching the norm changes dA and dB, but not dm (2402.09353, section 4.3)."""
     rng = np.random.default_rng(1)
     shapes = {"kernel": (6, 5), "lora_a": (6, 2), "lora_b": (2, 5), "magnitude": (5,)}
     layer = {
@@ -86,7 +86,7 @@ def test_claim_6_detaching_doras_norm_leaves_the_magnitudes_gradient(
 def test_the_norm_is_computed_from_the_adapters_alone_and_never_stored(
     zoo: Any, randomize: Any
 ) -> None:
-    """Once a step, outside the microbatches: it does not depend on the batch, and no gradient flows into it."""
+    """Once per step, outside the microbatches: it depends on no batch and gets no gradient."""
     case = zoo("decoder")
     params = randomize(
         add_adapters(case.params, AdapterConfig(rank=2, dora=True), layout=case.layout, key=KEY)
@@ -107,19 +107,21 @@ def test_the_norm_is_computed_from_the_adapters_alone_and_never_stored(
 
 
 def test_lora_fa_is_lora_without_a(zoo: Any) -> None:
-    """B's first update is LoRA's bit for bit, A never moves, and has no gradient and no moments (2308.03303)."""
+    """B's first update is bitwise LoRA's; A stays, without gradient or moments (2308.03303)."""
     case = zoo("decoder")
     params = add_adapters(case.params, AdapterConfig(rank=4), layout=case.layout, key=KEY)
     tx = make_optimizer(OptimConfig(learning_rate=1e-3, clip_norm=0), steps=3)
 
     def first(freeze: tuple[str, ...]) -> tuple[dict[str, Array], Any]:
         trained, frozen = partition(params, freeze=freeze)
-        apply = lambda t: jnp.sum(
-            jnp.sin(case.apply({"params": combine(t, frozen)}, *case.example))
-        )
+
+        def loss(trained: Tree) -> Array:
+            y = case.apply({"params": combine(trained, frozen)}, *case.example)
+            return jnp.sum(jnp.sin(y))
+
         with jax.numpy_dtype_promotion("standard"):  # optax adds an int32 count to a float (0.2.8)
             updates, state = jax.jit(tx.update)(
-                jax.jit(jax.grad(apply))(trained), tx.init(trained), trained
+                jax.jit(jax.grad(loss))(trained), tx.init(trained), trained
             )
         return flatten(updates), state
 
@@ -145,12 +147,12 @@ def test_lora_fa_is_lora_without_a(zoo: Any) -> None:
 
 
 def test_lora_fa_keeps_no_input_for_the_backward_pass() -> None:
-    """dB takes x A, of rank r; only dA takes x (2308.03303, section 3)."""
+    """dB needs only x A, of rank r; dA would need x (2308.03303, section 3)."""
     layer = {"kernel": jnp.ones((64, 48)), "lora_a": jnp.ones((64, 2)), "lora_b": jnp.ones((2, 48))}
     layer |= {"lora_scale": jnp.float32(1)}
 
     def kept(*names: str) -> list[tuple[int, ...]]:
-        """The shapes of what the backward pass is given that depends on x."""
+        """The shapes of the residuals that depend on x."""
         trained = {name: layer[name] for name in names}
         frozen = {name: leaf for name, leaf in layer.items() if name not in names}
         _, backward = jax.vjp(
@@ -163,7 +165,7 @@ def test_lora_fa_keeps_no_input_for_the_backward_pass() -> None:
 
 
 def test_claim_9_lora_plus(zoo: Any) -> None:
-    """λ = 1 is LoRA bit for bit; Adam's first move of B is λ times that at the common rate (2402.12354)."""
+    """λ = 1 is bitwise LoRA; Adam's first update of B is λ times LoRA's (2402.12354)."""
     case = zoo("decoder")
     params = add_adapters(case.params, AdapterConfig(rank=2), layout=case.layout, key=KEY)
     trained, frozen = partition(params)
@@ -197,13 +199,13 @@ def test_claim_9_lora_plus(zoo: Any) -> None:
         assert not np.array_equal(leaf, flatten(trained)[path])
     first, sixteen = trajectory(lora_plus(1.0), 1), trajectory(lora_plus(16.0), 1)
     for path, leaf in first.items():
-        if path.endswith("lora_b"):  # B starts at 0: where it is, is how far it moved
+        if path.endswith("lora_b"):  # B starts at 0, so its value is its update
             np.testing.assert_allclose(sixteen[path], 16 * leaf, rtol=1e-6)
             assert leaf.any()
 
 
 def test_claim_10_what_rates_and_scales_have_in_common() -> None:
-    """With Adam (eps 0): alpha / (p q), A's start and rate · p, B's rate · q: the same trajectory."""
+    """alpha / (p q), A and its rate times p, B's rate times q: the same run (Adam, eps 0)."""
     p, q = 3.0, 0.25
     rng = np.random.default_rng(3)
     kernel, start, x, y = (rng.normal(size=shape) for shape in ((6, 5), (6, 2), (8, 6), (8, 5)))
@@ -241,7 +243,10 @@ def test_claim_10_what_rates_and_scales_have_in_common() -> None:
 
 
 def test_claim_15_a_randomized_svd_is_loss_neutral(tmp_path: Path) -> None:
-    """With 4 power iterations PiSSA learns as from the exact SVD (2404.02948, table 6); with none, 21 % behind."""
+    """With 4 power iterations PiSSA trains as with the exact SVD (2404.02948, table 6).
+
+    Without power iterations its loss is 21 % higher.
+    """
     config = load_config(ROOT / "configs/pissa.py")
     ends = []
     for iterations in (None, 4):

@@ -1,4 +1,4 @@
-"""Adapters of other models and damaged files: every script says so in one line, and what is at its output stays."""
+"""Wrong adapters and damaged files: a one-line error from every script; the output is kept."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], Tensors] | int, str]] = {
     "shallower": (
         "adapter/adapter_model",
         lambda tensors: {name: value for name, value in tensors.items() if "layers.5" not in name},
-        "targets model.layers.5.self_attn.q_proj, but adapter_model.safetensors holds nothing of it; is it another",
+        "targets model.layers.5.self_attn.q_proj, "
+        "but adapter_model.safetensors holds nothing of it; is it another",
     ),
     "mixtral": (
         "adapter/adapter_model",
@@ -95,7 +96,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, script: str, *argv: str) -> int:
-    """The exit status of a script."""
+    """Run a script and return its exit status."""
     spec = importlib.util.spec_from_file_location(
         f"{script}_script", ROOT / "scripts" / f"{script}.py"
     )

@@ -1,4 +1,4 @@
-"""Packing, batches, and the data of a run."""
+"""Packing, batches, and the data sets of a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_packing_keeps_every_sample_whole(lengths: list[int]) -> None:
     assert all(0 < sum(map(len, row)) <= 20 for row in rows)
     assert (
         sum(sum(map(len, row)) <= 10 for row in rows) <= 1
-    )  # or two of them would have gone together
+    )  # else two of these rows would fit into one
     assert rows == pack(samples, 20)
 
 

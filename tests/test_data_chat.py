@@ -1,4 +1,4 @@
-"""Chat templates, and the loss masks over what the assistant says."""
+"""Chat templates, and the loss masks of the assistant's turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lorax_ft.data.chat import describe_row, encode, encode_all, encode_prompt
 from lorax_ft.data.formats import Message, split_answer
 
-LLAMA2 = (  # no generation prompt; the answer begins with a space, and ends with the tokenizer's eos
+LLAMA2 = (  # no generation prompt; answers start with a space and end with EOS
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
@@ -31,7 +31,7 @@ texts = st.text(max_size=8) | st.sampled_from(
 
 
 def learnt(messages: list[Message], tokenizer: Any, **options: Any) -> list[str]:
-    """The pieces of a conversation that count in the loss."""
+    """The parts of a conversation that contribute to the loss."""
     sample = encode(messages, tokenizer, **{"max_length": 1000, **options})
     return [text for text, counts in describe_row(tokenizer, sample) if counts]
 
@@ -50,13 +50,14 @@ def test_other_templates(trim_offsets: bool) -> None:
     messages = [user("a"), assistant("b"), user("c"), assistant(" d ")]
     llama2 = make_tokenizer(LLAMA2, trim_offsets=trim_offsets)
     assert learnt(messages, llama2) == [" b <|im_end|>", "  d  <|im_end|>"]
-    # Without a special token nothing tells the turn's end from the template's white space: all of it is learnt.
+    # Without a special token, the end of a turn looks like the template's white space, so all of it
+    # counts in the loss.
     plain = make_tokenizer(PLAIN, trim_offsets=trim_offsets)
     assert learnt(messages, plain) == ["b ", " d  "]
 
 
 def test_a_token_that_holds_the_answers_first_letters_counts() -> None:
-    """ "assistant: " ends with a space, which the tokenizer draws into the answer's first word."""
+    """The tokenizer merges the space at the end of "assistant: " into the answer's first word."""
     tokenizer = make_tokenizer(PLAIN, merges=60)
     assert learnt([user("one?"), assistant("twelve")], tokenizer) == [" twelve "]
 
@@ -64,7 +65,7 @@ def test_a_token_that_holds_the_answers_first_letters_counts() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), st.booleans())
 def test_labels_are_the_assistants_bytes(pairs: list[tuple[str, str]], trim_offsets: bool) -> None:
-    """Whatever the text, in an alphabet of bytes the labels are its answers' bytes and end-of-turn tokens."""
+    """For any text and a byte-level tokenizer, the labels are the answers' bytes and end tokens."""
     messages = [
         message for question, answer in pairs for message in (user(question), assistant(answer))
     ]
@@ -122,7 +123,9 @@ def test_cut_and_dropped_are_counted() -> None:
     assert encoded.samples[1].mask[-1]
     with pytest.raises(ValueError, match="none of the 3 samples keeps a label within 8 tokens"):
         encode_all(conversations, BYTES, max_length=8, where=where)
-    with pytest.raises(ValueError, match="none of the 1 samples"):  # one token is nobody's target
+    with pytest.raises(
+        ValueError, match="none of the 1 samples"
+    ):  # the first token is never a target
         encode_all(
             [[assistant("b")]], make_tokenizer("x"), max_length=8, loss_on="all", where=["1"]
         )

@@ -1,4 +1,4 @@
-"""Rows of every shape become conversations."""
+"""Rows in every supported format become conversations."""
 
 from __future__ import annotations
 

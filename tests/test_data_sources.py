@@ -1,4 +1,4 @@
-"""Rows from files and the hub carry the place where they stand."""
+"""Rows from files and the Hub record where they come from, for error messages."""
 
 from __future__ import annotations
 

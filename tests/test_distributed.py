@@ -1,4 +1,4 @@
-"""The step on meshes of fake devices, and whole runs in two processes: the same numbers as on one device.
+"""Steps on meshes of fake devices and runs in two processes give one device's numbers.
 
 Letters: M microbatches, B rows, T tokens, L layers.
 """
@@ -53,7 +53,9 @@ from lorax_ft.training.step import TrainState, make_train_step
 from lorax_ft.tree import flatten, unflatten
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 STEPS, ROWS, TOKENS = 3, 16, 16
@@ -99,7 +101,7 @@ Build = Callable[..., Model]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What three steps came to."""
+    """The result of three steps."""
 
     losses: np.ndarray
     trained: dict[str, np.ndarray]
@@ -108,7 +110,7 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def _promotion() -> Iterator[None]:
-    """Optax mixes floats and integers (`decay**count`), which conftest's strict promotion forbids."""
+    """optax mixes floats and ints (`decay**count`), which conftest's strict promotion forbids."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -145,14 +147,18 @@ def test_first_steps_over_a_bfloat16_base_do_not_depend_on_the_mesh(
     np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-3)
     for path, leaf in expected.trained.items():
         assert flatten(got.state.trained)[path].dtype == jnp.float32
-        # Adam's first step is the sign of a gradient: where it is tiny, a sum in another order may turn it.
+        # Adam's first update is the sign of the gradient; for tiny gradients, the order of a sum
+        # may flip it.
         assert np.mean(np.abs(got.trained[path] - leaf)) < 0.03 * OPTIM.learning_rate, path
         assert path.endswith("lora_a") or np.mean(got.trained[path] != 0) == 1, path
 
 
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where two processes trained to step 3: lora, corda, lora_ga, and pissa on NF4, resumed to step 5."""
+    """A folder of runs by two processes: lora, corda, lora_ga, and pissa on NF4.
+
+    They train to step 3 and are resumed to step 5.
+    """
     folder = tmp_path_factory.mktemp("two")
     write_model_and_data(folder)
     configs = {
@@ -187,7 +193,7 @@ def test_two_processes_train_as_one(
     steps = [line["step"] for line in got if "loss" in line]
     assert steps == list(
         range(1, last + 1)
-    )  # each line once: a resumed run goes on, and only one process writes
+    )  # each line once: resuming appends, and only one process writes
     for name in ("loss", "grad_norm"):
         values = [[line[name] for line in log if name in line] for log in (expected, got)]
         np.testing.assert_allclose(values[1], values[0], rtol=1e-4, err_msg=name)
@@ -200,7 +206,7 @@ def test_two_processes_train_as_one(
     assert adapters[0].keys() == adapters[1].keys()
     for name, leaf in adapters[0].items():
         np.testing.assert_allclose(adapters[1][name], leaf, atol=1e-3, err_msg=name)
-    if method == "pissa":  # the base without its start is quantized anew
+    if method == "pissa":  # the base minus the initial A B is quantized again
         bases = [
             (folder / method / "nf4_base/model.safetensors").read_bytes()
             for folder in (tmp_path, in_two_processes)
@@ -209,9 +215,10 @@ def test_two_processes_train_as_one(
 
 
 def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) -> None:
-    """Two processes that a Slurm job started, by `train.py --multihost`; the second one is told to go."""
+    """Two processes of a Slurm job run `train.py --multihost`; the second one gets a SIGTERM."""
     root, out = Path(__file__).parents[1], tmp_path / "run"
-    options = "--multihost --train.steps 500 --eval.rows 4 --eval.samples 0 --eval.exact_match_rows 0 --train.report_to"
+    options = "--multihost --train.steps 500 --train.report_to"
+    options += " --eval.rows 4 --eval.samples 0 --eval.exact_match_rows 0"
     command = [sys.executable, "scripts/train.py", "--config", "configs/lora.py", *options.split()]
     slurm = {
         "SLURM_JOB_ID": str(os.getpid()),
@@ -295,7 +302,7 @@ def byte_tokenizer() -> Any:
 
 
 def run_config(folder: Path, method: str, steps: int, *, resume: bool = False) -> Config:
-    """A short run on four devices: whole copies for LoRA, split weights for the others."""
+    """A short run on four devices: replicated weights for LoRA, sharded weights for the others."""
     init: Any = "kaiming" if method == "lora" else method
     measured = {"calibration_batches": 4} if init in FROM_DATA else {}
     return Config(
@@ -313,7 +320,7 @@ def run_config(folder: Path, method: str, steps: int, *, resume: bool = False) -
 
 
 def train_in_processes(folder: Path, configs: list[Path], *, processes: int, devices: int) -> None:
-    """Train in several processes of one machine; what each says goes to process{i}.out."""
+    """Train in several processes of one machine; the output of each goes to process{i}.out."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -399,7 +406,7 @@ def steps(
 
 
 def check_places(state: TrainState) -> None:
-    """Adapters lie as their kernels, the rank whole; moments as their parameters."""
+    """Adapters are sharded like their kernels, but not along the rank; moments like parameters."""
     trained = flatten(state.trained)
     places = {path: leaf.sharding for path, leaf in trained.items()}
     mesh = next(iter(places.values())).mesh

@@ -1,4 +1,4 @@
-"""Dropout acts on the adapter's branch alone, in every model, and keeps its expectation."""
+"""Dropout acts only on the adapter branch, in every model, and keeps its expectation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_dropout_keeps_the_expectation(dora: bool) -> None:
 
 @pytest.mark.parametrize("rate", [0.003, 0.01, 0.05])
 def test_small_rates_in_bfloat16_are_what_they_say(rate: float) -> None:
-    """bfloat16 has no number between 0.996 and 1, and its uniform draws have 128 values."""
+    """bfloat16 has no number between 0.996 and 1, and its uniform draws have only 128 values."""
     ones = jnp.ones((4000, 100), jnp.bfloat16)
     dropped = np.asarray(
         dropped_input({"dropout_key": KEY, "dropout_rate": jnp.float32(rate)}, ones), np.float32
@@ -74,7 +74,7 @@ def test_dropout_drops_the_share_it_says_and_scales_the_rest() -> None:
 
 
 def test_dropout_acts_on_the_adapter_branch_only(zoo: Any, adapted: Adapted) -> None:
-    """With B = 0 nothing changes; with PiSSA the kept start is subtracted in full."""
+    """With B = 0 nothing changes; PiSSA with keep_base subtracts A₀ B₀ without dropout."""
     case = zoo("decoder")
     start = with_dropout(
         adapted("decoder", "kaiming-standard", targets=("up_proj",)), KEY, rate=0.5

@@ -1,4 +1,4 @@
-"""Generation with a cache against full forward passes without one, stops, and sampling."""
+"""Cached generation equals full forward passes; stopping and sampling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEW = 12
 
 
 def reference(model: Model, params: Tree, prompts: list[list[int]], new: int) -> list[list[int]]:
-    """The likeliest token of a full forward pass over everything so far, again and again."""
+    """Greedy decoding by a full forward pass over all tokens at each step."""
     params, rows = with_norms(params), [list(prompt) for prompt in prompts]
     forward = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
     for _ in range(new):
@@ -129,7 +129,7 @@ def test_streaming_gives_the_same_tokens_a_few_at_a_time(model: Model) -> None:
 
 
 def test_repetition_penalty(model: Model) -> None:
-    """A strong one lets no token come twice, and damps those of the prompt but not those of the padding."""
+    """A strong penalty prevents repeats; it applies to prompt tokens, but not to padding."""
     params = jax.tree.map(lambda leaf: leaf, model.params)
     greedy = generate(model, params, PROMPTS, max_new_tokens=NEW, stop_ids=())
     assert any(
@@ -198,7 +198,7 @@ def test_sampling(model: Model) -> None:
         (1.0, 2, np.inf, [4 / 7, 3 / 7, 0, 0]),
         (1.0, 4, 0.65, [4 / 7, 3 / 7, 0, 0]),  # 0.4 is not enough, 0.4 + 0.3 is
         (1.0, 4, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
-        (1.0, 3, 0.75, [4 / 7, 3 / 7, 0, 0]),  # of the three that are left, two hold 7/9
+        (1.0, 3, 0.75, [4 / 7, 3 / 7, 0, 0]),  # of the three tokens left, two have probability 7/9
     ],
 )
 def test_sample_token_draws_from_the_right_distribution(
@@ -232,7 +232,7 @@ def test_the_second_call_is_compiled_already(model: Model, params: Callable[[str
 
 
 def test_no_parameter_is_a_constant(model: Model) -> None:
-    """What the compiled program holds itself does not grow with the model."""
+    """The constants in the compiled program do not grow with the model."""
     abstract = jax.eval_shape(lambda: model.params)
     shape = jax.ShapeDtypeStruct((2, 32), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
     options = {"config": model.config, "greedy": True, "mesh": None}
@@ -245,7 +245,7 @@ def test_no_parameter_is_a_constant(model: Model) -> None:
 
 
 def test_on_eight_devices(model: Model, params: Callable[[str], Tree]) -> None:
-    """Sharded parameters; four rows divide by data and fsdp, three do not."""
+    """Sharded parameters; 4 rows divide over data and fsdp, 3 do not."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     sharded = jax.device_put(
         params("dora"), param_shardings(params("dora"), DECODER_RULES, mesh=mesh)

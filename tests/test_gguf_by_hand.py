@@ -1,4 +1,4 @@
-"""GGUF files that the gguf package wrote with q and k permuted, as llama.cpp's converter has them."""
+"""GGUF files with permuted q and k, as llama.cpp's converter writes them."""
 
 from __future__ import annotations
 

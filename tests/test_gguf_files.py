@@ -1,4 +1,4 @@
-"""GGUF files there and back for every family and every kind of tokenizer, without llama.cpp."""
+"""GGUF round trips for every family and tokenizer type, without llama.cpp."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorax_ft.tree import flatten, unflatten
 
 
 def random_model(fields: dict[str, Any], tokenizer: Any = None) -> Model:
-    """With weights that float16 holds."""
+    """A model whose weights are exact in float16."""
     tokenizer = tokenizer or load_model(EMBEDDED_MODEL).tokenizer
     fields = (
         SIZES

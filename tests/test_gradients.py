@@ -1,4 +1,4 @@
-"""Gradients of adapted layers and models equal a float64 reference's."""
+"""Gradients of adapted layers and models equal a float64 reference."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_gradients_of_a_layer_equal_a_float64_reference(
 def test_gradients_of_a_model_equal_those_through_merging_in_float64(
     zoo: Any, adapted: Adapted, randomize: Any, model: str
 ) -> None:
-    """The derivative of model(merge(params)) by every trained leaf, with merging in float64 on NumPy's side of XLA."""
+    """The reference is the gradient of model(merge(params)), computed in float64."""
     case = zoo(model)
     params = randomize(adapted(model, "pissa_kept-rank_stabilized-dora"))
     trained, frozen = partition(params)
@@ -92,7 +92,7 @@ def test_gradients_of_a_model_equal_those_through_merging_in_float64(
 
 
 def merged_reference(params: Tree, layout: Any) -> Tree:
-    """Every adapted kernel written out by einsums over its layout's axes; a tied head gets a kernel of its own."""
+    """Every adapted kernel merged by einsums over its axes; a tied head gets its own kernel."""
     layers = modules(params)
     if "lm_head" in layers and "kernel" not in layers["lm_head"]:
         layers["lm_head"]["kernel"] = layers["embed_tokens"]["embedding"].T
@@ -114,7 +114,7 @@ def _merged(layer: Tree, w: Array, spec: Any) -> Array:
     )
 
     def in_order(used: str, r: str) -> str:
-        """The leaf's axes in the kernel's order, with r where the first axis it replaces stood."""
+        """The leaf's axes in the kernel's order, with r in place of the first replaced axis."""
         return "".join(
             sorted(used, key=lambda c: letters.index(r) if c == "r" else letters.index(c))
         )

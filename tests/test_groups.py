@@ -1,4 +1,4 @@
-"""Which leaves train, which are frozen and which are an adapter's own, by label and by partition."""
+"""Which leaves train, which are frozen and which belong to an adapter."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_what_depends_on_a_step_belongs_to_no_adapter(adapted: Adapted) -> None:
 
 @pytest.mark.parametrize("method", TABLE)
 def test_trained_leaves_share_no_buffer_with_frozen_ones(adapted: Adapted, method: str) -> None:
-    """The step donates what trains; a frozen leaf in the same buffer would be deleted with it."""
+    """The step donates trained leaves; a frozen leaf in the same buffer would be deleted too."""
     trained, frozen = partition(adapted("decoder", method))
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(frozen)]
     assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(trained)} & set(pointers)

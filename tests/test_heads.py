@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("strict")
 def test_an_adapted_embedding_changes_the_lookup_alone(
     zoo: Any, adapted: Adapted, randomize: Any
 ) -> None:
-    """In a tied model the head keeps the table; merging unties the two, and says so in the tree."""
+    """In a tied model the head keeps the original table; merging unties the two in the tree."""
     case = zoo("decoder")
     params = adapted("decoder", "kaiming-standard", targets=("embed_tokens",))
     assert not params["embed_tokens"]["lora_a"].any()

@@ -1,4 +1,4 @@
-"""What a trace says of a model's layers."""
+"""The layout that a trace finds for a model's layers."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_restored_inverts_canonical(zoo: Any, model: str) -> None:
 
 
 def test_a_scan_over_another_axis_raises() -> None:
-    size = 8  # with as many rows as layers no shape would tell
+    size = 8  # as many rows as layers, so that the shape is ambiguous
 
     class Body(nn.Module):
         @nn.compact
@@ -162,7 +162,7 @@ def test_what_cannot_be_adapted_is_left_out(module: nn.Module) -> None:
 
 
 def test_a_table_that_is_an_output_head_too_is_left_out() -> None:
-    """An adapter on the lookup would not be one on `attend`, so that merged and adapted would differ."""
+    """An adapter on the lookup would not act on `attend`, so merged and adapted would differ."""
 
     class Tied(nn.Module):
         @nn.compact

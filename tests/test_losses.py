@@ -1,4 +1,4 @@
-"""The head's chunked cross-entropy against the plain one."""
+"""The chunked cross-entropy of the head equals the plain one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 
 def problem(kind: str, dtype: Any = jnp.float32) -> tuple[Tree, Tree, Array, Array, Array]:
-    """What trains of a head, what does not, features, targets, weights."""
+    """The head's trained and frozen leaves, features, targets and weights."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> Array:
@@ -147,7 +147,7 @@ def test_a_head_with_dropout_has_a_gradient() -> None:
 
 
 def test_chunks_drop_differently() -> None:
-    """Equal tokens in different chunks must not all see one mask."""
+    """Equal tokens in different chunks must get different dropout masks."""
     trained, fixed, _, _, _ = problem("dropout")
     x, t = jnp.ones((1, 8, D)), jnp.zeros((1, 8), jnp.int32)
 
@@ -168,8 +168,8 @@ def test_the_logits_are_computed_once_and_never_whole() -> None:
     backward = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(trained, features))
     only_features = str(jax.make_jaxpr(jax.grad(loss, argnums=1))(trained, features))
     assert forward.count("dot_general[") == 3  # x W, x A, (x A) B
-    assert only_features.count("dot_general[") == 6  # and each once more for x
-    assert backward.count("dot_general[") == 8  # and once each for A and B, none for W
+    assert only_features.count("dot_general[") == 6  # and each again for the gradient of x
+    assert backward.count("dot_general[") == 8  # and one each for A and B, but none for W
     for text in (forward, backward, only_features):
         chunks, rows = 3, 4
         assert f"[{chunks},{B},{rows},{V}]" not in text

@@ -1,4 +1,4 @@
-"""Checkpoints in bitsandbytes' NF4 there and back, and what is refused of them; without torch."""
+"""Round trips of bitsandbytes NF4 checkpoints, and what is rejected; without torch."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_packed_leaves_lie_as_their_rules_say(packed: Path) -> None:
 
 
 def test_bytes_stored_as_another_dtype(packed: Path, tmp_path: Path) -> None:
-    """bnb_4bit_quant_storage: the codes under the name of a float type, filled up to whole ones."""
+    """bnb_4bit_quant_storage: the codes are stored in a float dtype, padded to whole elements."""
     tensors = load_file(packed / "model.safetensors")
     for name in [name for name in tensors if f"{name}.{STATE}" in tensors]:
         codes = tensors[name].reshape(-1)
@@ -131,7 +131,9 @@ def test_what_is_packed_in_part_or_is_no_linear_layer_of_ours_is_dequantized(
     )
     np.testing.assert_array_equal(kernel[1], own.T)
     assert isinstance(part.params["layers"]["mlp"]["down_proj"]["kernel"], NF4)
-    save_model(tmp_path / "whole", part.params, part)  # no longer quantized, and no word of it
+    save_model(
+        tmp_path / "whole", part.params, part
+    )  # not quantized, and the config does not mention quantization
     assert "quantization_config" not in json.loads((tmp_path / "whole" / "config.json").read_text())
     np.testing.assert_allclose(logits(load_model(tmp_path / "whole")), logits(part), atol=1e-5)
 
@@ -147,7 +149,7 @@ def write(
 
 
 def restated(**fields: Any) -> Callable[[dict], None]:
-    """Other fields in the state of one weight."""
+    """Change fields in the quantization state of one weight."""
 
     def change(tensors: dict) -> None:
         state = json.loads(tensors[f"{UP}.{STATE}"].tobytes()) | fields
@@ -285,7 +287,7 @@ def test_the_dtype_of_a_packed_kernel_is_the_one_asked_for(packed: Path) -> None
 
 
 def test_experts_there_and_back(tmp_path: Path) -> None:
-    """Each in its own tensors, beside a router that is not packed."""
+    """Each expert has its own tensors; the router is not quantized."""
     own = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     hf_config = HF_CONFIG | own
     config = decoder_config(hf_config, source="these tests")

@@ -1,4 +1,4 @@
-"""DoRA's norm: computed beforehand or inside the layer, whole or by blocks, it is the dense one."""
+"""DoRA's norm, computed in advance, inside the layer or in blocks, equals the dense norm."""
 
 from __future__ import annotations
 

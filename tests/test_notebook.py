@@ -1,4 +1,4 @@
-"""The tutorial runs as it stands, on the embedded model."""
+"""The tutorial notebook runs on the embedded model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NOTEBOOK = Path(__file__).parent.parent / "colab" / "first_steps.ipynb"
 
 def test_first_steps_runs_and_the_tuned_model_answers(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in notebook.cells:  # a shorter run: what it learns is the second tier's business
+    for cell in notebook.cells:  # a shorter run; the second tier tests what it learns
         cell.source = cell.source.replace("steps=150", "steps=12").replace(
             "exact_match_rows=50", "exact_match_rows=4"
         )

@@ -1,4 +1,4 @@
-"""The public face: what README and `import lorax_ft` promise."""
+"""The public API: what the README and `import lorax_ft` promise."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ print(time.perf_counter() - began, *[name for name in heavy if name in sys.modul
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, *frameworks = done.stdout.split()
     assert frameworks == []
-    assert float(seconds) < 6  # a third of that on a quiet machine
+    assert float(seconds) < 6  # a third of that on an idle machine
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -52,7 +52,7 @@ def test_help_is_quick_and_has_a_sentence_for_each_option() -> None:
     done = subprocess.run(
         [sys.executable, "scripts/train.py", "--help"], capture_output=True, text=True, check=True
     )
-    assert time.perf_counter() - began < 5  # half a second on a quiet machine
+    assert time.perf_counter() - began < 5  # half a second on an idle machine
     assert "jax" not in done.stderr
     for option in ("--adapter.rank", "--train.resume", "--data.fields", "--dry-run"):
         assert option in done.stdout

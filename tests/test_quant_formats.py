@@ -1,4 +1,4 @@
-"""The formats of quantized kernels: their values, their bits, their errors and their layout."""
+"""The quantized formats: codebooks, bits per parameter, errors and layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 
 def test_the_codebook_is_its_quantile_construction() -> None:
-    """QLoRA (2305.14314, section 3): quantiles of N(0, 1), 8 below 0 and 9 above with it, scaled to [−1, 1]."""
+    """QLoRA (2305.14314, section 3): quantiles of N(0, 1), scaled to [−1, 1].
+
+    8 levels for the negative half and 9 for the positive half, which share 0.
+    """
     offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
     above = scipy.stats.norm.ppf(np.linspace(offset, 0.5, 9)[:-1])
     below = -scipy.stats.norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
@@ -42,7 +45,8 @@ def test_the_errors_on_normal_weights() -> None:
     error = np.asarray(dense(quantize(w, format="nf4", n_stack=0, n_in=1)) - w, np.float64)
     assert np.abs(error).mean() == pytest.approx(0.0728, rel=0.01)
     assert (error**2).mean() == pytest.approx(0.00846, rel=0.01)
-    # FP4 is E2M1 and INT4 has ±7 steps. INT4 of 16 levels beats FP4, and bitsandbytes' FP4, with a subnormal of 1/192.
+    # FP4 is E2M1, and INT4 has ±7 steps. INT4 with 16 levels would beat FP4, and bitsandbytes' FP4
+    # (with a subnormal of 1/192).
     fp4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
     blocks = np.asarray(w, np.float64).T.reshape(-1, 64)
     fp4_error, int4_error = (
@@ -52,7 +56,7 @@ def test_the_errors_on_normal_weights() -> None:
 
 
 def rounded_error(blocks: np.ndarray, codebook: np.ndarray) -> float:
-    """The MSE of blocks of absmax 1 rounded to the nearest value of a codebook, scaled back."""
+    """The MSE of normal blocks, scaled to absmax 1 and rounded to the nearest codebook value."""
     absmax = np.abs(blocks).max(axis=1, keepdims=True)
     codes = np.searchsorted((codebook[1:] + codebook[:-1]) / 2, blocks / absmax)
     return float(((codebook[codes] * absmax - blocks) ** 2).mean())
@@ -60,7 +64,7 @@ def rounded_error(blocks: np.ndarray, codebook: np.ndarray) -> float:
 
 @pytest.mark.parametrize("shape", [(3, 576, 1536), (3, 576, 576), (2, 1536, 192)])
 def test_a_parameter_takes_4_127_bits(shape: tuple[int, ...]) -> None:
-    """Real bytes; and the absmax in 8 bits costs the kernel next to nothing (QLoRA, section 3)."""
+    """Counted in bytes; double quantization adds almost no error (QLoRA, section 3)."""
     w = normal(shape)
     single, double_quant = (
         quantize(w, format="nf4", double_quant=d, n_stack=1, n_in=1) for d in (False, True)
@@ -75,7 +79,10 @@ def test_a_parameter_takes_4_127_bits(shape: tuple[int, ...]) -> None:
 
 
 def test_codes_lie_as_bitsandbytes_has_them() -> None:
-    """Blocks of 64 along `[out, in]`, two codes a byte, the first in the high half, ties to the lower code."""
+    """Blocks of 64 along `[out, in]`; two codes per byte, the first in the high 4 bits.
+
+    Ties go to the lower code.
+    """
     w = np.asarray(normal((128, 6)))
     for i, o in ((128, 6), (70, 5), (3, 3)):
         leaf = quantize(jnp.asarray(w[:i, :o]), format="nf4", n_stack=0, n_in=1)
@@ -95,9 +102,7 @@ def test_codes_lie_as_bitsandbytes_has_them() -> None:
 
 
 @settings(max_examples=12, deadline=None)
-@example(
-    stack=(), ins=[30], outs=[1], name="nf4", dtype="float32"
-)  # a single row, as of whole blocks
+@example(stack=(), ins=[30], outs=[1], name="nf4", dtype="float32")  # a single row of whole blocks
 @given(
     stack=st.sampled_from([(), (2,), (2, 3)]),
     ins=st.lists(st.integers(1, 9), min_size=1, max_size=2),
@@ -108,7 +113,7 @@ def test_codes_lie_as_bitsandbytes_has_them() -> None:
 def test_kernels_of_any_shape_come_back(
     stack: tuple[int, ...], ins: list[int], outs: list[int], name: str, dtype: str
 ) -> None:
-    """In their shape and type, each value within half a step of its block's absmax; matrix by matrix."""
+    """Shape and dtype are kept, and each value is within half a step of its block's absmax."""
     w = normal((*stack, *ins, *outs)).astype(dtype)
     config = FORMATS[name]
     to = functools.partial(quantize, format=config.format, double_quant=config.double)  # type: ignore[arg-type]
@@ -129,7 +134,7 @@ def test_kernels_of_any_shape_come_back(
 @pytest.mark.parametrize("name", FORMATS)
 def test_zeros_stay_zeros(name: str) -> None:
     config = FORMATS[name]
-    w = normal((128, 8)).at[:, 3].set(0).at[64:, 5].set(0)  # a channel, and a block
+    w = normal((128, 8)).at[:, 3].set(0).at[64:, 5].set(0)  # one channel and one block
     leaf = quantize(w, format=config.format, double_quant=config.double, n_stack=0, n_in=1)  # type: ignore[arg-type]
     back = np.asarray(dense(leaf))
     assert np.isfinite(back).all()
@@ -156,7 +161,7 @@ def test_the_dynamic_values_are_256_and_ascend() -> None:
 
 
 def test_quantized_leaves_are_trees_of_arrays() -> None:
-    """So that jit, device_put, checkpoints and eval_shape take them."""
+    """So they work with jit, device_put, checkpoints and eval_shape."""
     leaf = quantize(normal((128, 8)), format="nf4", double_quant=True, n_stack=0, n_in=1)
     assert [part.dtype for part in jax.tree.leaves(leaf)] == [
         "uint8",

@@ -1,4 +1,4 @@
-"""A quantized base exists in full precision one layer at a time, forward and backward, whatever is recomputed."""
+"""A quantized base is dequantized one layer at a time, forward and backward, for any remat."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def test_a_layer_at_a_time(remat: Any, format: Any) -> None:
         _gradient(remat, f).memory_analysis().temp_size_in_bytes for f in ("none", format)
     )
     layer = 4 * (4 * 256 * 256 + 3 * 256 * 1024)  # bytes of its kernels in float32
-    assert quantized < whole + 1.5 * layer  # all of them would be LAYERS * layer
+    assert quantized < whole + 1.5 * layer  # the whole model would be LAYERS * layer
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_codes_travel_and_not_what_they_stand_for(format: Any) -> None:
-    """Over fsdp a layer's codes are gathered, and dequantized after that; over tensor they stay split."""
+    """FSDP gathers a layer's codes and dequantizes them after that; tensor axes stay sharded."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     with jax.set_mesh(mesh):
         text = _gradient("full", format, mesh).as_text()
     found = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text)
     gathered = {(dtype, math.prod(map(int, shape.split(",")))) for dtype, shape in found}
-    kernel = 256 * 1024 // 2  # of the MLP, on one device of tensor
+    kernel = 256 * 1024 // 2  # of the MLP, on one device of the tensor axis
     assert {"nf4": ("u8", kernel // 2), "int8": ("s8", kernel)}[format] in gathered
     assert (
         max(size for dtype, size in gathered if dtype == "f32") < 256 * 256 // 2
@@ -60,7 +60,7 @@ def test_codes_travel_and_not_what_they_stand_for(format: Any) -> None:
 
 
 def _gradient(remat: Any, format: Any, mesh: Mesh | None = None) -> Any:
-    """A gradient of the adapters, compiled."""
+    """The compiled gradient of the adapters."""
     config = decoder_config(HF_CONFIG, source="these tests", remat=remat)
     shapes = {
         path: jax.ShapeDtypeStruct(leaf.shape, "float32")

@@ -1,4 +1,4 @@
-"""Every line of the table of methods on top of each quantized base, and quantized bases of any model."""
+"""Every method of the table on each quantized base, and quantized bases of any model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "rounds": 5,
     },
 }
-GROUPS = ("kaiming", "pissa-", "pissa_kept", "loftq-")  # which have the leaves that there are
+GROUPS = ("kaiming", "pissa-", "pissa_kept", "loftq-")  # these cover all kinds of leaves
 CASES = [
     *(("nf4_double", method) for method in METHODS),
     *itertools.product(
@@ -66,13 +66,13 @@ Build = Callable[[str, str], Tree]
 
 @pytest.fixture(scope="module")
 def model(decoder: Callable[..., Model]) -> Model:
-    """64 inputs are a block of NF4, which then lies row by row; the 96 of down_proj are none."""
+    """64 inputs make one NF4 block per row; the 96 of down_proj do not divide into blocks."""
     return decoder(width=64, mlp_width=96, layers=2, heads=8, kv_heads=4)
 
 
 @pytest.fixture(scope="module")
 def quantized(model: Model) -> Callable[[str], tuple[Tree, Any]]:
-    """The parameters in a format, and what reads the original kernels."""
+    """The quantized parameters, and a reader of the original kernels."""
     return functools.cache(
         lambda name: quantize_base(model.params, FORMATS[name], layout=model.layout)
     )
@@ -80,7 +80,7 @@ def quantized(model: Model) -> Callable[[str], tuple[Tree, Any]]:
 
 @pytest.fixture(scope="module")
 def adapted(model: Model, quantized: Callable[[str], tuple[Tree, Any]]) -> Build:
-    """The quantized parameters with a method of the table."""
+    """The quantized parameters with the adapters of a method."""
 
     @functools.cache
     def build(name: str, method: str) -> Tree:
@@ -128,14 +128,14 @@ def test_starts_as_the_dequantized_base_or_nearer_to_the_original(
         ):
             assert all(
                 left[path] < lost[path] for path in lost
-            )  # one round narrows blocks of 64, not int8's channels
-        elif method.startswith("milora"):  # of others s A B may be larger than W
+            )  # one round narrows NF4's blocks of 64, but not int8's channels
+        elif method.startswith("milora"):  # for other inits, s A B may be larger than W
             assert all(left[path] < 1.05 * lost[path] for path in lost)
         return
     for path, leaf in flatten(base).items():
         assert jax.tree.all(jax.tree.map(np.array_equal, leaf, flatten(params)[path])), path
     start, plain = forward(params), forward(base)
-    if method.startswith("lora_one"):  # a step of full fine-tuning away from it
+    if method.startswith("lora_one"):  # it starts one full fine-tuning step away
         assert distance(start, plain) > 1e-3
     elif method.startswith(("kaiming", "gaussian")) and not method.endswith("dora"):
         np.testing.assert_array_equal(start, plain)
@@ -145,7 +145,7 @@ def test_starts_as_the_dequantized_base_or_nearer_to_the_original(
 
 
 def errors(model: Model, params: Tree) -> dict[str, float]:
-    """‖W − W' − s A B‖ by path; DoRA's magnitude is the norm at the start, whose gain is 1."""
+    """‖W − W' − s A B‖ by path; DoRA's gain is 1 at initialization."""
     merged = merge_adapters(params, layout=model.layout)
     originals, got = flatten(model.params), flatten(merged)
     return {
@@ -234,7 +234,7 @@ def test_three_steps_leave_the_quantized_base_bitwise_alone(
     ],
 )
 def test_scanned_equals_unscanned(zoo: Any, name: str, method: str) -> None:
-    """Attention's kernels have several in or out axes here."""
+    """The attention kernels of this model have several in or out axes."""
     trees = []
     for style in ("vit_scanned", "vit_unrolled"):
         case = zoo(style)
@@ -259,7 +259,10 @@ def test_scanned_equals_unscanned(zoo: Any, name: str, method: str) -> None:
 def test_a_start_is_taken_out_of_the_original_again(
     model: Model, quantized: Any, adapted: Build, name: str
 ) -> None:
-    """Base and kept start give the run's base bit for bit, as resuming needs; without the original it is an error."""
+    """The original base and the stored A₀, B₀ give the run's base bitwise, as resuming needs.
+
+    Without the original it is an error.
+    """
     params = adapted(name, "pissa-standard")
     base, originals = quantized(name)
     owned, _ = partition(params, by="ownership")
@@ -274,7 +277,7 @@ def test_a_start_is_taken_out_of_the_original_again(
 
 
 def test_more_rounds_come_nearer(model: Model, quantized: Any, adapted: Build) -> None:
-    """QLoRA loses more than QPiSSA of 1 round, and that more than of 5 (PiSSA, table 8)."""
+    """QLoRA loses more than QPiSSA with 1 round, which loses more than with 5 (PiSSA, table 8)."""
     plain = errors(model, quantized("nf4")[0])
     one, five = (
         errors(model, adapted("nf4", f"{method}-standard")) for method in ("pissa", "pissa_rounds")

@@ -1,4 +1,4 @@
-"""What a run on a quantized base leaves behind: its adapter, and its base where that lacks a start."""
+"""The output of a run on a quantized base: the adapter, and the base if the init changed it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHANGING = {
 
 
 def randomized(params: dict, seed: int = 1) -> dict:
-    """The tree with random factors, which tell a wrong adapter from none."""
+    """The tree with random factors, so that a wrong adapter differs from none."""
     rng = np.random.default_rng(seed)
     layers = modules(params)
     for layer in layers.values():
@@ -88,7 +88,9 @@ def test_a_base_without_its_start_goes_with_its_adapter(
         load_peft(run / "adapter", model)
     merged = merge_adapters(again, layout=base.layout)
     np.testing.assert_allclose(logits(base, merged), logits(model, params), atol=1e-4)
-    shutil.copytree(run / "adapter", tmp_path / "moved")  # away from its base, which it still names
+    shutil.copytree(
+        run / "adapter", tmp_path / "moved"
+    )  # moved away from its base; its config still names the base
     with pytest.raises(ValueError, match="was trained on"):
         load_peft(tmp_path / "moved", model)
     save_peft(tmp_path / "other", adapted(model, AdapterConfig(rank=3)), model)
@@ -117,7 +119,7 @@ def leaf_at(tree: dict, path: tuple[str, ...]) -> Any:
 
 
 def test_a_start_can_be_taken_out_of_a_packed_checkpoint(packed: Path, tmp_path: Path) -> None:
-    """W is then what the checkpoint dequantizes to."""
+    """W is the dequantized checkpoint."""
     model = load_model(packed)
     config = AdapterConfig(rank=3, alpha=3, init="pissa")
     params = add_adapters(
@@ -148,7 +150,7 @@ def test_a_start_can_be_taken_out_of_a_packed_checkpoint(packed: Path, tmp_path:
 def test_adapters_on_quantized_bases(
     source: Path, tmp_path: Path, format: Any, config: AdapterConfig
 ) -> None:
-    """To PEFT and back, switched off, merged, merged with weights."""
+    """Saved to PEFT and loaded, switched off, merged, and merged with weights."""
     model = load_model(source, quant=QuantConfig(format=format))
     params = adapted(model, config)
     save_peft(tmp_path / "adapter", params, model)

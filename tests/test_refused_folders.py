@@ -1,4 +1,4 @@
-"""Checkpoints and adapters that do not fit, are damaged or are not there cost one clear line."""
+"""Incompatible, damaged or missing checkpoints and adapters raise a clear one-line error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorax_ft.interop.peft import load_peft, save_peft
 from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.models.model import Model
-from lorax_ft.tree import flatten, unflatten
+from lorax_ft.tree import Tree, flatten, unflatten
 
 
 @pytest.mark.parametrize(
@@ -133,15 +133,18 @@ def test_save_model_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no hf_config"):
         save_model(tmp_path / "merged", model.params, dataclasses.replace(model, hf_config={}))
     assert not (tmp_path / "merged").exists()
-    save_model(tmp_path / "merged", adapted, model, shard_bytes=3000)  # B is 0: the base again
+    save_model(
+        tmp_path / "merged", adapted, model, shard_bytes=3000
+    )  # B is 0, so this is the base model
     assert_trees_equal(load_model(tmp_path / "merged").params, model.params)
 
 
 def test_save_peft_refuses(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model", tied=True)
-    add = lambda config: add_adapters(
-        model.params, config, layout=model.layout, key=jax.random.key(0)
-    )
+
+    def add(config: AdapterConfig) -> Tree:
+        return add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+
     with pytest.raises(ValueError, match=r"hold no adapter"):
         save_peft(tmp_path / "adapter", model.params, model)
     shifted = jax.tree.map(lambda leaf: leaf + 1, model.params)

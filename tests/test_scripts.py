@@ -1,4 +1,4 @@
-"""The scripts for a tuned model: options, errors in one line, asking, merging and exporting."""
+"""The scripts for a fine-tuned model: options, one-line errors, generate, chat, merge, export."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_one_line_errors(
 
 
 def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) -> None:
-    """The whole way: an adapter on disk is asked, merged, and gives the same answer; then bad input."""
+    """An adapter on disk answers; merged, it gives the same answer; then bad input."""
     base, run, merged = tmp_path / "base", tmp_path / "run", tmp_path / "merged"
     save_model(base, speaker.params, speaker)
     save_peft(run / "adapter", params("lora"), dataclasses.replace(speaker, source=str(base)))
@@ -147,7 +147,8 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     assert expected != before
     asking = call("generate", "--run", str(run), "w7 w8", "--max-new-tokens", "8")
     assert asking == (0, f"{expected}\n", "")
-    message = f"error: {merged} is not empty; give another folder, or --overwrite to replace the model in it\n"
+    message = f"error: {merged} is not empty; give another folder, "
+    message += "or --overwrite to replace the model in it\n"
     assert call("merge", "--run", str(run), "--output", str(merged)) == (2, "", message)
     message = f"error: there is no run at {tmp_path / 'rum'}; did you mean {run}?\n"
     assert call("generate", "--run", str(tmp_path / "rum"), "w7") == (2, "", message)
@@ -176,8 +177,8 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     )
     assert refused[:2] == (2, "")
     assert refused[2].startswith(message)
-    said = "w7 w8\n/clear\n/adapter off\nw7 w8\n/clear\n/adapter on\nw7 w8\n/nonsense\n/adapter nowhere\n"
-    said += "/adapter\n/exit\nw1\n"
+    said = "w7 w8\n/clear\n/adapter off\nw7 w8\n/clear\n/adapter on\nw7 w8\n"
+    said += "/nonsense\n/adapter nowhere\n/adapter\n/exit\nw1\n"
     status, printed, errors = call("chat", "--run", str(run), "--max-new-tokens", "8", said=said)
     assert status == 0
     lines = [line.strip() for line in printed.splitlines()]
@@ -198,7 +199,7 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     for weights, text in (
         (("0.5", "0.5"), expected),
         (("0", "0"), before),
-    ):  # of the same adapter twice
+    ):  # the same adapter twice
         folder = tmp_path / f"merged{weights[0]}"
         twice = ["--also", str(run / "adapter"), "--weights", *weights, "--output", str(folder)]
         assert call("merge", "--run", str(run), *twice)[::2] == (0, "")
@@ -214,7 +215,7 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
 def test_export(
     speaker: Model, params: Callable[[str], Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each target is read again by what it is for, as far as that is installed; what cannot be written says why."""
+    """Each export is loaded again, if its loader is installed; unsupported exports say why."""
     save_model(tmp_path / "base", speaker.params, speaker)
     speaker = load_model(tmp_path / "base")
     save_peft(tmp_path / "lora", params("lora"), speaker)

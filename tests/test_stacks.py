@@ -1,4 +1,4 @@
-"""Scanned layers equal single ones, whatever their ranks, and every matrix has a random start of its own."""
+"""Scanned layers equal unrolled ones for any ranks; every matrix has its own random init."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_scanned_equals_unscanned(
             np.testing.assert_array_equal(leaf, flat[path])
             continue
         mine = flat["/".join([parts[0], *parts[2:]])][int(parts[1])]
-        if mine.shape != leaf.shape:  # zero padding up to the largest rank
+        if mine.shape != leaf.shape:  # padded with zeros up to the largest rank
             cut = tuple(slice(n) for n in leaf.shape)
             assert np.count_nonzero(mine) == np.count_nonzero(mine[cut])
             mine = mine[cut]
@@ -74,7 +74,7 @@ def test_scanned_equals_unscanned(
 def test_layers_without_an_adapter_are_a_fixed_point(
     zoo: Any, adapted: Adapted, randomize: Any, method: str, fields: dict[str, Any]
 ) -> None:
-    """No gradient reaches the padding of a stack's other layers, and merging leaves their kernels bitwise alone."""
+    """The padding of layers without an adapter gets no gradient; merging keeps their kernels."""
     case = zoo("vit_scanned")
     params = adapted("vit_scanned", method, targets=("up", "attention/query"), **fields)
     active = params["layers"]["up"]["lora_b"][1]

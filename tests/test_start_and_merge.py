@@ -1,4 +1,4 @@
-"""Every method starts as the base, leaves it alone, and merges into what it computes, in every kind of model."""
+"""Every method in every model: it starts as the base, leaves it unchanged, and merges exactly."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_starts_as_the_base(zoo: Any, adapted: Adapted, model: str, method: str)
     start, base = case.forward(adapted(model, method)), case.plain(case.params)
     if changes_base(method):
         assert distance(start, base) < 1e-5
-    elif method.startswith("lora_one"):  # a step of full fine-tuning away from it
+    elif method.startswith("lora_one"):  # it starts one full fine-tuning step away
         assert distance(start, base) > 1e-3
     elif method.endswith("dora") or method.startswith("orthogonal"):
         assert distance(start, base) < 1e-6
@@ -76,7 +76,7 @@ def test_unmerging_restores_the_base(
 
 
 def test_several_adapters_merge_with_weights(zoo: Any, adapted: Adapted, randomize: Any) -> None:
-    """The change of the sum is the sum of the changes, DoRA's and embeddings' too."""
+    """The weight change of the sum is the sum of the changes, also for DoRA and embeddings."""
     case = zoo("decoder")
     methods = ("kaiming-standard", "pissa_kept-rank_stabilized-dora")
     targets = ("all-linear", "embed_tokens")
@@ -101,7 +101,7 @@ def test_several_adapters_merge_with_weights(zoo: Any, adapted: Adapted, randomi
 def test_a_tied_table_that_changed_changes_the_head_of_the_sum(
     zoo: Any, adapted: Adapted, randomize: Any
 ) -> None:
-    """One tree has another table, still tied; the other an adapter on the head."""
+    """One tree has a changed table, still tied; the other has an adapter on the head."""
     case = zoo("decoder")
     table = {"embed_tokens": {"embedding": case.params["embed_tokens"]["embedding"] + 0.1}}
     whole, head = (
@@ -118,7 +118,7 @@ def test_a_tied_table_that_changed_changes_the_head_of_the_sum(
 
 
 def test_a_weighted_merge_rounds_once(zoo: Any, adapted: Adapted, randomize: Any) -> None:
-    """Over a bfloat16 base a small change times a large weight is not lost to the rounding before it."""
+    """On a bfloat16 base, a small change with a large merge weight is not rounded away."""
     case = zoo("decoder")
     params = randomize(adapted("decoder", "kaiming-standard", targets=("up_proj",)))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), case.params)
@@ -140,7 +140,7 @@ def test_a_weighted_merge_rounds_once(zoo: Any, adapted: Adapted, randomize: Any
         }
     )
     error = np.abs(np.asarray(got, np.float64) - np.asarray(exact, np.float64))
-    assert np.all(error <= (2**-8 + 1e-5) * np.abs(exact))  # half a step of bfloat16
+    assert np.all(error <= (2**-8 + 1e-5) * np.abs(exact))  # half the spacing of bfloat16
 
 
 def test_switched_off_is_the_base_in_the_same_structure(
@@ -173,7 +173,7 @@ def test_switched_off_is_the_base_in_the_same_structure(
 def test_adding_leaves_the_base_as_it_was(
     zoo: Any, adapted: Adapted, model: str, method: str
 ) -> None:
-    """Nothing but the adapter's leaves is new, and only PiSSA without `keep_base` moves kernels."""
+    """Only the adapter's leaves are new, and only PiSSA without `keep_base` changes kernels."""
     base, params = flatten(nn.meta.unbox(zoo(model).params)), flatten(adapted(model, method))
     new = {path.rpartition("/")[2] for path in params.keys() - base.keys()}
     assert new <= ADAPTER_LEAVES

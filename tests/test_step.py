@@ -1,4 +1,4 @@
-"""The step's parts: optimizer groups, schedules, noise, packing, the contract."""
+"""The parts of the training step: optimizer groups, schedules, noise, packing, the contract."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_a_call_that_interception_cannot_see_is_an_error() -> None:
     trained, frozen = lft.partition(
         lft.add_adapters(params, lft.AdapterConfig(rank=2), layout=layout, key=jax.random.key(0))
     )
-    jitted = jax.jit(sneaky.apply)  # jitted outside adapt: interception never happens
+    jitted = jax.jit(sneaky.apply)  # jitted outside adapt, so interception never happens
     jitted({"params": combine(trained, frozen)}, x)
     with pytest.raises(ValueError, match="never reads seen/lora_a"):
         contract.check_read(
@@ -237,7 +237,7 @@ def test_scales_of_zero_and_leaves_that_stay_are_errors(model: Model) -> None:
         contract.check_moved(still, updates=1)
     lost = jax.device_get(
         contract.moved(trained, trained, rate=1e-12)
-    )  # less than float32 adds to A
+    )  # too small to change A in float32
     assert all(changed for path, (_, changed) in lost.items() if path.endswith("lora_a"))
     assert not any(changed for path, (_, changed) in still.items())
     broken = {path: np.array([False, True]) for path in still}

@@ -1,4 +1,4 @@
-"""The singular triples that starts are made of, exact and randomized."""
+"""The singular triples that inits use, exact and randomized."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def test_the_exact_triples_equal_numpys_svd(shape: tuple[int, int], last: bool) 
     assert distance(a @ b, want) < 1e-6
     np.testing.assert_allclose(
         np.linalg.norm(a, axis=1), np.sqrt(s[:, some]), rtol=1e-6
-    )  # both take half of S
+    )  # each factor takes √S
     np.testing.assert_allclose(np.linalg.norm(b, axis=2), np.sqrt(s[:, some]), rtol=1e-6)
 
 
 def test_the_last_triples_of_a_badly_conditioned_matrix() -> None:
-    """The Gram matrix alone would give an S of 1e-6 of the largest to 1e-4."""
+    """From the Gram matrix alone, a singular value of 1e-6 of the largest has an error of 1e-4."""
     rng = np.random.default_rng(5)
     u, v = (np.linalg.qr(rng.normal(size=(n, 32)))[0] for n in (32, 48))
     w = ((u * np.logspace(0, -6, 32)) @ v.T).astype(np.float32)[None]

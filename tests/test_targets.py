@@ -1,4 +1,4 @@
-"""Which modules patterns mean, and which rank, alpha and scale each gets."""
+"""Which modules the patterns match, and the rank, alpha and scale of each module."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_part_of_a_name_is_not_the_name(parts: list[str], more: str) -> None:
         (r".*(q|v)_proj", True),
         (r"layers\.[0-3]\..*", True),
         (r"layers/[0-2]/.*", False),
-        (r"(q|v)_proj", False),  # a regular expression takes the whole path, as in PEFT
+        (r"(q|v)_proj", False),  # a regular expression must match the whole path, as in PEFT
         (r"layers/3", False),
         ("", False),
     ],
@@ -95,7 +95,7 @@ def test_coverage_names_the_nearest_and_what_exists_once() -> None:
 
 
 def adapters(model: Any, **fields: Any) -> dict[str, Any]:
-    """The low-rank leaves' paths and shapes, nothing computed."""
+    """The paths and shapes of the adapter leaves, without computing them."""
     config = AdapterConfig(**({"rank": 4, "alpha": 8.0} | fields))
     flat = flatten(
         jax.eval_shape(
@@ -124,7 +124,7 @@ def adapters(model: Any, **fields: Any) -> dict[str, Any]:
     ],
 )
 def test_targets(decoder: Any, fields: dict[str, Any], count: int | None) -> None:
-    if count is None:  # "self_attn/.*" is no suffix, and does not match the whole path
+    if count is None:  # "self_attn/.*" is not a suffix, and does not match the whole path
         with pytest.raises(ValueError, match="matches no module"):
             adapters(decoder(), **fields)
     else:
@@ -132,13 +132,13 @@ def test_targets(decoder: Any, fields: dict[str, Any], count: int | None) -> Non
 
 
 def test_layer_ranges_are_of_layers(decoder: Any) -> None:
-    """As in PEFT, what stands in no layer is not in a range of layers."""
+    """As in PEFT, `layers` excludes modules outside the layers."""
     found = adapters(decoder(), targets=("q_proj", "embed_tokens", "lm_head"), layers=(1,))
     assert {path.rpartition("/")[0] for path in found} == {"layers/self_attn/q_proj"}
 
 
 def test_layers_by_their_linen_names() -> None:
-    """Lists in `setup` and automatic names give `layers_1`, `Block_1`."""
+    """Lists in `setup` give `layers_1`, and automatic names `Block_1`."""
     assert [
         layer_index(path) for path in ("layers_1/mlp", "Block_12/Dense_0", "conv1", "mlp_x")
     ] == [1, 12, None, None]

@@ -1,4 +1,4 @@
-"""The real main: every config trains, stops and resumes."""
+"""The real main(): every config trains, stops and resumes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorax_ft.config import EMBEDDED_DATA
 from lorax_ft.run.log import LOG, PLOT, Log, read_log
 from lorax_ft.run.progress import Progress
 
-# The first three losses of every config, trained as below: they change only where what is computed changes.
+# The first three losses of every config. They change only if the computation changes.
 GOLDEN = {
     "combined": (5.0425, 2.2301, 2.0018),
     "corda": (5.1320, 2.2421, 1.9750),
@@ -30,7 +30,7 @@ GOLDEN = {
     "lora": (5.1320, 3.2186, 2.2792),
     "lora_fa": (5.1320, 2.6614, 2.0639),
     "lora_ga": (5.1320, 3.0800, 2.0744),
-    "lora_one": (3.6870, 2.3200, 2.0522),  # a step of full fine-tuning on
+    "lora_one": (3.6870, 2.3200, 2.0522),  # it starts one full fine-tuning step ahead
     "lora_plus": (5.1320, 2.1389, 1.6312),
     "milora": (5.1320, 2.5801, 1.9970),
     "neftune": (5.0425, 3.2802, 2.3766),
@@ -40,7 +40,7 @@ GOLDEN = {
     "qdora": (5.0234, 3.0345, 2.3073),
     "qlora": (5.0234, 3.5315, 2.7433),
     "qpissa": (5.2089, 2.2096, 2.0162),
-    "rslora": (5.1320, 3.2186, 2.2792),  # alpha / √r is LoRA's scale here
+    "rslora": (5.1320, 3.2186, 2.2792),  # alpha / √r equals LoRA's scale here
 }
 
 RESUMED = ("combined", "full", "lora_fa", "lora_ga", "qpissa")
@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_trains(name: str, main: Main, tmp_path: Path) -> None:
-    """And goes on as if never stopped from where a crash leaves it; the second tier does this with every config."""
+    """A run resumed after a crash equals an uninterrupted one (the second tier: every config)."""
     found = resumed(main, name, tmp_path) if name in RESUMED else trained(main, name, tmp_path)
     assert [found[step] for step in (1, 2, 3)] == pytest.approx(GOLDEN[name], rel=1e-3)
 
@@ -80,7 +80,7 @@ def test_the_saved_adapter_gives_the_loss_that_training_ended_with(
 def test_a_run_on_a_quantized_base_leaves_all_that_its_adapter_needs(
     main: Main, tmp_path: Path, capsys: Any
 ) -> None:
-    """QPiSSA: the base without its start, the same when the run is resumed, and the scripts take it."""
+    """QPiSSA: the base minus A₀ B₀, bitwise the same after resuming, and usable by the scripts."""
     from lorax_ft.run.model_args import ModelArgs, load_with_adapter
 
     shared = [
@@ -100,7 +100,7 @@ def test_a_run_on_a_quantized_base_leaves_all_that_its_adapter_needs(
     assert main(*shared, "--train.steps", 2, "--train.output", halves) == 0
     base = (whole / "nf4_base" / "model.safetensors").read_bytes()
     assert (halves / "nf4_base" / "model.safetensors").read_bytes() == base
-    shutil.rmtree(halves / "nf4_base")  # and is computed again
+    shutil.rmtree(halves / "nf4_base")  # it is computed again
     assert main(*shared, "--train.steps", 3, "--train.output", halves, "--train.resume") == 0
     assert (halves / "nf4_base" / "model.safetensors").read_bytes() == base
     assert (halves / "adapter" / "adapter_model.safetensors").read_bytes() == (
@@ -147,7 +147,7 @@ def test_a_run_on_a_quantized_base_leaves_all_that_its_adapter_needs(
 def test_an_interrupted_run_loses_nothing(
     main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Ctrl-C ends the run after its step, with a checkpoint, from which it goes on as if never stopped."""
+    """Ctrl-C ends the run after the current step with a checkpoint; resuming loses nothing."""
     steps = [*config("lora"), *SHORT, "--optim.schedule", "constant", "--train.steps", 5]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert main(*steps, "--train.output", whole) == 0
@@ -167,7 +167,7 @@ def test_an_interrupted_run_loses_nothing(
     said = capsys.readouterr().out
     assert "Going on from step 3 of 5." in said
     first = read_log(whole)[0]["validation_loss"]
-    assert f"{first:.4f} → " in said  # of the run's start, not of step 3
+    assert f"{first:.4f} → " in said  # from the start of the run, not from step 3
     assert losses(halves) == losses(whole)
     assert main(*steps, "--train.output", halves, "--train.resume", "--train.steps", 4) == 2
     assert (
@@ -177,7 +177,7 @@ def test_an_interrupted_run_loses_nothing(
 
 
 def test_a_log_goes_on(tmp_path: Path) -> None:
-    """The lines up to the step to go on from are on disk before any other, and without what a crash left behind."""
+    """A resumed log keeps the lines up to the resumed step, and drops those that a crash left."""
     lines = [{"step": step, "loss": 1.5} for step in (1, 2, 3)]
     (tmp_path / LOG).write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo'
@@ -204,7 +204,7 @@ def test_overwriting_deletes_a_run_and_nothing_else(main: Main, tmp_path: Path) 
 
 
 def test_an_adapter_trains_on(main: Main, tmp_path: Path, capsys: Any) -> None:
-    """From a PEFT folder, as if its run had not ended; and stopped and resumed."""
+    """From a PEFT folder, as if its run had continued; also stopped and resumed."""
     first, second, halves = tmp_path / "first", tmp_path / "second", tmp_path / "halves"
     assert main(*config("combined"), *SHORT, "--train.steps", 3, "--train.output", first) == 0
     end = read_log(first)[-1]["validation_loss"]
@@ -220,7 +220,7 @@ def test_an_adapter_trains_on(main: Main, tmp_path: Path, capsys: Any) -> None:
     log = read_log(second)
     assert log[0]["validation_loss"] == pytest.approx(end, rel=1e-4)
     assert log[-1]["validation_loss"] < end
-    assert "32 + m" in capsys.readouterr().out  # a PiSSA of rank 16 as PEFT keeps it
+    assert "32 + m" in capsys.readouterr().out  # PiSSA of rank 16, in PEFT's format
     assert main(*more, "--train.steps", 2, "--train.save_every", 1, "--train.output", halves) == 0
     first.rename(tmp_path / "moved")
     more[more.index(first / "adapter")] = tmp_path / "moved/adapter"
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 def test_a_checkpoint_that_does_not_fit_on_the_disk(
     main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, filling: str
 ) -> None:
-    """Before a run begins nothing is written; later the checkpoints that there are stay."""
+    """Before the run starts nothing is written; later, existing checkpoints are kept."""
     left = iter([10**9, 10**9, 10**6] if filling == "meanwhile" else [10**6])
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=next(left)))
     out = tmp_path / "run"
@@ -311,6 +311,5 @@ def test_the_embedded_questions_are_distinct() -> None:
     questions = [[json.loads(line)["question"] for line in part] for part in parts]
     assert len({*questions[0], *questions[1]}) == len(questions[0]) + len(questions[1]) == 3400
     workings = [{json.loads(line)["answer"] for line in part} for part in parts]
-    assert len(workings[0] & workings[1]) < 0.1 * len(
-        workings[1]
-    )  # nor can many answers be learnt by heart
+    # Few test answers occur in the training data, so memorizing answers does not help.
+    assert len(workings[0] & workings[1]) < 0.1 * len(workings[1])

@@ -1,4 +1,4 @@
-"""Trees by slash path: inverses, splits and overlaps."""
+"""Trees by slash path: flatten and unflatten, split and combine, overlaps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written is whole or absent, through links and on a full disk."""
+"""Files are written completely or not at all, through links and on a full disk."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ SAVED = {
 
 @pytest.mark.parametrize("save", SAVED)
 def test_a_disk_that_is_full_leaves_the_place_as_it_was(tmp_path: Path, save: str) -> None:
-    """The limit on a file's size stands for the full disk: writes fail in the middle."""
+    """A file size limit simulates the full disk: writes fail halfway."""
     old = tmp_path / SAVED[save]
     old.parent.mkdir(exist_ok=True)
     old.write_text("old")
     place = old if save == "save_gguf" else old.parent
     program = (
-        "import resource, jax, lorax_ft as lft; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "import resource, jax, lorax_ft as lft\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
         "from lorax_ft import cli, save_model, save_peft\n"
         "from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig\n"
         "from lorax_ft.interop.save_gguf import save_gguf\n"
         "with cli.one_line_errors():\n"
         "    model = lft.load_model(EMBEDDED_MODEL)\n"
-        "    params = lft.add_adapters(model.params, AdapterConfig(), layout=model.layout, key=jax.random.key(0))\n"
+        "    config, key = AdapterConfig(), jax.random.key(0)\n"
+        "    params = lft.add_adapters(model.params, config, layout=model.layout, key=key)\n"
         f"    {save}({str(place)!r}, params, model)\n"
     )
     options = {
@@ -122,7 +124,7 @@ def test_folders_are_whole_or_absent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_links_are_written_through(tmp_path: Path, exists: bool) -> None:
-    """To a folder, or a file, whether it is there yet or not; and the link stays."""
+    """Links to folders and files, whether these exist or not; the link stays a link."""
     model = saved_model(tmp_path / "model")
     params = add_adapters(
         model.params, AdapterConfig(rank=2), layout=model.layout, key=jax.random.key(0)

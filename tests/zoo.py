@@ -1,4 +1,4 @@
-"""A zoo of small models that the library knows nothing about."""
+"""A zoo of small linen models; the library has no code for them."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Case:
         return jax.jit(self.apply)
 
     def forward(self, params: Tree) -> Array:
-        """The output with whatever adapters the parameters hold."""
+        """The output with the adapters in the parameters, if any."""
         return self._forward({"params": params}, *self.example)
 
     def plain(self, params: Tree) -> Array:
-        """The output of the model's own code."""
+        """The output of the unmodified model."""
         return self._plain({"params": params}, *self.example)
 
 
@@ -148,7 +148,7 @@ class Boxed(nn.Module):
 
 
 def built_case(name: str) -> Case:
-    """The model of a name, with its parameters and an input."""
+    """Build a model by name, with its parameters and an input."""
     if name.startswith("decoder"):
         model = built_decoder(tied=name != "decoder_untied")
         tokens = jax.random.randint(jax.random.key(2), (2, 9), 0, model.config.vocab_size)
@@ -162,7 +162,7 @@ def built_case(name: str) -> Case:
         "boxed": (Boxed(), (3, 12)),
     }[name]
     x = jax.random.normal(jax.random.key(3), shape)
-    if name == "vit_unrolled":  # the scanned model's parameters, a layer at a time
+    if name == "vit_unrolled":  # the scanned model's parameters, unstacked
         flat = flatten(built_case("vit_scanned").params)
         stacked = {path: leaf for path, leaf in flat.items() if path.startswith("layers/")}
         params = {path: leaf for path, leaf in flat.items() if path not in stacked}
@@ -180,7 +180,7 @@ def built_case(name: str) -> Case:
 
 
 def built_decoder(**fields: Any) -> Model:
-    """A `Model` of TINY's sizes, with fields of its config replaced."""
+    """A `Model` with the sizes of TINY, with fields of its config replaced."""
     config = dataclasses.replace(TINY, **fields)
     tokens = jnp.zeros((1, 8), jnp.int32)
     with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention promotes
@@ -193,12 +193,12 @@ def built_decoder(**fields: Any) -> Model:
         params = params | {"lm_head": {"kernel": kernel}}
     model = Model(config=config, params=_moved(params))
     with jax.numpy_dtype_promotion("standard"):
-        assert model.layout  # traced and kept
+        assert model.layout  # traced and cached
     return model
 
 
 def _moved(params: Tree) -> Tree:
-    """The parameters with biases and scales that are not all equal."""
+    """The parameters with random biases and norm scales, so that they are not all equal."""
 
     def move(path: str, leaf: Array) -> Array:
         if leaf.ndim == 0 or not path.endswith(("bias", "scale")):

@@ -1,7 +1,10 @@
-"""NF4 and its checkpoints agree with bitsandbytes and transformers. Needs torch, bitsandbytes and peft.
+"""NF4 and its checkpoints agree with bitsandbytes and transformers.
 
-Widths are multiples of 64 and all in float32: on CPUs with AVX-512, bitsandbytes 0.50 dequantizes other rows wrongly.
-LORAX_FT_SMOLLM2 names a folder with SmolLM2-135M, whose weights are quantized too where it is given.
+Needs torch, bitsandbytes and peft.
+
+Widths are multiples of 64, and everything is float32: on CPUs with AVX-512, bitsandbytes 0.50
+dequantizes other rows incorrectly. If LORAX_FT_SMOLLM2 names a folder with SmolLM2-135M, its
+weights are quantized too.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from lorax_ft.tree import flatten, from_modules, modules  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
-)  # those of torch, transformers and PEFT to one another
+)  # torch, transformers and PEFT warn about one another
 SMOLLM2 = os.environ.get("LORAX_FT_SMOLLM2", "")
 TOKENS = np.random.default_rng(0).integers(0, 90, (2, 17))
 SHAPES = [(64, 64), (192, 128), (128, 576), (33, 40), (3, 5), (7, 64), (50, 100)]  # [O, I]
@@ -79,14 +82,16 @@ def our_logits(model: Model, params: dict | None = None) -> np.ndarray:
 
 def their_logits(model: torch.nn.Module) -> np.ndarray:
     with torch.no_grad():
-        # Not eval: on CPUs with AVX-512, bitsandbytes 0.50 then multiplies in bfloat16. There is no dropout.
+        # No model.eval(): on CPUs with AVX-512, bitsandbytes 0.50 would then multiply in bfloat16.
+        # The model has no dropout.
         return model.train()(torch.as_tensor(TOKENS)).logits.float().numpy()
 
 
 def assert_as_bitsandbytes(weight: np.ndarray) -> None:
-    """Codes alike; absmax values alike, or in 8 bits within a code; dequantized alike where bitsandbytes is right.
+    """Compare codes, absmax values (in 8 bits, to one code) and dequantized weights.
 
-    Around 0, where codes lie closest, bitsandbytes 0.50 takes some that are not the nearest, up to 3 codes away.
+    Around 0, where codes are closest, bitsandbytes 0.50 picks some that are not the nearest, up to
+    3 codes away. Dequantized weights are compared only where bitsandbytes is right (see above).
     """
     for double_quant in (False, True):
         ours = quantize(
@@ -108,9 +113,8 @@ def assert_as_bitsandbytes(weight: np.ndarray) -> None:
                 np.asarray(ours.absmax.codes).reshape(-1).astype(int),
                 state.absmax.numpy().astype(int),
             )
-            exact = np.repeat(scale > rounding, 256)[
-                : a.size
-            ]  # elsewhere all absmax are one, and no code is meant
+            # If all absmax of a group are equal, its codes only hold rounding errors.
+            exact = np.repeat(scale > rounding, 256)[: a.size]
             assert ((np.abs(a - b) <= 1) | (np.abs(VALUES[a] - VALUES[b]) < 3e-5) | ~exact).all()
             assert (a != b)[exact].sum() <= max(1, a.size // 100)
         else:
@@ -190,7 +194,7 @@ def test_ours_there(checkpoint: Path, tmp_path: Path, double: bool) -> None:
 
 
 def adapted(model: Model, config: AdapterConfig) -> dict:
-    """Random factors, and magnitudes that are not the norm."""
+    """Random factors, and magnitudes that differ from the norm."""
     rng = np.random.default_rng(1)
     key = jax.random.key(0)
     layers = modules(
@@ -225,7 +229,7 @@ def test_an_adapter_on_the_base_without_its_start(
 
 
 def test_an_adapter_on_a_base_that_transformers_quantizes(checkpoint: Path, tmp_path: Path) -> None:
-    """QLoRA: the source model, quantized anew there."""
+    """QLoRA: transformers quantizes the source model itself."""
     model = load_model(checkpoint, quant=QuantConfig(format="nf4", double=False))
     params = adapted(model, AdapterConfig(rank=4, alpha=8))
     save_peft(tmp_path / "adapter", params, model)

@@ -1,4 +1,4 @@
-"""Starts from data beside PEFT's, on the same tokens: EVA, CorDA, and what of LoRA-GA PEFT takes from its paper."""
+"""Data-driven inits against PEFT's on the same tokens: EVA, CorDA, and parts of LoRA-GA."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorax_ft.tree import Tree, from_modules, modules  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
-)  # those of torch, transformers and PEFT to one another
+)  # torch, transformers and PEFT warn about one another
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = np.random.default_rng(0).zipf(1.3, (1, 256)) % 61
 
@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch() -> dict[str, np.ndarray]:
-    """The tokens as a batch of ours."""
+    """The tokens as a batch of this library."""
     targets = np.roll(TOKENS, -1, axis=1)
     weights = np.ones(TOKENS.shape, np.float32)
     weights[:, -1] = 0
@@ -71,7 +71,8 @@ def matrices(params: Tree) -> dict[str, dict[str, np.ndarray]]:
     for path, layer in modules(params).items():
         if "lora_a" in layer:
             for i in range(3):
-                name = f"base_model.model.model.{path.replace('layers/', f'layers.{i}.').replace('/', '.')}"
+                module = path.replace("layers/", f"layers.{i}.").replace("/", ".")
+                name = f"base_model.model.model.{module}"
                 found[name] = {leaf: np.float64(value[i]) for leaf, value in layer.items()}
     return found
 
@@ -102,7 +103,7 @@ def theirs(model: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_peft_loads_ours(
     checkpoint: Path, tmp_path: Path, init: str, keep_base: bool, randomize: Any
 ) -> None:
-    """On the original base: also ranks that differ, and what was taken out of the base as further columns."""
+    """On the original base, with different ranks, and with A₀ B₀ as additional columns."""
     model = load_model(checkpoint)
     params, _ = started(model, init=init, keep_base=keep_base)
     used = {
@@ -137,7 +138,7 @@ def matrices_of(params: Tree) -> dict[str, Any]:
 
 
 def test_eva_explains_what_pefts_does(checkpoint: Path) -> None:
-    """PEFT's incremental and randomized SVD finds directions that explain nearly as much as the exact ones, no more."""
+    """PEFT's incremental, randomized SVD explains almost as much as the exact one, never more."""
     base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
     eva = peft.EvaConfig(rho=2.0)
     config = peft.LoraConfig(
@@ -176,8 +177,11 @@ def test_eva_explains_what_pefts_does(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
 def test_corda_starts_as_pefts(checkpoint: Path, mode: str) -> None:
-    """The same product and the same base; A and B up to the scale of C, which PEFT takes of the largest input."""
-    pytest.importorskip("attr")  # which PEFT's CorDA imports and PEFT does not ask for (0.21)
+    """The same product A B and the same base; A and B differ by the scale of C.
+
+    PEFT scales C by the largest input.
+    """
+    pytest.importorskip("attr")  # PEFT's CorDA imports it, but PEFT does not depend on it (0.21)
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
@@ -194,7 +198,7 @@ def test_corda_starts_as_pefts(checkpoint: Path, mode: str) -> None:
         product = ours["lora_a"] @ ours["lora_b"]
         np.testing.assert_allclose(a @ b, product, atol=1e-3 * np.abs(product).max(), err_msg=name)
         np.testing.assert_allclose(w, ours["kernel"], atol=1e-3 * np.abs(w).max(), err_msg=name)
-        b = b[::-1] if mode == "kpm" else b  # ours has the very last first
+        b = b[::-1] if mode == "kpm" else b  # ours orders the smallest first
         scale = np.linalg.norm(ours["lora_b"]) / np.linalg.norm(b)
         np.testing.assert_allclose(
             np.abs(b) * scale, np.abs(ours["lora_b"]), atol=1e-2 * np.abs(b).max() * scale
@@ -202,7 +206,7 @@ def test_corda_starts_as_pefts(checkpoint: Path, mode: str) -> None:
 
 
 def test_lora_ga_takes_the_singular_vectors_that_peft_takes(checkpoint: Path) -> None:
-    """PEFT multiplies B by singular values of the gradient and scales B alone, which the paper does not."""
+    """Unlike the paper, PEFT multiplies B by singular values of the gradient and scales only B."""
     loraga = pytest.importorskip("peft.tuners.lora.loraga")
     base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
     config = peft.LoraConfig(

@@ -1,4 +1,4 @@
-"""Greedy continuations are transformers', token for token. Needs torch."""
+"""Greedy continuations equal transformers', token for token. Needs torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def continued(model: torch.nn.Module, prompt: list[int], new: int, **options: fl
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_transformers(tmp_path: Path, family: str) -> None:
-    """Prompts of several lengths in one batch, past the windows and past the scaled positions."""
+    """Prompts of several lengths in one batch, beyond sliding windows and scaled positions."""
     theirs = checkpoint(tmp_path / "model", family)
     ours = load_model(tmp_path / "model")
     # transformers changes longrope's factors once a text passes the original length; ours chooses

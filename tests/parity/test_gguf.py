@@ -1,4 +1,7 @@
-"""llama.cpp reads our GGUF files and says what we say; and we read every kind of block. Needs llama-cpp-python."""
+"""llama.cpp reads our GGUF files and gives our logits; we read every block format.
+
+Needs llama-cpp-python.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ HF_CONFIG = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 128,
 }
-QUESTION = "<|im_start|>user\nTom has {} apples. He buys 5 more. How many has he now?<|im_end|>\n<|im_start|>assistant\n"
+QUESTION = (
+    "<|im_start|>user\nTom has {} apples. He buys 5 more. How many has he now?<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
@@ -96,7 +102,7 @@ def test_blocks_that_llama_cpp_makes(tmp_path: Path, kind: str, file_type: int) 
     assert (
         np.abs(logits - expected).mean() < 0.02 * np.abs(expected).max()
     )  # llama.cpp rounds activations too
-    if kind.startswith("Q4"):  # where the blocks' own rounding is the larger
+    if kind.startswith("Q4"):  # unless the rounding of the blocks is larger
         assert np.abs(plain_logits - expected).mean() > 3 * np.abs(logits - expected).mean()
 
 
@@ -105,7 +111,7 @@ def test_families(tmp_path: Path, case: str) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     tmp_path = tmp_path.parent / case.replace(
         "phi", "fi"
-    )  # of a name with phi3 llama.cpp expects SentencePiece
+    )  # for names with phi3, llama.cpp expects SentencePiece
     expected = transformers_logits(tmp_path / "model", FAMILIES[case])
     model = load_model(tmp_path / "model")
     save_gguf(tmp_path / "model.gguf", model.params, model, kind="F16")
@@ -126,7 +132,7 @@ IDS = np.random.default_rng(0).integers(4, 700, 40).tolist()
 
 
 def transformers_logits(folder: Path, fields: dict[str, Any]) -> np.ndarray:
-    """Of a random model with weights that float16 holds, which is left in the folder."""
+    """The logits of a random model that is exact in float16; it is saved to the folder."""
     torch = pytest.importorskip("torch")
     import transformers
 
@@ -163,7 +169,7 @@ def test_tokenizers(tmp_path: Path, kind: str) -> None:
     theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
     for text in texts(
         accented=kind not in ("tekken", "gpt-4o")
-    ):  # whose rules llama.cpp simplifies there
+    ):  # llama.cpp simplifies the pre-tokenizer rules there
         ids = theirs.tokenize(text.encode(), add_bos=True, special=True)
         assert again(text).input_ids == ids
         assert tokenizer(text).input_ids == ids

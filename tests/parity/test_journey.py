@@ -1,4 +1,7 @@
-"""The README's road with the real libraries: train → PEFT and back → merged → transformers. Needs torch and peft."""
+"""The README's workflow with the real libraries: train, PEFT and back, merge, transformers.
+
+Needs torch and peft.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Adapters go to PEFT and come from it with the same logits. Needs torch and peft.
+"""Adapters keep their logits from here to PEFT and back. Needs torch and peft.
 
-All factors are random: with B = 0 every adapter agrees with every other.
+All factors are random, because with B = 0 all adapters agree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorax_ft.tree import flatten, from_modules, modules, unflatten  # noqa: E40
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
-)  # those of torch, transformers and PEFT to one another
+)  # torch, transformers and PEFT warn about one another
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 15))
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -49,7 +49,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def adapted(model: Model, config: AdapterConfig, seed: int = 1) -> dict:
-    """The model's parameters with random factors; ranks, padding, scales and starts as `config` has them."""
+    """The parameters with random factors; `config` gives ranks, padding, scales and init."""
     rng = np.random.default_rng(seed)
     layers = modules(add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0)))
     for layer in layers.values():
@@ -218,7 +218,7 @@ def test_a_converted_start_of_peft(checkpoint: Path, tmp_path: Path, init: str) 
     theirs = peft.get_peft_model(base, config)
     theirs.peft_config[
         "default"
-    ].init_lora_weights = True  # as PEFT's guide has it: save the start first
+    ].init_lora_weights = True  # as in PEFT's guide: save the initial adapter first
     theirs.save_pretrained(tmp_path / "start")
     theirs.peft_config["default"].init_lora_weights = init
     for parameter in theirs.parameters():
@@ -259,7 +259,7 @@ def test_olora_starts_as_pefts(checkpoint: Path) -> None:
 
 
 def test_the_orthogonal_start_is_pefts_in_distribution(checkpoint: Path) -> None:
-    """Theirs has A B = 0 too, and each factor has the spread of ours, and half of the rank."""
+    """PEFT's init has A B = 0 too; each factor has our spread and half the rank."""
     base = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
     config = peft.LoraConfig(r=8, target_modules=ALL_LINEAR, init_lora_weights="orthogonal")
     theirs = peft.get_peft_model(base, config).state_dict()

@@ -1,4 +1,4 @@
-"""Our logits are those of transformers' models of every family, and it loads what we write. Needs torch."""
+"""Logits equal transformers' for every family, and it loads our checkpoints. Needs torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""vLLM's own loader takes the adapters that are exported for it, and finds the same model in them. Needs vllm's code.
+"""vLLM's own loader reads the adapters that are exported for it. Needs vllm's code.
 
-No server runs here: the pairs that the loader found, and its scales, are added to the checkpoint's tensors.
+No server runs here: the test adds the loaded factors, times their scales, to the checkpoint.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def checkpoint(folder: Path, family: str) -> Path:
 
 
 def loaded_by_vllm(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
-    """s B A by module, as vLLM's worker reads the folder for a model with modules of these names."""
+    """s B A by module, as vLLM's worker loads the folder for a model with these module names."""
     helper = PEFTHelper.from_local_dir(str(folder), max_position_embeddings=64)
     helper.validate_legal(LoRAConfig(max_lora_rank=16))
     lora = LoRAModel.from_local_checkpoint(
@@ -74,7 +74,7 @@ def loaded_by_vllm(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
 def test_vllm_finds_our_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, method: str
 ) -> None:
-    monkeypatch.setattr("vllm.lora.lora_model.PIN_MEMORY", False)  # which needs a GPU
+    monkeypatch.setattr("vllm.lora.lora_model.PIN_MEMORY", False)  # it needs a GPU
     source = checkpoint(tmp_path / "base", family)
     model = load_model(source)
     config = METHODS[method]

@@ -1,8 +1,10 @@
-"""Compiles a training step ahead of time for a TPU topology, and prints what it takes as one line of JSON.
+"""Compile a training step ahead of time for a TPU topology, and print its memory as JSON.
 
-    TPU_SKIP_MDS_QUERY=1 python tests/programs/compile_for_tpu.py '{"topology": "v5e:2x2", "config": {...}, ...}'
+    TPU_SKIP_MDS_QUERY=1 python tests/programs/compile_for_tpu.py \\
+        '{"topology": "v5e:2x2", "config": {...}, ...}'
 
-Needs libtpu (the extra tpu-compile), but no TPU. A process of its own, since libtpu makes every start of JAX noisy.
+Needs libtpu (the extra tpu-compile), but no TPU. It is a separate process, because libtpu prints
+messages whenever JAX starts.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ from lorax_ft.tree import Tree, flatten, split, unflatten
 
 
 def main() -> None:
-    """Compile what the first argument says: topology, config (`Config.to_json`) and config.json of a model."""
+    """The first argument is JSON: topology, config (`Config.to_json`), a model's config.json."""
     options = json.loads(sys.argv[1])
     config = Config.from_json(json.dumps(options["config"]))
     m = config.model
-    # By name, as auto goes by the backend that runs this program: a CPU.
+    # Given by name, because auto looks at the backend of this process, which is a CPU.
     decoder = decoder_config(
         options["decoder"], source="the test", dtype=m.dtype, attention="xla", remat=m.remat
     )
@@ -73,7 +75,7 @@ def main() -> None:
 
 
 def abstract_arguments(model: Model, config: Config, mesh: Mesh) -> tuple[TrainState, Tree, Tree]:
-    """Shapes of state, frozen leaves and batch, with their shardings."""
+    """The shapes and shardings of the state, the frozen leaves and the batch."""
     base = {
         path: _base_leaf(path, leaf, config)
         for path, leaf in flatten(abstract_params(model.config)).items()
@@ -108,7 +110,7 @@ def _base_leaf(path: str, leaf: Any, config: Config) -> Any:
 def compile_step(
     model: Model, config: Config, mesh: Mesh, state: TrainState, frozen: Tree, batch: Tree
 ) -> Any:
-    """The step, compiled as `lorax_ft.run.start.compile_step` does it."""
+    """The step, compiled as in `lorax_ft.run.start.compile_step`."""
     step = make_train_step(
         model,
         make_optimizer(config.optim, steps=100),
@@ -124,7 +126,7 @@ def compile_step(
 
 
 def gathered(text: str) -> list[list[int]]:
-    """The shapes that all-gathers of a compiled program result in, without repeats."""
+    """The distinct result shapes of the all-gathers in a compiled program."""
     shapes: set[tuple[int, ...]] = set()
     for line in text.splitlines():
         result, found, _ = line.partition(" all-gather")
@@ -137,12 +139,12 @@ def gathered(text: str) -> list[list[int]]:
 
 
 def total_bytes(tree: Tree) -> int:
-    """The bytes of all leaves of a tree."""
+    """The size of all leaves of a tree in bytes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def bytes_a_chip(tree: Tree) -> int:
-    """The bytes of a tree's shards on one device."""
+    """The size of a tree's shards on one device in bytes."""
     leaves = jax.tree.leaves(tree)
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves

@@ -1,9 +1,10 @@
 """One of several processes that train together over gloo: real runs, one after another.
 
-    python tests/programs/train_process.py PORT PROCESSES INDEX DEVICES CONFIG.json [CONFIG.json ...]
+    python tests/programs/train_process.py PORT PROCESSES INDEX DEVICES CONFIG.json ...
 
-Each process has DEVICES CPU devices. Prints a line of JSON for each run: the steps, and the files that this process
-opened for writing in the run's folder, apart from checkpoints, which orbax writes from all processes.
+Each process has DEVICES CPU devices. It prints one line of JSON for each run: the steps, and the
+files in the run's folder that this process opened for writing. Checkpoints are not listed, because
+orbax writes them from all processes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lorax_ft.config import Config
 
 
 def main(port: int, processes: int, index: int, devices: int, *files: str) -> None:
-    """Join the others, then train."""
+    """Join the other processes, then train."""
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if cache := os.environ.get("TESTS_COMPILATION_CACHE"):
@@ -46,7 +47,7 @@ def main(port: int, processes: int, index: int, devices: int, *files: str) -> No
 
 
 def _note(opened: set[str], event: str, args: tuple[Any, ...]) -> None:
-    """Note a file that is opened for writing: `open` has the arguments path, mode, flags."""
+    """Record files opened for writing; the audit event `open` passes path, mode and flags."""
     if (
         event == "open"
         and isinstance(args[0], str | os.PathLike)

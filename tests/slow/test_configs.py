@@ -1,4 +1,4 @@
-"""Every config, trained to its end on the embedded model, learns the task; and the real model learns GSM8K's form."""
+"""Every config learns the embedded task; SmolLM2 learns the answer format of GSM8K."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))]
 def train(*argv: object) -> None:
     environment = {
         name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
-    }  # which are for small tests
+    }  # those are for small tests
     subprocess.run(
         [sys.executable, ROOT / "scripts/train.py", *map(str, argv)], check=True, env=environment
     )
@@ -46,7 +46,8 @@ def test_a_config_trains_smollm2_on_gsm8k(name: str, tmp_path: Path) -> None:
     model, data = os.environ.get("LORAX_FT_SMOLLM2"), os.environ.get("LORAX_FT_GSM8K")
     if not (model and data):
         pytest.skip(
-            "set LORAX_FT_SMOLLM2 to a folder or .gguf file, and LORAX_FT_GSM8K to a folder with train.jsonl"
+            "set LORAX_FT_SMOLLM2 to a folder or .gguf file, "
+            "and LORAX_FT_GSM8K to a folder with train.jsonl"
         )
     small = [
         "--train.steps",

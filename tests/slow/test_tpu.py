@@ -1,7 +1,8 @@
-"""Training steps compile ahead of time for TPUs, split as they should be. Needs libtpu (`.[tpu-compile]`), no TPU.
+"""Training steps compile ahead of time for TPUs, with the right shardings.
 
-libtpu makes every start of JAX noisy: where it is in an environment of its own, name that environment's Python in
-LORAX_FT_TPU_PYTHON. Takes some minutes on two cores.
+Needs libtpu (`.[tpu-compile]`), but no TPU. libtpu prints messages whenever JAX starts, so it is
+best installed in a separate environment, with LORAX_FT_TPU_PYTHON naming the Python of that
+environment. Takes some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from lorax_ft.config import (
 
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("LORAX_FT_TPU_PYTHON")
-CHIP = 16e9  # bytes of memory in a v5e
+CHIP = 16e9  # bytes of HBM of a v5e
 
 pytestmark = pytest.mark.skipif(
     PYTHON is None and importlib.util.find_spec("libtpu") is None,
-    reason='libtpu is not installed: pip install ".[tpu-compile]", or name its Python in LORAX_FT_TPU_PYTHON',
+    reason="libtpu is not installed: pip install '.[tpu-compile]', "
+    "or name its Python in LORAX_FT_TPU_PYTHON",
 )
 
 QWEN_7B = {
@@ -77,12 +79,12 @@ def test_seven_billion_parameters_fit_sixteen_chips(dora: bool) -> None:
     assert report["frozen_bytes"] > 15e9
     assert report["argument_bytes"] < 1.5e9
     assert report["temporary_bytes"] < 4e9
-    assert [1, 3584, 18944] in report["gathered"]  # a layer's weights when they are needed
+    assert [1, 3584, 18944] in report["gathered"]  # one layer's weights at a time
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_a_quantized_base_is_whole_in_one_layer_at_a_time(format: Any) -> None:
-    """Seven billion parameters: the step's memory is that of LoRA's, less what the base's kernels no longer take."""
+    """7B parameters: the memory of LoRA's step, minus the savings on the base's kernels."""
     config = Config(
         model=ModelConfig(dtype="bfloat16"),
         adapter=AdapterConfig(rank=16),
@@ -94,20 +96,20 @@ def test_a_quantized_base_is_whole_in_one_layer_at_a_time(format: Any) -> None:
     report = compile_for("v5e:4x4", config, QWEN_7B)
     assert (
         report["kernel_bytes"] < {"nf4": 5.6e9, "int8": 8.9e9}[format]
-    )  # of them the table and the head 2.2e9
+    )  # 2.2e9 of these are the embedding and the head
     assert report["kernel_bytes_a_chip"] < 1.01 * report["kernel_bytes"] / 16
     assert (
         report["temporary_bytes"] < 2.5e9
-    )  # all kernels in bfloat16 would take 13e9, and 0.8e9 a chip
+    )  # all kernels in bfloat16 would take 13e9, or 0.8e9 per chip
     assert not [shape for shape in report["gathered"] if len(shape) == 3 and shape[0] == 28]
     codes = {"nf4": [18944, 3584 // 2], "int8": [3584, 18944]}[
         format
-    ]  # which are gathered, and not their values
+    ]  # the codes are gathered, not the dequantized values
     assert codes in [shape[-2:] for shape in report["gathered"]]
 
 
 def check(report: dict[str, Any], config: Config, *, split: int, width: Any) -> None:
-    """The base is split, what the step takes is what its arguments hold, and nothing large is gathered."""
+    """The base is sharded, the step fits on the chip, and no large array is gathered."""
     assert report["chips"] == {"v5e:2x2": 4, "v5e:4x4": 16}[report["topology"]]
     assert report["temporary_bytes"] > 0
     assert (
@@ -132,7 +134,7 @@ def check(report: dict[str, Any], config: Config, *, split: int, width: Any) -> 
 
 
 def compile_for(topology: str, config: Config, decoder: dict[str, Any]) -> dict[str, Any]:
-    """What the step of a config takes on a topology; `tests/programs/compile_for_tpu.py` in a process of its own."""
+    """The memory of a config's step on a topology, by `tests/programs/compile_for_tpu.py`."""
     options = {"topology": topology, "config": dataclasses.asdict(config), "decoder": decoder}
     environment = {
         k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
