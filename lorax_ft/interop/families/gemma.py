@@ -1,4 +1,4 @@
-"""Gemma: scaled embeddings, norms by 1 + w, a gated GELU (2403.08295)."""
+"""Gemma: scaled embeddings, norms that multiply by 1 + w, a gated GELU (2403.08295)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from lorax_ft.interop.families.family import Family
 
 
 def describe(c: Any) -> dict[str, Any]:
-    """Fields of `DecoderConfig`."""
+    """The fields of `DecoderConfig` that differ from `describe_common`."""
+    # The checkpoints store w, not 1 + w.
     return {"embedding_scale": c.hidden_size**0.5, "norm_offset": 1.0}
 
 

@@ -1,4 +1,8 @@
-"""Gemma 2: Gemma with norms around attention and MLP, soft caps, and windows in every second layer (2408.00118)."""
+"""Gemma 2 (2408.00118).
+
+Gemma with norms before and after attention and MLP, logit soft-capping, and a sliding window in
+every second layer.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from lorax_ft.interop.families.family import Family
 
 
 def describe(c: Any) -> dict[str, Any]:
-    """Fields of `DecoderConfig`."""
+    """The fields of `DecoderConfig` that differ from `describe_common`."""
     return gemma.describe(c) | {
         "norms": "around",
         "attention_scale": c.query_pre_attn_scalar**-0.5,

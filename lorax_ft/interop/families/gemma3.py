@@ -1,4 +1,8 @@
-"""Gemma 3's text models: Gemma 2 with norms on queries and keys, and a rotary embedding of each kind (2503.19786)."""
+"""Gemma 3's text models (2503.19786).
+
+Gemma 2 with norms on queries and keys instead of soft caps, and two rotary embeddings: one for
+layers with a sliding window, one for the others.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from lorax_ft.interop.families.family import Family
 
 
 def describe(c: Any) -> dict[str, Any]:
-    """Fields of `DecoderConfig`."""
+    """The fields of `DecoderConfig` that differ from `describe_common`."""
+    # Gemma 3 has no soft caps; its config says so with null.
     return gemma2.describe(c) | {"qk_norm": "head"}
 
 

@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with a sparse MLP in every layer (2401.04088)."""
+"""Mixtral: Mistral with a mixture of experts in every layer (2401.04088)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from lorax_ft.models.config import Experts
 
 
 def describe(c: Any) -> dict[str, Any]:
-    """Fields of `DecoderConfig`."""
-    return {
-        "experts": Experts(
-            count=c.num_local_experts, top_k=c.num_experts_per_tok, renormalized=True
-        )
-    }
+    """The fields of `DecoderConfig` that differ from `describe_common`."""
+    experts = Experts(count=c.num_local_experts, top_k=c.num_experts_per_tok, renormalized=True)
+    return {"experts": experts}
 
 
 FAMILY = Family(
