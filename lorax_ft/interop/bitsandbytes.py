@@ -78,17 +78,17 @@ def assemble_nf4(tensors: Tensors, *, source: str) -> dict[str, LazyTensor]:
         those of `lorax_ft.quant`.
     """
     assembled = dict(tensors)
-    double_quant = set()
+    double_quants = set()
     for name in tensors:
         if f"{name}.{STATE}" not in tensors:
             continue
         weight = _nf4_tensor(tensors, name, where=f"{source}: {name}")
-        double_quant.add(weight.double_quant)
+        double_quants.add(weight.double_quant)
         for part in PARTS:
             assembled.pop(f"{name}.{part}", None)
         assembled[name] = weight
     # A stack of kernels is one leaf, in one format.
-    if len(double_quant) > 1:
+    if len(double_quants) > 1:
         raise ValueError(
             f"{source} uses double quantization for some of its weights only; {WAY_OUT}"
         )
@@ -207,25 +207,24 @@ def _abstract_kernel(i: int, o: int, *, double_quant: bool) -> Any:
 
 
 def _check_parts(stored: NF4, expected: NF4, *, where: str) -> None:
-    """Raises a `ValueError` if a part has another size or dtype than a kernel of its shape needs.
+    """Raises a `ValueError` if a part has the wrong size or dtype for the kernel's shape.
 
     Shapes may differ: bitsandbytes stores codes and absmax flat.
     """
     o, i = math.prod(expected.outs), math.prod(expected.ins)
-    # In the order of the leaves. The last leaf, the offset, is no tensor in the file.
+    # In the order of the leaves. The last leaf, the offset, comes from the state instead.
     parts = ("codes", "absmax", "nested_absmax")
-    given_leaves = jax.tree.leaves(stored)
-    wanted_leaves = jax.tree.leaves(expected)
-    for part, given, wanted in zip(parts, given_leaves, wanted_leaves, strict=False):
-        if given.dtype != wanted.dtype or given.size != wanted.size:
-            raise ValueError(
-                f"{where} has {given.size} {given.dtype} for its {part}; "
-                f"{o} × {i} needs {wanted.size} {wanted.dtype}"
-            )
+    leaves = jax.tree.leaves(stored)
+    expected_leaves = jax.tree.leaves(expected)
+    for part, given, wanted in zip(parts, leaves, expected_leaves, strict=False):
+        found = f"{given.size} {given.dtype}"
+        needed = f"{wanted.size} {wanted.dtype}"
+        if found != needed:
+            raise ValueError(f"{where} has {found} for its {part}; {o} × {i} needs {needed}")
 
 
 def _read_state(text: np.ndarray, *, where: str) -> dict[str, Any]:
-    """The quant state of a weight, checked; text is its JSON as bytes."""
+    """Parses the quant state of a weight from its JSON, and checks that it is supported."""
     try:
         state = json.loads(text.tobytes())
         fields = {

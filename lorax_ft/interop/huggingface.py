@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: reads config.json and safetensors into our trees, and maps names.
+"""Hugging Face checkpoints: their files, the decoder they describe, and the names of its tensors.
 
 A leaf `layers/mlp/up_proj/kernel` `[L, in, out]` stacks the tensors
 `model.layers.{i}.mlp.up_proj.weight` `[out, in]` of all layers i. The logical path of one of them
@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import itertools
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +24,7 @@ from lorax_ft.interop.families.family import describe_common
 from lorax_ft.interop.lazy_tensor import (
     FLOATS,
     FLOATS_AND_BYTES,
-    Index,
     LazyTensor,
-    Read,
     Shape,
     Tensors,
     lazy_tensors,
@@ -38,21 +32,13 @@ from lorax_ft.interop.lazy_tensor import (
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
-from lorax_ft.tree import Tree, flatten, unflatten
+from lorax_ft.tree import Tree
 
 Names = Mapping[str, str]
 """Our name of a path component -> the name in a family's checkpoints, where the two differ."""
-Parts = Mapping[Shape, LazyTensor]
-"""The tensors that a leaf stacks, by their index in the stack."""
-Place = Callable[[str, Shape, Read, Parts], Any]
-"""Puts a leaf on its devices: (slash path, shape, how to read it, what it stacks) -> leaf."""
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# How many tensors are read at once: copying releases the GIL.
-READERS = 4
-# Bytes. JAX uses a NumPy buffer on a CPU without a copy only if it is aligned like this.
-ALIGNMENT = 64
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -136,124 +122,6 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
     return DecoderConfig(**fields, **computing)
 
 
-def load_params(
-    config: DecoderConfig, tensors: Tensors, *, names: Names, source: str, place: Place
-) -> Tree:
-    """Reads the parameters of a decoder, tensor by tensor, in the dtype of its config.
-
-    Raises:
-      ValueError: a tensor is missing, unexpected, or has another shape.
-    """
-    abstract = flatten(abstract_params(config))
-    stacked = {}
-    expected = {}
-    for path, leaf in abstract.items():
-        stacked[path] = list(hf_names(path, leaf.shape, names))
-        for name, index in stacked[path]:
-            shape = leaf.shape[len(index) :]
-            if path.endswith("/kernel"):
-                shape = shape[::-1]  # [out, in]
-            expected[name] = shape
-    # All tensors are checked before any is read, since reading takes minutes for large models.
-    _check_names(tensors, set(expected), config, source=source)
-    _check_shapes(tensors, expected, source=source)
-
-    params = {}
-    for path, leaf in abstract.items():
-        parts = {index: tensors[name] for name, index in stacked[path]}
-        views = parts
-        if path.endswith("/kernel"):
-            views = {index: _transposed(part) for index, part in parts.items()}
-        read = functools.partial(_read_leaf, views, leaf.shape, config.dtype)
-        params[path] = place(path, leaf.shape, read, parts)
-    return unflatten(params)
-
-
-def _check_names(
-    tensors: Tensors, expected: set[str], config: DecoderConfig, *, source: str
-) -> None:
-    """Raises a `ValueError` if a tensor is missing or unexpected."""
-    missing = sorted(expected - tensors.keys())
-    if missing:
-        raise ValueError(f"{source} lacks the tensor {missing[0]}{_and_more(missing)}")
-    extra = [name for name in sorted(tensors) if name not in expected]
-    extra = [name for name in extra if not _ignored(name, config)]
-    if extra:
-        raise ValueError(
-            f"{source} holds the tensor {extra[0]}{_and_more(extra)}, "
-            "which its architecture does not have"
-        )
-
-
-def _ignored(name: str, config: DecoderConfig) -> bool:
-    # Old Llama checkpoints store the rotary frequencies, which the config determines.
-    if name.endswith("rotary_emb.inv_freq"):
-        return True
-    # Some checkpoints store a tied head, a copy of the embedding table (see `head_is_table`).
-    return name == "lm_head.weight" and config.tied
-
-
-def _and_more(names: list[str]) -> str:
-    """How many names follow the first, for an error."""
-    if len(names) == 1:
-        return ""
-    return f" and {len(names) - 1} more"
-
-
-def _check_shapes(tensors: Tensors, expected: Mapping[str, Shape], *, source: str) -> None:
-    """Raises a `ValueError` if a tensor has another shape than expected, in PyTorch's order."""
-    for name, shape in expected.items():
-        given = tensors[name].shape
-        if given != shape:
-            raise ValueError(f"{source}: {name} has the shape {given}, not {shape}")
-
-
-def head_is_table(tensors: Tensors) -> bool:
-    """Whether a checkpoint has no output head of its own, or one that equals the embedding table.
-
-    If the two differ, transformers unties the head although the config ties it.
-    """
-    head = tensors.get("lm_head.weight")
-    table = tensors.get("model.embed_tokens.weight")
-    if head is None or table is None:
-        return True
-    return np.array_equal(head.read(()), table.read(()))
-
-
-def _transposed(tensor: LazyTensor) -> LazyTensor:
-    def read(index: Index) -> np.ndarray:
-        return tensor.read(index[::-1]).T
-
-    return LazyTensor(tensor.shape[::-1], read)
-
-
-def _read_leaf(parts: Parts, shape: Shape, dtype: str, index: Index) -> np.ndarray:
-    """Reads the slice `index` of a leaf `[*stack, in, out]` that stacks `parts`."""
-    n_stack = len(next(iter(parts)))
-    ranges = [range(size)[part] for size, part in zip(shape, index, strict=True)]
-    leaf = _aligned_empty([len(r) for r in ranges], np.dtype(dtype))
-    # Where the matrices of the slice go in `leaf`, and where they are in the whole stack.
-    targets = np.ndindex(*leaf.shape[:n_stack])
-    sources = itertools.product(*ranges[:n_stack])
-
-    def fill(target: Shape, source: Shape) -> None:
-        leaf[target] = parts[source].read(index[n_stack:])
-
-    with ThreadPoolExecutor(READERS) as pool:
-        # `list` waits for all of them and raises the first error.
-        list(pool.map(fill, targets, sources))
-    return leaf
-
-
-def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An uninitialized array that JAX can use on a CPU without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    aligned = raw[start : start + size]
-    return aligned.view(dtype).reshape(shape)
-
-
 def abstract_params(config: DecoderConfig, *, tied: bool | None = None) -> Tree:
     """A decoder's parameters as `jax.ShapeDtypeStruct`; `tied` overrides the config's field."""
     if tied is None:
@@ -331,7 +199,8 @@ def family_names(hf_config: Mapping[str, Any]) -> Names:
     model_type = hf_config.get("model_type")
     if model_type not in FAMILIES:
         return {}
-    return FAMILIES[model_type].names
+    family = FAMILIES[model_type]
+    return family.names
 
 
 def read_json(file: Path) -> dict[str, Any]:

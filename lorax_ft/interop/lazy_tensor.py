@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-# Dtypes by the names that safetensors gives them.
+# safetensors' name -> NumPy dtype.
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 FLOATS_AND_BYTES = FLOATS | {"U8": np.uint8}
 
@@ -39,7 +39,7 @@ def lazy_tensors(file: Path, *, dtypes: Mapping[str, Any] = FLOATS) -> dict[str,
 
     Args:
       file: the file.
-      dtypes: the dtypes to accept, safetensors' name -> numpy's.
+      dtypes: the accepted dtypes, safetensors' name -> NumPy dtype.
 
     Raises:
       ValueError: the file is missing or damaged, or holds a tensor of another dtype.
@@ -65,8 +65,9 @@ def _map_file(file: Path) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
         with safetensors.safe_open(file, framework="numpy") as handle:
             names = handle.keys()
         with open(file, "rb") as opened:
-            header_size = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(header_size))
+            length = opened.read(8)
+            text = opened.read(int.from_bytes(length, "little"))
+            header = json.loads(text)
             start = opened.tell()
         # np.memmap cannot map the 0 bytes of a file without tensors.
         content: np.ndarray = np.empty(0, np.uint8)

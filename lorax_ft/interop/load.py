@@ -18,16 +18,13 @@ from lorax_ft.config import ModelConfig, QuantConfig
 from lorax_ft.interop.bitsandbytes import NF4Tensor
 from lorax_ft.interop.gguf import read_gguf
 from lorax_ft.interop.huggingface import (
-    Parts,
-    Tensors,
     decoder_config,
     family_names,
-    head_is_table,
-    load_params,
     read_folder,
     read_json,
 )
-from lorax_ft.interop.lazy_tensor import Index, Read, Shape
+from lorax_ft.interop.lazy_tensor import Index, Read, Shape, Tensors
+from lorax_ft.interop.params import Parts, head_is_table, load_params
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.models.model import Model
@@ -135,7 +132,10 @@ def _default_device(path: str, leaf: Any) -> Any:
 
 
 class Loader:
-    """Puts leaves on their devices and quantizes kernels; keeps functions that read these again."""
+    """Puts leaves on their devices and quantizes kernels.
+
+    `originals` maps the path of each quantized module to a function that reads its kernel again.
+    """
 
     def __init__(self, *, dtype: str, quant: QuantConfig, shardings: Shardings) -> None:
         self._dtype = dtype
@@ -144,7 +144,7 @@ class Loader:
         self.originals: dict[str, Original] = {}
 
     def place(self, path: str, shape: Shape, read: Read, parts: Parts) -> Any:
-        """Puts a leaf on its devices (see `lorax_ft.interop.huggingface.Place`)."""
+        """Puts a leaf on its devices (see `lorax_ft.interop.params.Place`)."""
         quantized = {}
         for index, part in parts.items():
             if isinstance(part, NF4Tensor):

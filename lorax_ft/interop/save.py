@@ -33,11 +33,11 @@ from lorax_ft.quant.int8 import Int8
 from lorax_ft.quant.nf4 import NF4
 from lorax_ft.tree import Tree, flatten, modules
 
-# The default of transformers up to version 4.
+# transformers' default up to version 4.
 SHARD_BYTES = 5 * 10**9
 Tensor = tuple[str, np.ndarray]
 Files = dict[str, dict[str, int]]
-"""Name of a file -> names of its tensors -> their bytes."""
+"""File name -> tensor name -> size in bytes."""
 
 
 def save_model(
@@ -60,7 +60,7 @@ def save_model(
       model: provides the config and the tokenizer.
       dtype: of the tensors written; None keeps the dtype of each.
       shard_bytes: the largest size of a file; a larger checkpoint is split and gets an index.
-      others: whether to refuse a folder that holds files other than those of a model, or to keep
+      others: what to do if the folder holds files other than a model's: refuse to write, or keep
         them.
 
     Raises:
@@ -76,9 +76,10 @@ def save_quantized(
 ) -> None:
     """Writes the base in `params`, with its NF4 kernels, as a checkpoint for bitsandbytes.
 
-    Adapters are left out, and the base is written bit by bit as they use it: where an init changed
-    it (PiSSA, LoftQ, OLoRA), without the start that it took out. `save_peft(base=folder)` expects
-    this base. transformers 5 cannot load experts in 4 bits; only this library loads such a base.
+    Adapters are left out. The base is written bit for bit as they use it: if their init took its
+    start out of the base (PiSSA, LoftQ, OLoRA), the start is not put back, which is what
+    `save_peft(base=folder)` expects. transformers 5 cannot load experts in 4 bits, so only this
+    library loads a base with experts.
 
     Args:
       folder: where to write; the files appear there once all of them are complete.
@@ -115,12 +116,14 @@ def save_quantized(
 def _skipped_modules(leaves: Mapping[str, Any], model: Model) -> list[str]:
     """Hugging Face's names of the linear modules that are not quantized."""
     family = family_names(model.hf_config)
-    # The head counts even if it is tied, and so has no leaf: transformers would quantize it.
+    # A tied head has no leaf, but transformers quantizes every module that is not listed.
     skipped = {"lm_head"}
     for path, leaf in leaves.items():
-        if path.endswith("/kernel") and not isinstance(leaf, NF4):
-            for name, _ in hf_names(path, leaf.shape, family):
-                skipped.add(name.removesuffix(".weight"))
+        is_kernel = path.endswith("/kernel")
+        if not is_kernel or isinstance(leaf, NF4):
+            continue
+        for name, _ in hf_names(path, leaf.shape, family):
+            skipped.add(name.removesuffix(".weight"))
     return sorted(skipped)
 
 
@@ -139,7 +142,8 @@ def _tensors(params: Tree, model: Model, dtype: str | None) -> Iterator[Tensor]:
     found = set()
     for path, leaf in merged_leaves(params, layout=model.layout):
         found.add(path)
-        for name, tensor in hf_tensors(path, np.asarray(leaf), names):
+        host = np.asarray(leaf)
+        for name, tensor in hf_tensors(path, host, names):
             yield name, np.ascontiguousarray(tensor, dtype)
     # At the end, because merging decides whether there is a head; the folder is not renamed yet.
     _check_leaves(found, model)
@@ -153,7 +157,8 @@ def _quantized_tensors(leaves: Mapping[str, Any], model: Model) -> Iterator[Tens
         host = jax.tree.map(np.asarray, leaf)
         if isinstance(leaf, NF4):
             for name, index in hf_names(path, leaf.shape, names):
-                kernel = jax.tree.map(operator.itemgetter(index), host)
+                take = operator.itemgetter(index)
+                kernel = jax.tree.map(take, host)
                 yield from nf4_tensors(name, kernel)
             continue
         for name, tensor in hf_tensors(path, host, names):
@@ -228,8 +233,10 @@ def _write_shards(folder: Path, tensors: Iterator[Tensor], shard_bytes: int) -> 
     dtype = ""
 
     def flush() -> None:
-        # Without this metadata, transformers refuses the file.
-        save_file(held, folder / str(len(shards)), metadata={"format": "pt"})
+        # A preliminary name: the final one contains the number of files.
+        file = folder / str(len(shards))
+        # transformers 4 refuses a file without this metadata.
+        save_file(held, file, metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in held.items()})
         held.clear()
 
@@ -242,12 +249,12 @@ def _write_shards(folder: Path, tensors: Iterator[Tensor], shard_bytes: int) -> 
             dtype = str(tensor.dtype)
     flush()
 
-    # File names contain the number of shards, which is known only now.
     files = {}
     for i, sizes in enumerate(shards):
-        file = _shard_name(i, len(shards))
-        (folder / str(i)).rename(folder / file)
-        files[file] = sizes
+        name = _shard_name(i, len(shards))
+        preliminary = folder / str(i)
+        preliminary.rename(folder / name)
+        files[name] = sizes
     return files, dtype
 
 

@@ -9,6 +9,9 @@ from typing import Any
 from lorax_ft.models.config import LayerKind
 from lorax_ft.models.rope import Rope, longrope_magnitude, yarn_magnitude
 
+Fields = dict[str, Any]
+"""Fields of `DecoderConfig` by name."""
+
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 # transformers' names -> ours.
@@ -25,14 +28,14 @@ ACTIVATIONS = {
 class Family:
     """One `model_type`."""
 
-    describe: Callable[[Any], dict[str, Any]]
-    """transformers' config -> fields of `DecoderConfig`, which override `describe_common`'s."""
+    describe: Callable[[Any], Fields]
+    """transformers' config -> the fields that differ from `describe_common`."""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Our name of a path component -> the checkpoint's, where the two differ."""
 
 
-def describe_common(c: Any) -> dict[str, Any]:
-    """The fields of `DecoderConfig` that transformers' configs name alike in all families.
+def describe_common(c: Any) -> Fields:
+    """The fields that transformers' configs have under the same names in all families.
 
     Raises:
       ValueError: an activation or a rotary embedding is not supported.
@@ -139,7 +142,7 @@ def _yarn_attention_factor(p: Mapping[str, Any], factor: float) -> float:
     """The scale of YaRN's cosines and sines, given or computed as in transformers."""
     if p.get("attention_factor") is not None:
         return p["attention_factor"]
-    # DeepSeek's two weights; like transformers, use them only if neither is missing or 0.
+    # From DeepSeek's configs. Like transformers, ignore one without the other.
     above, below = p.get("mscale"), p.get("mscale_all_dim")
     if above and below:
         return yarn_magnitude(factor, above) / yarn_magnitude(factor, below)

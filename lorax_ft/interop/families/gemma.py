@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorax_ft.interop.families.family import Family
+from lorax_ft.interop.families.family import Family, Fields
 
 
-def describe(c: Any) -> dict[str, Any]:
-    """The fields of `DecoderConfig` that differ from `describe_common`."""
+def describe(c: Any) -> Fields:
+    """See `Family.describe`."""
     # The checkpoints store w, not 1 + w.
     return {"embedding_scale": c.hidden_size**0.5, "norm_offset": 1.0}
 

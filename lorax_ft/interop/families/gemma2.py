@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from lorax_ft.interop.families import gemma
-from lorax_ft.interop.families.family import Family
+from lorax_ft.interop.families.family import Family, Fields
 
 
-def describe(c: Any) -> dict[str, Any]:
-    """The fields of `DecoderConfig` that differ from `describe_common`."""
+def describe(c: Any) -> Fields:
+    """See `Family.describe`."""
     return gemma.describe(c) | {
         "norms": "around",
         "attention_scale": c.query_pre_attn_scalar**-0.5,

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from lorax_ft.interop.families import gemma2
-from lorax_ft.interop.families.family import Family
+from lorax_ft.interop.families.family import Family, Fields
 
 
-def describe(c: Any) -> dict[str, Any]:
-    """The fields of `DecoderConfig` that differ from `describe_common`."""
+def describe(c: Any) -> Fields:
+    """See `Family.describe`."""
     # Gemma 3 has no soft caps; its config says so with null.
     return gemma2.describe(c) | {"qk_norm": "head"}
 

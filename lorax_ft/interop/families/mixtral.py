@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorax_ft.interop.families.family import Family
+from lorax_ft.interop.families.family import Family, Fields
 from lorax_ft.models.config import Experts
 
 
-def describe(c: Any) -> dict[str, Any]:
-    """The fields of `DecoderConfig` that differ from `describe_common`."""
+def describe(c: Any) -> Fields:
+    """See `Family.describe`."""
     experts = Experts(count=c.num_local_experts, top_k=c.num_experts_per_tok, renormalized=True)
     return {"experts": experts}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorax_ft.interop.families.family import Family
+from lorax_ft.interop.families.family import Family, Fields
 from lorax_ft.models.config import Experts
 
 
-def describe(c: Any) -> dict[str, Any]:
-    """The fields of `DecoderConfig` that differ from `describe_common`."""
+def describe(c: Any) -> Fields:
+    """See `Family.describe`."""
     if c.mlp_only_layers or c.decoder_sparse_step != 1:
         # Layers of a decoder are stacked for the scan, so all must have the same parameters.
         raise ValueError("layers with a dense MLP among sparse ones; supported: all sparse")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lorax_ft.interop.families.family import Family, layer_kinds
+from lorax_ft.interop.families.family import Family, Fields, layer_kinds
 
 
-def describe(c: Any) -> dict[str, Any]:
-    """The fields of `DecoderConfig` that differ from `describe_common`."""
+def describe(c: Any) -> Fields:
+    """See `Family.describe`."""
     kinds = list(layer_kinds(c))
     if len(kinds) == 1:
         kinds = kinds * c.num_hidden_layers
