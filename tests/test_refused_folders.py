@@ -51,7 +51,7 @@ from lorax_ft.tree import Tree, flatten, unflatten
         ),
         (
             {"intermediate_size": 32},
-            r"mlp.down_proj.weight has the shape \(24, 16\), not \(32, 16\)",
+            r"mlp.down_proj.weight has the shape \(16, 24\), not \(16, 32\)",
         ),
     ],
 )

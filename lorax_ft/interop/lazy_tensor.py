@@ -1,4 +1,4 @@
-"""Tensors as they lie in files: their shapes, and any part of them, read when it is asked for."""
+"""Tensors that stay in their file: shapes are known at once, values are read on demand."""
 
 from __future__ import annotations
 
@@ -12,53 +12,68 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+# safetensors' name -> NumPy dtype.
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-KINDS = FLOATS | {"U8": np.uint8}
+FLOATS_AND_BYTES = FLOATS | {"U8": np.uint8}
+
+Shape = tuple[int, ...]
 Index = tuple[slice, ...]
+Read = Callable[[Index], np.ndarray]
+"""Returns the slice of an array at an index, or all of it for (). It may be a view of a file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
     """One tensor of a checkpoint."""
 
-    shape: tuple[int, ...]
-    read: Callable[[Index], np.ndarray]
-    """The part of it in these slices; all of it for (). May be a view of the file."""
+    shape: Shape
+    read: Read
 
 
-def lazy_tensors(file: Path, *, kinds: Mapping[str, Any] = FLOATS) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, by name.
+Tensors = Mapping[str, LazyTensor]
+"""A checkpoint's tensors by name."""
 
-    The package checks the file; the tensors are views of it, where the package would copy each.
+
+def lazy_tensors(file: Path, *, dtypes: Mapping[str, Any] = FLOATS) -> dict[str, LazyTensor]:
+    """Returns the tensors of a safetensors file by name, as views of the file.
 
     Args:
       file: the file.
-      kinds: the dtypes that it may hold: numpy's by safetensors' names.
+      dtypes: the accepted dtypes, safetensors' name -> NumPy dtype.
 
     Raises:
-      ValueError: the file is missing or damaged, or holds another dtype.
+      ValueError: the file is missing or damaged, or holds a tensor of another dtype.
     """
+    header, content = _map_file(file)
+    tensors = {}
+    for name, entry in header.items():
+        dtype = entry["dtype"]
+        if dtype not in dtypes:
+            raise ValueError(f"{file}: {name} is {dtype}; supported: {', '.join(dtypes)}")
+        begin, end = entry["data_offsets"]
+        values = content[begin:end].view(dtypes[dtype])
+        tensor = values.reshape(entry["shape"])
+        tensors[name] = LazyTensor(tensor.shape, read=tensor.__getitem__)
+    return tensors
+
+
+def _map_file(file: Path) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
+    """Returns the header's entry for each tensor, and the bytes that its offsets point into."""
     try:
+        # safetensors validates the header, but its reader copies every tensor, so the file is
+        # mapped here: the header's length in 8 bytes, the header in JSON, then the data.
         with safetensors.safe_open(file, framework="numpy") as handle:
             names = handle.keys()
         with open(file, "rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            length = opened.read(8)
+            text = opened.read(int.from_bytes(length, "little"))
+            header = json.loads(text)
             start = opened.tell()
-        content = (
-            np.memmap(file, np.uint8, mode="r", offset=start)
-            if start < file.stat().st_size
-            else np.empty(0, np.uint8)
-        )
+        # np.memmap cannot map the 0 bytes of a file without tensors.
+        content: np.ndarray = np.empty(0, np.uint8)
+        if start < file.stat().st_size:
+            content = np.memmap(file, np.uint8, mode="r", offset=start)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    if other := [name for name in names if header[name]["dtype"] not in kinds]:
-        raise ValueError(
-            f"{file}: {other[0]} is {header[other[0]]['dtype']}; supported: {', '.join(kinds)}"
-        )
-
-    def stored(entry: dict) -> LazyTensor:
-        begin, end = entry["data_offsets"]
-        view = content[begin:end].view(kinds[entry["dtype"]]).reshape(entry["shape"])
-        return LazyTensor(view.shape, view.__getitem__)
-
-    return {name: stored(header[name]) for name in names}
+    # The header also holds "__metadata__", which `names` leaves out.
+    return {name: header[name] for name in names}, content

@@ -1,11 +1,11 @@
-"""Loading a model from wherever it is: a folder, a GGUF file, the hub."""
+"""Loads a model from a Hugging Face folder, a GGUF file or the hub."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,16 +18,13 @@ from lorax_ft.config import ModelConfig, QuantConfig
 from lorax_ft.interop.bitsandbytes import NF4Tensor
 from lorax_ft.interop.gguf import read_gguf
 from lorax_ft.interop.huggingface import (
-    Parts,
-    Tensors,
     decoder_config,
     family_names,
-    head_is_table,
-    load_params,
     read_folder,
     read_json,
 )
-from lorax_ft.interop.lazy_tensor import Index
+from lorax_ft.interop.lazy_tensor import Index, Read, Shape, Tensors
+from lorax_ft.interop.params import Parts, head_is_table, load_params
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.models.model import Model
@@ -36,10 +33,11 @@ from lorax_ft.quant.stream import streamed
 from lorax_ft.sharding import QUANTIZABLE
 
 Shardings = Callable[[str, Any], Any]
-"""Where a leaf goes: (slash path, its shapes) -> its sharding."""
+"""(slash path, shapes of the leaf) -> its sharding; a quantized leaf has one for each part."""
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
-HUB_DOUBLES = ("consolidated*", "original/*")  # the same weights again, in their makers' own form
+# Second copies of the weights, in the formats of Mistral (consolidated) and Meta (original).
+HUB_DUPLICATES = ("consolidated*", "original/*")
 
 
 def load_model(
@@ -58,129 +56,167 @@ def load_model(
       path: a Hugging Face folder, a .gguf file, or a hub id such as "HuggingFaceTB/SmolLM2-135M".
       revision: branch, tag or commit of a hub id.
       dtype: of the parameters and the activations.
-      attention: the attention kernel; auto takes cuDNN on a GPU in bfloat16, causal blocks on a CPU, and XLA elsewhere.
+      attention: the attention kernel; "auto" chooses cuDNN on a GPU in bfloat16, causal blocks on a
+        CPU, and XLA elsewhere.
       remat: what the backward pass recomputes.
-      quant: in how many bits the kernels of linear layers are kept; they are quantized a matrix at a time. A checkpoint
-        that bitsandbytes packed in NF4 is taken as it is.
-      shardings: where leaves go, `(slash path, shapes) -> sharding`, of a quantized one that of each part; None: the
-        default device.
+      quant: the format to quantize the kernels of linear layers to, one matrix at a time. A
+        checkpoint that is already in bitsandbytes' NF4 keeps its own codes.
+      shardings: (slash path, shapes) -> sharding, for each leaf; for a quantized leaf, the sharding
+        of each of its parts. None puts everything on the default device.
 
     Raises:
-      ValueError: nothing is there, or it is damaged or not supported.
+      ValueError: there is no model at `path`, or it is damaged or not supported.
     """
-    ModelConfig(
-        path=str(path), revision=revision, dtype=dtype, attention=attention, remat=remat
-    )  # checks them
+    # Its constructor validates these values.
+    ModelConfig(path=str(path), revision=revision, dtype=dtype, attention=attention, remat=remat)
     if not isinstance(quant, QuantConfig | None):
         raise ValueError(
             f"quant is {quant!r}; give a QuantConfig, such as QuantConfig(format='nf4')"
         )
-    location = _locate(path, revision)
-    if location.suffix == ".gguf":
-        hf_config, tensors, tokenizer = read_gguf(location)
-    else:
-        hf_config, tensors = read_folder(location)
-        tokenizer = load_tokenizer(location)
-    generation = location / "generation_config.json"
-    source = str(path)
+    location, source = _locate(path, revision), str(path)
+    hf_config, tensors, tokenizer = _read(location)
     config = decoder_config(hf_config, source=source, dtype=dtype, attention=attention, remat=remat)
     if config.tied and not head_is_table(tensors):
-        config, hf_config = (
-            dataclasses.replace(config, tied=False),
-            {**hf_config, "tie_word_embeddings": False},
-        )
-    loader = Loader(dtype=dtype, quant=_to_do(quant, tensors, source), shardings=shardings or _here)
-    params = load_params(
-        config, tensors, names=family_names(hf_config), source=source, place=loader.place
-    )
+        config = dataclasses.replace(config, tied=False)
+        hf_config = {**hf_config, "tie_word_embeddings": False}
+
+    quant = _quantization(quant, tensors, source)
+    loader = Loader(dtype=dtype, quant=quant, shardings=shardings or _default_device)
+    names = family_names(hf_config)
+    params = load_params(config, tensors, names=names, source=source, place=loader.place)
     return Model(
         config=config,
         params=params,
         originals=loader.originals,
-        prequantized=any(isinstance(tensor, NF4Tensor) for tensor in tensors.values()),
+        prequantized=_is_quantized(tensors),
         tokenizer=tokenizer,
         hf_config=hf_config,
         source=source,
-        generation_config=read_json(generation) if generation.is_file() else {},
+        generation_config=_generation_config(location),
     )
 
 
-class Loader:
-    """Puts leaves on their devices, quantized where they are to be, and remembers how to read those again."""
-
-    def __init__(self, *, dtype: str, quant: QuantConfig, shardings: Shardings) -> None:
-        self._dtype, self._quant, self._shardings = dtype, quant, shardings
-        self.originals: dict[str, Original] = {}
-
-    def place(
-        self, path: str, shape: tuple[int, ...], read: Callable[[Index], np.ndarray], parts: Parts
-    ) -> Any:
-        """The leaf at a slash path. What is packed in some matrices of a stack alone is dequantized."""
-        abstract = jax.ShapeDtypeStruct(shape, self._dtype)
-        packed = {index: part for index, part in parts.items() if isinstance(part, NF4Tensor)}
-        whole = len(packed) < len(parts) and self._quant.format == "none"
-        if whole or not re.fullmatch(QUANTIZABLE, path):
-            on: Any = self._shardings(path, abstract)
-            return jax.make_array_from_callback(shape, on, read)  # type: ignore[arg-type]
-        format: Format = "int8" if self._quant.format == "int8" else "nf4"
-        double_quant = (
-            all(part.double_quant for part in packed.values()) if packed else self._quant.double
-        )
-        n_stack = len(shape) - 2
-
-        def original(index: tuple[int, ...]) -> np.ndarray:
-            inside = (slice(0, size) for size in shape[n_stack:])
-            return read((*(slice(i, i + 1) for i in index), *inside)).reshape(shape[n_stack:])
-
-        def matrix(index: tuple[int, ...]) -> Quantized:
-            if packed:
-                return packed[index].nf4(self._dtype)
-            return quantize(
-                jnp.asarray(original(index)),
-                format=format,
-                double_quant=double_quant,
-                n_stack=0,
-                n_in=1,
-            )
-
-        self.originals[path.removesuffix("/kernel")] = original
-        like = jax.eval_shape(
-            lambda w: quantize(
-                w, format=format, double_quant=double_quant, n_stack=n_stack, n_in=1
-            ),
-            abstract,
-        )
-        return streamed(matrix, stack=shape[:n_stack], like=like, on=self._shardings(path, like))
+def _read(location: Path) -> tuple[dict[str, Any], Tensors, Any]:
+    """Reads the config.json, the tensors and the tokenizer of a folder or a .gguf file."""
+    if location.suffix == ".gguf":
+        return read_gguf(location)
+    hf_config, tensors = read_folder(location)
+    return hf_config, tensors, load_tokenizer(location)
 
 
-def _to_do(quant: QuantConfig | None, tensors: Tensors, source: str) -> QuantConfig:
-    """How kernels are to be quantized: not at all, where the checkpoint's are."""
-    if not any(isinstance(tensor, NF4Tensor) for tensor in tensors.values()):
+def _generation_config(location: Path) -> dict[str, Any]:
+    file = location / "generation_config.json"
+    # Many checkpoints have none, and a .gguf file never does.
+    if not file.is_file():
+        return {}
+    return read_json(file)
+
+
+def _quantization(quant: QuantConfig | None, tensors: Tensors, source: str) -> QuantConfig:
+    """How to quantize kernels: not at all if the checkpoint's are quantized."""
+    if not _is_quantized(tensors):
         return quant or QuantConfig()
     if quant and quant.format == "int8":
         raise ValueError(
-            f"quant.format is int8, but {source} is in NF4 already; leave it out, and it stays as it is"
+            f"quant.format is int8, but {source} is in NF4 already; leave quant out to keep NF4"
         )
     return QuantConfig()
 
 
-def _here(path: str, leaf: Any) -> Any:
-    """The default device."""
+def _is_quantized(tensors: Tensors) -> bool:
+    return any(isinstance(tensor, NF4Tensor) for tensor in tensors.values())
+
+
+def _default_device(path: str, leaf: Any) -> Any:
     return jax.tree.map(lambda part: SingleDeviceSharding(jax.devices()[0]), leaf)
+
+
+class Loader:
+    """Puts leaves on their devices and quantizes kernels.
+
+    `originals` maps the path of each quantized module to a function that reads its kernel again.
+    """
+
+    def __init__(self, *, dtype: str, quant: QuantConfig, shardings: Shardings) -> None:
+        self._dtype = dtype
+        self._quant = quant
+        self._shardings = shardings
+        self.originals: dict[str, Original] = {}
+
+    def place(self, path: str, shape: Shape, read: Read, parts: Parts) -> Any:
+        """Puts a leaf on its devices (see `lorax_ft.interop.params.Place`)."""
+        quantized = {}
+        for index, part in parts.items():
+            if isinstance(part, NF4Tensor):
+                quantized[index] = part
+        is_kernel = re.fullmatch(QUANTIZABLE, path)
+        # A stack is one leaf, so it is quantized as a whole or not at all: a checkpoint that
+        # quantizes only some matrices of it is dequantized, which `read` does.
+        is_quantized = len(quantized) == len(parts) or self._quant.format != "none"
+        if is_kernel and is_quantized:
+            return self._place_quantized(path, shape, read, quantized)
+        sharding = self._shardings(path, jax.ShapeDtypeStruct(shape, self._dtype))
+        return jax.make_array_from_callback(shape, sharding, read)  # type: ignore[arg-type]
+
+    def _place_quantized(
+        self,
+        path: str,
+        shape: Shape,
+        read: Read,
+        quantized: Mapping[Shape, NF4Tensor],
+    ) -> Any:
+        """Puts a stack of kernels `[*stack, in, out]` on its devices, quantized one by one."""
+        format: Format = "int8" if self._quant.format == "int8" else "nf4"
+        double_quant = self._quant.double
+        if quantized:
+            double_quant = all(part.double_quant for part in quantized.values())
+        stack, matrix_shape = shape[:-2], shape[-2:]
+
+        def original(index: Shape) -> np.ndarray:
+            one: Index = tuple(slice(i, i + 1) for i in index)
+            whole = (slice(None), slice(None))
+            matrix = read(one + whole)  # [1, ..., in, out]
+            return matrix.reshape(matrix_shape)
+
+        def to_format(w: jax.Array, n_stack: int) -> Quantized:
+            return quantize(
+                w,
+                format=format,
+                double_quant=double_quant,
+                n_stack=n_stack,
+                n_in=1,
+            )
+
+        def quantized_matrix(index: Shape) -> Quantized:
+            if quantized:
+                return quantized[index].nf4(self._dtype)
+            w = jnp.asarray(original(index))
+            return to_format(w, n_stack=0)
+
+        module = path.removesuffix("/kernel")
+        self.originals[module] = original
+        like = jax.eval_shape(
+            lambda w: to_format(w, n_stack=len(stack)),
+            jax.ShapeDtypeStruct(shape, self._dtype),
+        )
+        sharding = self._shardings(path, like)
+        return streamed(quantized_matrix, stack=stack, like=like, on=sharding)
 
 
 def _locate(path: str | Path, revision: str | None) -> Path:
     """The folder or .gguf file at `path`, downloaded first if it is a hub id."""
     local = Path(path).expanduser()
-    if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
-        files = [] if (local / "config.json").exists() else sorted(local.glob("*.gguf"))
-        if files:
-            raise ValueError(f"{path} holds no config.json, but {files[0].name}; give {files[0]}")
+    if local.is_dir():
+        _check_folder(local, path)
         return local
     if local.is_file():
-        raise ValueError(
-            f"{path} is a file but not a .gguf file; give a folder, a .gguf file or a hub id"
-        )
+        if local.suffix != ".gguf":
+            raise ValueError(
+                f"{path} is a file but not a .gguf file; give a folder, a .gguf file or a hub id"
+            )
+        return local
+    # A hub id has the form owner/name. If a folder `owner` exists, this is a misspelled local path,
+    # for which an error of the hub would only confuse.
     looks_local = (
         isinstance(path, Path)
         or local.suffix == ".gguf"
@@ -192,36 +228,48 @@ def _locate(path: str | Path, revision: str | None) -> Path:
     return _download(str(path), revision)
 
 
+def _check_folder(folder: Path, path: str | Path) -> None:
+    """Raises a `ValueError` if a folder has .gguf files in place of a checkpoint."""
+    if (folder / "config.json").exists():
+        return
+    files = sorted(folder.glob("*.gguf"))
+    if files:
+        raise ValueError(f"{path} holds no config.json, but {files[0].name}; give {files[0]}")
+
+
 def _nearest(missing: Path) -> str:
-    if not missing.parent.is_dir():
-        return f"; there is no folder {missing.parent}"
-    names = sorted(p.name for p in missing.parent.iterdir() if p.is_dir() or p.suffix == ".gguf")
-    near = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.3) or names[:3]
-    return (
-        f"; in {missing.parent} there is {', '.join(near)}"
-        if near
-        else f"; {missing.parent} holds no model"
-    )
+    """What the parent folder holds in place of the missing path, for an error."""
+    parent = missing.parent
+    if not parent.is_dir():
+        return f"; there is no folder {parent}"
+    names = []
+    for path in sorted(parent.iterdir()):
+        if path.is_dir() or path.suffix == ".gguf":
+            names.append(path.name)
+    if not names:
+        return f"; {parent} holds no model"
+    near = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.3)
+    return f"; in {parent} there is {', '.join(near or names[:3])}"
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        found = huggingface_hub.snapshot_download(
+        folder = huggingface_hub.snapshot_download(
             hub_id,
             revision=revision,
             allow_patterns=list(HUB_FILES),
-            ignore_patterns=list(HUB_DOUBLES),
+            ignore_patterns=list(HUB_DUPLICATES),
         )
-        return Path(found)
-    except Exception as error:  # connections, permissions, unknown ids: each has a type of its own
-        tried = f"the hub id {hub_id}" + (f" at revision {revision}" if revision else "")
+    except Exception as error:  # no common type for connection, permission and unknown-id errors
+        tried = f"the hub id {hub_id}"
+        if revision:
+            tried += f" at revision {revision}"
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
-            reason = (
-                "the hub cannot be reached, and the cache does not have it; give a local folder"
-            )
+            reason = "the hub cannot be reached and the model is not cached; give a local folder"
         raise ValueError(
             f"no folder at {hub_id}, and {tried} failed: {type(error).__name__}: {reason}"
         ) from error
+    return Path(folder)

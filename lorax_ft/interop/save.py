@@ -1,4 +1,4 @@
-"""Our trees as Hugging Face checkpoints: safetensors in shards, config, generation config and tokenizer."""
+"""Saves our trees as Hugging Face checkpoints: safetensors, configs and tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from lorax_ft.interop.bitsandbytes import packed_tensors, packing_config
+from lorax_ft.interop.bitsandbytes import nf4_tensors, quantization_config
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import (
     INDEX,
@@ -33,8 +33,11 @@ from lorax_ft.quant.int8 import Int8
 from lorax_ft.quant.nf4 import NF4
 from lorax_ft.tree import Tree, flatten, modules
 
+# transformers' default up to version 4.
 SHARD_BYTES = 5 * 10**9
 Tensor = tuple[str, np.ndarray]
+Files = dict[str, dict[str, int]]
+"""File name -> tensor name -> size in bytes."""
 
 
 def save_model(
@@ -46,23 +49,24 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     others: Literal["refuse", "keep"] = "refuse",
 ) -> None:
-    """Writes `params` as a checkpoint that transformers loads, with the model's config and tokenizer.
+    """Writes `params` as a checkpoint for transformers, with the model's config and tokenizer.
 
-    Adapters in `params` are merged as they are written, a leaf at a time; a head that then differs from the
-    embedding table is written too, and the model becomes untied.
+    Adapters in `params` are merged one leaf at a time. If the output head then differs from the
+    embedding table, it is written too, and the config unties the two.
 
     Args:
-      folder: written beside and renamed.
+      folder: where to write; the files appear there once all of them are complete.
       params: parameters, with or without adapters.
-      model: gives config and tokenizer.
-      dtype: of the tensors written; None keeps each as it is.
-      shard_bytes: the most that a file holds; above it there are several, and an index.
-      others: what becomes of files of other names in the folder, beside an old model's.
+      model: provides the config and the tokenizer.
+      dtype: of the tensors written; None keeps the dtype of each.
+      shard_bytes: the largest size of a file; a larger checkpoint is split and gets an index.
+      others: what to do if the folder holds files other than a model's: refuse to write, or keep
+        them.
 
     Raises:
-      ValueError: `params` are not the model's, the model has no `hf_config`, or the folder holds other files or the
-        model itself.
-      OSError: the disk is full, or may not be written.
+      ValueError: `params` are not the model's, the model has no `hf_config`, or the folder holds
+        other files or is where the model was loaded from.
+      OSError: the disk is full or not writable.
     """
     _write(folder, _tensors(params, model, dtype), model, shard_bytes=shard_bytes, others=others)
 
@@ -70,94 +74,106 @@ def save_model(
 def save_quantized(
     folder: str | Path, params: Tree, model: Model, *, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes the base in `params`, with kernels in NF4, as a checkpoint that transformers loads with bitsandbytes.
+    """Writes the base in `params`, with its NF4 kernels, as a checkpoint for bitsandbytes.
 
-    The base is written as it stands beside the adapters, bit by bit: where an init changed it (PiSSA, LoftQ, OLoRA),
-    without the start, as `save_peft(base=folder)` takes it to be. Adapters are left out.
-    transformers 5 has no 4-bit experts: a base with experts is for this library.
+    Adapters are left out. The base is written bit for bit as they use it: if their init took its
+    start out of the base (PiSSA, LoftQ, OLoRA), the start is not put back, which is what
+    `save_peft(base=folder)` expects. transformers 5 cannot load experts in 4 bits, so only this
+    library loads a base with experts.
 
     Args:
-      folder: written beside and renamed.
+      folder: where to write; the files appear there once all of them are complete.
       params: parameters, with or without adapters.
-      model: gives config and tokenizer.
+      model: provides the config and the tokenizer.
       shard_bytes: as in `save_model`.
 
     Raises:
       ValueError: no kernel is in NF4, or one is in int8; and as `save_model`.
-      OSError: the disk is full, or may not be written.
+      OSError: the disk is full or not writable.
     """
-    beside = ADAPTER_LEAVES | STEP_LEAVES
-    leaves = {
-        path: leaf
-        for path, leaf in flatten(params).items()
-        if path.rpartition("/")[2] not in beside
-    }
-    packed = [leaf for leaf in leaves.values() if isinstance(leaf, NF4)]
-    if not packed or any(isinstance(leaf, Int8) for leaf in leaves.values()):
+    leaves = {}
+    for path, leaf in flatten(params).items():
+        if path.rpartition("/")[2] not in ADAPTER_LEAVES | STEP_LEAVES:
+            leaves[path] = leaf
+    nf4_kernels = [leaf for leaf in leaves.values() if isinstance(leaf, NF4)]
+    if not nf4_kernels or any(isinstance(leaf, Int8) for leaf in leaves.values()):
         raise ValueError(
-            "save_quantized writes bases with kernels in NF4 (quant.format nf4); save_model writes others"
+            "save_quantized writes bases with kernels in NF4 (quant.format nf4); "
+            "use save_model for others"
         )
-    plain = {
-        path: leaf
-        for path, leaf in leaves.items()
-        if path.endswith("/kernel") and not isinstance(leaf, NF4)
-    }
-    names = family_names(model.hf_config)
-    skipped = [
-        name for path, leaf in plain.items() for name, _ in hf_names(path, leaf.shape, names)
-    ]
-    packing = packing_config(
-        double_quant=isinstance(packed[0].absmax, DoubleQuantized),
-        dtype=model.config.dtype,
-        skipped=sorted({"lm_head", *(name.removesuffix(".weight") for name in skipped)}),
+    # `load_model` and `quantize_base` use double quantization for all kernels or for none.
+    double_quant = isinstance(nf4_kernels[0].absmax, DoubleQuantized)
+    dtype = model.config.dtype
+    quantization = quantization_config(
+        double_quant=double_quant, dtype=dtype, skipped=_skipped_modules(leaves, model)
     )
-    fields: dict[str, Any] = {"quantization_config": packing, "dtype": model.config.dtype}
+    fields: dict[str, Any] = {"quantization_config": quantization, "dtype": dtype}
     if model.without_start or any(map(is_requantized, modules(params).values())):
         fields[WITHOUT_START] = True
     _write(folder, _quantized_tensors(leaves, model), model, shard_bytes=shard_bytes, fields=fields)
 
 
+def _skipped_modules(leaves: Mapping[str, Any], model: Model) -> list[str]:
+    """Hugging Face's names of the linear modules that are not quantized."""
+    family = family_names(model.hf_config)
+    # A tied head has no leaf, but transformers quantizes every module that is not listed.
+    skipped = {"lm_head"}
+    for path, leaf in leaves.items():
+        is_kernel = path.endswith("/kernel")
+        if not is_kernel or isinstance(leaf, NF4):
+            continue
+        for name, _ in hf_names(path, leaf.shape, family):
+            skipped.add(name.removesuffix(".weight"))
+    return sorted(skipped)
+
+
 def hf_tensors(path: str, leaf: np.ndarray, names: Names) -> Iterator[Tensor]:
-    """The tensors of a leaf under the checkpoint's names, in its orientation."""
+    """Yields the tensors of a leaf under the checkpoint's names, in PyTorch's `[out, in]`."""
     for name, index in hf_names(path, leaf.shape, names):
-        yield name, leaf[index].T if path.endswith("/kernel") else leaf[index]
+        tensor = leaf[index]
+        if path.endswith("/kernel"):
+            tensor = tensor.T
+        yield name, tensor
 
 
 def _tensors(params: Tree, model: Model, dtype: str | None) -> Iterator[Tensor]:
-    """The checkpoint's tensors, one at a time."""
-    names, found = family_names(model.hf_config), set()
+    """Yields the checkpoint's tensors one at a time."""
+    names = family_names(model.hf_config)
+    found = set()
     for path, leaf in merged_leaves(params, layout=model.layout):
         found.add(path)
-        for name, value in hf_tensors(path, np.asarray(leaf), names):
-            yield name, np.ascontiguousarray(value, dtype)
+        host = np.asarray(leaf)
+        for name, tensor in hf_tensors(path, host, names):
+            yield name, np.ascontiguousarray(tensor, dtype)
+    # At the end, because merging decides whether there is a head; the folder is not renamed yet.
     _check_leaves(found, model)
 
 
-def _quantized_tensors(leaves: dict[str, Any], model: Model) -> Iterator[Tensor]:
-    """The tensors of a checkpoint in NF4, one at a time."""
+def _quantized_tensors(leaves: Mapping[str, Any], model: Model) -> Iterator[Tensor]:
+    """Yields the tensors of an NF4 checkpoint one at a time."""
     _check_leaves(set(leaves), model)
     names = family_names(model.hf_config)
     for path, leaf in leaves.items():
         host = jax.tree.map(np.asarray, leaf)
         if isinstance(leaf, NF4):
             for name, index in hf_names(path, leaf.shape, names):
-                yield from packed_tensors(name, jax.tree.map(operator.itemgetter(index), host))
-        else:
-            own = hf_tensors(
-                path, host, names
-            )  # what trains whole is float32 beside a bfloat16 base
-            yield from (
-                (name, np.ascontiguousarray(value, model.config.dtype)) for name, value in own
-            )
+                take = operator.itemgetter(index)
+                kernel = jax.tree.map(take, host)
+                yield from nf4_tensors(name, kernel)
+            continue
+        for name, tensor in hf_tensors(path, host, names):
+            # Fully trained leaves are float32 even if the base is in bfloat16.
+            yield name, np.ascontiguousarray(tensor, model.config.dtype)
 
 
 def _check_leaves(found: set[str], model: Model) -> None:
-    strange = found ^ set(
-        flatten(abstract_params(model.config, tied="lm_head/kernel" not in found))
-    )
-    if strange:
+    """Raises a `ValueError` if the paths differ from those of the model's parameters."""
+    tied = "lm_head/kernel" not in found
+    differing = found ^ set(flatten(abstract_params(model.config, tied=tied)))
+    if differing:
         raise ValueError(
-            f"saving: unexpected or missing leaf {min(strange)!r}; these are not the model's parameters"
+            f"saving: unexpected or missing leaf {min(differing)!r}; "
+            "these are not the model's parameters"
         )
 
 
@@ -170,57 +186,84 @@ def _write(
     others: Literal["refuse", "keep"] = "refuse",
     fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Writes the folder; `fields` go into its config.json beside the model's own."""
+    """Writes the folder; `fields` are added to the model's own config.json."""
     if not model.hf_config:
         raise ValueError("saving: the model has no hf_config, so there is no config.json to write")
     if Path(folder).resolve() == Path(model.source or " ").resolve():
         raise ValueError(f"{folder} is where the model was loaded from; give another folder")
-    with new_folder(
-        folder, replaces=("model*.safetensors", INDEX), others=others
-    ) as new:  # an old model's shards
-        files, tied, kind = _write_shards(new, tensors, shard_bytes)
-        written = {"tie_word_embeddings": tied, "dtype": kind, **fields}
-        dropped = ("torch_dtype", WITHOUT_START)
-        _write_json(
-            new / "config.json",
-            {k: v for k, v in model.hf_config.items() if k not in dropped} | written,
-        )
+    # The new model may have fewer shards than an old one in the folder, or no index.
+    old_weights = ("model*.safetensors", INDEX)
+    with new_folder(folder, replaces=old_weights, others=others) as new:
+        files, dtype = _write_shards(new, tensors, shard_bytes)
+        _write_json(new / "config.json", _config(model, files, dtype) | dict(fields))
         if len(files) > 1:
-            total = sum(size for names in files.values() for size in names.values())
-            weight_map = {name: file for file, names in files.items() for name in names}
-            _write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            _write_json(new / INDEX, _index(files))
         if model.generation_config:
             _write_json(new / "generation_config.json", dict(model.generation_config))
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, new)
 
 
-def _write_shards(
-    folder: Path, tensors: Iterator[Tensor], shard_bytes: int
-) -> tuple[dict[str, dict[str, int]], bool, str]:
-    """Writes files; returns the bytes of their tensors by name, whether the head is tied, and the tensors' dtype."""
+def _config(model: Model, files: Files, dtype: str) -> dict[str, Any]:
+    """The config.json of the tensors in these files."""
+    config = dict(model.hf_config)
+    # transformers 5 writes `dtype`; an older `torch_dtype` beside it could contradict it.
+    config.pop("torch_dtype", None)
+    # The caller sets this mark again if it holds for the new checkpoint.
+    config.pop(WITHOUT_START, None)
+    config["tie_word_embeddings"] = not any("lm_head.weight" in sizes for sizes in files.values())
+    config["dtype"] = dtype
+    return config
+
+
+def _index(files: Files) -> dict[str, Any]:
+    """The index of a checkpoint in several files."""
+    total = 0
+    weight_map: dict[str, str] = {}
+    for file, sizes in files.items():
+        total += sum(sizes.values())
+        weight_map |= dict.fromkeys(sizes, file)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _write_shards(folder: Path, tensors: Iterator[Tensor], shard_bytes: int) -> tuple[Files, str]:
+    """Writes the tensors; returns what each file holds, and the dtype of the embedding table."""
     shards: list[dict[str, int]] = []
     held: dict[str, np.ndarray] = {}
-    kind = ""
+    dtype = ""
 
     def flush() -> None:
-        save_file(held, folder / str(len(shards)), metadata={"format": "pt"})
+        # A preliminary name: the final one contains the number of files.
+        file = folder / str(len(shards))
+        # transformers 4 refuses a file without this metadata.
+        save_file(held, file, metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in held.items()})
         held.clear()
 
     for name, tensor in tensors:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
+        size = sum(t.nbytes for t in held.values())
+        if held and size + tensor.nbytes > shard_bytes:
             flush()
         held[name] = tensor
-        kind = str(tensor.dtype) if name.endswith("embed_tokens.weight") else kind
+        if name.endswith("embed_tokens.weight"):
+            dtype = str(tensor.dtype)
     flush()
+
+    files = {}
+    for i, sizes in enumerate(shards):
+        name = _shard_name(i, len(shards))
+        preliminary = folder / str(i)
+        preliminary.rename(folder / name)
+        files[name] = sizes
+    return files, dtype
+
+
+def _shard_name(i: int, count: int) -> str:
+    """transformers' name of the i-th of `count` files."""
+    if count == 1:
+        return WEIGHTS
     stem = WEIGHTS.removesuffix(".safetensors")
-    files = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else [WEIGHTS]
-    for i, file in enumerate(files):
-        (folder / str(i)).rename(folder / file)
-    tied = not any("lm_head.weight" in names for names in shards)
-    return dict(zip(files, shards, strict=True)), tied, kind
+    return f"{stem}-{i + 1:05}-of-{count:05}.safetensors"
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""Families of checkpoints: how a config.json describes our decoder, and what its tensors are called.
+"""Model families: how a config.json describes our decoder, and how its tensors are named.
 
-A family is one file here with a `Family`, and a line in `FAMILIES` under the `model_type` of its config.json. What its
-models do that no other's do is a field of `DecoderConfig` and a line in `lorax_ft/models`; a line in the table of
-tests/parity/test_transformers.py proves that the logits are transformers'.
+To add a family, write a file here with a `Family` and add it to `FAMILIES` under the `model_type`
+of its config.json. What its architecture does that no other does becomes a field of `DecoderConfig`
+and a line in `lorax_ft/models`; a line in the table of tests/parity/test_transformers.py checks the
+logits against transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a family says, and what nearly all of them say alike."""
+"""The description of a model family, and the config fields that families have in common."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any
 from lorax_ft.models.config import LayerKind
 from lorax_ft.models.rope import Rope, longrope_magnitude, yarn_magnitude
 
+Fields = dict[str, Any]
+"""Fields of `DecoderConfig` by name."""
+
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
+# transformers' names -> ours.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -24,21 +28,24 @@ ACTIVATIONS = {
 class Family:
     """One `model_type`."""
 
-    describe: Callable[[Any], dict[str, Any]]
-    """Fields of `DecoderConfig` by transformers' config, beside or in place of those of `describe_common`."""
+    describe: Callable[[Any], Fields]
+    """transformers' config -> the fields that differ from `describe_common`."""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """The checkpoint's name for a part of a path, where it is not ours."""
+    """Our name of a path component -> the checkpoint's, where the two differ."""
 
 
-def describe_common(c: Any) -> dict[str, Any]:
-    """Fields of `DecoderConfig` that transformers' configs have under the same names.
+def describe_common(c: Any) -> Fields:
+    """The fields that transformers' configs have under the same names in all families.
 
     Raises:
-      ValueError: an activation or a rotary embedding that is not supported.
+      ValueError: an activation or a rotary embedding is not supported.
     """
-    biases = (ATTENTION if getattr(c, "attention_bias", False) else frozenset()) | (
-        MLP if getattr(c, "mlp_bias", False) else frozenset()
-    )
+    biases: frozenset[str] = frozenset()
+    if getattr(c, "attention_bias", False):
+        biases |= ATTENTION
+    if getattr(c, "mlp_bias", False):
+        biases |= MLP
+    # Gemma 2 and 3 call it hidden_activation.
     act = getattr(c, "hidden_activation", None) or c.hidden_act
     if act not in ACTIVATIONS:
         raise ValueError(f"hidden_act {act!r}; supported: {', '.join(ACTIVATIONS)}")
@@ -62,68 +69,81 @@ def describe_common(c: Any) -> dict[str, Any]:
 
 
 def head_dim(c: Any) -> int:
-    """Channels of a head."""
+    """The number of channels of a head."""
+    # Older configs have no head_dim; in others it is null.
     return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
 
 def layer_kinds(c: Any) -> tuple[LayerKind, ...]:
-    """One kind for each layer, or one for all: which tokens it sees, and by which rotary embedding."""
+    """The attention window and rotary embedding of each layer; a single entry if all are equal."""
     window = getattr(c, "sliding_window", None)
+    # Without layer_types, every layer has the window, if there is one.
     types = getattr(c, "layer_types", None) or ["sliding_attention"] * c.num_hidden_layers
     ropes = c.rope_parameters
-    by_type = {kind: make_rope(ropes.get(kind, ropes), c) for kind in set(types)}
-    kinds = tuple(
-        LayerKind(rope=by_type[t], window=window if t == "sliding_attention" else None)
-        for t in types
-    )
-    return kinds if len(set(kinds)) > 1 else kinds[:1]
+    by_type = {}
+    for attention in set(types):
+        # Gemma 3 has one rotary embedding for each type of layer, other families one for all.
+        rope = make_rope(ropes.get(attention, ropes), c)
+        seen = window if attention == "sliding_attention" else None
+        by_type[attention] = LayerKind(rope=rope, window=seen)
+    kinds = tuple(by_type[attention] for attention in types)
+    if len(set(kinds)) == 1:
+        return kinds[:1]
+    return kinds
 
 
 def make_rope(parameters: Mapping[str, Any], c: Any) -> Rope:
     """The rotary embedding that `rope_parameters` describe.
 
     Raises:
-      ValueError: of a type that is not supported.
+      ValueError: its rope_type is not supported.
     """
     p = dict(parameters)
-    kind = p.get("rope_type", "default")
-    common: dict[str, Any] = {
-        "theta": float(p["rope_theta"]),
-        "dims": int(head_dim(c) * (p.get("partial_rotary_factor") or 1)),
-    }
+    rope_type = p.get("rope_type", "default")
+    # Phi-4-mini rotates only a part of each head.
+    dims = int(head_dim(c) * (p.get("partial_rotary_factor") or 1))
+    rope = Rope(theta=float(p["rope_theta"]), dims=dims)
     original = p.get("original_max_position_embeddings") or 0
-    factor = float(p.get("factor") or (c.max_position_embeddings / original if original else 1))
-    scaled = common | {"factor": factor, "original_positions": original}
-    if kind == "default":
-        return Rope(**common)
-    if kind == "linear":
-        return Rope(**common, scaling="linear", factor=factor)
-    if kind == "llama3":
-        return Rope(
-            **scaled, scaling="llama3", low=p["low_freq_factor"], high=p["high_freq_factor"]
-        )
-    magnitude = p.get("attention_factor")
-    if kind == "yarn":
-        if magnitude is None:
-            above, below = p.get("mscale"), p.get("mscale_all_dim")
-            magnitude = yarn_magnitude(factor)
-            if above and below:
-                magnitude = yarn_magnitude(factor, above) / yarn_magnitude(factor, below)
-        low, high = p.get("beta_slow") or 1, p.get("beta_fast") or 32
-        return Rope(
-            **scaled,
+    # Phi 3 gives no factor for longrope: it is the growth of the context.
+    growth = c.max_position_embeddings / original if original else 1
+    factor = float(p.get("factor") or growth)
+    if rope_type == "default":
+        return rope
+    if rope_type == "linear":
+        return dataclasses.replace(rope, scaling="linear", factor=factor)
+    rope = dataclasses.replace(rope, factor=factor, original_positions=original)
+    if rope_type == "llama3":
+        low, high = p["low_freq_factor"], p["high_freq_factor"]
+        return dataclasses.replace(rope, scaling="llama3", low=low, high=high)
+    if rope_type == "yarn":
+        return dataclasses.replace(
+            rope,
             scaling="yarn",
-            magnitude=magnitude,
-            low=low,
-            high=high,
+            magnitude=_yarn_attention_factor(p, factor),
+            low=p.get("beta_slow") or 1,
+            high=p.get("beta_fast") or 32,
             rounded=p.get("truncate", True),
         )
-    if kind == "longrope":
-        return Rope(
-            **scaled,
+    if rope_type == "longrope":
+        magnitude = p.get("attention_factor")
+        if magnitude is None:
+            magnitude = longrope_magnitude(factor, original)
+        return dataclasses.replace(
+            rope,
             scaling="longrope",
-            magnitude=longrope_magnitude(factor, original) if magnitude is None else magnitude,
+            magnitude=magnitude,
             short_factors=tuple(p["short_factor"]),
             long_factors=tuple(p["long_factor"]),
         )
-    raise ValueError(f"rope_type {kind!r}; supported: default, linear, llama3, yarn, longrope")
+    raise ValueError(f"rope_type {rope_type!r}; supported: default, linear, llama3, yarn, longrope")
+
+
+def _yarn_attention_factor(p: Mapping[str, Any], factor: float) -> float:
+    """The scale of YaRN's cosines and sines, given or computed as in transformers."""
+    if p.get("attention_factor") is not None:
+        return p["attention_factor"]
+    # From DeepSeek's configs. Like transformers, ignore one without the other.
+    above, below = p.get("mscale"), p.get("mscale_all_dim")
+    if above and below:
+        return yarn_magnitude(factor, above) / yarn_magnitude(factor, below)
+    return yarn_magnitude(factor)

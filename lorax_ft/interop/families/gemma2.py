@@ -1,15 +1,19 @@
-"""Gemma 2: Gemma with norms around attention and MLP, soft caps, and windows in every second layer (2408.00118)."""
+"""Gemma 2 (2408.00118).
+
+Gemma with norms before and after attention and MLP, logit soft-capping, and a sliding window in
+every second layer.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lorax_ft.interop.families import gemma
-from lorax_ft.interop.families.family import Family
+from lorax_ft.interop.families.family import Family, Fields
 
 
-def describe(c: Any) -> dict[str, Any]:
-    """Fields of `DecoderConfig`."""
+def describe(c: Any) -> Fields:
+    """See `Family.describe`."""
     return gemma.describe(c) | {
         "norms": "around",
         "attention_scale": c.query_pre_attn_scalar**-0.5,

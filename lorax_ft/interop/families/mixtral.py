@@ -1,20 +1,17 @@
-"""Mixtral: Mistral with a sparse MLP in every layer (2401.04088)."""
+"""Mixtral: Mistral with a mixture of experts in every layer (2401.04088)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lorax_ft.interop.families.family import Family
+from lorax_ft.interop.families.family import Family, Fields
 from lorax_ft.models.config import Experts
 
 
-def describe(c: Any) -> dict[str, Any]:
-    """Fields of `DecoderConfig`."""
-    return {
-        "experts": Experts(
-            count=c.num_local_experts, top_k=c.num_experts_per_tok, renormalized=True
-        )
-    }
+def describe(c: Any) -> Fields:
+    """See `Family.describe`."""
+    experts = Experts(count=c.num_local_experts, top_k=c.num_experts_per_tok, renormalized=True)
+    return {"experts": experts}
 
 
 FAMILY = Family(

@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind attention and MLP, and on all queries and keys together (2501.00656)."""
+"""OLMo 2: norms after attention and MLP; query and key norms across all heads (2501.00656)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phi 3, 3.5 and 4: q, k and v in one projection, gate and up in another (2404.14219)."""
+"""Phi 3, 3.5 and 4: q, k and v share one projection, gate and up another (2404.14219)."""
 
 from __future__ import annotations
 
