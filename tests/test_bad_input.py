@@ -44,12 +44,15 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         ),
         (["--adapter.continue_from", "notes"], "notes holds no adapter_config.json"),
         (["--train.output", "notes"], "holds no run"),
-        (["--train.output", "old"], "holds another run"),
+        (["--train.output", "old"], "already holds a run"),
         (["--train.output", "fresh", "--train.resume"], "no run to resume"),
         (["--config", "configs/lroa.py"], "no config file"),
-        (["--config", "bad.jsonl"], "bad.jsonl is not a .py file with get_config()"),
-        (["--quant.rounds", "3"], "quant.rounds is 3, which has no effect here"),
-        (["--quant.format", "int8", "--adapter.init", "pissa"], "there is no file for one in int8"),
+        (["--config", "bad.jsonl"], "bad.jsonl is no .py file with get_config()"),
+        (["--quant.rounds", "3"], "quant.rounds is 3, but nothing goes in rounds"),
+        (
+            ["--quant.format", "int8", "--adapter.init", "pissa"],
+            "a changed int8 base cannot be saved",
+        ),
         (
             [
                 "--quant.format",
@@ -65,7 +68,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--model.attention", "cudnn"], "which needs a GPU"),
         (["--train.steps", "99999999999999"], "below 2^31"),
         (["--train.output", "model", "--train.overwrite"], "model is not empty and holds no run"),
-        (["--train.output", "/proc/nowhere"], "nothing can be written to /proc"),
+        (["--train.output", "/proc/nowhere"], "cannot write to /proc"),
         (["--data.train", "silent.jsonl"], "the assistant's text (turn 2) is empty"),
         (["--data.fields", "question=foo"], "no field 'foo'; it has question, answer"),
         (

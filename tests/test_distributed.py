@@ -247,7 +247,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) ->
     (checkpoint,) = (out / "checkpoints").iterdir()
     for i in range(2):
         assert (
-            f"interrupted after step {checkpoint.name}; --train.resume"
+            f"interrupted after step {checkpoint.name}; continue with --train.resume"
             in (tmp_path / f"{i}.out").read_text()
         )
 
@@ -260,8 +260,8 @@ def test_only_the_first_process_writes(in_two_processes: Path) -> None:
     ]
     assert [[end["steps"] for end in of_process] for of_process in ends] == [[3, 3, 5, 3, 3]] * 2
     assert ends[0][0]["written"] > ends[1][0]["written"] == []
-    assert "What trains" in first
-    assert "What trains" not in second
+    assert "Trainable modules" in first
+    assert "Trainable modules" not in second
 
 
 def write_model_and_data(folder: Path) -> None:

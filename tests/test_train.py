@@ -122,7 +122,7 @@ def test_a_run_on_a_quantized_base_leaves_all_that_its_adapter_needs(
     out = ["--train.output", tmp_path / "other", "--train.steps", 2]
     assert main(*shared, *out, "--quant.format", "int8") == 2
     assert (
-        "there is no file for one in int8; take quant.format nf4, or adapter.keep_base"
+        "a changed int8 base cannot be saved; use quant.format nf4, or adapter.keep_base"
         in capsys.readouterr().err
     )
     assert main(*shared, *out, "--adapter.continue_from", moved / "adapter") == 2
@@ -160,12 +160,12 @@ def test_an_interrupted_run_loses_nothing(
 
     monkeypatch.setattr(Progress, "advance", stopped)
     assert main(*steps, "--train.output", halves) == 130
-    assert "interrupted after step 3; --train.resume goes on from there" in capsys.readouterr().err
+    assert "interrupted after step 3; continue with --train.resume" in capsys.readouterr().err
     assert [path.name for path in (halves / "checkpoints").iterdir()] == ["3"]
     monkeypatch.undo()
     assert main(*steps, "--train.output", halves, "--train.resume") == 0
     said = capsys.readouterr().out
-    assert "Going on from step 3 of 5." in said
+    assert "Resuming from step 3 of 5." in said
     first = read_log(whole)[0]["validation_loss"]
     assert f"{first:.4f} → " in said  # from the start of the run, not from step 3
     assert losses(halves) == losses(whole)
@@ -248,10 +248,11 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     said = " ".join(capsys.readouterr().out.split())
     for part in (
         "150 steps of 8 rows.",
-        "Many samples lose their end: 95 % of them would fit into --data.max_length 68",
+        "Many samples are truncated: --data.max_length is 60, and 95% of",
+        "would fit in 68.",
         "layers/self_attn/q_proj",
         "16 + m",
-        "parameters train",
+        "trainable parameters",
         "optimizer",
         "⟦",
         "<|im_start|>assistant",
@@ -295,7 +296,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(
         == 2
     )
     error = capsys.readouterr().err
-    reason = "No space left on device: a checkpoint takes 2.8 MB, 1.0 are left"
+    reason = "No space left on device: a checkpoint takes 2.8 MB, and 1.0 MB are free"
     assert error == f"error: {out.absolute()}/checkpoints: {reason}\n"
     assert [path.name for path in out.glob("checkpoints/*")] == (
         ["1"] if filling == "meanwhile" else []

@@ -1,1 +1,1 @@
-"""A run as a person meets it: setting up, the loop, progress, reports, logs, checkpoints, the output folder."""
+"""Training runs: setup, loop, progress, reports, log, checkpoints and the output folder."""

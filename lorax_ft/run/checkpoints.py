@@ -1,7 +1,7 @@
-"""Checkpoints of a run: trained leaves, the optimizer's state and the step, by orbax.
+"""Checkpoints of a run by orbax: the trained leaves, the optimizer state and the step.
 
-The step is the data's position too, since batches are a function of it. The base is not saved; the
-frozen leaves of the adapters (scales, starts) are, once.
+The step is also the position in the data, because each batch is a function of its step. The base is
+not saved. The frozen leaves of the adapters (scales, starts) are.
 """
 
 from __future__ import annotations
@@ -24,69 +24,86 @@ class Checkpoints:
     """The checkpoints in a folder."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        self._folder, self._keep = folder.absolute(), keep
+        # orbax refuses relative paths.
+        self._folder = folder.absolute()
+        self._keep = keep
 
     @functools.cached_property
-    def _manager(self) -> ocp.CheckpointManager:  # makes the folder, so not before it is needed
+    def _manager(self) -> ocp.CheckpointManager:
+        # Not in __init__: orbax makes the folder, and a run that fails in its setup writes nothing.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, create=True, enable_async_checkpointing=True
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
-        """The newest checkpoint's step, or None."""
+        """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def check_room(self, state: TrainState, owned: Tree) -> None:
-        """Raise where a checkpoint does not fit on the disk.
+        """Raise if a checkpoint does not fit on the disk.
 
         Raises:
-          OSError: ENOSPC, with the folder and the bytes.
+          OSError: ENOSPC, with the folder and the sizes.
         """
-        existing = next(place for place in (self._folder, *self._folder.parents) if place.is_dir())
-        need, free = (
-            sum(leaf.nbytes for leaf in jax.tree.leaves((state, owned))),
-            shutil.disk_usage(existing).free,
-        )
-        if need > free:
-            reason = f"{os.strerror(errno.ENOSPC)}: a checkpoint takes {need / 1e6:,.1f} MB, {free / 1e6:,.1f} are left"
+        # The folder may not exist yet; its nearest parent is on the same disk.
+        folder = self._folder
+        while not folder.is_dir():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state, owned)))
+        if needed > free:
+            reason = (
+                f"{os.strerror(errno.ENOSPC)}: a checkpoint takes {needed / 1e6:,.1f} MB, "
+                f"and {free / 1e6:,.1f} MB are free"
+            )
             raise OSError(errno.ENOSPC, reason, str(self._folder))
 
     def save(self, step: int, state: TrainState, owned: Tree) -> None:
-        """Save the state and the adapters' frozen leaves, beside training.
+        """Save the state and the frozen leaves of the adapters, in the background.
 
         Raises:
           OSError: as `check_room`.
         """
+        # Checked here too: the disk may have filled up since the setup.
         self.check_room(state, owned)
-        items = {"state": ocp.args.StandardSave(state._asdict())} | (
-            {"owned": ocp.args.StandardSave(owned)} if owned else {}
-        )
+        items = {"state": ocp.args.StandardSave(state._asdict())}
+        # orbax refuses an empty tree. Full fine-tuning has no such leaves.
+        if owned:
+            items["owned"] = ocp.args.StandardSave(owned)
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, state: TrainState, owned: Tree) -> tuple[TrainState, Tree]:
-        """The newest checkpoint, placed as `state` and `owned` are.
+        """The newest checkpoint.
+
+        Args:
+          state: shapes and shardings of the state.
+          owned: shapes and shardings of the frozen leaves of the adapters.
 
         Raises:
-          ValueError: there is none, or it was made with other adapters.
+          ValueError: there is no checkpoint, or it was saved with other adapters.
         """
         step = self.latest()
         if step is None:
             raise ValueError(
-                "there is no checkpoint to resume from; start anew with --train.overwrite in place of --train.resume"
+                "there is no checkpoint to resume from; start again with --train.overwrite "
+                "instead of --train.resume"
             )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (state._asdict(), owned))
-        items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract[0])}
+        targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, (state._asdict(), owned))
+        items: dict[str, Any] = {"state": ocp.args.StandardRestore(targets[0])}
         if owned:
-            items["owned"] = ocp.args.StandardRestore(abstract[1])
+            items["owned"] = ocp.args.StandardRestore(targets[1])
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError) as error:
+            # orbax prints both trees; the first line says what differs.
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"checkpoint {step} does not fit this run's adapters or optimizer: {reason}"
             ) from error
-        return TrainState(**restored["state"]), restored["owned"] if owned else {}
+        if owned:
+            return TrainState(**restored["state"]), restored["owned"]
+        return TrainState(**restored["state"]), {}
 
     def close(self) -> None:
         """Wait until everything is written."""

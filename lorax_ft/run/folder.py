@@ -1,4 +1,4 @@
-"""The output folder of a run: what it holds, and when it may be used again."""
+"""The output folder of a run: what a run may overwrite, resume and write."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from lorax_ft.config import Config
 from lorax_ft.run.log import LOG, PLOT
 
 CONFIG = "config.json"
-PROBE = ".writable-"  # of this process, or of another that starts
-OWN = (
+# Prefix of the empty folder that `check_folder` makes and deletes again. Another process of the run
+# may see it, and must not take it for content.
+PROBE = ".writable-"
+# Everything that a run writes, and so all that overwriting it deletes.
+RUN_FILES = (
     CONFIG,
     "adapter",
     "nf4_base",
@@ -24,66 +27,55 @@ OWN = (
     "wandb",
     LOG,
     PLOT,
-)  # what a run writes
+)
 
 
 def check_folder(config: Config) -> Config | None:
-    """Refuse an output folder where something would be lost. Changes nothing.
+    """Raise if the output folder cannot be used, or if the run would destroy anything there.
+
+    Changes nothing on disk.
 
     Returns:
-      The config that a run to resume had; None where a run begins.
+      The config of the run to resume, or None for a new run.
 
     Raises:
-      ValueError: the folder holds a run and neither resume nor overwrite is given, or holds something else, or
-        there is no run to resume, or the run to resume was another, or the folder may not be written.
+      ValueError: the folder is not writable; it holds a run, and neither resume nor overwrite is
+        set; it holds other files; overwriting it would delete an input of this run; there is no run
+        to resume, or that run had another config.
     """
-    folder, train = Path(config.train.output), config.train
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"train.output {folder} is a file; give a folder")
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    try:
-        tempfile.TemporaryDirectory(dir=existing, prefix=PROBE).cleanup()
-    except OSError as error:
-        raise ValueError(
-            f"train.output {folder}: nothing can be written to {existing}: {error.strerror}"
-        ) from error
+    folder = Path(config.train.output)
+    _check_writable(folder)
+    if config.train.overwrite:
+        _check_inputs_outside(folder, config)
     holds_run = _is_run(folder / CONFIG)
-    holds = folder.is_dir() and any(not path.name.startswith(PROBE) for path in folder.iterdir())
-    for name, path in (
-        ("adapter.continue_from", config.adapter.continue_from),
-        ("model.path", config.model.path),
-    ):
-        if (
-            train.overwrite
-            and path is not None
-            and folder.resolve() in Path(path).resolve().parents
-        ):
-            raise ValueError(
-                f"{name} {path} lies in {folder}, which train.overwrite deletes; give another output"
-            )
-    if train.resume and not holds_run:
-        raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
-    if train.resume:
-        then = Config.from_json((folder / CONFIG).read_text())
-        _check_same_run(config, then)
-        return then
-    if holds and not holds_run:
+    if config.train.resume:
+        if not holds_run:
+            raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
+        previous = Config.from_json((folder / CONFIG).read_text())
+        _check_same_run(config, previous)
+        return previous
+    if _is_empty(folder):
+        return None
+    if not holds_run:
         raise ValueError(
-            f"{folder} is not empty and holds no run, so it is left alone; give another --train.output"
+            f"{folder} is not empty and holds no run, so it is not overwritten; "
+            "use another --train.output"
         )
-    if holds and not train.overwrite:
+    if not config.train.overwrite:
         raise ValueError(
-            f"{folder} holds another run; give --train.resume, --train.overwrite or another --train.output"
+            f"{folder} already holds a run; use --train.resume, --train.overwrite or another "
+            "--train.output"
         )
     return None
 
 
 def make_folder(config: Config) -> None:
-    """Make the output folder, of which `check_folder` approved, with the resolved config in it.
+    """Make the output folder, delete the run to overwrite, and write the resolved config.
 
-    Called when all else is loaded, so that a run that is overwritten is not lost to one that cannot start.
+    Call it after the setup: a run that fails to start must not delete the run that it overwrites.
     """
     folder = Path(config.train.output)
+    # Several processes share the folder, and one of them writes.
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if not config.train.resume:
@@ -93,40 +85,83 @@ def make_folder(config: Config) -> None:
         multihost_utils.sync_global_devices("output folder")
 
 
+def _check_writable(folder: Path) -> None:
+    """Raise if the folder cannot be made or written."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"train.output {folder} is a file; give a folder")
+    existing = folder.absolute()
+    while not existing.is_dir():
+        existing = existing.parent
+    # Permission bits do not tell: the file system may be read-only, or the user root.
+    try:
+        tempfile.TemporaryDirectory(dir=existing, prefix=PROBE).cleanup()
+    except OSError as error:
+        raise ValueError(
+            f"train.output {folder}: cannot write to {existing}: {error.strerror}"
+        ) from error
+
+
+def _check_inputs_outside(folder: Path, config: Config) -> None:
+    """Raise if overwriting the folder would delete the model or the adapter to start from."""
+    inputs = {"adapter.continue_from": config.adapter.continue_from, "model.path": config.model.path}
+    for name, path in inputs.items():
+        if path is not None and folder.resolve() in Path(path).resolve().parents:
+            raise ValueError(
+                f"{name} {path} lies in {folder}, which train.overwrite deletes; "
+                "use another --train.output"
+            )
+
+
 def _is_run(file: Path) -> bool:
-    """Whether a config.json is a run's, and not a model's."""
+    """Whether a config.json was written by a run: a model's folder holds a config.json too."""
     try:
         Config.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):  # AttributeError: JSON, but not an object
         return False
     return True
 
 
+def _is_empty(folder: Path) -> bool:
+    """Whether the folder does not exist or holds nothing."""
+    if not folder.is_dir():
+        return True
+    return all(path.name.startswith(PROBE) for path in folder.iterdir())
+
+
 def _remove_run(folder: Path) -> None:
-    """Delete what a run left in the folder, and nothing else: moved aside first, so that it is gone at once."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".old-") as aside:
-        for name in OWN:
+    """Delete the files of a run, and no others."""
+    # Renaming is instant. A crash during the deletion then cannot leave half of the old run in
+    # place, where it would be taken for a part of the new one.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".old-") as trash:
+        for name in RUN_FILES:
             if (folder / name).exists():
-                (folder / name).rename(Path(aside) / name)
+                (folder / name).rename(Path(trash) / name)
 
 
-def _check_same_run(now: Config, then: Config) -> None:
-    """Raise where a resumed run would not be the run that was interrupted."""
-    same = {
-        "model": ("path", "revision", "dtype"),
-        "quant": tuple(f.name for f in dataclasses.fields(now.quant)),
-        "adapter": tuple(
-            f.name for f in dataclasses.fields(now.adapter) if f.name != "continue_from"
-        ),  # it may have moved
-        "data": tuple(f.name for f in dataclasses.fields(now.data)),
-        "optim": tuple(f.name for f in dataclasses.fields(now.optim)),
-        "train": ("batch_size", "seed", "neftune_alpha"),
+def _check_same_run(config: Config, previous: Config) -> None:
+    """Raise if a field that shapes the run differs from the run to resume."""
+    # The number of steps, where to log and how to shard may change; these may not.
+    fixed = {
+        "model": ["path", "revision", "dtype"],
+        "quant": _field_names(config.quant),
+        "adapter": _field_names(config.adapter),
+        "data": _field_names(config.data),
+        "optim": _field_names(config.optim),
+        "train": ["batch_size", "seed", "neftune_alpha"],
     }
-    for section, fields in same.items():
+    # The checkpoint holds the adapter, so the folder it started from may have moved.
+    fixed["adapter"].remove("continue_from")
+    for section, fields in fixed.items():
         for field in fields:
-            old, new = getattr(getattr(then, section), field), getattr(getattr(now, section), field)
+            old = getattr(getattr(previous, section), field)
+            new = getattr(getattr(config, section), field)
             if old != new:
                 raise ValueError(
                     f"{section}.{field} is {new!r}, but the run to resume had {old!r}; "
-                    "use the same, or another --train.output"
+                    "use the same value, or another --train.output"
                 )
+
+
+def _field_names(section: object) -> list[str]:
+    assert dataclasses.is_dataclass(section)
+    return [field.name for field in dataclasses.fields(section)]

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: trainer_log.jsonl, the trackers, and training_loss.png."""
+"""What a run writes while it trains: trainer_log.jsonl, the trackers and training_loss.png."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PLOT = "training_loss.png"
 
 
 class Log:
-    """The log of a run: one JSON object a line, and the same numbers to the trackers.
+    """The log of a run: one JSON object per line, with the same metrics sent to the trackers.
 
     Args:
-      folder: the run's.
+      folder: the run's output folder.
       trackers: "tensorboard", "wandb".
       settings: the run's config, for the trackers.
-      resumed: the step to go on from; later lines, of an interrupted attempt, are dropped.
-      writes: False in all but one of several processes: they would write over each other's lines.
+      resumed: the step to resume from. Lines of later steps, from an interrupted run, are dropped.
+      writes: whether this process writes. Only one of several does.
     """
 
     def __init__(
@@ -36,50 +36,51 @@ class Log:
         resumed: int = 0,
         writes: bool = True,
     ) -> None:
-        self._folder, self._writes = folder, writes
-        self._board: Any = None
+        self._folder = folder
+        self._writes = writes
+        self._tensorboard: Any = None
         self._wandb: Any = None
         if not writes:
             return
-        old = [line for line in read_log(folder) if line["step"] <= resumed] if resumed else []
-        kept = folder / f".{LOG}"  # beside the log, which a crash or a full disk leaves as it was
-        kept.write_text("".join(json.dumps(line) + "\n" for line in old))
-        kept.replace(folder / LOG)
+        _drop_lines(folder, after=resumed)
         self._file = (folder / LOG).open("a")
+        # Imported here: both are slow to import, and wandb is optional.
         if "tensorboard" in trackers:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
         if "wandb" in trackers:
             import wandb
 
             self._wandb = wandb.init(project="lorax_ft", dir=str(folder), config=dict(settings))
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line for `step`."""
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step} | dict(values)) + "\n")
+        self._file.write(json.dumps({"step": step} | dict(metrics)) + "\n")
+        # A run that is killed keeps every line.
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
+            self._wandb.log(dict(metrics), step=step)
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         try:
             self.close()
         except OSError:
-            if error is None:  # which says more than that no plot could be drawn
+            # If training failed as well, its error is the cause, and this one only a symptom.
+            if error is None:
                 raise
 
     def close(self) -> None:
@@ -87,79 +88,102 @@ class Log:
         if not self._writes:
             return
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
         plot_losses(self._folder)
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """Refuse a tracker that cannot be had.
+    """Raise if a tracker is not installed.
 
     Raises:
-      ValueError: wandb is named and not installed.
+      ValueError: wandb is given and not installed.
     """
     if "wandb" in trackers and importlib.util.find_spec("wandb") is None:
         raise ValueError(
-            'train.report_to names wandb, which is not installed; pip install "lorax_ft[wandb]"'
+            "train.report_to contains wandb, which is not installed; "
+            'run pip install "lorax_ft[wandb]"'
         )
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log, or none where there is no log."""
+    """The lines of a run's log; empty if there is no log."""
     file = folder / LOG
+    if not file.is_file():
+        return []
     lines = []
-    for text in file.read_text().splitlines() if file.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that was killed
+    for text in file.read_text().splitlines():
+        # A run that was killed may leave half a line at the end.
+        with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
     return lines
 
 
 def plot_losses(folder: Path) -> Path | None:
-    """SamplingParams a run's training_loss.png from its log: raw and smoothed training loss, and validation points."""
+    """Draw a run's training_loss.png from its log.
+
+    It shows the training loss, raw and smoothed, and the validation loss.
+
+    Returns:
+      The file, or None if the log has no training loss.
+    """
     lines = read_log(folder)
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    validation = [
-        (line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line
-    ]
-    if not train:
+    training = _curve(lines, "loss")
+    validation = _curve(lines, "validation_loss")
+    if not len(training):
         return None
+    # Slow to import. Without pyplot, because its global state would change the caller's figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    steps, losses = np.array(train).T
-    values = np.array([value for _, value in (*train, *validation)])
-    log = values.min() > 0 and values.max() > 20 * values.min()
+    values = np.concatenate([training[:, 1], validation[:, 1]])
+    # A linear axis would flatten everything after the first steps of a steep curve.
+    log_scale = values.min() > 0 and values.max() > 20 * values.min()
+    steps, losses = training.T
     axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss")
     if len(losses) >= 40:
-        smoothed = np.exp(smooth(np.log(losses))) if log else smooth(losses)
+        smoothed = np.exp(smooth(np.log(losses))) if log_scale else smooth(losses)
         axes.plot(steps, smoothed, color="#08519c", linewidth=2, label="training loss, smoothed")
-    if validation:
-        axes.plot(
-            *np.array(validation).T,
-            "o-",
-            color="#d94801",
-            markersize=5,
-            linewidth=1,
-            label="validation loss",
-        )
+    if len(validation):
+        style: dict[str, Any] = {"color": "#d94801", "markersize": 5, "linewidth": 1}
+        axes.plot(*validation.T, "o-", label="validation loss", **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
-    if log:
+    if log_scale:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    path = folder / PLOT
-    figure.savefig(path)
-    return path
+    figure.savefig(folder / PLOT)
+    return folder / PLOT
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of the values around each, over a twentieth of all and at most 21; fewer at the ends."""
-    ones = np.ones(2 * min(len(values) // 40, 10) + 1)
-    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+    """The moving average over a twentieth of the values, at most 21; over fewer at both ends."""
+    window = np.ones(2 * min(len(values) // 40, 10) + 1)
+    # At the ends the window covers fewer values, so their number is counted the same way.
+    counts = np.convolve(np.ones(len(values)), window, "same")
+    return np.convolve(values, window, "same") / counts
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Steps and values of a metric, `[points, 2]`."""
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    # The shape holds without any points too.
+    return np.array(points, np.float64).reshape(-1, 2)
+
+
+def _drop_lines(folder: Path, *, after: int) -> None:
+    """Write the log anew with its lines up to the step `after`; with none for a new run."""
+    kept = []
+    if after:
+        kept = [line for line in read_log(folder) if line["step"] <= after]
+    # Written to another file first, so that a crash or a full disk leaves the old log intact.
+    file = folder / f".{LOG}"
+    file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    file.replace(folder / LOG)

@@ -1,4 +1,4 @@
-"""A run from its config to its saved adapter, as `scripts/train.py` does it."""
+"""A run from its config to the saved adapter: what `scripts/train.py` calls."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from lorax_ft.run import report, summary
 from lorax_ft.run.folder import check_folder, make_folder
 from lorax_ft.run.log import Log, check_trackers
 from lorax_ft.run.progress import Progress
-from lorax_ft.run.start import Job, start, step_key
+from lorax_ft.run.setup import Job, set_up, step_key
 from lorax_ft.run.stop_signal import StopSignal
 from lorax_ft.run.summary import Evaluation, Result
 from lorax_ft.training import contract
@@ -37,139 +38,188 @@ from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree, combine, modules, split
 
+CHECKED_UPDATES = 2
+"""After so many updates, every leaf that trains must have moved (`contract.check_moved`)."""
+
 
 def train(config: Config, *, dry_run: bool = False) -> Result | None:
-    """Fine-tune: the whole run, from the config to the saved adapter, the log and the plot.
+    """Run a fine-tuning, from the config to the saved adapter, the log and the plot.
 
     Args:
       config: the run.
-      dry_run: print what would train, the memory it takes and the first batch, and stop; writes nothing.
+      dry_run: print what would train, the memory it takes and the first batch, and write nothing.
 
     Returns:
-      What the run came to; None for a dry run.
+      The result of the run; None for a dry run.
 
     Raises:
-      ValueError: bad input, or a loss that is not finite; what is on disk stays.
+      ValueError: bad input, or a loss that is not finite; files on disk are kept.
       OSError: the disk is full.
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     console = report.make_console()
     folder = Path(config.train.output)
     check_trackers(config.train.report_to)
-    then = check_folder(config)
+    previous = check_folder(config)
     report.print_config(console, config)
-    console.print(
-        f"\nLoading {config.model.path} on {jax.device_count()} × {jax.devices()[0].device_kind} …"
-    )
-    job = start(config, folder=folder)
-    summary.print_start(console, job, dry_run=dry_run)
+
+    devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    console.print(f"\nLoading {config.model.path} on {devices} …")
+    job = set_up(config, folder=folder)
+    summary.print_setup(console, job, dry_run=dry_run)
     if dry_run:
         return None
-    if then is not None:
-        summary.print_resumed(console, job, then)
-    before = _evaluate(
-        job, job.state, console, "before"
-    )  # first, as a wrong answer pattern is found here
+    if previous is not None:
+        summary.print_resumed(console, job, previous)
+
+    # Evaluate before make_folder: a wrong eval.answer_pattern fails here, and must not delete the
+    # run to overwrite.
+    before = _evaluate(job, job.state, console, before=True)
     make_folder(config)
-    log = Log(
-        folder,
-        trackers=config.train.report_to,
-        settings=dataclasses.asdict(config),
-        resumed=job.first_step,
-        writes=jax.process_index() == 0,
-    )
-    with log:
-        if not job.first_step:
-            log.write(0, summary.numbers(before))
+    with _open_log(job, folder) as log:
+        if job.first_step == 0:
+            log.write(0, summary.metrics(before))
         base = _save_base(job, folder)
         with contextlib.closing(job.checkpoints):
             state = _train(job, log, console)
-        after = _evaluate(job, state, console, "after")
-        log.write(job.steps, summary.numbers(after))
+        after = _evaluate(job, state, console, before=False)
+        log.write(job.steps, summary.metrics(after))
     saved = _save(job, state, folder, base=base)
+
     result = Result(
         folder=folder,
         saved=saved,
         steps=job.steps,
         before=before,
         after=after,
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - start_time,
     )
-    summary.print_end(console, job, result)
+    summary.print_result(console, job, result)
     return result
 
 
+class StepOutput(NamedTuple):
+    """What a training step returned. Its metrics may still be in computation."""
+
+    step: int
+    metrics: dict[str, Array]
+    tokens: int
+
+
 def _train(job: Job, log: Log, console: Console) -> TrainState:
-    """The steps. The loss of a step is fetched while the next one runs."""
+    """The training loop. Returns the state after the last step."""
     config, state = job.config.train, job.state
-    pending: tuple[int, dict[str, Array], int] | None = None
     key = step_key(job.config)
+    pending: StepOutput | None = None
     with (
         Progress(console, first=job.first_step, steps=job.steps) as progress,
-        StopSignal() as interruption,
+        StopSignal() as stop_signal,
     ):
-        for step in range(job.first_step, job.steps):
-            batch, tokens = job.batch(step)
-            early = step < 2  # a resumed run's adapters have moved already
-            before = jax.tree.map(jnp.copy, _adapters(state.trained)) if early else {}
+        for step in range(job.first_step + 1, job.steps + 1):
+            batch, tokens = job.batch(step - 1)
+            checking = step <= CHECKED_UPDATES
+            adapters = _copy_adapters(state.trained) if checking else {}
             state, metrics = job.step(state, job.frozen, batch, key)
-            if pending:
-                _record(pending, log, progress, every=config.log_every)
-            pending = (step + 1, metrics, tokens)
-            last = step + 1 == job.steps
-            stopping = interruption.asked(step) and not last
-            saving = last or stopping or (config.save_every and (step + 1) % config.save_every == 0)
-            evaluating = not last and config.eval_every and (step + 1) % config.eval_every == 0
-            if (
-                early or saving or evaluating
-            ):  # nothing is saved of a step whose loss was not looked at
-                _record(pending, log, progress, every=config.log_every)
+            # JAX computes in the background, and fetching metrics waits for it. So the metrics of
+            # the previous step are fetched while this one runs.
+            if pending is not None:
+                _record(pending, log, progress, log_every=config.log_every)
+            pending = StepOutput(step, metrics, tokens)
+
+            # With several processes, all must ask after every step, the last one included.
+            stop_requested = stop_signal.requested(step)
+            last = step == job.steps
+            stopping = stop_requested and not last
+            saving = last or stopping or _is_due(step, config.save_every)
+            evaluating = not last and _is_due(step, config.eval_every)
+            # No checkpoint is saved of a step whose loss was not checked.
+            if checking or saving or evaluating:
+                _record(pending, log, progress, log_every=config.log_every)
                 pending = None
-            if early:
-                rate = min(
-                    value for name, value in metrics.items() if name.startswith("learning_rate")
-                )
-                moved = jax.jit(contract.moved)(before, _adapters(state.trained), rate=rate)
-                contract.check_moved(jax.device_get(moved), updates=step + 1)
+            if checking:
+                _check_moved(adapters, state.trained, metrics, updates=step)
             if saving:
-                job.checkpoints.save(step + 1, state, owned_leaves(state.trained, job.frozen))
+                job.checkpoints.save(step, state, owned_leaves(state.trained, job.frozen))
             if stopping:
+                # Wait for orbax: if it cannot write the checkpoint, that is the error to raise.
                 job.checkpoints.close()
                 raise KeyboardInterrupt(
-                    f"interrupted after step {step + 1}; --train.resume goes on from there"
+                    f"interrupted after step {step}; continue with --train.resume"
                 )
-            if evaluating and (loss := _validation_loss(job, state)) is not None:
-                log.write(step + 1, {"validation_loss": loss})
-                progress.note(f"step {step + 1}: validation loss {loss:.4f}")
+            if evaluating:
+                _log_validation_loss(step, job, state, log, progress)
             if saving or evaluating:
                 progress.skip()
     return state
 
 
-def _record(
-    pending: tuple[int, dict[str, Array], int], log: Log, progress: Progress, *, every: int
-) -> None:
-    """Fetch a step's metrics, stop at a loss that is not finite, and log."""
-    step, metrics, tokens = pending
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+def _is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after this one; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def _record(output: StepOutput, log: Log, progress: Progress, *, log_every: int) -> None:
+    """Wait for a step's metrics, check that they are finite, show and log them."""
+    step, tokens = output.step, output.tokens
+    metrics = {name: float(value) for name, value in jax.device_get(output.metrics).items()}
+    if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
         raise ValueError(
-            f"the loss at step {step} is {values['loss']} (gradient norm {values['grad_norm']}); "
-            "lower optim.learning_rate and start again; earlier checkpoints (train.save_every) are kept"
+            f"the loss at step {step} is {metrics['loss']} (gradient norm {metrics['grad_norm']}); "
+            "lower optim.learning_rate and start again; earlier checkpoints (train.save_every) "
+            "are kept"
         )
-    rate = progress.advance(step, values, tokens)
-    if step % every == 0:
-        log.write(step, values | {"tokens_per_second": rate})
+    tokens_per_second = progress.advance(step, metrics, tokens)
+    if _is_due(step, log_every):
+        log.write(step, metrics | {"tokens_per_second": tokens_per_second})
 
 
-def _evaluate(job: Job, state: TrainState, console: Console, when: str) -> Evaluation:
-    """Loss, exact match and sample answers on the validation rows."""
+def _copy_adapters(trained: Tree) -> Tree:
+    """A copy of the trained leaves of adapters, since the step donates the originals."""
+    return jax.tree.map(jnp.copy, _adapters(trained))
+
+
+def _check_moved(before: Tree, trained: Tree, metrics: dict[str, Array], *, updates: int) -> None:
+    """Raise if an adapter did not move in the first updates of a run."""
+    # Each group of leaves has a learning rate; the smallest allows the smallest update.
+    rates = [value for name, value in metrics.items() if name.startswith("learning_rate")]
+    moved = jax.jit(contract.moved)(before, _adapters(trained), rate=min(rates))
+    contract.check_moved(jax.device_get(moved), updates=updates)
+
+
+def _adapters(trained: Tree) -> Tree:
+    """The trained leaves of adapters, without those of fully trained modules."""
+    names = ("lora_a", "lora_b", "magnitude")
+    adapters, _ = split(trained, lambda path: path.rpartition("/")[2] in names)
+    return adapters
+
+
+def _open_log(job: Job, folder: Path) -> Log:
+    """The log, written by the first of several processes."""
+    return Log(
+        folder,
+        trackers=job.config.train.report_to,
+        settings=dataclasses.asdict(job.config),
+        resumed=job.first_step,
+        writes=jax.process_index() == 0,
+    )
+
+
+def _evaluate(job: Job, state: TrainState, console: Console, *, before: bool) -> Evaluation:
+    """Measure loss and exact match on the validation rows, generate sample answers, and print.
+
+    Args:
+      job: the run.
+      state: the state to evaluate.
+      console: where to print.
+      before: whether this is the evaluation before training, or the one after it.
+    """
     loss = _validation_loss(job, state)
-    config = job.config.eval
-    questions, passed_over = _questions(job)
+    questions, skipped = _questions(job)
     if not questions:
         return Evaluation(loss=loss, exact_match=None, answered=None)
-    with console.status(f"Answering {len(questions)} questions {when} training …"):
+    when = "before training" if before else "after training"
+    config = job.config.eval
+    with console.status(f"Answering {len(questions)} questions {when} …"):
         answered = evaluate_answers(
             job.model,
             combine(state.trained, job.frozen),
@@ -178,89 +228,103 @@ def _evaluate(job: Job, state: TrainState, console: Console, when: str) -> Evalu
             compared=config.exact_match_rows,
             pattern=config.answer_pattern,
         )
-    match = answered.match
-    exact = match.fraction if match else None
-    numbers = [f"validation loss {loss:.4f}"] if loss is not None else []
-    numbers += [f"exact match {match.fraction:.1%} of {match.total} answers"] if match else []
-    numbers += (
-        [f"{passed_over} questions too long to be answered passed over"] if passed_over else []
-    )
-    started = when == "before" and job.first_step
-    console.print(
-        f"{f'At step {job.first_step}' if started else f'{when.capitalize()} training'}: {', '.join(numbers)}"
-    )
-    return Evaluation(loss=loss, exact_match=exact, answered=answered)
+    exact_match = answered.match.fraction if answered.match else None
+    evaluation = Evaluation(loss=loss, exact_match=exact_match, answered=answered)
+    heading = when.capitalize()
+    # A resumed run has trained before, so its first evaluation is not the one before training.
+    if before and job.first_step > 0:
+        heading = f"At step {job.first_step}"
+    summary.print_evaluation(console, evaluation, when=heading, skipped=skipped)
+    return evaluation
 
 
 def _questions(job: Job) -> tuple[list[list[Message]], int]:
-    """The first validation conversations to answer, and how many before them leave the model no room to."""
+    """The first validation conversations to answer, and how many were skipped as too long."""
     config, model = job.config.eval, job.model
-    wanted, passed_over = max(config.exact_match_rows, config.samples), 0
+    wanted = max(config.exact_match_rows, config.samples)
+    skipped = 0
     chosen: list[list[Message]] = []
     for messages in job.data.validation.conversations:
         if len(chosen) == wanted:
             break
-        prompt = encode_prompt(split_answer(messages)[0], model.tokenizer)
+        question, _ = split_answer(messages)
+        prompt = encode_prompt(question, model.tokenizer)
+        # `generate` refuses a prompt that leaves no room for the longest answer.
         if len(prompt) + config.max_new_tokens <= model.config.max_positions:
             chosen.append(messages)
         else:
-            passed_over += 1
-    return chosen, passed_over
+            skipped += 1
+    return chosen, skipped
+
+
+def _log_validation_loss(
+    step: int, job: Job, state: TrainState, log: Log, progress: Progress
+) -> None:
+    """Evaluate during training: the loss only, because generating answers takes long."""
+    loss = _validation_loss(job, state)
+    if loss is not None:
+        log.write(step, {"validation_loss": loss})
+        progress.note(f"step {step}: validation loss {loss:.4f}")
 
 
 def _validation_loss(job: Job, state: TrainState) -> float | None:
-    """The mean loss over the labeled tokens of the validation rows, or None without such rows."""
-    config, rows = job.config, job.data.validation.rows
+    """The mean loss per labeled token of the validation rows; None if there are no such rows."""
+    config = job.config
+    rows = job.data.validation.rows
     if not rows:
         return None
     params = combine(state.trained, job.frozen)
+    # As many rows at a time as in training, which fits in memory.
     size = config.train.batch_size // config.train.microbatches
-    sums = np.zeros(2)
-    for batch in evaluation_batches(
-        rows, size, max_length=config.data.max_length, limit=config.eval.rows
-    ):
+    max_length = config.data.max_length
+    totals = np.zeros(2)  # summed loss, labeled tokens
+    for batch in evaluation_batches(rows, size, max_length=max_length, limit=config.eval.rows):
+        placed = sharding.place_batch(batch, job.mesh)
         with jax.set_mesh(job.mesh):
-            sums += np.array(
-                jax.device_get(job.evaluate(params, sharding.place_batch(batch, job.mesh)))
-            )
-    return float(sums[0] / sums[1])
+            totals += np.array(jax.device_get(job.evaluate(params, placed)))
+    loss, tokens = totals
+    return float(loss / tokens)
 
 
 def _save_base(job: Job, folder: Path) -> Path | None:
-    """The base that the adapter is for, where no checkpoint elsewhere is it: quantized without its start."""
-    base, params = folder / BASE, combine(job.state.trained, job.frozen)
-    if not any(map(is_requantized, modules(params).values())):
+    """Save the base if the init changed its quantized kernels, for no other checkpoint holds them.
+
+    Returns:
+      Its folder; None if the adapter belongs to the model that was loaded.
+    """
+    params = combine(job.state.trained, job.frozen)
+    if not any(is_requantized(layer) for layer in modules(params).values()):
         return None
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
-    if jax.process_index() == 0 and not base.is_dir():  # a resumed run's is there
+    base = folder / BASE
+    # A resumed run finds the folder that its first part saved.
+    if jax.process_index() == 0 and not base.is_dir():
         save_quantized(base, params, job.model)
     return base
 
 
 def _save(job: Job, state: TrainState, folder: Path, *, base: Path | None) -> Path:
-    """The adapter as a PEFT folder, or the model as a Hugging Face folder where everything trained."""
+    """Save the adapter as a PEFT folder, or the model as a Hugging Face folder after full tuning.
+
+    Returns:
+      The folder.
+    """
     config = job.config.adapter
     params = combine(state.trained, job.frozen)
-    if (
-        jax.process_count() > 1
-    ):  # the base stays where it is, and is the model's own in save_peft's eyes
+    if jax.process_count() > 1:
+        # The base may not fit on one host. It is not gathered, and stays the model's own arrays,
+        # by which save_peft knows that it has nothing to write of it.
         owned, rest = partition(params, by="ownership", whole=config.train_whole)
         params = combine(multihost_utils.process_allgather(owned, tiled=True), rest)
-    full = "all" in config.train_whole and not config.targets
-    saved = folder / ("model" if full else "adapter")
+    full_fine_tuning = "all" in config.train_whole and not config.targets
+    saved = folder / ("model" if full_fine_tuning else "adapter")
+    # others="keep": files that a user has put into the folder stay when a run is resumed.
     if jax.process_index() == 0:
-        if full:
+        if full_fine_tuning:
             save_model(saved, params, job.model, others="keep")
         else:
             save_peft(saved, params, job.model, config=config, base=base, others="keep")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("saved")
     return saved
-
-
-def _adapters(trained: Tree) -> Tree:
-    """The trained leaves that belong to adapters."""
-    return split(
-        trained, lambda path: path.rpartition("/")[2] in ("lora_a", "lora_b", "magnitude")
-    )[0]

@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a run: a bar on a terminal, and a few lines in a file."""
 
 from __future__ import annotations
 
@@ -7,34 +7,37 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
-from rich import progress as bars
+from rich import progress as rich_progress
 from rich.console import Console
 
-LINES = 20  # lines of a run whose output goes to a file
+LINES = 20
+"""How many lines a run prints if its output is not a terminal."""
 
 
 class Progress:
-    """Loss, learning rate, tokens a second and the time left.
+    """Shows the loss, the learning rate, tokens per second and the time left.
 
     Args:
-      console: where to.
-      first: steps done before.
-      steps: steps in all.
+      console: where to print.
+      first: steps that are already done.
+      steps: all steps of the run.
     """
 
     def __init__(self, console: Console, *, first: int, steps: int) -> None:
-        self._console, self._first, self._steps = console, first, steps
-        self._bar = bars.Progress(
-            bars.TextColumn("step {task.completed}/{task.total}"),
-            bars.BarColumn(bar_width=None),
-            bars.TextColumn("{task.description}"),
-            bars.TimeRemainingColumn(),
+        self._console = console
+        self._first = first
+        self._steps = steps
+        self._bar = rich_progress.Progress(
+            rich_progress.TextColumn("step {task.completed}/{task.total}"),
+            rich_progress.BarColumn(bar_width=None),
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("compiled", total=steps, completed=first)
         self._last = time.perf_counter()
-        self._rate = 0.0
+        self._tokens_per_second = 0.0  # smoothed
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -42,46 +45,57 @@ class Progress:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
 
-    def advance(self, step: int, values: Mapping[str, float], tokens: int) -> float:
-        """Show that `step` is done; returns the tokens a second since the step before."""
+    def advance(self, step: int, metrics: Mapping[str, float], tokens: int) -> float:
+        """Show that `step` is done. Returns the tokens per second since the last step."""
         now = time.perf_counter()
-        rate, self._last = tokens / max(now - self._last, 1e-9), now
-        self._rate = rate if step <= self._first + 2 else 0.9 * self._rate + 0.1 * rate
-        peak = max(value for name, value in values.items() if name.startswith("learning_rate"))
-        text = f"loss {values['loss']:.4f}  rate {peak:.2e}  {self._rate:,.0f} tokens/s"
+        tokens_per_second = tokens / max(now - self._last, 1e-9)
+        self._last = now
+        if step <= self._first + 2:
+            # The first step warms up, so the average starts anew with the second.
+            self._tokens_per_second = tokens_per_second
+        else:
+            self._tokens_per_second = 0.9 * self._tokens_per_second + 0.1 * tokens_per_second
+        # Groups of leaves have learning rates of their own (LoRA+); the largest stands for all.
+        learning_rate = max(v for name, v in metrics.items() if name.startswith("learning_rate"))
+        text = (
+            f"loss {metrics['loss']:.4f}  lr {learning_rate:.2e}  "
+            f"{self._tokens_per_second:,.0f} tokens/s"
+        )
         self._bar.update(self._task, completed=step, description=text)
-        if not self._console.is_terminal and (
-            step % max(self._steps // LINES, 1) == 0 or step == self._steps
-        ):
-            left = (self._steps - step) * tokens / max(self._rate, 1e-9)
-            self._console.print(f"step {step}/{self._steps}  {text}  {left:.0f} s left")
-        return rate
+        if not self._console.is_terminal and self._prints_line(step):
+            seconds_left = (self._steps - step) * tokens / max(self._tokens_per_second, 1e-9)
+            self._console.print(f"step {step}/{self._steps}  {text}  {seconds_left:.0f} s left")
+        return tokens_per_second
 
     def skip(self) -> None:
-        """Leave out of the next step's time what passed since the last."""
+        """Exclude the time since the last step (an evaluation, a checkpoint) from the next one."""
         self._last = time.perf_counter()
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         self._bar.console.print(text)
 
+    def _prints_line(self, step: int) -> bool:
+        """Whether a run without a terminal prints a line after this step."""
+        every = max(self._steps // LINES, 1)
+        return step % every == 0 or step == self._steps
+
 
 @contextlib.contextmanager
-def working(console: Console, what: str) -> Iterator[Callable[[float], None]]:
-    """A bar for a part of the start; gives the function to call with each share that is done."""
-    shown = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(bar_width=None),
-        bars.TimeRemainingColumn(),
+def progress_bar(console: Console, description: str) -> Iterator[Callable[[float], None]]:
+    """A bar for a part of the setup. Yields a function to call with each completed fraction."""
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(bar_width=None),
+        rich_progress.TimeRemainingColumn(),
     )
-    with bars.Progress(
-        *shown, console=console, disable=not console.is_terminal, transient=True
-    ) as bar:
-        task = bar.add_task(what, total=1.0)
-        yield lambda share: bar.advance(task, share)
+    hidden = not console.is_terminal
+    with rich_progress.Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+        task = bar.add_task(description, total=1.0)
+        yield lambda fraction: bar.advance(task, fraction)

@@ -1,11 +1,11 @@
-"""What a run shows a person: the table of what is adapted, memory by part, the first batch, answers, the end."""
+"""Tables that a run prints: config, trainable modules, memory, first batch, answers, result."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,145 +22,190 @@ from lorax_ft.lowrank.linear import ADAPTER_LEAVES
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.tree import Tree, flatten, modules
 
-Row = tuple[str, ...]
-WIDE = 100  # columns of a terminal that hold all of the table of what trains
+FILE_WIDTH = 120
+"""Columns of output that goes to a file."""
+WIDE = 100
+"""Columns that the whole table of modules needs; a narrower terminal gets fewer columns."""
+WIDE_ONLY = ("matrices", "dtype", "sharding")
+"""Columns of the table of modules that a narrow terminal leaves out."""
+
+
+class ModuleRow(NamedTuple):
+    """A line of the table of trainable modules. The field names are the table's header."""
+
+    module: str
+    matrices: str
+    """Matrices of the stack that are adapted."""
+    shape: str
+    rank: str
+    scale: str
+    dtype: str
+    sharding: str
+    parameters: int
 
 
 def make_console() -> Console:
-    """A console that only the first of several processes prints to; output to a file is wide enough for the tables."""
+    """The console to print to. Only the first of several processes prints."""
     console = Console(highlight=False, quiet=jax.process_index() != 0)
-    return (
-        console if console.is_terminal else Console(highlight=False, quiet=console.quiet, width=120)
-    )
+    if console.is_terminal:
+        return console
+    # rich assumes 80 columns for a file, which breaks the tables.
+    return Console(highlight=False, quiet=console.quiet, width=FILE_WIDTH)
 
 
 def print_config(console: Console, config: Config) -> None:
-    """The resolved config, a section a paragraph; what differs from the defaults stands out."""
+    """Print the resolved config by section, with the values that are not defaults in bold."""
     grid = Table.grid(padding=(0, 2))
     for section in dataclasses.fields(config):
-        values, text = getattr(config, section.name), Text()
-        for field in dataclasses.fields(values):
-            value = getattr(values, field.name)
-            shown = " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+        options = getattr(config, section.name)
+        text = Text()
+        for field in dataclasses.fields(options):
+            value = getattr(options, field.name)
+            style = "dim" if value == field.default else "bold"
             text.append(f"{field.name} ", style="dim")
-            text.append(shown, style="dim" if value == field.default else "bold")
+            text.append(_option(value), style=style)
             text.append("   ")
         grid.add_row(Text(section.name, style="cyan"), text)
     console.print(grid)
 
 
-def adapter_rows(params: Tree, trained: Tree, *, layout: Layout) -> list[Row]:
-    """A row for each module that trains: path, matrices, shape, rank, scale, dtype, sharding, parameters."""
-    layers, base = modules(trained), modules(params)
-    rows: list[Row] = []
-    for path, leaves in layers.items():
-        layer = base[path]
-        dtype = ", ".join(sorted({str(leaf.dtype) for leaf in leaves.values()}))
-        if "lora_a" not in layer:
-            shapes = ", ".join(_shape(leaf.shape) for leaf in leaves.values())
-            count = sum(math.prod(leaf.shape) for leaf in leaves.values())
-            rows.append((path, "", shapes, "whole", "", dtype, _spec(leaves), f"{count:,}"))
-            continue
-        scales, ranks = np.asarray(layer["lora_scale"]).reshape(-1), matrix_ranks(layer)
-        active = scales != 0
-        _, inner, outer = layout[path].sizes(_kernel_shape(layer, base))
-        sides = ("lora_a" in leaves) * inner + ("lora_b" in leaves) * outer
-        count = int(ranks.sum()) * sides + ("magnitude" in layer) * int(active.sum()) * outer
-        matrices = f"{active.sum()}" + ("" if active.all() else f" of {active.size}")
-        rank = _span(ranks[active]) + (" + m" if "magnitude" in layer else "")
-        shape = f"{inner} × {outer}"
-        rows.append(
-            (path, matrices, shape, rank, _span(scales[active]), dtype, _spec(leaves), f"{count:,}")
-        )
+def print_modules(console: Console, params: Tree, trained: Tree, *, layout: Layout) -> None:
+    """Print the trainable modules, and what fraction of the parameters is trainable."""
+    rows = module_rows(params, trained, layout=layout)
+    table = _make_table("Trainable modules")
+    names = list(ModuleRow._fields)
+    if console.width < WIDE:
+        names = [name for name in names if name not in WIDE_ONLY]
+    for name in names:
+        # Text is aligned to the left, numbers to the right.
+        justify: Any = "left" if name in ("module", "dtype", "sharding") else "right"
+        table.add_column(name, justify=justify, no_wrap=name != "sharding", overflow="fold")
+    for row in rows:
+        cells = row._asdict() | {"parameters": f"{row.parameters:,}"}
+        table.add_row(*(cells[name] for name in names))
+    console.print(table)
+    count = sum(row.parameters for row in rows)
+    base = base_count(params)
+    percent = 100 * count / base
+    console.print(f"{count:,} trainable parameters, {percent:.3g}% of the base's {base:,}.")
+    console.print(f"The base takes {describe_bytes(params)}.\n")
+
+
+def module_rows(params: Tree, trained: Tree, *, layout: Layout) -> list[ModuleRow]:
+    """A row for each module with trained leaves."""
+    layers = modules(params)
+    rows = []
+    for path, leaves in modules(trained).items():
+        layer = layers[path]
+        if "lora_a" in layer:
+            _, inputs, outputs = layout[path].sizes(_kernel_shape(layer, layers))
+            rows.append(_adapter_row(path, layer, leaves, inputs=inputs, outputs=outputs))
+        else:
+            rows.append(_full_row(path, leaves))
     return rows
+
+
+def _adapter_row(
+    path: str, layer: Mapping[str, Any], trained: Mapping[str, Any], *, inputs: int, outputs: int
+) -> ModuleRow:
+    """The row of a module with an adapter."""
+    scales = np.asarray(layer["lora_scale"]).reshape(-1)
+    ranks = matrix_ranks(layer)
+    # In a stack of layers, those that are not adapted have the scale 0.
+    adapted = scales != 0
+    matrices = f"{adapted.sum()}"
+    if not adapted.all():
+        matrices += f" of {adapted.size}"
+    # Padding of the ranks and factors frozen by adapter.freeze are not counted.
+    parameters_per_rank = 0
+    if "lora_a" in trained:
+        parameters_per_rank += inputs
+    if "lora_b" in trained:
+        parameters_per_rank += outputs
+    parameters = int(ranks.sum()) * parameters_per_rank
+    rank = _span(ranks[adapted])
+    if "magnitude" in layer:
+        parameters += int(adapted.sum()) * outputs
+        rank += " + m"
+    return ModuleRow(
+        module=path,
+        matrices=matrices,
+        shape=f"{inputs} × {outputs}",
+        rank=rank,
+        scale=_span(scales[adapted]),
+        dtype=_dtypes(trained),
+        sharding=_sharding(trained),
+        parameters=parameters,
+    )
+
+
+def _full_row(path: str, trained: Mapping[str, Any]) -> ModuleRow:
+    """The row of a module whose own weights train."""
+    return ModuleRow(
+        module=path,
+        matrices="",
+        shape=", ".join(" × ".join(map(str, leaf.shape)) for leaf in trained.values()),
+        rank="full",
+        scale="",
+        dtype=_dtypes(trained),
+        sharding=_sharding(trained),
+        parameters=_parameters(trained),
+    )
 
 
 def matrix_ranks(layer: Mapping[str, Any]) -> np.ndarray:
     """The rank of each matrix of a stack: the columns of A, or rows of B, that are not padding."""
-    scales, a, b = np.asarray(layer["lora_scale"]), layer["lora_a"], layer["lora_b"]
+    scales = np.asarray(layer["lora_scale"])
+    a, b = layer["lora_a"], layer["lora_b"]  # [*L, *in, R] and [*L, R, *out]
     n = scales.ndim
-    # On the devices: the factors may lie on several hosts.
-    columns, rows = (
-        jnp.any(a != 0, axis=tuple(range(n, a.ndim - 1))),
-        jnp.any(b != 0, axis=tuple(range(n + 1, b.ndim))),
-    )
-    return (np.asarray(columns | rows).sum(axis=-1) * (scales != 0)).reshape(-1)
-
-
-def print_table(console: Console, params: Tree, trained: Tree, *, layout: Layout) -> None:
-    """What is adapted, and the share of the parameters that trains."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title="What trains",
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-    )
-    names = ("module", "matrices", "shape", "rank", "scale", "dtype", "sharding", "parameters")
-    shown = [
-        name
-        for name in names
-        if console.width >= WIDE or name not in ("matrices", "dtype", "sharding")
-    ]
-    for name in shown:
-        left = name in ("module", "dtype", "sharding")
-        table.add_column(
-            name, justify="left" if left else "right", no_wrap=name != "sharding", overflow="fold"
-        )
-    rows = adapter_rows(params, trained, layout=layout)
-    for row in rows:
-        table.add_row(*(cell for name, cell in zip(names, row, strict=True) if name in shown))
-    console.print(table)
-    count = sum(int(row[-1].replace(",", "")) for row in rows)
-    base = base_count(params)
-    console.print(f"{count:,} parameters train, {100 * count / base:.3g} % of the base's {base:,}.")
-    console.print(f"The base takes {describe_bytes(params)}.\n")
+    # Reduced on the devices, because the factors may be sharded over several hosts.
+    columns = jnp.any(a != 0, axis=tuple(range(n, a.ndim - 1)))  # [*L, R]
+    rows = jnp.any(b != 0, axis=tuple(range(n + 1, b.ndim)))  # [*L, R]
+    # Either factor may start at 0; padding is 0 in both.
+    ranks = np.asarray(columns | rows).sum(axis=-1)
+    return (ranks * (scales != 0)).reshape(-1)
 
 
 def describe_bytes(params: Tree) -> str:
-    """The bytes of the base's arrays, without copies on other devices, and the bits of a quantized parameter."""
-    base = {
-        path: leaf
-        for path, leaf in flatten(params).items()
-        if path.rpartition("/")[2] not in ADAPTER_LEAVES
-    }
-    quantized = [leaf for leaf in base.values() if isinstance(leaf, Quantized)]
+    """The size of the base, counted once however often it is replicated.
+
+    For a quantized base also the bits per quantized parameter.
+    """
+    base = _base_leaves(params)
     text = f"{_bytes(base) / 1e6:,.1f} MB"
+    quantized = {path: leaf for path, leaf in base.items() if isinstance(leaf, Quantized)}
     if not quantized:
         return text
-    count, size = sum(math.prod(leaf.shape) for leaf in quantized), _bytes(quantized)
-    return f"{text}, of them {size / 1e6:,.1f} MB for {count:,} quantized parameters, {8 * size / count:.3f} bits each"
+    count = _parameters(quantized)
+    size = _bytes(quantized)
+    return (
+        f"{text}, of which {size / 1e6:,.1f} MB hold {count:,} quantized parameters, "
+        f"{8 * size / count:.3f} bits each"
+    )
 
 
 def base_count(params: Tree) -> int:
-    """The number of the base's parameters."""
-    return sum(
-        math.prod(v.shape)
-        for p, v in flatten(params).items()
-        if p.rpartition("/")[2] not in ADAPTER_LEAVES
-    )
+    """The number of parameters of the base."""
+    return _parameters(_base_leaves(params))
 
 
 def print_memory(console: Console, parts: Mapping[str, Any], *, temporaries: int) -> None:
-    """The memory that a step takes, by part, on each device.
+    """Print the memory that a step takes on each device, by part.
 
     Args:
-      console: where to.
+      console: where to print.
       parts: trees of arrays by name.
-      temporaries: bytes that the compiled step asks for beside its arguments.
+      temporaries: bytes that the compiled step allocates besides its arguments.
     """
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title="Memory on each device",
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-    )
+    sizes = {}
+    for name, tree in parts.items():
+        sizes[name] = sum(map(_device_bytes, jax.tree.leaves(tree)))
+    sizes["activations, gradients and other temporaries"] = temporaries
+    sizes["total"] = sum(sizes.values())
+    table = _make_table("Memory per device")
     table.add_column("part")
     table.add_column("MB", justify="right")
-    sizes = {name: sum(map(_device_bytes, jax.tree.leaves(tree))) for name, tree in parts.items()}
-    sizes["activations, gradients and other temporaries"] = temporaries
-    for name, size in (sizes | {"all": sum(sizes.values())}).items():
+    for name, size in sizes.items():
         table.add_row(name, f"{size / 1e6:,.1f}")
     console.print(table)
 
@@ -168,17 +213,19 @@ def print_memory(console: Console, parts: Mapping[str, Any], *, temporaries: int
 def print_batch(
     console: Console, tokenizer: Any, rows: Sequence[Sequence[Sample]], *, most: int = 2
 ) -> None:
-    """The first rows of a batch as the model will see them; what counts in the loss is green."""
-    console.print(
-        Text.assemble(
-            ("The first batch", "bold"), " (what counts in the loss is ", ("⟦marked⟧", "green"), ")"
-        )
-    )
+    """Print the first rows of a batch as the model sees them, with the labeled tokens in green."""
+    title = Text("First batch", style="bold")
+    legend = Text("⟦marked⟧", style="green")
+    console.print(title, "(labeled tokens are", legend, end=")\n")
     for row in rows[:most]:
         text = Text()
         for sample in row:
-            for piece, counts in describe_row(tokenizer, sample):
-                text.append(f"⟦{piece}⟧" if counts else piece, style="green" if counts else "")
+            for piece, labeled in describe_row(tokenizer, sample):
+                # Brackets as well as color: a file shows no color.
+                if labeled:
+                    text.append(f"⟦{piece}⟧", style="green")
+                else:
+                    text.append(piece)
             text.append("\n")
         console.print(text)
     if len(rows) > most:
@@ -188,33 +235,23 @@ def print_batch(
 def print_answers(
     console: Console, title: str, questions: Sequence[str], columns: Mapping[str, Sequence[str]]
 ) -> None:
-    """Questions beside their answers."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-        show_lines=True,
-    )
+    """Print questions beside their answers."""
+    table = _make_table(title, show_lines=True)
     table.add_column("question", ratio=3)
     for name in columns:
         table.add_column(name, ratio=2)
     for i, question in enumerate(questions):
-        table.add_row(Text(question), *(Text(answers[i]) for answers in columns.values()))
+        # Text, because rich would read square brackets in an answer as markup.
+        cells = [Text(question)]
+        for answers in columns.values():
+            cells.append(Text(answers[i]))
+        table.add_row(*cells)
     console.print(table)
 
 
 def print_summary(console: Console, rows: Sequence[tuple[str, str]], *, title: str) -> None:
-    """The run's result as two columns."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        show_header=False,
-        pad_edge=False,
-    )
+    """Print names and values in two columns."""
+    table = _make_table(title, show_header=False)
     table.add_column("", style="bold")
     table.add_column("", overflow="fold")
     for name, value in rows:
@@ -222,35 +259,71 @@ def print_summary(console: Console, rows: Sequence[tuple[str, str]], *, title: s
     console.print(table)
 
 
+def _make_table(title: str, *, show_header: bool = True, show_lines: bool = False) -> Table:
+    """An empty table in the style of all tables here."""
+    return Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        show_header=show_header,
+        show_lines=show_lines,
+    )
+
+
+def _option(value: object) -> str:
+    """The value of an option as it is written on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _base_leaves(params: Tree) -> dict[str, Any]:
+    """The leaves that are not part of an adapter, by slash path."""
+    leaves = flatten(params)
+    return {p: leaf for p, leaf in leaves.items() if p.rpartition("/")[2] not in ADAPTER_LEAVES}
+
+
+def _parameters(leaves: Mapping[str, Any]) -> int:
+    """The number of parameters; a quantized leaf has the shape of its kernel."""
+    return sum(math.prod(leaf.shape) for leaf in leaves.values())
+
+
 def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _device_bytes(leaf: Any) -> int:
+    """The bytes of a leaf on one device."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _kernel_shape(layer: Mapping[str, Any], layers: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of a module's kernel or embedding."""
     for name in ("kernel", "embedding"):
         if name in layer:
             return tuple(layer[name].shape)
+    # A tied head has no kernel of its own: it is the transposed embedding.
     return tuple(layers["embed_tokens"]["embedding"].shape[::-1])
 
 
-def _spec(leaves: Mapping[str, Any]) -> str:
-    """How the leaves of a module lie on the mesh."""
-    sharding = next(iter(leaves.values())).sharding
-    if sharding.num_devices == 1:
+def _dtypes(leaves: Mapping[str, Any]) -> str:
+    return ", ".join(sorted({str(leaf.dtype) for leaf in leaves.values()}))
+
+
+def _sharding(leaves: Mapping[str, Any]) -> str:
+    """How the leaves of a module are sharded."""
+    first = next(iter(leaves.values()))
+    if first.sharding.num_devices == 1:
         return "1 device"
-    return ", ".join(
-        f"{name} {tuple(leaf.sharding.spec)}".replace("None", "–") for name, leaf in leaves.items()
-    )
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
+    specs = [f"{name} {tuple(leaf.sharding.spec)}" for name, leaf in leaves.items()]
+    return ", ".join(specs).replace("None", "–")
 
 
 def _span(values: np.ndarray) -> str:
+    """The smallest and the largest value, or the value that all share."""
     low, high = f"{values.min():.4g}", f"{values.max():.4g}"
-    return low if low == high else f"{low}–{high}"
+    if low == high:
+        return low
+    return f"{low}–{high}"

@@ -1,4 +1,4 @@
-"""A run that is told to stop ends after its step, so that nothing is lost."""
+"""Ctrl-C and SIGTERM stop a run after its current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,45 +11,49 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a machine sends before it goes away
-NOTICE = b"\nending after this step, with a checkpoint; once more to end at once\n"
+# Ctrl-C, and what a preempted machine receives before it is shut down.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTICE = b"\nstopping after this step, with a checkpoint; a second Ctrl-C stops at once\n"
 
 
 class StopSignal:
-    """Inside the block, the first signal asks for the end; a second one is a KeyboardInterrupt at once.
+    """Within the block, a first signal requests a stop, and a second raises KeyboardInterrupt.
 
-    Of several processes, a SIGTERM to any asks all of them, and JAX finds the step that all can end after.
+    With several processes, a SIGTERM to one of them stops all: JAX agrees on the step after which
+    they stop.
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._old: dict[signal.Signals, Any] = {}
+        self._requested = False
+        self._old_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        # Outside the main thread signals cannot be had, and of several processes they are JAX's.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        # Python allows signal handlers in the main thread only. With several processes, JAX's
+        # preemption service handles the signals, and replacing its handler would disable it.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if jax.process_count() == 1 and in_main_thread:
+            for number in SIGNALS:
+                self._old_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._old.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
-    def asked(self, step: int) -> bool:
-        """Whether the run is to end after this step; called once at each."""
-        return (
-            self._asked
-            if jax.process_count() == 1
-            else multihost_utils.reached_preemption_sync_point(step)
-        )
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step. Every process calls it once per step."""
+        if jax.process_count() == 1:
+            return self._requested
+        return multihost_utils.reached_preemption_sync_point(step)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._requested:
             raise KeyboardInterrupt
-        self._asked = True
-        os.write(2, NOTICE)  # as a handler may not print
+        self._requested = True
+        # Not print: the signal may arrive within a print, whose buffer cannot be entered twice.
+        os.write(2, NOTICE)

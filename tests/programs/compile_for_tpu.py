@@ -110,7 +110,7 @@ def _base_leaf(path: str, leaf: Any, config: Config) -> Any:
 def compile_step(
     model: Model, config: Config, mesh: Mesh, state: TrainState, frozen: Tree, batch: Tree
 ) -> Any:
-    """The step, compiled as in `lorax_ft.run.start.compile_step`."""
+    """The step, compiled as `lorax_ft.run.setup.compile_step` does it."""
     step = make_train_step(
         model,
         make_optimizer(config.optim, steps=100),

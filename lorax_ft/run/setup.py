@@ -1,0 +1,370 @@
+"""Setup of a run: data, model, adapters, optimizer and the compiled step, all on the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from lorax_ft import sharding
+from lorax_ft.config import Config
+from lorax_ft.data.batches import Batches, Dataset, check_sources, load_data
+from lorax_ft.interop.load import load_model
+from lorax_ft.interop.peft import load_peft
+from lorax_ft.interop.peft_config import read_config
+from lorax_ft.lowrank.adapters import with_norms
+from lorax_ft.lowrank.groups import fully_trained
+from lorax_ft.lowrank.starts import CHANGES_BASE
+from lorax_ft.lowrank.statistics import STATISTICS
+from lorax_ft.models.model import Model
+from lorax_ft.run.checkpoints import Checkpoints
+from lorax_ft.run.progress import progress_bar
+from lorax_ft.run.report import make_console
+from lorax_ft.sharding import DECODER_RULES
+from lorax_ft.training import contract
+from lorax_ft.training.calibration import calibrate
+from lorax_ft.training.optimizer import make_optimizer
+from lorax_ft.training.state import base_of, fresh_state, owned_leaves, resumed_state
+from lorax_ft.training.step import TrainState, batch_loss, make_eval_step, make_train_step
+from lorax_ft.tree import Tree, combine, flatten, unflatten
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that is ready to train."""
+
+    config: Config
+    mesh: Mesh
+    data: Dataset
+    batches: Batches
+    steps: int
+    """Steps of the whole run, including those before a resume."""
+    model: Model
+    """Its parameters are the base that the adapters are added to: where an init subtracts its
+    start from the base, they are what remains."""
+    state: TrainState
+    """The state before the first step. The first step donates it."""
+    frozen: Tree
+    step: Any
+    """The compiled training step."""
+    evaluate: Any
+    """The jitted evaluation step."""
+    checkpoints: Checkpoints
+    first_step: int
+    """Steps that are already done: 0 for a new run."""
+    seconds: Mapping[str, float]
+    """How long each part of the setup took."""
+
+    def batch(self, step: int) -> tuple[dict[str, Array], int]:
+        """Training batch number `step`, from 0, on the mesh, and its tokens without padding."""
+        return _training_batch(self.batches, step, self.config, self.mesh)
+
+
+def set_up(config: Config, *, folder: Path) -> Job:
+    """Load the model and the data, add adapters, check the contract, compile the step.
+
+    Args:
+      config: the run.
+      folder: its output folder.
+
+    Raises:
+      ValueError: the config, the data, the checkpoint or the mesh do not fit together.
+      OSError: the disk has no room for a checkpoint.
+    """
+    timer = _Timer()
+    mesh = _make_mesh(config)
+    _check_before_loading(config)
+    model = _load_model(config, mesh)
+    data = _load_data(config, model)
+    timer.lap("model and data")
+
+    batches = _make_batches(config, data)
+    steps = config.train.steps or max(round(config.train.epochs * batches.steps_per_epoch), 1)
+    tx = make_optimizer(config.optim, steps=steps)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints)
+    if config.train.resume:
+        state, frozen = resumed_state(model, config.adapter, tx, mesh=mesh, checkpoints=checkpoints)
+        _check_steps_left(state, steps, folder)
+    else:
+        state, frozen = _new_state(model, tx, config, batches=batches, mesh=mesh, timer=timer)
+    checkpoints.check_room(state, owned_leaves(state.trained, frozen))
+    # From here on the model holds the base of the adapters, so that no leaf is in memory twice.
+    model = base_of(model, state, frozen)
+    timer.lap("adapters")
+
+    first_step = int(state.step)
+    batch, _ = _training_batch(batches, first_step, config, mesh)
+    _check_contract(model, state, frozen, batch=batch, packed=config.data.pack)
+    step = compile_step(model, tx, config, state=state, frozen=frozen, batch=batch, mesh=mesh)
+    timer.lap("tracing and compiling the step")
+    return Job(
+        config=config,
+        mesh=mesh,
+        data=data,
+        batches=batches,
+        steps=steps,
+        model=model,
+        state=state,
+        frozen=frozen,
+        step=step,
+        evaluate=jax.jit(make_eval_step(model, packed=False)),
+        checkpoints=checkpoints,
+        first_step=first_step,
+        seconds=timer.seconds,
+    )
+
+
+def compile_step(
+    model: Model,
+    tx: optax.GradientTransformation,
+    config: Config,
+    *,
+    state: TrainState,
+    frozen: Tree,
+    batch: dict[str, Array],
+    mesh: Mesh,
+) -> Any:
+    """The training step, compiled for this state and for batches of this shape."""
+    train_step = make_train_step(
+        model,
+        tx,
+        packed=config.data.pack,
+        dropout=config.adapter.dropout,
+        neftune_alpha=config.train.neftune_alpha,
+    )
+    # Without out_shardings XLA may shard the new state differently, and the compiled step
+    # would reject it at the next call.
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    out_shardings = (state_shardings, sharding.replicated(mesh))
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+    # The model finds the mesh in the context when it constrains activations (`split_rows`).
+    with jax.set_mesh(mesh):
+        return jitted.lower(state, frozen, batch, step_key(config)).compile()
+
+
+def step_key(config: Config) -> Array:
+    """The key that each step folds its number into, for dropout and noise."""
+    return jax.random.fold_in(jax.random.key(config.train.seed), 1)
+
+
+def _make_mesh(config: Config) -> Mesh:
+    """The mesh of the config, checked against the batch size."""
+    mesh = sharding.make_mesh(config.mesh)
+    rows = config.train.batch_size // config.train.microbatches
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % devices:
+        raise ValueError(
+            f"train.batch_size {config.train.batch_size} in {config.train.microbatches} "
+            f"microbatches gives {rows} rows, which do not divide over data × fsdp = {devices} "
+            "devices"
+        )
+    return mesh
+
+
+def _load_model(config: Config, mesh: Mesh) -> Model:
+    """The model on its devices, with its adapter if the run trains an existing one."""
+
+    def shard(path: str, leaf: Any) -> Any:
+        tree = unflatten({path: leaf})
+        return flatten(sharding.param_shardings(tree, DECODER_RULES, mesh=mesh))[path]
+
+    model = load_model(
+        config.model.path,
+        revision=config.model.revision,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        remat=config.model.remat,
+        quant=config.quant,
+        shardings=shard,
+    )
+    _check_prequantized(model, config)
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{config.model.path} holds no tokenizer; put its tokenizer.json beside the weights"
+        )
+    if config.adapter.continue_from is None:
+        return model
+    return _load_adapter(model, Path(config.adapter.continue_from), config)
+
+
+def _load_adapter(model: Model, folder: Path, config: Config) -> Model:
+    """The model with the adapter of `adapter.continue_from`."""
+    params = load_peft(folder, model)
+    for module in read_config(folder).get("modules_to_save") or ():
+        # PEFT saves a copy of a tied head; here the head and the embeddings are one leaf.
+        if module == "lm_head" and module not in params:
+            continue
+        path = module.removeprefix("model.").replace(".", "/")
+        if not fully_trained(path, config.adapter.train_whole):
+            raise ValueError(
+                f"{folder} holds a fully trained {path}; give --adapter.train_whole {path} to "
+                "continue training it"
+            )
+    return dataclasses.replace(model, params=params)
+
+
+def _load_data(config: Config, model: Model) -> Dataset:
+    """The data of the run, checked against the model's vocabulary."""
+    data = load_data(config.data, model.tokenizer, seed=config.train.seed)
+    # JAX does not raise at an index out of bounds, so training would go wrong in silence.
+    largest = max(int(sample.tokens.max()) for row in data.train.rows for sample in row)
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer produced token {largest}, but the model's vocabulary has "
+            f"{model.config.vocab_size} tokens: the tokenizer does not belong to this checkpoint"
+        )
+    return data
+
+
+def _make_batches(config: Config, data: Dataset) -> Batches:
+    return Batches(
+        rows=data.train.rows,
+        batch_size=config.train.batch_size,
+        max_length=config.data.max_length,
+        seed=config.train.seed,
+    )
+
+
+def _training_batch(
+    batches: Batches, step: int, config: Config, mesh: Mesh
+) -> tuple[dict[str, Array], int]:
+    """Batch number `step` on the mesh, `[M, B, T]`, and its tokens without padding."""
+    batch = batches.batch(step)
+    # Counted on the host, before the batch is spread over the devices. Padding has segment 0.
+    tokens = int((batch["segment_ids"] > 0).sum())
+    placed = sharding.place_batch(batch, mesh, microbatches=config.train.microbatches)
+    return placed, tokens
+
+
+def _new_state(
+    model: Model,
+    tx: optax.GradientTransformation,
+    config: Config,
+    *,
+    batches: Batches,
+    mesh: Mesh,
+    timer: _Timer,
+) -> tuple[TrainState, Tree]:
+    """The state of a new run, and its frozen leaves."""
+    statistics = _calibration(model, config, batches, mesh)
+    if statistics:
+        timer.lap("calibration")
+    # Adapters and steps (`step_key`) each have their own stream of random numbers.
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
+    with progress_bar(make_console(), f"initializing with {config.adapter.init}") as advance:
+        return fresh_state(
+            model,
+            config.adapter,
+            tx,
+            mesh=mesh,
+            key=key,
+            rounds=config.quant.rounds,
+            statistics=statistics,
+            advance=advance,
+        )
+
+
+def _calibration(
+    model: Model, config: Config, batches: Batches, mesh: Mesh
+) -> dict[str, np.ndarray]:
+    """The statistics of the first training batches that a data-driven init needs, else none."""
+    adapter, size = config.adapter, batches.batch_size
+    if adapter.init not in STATISTICS or adapter.continue_from is not None or not adapter.targets:
+        return {}
+    if adapter.calibration_batches * size > len(batches):
+        raise ValueError(
+            f"adapter.calibration_batches {adapter.calibration_batches} of train.batch_size "
+            f"{size} take more rows than the {len(batches)} to train on; lower one of them"
+        )
+    # Calibration runs a backward pass too, so it uses the microbatches that fit in memory.
+    rows = size // config.train.microbatches
+    placed = []
+    for i in range(adapter.calibration_batches):
+        batch = batches.batch(i)
+        for first in range(0, size, rows):
+            part = {name: values[first : first + rows] for name, values in batch.items()}
+            placed.append(sharding.place_batch(part, mesh))
+    bar = progress_bar(make_console(), f"calibrating {adapter.init}")
+    with bar as advance, jax.set_mesh(mesh):
+        return calibrate(model, adapter, placed, packed=config.data.pack, advance=advance)
+
+
+def _check_contract(
+    model: Model, state: TrainState, frozen: Tree, *, batch: dict[str, Array], packed: bool
+) -> None:
+    """Raise if the loss does not read every trained leaf."""
+    # The loss takes one microbatch: [M, B, T] becomes [B, T].
+    microbatch = {name: values[0] for name, values in batch.items()}
+
+    def loss(trained: Tree) -> Array:
+        params = with_norms(combine(trained, frozen))
+        return batch_loss(model, params, microbatch, packed=packed)
+
+    contract.check_read(loss, state.trained)
+
+
+def _check_steps_left(state: TrainState, steps: int, folder: Path) -> None:
+    """Raise if the checkpoint is beyond the last step of the run."""
+    done = int(state.step)
+    if done > steps:
+        raise ValueError(
+            f"the run in {folder} is at step {done}, beyond its end at step {steps}; "
+            f"give --train.steps {done} or more, or another --train.output"
+        )
+
+
+def _check_before_loading(config: Config) -> None:
+    """Raise for mistakes that would cost the user the time to load the model."""
+    _check_quantization(config)
+    # Reads one row of each source.
+    check_sources(config.data)
+
+
+def _check_quantization(config: Config) -> None:
+    """Raise if the init changes the base, and the changed base cannot be saved."""
+    adapter = config.adapter
+    # The base does not change under an existing adapter, nor with keep_base.
+    keeps_base = adapter.continue_from is not None or adapter.keep_base
+    if keeps_base or adapter.init not in CHANGES_BASE or config.quant.format != "int8":
+        return
+    way_out = "use quant.format nf4"
+    if adapter.init != "loftq":  # which fits the quantized base, so it cannot keep the original
+        way_out += ", or adapter.keep_base"
+    raise ValueError(
+        f"adapter.init {adapter.init} changes the base, and a changed int8 base cannot be saved; "
+        f"{way_out}"
+    )
+
+
+def _check_prequantized(model: Model, config: Config) -> None:
+    """Raise if the init needs the quantization error of a model that was loaded quantized."""
+    adapter = config.adapter
+    fits_error = adapter.init == "loftq" or config.quant.rounds > 1
+    if model.prequantized and fits_error and adapter.continue_from is None:
+        raise ValueError(
+            f"{model.source} is already in NF4, so its quantization error is unknown; load the "
+            "checkpoint that it was quantized from, or use another adapter.init with "
+            "quant.rounds 1"
+        )
+
+
+class _Timer:
+    """Measures the parts of the setup."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Count the time since the last lap under this name."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
