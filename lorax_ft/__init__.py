@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         TrainConfig,
         load_config,
     )
+    from lorax_ft.deprecated import switched_off
     from lorax_ft.inference.generate import generate, stream
     from lorax_ft.inference.sampling import Sampling
     from lorax_ft.inference.texts import answer, stream_texts
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lorax_ft.interop.peft import load_peft, save_peft
     from lorax_ft.interop.save import save_model, save_quantized
     from lorax_ft.lowrank.adapters import (
+        abstract_adapters,
         add_adapters,
         attach_adapters,
         disable_adapters,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
         with_norms,
     )
     from lorax_ft.lowrank.groups import label, partition
+    from lorax_ft.lowrank.inits.context import InitContext, InitResult
     from lorax_ft.lowrank.intercept import adapt
     from lorax_ft.lowrank.layout import layout
     from lorax_ft.lowrank.linear import linear, merged_kernel
@@ -43,36 +46,43 @@ if TYPE_CHECKING:
     from lorax_ft.run.log import plot_losses
     from lorax_ft.run.loop import train
     from lorax_ft.training.calibration import calibrate
-    from lorax_ft.training.losses import head_loss
+    from lorax_ft.training.losses import head_loss, supervised_loss
     from lorax_ft.training.optimizer import make_optimizer
     from lorax_ft.training.step import TrainState, make_eval_step, make_train_step
     from lorax_ft.tree import combine
 
 _ROOMS = {
-    "config": "AdapterConfig Config DataConfig EvalConfig MeshConfig ModelConfig OptimConfig QuantConfig TrainConfig "
-    "load_config",
-    "lowrank.merge": "merge_adapters merge_weighted unmerge_adapters",
-    "tree": "combine",
-    "lowrank.adapters": "add_adapters attach_adapters disable_adapters with_dropout with_norms",
-    "lowrank.groups": "label partition",
-    "lowrank.intercept": "adapt",
-    "lowrank.layout": "layout",
-    "lowrank.linear": "linear merged_kernel",
-    "lowrank.quantize": "quantize_base",
-    "interop.save": "save_model save_quantized",
-    "interop.load": "load_model",
-    "interop.peft": "load_peft save_peft",
-    "inference.sampling": "Sampling",
-    "inference.generate": "generate stream",
-    "inference.texts": "answer stream_texts",
-    "training.calibration": "calibrate",
-    "run.log": "plot_losses",
-    "run.loop": "train",
-    "training.losses": "head_loss",
-    "training.optimizer": "make_optimizer",
-    "training.step": "TrainState make_eval_step make_train_step",
+    "config": (
+        *("AdapterConfig", "Config", "DataConfig", "EvalConfig", "MeshConfig", "ModelConfig"),
+        *("OptimConfig", "QuantConfig", "TrainConfig", "load_config"),
+    ),
+    "tree": ("combine",),
+    # With their old forms of calls; in 0.2 they come from their own modules.
+    "deprecated": (
+        *("attach_adapters", "disable_adapters", "make_eval_step", "make_train_step"),
+        *("merge_adapters", "merge_weighted", "switched_off", "unmerge_adapters", "with_norms"),
+    ),
+    "lowrank.adapters": ("abstract_adapters", "add_adapters", "with_dropout"),
+    "lowrank.groups": ("label", "partition"),
+    "lowrank.inits.context": ("InitContext", "InitResult"),
+    "lowrank.intercept": ("adapt",),
+    "lowrank.layout": ("layout",),
+    "lowrank.linear": ("linear", "merged_kernel"),
+    "lowrank.quantize": ("quantize_base",),
+    "interop.load": ("load_model",),
+    "interop.peft": ("load_peft", "save_peft"),
+    "interop.save": ("save_model", "save_quantized"),
+    "inference.generate": ("generate", "stream"),
+    "inference.sampling": ("Sampling",),
+    "inference.texts": ("answer", "stream_texts"),
+    "training.calibration": ("calibrate",),
+    "training.losses": ("head_loss", "supervised_loss"),
+    "training.optimizer": ("make_optimizer",),
+    "training.step": ("TrainState",),
+    "run.log": ("plot_losses",),
+    "run.loop": ("train",),
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = sorted(_ROOM_OF)
 __version__ = "0.1.0"

@@ -199,9 +199,7 @@ class AdapterConfig:
         self._check_used("method", self.method, METHODS)
         self._check_used("init", self.init, used_by_init)
 
-    def _check_used(
-        self, choice: str, chosen: str, used_by: Mapping[str, tuple[str, ...]]
-    ) -> None:
+    def _check_used(self, choice: str, chosen: str, used_by: Mapping[str, tuple[str, ...]]) -> None:
         """Raise if an option that some choices use was changed, and the chosen one ignores it."""
         optional = {option: None for options in used_by.values() for option in options}
         for field in optional:
@@ -493,9 +491,7 @@ class Config:
             return
         # Each round quantizes what A B does not explain; keep_base forbids that change of the base.
         alternates = (
-            INITS[adapter.init].fits_quantized
-            and quant.format != "none"
-            and not adapter.keep_base
+            INITS[adapter.init].fits_quantized and quant.format != "none" and not adapter.keep_base
         )
         check(
             alternates,

@@ -135,9 +135,7 @@ INITS: Mapping[str, InitSchema] = {
         fits_quantized=True,
         on_host=True,
     ),
-    "milora": InitSchema(
-        "milora:milora", changes_base=True, options=("keep_base",), on_host=True
-    ),
+    "milora": InitSchema("milora:milora", changes_base=True, options=("keep_base",), on_host=True),
     "olora": InitSchema("olora:olora", changes_base=True, options=("keep_base",)),
     "loftq": InitSchema(
         "loftq:loftq",

@@ -22,7 +22,7 @@ import lorax_ft as lft
 from lorax_ft.interop.gguf import read_gguf
 from lorax_ft.interop.huggingface import decoder_config, read_folder
 from lorax_ft.models.decoder import Decoder
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel
 from lorax_ft.tree import Tree
 
 STEPS: dict[str, dict[str, dict[str, Any]]] = {
@@ -161,7 +161,7 @@ def _compiling(path: str, layers: int, shape: tuple[int, ...]) -> Facts:
     )
     batch = _batch(sizes.vocab_size, shape)
     init = Decoder(sizes).init
-    model = Model(
+    model = LoadedModel(
         config=sizes, params=jax.eval_shape(init, jax.random.key(0), batch["tokens"][0])["params"]
     )
     tx = lft.make_optimizer(lft.OptimConfig(), steps=1000)
@@ -174,7 +174,7 @@ def _compiling(path: str, layers: int, shape: tuple[int, ...]) -> Facts:
 
 
 def _state(
-    model: Model, config: lft.AdapterConfig, tx: optax.GradientTransformation
+    model: LoadedModel, config: lft.AdapterConfig, tx: optax.GradientTransformation
 ) -> tuple[lft.TrainState, Tree]:
     params = lft.add_adapters(model.params, config, layout=model.layout, key=jax.random.key(1))
     trained, frozen = lft.partition(params, whole=config.train_whole, freeze=config.freeze)
@@ -182,14 +182,17 @@ def _state(
 
 
 def _compile(
-    model: Model,
+    model: LoadedModel,
     tx: optax.GradientTransformation,
     state: lft.TrainState,
     frozen: Tree,
     batch: dict[str, Array],
 ) -> tuple[Any, Facts]:
     """The step, compiled ahead of time; seconds to trace and compile, and GB of temporaries."""
-    jitted = jax.jit(lft.make_train_step(model, tx, packed=False), donate_argnums=0)
+    jitted = jax.jit(
+        lft.make_train_step(lft.supervised_loss(model, packed=False), tx, layout=model.layout),
+        donate_argnums=0,
+    )
     began = time.perf_counter()
     lowered = jitted.lower(state, frozen, batch, jax.random.key(2))
     traced = time.perf_counter()

@@ -18,7 +18,7 @@ from lorax_ft import cli
 from lorax_ft.run.model_args import ChatArgs, load_with_adapter
 
 if TYPE_CHECKING:
-    from lorax_ft.models.model import Model
+    from lorax_ft.models.model import LoadedModel
     from lorax_ft.tree import Tree
 
 HELP = """/adapter on|off|PATH   switch the adapter on or off, or load another PEFT folder
@@ -37,7 +37,7 @@ class Args(ChatArgs):
 class Chat:
     """A conversation, and the parameters that generate its answers."""
 
-    model: Model
+    model: LoadedModel
     adapted: Tree
     """The parameters with the adapter that was loaded last."""
     params: Tree
@@ -90,7 +90,7 @@ def main(args: Args) -> None:
     model, params = load_with_adapter(args)
     from lorax_ft.inference.generate import with_all_norms
 
-    params = with_all_norms(params)
+    params = with_all_norms(model, params)
     chat = Chat(model=model, adapted=params, params=params, system=args.system)
     if sys.stdin.isatty():
         # readline gives input() arrow keys and a history. Windows has none.
@@ -147,7 +147,7 @@ def _adapter(chat: Chat, argument: str) -> str:
                 "compare with the original model"
             )
     else:
-        chat.adapted = with_all_norms(load_peft(argument, chat.model))
+        chat.adapted = with_all_norms(chat.model, load_peft(argument, chat.model))
         chat.params = chat.adapted
     return f"adapter: {argument}"
 

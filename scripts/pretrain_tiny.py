@@ -43,7 +43,7 @@ from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.save import save_model
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel
 
 START, STOP, END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -96,7 +96,7 @@ def main() -> None:
         lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params
     )  # the dtype of the saved weights
     print(f"as stored: {skills(jax.tree.map(lambda leaf: leaf.astype(np.float32), params))}")
-    write(options.output, Model(config=config, params=params, hf_config=hf_config), tokenizer)
+    write(options.output, LoadedModel(config=config, params=params, hf_config=hf_config), tokenizer)
     print(f"{options.output}: done in {time.time() - began:.0f} s")
 
 
@@ -302,7 +302,7 @@ def _exact(
     )
 
 
-def write(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
+def write(folder: Path, model: LoadedModel, tokenizer: Tokenizer) -> None:
     """Write the Hugging Face folder, and the questions next to it."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

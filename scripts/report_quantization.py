@@ -17,15 +17,15 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax import Array
+from lorax_ft.lowrank.loftq import loftq
+from lorax_ft.lowrank.pissa import pissa
 from rich.console import Console
 from rich.progress import track
 from threadpoolctl import threadpool_limits
 
 import lorax_ft as lft
 from lorax_ft import cli
-from lorax_ft.lowrank.loftq import loftq
-from lorax_ft.lowrank.pissa import pissa
-from lorax_ft.lowrank.svd import product, svd
+from lorax_ft.lowrank.inits.svd import product, svd
 from lorax_ft.quant.kernels import dense, quantize
 from lorax_ft.tree import modules
 

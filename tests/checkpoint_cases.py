@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.save import save_model
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import CausalLM, LoadedModel, Model, abstract_params
 from lorax_ft.tree import flatten, from_modules, modules, unflatten
 
 HF_CONFIG = {
@@ -44,7 +44,7 @@ def random_model(*, tied: bool = False, seed: int = 0) -> Model:
         return jnp.asarray(rng.normal(is_norm, 0.3, leaf.shape), jnp.float32)
 
     params = jax.tree.map(draw, abstract_params(config))
-    return Model(config=config, params=params, hf_config=HF_CONFIG)
+    return LoadedModel(config=config, params=params, hf_config=HF_CONFIG)
 
 
 def saved_model(folder: Path, *, tied: bool = False) -> Model:
@@ -55,7 +55,7 @@ def saved_model(folder: Path, *, tied: bool = False) -> Model:
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config: DecoderConfig, params: dict) -> jax.Array:
-    return Model(config=config, params={}).apply({"params": params}, TOKENS)
+    return CausalLM(config=config).apply({"params": params}, TOKENS)
 
 
 def moved(params: dict, seed: int = 1) -> dict:

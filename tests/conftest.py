@@ -35,12 +35,12 @@ import numpy as np
 import pytest
 
 from lorax_ft.config import AdapterConfig, QuantConfig
-from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.save import save_model, save_quantized
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel, Model, abstract_params
 from lorax_ft.tree import Tree, flatten, unflatten
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -183,7 +183,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_params(config)
     )
     folder = tmp_path_factory.mktemp("source") / "model"
-    save_model(folder, params, Model(config=config, params=params, hf_config=nf4_cases.HF_CONFIG))
+    save_model(
+        folder, params, LoadedModel(config=config, params=params, hf_config=nf4_cases.HF_CONFIG)
+    )
     return folder
 
 

@@ -7,15 +7,16 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax import Array
 
 from lorax_ft import AdapterConfig
-from lorax_ft.lowrank.adapters import kernel_shapes
 from lorax_ft.lowrank.layout import logical_paths
+from lorax_ft.lowrank.spec import base_shape
 from lorax_ft.lowrank.statistics import needed_statistics
-from lorax_ft.tree import Tree
+from lorax_ft.tree import Tree, modules
 
 INITS: dict[str, dict[str, Any]] = {
     "kaiming": {"init": "kaiming"},
@@ -70,9 +71,12 @@ def random_statistics(case: Any, config: AdapterConfig) -> dict[str, np.ndarray]
 
     A matrix gets the same values in a stack and alone; covariances are positive definite.
     """
-    shapes = kernel_shapes(case.params, case.layout)
+    layers = modules(nn.meta.unbox(case.params))
+    shapes = {path: base_shape(layers, path, spec) for path, spec in case.layout.items()}
     found = {}
-    for path, needed in needed_statistics(config, layout=case.layout, shapes=shapes).items():
+    for path, needed in needed_statistics(
+        config, nn.meta.unbox(case.params), layout=case.layout
+    ).items():
         names = enumerate(logical_paths(path, case.layout[path], shapes[path]))
         seeds = [zlib.crc32(name.encode()) + (i if name == path else 0) for i, name in names]
         drawn = np.stack(

@@ -15,7 +15,7 @@ from method_cases import KEY, Adapted, distance
 
 from lorax_ft import AdapterConfig, adapt, add_adapters, combine, layout, merge_adapters, partition
 from lorax_ft.lowrank import linear as linear_module
-from lorax_ft.lowrank.svd import randomized
+from lorax_ft.lowrank.inits.svd import randomized
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -14,10 +14,10 @@ from checkpoint_cases import HF_CONFIG, assert_trees_equal, logits, randomized, 
 from safetensors.numpy import load_file, save_file
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.peft import load_peft, save_peft
 from lorax_ft.lowrank.adapters import add_adapters
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel, abstract_params
 from lorax_ft.tree import flatten, modules, unflatten
 
 ADAPTERS = {
@@ -115,7 +115,7 @@ def test_stacked_experts_are_taken_apart(tmp_path: Path, kind: str) -> None:
     (tmp_path / "adapter_config.json").write_text(
         json.dumps(said | {"rank_pattern": {"experts.down_proj": 3}})
     )
-    experts = load_peft(tmp_path, Model(config=config, params=params, hf_config=hf_config))[
+    experts = load_peft(tmp_path, LoadedModel(config=config, params=params, hf_config=hf_config))[
         "layers"
     ]["mlp"]["experts"]
     for i in range(3):
@@ -219,7 +219,7 @@ def test_biased_modules_trained_whole_come_back(tmp_path: Path) -> None:
     config = decoder_config(hf_config, source="these tests")
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(rng.normal(1, 0.3, leaf.shape), jnp.float32)  # noqa: E731
-    model = Model(
+    model = LoadedModel(
         config=config, params=jax.tree.map(draw, abstract_params(config)), hf_config=hf_config
     )
     adapters = AdapterConfig(rank=2, targets=("up_proj",), train_whole=("q_proj",))

@@ -14,7 +14,7 @@ from jax import Array
 
 from lorax_ft import AdapterConfig, add_adapters, calibrate
 from lorax_ft.config import MeshConfig
-from lorax_ft.lowrank.eva import redistributed
+from lorax_ft.lowrank.inits.eva import redistributed
 from lorax_ft.lowrank.intercept import adapt
 from lorax_ft.models.attention import rope_and_mask
 from lorax_ft.models.decoder import Block
@@ -22,7 +22,7 @@ from lorax_ft.models.model import Model
 from lorax_ft.models.parts import norm
 from lorax_ft.quant.kernels import quantize
 from lorax_ft.sharding import DECODER_RULES, make_mesh, param_shardings, place_batch
-from lorax_ft.training.step import batch_loss
+from lorax_ft.training.losses import batch_loss
 from lorax_ft.tree import flatten, modules, unflatten
 
 KEY = jax.random.key(3)
@@ -101,7 +101,9 @@ def test_measuring_on_a_mesh_gives_the_same(decoder: Any, padded_batches: Any, i
     want = calibrate(model, config, batches)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     placed = jax.tree.map(
-        jax.device_put, model.params, param_shardings(model.params, DECODER_RULES, mesh=mesh)
+        jax.device_put,
+        model.params,
+        param_shardings(model.params, DECODER_RULES, layout=model.layout, mesh=mesh),
     )
     with jax.set_mesh(mesh):
         sharded = dataclasses.replace(model, params=placed)

@@ -18,12 +18,12 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig, MeshConfig
-from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.lowrank.merge import merge_adapters
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel, abstract_params
 from lorax_ft.sharding import make_mesh
 from lorax_ft.tree import combine, flatten
 
@@ -110,7 +110,7 @@ def test_loading_holds_the_model_and_a_tensor(tmp_path: Path, format: str) -> No
     save_model(
         tmp_path / "model",
         params,
-        Model(config=config, params=params, hf_config=hf_config),
+        LoadedModel(config=config, params=params, hf_config=hf_config),
         shard_bytes=10**7,
     )
     command = [sys.executable, "-c", LOADING, str(tmp_path / "model"), format]

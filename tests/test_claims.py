@@ -20,9 +20,9 @@ from lorax_ft import (
     partition,
 )
 from lorax_ft.interop.huggingface import decoder_config
-from lorax_ft.lowrank.linear import column_norm
+from lorax_ft.lowrank.terms.magnitude import column_norm
 from lorax_ft.models.decoder import Decoder
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel
 from lorax_ft.tree import flatten, modules
 
 KEY = jax.random.key(11)
@@ -217,7 +217,7 @@ def test_claim_8_counts_of_smollm2() -> None:
     config = decoder_config({"model_type": "llama"} | sizes | heads, source="SmolLM2-135M")
     params = jax.eval_shape(Decoder(config).init, KEY, jnp.zeros((1, 2), jnp.int32))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
-    model = Model(config=config, params=params)
+    model = LoadedModel(config=config, params=params)
     for rank in (1, 8):
         adapter = AdapterConfig(rank=rank, dora=True)
         found = jax.eval_shape(

@@ -11,7 +11,7 @@ import pytest
 
 from lorax_ft import AdapterConfig, add_adapters, calibrate, combine, partition
 from lorax_ft.models.model import Model
-from lorax_ft.training.step import batch_loss
+from lorax_ft.training.losses import batch_loss
 from lorax_ft.tree import Tree, modules
 
 KEY = jax.random.key(11)

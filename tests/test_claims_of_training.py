@@ -28,7 +28,7 @@ from lorax_ft import (
     train,
     with_norms,
 )
-from lorax_ft.lowrank.linear import column_norm
+from lorax_ft.lowrank.terms.magnitude import column_norm
 from lorax_ft.run.log import read_log
 from lorax_ft.tree import Tree, flatten
 

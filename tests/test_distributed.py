@@ -39,15 +39,16 @@ from lorax_ft.config import (
     QuantConfig,
     TrainConfig,
 )
-from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.quantize import quantize_base
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel, Model, abstract_params
 from lorax_ft.run.log import LOG, read_log
 from lorax_ft.run.loop import train
 from lorax_ft.sharding import DECODER_RULES
+from lorax_ft.training.losses import supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.step import TrainState, make_train_step
 from lorax_ft.tree import flatten, unflatten
@@ -278,7 +279,7 @@ def write_model_and_data(folder: Path) -> None:
     save_model(
         folder / "model",
         params,
-        Model(config=config, params=params, tokenizer=tokenizer, hf_config=hf_config),
+        LoadedModel(config=config, params=params, tokenizer=tokenizer, hf_config=hf_config),
     )
     rows = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -377,7 +378,7 @@ def steps(
     )
     if config.train_whole:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    shardings = sharding.param_shardings(params, DECODER_RULES, mesh=mesh)
+    shardings = sharding.param_shardings(params, DECODER_RULES, layout=model.layout, mesh=mesh)
     trained, frozen = partition(
         jax.device_put(params, shardings), whole=config.train_whole, freeze=config.freeze
     )
@@ -391,7 +392,7 @@ def steps(
         jax.jit(tx.init, out_shardings=opt_places)(trained),
     )
     step = jax.jit(
-        make_train_step(model, tx, packed=True),
+        make_train_step(supervised_loss(model, packed=True), tx, layout=model.layout),
         donate_argnums=0,
         out_shardings=(state_places, sharding.replicated(mesh)),
     )

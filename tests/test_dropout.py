@@ -13,7 +13,7 @@ from layer_cases import dropped_input, random_layer, reference
 from method_cases import KEY, Adapted, distance
 
 from lorax_ft import adapt, combine, linear, partition, with_dropout
-from lorax_ft.lowrank.linear import column_norm
+from lorax_ft.lowrank.terms.magnitude import column_norm
 from lorax_ft.tree import Tree
 
 pytestmark = pytest.mark.usefixtures("strict")

@@ -29,7 +29,7 @@ NEW = 12
 
 def reference(model: Model, params: Tree, prompts: list[list[int]], new: int) -> list[list[int]]:
     """Greedy decoding by a full forward pass over all tokens at each step."""
-    params, rows = with_norms(params), [list(prompt) for prompt in prompts]
+    params, rows = with_norms(params, layout=model.layout), [list(prompt) for prompt in prompts]
     forward = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
     for _ in range(new):
         padded = np.array([row + [0] * (64 - len(row)) for row in rows], np.int32)
@@ -248,7 +248,8 @@ def test_on_eight_devices(model: Model, params: Callable[[str], Tree]) -> None:
     """Sharded parameters; 4 rows divide over data and fsdp, 3 do not."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     sharded = jax.device_put(
-        params("dora"), param_shardings(params("dora"), DECODER_RULES, mesh=mesh)
+        params("dora"),
+        param_shardings(params("dora"), DECODER_RULES, layout=model.layout, mesh=mesh),
     )
     expected = generate(model, params("dora"), PROMPTS, max_new_tokens=NEW)
     assert generate(model, sharded, PROMPTS, max_new_tokens=NEW) == expected

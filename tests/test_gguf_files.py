@@ -15,10 +15,10 @@ from gguf_cases import FAMILIES, SENTENCEPIECE, SIZES, by_score, texts, tokenize
 
 from lorax_ft.config import EMBEDDED_MODEL
 from lorax_ft.interop.gguf_tokenizer import read_tokenizer
-from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.save_gguf import save_gguf
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel, Model, abstract_params
 from lorax_ft.tree import flatten, unflatten
 
 
@@ -40,7 +40,7 @@ def random_model(fields: dict[str, Any], tokenizer: Any = None) -> Model:
         for path, leaf in flatten(abstract_params(config)).items()
     }
     params = jax.tree.map(lambda leaf: leaf.astype("float32"), unflatten(params))
-    return Model(config=config, params=params, hf_config=fields, tokenizer=tokenizer)
+    return LoadedModel(config=config, params=params, hf_config=fields, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("case", FAMILIES)

@@ -13,7 +13,8 @@ from layer_cases import dropped_input, random_layer, reference
 from method_cases import KEY, Adapted, distance
 
 from lorax_ft import adapt, combine, linear, partition
-from lorax_ft.lowrank.linear import ADAPTER_LEAVES, column_norm
+from lorax_ft.lowrank.terms.magnitude import column_norm
+from lorax_ft.schema import is_adapter
 from lorax_ft.tree import Tree, flatten, modules, unflatten
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -98,7 +99,7 @@ def merged_reference(params: Tree, layout: Any) -> Tree:
         layers["lm_head"]["kernel"] = layers["embed_tokens"]["embedding"].T
     result = {}
     for path, layer in layers.items():
-        result[path] = {name: leaf for name, leaf in layer.items() if name not in ADAPTER_LEAVES}
+        result[path] = {name: leaf for name, leaf in layer.items() if not is_adapter(name)}
         if "lora_a" in layer:
             name = "embedding" if "embedding" in layer else "kernel"
             result[path][name] = _merged(layer, layer[name], layout[path])

@@ -75,8 +75,10 @@ def test_combine_inverts_partition(adapted: Adapted, by: Any) -> None:
         combine(mine, rest, mine)
 
 
-def test_what_depends_on_a_step_belongs_to_no_adapter(adapted: Adapted) -> None:
-    params = with_norms(with_dropout(adapted("decoder", "kaiming-standard-dora"), KEY, rate=0.5))
+def test_what_depends_on_a_step_belongs_to_no_adapter(zoo: Any, adapted: Adapted) -> None:
+    layout = zoo("decoder").layout
+    params = with_dropout(adapted("decoder", "kaiming-standard-dora"), KEY, rate=0.5)
+    params = with_norms(params, layout=layout)
     owned, _ = partition(params, by="ownership")
     assert {path.rpartition("/")[2] for path in flatten(owned)} == {
         "lora_a",
@@ -85,7 +87,7 @@ def test_what_depends_on_a_step_belongs_to_no_adapter(adapted: Adapted) -> None:
         "magnitude",
     }
     assert not {"norm", "dropout_key", "dropout_rate"} & {
-        p.rpartition("/")[2] for p in flatten(merge_adapters(params))
+        p.rpartition("/")[2] for p in flatten(merge_adapters(params, layout=layout))
     }
 
 

@@ -66,7 +66,7 @@ LITERAL["vit_rematted"] = LITERAL["vit_scanned"]
 def test_a_models_layers(zoo: Any, model: str) -> None:
     found = zoo(model).layout
     assert {
-        path: (s.kind, s.stack, s.ins, s.outs, s.experts) for path, s in found.items()
+        path: (s.module, s.stack, s.ins, s.outs, s.experts) for path, s in found.items()
     } == LITERAL[model]
     assert [path for path, spec in found.items() if spec.by_name] == (
         ["lm_head"] if model == "decoder" else []

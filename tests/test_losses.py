@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax import Array
 
-from lorax_ft.lowrank.linear import column_norm, linear
+from lorax_ft.lowrank.linear import linear
+from lorax_ft.lowrank.terms.magnitude import column_norm
 from lorax_ft.models.parts import rows_dot_general
 from lorax_ft.training.losses import head_loss
 from lorax_ft.tree import Tree

@@ -16,14 +16,14 @@ from nf4_cases import HF_CONFIG, assert_same, logits
 from safetensors.numpy import load_file, save_file
 
 from lorax_ft.config import MeshConfig, QuantConfig
-from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.save import save_model, save_quantized
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel, abstract_params
 from lorax_ft.quant.kernels import dense
 from lorax_ft.quant.nf4 import NF4
-from lorax_ft.sharding import DECODER_RULES, make_mesh, param_shardings
-from lorax_ft.tree import flatten, unflatten
+from lorax_ft.sharding import DECODER_RULES, base_sharding, make_mesh
+from lorax_ft.tree import flatten
 
 STATE = "quant_state.bitsandbytes__nf4"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -94,7 +94,7 @@ def test_packed_leaves_lie_as_their_rules_say(packed: Path) -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
 
     def shardings(path: str, leaf: Any) -> Any:
-        return flatten(param_shardings(unflatten({path: leaf}), DECODER_RULES, mesh=mesh))[path]
+        return base_sharding(path, leaf, DECODER_RULES, mesh=mesh)
 
     split, whole = load_model(packed, shardings=shardings), load_model(packed)
     assert_same(split.params, whole.params)
@@ -296,7 +296,7 @@ def test_experts_there_and_back(tmp_path: Path) -> None:
         lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_params(config)
     )
     save_model(
-        tmp_path / "source", params, Model(config=config, params=params, hf_config=hf_config)
+        tmp_path / "source", params, LoadedModel(config=config, params=params, hf_config=hf_config)
     )
     model = load_model(tmp_path / "source", quant=QuantConfig(format="nf4"))
     save_quantized(tmp_path / "packed", model.params, model)

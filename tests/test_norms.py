@@ -12,7 +12,7 @@ from method_cases import Adapted, distance
 
 from lorax_ft import linear, merged_kernel, with_norms
 from lorax_ft.lowrank import linear as linear_module
-from lorax_ft.lowrank.linear import column_norm
+from lorax_ft.lowrank.terms.magnitude import column_norm
 from lorax_ft.tree import modules
 
 pytestmark = pytest.mark.usefixtures("strict")

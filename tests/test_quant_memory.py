@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from lorax_ft import AdapterConfig, add_adapters, combine, partition
 from lorax_ft.config import MeshConfig
-from lorax_ft.interop.huggingface import abstract_params, decoder_config
-from lorax_ft.models.model import Model
+from lorax_ft.interop.huggingface import decoder_config
+from lorax_ft.models.model import LoadedModel, abstract_params
 from lorax_ft.quant.kernels import quantize
-from lorax_ft.sharding import DECODER_RULES, QUANTIZABLE, batch_sharding, make_mesh, param_shardings
+from lorax_ft.sharding import DECODER_RULES, batch_sharding, make_mesh, param_shardings
 from lorax_ft.tree import Tree, flatten, unflatten
 
 LAYERS = 8
@@ -72,13 +72,13 @@ def _gradient(remat: Any, format: Any, mesh: Mesh | None = None) -> Any:
     assert sum(kernels) == LAYERS * (4 * 256 * 256 + 3 * 256 * 1024)
 
     def base(path: str, leaf: Any) -> Any:
-        if format == "none" or not re.fullmatch(QUANTIZABLE, path):
+        if format == "none" or not re.fullmatch(r"layers/.*_proj/kernel", path):
             return leaf
         return jax.eval_shape(
             lambda w: quantize(w, format=format, double_quant=True, n_stack=1, n_in=1), leaf
         )
 
-    model = Model(
+    model = LoadedModel(
         config=config, params=unflatten({path: base(path, leaf) for path, leaf in shapes.items()})
     )
     plain = unflatten(shapes)
@@ -98,7 +98,9 @@ def _gradient(remat: Any, format: Any, mesh: Mesh | None = None) -> Any:
 
     frozen = combine(model.params, scales)
     if mesh is not None:
-        places = flatten(param_shardings(combine(trained, frozen), DECODER_RULES, mesh=mesh))
+        places = flatten(
+            param_shardings(combine(trained, frozen), DECODER_RULES, layout=model.layout, mesh=mesh)
+        )
         trained, frozen = (_placed(tree, places) for tree in (trained, frozen))
         tokens = jax.ShapeDtypeStruct(
             (4, 8), jnp.int32, sharding=batch_sharding(mesh, microbatched=False)

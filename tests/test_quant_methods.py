@@ -30,6 +30,7 @@ from lorax_ft import (
     merge_adapters,
     partition,
     quantize_base,
+    supervised_loss,
     with_norms,
 )
 from lorax_ft.models.model import Model
@@ -181,17 +182,18 @@ def test_gradients_equal_those_over_the_dequantized_base(
 
 
 @functools.cache
-def _gradients(apply: Any) -> Any:
+def _gradients(model: Model) -> Any:
     tokens = jax.random.randint(jax.random.key(2), (2, 9), 0, 97)
 
     def loss(trained: Tree, frozen: Tree) -> Array:
-        return jnp.sum(jnp.sin(apply({"params": with_norms(combine(trained, frozen))}, tokens)))
+        params = with_norms(combine(trained, frozen), layout=model.layout)
+        return jnp.sum(jnp.sin(model.apply({"params": params}, tokens)))
 
     return jax.jit(jax.grad(loss))
 
 
 def gradients(model: Model) -> Any:
-    return _gradients(model.apply)
+    return _gradients(model)
 
 
 @pytest.mark.parametrize("method", ["kaiming-standard", "pissa-rank_stabilized-dora"])
@@ -214,7 +216,10 @@ def test_three_steps_leave_the_quantized_base_bitwise_alone(
     }
     with jax.numpy_dtype_promotion("standard"):  # optax adds an int32 count to a float (0.2.8)
         tx = make_optimizer(OptimConfig(learning_rate=1e-3), steps=3)
-        step = jax.jit(make_train_step(model, tx, packed=False), donate_argnums=0)
+        step = jax.jit(
+            make_train_step(supervised_loss(model, packed=False), tx, layout=model.layout),
+            donate_argnums=0,
+        )
         state = TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
         for _ in range(3):
             state, metrics = step(state, frozen, batch, KEY)
@@ -266,12 +271,12 @@ def test_a_start_is_taken_out_of_the_original_again(
     params = adapted(name, "pissa-standard")
     base, originals = quantized(name)
     owned, _ = partition(params, by="ownership")
-    again = attach_adapters(base, owned, originals=originals)
+    again = attach_adapters(base, owned, layout=model.layout, originals=originals)
     jax.tree.map(np.testing.assert_array_equal, again, params)
     with pytest.raises(
         ValueError, match=r"down_proj: its kernel is quantized .* or set adapter.keep_base"
     ):
-        attach_adapters(base, owned)
+        attach_adapters(base, owned, layout=model.layout)
     with pytest.raises(ValueError, match=r"its kernel is quantized .* or set adapter.keep_base"):
         add_adapters(base, AdapterConfig(rank=3, init="pissa"), layout=model.layout, key=KEY)
 

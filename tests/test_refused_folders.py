@@ -15,12 +15,12 @@ from checkpoint_cases import HF_CONFIG, assert_trees_equal, saved_model
 from safetensors.numpy import load_file, save_file
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, save_peft
 from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.adapters import add_adapters
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel, abstract_params
 from lorax_ft.tree import Tree, flatten, unflatten
 
 
@@ -206,7 +206,7 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
         ValueError,
         match=r"A and B of layers/self_attn/q_proj are for 16 × 32; the model has 16 × 16",
     ):
-        load_peft(tmp_path / "adapter", Model(config=wider, params=params))
+        load_peft(tmp_path / "adapter", LoadedModel(config=wider, params=params))
     file = tmp_path / "adapter/adapter_model.safetensors"
     renamed = {name.replace("q_proj", "query"): tensor for name, tensor in load_file(file).items()}
     save_file(renamed, file)

@@ -17,8 +17,9 @@ from lorax_ft.data.chat import Sample
 from lorax_ft.data.packing import collate
 from lorax_ft.models.model import Model
 from lorax_ft.training import contract
+from lorax_ft.training.losses import batch_loss, neftune, supervised_loss
 from lorax_ft.training.optimizer import make_optimizer, schedule
-from lorax_ft.training.step import TrainState, batch_loss, make_train_step, neftune
+from lorax_ft.training.step import TrainState, make_train_step
 from lorax_ft.tree import Tree, combine, flatten
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -51,7 +52,7 @@ def run(model: Model, steps: int, **options: Any) -> tuple[TrainState, list[floa
     optim = lft.OptimConfig(**{"learning_rate": 1e-2} | options)
     trained, frozen = adapted(model)
     tx = make_optimizer(optim, steps=steps)
-    step = jax.jit(make_train_step(model, tx, packed=False))
+    step = jax.jit(make_train_step(supervised_loss(model, packed=False), tx, layout=model.layout))
     state, losses = TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained)), []
     for i in range(steps):
         batch = {k: v[None] for k, v in some_batch(4, seed=i).items()}
@@ -90,7 +91,7 @@ def test_every_optimizer_lowers_the_loss(name: str, model: Model) -> None:
     )  # type: ignore[arg-type]
     trained, frozen = adapted(model)
     tx = make_optimizer(optim, steps=8)
-    step = jax.jit(make_train_step(model, tx, packed=False))
+    step = jax.jit(make_train_step(supervised_loss(model, packed=False), tx, layout=model.layout))
     state = TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
     batch = {k: v[None] for k, v in some_batch(4).items()}
     losses = []
@@ -180,7 +181,10 @@ def test_frozen_leaves_are_bitwise_the_same_and_every_trained_leaf_moves(model: 
     trained, frozen = adapted(model, dora=True, init="pissa")
     kept = jax.tree.map(np.array, frozen)
     tx = make_optimizer(lft.OptimConfig(), steps=3)
-    step = jax.jit(make_train_step(model, tx, packed=False), donate_argnums=0)
+    step = jax.jit(
+        make_train_step(supervised_loss(model, packed=False), tx, layout=model.layout),
+        donate_argnums=0,
+    )
     before = jax.tree.map(np.array, trained)
     state = TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
     for i in range(3):

@@ -11,7 +11,7 @@ import pytest
 from method_cases import KEY, distance
 
 from lorax_ft import AdapterConfig, add_adapters, merged_kernel
-from lorax_ft.lowrank.svd import exact, randomized, svd
+from lorax_ft.lowrank.inits.svd import exact, randomized, svd
 
 pytestmark = pytest.mark.usefixtures("strict")
 

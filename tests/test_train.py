@@ -73,7 +73,9 @@ def test_the_saved_adapter_gives_the_loss_that_training_ended_with(
 
     data = load_data(run.data, model.tokenizer, seed=run.train.seed)
     (batch,) = evaluation_batches(data.validation.rows, 8, max_length=run.data.max_length, limit=8)
-    total, count = jax.jit(lft.make_eval_step(model, packed=False))(tuned, batch)
+    total, count = jax.jit(
+        lft.make_eval_step(lft.supervised_loss(model, packed=False), layout=model.layout)
+    )(tuned, batch)
     assert float(total / count) == pytest.approx(final, rel=1e-4)
 
 
@@ -115,7 +117,9 @@ def test_a_run_on_a_quantized_base_leaves_all_that_its_adapter_needs(
 
     data = load_data(run.data, model.tokenizer, seed=run.train.seed)
     (batch,) = evaluation_batches(data.validation.rows, 8, max_length=run.data.max_length, limit=8)
-    total, count = jax.jit(lft.make_eval_step(model, packed=False))(params, batch)
+    total, count = jax.jit(
+        lft.make_eval_step(lft.supervised_loss(model, packed=False), layout=model.layout)
+    )(params, batch)
     assert float(total / count) == pytest.approx(read_log(moved)[-1]["validation_loss"], rel=1e-4)
 
     capsys.readouterr()

@@ -17,7 +17,7 @@ from lorax_ft import adapt, layout
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.models.config import DecoderConfig, LayerKind
 from lorax_ft.models.decoder import Decoder
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.models.rope import Rope
 from lorax_ft.tree import Tree, flatten, unflatten
 
@@ -191,7 +191,7 @@ def built_decoder(**fields: Any) -> Model:
             / config.width**0.5
         )
         params = params | {"lm_head": {"kernel": kernel}}
-    model = Model(config=config, params=_moved(params))
+    model = LoadedModel(config=config, params=_moved(params))
     with jax.numpy_dtype_promotion("standard"):
         assert model.layout  # traced and cached
     return model

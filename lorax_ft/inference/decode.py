@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_ft.models.attention import Cache, empty_cache
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import CausalLM
 from lorax_ft.sharding import ROW_AXES
 from lorax_ft.tree import Tree
 
@@ -83,7 +83,7 @@ def prefill(
       greedy: pick the most likely token; temperature, top_k, top_p and key are ignored.
       mesh: the mesh that the parameters are sharded over, or None.
     """
-    model = Model(config=config, params={})
+    model = CausalLM(config=config)
     tokens, lengths = _shard_rows(tokens, mesh), _shard_rows(lengths, mesh)
     batch, padded = tokens.shape
     cache: Cache | None = empty_cache(config, batch, padded + max_new_tokens)
@@ -124,9 +124,9 @@ def decode(
 
     Args as in `prefill`. `state` is donated: the caller must not use it afterwards.
     """
-    model = Model(config=config, params={})
+    model = CausalLM(config=config)
     # The head is transposed and cast here, once, instead of in every iteration of the loop.
-    head = {"lm_head": model.head(params)}
+    head = model.head(params)
 
     def unfinished(state: DecodeState) -> Array:
         return (state.step < until) & ~jnp.all(state.stopped)
@@ -141,7 +141,7 @@ def decode(
         )
         assert cache is not None
         state = state._replace(cache=cache)
-        logits = model.logits(head, features[:, 0])
+        logits = model.score(head, features[:, 0])
         return _append_token(state, logits, sampling_params, greedy=greedy)
 
     state = lax.while_loop(unfinished, step, state)

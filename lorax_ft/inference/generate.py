@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_ft.inference.decode import DecodeState, SamplingParams, decode, prefill
 from lorax_ft.inference.sampling import Sampling
-from lorax_ft.lowrank.adapters import with_norms
+from lorax_ft.lowrank.adapters import norms
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.model import Model
-from lorax_ft.tree import Tree, combine, flatten, split
+from lorax_ft.models.model import CausalLM, Model, decoder_layout
+from lorax_ft.tree import Tree, combine
 
 GREEDY = Sampling()
 # Some chat checkpoints do not list their end-of-turn token in eos_token_id.
@@ -117,7 +118,7 @@ def stream(
         key=_replicated_key(key, mesh),
         max_length=jnp.asarray(lengths + max_new_tokens),
     )
-    params = with_all_norms(params)
+    params = with_all_norms(model, params)
     static: dict[str, Any] = {
         # cuDNN's attention is for many queries at once; decoding has one.
         "config": dataclasses.replace(model.config, attention="xla"),
@@ -206,24 +207,18 @@ def bucket(length: int) -> int:
     return max(32, 2 ** math.ceil(math.log2(length)))
 
 
-def with_all_norms(params: Tree) -> Tree:
-    """The parameters with DoRA's column norms, which are computed if any is missing.
+def with_all_norms(model: CausalLM, params: Tree) -> Tree:
+    """The parameters with DoRA's column norms, which are computed where they are missing.
 
     `generate` calls this. Call it yourself once before many calls with the same adapter.
     """
-    paths = flatten(params)
-    magnitudes = [path for path in paths if path.endswith("/magnitude")]
-    if all(path.removesuffix("magnitude") + "norm" in paths for path in magnitudes):
-        return params
-    without_norms, _ = split(params, lambda path: not path.endswith("/norm"))
-    return combine(without_norms, _norms(without_norms))
+    return combine(params, _norms(params, model.config))
 
 
-@jax.jit
-def _norms(params: Tree) -> Tree:
+@functools.partial(jax.jit, static_argnames="config")
+def _norms(params: Tree, config: DecoderConfig) -> Tree:
     """Only the norms, so that the compiled program does not copy the other parameters."""
-    norms, _ = split(with_norms(params), lambda path: path.endswith("/norm"))
-    return norms
+    return norms(params, layout=decoder_layout(config))
 
 
 def _pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -64,7 +64,7 @@ def answer(
     # come first: if memory runs out, it does so in the first batch.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     size = min(batch_size, len(prompts))
-    params = with_all_norms(params)
+    params = with_all_norms(model, params)
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

@@ -8,14 +8,11 @@ is `layers/{i}/mlp/up_proj/kernel`.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.interop.bitsandbytes import assemble_nf4, check_quantization_config
@@ -31,8 +28,6 @@ from lorax_ft.interop.lazy_tensor import (
 )
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.decoder import Decoder
-from lorax_ft.tree import Tree
 
 Names = Mapping[str, str]
 """Our name of a path component -> the name in a family's checkpoints, where the two differ."""
@@ -120,22 +115,6 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
             f"{kv_heads} key/value heads, which do not fit"
         )
     return DecoderConfig(**fields, **computing)
-
-
-def abstract_params(config: DecoderConfig, *, tied: bool | None = None) -> Tree:
-    """A decoder's parameters as `jax.ShapeDtypeStruct`; `tied` overrides the config's field."""
-    if tied is None:
-        tied = config.tied
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    # Parameters are float32 unless a caller casts them; the config's dtype is the activations'.
-    decoder = Decoder(dataclasses.replace(config, dtype="float32"))
-    variables = jax.eval_shape(decoder.init, jax.random.key(0), tokens)
-    params: Tree = variables["params"]
-    if not tied:
-        # `Model.head` applies the head, so the module itself has none.
-        kernel = jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)
-        params = params | {"lm_head": {"kernel": kernel}}
-    return params
 
 
 def hf_names(path: str, shape: Shape, names: Names) -> Iterator[tuple[str, Any]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +26,10 @@ from lorax_ft.interop.lazy_tensor import Index, Read, Shape, Tensors
 from lorax_ft.interop.params import Parts, head_is_table, load_params
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.lowrank.requantize import Original
-from lorax_ft.models.model import Model
-from lorax_ft.quant.kernels import Format, Quantized, quantize
+from lorax_ft.models.model import LoadedModel, decoder_layout
+from lorax_ft.quant.kernels import Format, Quantized, format_of, quantize
 from lorax_ft.quant.stream import streamed
-from lorax_ft.sharding import QUANTIZABLE
+from lorax_ft.tree import flatten
 
 Shardings = Callable[[str, Any], Any]
 """(slash path, shapes of the leaf) -> its sharding; a quantized leaf has one for each part."""
@@ -49,7 +48,7 @@ def load_model(
     remat: Literal["none", "dots", "mlp", "full"] = "full",
     quant: QuantConfig | None = None,
     shardings: Shardings | None = None,
-) -> Model:
+) -> LoadedModel:
     """Loads a decoder with its parameters and tokenizer.
 
     Args:
@@ -81,11 +80,19 @@ def load_model(
         hf_config = {**hf_config, "tie_word_embeddings": False}
 
     quant = _quantization(quant, tensors, source)
-    loader = Loader(dtype=dtype, quant=quant, shardings=shardings or _default_device)
+    layers = decoder_layout(config)
+    loader = Loader(
+        dtype=dtype,
+        quant=quant,
+        shardings=shardings or _default_device,
+        quantizable={path for path, spec in layers.items() if spec.quantizable},
+    )
     names = family_names(hf_config)
     params = load_params(config, tensors, names=names, source=source, place=loader.place)
-    return Model(
+    formats = [format_of(leaf) for leaf in flatten(params).values()]
+    return LoadedModel(
         config=config,
+        format=next(filter(None, formats), None),
         params=params,
         originals=loader.originals,
         prequantized=_is_quantized(tensors),
@@ -137,10 +144,13 @@ class Loader:
     `originals` maps the path of each quantized module to a function that reads its kernel again.
     """
 
-    def __init__(self, *, dtype: str, quant: QuantConfig, shardings: Shardings) -> None:
+    def __init__(
+        self, *, dtype: str, quant: QuantConfig, shardings: Shardings, quantizable: Set[str]
+    ) -> None:
         self._dtype = dtype
         self._quant = quant
         self._shardings = shardings
+        self._quantizable = quantizable
         self.originals: dict[str, Original] = {}
 
     def place(self, path: str, shape: Shape, read: Read, parts: Parts) -> Any:
@@ -149,7 +159,8 @@ class Loader:
         for index, part in parts.items():
             if isinstance(part, NF4Tensor):
                 quantized[index] = part
-        is_kernel = re.fullmatch(QUANTIZABLE, path)
+        module, _, name = path.rpartition("/")
+        is_kernel = name == "kernel" and module in self._quantizable
         # A stack is one leaf, so it is quantized as a whole or not at all: a checkpoint that
         # quantizes only some matrices of it is dequantized, which `read` does.
         is_quantized = len(quantized) == len(parts) or self._quant.format != "none"

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lorax_ft.interop.huggingface import Names, abstract_params, hf_names
+from lorax_ft.interop.huggingface import Names, hf_names
 from lorax_ft.interop.lazy_tensor import Index, LazyTensor, Read, Shape, Tensors
 from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.model import abstract_params
 from lorax_ft.tree import Tree, flatten, unflatten
 
 Parts = Mapping[Shape, LazyTensor]

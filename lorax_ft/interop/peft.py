@@ -185,7 +185,10 @@ def _check_adaptable(entry: Entry, layer: Layer, *, where: Path) -> None:
 
 
 def _check_complete(
-    config: Mapping[str, Any], targets: Mapping[Place, Entry], known: Mapping[str, Place], folder: Path
+    config: Mapping[str, Any],
+    targets: Mapping[Place, Entry],
+    known: Mapping[str, Place],
+    folder: Path,
 ) -> None:
     """Raise where the folder lacks tensors of its targets, or has no tensors at all."""
     missing = without_tensors(config, [entry.target for entry in targets.values()], known)
@@ -267,8 +270,7 @@ def _stacked(
     rank = max(map(_rank, matrices.values()))
     first = next(iter(matrices.values()))
     leaves = {
-        name: np.zeros(spec.leaf_shape(name, kernel_shape, rank=rank), np.float32)
-        for name in first
+        name: np.zeros(spec.leaf_shape(name, kernel_shape, rank=rank), np.float32) for name in first
     }
     for index, matrix in matrices.items():
         for name, value in matrix.items():

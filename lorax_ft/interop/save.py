@@ -19,18 +19,17 @@ from lorax_ft.interop.huggingface import (
     INDEX,
     WEIGHTS,
     Names,
-    abstract_params,
     family_names,
     hf_names,
 )
 from lorax_ft.interop.tokenizer import save_tokenizer
-from lorax_ft.lowrank.linear import ADAPTER_LEAVES, STEP_LEAVES
 from lorax_ft.lowrank.merge import merged_leaves
 from lorax_ft.lowrank.requantize import is_requantized
-from lorax_ft.models.model import WITHOUT_START, Model
+from lorax_ft.models.model import HEAD, WITHOUT_START, Model, abstract_params
 from lorax_ft.quant.double import DoubleQuantized
 from lorax_ft.quant.int8 import Int8
 from lorax_ft.quant.nf4 import NF4
+from lorax_ft.schema import is_base
 from lorax_ft.tree import Tree, flatten, modules
 
 # transformers' default up to version 4.
@@ -91,10 +90,7 @@ def save_quantized(
       ValueError: no kernel is in NF4, or one is in int8; and as `save_model`.
       OSError: the disk is full or not writable.
     """
-    leaves = {}
-    for path, leaf in flatten(params).items():
-        if path.rpartition("/")[2] not in ADAPTER_LEAVES | STEP_LEAVES:
-            leaves[path] = leaf
+    leaves = {path: leaf for path, leaf in flatten(params).items() if is_base(path)}
     nf4_kernels = [leaf for leaf in leaves.values() if isinstance(leaf, NF4)]
     if not nf4_kernels or any(isinstance(leaf, Int8) for leaf in leaves.values()):
         raise ValueError(
@@ -117,7 +113,7 @@ def _skipped_modules(leaves: Mapping[str, Any], model: Model) -> list[str]:
     """Hugging Face's names of the linear modules that are not quantized."""
     family = family_names(model.hf_config)
     # A tied head has no leaf, but transformers quantizes every module that is not listed.
-    skipped = {"lm_head"}
+    skipped = {HEAD}
     for path, leaf in leaves.items():
         is_kernel = path.endswith("/kernel")
         if not is_kernel or isinstance(leaf, NF4):
@@ -168,7 +164,7 @@ def _quantized_tensors(leaves: Mapping[str, Any], model: Model) -> Iterator[Tens
 
 def _check_leaves(found: set[str], model: Model) -> None:
     """Raises a `ValueError` if the paths differ from those of the model's parameters."""
-    tied = "lm_head/kernel" not in found
+    tied = f"{HEAD}/kernel" not in found
     differing = found ^ set(flatten(abstract_params(model.config, tied=tied)))
     if differing:
         raise ValueError(

@@ -202,11 +202,14 @@ def with_norms(params: Tree, *, layout: Layout) -> Tree:
 
 
 def norms(params: Tree, *, layout: Layout) -> Tree:
-    """The `norm` leaves alone, as `with_norms` adds them: they change only when A and B do."""
+    """The `norm` leaves that are missing, as `with_norms` adds them.
+
+    They change only when A and B do.
+    """
     layers = modules(params)
     found: dict[str, Layer] = {}
     for path, layer in layers.items():
-        if magnitude_term.MAGNITUDE in layer:
+        if magnitude_term.MAGNITUDE in layer and magnitude_term.NORM not in layer:
             full = with_kernel(layers, path, layout[path])
             found[path] = {magnitude_term.NORM: magnitude_term.column_norm(full)}
     return from_modules(found)

@@ -179,9 +179,7 @@ def _adapted_einsum(
 
     if bias.BIAS in layer:
         bias_letters = "".join(letter for letter in result if letter in letters)
-        layer = layer | {
-            bias.BIAS: jnp.einsum(f"{bias_letters}->{batch}{outs}", layer[bias.BIAS])
-        }
+        layer = layer | {bias.BIAS: jnp.einsum(f"{bias_letters}->{batch}{outs}", layer[bias.BIAS])}
     y = linear(layer, x, dot, precision=module.precision, in_shape=in_shape)
     return jnp.einsum(f"{rest}{batch}{outs}->{result}", y)
 

@@ -84,7 +84,9 @@ def merged_layer(layer: Layer) -> Layer:
     names = base.keys() | {name for term in terms for name in (*term.leaves, *term.optional)}
     leaves = {name: layer[name] for name in layer if name in names}
     merged = over_stack(_merge_matrix, matrices_of(leaves), options=(terms,))
-    return {name: merged[name].reshape(leaf.shape).astype(leaf.dtype) for name, leaf in base.items()}
+    return {
+        name: merged[name].reshape(leaf.shape).astype(leaf.dtype) for name, leaf in base.items()
+    }
 
 
 def _merge_matrix(layer: Layer, terms: tuple[Term, ...]) -> Layer:

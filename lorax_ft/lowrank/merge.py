@@ -14,7 +14,7 @@ from jax import Array
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.linear import merged_layer
 from lorax_ft.lowrank.spec import LayerSpec, as_canonical, base_kernel
-from lorax_ft.lowrank.terms import TERMS, check_layer, is_adapted, kept_startX
+from lorax_ft.lowrank.terms import TERMS, check_layer, is_adapted, kept_start
 from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import dense
 from lorax_ft.schema import is_base
@@ -161,5 +161,6 @@ def _with_heads(
     for path, spec in layout.items():
         own = join(path, spec.weight)
         if spec.tied_to is not None and spec.weight in base.get(path, {}) and own not in merged:
-            merged[own] = base_kernel(modules(unflatten(merged)), path, spec)
+            kernel = base_kernel(modules(unflatten(merged)), path, spec)
+            merged[own] = dense(kernel)
     yield from merged.items()

@@ -28,9 +28,7 @@ from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized, matrices
 
 
-def leaf_shapes(
-    spec: LayerSpec, plan: Plan, kernel: tuple[int, ...]
-) -> dict[str, tuple[int, ...]]:
+def leaf_shapes(spec: LayerSpec, plan: Plan, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """The shapes, in canonical order, of the leaves that a module with this plan gets.
 
     Args:
@@ -135,7 +133,7 @@ def _with_factors(
         # Copies, since A and B are donated to the step and their start stays.
         a0, b0 = (jnp.copy(factor) for factor in result.removed)
         leaves |= {kept_start.A0: a0, kept_start.B0: b0}
-    layer = {
+    layer: Layer = {
         name: leaf.reshape(spec.canonical_shape(name, kernel.shape, rank=plan.width))
         for name, leaf in leaves.items()
     }

@@ -43,7 +43,9 @@ def quantize_base(
     for path, spec in layout.items():
         kernel = layers.get(path, {}).get("kernel")
         if isinstance(kernel, Quantized):
-            raise ValueError(f"{path} is already quantized; give the parameters as they were loaded")
+            raise ValueError(
+                f"{path} is already quantized; give the parameters as they were loaded"
+            )
         if kernel is None or not spec.quantizable:
             continue
         leaf = quantize(

@@ -147,7 +147,9 @@ def base_kernel(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> Arra
     if spec.weight in layer:
         return layer[spec.weight]
     if spec.tied_to is None:
-        raise ValueError(f"{path or 'the layer'} has no {spec.weight}; are these the model's parameters?")
+        raise ValueError(
+            f"{path or 'the layer'} has no {spec.weight}; are these the model's parameters?"
+        )
     return layers[spec.tied_to][EMBEDDING].T
 
 

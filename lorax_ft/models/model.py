@@ -45,19 +45,10 @@ class CausalLM:
         """The linen module."""
         return Decoder(self.config)
 
-    @functools.cached_property
+    @property
     def layout(self) -> Layout:
         """The layers that can be adapted, by slash path (see `lorax_ft.layout`)."""
-        tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-        found = layout(self.module.apply, abstract_params(self.config), tokens)
-        for path, spec in found.items():
-            if path.endswith("mlp/gate"):  # a router, which "all-linear" leaves out
-                found[path] = dataclasses.replace(spec, by_name=True)
-        tied_to = TABLE if self.config.tied else None
-        found[HEAD] = LayerSpec(
-            module="dense", stack=(), ins=(0,), outs=(1,), by_name=True, tied_to=tied_to
-        )
-        return found
+        return decoder_layout(self.config)
 
     def features(
         self,
@@ -145,6 +136,21 @@ class LoadedModel(Model):
         return Model(**{name: getattr(self, name) for name in names})
 
 
+@functools.cache
+def decoder_layout(config: DecoderConfig) -> Layout:
+    """The layers of a decoder, traced once, with its output head, which is applied outside of it."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    found = layout(Decoder(config).apply, abstract_params(config), tokens)
+    for path, spec in found.items():
+        if path.endswith("mlp/gate"):  # a router, which "all-linear" leaves out
+            found[path] = dataclasses.replace(spec, by_name=True)
+    tied_to = TABLE if config.tied else None
+    found[HEAD] = LayerSpec(
+        module="dense", stack=(), ins=(0,), outs=(1,), by_name=True, tied_to=tied_to
+    )
+    return found
+
+
 def abstract_params(config: DecoderConfig, *, tied: bool | None = None) -> Tree:
     """The shapes of a decoder's parameters, as `jax.ShapeDtypeStruct` in float32.
 
@@ -152,10 +158,14 @@ def abstract_params(config: DecoderConfig, *, tied: bool | None = None) -> Tree:
       config: the decoder's.
       tied: whether the head is the embedding's table; None: as the config says.
     """
+    if tied is None:
+        tied = config.tied
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    # Parameters are float32 unless a caller casts them; the config's dtype is the activations'.
     decoder = Decoder(dataclasses.replace(config, dtype="float32"))
-    params: Tree = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["params"]
-    if config.tied if tied is None else tied:
+    variables = jax.eval_shape(decoder.init, jax.random.key(0), tokens)
+    params: Tree = variables["params"]
+    if tied:
         return params
     kernel = jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)
     return params | {HEAD: {"kernel": kernel}}

@@ -103,7 +103,10 @@ def _check_writable(folder: Path) -> None:
 
 def _check_inputs_outside(folder: Path, config: Config) -> None:
     """Raise if overwriting the folder would delete the model or the adapter to start from."""
-    inputs = {"adapter.continue_from": config.adapter.continue_from, "model.path": config.model.path}
+    inputs = {
+        "adapter.continue_from": config.adapter.continue_from,
+        "model.path": config.model.path,
+    }
     for name, path in inputs.items():
         if path is not None and folder.resolve() in Path(path).resolve().parents:
             raise ValueError(

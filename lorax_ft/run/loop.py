@@ -24,7 +24,7 @@ from lorax_ft.data.formats import Message, split_answer
 from lorax_ft.evaluation.exact_match import evaluate_answers
 from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_model, save_quantized
-from lorax_ft.lowrank.groups import partition
+from lorax_ft.lowrank.groups import adapter_leaves_of, partition
 from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.run import report, summary
 from lorax_ft.run.folder import check_folder, make_folder
@@ -36,7 +36,7 @@ from lorax_ft.run.summary import Evaluation, Result
 from lorax_ft.training import contract
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
-from lorax_ft.tree import Tree, combine, modules, split
+from lorax_ft.tree import Tree, combine, modules
 
 CHECKED_UPDATES = 2
 """After so many updates, every leaf that trains must have moved (`contract.check_moved`)."""
@@ -162,6 +162,7 @@ def _record(output: StepOutput, log: Log, progress: Progress, *, log_every: int)
     """Wait for a step's metrics, check that they are finite, show and log them."""
     step, tokens = output.step, output.tokens
     metrics = {name: float(value) for name, value in jax.device_get(output.metrics).items()}
+    metrics["tokens"] = metrics.pop("weight")  # the weight of this loss is its labeled tokens
     if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
         raise ValueError(
             f"the loss at step {step} is {metrics['loss']} (gradient norm {metrics['grad_norm']}); "
@@ -188,9 +189,7 @@ def _check_moved(before: Tree, trained: Tree, metrics: dict[str, Array], *, upda
 
 def _adapters(trained: Tree) -> Tree:
     """The trained leaves of adapters, without those of fully trained modules."""
-    names = ("lora_a", "lora_b", "magnitude")
-    adapters, _ = split(trained, lambda path: path.rpartition("/")[2] in names)
-    return adapters
+    return adapter_leaves_of(trained)
 
 
 def _open_log(job: Job, folder: Path) -> Log:

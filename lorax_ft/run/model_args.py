@@ -12,7 +12,7 @@ from lorax_ft.config import Config, ModelConfig, QuantConfig
 from lorax_ft.inference.sampling import Sampling
 
 if TYPE_CHECKING:
-    from lorax_ft.models.model import Model
+    from lorax_ft.models.model import LoadedModel
     from lorax_ft.tree import Tree
 
 
@@ -63,7 +63,7 @@ class ChatArgs(ModelArgs, Sampling):
         )
 
 
-def load_with_adapter(args: ModelArgs) -> tuple[Model, Tree]:
+def load_with_adapter(args: ModelArgs) -> tuple[LoadedModel, Tree]:
     """Loads the model; returns it with its parameters, which include the adapter if there is one.
 
     Raises:

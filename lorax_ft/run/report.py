@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -18,8 +17,10 @@ from rich.text import Text
 from lorax_ft.config import Config
 from lorax_ft.data.chat import Sample, describe_row
 from lorax_ft.lowrank.layout import Layout
-from lorax_ft.lowrank.linear import ADAPTER_LEAVES
+from lorax_ft.lowrank.spec import base_shape
+from lorax_ft.lowrank.terms import TERMS, active_leaf, is_adapted, low_rank, magnitude
 from lorax_ft.quant.kernels import Quantized
+from lorax_ft.schema import is_base, leaf_schema
 from lorax_ft.tree import Tree, flatten, modules
 
 FILE_WIDTH = 120
@@ -97,8 +98,8 @@ def module_rows(params: Tree, trained: Tree, *, layout: Layout) -> list[ModuleRo
     rows = []
     for path, leaves in modules(trained).items():
         layer = layers[path]
-        if "lora_a" in layer:
-            _, inputs, outputs = layout[path].sizes(_kernel_shape(layer, layers))
+        if is_adapted(layer):
+            _, inputs, outputs = layout[path].sizes(base_shape(layers, path, layout[path]))
             rows.append(_adapter_row(path, layer, leaves, inputs=inputs, outputs=outputs))
         else:
             rows.append(_full_row(path, leaves))
@@ -109,30 +110,29 @@ def _adapter_row(
     path: str, layer: Mapping[str, Any], trained: Mapping[str, Any], *, inputs: int, outputs: int
 ) -> ModuleRow:
     """The row of a module with an adapter."""
-    scales = np.asarray(layer["lora_scale"]).reshape(-1)
-    ranks = matrix_ranks(layer)
-    # In a stack of layers, those that are not adapted have the scale 0.
-    adapted = scales != 0
+    # In a stack of layers, this leaf is 0 for those that are not adapted.
+    switch = np.asarray(layer[active_leaf(dict(layer))]).reshape(-1)
+    adapted = switch != 0
     matrices = f"{adapted.sum()}"
     if not adapted.all():
         matrices += f" of {adapted.size}"
-    # Padding of the ranks and factors frozen by adapter.freeze are not counted.
-    parameters_per_rank = 0
-    if "lora_a" in trained:
-        parameters_per_rank += inputs
-    if "lora_b" in trained:
-        parameters_per_rank += outputs
-    parameters = int(ranks.sum()) * parameters_per_rank
-    rank = _span(ranks[adapted])
-    if "magnitude" in layer:
-        parameters += int(adapted.sum()) * outputs
+    ranks = matrix_ranks(layer)
+    parameters = 0
+    for name in trained:
+        # Padding of the ranks, and matrices that are not adapted, are not counted.
+        sizes = {"in": inputs, "out": outputs, "rank": ranks[adapted]}
+        axes = leaf_schema(name).axes[1:]
+        per_matrix = np.prod([np.broadcast_to(sizes[axis], adapted.sum()) for axis in axes], axis=0)
+        parameters += int(per_matrix.sum())
+    rank = _span(ranks[adapted]) if ranks.any() else "–"
+    if magnitude.MAGNITUDE in layer:
         rank += " + m"
     return ModuleRow(
         module=path,
         matrices=matrices,
         shape=f"{inputs} × {outputs}",
         rank=rank,
-        scale=_span(scales[adapted]),
+        scale=_span(switch[adapted]) if low_rank.SCALE in layer else "–",
         dtype=_dtypes(trained),
         sharding=_sharding(trained),
         parameters=parameters,
@@ -154,16 +154,11 @@ def _full_row(path: str, trained: Mapping[str, Any]) -> ModuleRow:
 
 
 def matrix_ranks(layer: Mapping[str, Any]) -> np.ndarray:
-    """The rank of each matrix of a stack: the columns of A, or rows of B, that are not padding."""
-    scales = np.asarray(layer["lora_scale"])
-    a, b = layer["lora_a"], layer["lora_b"]  # [*L, *in, R] and [*L, R, *out]
-    n = scales.ndim
-    # Reduced on the devices, because the factors may be sharded over several hosts.
-    columns = jnp.any(a != 0, axis=tuple(range(n, a.ndim - 1)))  # [*L, R]
-    rows = jnp.any(b != 0, axis=tuple(range(n + 1, b.ndim)))  # [*L, R]
-    # Either factor may start at 0; padding is 0 in both.
-    ranks = np.asarray(columns | rows).sum(axis=-1)
-    return (ranks * (scales != 0)).reshape(-1)
+    """The rank of each matrix of an adapted stack, `[L]`; 0 where the method has no ranks."""
+    for term in TERMS:
+        if term.ranks is not None and term.leaves[0] in layer:
+            return term.ranks(dict(layer))
+    return np.zeros(layer[active_leaf(dict(layer))].size, int)
 
 
 def describe_bytes(params: Tree) -> str:
@@ -282,7 +277,7 @@ def _option(value: object) -> str:
 def _base_leaves(params: Tree) -> dict[str, Any]:
     """The leaves that are not part of an adapter, by slash path."""
     leaves = flatten(params)
-    return {p: leaf for p, leaf in leaves.items() if p.rpartition("/")[2] not in ADAPTER_LEAVES}
+    return {path: leaf for path, leaf in leaves.items() if is_base(path)}
 
 
 def _parameters(leaves: Mapping[str, Any]) -> int:
@@ -297,15 +292,6 @@ def _bytes(tree: Any) -> int:
 def _device_bytes(leaf: Any) -> int:
     """The bytes of a leaf on one device."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
-def _kernel_shape(layer: Mapping[str, Any], layers: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of a module's kernel or embedding."""
-    for name in ("kernel", "embedding"):
-        if name in layer:
-            return tuple(layer[name].shape)
-    # A tied head has no kernel of its own: it is the transposed embedding.
-    return tuple(layers["embed_tokens"]["embedding"].shape[::-1])
 
 
 def _dtypes(leaves: Mapping[str, Any]) -> str:

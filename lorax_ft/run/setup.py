@@ -18,23 +18,22 @@ from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.data.batches import Batches, Dataset, check_sources, load_data
 from lorax_ft.interop.load import load_model
-from lorax_ft.interop.peft import load_peft
-from lorax_ft.interop.peft_config import read_config
+from lorax_ft.interop.peft import load_peft, read_config
 from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.lowrank.groups import fully_trained
-from lorax_ft.lowrank.starts import CHANGES_BASE
-from lorax_ft.lowrank.statistics import STATISTICS
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import HEAD, LoadedModel, Model
 from lorax_ft.run.checkpoints import Checkpoints
 from lorax_ft.run.progress import progress_bar
 from lorax_ft.run.report import make_console
+from lorax_ft.schema import init_schema
 from lorax_ft.sharding import DECODER_RULES
 from lorax_ft.training import contract
 from lorax_ft.training.calibration import calibrate
+from lorax_ft.training.losses import batch_loss, supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
-from lorax_ft.training.state import base_of, fresh_state, owned_leaves, resumed_state
-from lorax_ft.training.step import TrainState, batch_loss, make_eval_step, make_train_step
-from lorax_ft.tree import Tree, combine, flatten, unflatten
+from lorax_ft.training.state import fresh_state, owned_leaves, resumed_state
+from lorax_ft.training.step import TrainState, make_eval_step, make_train_step
+from lorax_ft.tree import Tree, combine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +47,7 @@ class Job:
     steps: int
     """Steps of the whole run, including those before a resume."""
     model: Model
-    """Its parameters are the base that the adapters are added to: where an init subtracts its
-    start from the base, they are what remains."""
+    """The model without its parameters: `frozen` holds the base that the adapters are added to."""
     state: TrainState
     """The state before the first step. The first step donates it."""
     frozen: Tree
@@ -91,19 +89,24 @@ def set_up(config: Config, *, folder: Path) -> Job:
     tx = make_optimizer(config.optim, steps=steps)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints)
     if config.train.resume:
-        state, frozen = resumed_state(model, config.adapter, tx, mesh=mesh, checkpoints=checkpoints)
+        state, frozen = resumed_state(
+            model, config.adapter, tx, mesh=mesh, restore=checkpoints.restore
+        )
         _check_steps_left(state, steps, folder)
     else:
         state, frozen = _new_state(model, tx, config, batches=batches, mesh=mesh, timer=timer)
     checkpoints.check_room(state, owned_leaves(state.trained, frozen))
-    # From here on the model holds the base of the adapters, so that no leaf is in memory twice.
-    model = base_of(model, state, frozen)
+    # From here on `frozen` holds the base. Without this the original base would stay in memory
+    # beside the one that an init changed.
+    functions = model.without_params()
+    del model
     timer.lap("adapters")
 
     first_step = int(state.step)
     batch, _ = _training_batch(batches, first_step, config, mesh)
-    _check_contract(model, state, frozen, batch=batch, packed=config.data.pack)
-    step = compile_step(model, tx, config, state=state, frozen=frozen, batch=batch, mesh=mesh)
+    _check_contract(functions, state, frozen, batch=batch, packed=config.data.pack)
+    step = compile_step(functions, tx, config, state=state, frozen=frozen, batch=batch, mesh=mesh)
+    validation_loss = supervised_loss(functions, packed=False)
     timer.lap("tracing and compiling the step")
     return Job(
         config=config,
@@ -111,11 +114,11 @@ def set_up(config: Config, *, folder: Path) -> Job:
         data=data,
         batches=batches,
         steps=steps,
-        model=model,
+        model=functions,
         state=state,
         frozen=frozen,
         step=step,
-        evaluate=jax.jit(make_eval_step(model, packed=False)),
+        evaluate=jax.jit(make_eval_step(validation_loss, layout=functions.layout)),
         checkpoints=checkpoints,
         first_step=first_step,
         seconds=timer.seconds,
@@ -133,13 +136,13 @@ def compile_step(
     mesh: Mesh,
 ) -> Any:
     """The training step, compiled for this state and for batches of this shape."""
-    train_step = make_train_step(
+    loss = supervised_loss(
         model,
-        tx,
         packed=config.data.pack,
         dropout=config.adapter.dropout,
         neftune_alpha=config.train.neftune_alpha,
     )
+    train_step = make_train_step(loss, tx, layout=model.layout)
     # Without out_shardings XLA may shard the new state differently, and the compiled step
     # would reject it at the next call.
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -169,12 +172,11 @@ def _make_mesh(config: Config) -> Mesh:
     return mesh
 
 
-def _load_model(config: Config, mesh: Mesh) -> Model:
+def _load_model(config: Config, mesh: Mesh) -> LoadedModel:
     """The model on its devices, with its adapter if the run trains an existing one."""
 
     def shard(path: str, leaf: Any) -> Any:
-        tree = unflatten({path: leaf})
-        return flatten(sharding.param_shardings(tree, DECODER_RULES, mesh=mesh))[path]
+        return sharding.base_sharding(path, leaf, DECODER_RULES, mesh=mesh)
 
     model = load_model(
         config.model.path,
@@ -195,12 +197,12 @@ def _load_model(config: Config, mesh: Mesh) -> Model:
     return _load_adapter(model, Path(config.adapter.continue_from), config)
 
 
-def _load_adapter(model: Model, folder: Path, config: Config) -> Model:
+def _load_adapter(model: LoadedModel, folder: Path, config: Config) -> LoadedModel:
     """The model with the adapter of `adapter.continue_from`."""
     params = load_peft(folder, model)
     for module in read_config(folder).get("modules_to_save") or ():
         # PEFT saves a copy of a tied head; here the head and the embeddings are one leaf.
-        if module == "lm_head" and module not in params:
+        if module == HEAD and module not in params:
             continue
         path = module.removeprefix("model.").replace(".", "/")
         if not fully_trained(path, config.adapter.train_whole):
@@ -245,7 +247,7 @@ def _training_batch(
 
 
 def _new_state(
-    model: Model,
+    model: LoadedModel,
     tx: optax.GradientTransformation,
     config: Config,
     *,
@@ -273,11 +275,12 @@ def _new_state(
 
 
 def _calibration(
-    model: Model, config: Config, batches: Batches, mesh: Mesh
+    model: LoadedModel, config: Config, batches: Batches, mesh: Mesh
 ) -> dict[str, np.ndarray]:
     """The statistics of the first training batches that a data-driven init needs, else none."""
     adapter, size = config.adapter, batches.batch_size
-    if adapter.init not in STATISTICS or adapter.continue_from is not None or not adapter.targets:
+    needs_data = init_schema(adapter.init).statistic is not None
+    if not needs_data or adapter.continue_from is not None or not adapter.targets:
         return {}
     if adapter.calibration_batches * size > len(batches):
         raise ValueError(
@@ -305,7 +308,7 @@ def _check_contract(
     microbatch = {name: values[0] for name, values in batch.items()}
 
     def loss(trained: Tree) -> Array:
-        params = with_norms(combine(trained, frozen))
+        params = with_norms(combine(trained, frozen), layout=model.layout)
         return batch_loss(model, params, microbatch, packed=packed)
 
     contract.check_read(loss, state.trained)
@@ -333,7 +336,8 @@ def _check_quantization(config: Config) -> None:
     adapter = config.adapter
     # The base does not change under an existing adapter, nor with keep_base.
     keeps_base = adapter.continue_from is not None or adapter.keep_base
-    if keeps_base or adapter.init not in CHANGES_BASE or config.quant.format != "int8":
+    changes_base = init_schema(adapter.init).changes_base and not keeps_base
+    if not changes_base or config.quant.format != "int8":
         return
     way_out = "use quant.format nf4"
     if adapter.init != "loftq":  # which fits the quantized base, so it cannot keep the original
@@ -344,7 +348,7 @@ def _check_quantization(config: Config) -> None:
     )
 
 
-def _check_prequantized(model: Model, config: Config) -> None:
+def _check_prequantized(model: LoadedModel, config: Config) -> None:
     """Raise if the init needs the quantization error of a model that was loaded quantized."""
     adapter = config.adapter
     fits_error = adapter.init == "loftq" or config.quant.rounds > 1

@@ -72,9 +72,7 @@ def batch_loss(
 ) -> Array:
     """Σ weights · cross-entropy over a batch `[B, T]`."""
     segments = batch["segment_ids"] if packed else None
-    features, _ = model.features(
-        params, batch["tokens"], batch["positions"], segments, noise=noise
-    )
+    features, _ = model.features(params, batch["tokens"], batch["positions"], segments, noise=noise)
     head = model.head(params)
     return head_loss(head, features, batch["targets"], batch["weights"], score=model.score)
 
@@ -202,9 +200,7 @@ def _fused_forward(
     return total, (d_leaves, d_features)
 
 
-def _fused_backward(
-    loss: Callable[..., Array], residuals: Any, g: Array
-) -> tuple[Any, Any, None]:
+def _fused_backward(loss: Callable[..., Array], residuals: Any, g: Array) -> tuple[Any, Any, None]:
     """The gradients of the forward pass, times the gradient g of the sum."""
 
     def scaled(d: Array) -> Array:

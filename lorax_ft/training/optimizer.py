@@ -1,6 +1,6 @@
 """The optimizer: each group of leaves with a learning rate of its own, in `optax.multi_transform`.
 
-    update = −rate · (direction + decay · parameter),   rate = peak · schedule(count)
+    update = −rate · (direction + decay · parameter),   rate = peak · schedule(step)
 
 The peak is a number in the state, and the schedule, whose peak is 1, is part of the program. So
 states with different rates can be stacked and vmapped. LoRA+ (2402.12354) is a peak for B that is λ
@@ -28,7 +28,7 @@ DECAYED = (Group.LORA_A, Group.LORA_B, Group.WEIGHT)
 class RateState(NamedTuple):
     """The learning rate of a group. `optax.tree.get_all_with_path` finds its fields by name."""
 
-    count: Array
+    step: Array
     """Updates made so far, int32."""
     peak: Array
     """float32."""
@@ -80,7 +80,7 @@ def unit_schedule(config: OptimConfig, *, steps: int) -> optax.Schedule:
 
 
 def scale_by_rate(peak: float, unit: optax.Schedule) -> optax.GradientTransformation:
-    """Multiplies updates by −peak · unit(count), with the peak in the state."""
+    """Multiplies updates by −peak · unit(step), with the peak in the state."""
 
     def init(params: optax.Params) -> RateState:
         zero = jnp.zeros((), jnp.int32)
@@ -89,9 +89,9 @@ def scale_by_rate(peak: float, unit: optax.Schedule) -> optax.GradientTransforma
     def update(
         updates: optax.Updates, state: RateState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, RateState]:
-        rate = (state.peak * unit(state.count)).astype(jnp.float32)
+        rate = (state.peak * unit(state.step)).astype(jnp.float32)
         scaled = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
-        return scaled, RateState(optax.safe_increment(state.count), state.peak, rate)
+        return scaled, RateState(optax.safe_increment(state.step), state.peak, rate)
 
     return optax.GradientTransformation(init, update)
 

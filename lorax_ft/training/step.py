@@ -35,9 +35,7 @@ class TrainState(NamedTuple):
 TrainStep = Callable[[TrainState, Tree, Batch, Array], tuple[TrainState, Metrics]]
 
 
-def make_train_step(
-    loss: Loss, tx: optax.GradientTransformation, *, layout: Layout
-) -> TrainStep:
+def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, layout: Layout) -> TrainStep:
     """The step `train_step(state, frozen, batch, key) -> (state, metrics)`.
 
     Jit it with the state donated, or vmap it over states that differ in rates, scales or seeds.
@@ -87,9 +85,7 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(
-    loss: Loss, *, layout: Layout
-) -> Callable[[Tree, Batch], tuple[Array, Array]]:
+def make_eval_step(loss: Loss, *, layout: Layout) -> Callable[[Tree, Batch], tuple[Array, Array]]:
     """A function of the parameters and a batch: the summed loss and its weight, without noise."""
 
     def eval_step(params: Tree, batch: Batch) -> tuple[Array, Array]:

@@ -18,11 +18,11 @@ from gguf_cases import FAMILIES, SENTENCEPIECE, SIZES, texts, tokenizer_keys
 
 from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig
 from lorax_ft.interop.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
-from lorax_ft.interop.huggingface import abstract_params, decoder_config
+from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.save_gguf import save_gguf
 from lorax_ft.lowrank.adapters import add_adapters
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel, abstract_params
 from lorax_ft.tree import flatten, unflatten
 
 HF_CONFIG = {
@@ -80,7 +80,7 @@ def test_blocks_that_llama_cpp_makes(tmp_path: Path, kind: str, file_type: int) 
             for p, s in shapes.items()
         }
     )
-    model = Model(config=config, params=params, hf_config=HF_CONFIG, tokenizer=tokenizer)
+    model = LoadedModel(config=config, params=params, hf_config=HF_CONFIG, tokenizer=tokenizer)
     plain, packed = tmp_path / "plain.gguf", tmp_path / "packed.gguf"
     save_gguf(plain, params, model, kind="F16")
     options = llama_cpp.llama_model_quantize_default_params()
@@ -163,7 +163,7 @@ def test_tokenizers(tmp_path: Path, kind: str) -> None:
     fields = HF_CONFIG | {"vocab_size": len(tokenizer)}
     config = decoder_config(fields, source="these tests")
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(config))
-    model = Model(config=config, params=params, hf_config=fields, tokenizer=tokenizer)
+    model = LoadedModel(config=config, params=params, hf_config=fields, tokenizer=tokenizer)
     save_gguf(tmp_path / "model.gguf", params, model)
     again = load_model(tmp_path / "model.gguf").tokenizer
     theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)

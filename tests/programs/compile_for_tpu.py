@@ -9,7 +9,6 @@ messages whenever JAX starts.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -28,10 +27,10 @@ from jax.sharding import Mesh
 
 from lorax_ft import sharding
 from lorax_ft.config import Config
-from lorax_ft.interop.huggingface import abstract_params, decoder_config
-from lorax_ft.models.model import Model
+from lorax_ft.interop.huggingface import decoder_config
+from lorax_ft.models.model import CausalLM, abstract_params
 from lorax_ft.quant.kernels import quantize
-from lorax_ft.sharding import QUANTIZABLE
+from lorax_ft.training.losses import supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.state import abstract_state
 from lorax_ft.training.step import TrainState, make_train_step
@@ -47,7 +46,7 @@ def main() -> None:
     decoder = decoder_config(
         options["decoder"], source="the test", dtype=m.dtype, attention="xla", remat=m.remat
     )
-    model = Model(config=decoder, params={})
+    model = CausalLM(config=decoder)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=options["topology"])
     mesh = sharding.make_mesh(config.mesh, devices=topology.devices)
     state, frozen, batch = abstract_arguments(model, config, mesh)
@@ -74,15 +73,17 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def abstract_arguments(model: Model, config: Config, mesh: Mesh) -> tuple[TrainState, Tree, Tree]:
+def abstract_arguments(
+    model: CausalLM, config: Config, mesh: Mesh
+) -> tuple[TrainState, Tree, Tree]:
     """The shapes and shardings of the state, the frozen leaves and the batch."""
     base = {
-        path: _base_leaf(path, leaf, config)
+        path: _base_leaf(path, leaf, config, model)
         for path, leaf in flatten(abstract_params(model.config)).items()
     }
-    model = dataclasses.replace(model, params=unflatten(base))
+    tx = make_optimizer(config.optim, steps=100)
     state, frozen = abstract_state(
-        model, config.adapter, make_optimizer(config.optim, steps=100), mesh=mesh
+        unflatten(base), config.adapter, tx, layout=model.layout, mesh=mesh
     )
     train = config.train
     shape = (train.microbatches, train.batch_size // train.microbatches, config.data.max_length)
@@ -96,10 +97,12 @@ def abstract_arguments(model: Model, config: Config, mesh: Mesh) -> tuple[TrainS
     return state, frozen, batch
 
 
-def _base_leaf(path: str, leaf: Any, config: Config) -> Any:
+def _base_leaf(path: str, leaf: Any, config: Config, model: CausalLM) -> Any:
     leaf = jax.ShapeDtypeStruct(leaf.shape, config.model.dtype)
     q = config.quant
-    if q.format == "none" or not re.fullmatch(QUANTIZABLE, path):
+    module, _, name = path.rpartition("/")
+    is_kernel = name == "kernel" and model.layout[module].quantizable
+    if q.format == "none" or not is_kernel:
         return leaf
     n = leaf.ndim - 2
     return jax.eval_shape(
@@ -108,16 +111,17 @@ def _base_leaf(path: str, leaf: Any, config: Config) -> Any:
 
 
 def compile_step(
-    model: Model, config: Config, mesh: Mesh, state: TrainState, frozen: Tree, batch: Tree
+    model: CausalLM, config: Config, mesh: Mesh, state: TrainState, frozen: Tree, batch: Tree
 ) -> Any:
     """The step, compiled as `lorax_ft.run.setup.compile_step` does it."""
-    step = make_train_step(
+    loss = supervised_loss(
         model,
-        make_optimizer(config.optim, steps=100),
         packed=config.data.pack,
         dropout=config.adapter.dropout,
         neftune_alpha=config.train.neftune_alpha,
     )
+    tx = make_optimizer(config.optim, steps=100)
+    step = make_train_step(loss, tx, layout=model.layout)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

@@ -1,6 +1,6 @@
 """LoftQ: the quantized base and A B are fitted to W in turn (2310.08659, algorithm 1).
 
-    Q_t = q(W − s A_{t−1} B_{t−1}),   A_t B_t = SVD_r(W − Q_t) / s,   A_0 B_0 = 0
+Q_t = q(W − s A_{t−1} B_{t−1}),   A_t B_t = SVD_r(W − Q_t) / s,   A_0 B_0 = 0
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """OLoRA: A and B start from a QR decomposition of W, and the base becomes W − s A B (2406.01775).
 
-    Wᵀ = Q R,   A = (first r rows of R)ᵀ,   B = (first r columns of Q)ᵀ
+Wᵀ = Q R,   A = (first r rows of R)ᵀ,   B = (first r columns of Q)ᵀ
 """
 
 from __future__ import annotations

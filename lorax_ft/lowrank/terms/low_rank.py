@@ -32,9 +32,7 @@ def merge(layer: Layer, base: Layer) -> Layer:
     return base | {"kernel": base["kernel"] + update}
 
 
-def low_rank(
-    x: Array, a: Array, b: Array, s: Array, dtype: jnp.dtype, product: Product
-) -> Array:
+def low_rank(x: Array, a: Array, b: Array, s: Array, dtype: jnp.dtype, product: Product) -> Array:
     """s · x A B in `dtype`; the scale goes into B, the smallest of the three."""
     scaled_b = (expanded_to(s, b.ndim) * b).astype(dtype)
     z = product.dot(x, a.astype(dtype)).astype(dtype)  # [..., R]

@@ -1,0 +1,126 @@
+"""Names and forms of calls that still work in this version, with a DeprecationWarning.
+
+The public functions here take what their successors require as an option. This file goes in 0.2.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from lorax_ft.lowrank import adapters, merge
+from lorax_ft.lowrank.layout import Layout
+from lorax_ft.lowrank.spec import EMBEDDING, KERNEL, LayerSpec
+from lorax_ft.lowrank.terms import active_leaf, is_adapted, low_rank
+from lorax_ft.lowrank.terms.term import Layer
+from lorax_ft.models.model import CausalLM
+from lorax_ft.training import losses, step
+from lorax_ft.tree import Tree, modules
+
+
+def _with_optional_layout(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which guesses the layout from its trees if none is given."""
+
+    @functools.wraps(function)
+    def call(*args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+        if layout is None:
+            _warn(f"{function.__name__} without layout= is deprecated; pass layout=model.layout")
+            layout = guessed_layout(*_trees(args))
+        return function(*args, layout=layout, **kwargs)
+
+    return call
+
+
+attach_adapters = _with_optional_layout(adapters.attach_adapters)
+disable_adapters = _with_optional_layout(adapters.disable_adapters)
+with_norms = _with_optional_layout(adapters.with_norms)
+merge_adapters = _with_optional_layout(merge.merge_adapters)
+merge_weighted = _with_optional_layout(merge.merge_weighted)
+unmerge_adapters = _with_optional_layout(merge.unmerge_adapters)
+
+
+def switched_off(params: Tree, base: Tree, *, layout: Layout | None = None) -> Tree:
+    """Deprecated: use `disable_adapters`."""
+    _warn("switched_off is deprecated; use disable_adapters")
+    layout = guessed_layout(params) if layout is None else layout
+    return adapters.disable_adapters(params, base, layout=layout)
+
+
+@functools.wraps(step.make_train_step)
+def make_train_step(loss: Any, tx: Any, *, layout: Layout | None = None, **options: Any) -> Any:
+    """The step of a loss; of a model, as before, with its supervised loss."""
+    if not isinstance(loss, CausalLM):
+        return step.make_train_step(loss, tx, layout=layout, **options)
+    _warn("make_train_step(model, …) is deprecated; pass supervised_loss(model, …) and layout=")
+    supervised = losses.supervised_loss(loss, **options)
+    train_step = step.make_train_step(supervised, tx, layout=loss.layout)
+
+    def with_tokens(*args: Any) -> Any:
+        state, metrics = train_step(*args)
+        return state, metrics | {"tokens": metrics["weight"]}
+
+    return with_tokens
+
+
+@functools.wraps(step.make_eval_step)
+def make_eval_step(loss: Any, *, layout: Layout | None = None, **options: Any) -> Any:
+    """The evaluation of a loss; of a model, as before, of its supervised loss."""
+    if not isinstance(loss, CausalLM):
+        return step.make_eval_step(loss, layout=layout, **options)
+    _warn("make_eval_step(model, …) is deprecated; pass supervised_loss(model, …) and layout=")
+    return step.make_eval_step(losses.supervised_loss(loss, **options), layout=loss.layout)
+
+
+def guessed_layout(*trees: Tree) -> Layout:
+    """The layout of adapted modules whose axes stand in the order stack, in, out.
+
+    Raises:
+      ValueError: an embedding is adapted, which may be the output head too.
+    """
+    found: Layout = {}
+    for tree in trees:
+        layers = modules(tree)
+        tables = [path for path, layer in layers.items() if EMBEDDING in layer]
+        for path, layer in layers.items():
+            if is_adapted(layer):
+                if path in tables:
+                    raise ValueError(
+                        f"{path} is adapted and may be the output head too: pass layout= to merge it"
+                    )
+                tied_to = tables[0] if KERNEL not in layer and tables else None
+                found[path] = _guessed_spec(layer, tied_to)
+    return found
+
+
+def _guessed_spec(layer: Layer, tied_to: str | None) -> LayerSpec:
+    """The spec of one layer by the shapes of its leaves."""
+    n_stack = layer[active_leaf(layer)].ndim
+    # Only LoRA's leaves existed when the layout was optional.
+    n_in = layer[low_rank.A].ndim - n_stack - 1
+    n_out = layer[low_rank.B].ndim - n_stack - 1
+    axes = tuple(range(n_stack + n_in + n_out))
+    return LayerSpec(
+        module="dense",
+        stack=axes[:n_stack],
+        ins=axes[n_stack : n_stack + n_in],
+        outs=axes[n_stack + n_in :],
+        tied_to=tied_to,
+    )
+
+
+def _trees(args: tuple[Any, ...]) -> list[Tree]:
+    """The trees among the arguments of a call, also those in a list."""
+    trees: list[Tree] = []
+    for arg in args:
+        if isinstance(arg, dict):
+            trees.append(arg)
+        elif isinstance(arg, list | tuple):
+            trees += [tree for tree in arg if isinstance(tree, dict)]
+    return trees
+
+
+def _warn(message: str) -> None:
+    # Level 3 is the caller of the deprecated function.
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
