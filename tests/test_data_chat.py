@@ -126,9 +126,8 @@ def test_cut_and_dropped_are_counted() -> None:
         ValueError, match="none of the 3 samples keeps a token to learn within 8 tokens"
     ):
         encode_all(conversations, BYTES, max_length=8, where=where)
-    with pytest.raises(
-        ValueError, match="none of the 1 samples"
-    ):  # the first token is never a target
+    # The first token is never a target.
+    with pytest.raises(ValueError, match="none of the 1 samples"):
         encode_all(
             [[assistant("b")]], make_tokenizer("x"), max_length=8, loss_on="all", where=["1"]
         )
