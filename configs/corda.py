@@ -4,7 +4,7 @@
 
     python scripts/train.py --config configs/corda.py
 
-150 steps of 32 rows, 125 s in all on two CPU cores, 7 s of it to measure inputs, beside other work.
+150 steps of 32 rows, 125 s (7 s to measure inputs) on two CPU cores shared with other work.
 Exact match on unseen questions: 0 % before, 96 % after.
 """
 

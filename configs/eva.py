@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/eva.py
 
-150 steps of 32 rows, 114 s in all on two CPU cores, 5 s of it to measure inputs, beside other work.
+150 steps of 32 rows, 114 s (5 s to measure inputs) on two CPU cores shared with other work.
 Exact match on unseen questions: 0 % before, 98 % after.
 """
 

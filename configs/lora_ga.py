@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/lora_ga.py
 
-150 steps of 32 rows, 127 s in all on two CPU cores, 7 s of it to measure gradients, beside other work.
+150 steps of 32 rows, 127 s (7 s to measure gradients) on two CPU cores shared with other work.
 Exact match on unseen questions: 0 % before, 98 % after.
 """
 

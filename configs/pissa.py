@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/pissa.py
 
-150 steps of 32 rows, 48 s in all on two CPU cores.
+150 steps of 32 rows, 48 s on two CPU cores.
 Exact match on unseen questions: 0 % before, 98 % after.
 """
 

@@ -44,9 +44,8 @@ PEERS = {**bench_peft.STEPS, **bench_peft.INITS, **bench_peft.SERVES}
 Sample = dict[str, Any]
 Samples = dict[str, list[Sample]]
 Product = Callable[[], float]
-Column = tuple[
-    str, str, Callable[[Sequence[float]], float], str
-]  # title, key, reduction over rounds, format
+# Title, key, reduction over rounds, format.
+Column = tuple[str, str, Callable[[Sequence[float]], float], str]
 COLUMNS: list[Column] = [
     ("first call s", "first", statistics.median, ".2f"),
     ("seconds", "seconds", statistics.median, ".2f"),

@@ -47,7 +47,7 @@ SERVES: dict[str, dict[str, Any]] = {
 PROMPT, NEW = 32, 64  # tokens
 NOTES = {
     "peft_lora_bf16_autocast": "torch's autocast: bfloat16 matrix products, so different numbers",
-    "peft_lora_mkl_avx512": "float32; MKL with AVX-512, which it uses by default only on Intel CPUs",
+    "peft_lora_mkl_avx512": "float32; MKL with AVX-512, by default only on Intel CPUs",
 }
 MKL_AVX512 = 12  # the lowest value of MKL_CBWR_Get_Auto_Branch that means AVX-512
 

@@ -92,9 +92,8 @@ def main() -> None:
     )
     skills = functools.partial(measure, config, tokenizer=tokenizer, seed=options.seed + 2)
     params = train(config, rows, options, skills)
-    params = jax.tree.map(
-        lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params
-    )  # the dtype of the saved weights
+    # Evaluate in the dtype of the saved weights.
+    params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params)
     print(f"as stored: {skills(jax.tree.map(lambda leaf: leaf.astype(np.float32), params))}")
     write(options.output, LoadedModel(config=config, params=params, hf_config=hf_config), tokenizer)
     print(f"{options.output}: done in {time.time() - began:.0f} s")

@@ -30,10 +30,11 @@ INITS: dict[str, dict[str, Any]] = {
     "eva": {"init": "eva"},
     "corda": {"init": "corda"},
     "corda_first_kept": {"init": "corda", "corda_mode": "ipm", "keep_base": True},
+    # It needs 2 r singular vectors, and the matrix has 5.
     "lora_ga": {
         "init": "lora_ga",
         "rank": 2,
-    },  # it needs 2 r singular vectors, and the matrix has 5
+    },
     "lora_one": {"init": "lora_one", "lora_one_gamma": 1.0},
 }
 TABLE: dict[str, dict[str, Any]] = {

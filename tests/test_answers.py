@@ -146,12 +146,13 @@ def test_evaluate_answers(speaker: Model) -> None:
         ("1008", "#### 1008", r"#### (-?[\d,.]+)", False),
         ("#### 18", "#### 118", r"#### (-?[\d,.]+)", False),
         ("answer:  yes, sir ", "answer: yes, sir", "answer:(.*)", True),
+        # This comma is not part of a number.
         (
             "answer: yes sir",
             "answer: yes, sir",
             "answer:(.*)",
             False,
-        ),  # this comma is not part of a number
+        ),
         ("b", "a", "(a)|b", False),
     ],
 )

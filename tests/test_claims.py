@@ -200,9 +200,8 @@ def test_claim_7_a_gain_near_one_is_not_erased_in_bfloat16(dropout: bool) -> Non
     }
     layer |= {"lora_scale": jnp.float32(1), "magnitude": jnp.full(4, 1 + 4e-3), "norm": jnp.ones(4)}
     layer |= {"dropout_key": KEY, "dropout_rate": jnp.float32(1e-6)} if dropout else {}
-    assert (
-        np.float32(linear(layer, x, jnp.matmul)).max() == 1004
-    )  # the spacing of bfloat16 at 1000 is 4
+    # The spacing of bfloat16 at 1000 is 4.
+    assert np.float32(linear(layer, x, jnp.matmul)).max() == 1004
 
 
 def test_claim_8_counts_of_smollm2() -> None:

@@ -74,9 +74,8 @@ def test_eva_explains_the_most_variance_for_its_ranks(decoder: Any, padded_batch
     for path, share in shares.items():
         np.testing.assert_allclose(best[path], share[:, :4].sum(1), rtol=1e-5)
     spread, _ = started(model, batches, init="eva")
-    pooled = np.sort(
-        np.concatenate([share[:, :8].ravel() for share in shares.values()])
-    )  # at most 2 r of a matrix
+    # At most 2 r directions per matrix.
+    pooled = np.sort(np.concatenate([share[:, :8].ravel() for share in shares.values()]))
     total, before = (
         sum(float(share.sum()) for share in found.values()) for found in (explained(spread), best)
     )

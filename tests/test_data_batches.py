@@ -30,9 +30,8 @@ def test_packing_keeps_every_sample_whole(lengths: list[int]) -> None:
     rows = pack(samples, 20)
     assert sorted(id(s) for row in rows for s in row) == sorted(map(id, samples))
     assert all(0 < sum(map(len, row)) <= 20 for row in rows)
-    assert (
-        sum(sum(map(len, row)) <= 10 for row in rows) <= 1
-    )  # else two of these rows would fit into one
+    # Else two of these rows would fit into one.
+    assert sum(sum(map(len, row)) <= 10 for row in rows) <= 1
     assert rows == pack(samples, 20)
 
 

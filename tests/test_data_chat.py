@@ -123,9 +123,8 @@ def test_cut_and_dropped_are_counted() -> None:
     assert encoded.samples[1].mask[-1]
     with pytest.raises(ValueError, match="none of the 3 samples keeps a label within 8 tokens"):
         encode_all(conversations, BYTES, max_length=8, where=where)
-    with pytest.raises(
-        ValueError, match="none of the 1 samples"
-    ):  # the first token is never a target
+    # The first token is never a target.
+    with pytest.raises(ValueError, match="none of the 1 samples"):
         encode_all(
             [[assistant("b")]], make_tokenizer("x"), max_length=8, loss_on="all", where=["1"]
         )

@@ -192,9 +192,8 @@ def test_two_processes_train_as_one(
     train(config)
     expected, got = read_log(tmp_path / method), read_log(in_two_processes / method)
     steps = [line["step"] for line in got if "loss" in line]
-    assert steps == list(
-        range(1, last + 1)
-    )  # each line once: resuming appends, and only one process writes
+    # Each line once: resuming appends, and only one process writes.
+    assert steps == list(range(1, last + 1))
     for name in ("loss", "grad_norm"):
         values = [[line[name] for line in log if name in line] for log in (expected, got)]
         np.testing.assert_allclose(values[1], values[0], rtol=1e-4, err_msg=name)

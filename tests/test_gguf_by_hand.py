@@ -76,13 +76,14 @@ def test_gguf_files(tmp_path: Path, tied: bool) -> None:
     assert_trees_equal(again.params, model.params)
     tokenizer = again.tokenizer
     ids = tokenizer("<|user|>A 11").input_ids
+    # Digits stand alone: no "Ġ1".
     assert tokenizer.convert_ids_to_tokens(ids) == [
         "<|user|>",
         "A",
         "Ġ",
         "1",
         "1",
-    ]  # digits stand alone: no "Ġ1"
+    ]
     assert tokenizer.decode(ids) == "<|user|>A 11"
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|end|>", 0)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False) == "A"

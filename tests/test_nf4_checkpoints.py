@@ -131,9 +131,8 @@ def test_what_is_packed_in_part_or_is_no_linear_layer_of_ours_is_dequantized(
     )
     np.testing.assert_array_equal(kernel[1], own.T)
     assert isinstance(part.params["layers"]["mlp"]["down_proj"]["kernel"], NF4)
-    save_model(
-        tmp_path / "whole", part.params, part
-    )  # not quantized, and the config does not mention quantization
+    # Saved unquantized, without any mention of quantization in the config.
+    save_model(tmp_path / "whole", part.params, part)
     assert "quantization_config" not in json.loads((tmp_path / "whole" / "config.json").read_text())
     np.testing.assert_allclose(logits(load_model(tmp_path / "whole")), logits(part), atol=1e-5)
 

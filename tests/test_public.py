@@ -28,7 +28,7 @@ def test_importing_everything_pulls_in_no_other_framework_and_is_quick() -> None
 import sys, time, jax
 began = time.perf_counter()
 import lorax_ft
-from lorax_ft import cli, config
+from lorax_ft import config
 for name in lorax_ft.__all__: getattr(lorax_ft, name)
 heavy = ("torch", "tensorflow", "tensorboardX", "matplotlib")
 print(time.perf_counter() - began, *[name for name in heavy if name in sys.modules])

@@ -54,9 +54,8 @@ def test_codes_travel_and_not_what_they_stand_for(format: Any) -> None:
     gathered = {(dtype, math.prod(map(int, shape.split(",")))) for dtype, shape in found}
     kernel = 256 * 1024 // 2  # of the MLP, on one device of the tensor axis
     assert {"nf4": ("u8", kernel // 2), "int8": ("s8", kernel)}[format] in gathered
-    assert (
-        max(size for dtype, size in gathered if dtype == "f32") < 256 * 256 // 2
-    )  # smaller than any kernel
+    # Smaller than any kernel.
+    assert max(size for dtype, size in gathered if dtype == "f32") < 256 * 256 // 2
 
 
 def _gradient(remat: Any, format: Any, mesh: Mesh | None = None) -> Any:

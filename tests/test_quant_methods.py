@@ -127,9 +127,8 @@ def test_starts_as_the_dequantized_base_or_nearer_to_the_original(
         if method.startswith(("loftq", "pissa_rounds")) or (
             method.startswith("pissa") and name != "int8"
         ):
-            assert all(
-                left[path] < lost[path] for path in lost
-            )  # one round narrows NF4's blocks of 64, but not int8's channels
+            # One round narrows NF4's blocks of 64, but not int8's channels.
+            assert all(left[path] < lost[path] for path in lost)
         elif method.startswith("milora"):  # for other inits, s A B may be larger than W
             assert all(left[path] < 1.05 * lost[path] for path in lost)
         return

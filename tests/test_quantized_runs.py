@@ -88,9 +88,8 @@ def test_a_base_without_its_start_goes_with_its_adapter(
         load_peft(run / "adapter", model)
     merged = merge_adapters(again, layout=base.layout)
     np.testing.assert_allclose(logits(base, merged), logits(model, params), atol=1e-4)
-    shutil.copytree(
-        run / "adapter", tmp_path / "moved"
-    )  # moved away from its base; its config still names the base
+    # Moved away from its base; its config still names the base.
+    shutil.copytree(run / "adapter", tmp_path / "moved")
     with pytest.raises(ValueError, match="was trained on"):
         load_peft(tmp_path / "moved", model)
     save_peft(tmp_path / "other", adapted(model, AdapterConfig(rank=3)), model)

@@ -133,9 +133,8 @@ def test_save_model_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no hf_config"):
         save_model(tmp_path / "merged", model.params, dataclasses.replace(model, hf_config={}))
     assert not (tmp_path / "merged").exists()
-    save_model(
-        tmp_path / "merged", adapted, model, shard_bytes=3000
-    )  # B is 0, so this is the base model
+    # B is 0, so this is the base model.
+    save_model(tmp_path / "merged", adapted, model, shard_bytes=3000)
     assert_trees_equal(load_model(tmp_path / "merged").params, model.params)
 
 

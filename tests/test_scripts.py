@@ -196,10 +196,11 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     assert wrong[0] == "error: unknown command /nonsense; /help lists the commands"
     assert wrong[1].startswith("error: nowhere holds no adapter_config.json")
     assert len(wrong) == 2
+    # The same adapter twice.
     for weights, text in (
         (("0.5", "0.5"), expected),
         (("0", "0"), before),
-    ):  # the same adapter twice
+    ):
         folder = tmp_path / f"merged{weights[0]}"
         twice = ["--also", str(run / "adapter"), "--weights", *weights, "--output", str(folder)]
         assert call("merge", "--run", str(run), *twice)[::2] == (0, "")

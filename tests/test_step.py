@@ -239,9 +239,8 @@ def test_scales_of_zero_and_leaves_that_stay_are_errors(model: Model) -> None:
     still = jax.device_get(contract.moved(trained, trained, rate=1e-4))
     with pytest.raises(ValueError, match=r"after update 1, layers/mlp/down_proj.* did not move"):
         contract.check_moved(still, updates=1)
-    lost = jax.device_get(
-        contract.moved(trained, trained, rate=1e-12)
-    )  # too small to change A in float32
+    # Too small to change A in float32.
+    lost = jax.device_get(contract.moved(trained, trained, rate=1e-12))
     assert all(changed for path, (_, changed) in lost.items() if path.endswith("lora_a"))
     assert not any(changed for path, (_, changed) in still.items())
     broken = {path: np.array([False, True]) for path in still}

@@ -25,9 +25,8 @@ def test_the_exact_triples_equal_numpys_svd(shape: tuple[int, int], last: bool) 
     some = slice(None, -6, -1) if last else slice(5)
     want = np.einsum("lir,lr,lro->lio", u[..., some], s[:, some], vt[:, some])
     assert distance(a @ b, want) < 1e-6
-    np.testing.assert_allclose(
-        np.linalg.norm(a, axis=1), np.sqrt(s[:, some]), rtol=1e-6
-    )  # each factor takes √S
+    # Each factor takes √S.
+    np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.sqrt(s[:, some]), rtol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(b, axis=2), np.sqrt(s[:, some]), rtol=1e-6)
 
 

@@ -37,9 +37,8 @@ from lorax_ft.quant.kernels import quantize  # noqa: E402
 from lorax_ft.quant.nf4 import NF4  # noqa: E402
 from lorax_ft.tree import flatten, from_modules, modules  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # torch, transformers and PEFT warn about one another
+# torch, transformers and PEFT warn about one another.
+pytestmark = pytest.mark.filterwarnings("ignore")
 SMOLLM2 = os.environ.get("LORAX_FT_SMOLLM2", "")
 TOKENS = np.random.default_rng(0).integers(0, 90, (2, 17))
 SHAPES = [(64, 64), (192, 128), (128, 576), (33, 40), (3, 5), (7, 64), (50, 100)]  # [O, I]

@@ -21,9 +21,8 @@ from lorax_ft.models.model import Model  # noqa: E402
 from lorax_ft.training.calibration import calibrate  # noqa: E402
 from lorax_ft.tree import Tree, from_modules, modules  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # torch, transformers and PEFT warn about one another
+# torch, transformers and PEFT warn about one another.
+pytestmark = pytest.mark.filterwarnings("ignore")
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = np.random.default_rng(0).zipf(1.3, (1, 256)) % 61
 

@@ -60,9 +60,8 @@ def test_llama_cpp_answers_as_we_do(tmp_path: Path, kind: str) -> None:
         theirs.eval(ids)
         expected = np.array(theirs.scores[: len(ids)])
         logits = np.asarray(ours.apply({"params": ours.params}, jnp.asarray(ids)[None])[0])
-        assert (
-            np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()
-        )  # llama.cpp rounds activations too
+        # llama.cpp rounds activations too.
+        assert np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(
@@ -99,9 +98,8 @@ def test_blocks_that_llama_cpp_makes(tmp_path: Path, kind: str, file_type: int) 
     expected = np.array(theirs.scores[: len(ids)])
     logits = np.asarray(ours.apply({"params": ours.params}, jnp.asarray(ids)[None])[0])
     plain_logits = np.asarray(model.apply({"params": params}, jnp.asarray(ids)[None])[0])
-    assert (
-        np.abs(logits - expected).mean() < 0.02 * np.abs(expected).max()
-    )  # llama.cpp rounds activations too
+    # llama.cpp rounds activations too.
+    assert np.abs(logits - expected).mean() < 0.02 * np.abs(expected).max()
     if kind.startswith("Q4"):  # unless the rounding of the blocks is larger
         assert np.abs(plain_logits - expected).mean() > 3 * np.abs(logits - expected).mean()
 
@@ -109,9 +107,8 @@ def test_blocks_that_llama_cpp_makes(tmp_path: Path, kind: str, file_type: int) 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_families(tmp_path: Path, case: str) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    tmp_path = tmp_path.parent / case.replace(
-        "phi", "fi"
-    )  # for names with phi3, llama.cpp expects SentencePiece
+    # For names with phi3, llama.cpp expects SentencePiece.
+    tmp_path = tmp_path.parent / case.replace("phi", "fi")
     expected = transformers_logits(tmp_path / "model", FAMILIES[case])
     model = load_model(tmp_path / "model")
     save_gguf(tmp_path / "model.gguf", model.params, model, kind="F16")
@@ -123,9 +120,8 @@ def test_families(tmp_path: Path, case: str) -> None:
     theirs.eval(IDS)
     scores = np.array(theirs.scores[: len(IDS)])
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
-    assert (
-        np.abs(scores - expected).max() < 0.01 * np.abs(expected).max()
-    )  # llama.cpp rounds activations
+    # llama.cpp rounds activations.
+    assert np.abs(scores - expected).max() < 0.01 * np.abs(expected).max()
 
 
 IDS = np.random.default_rng(0).integers(4, 700, 40).tolist()
@@ -167,9 +163,8 @@ def test_tokenizers(tmp_path: Path, kind: str) -> None:
     save_gguf(tmp_path / "model.gguf", params, model)
     again = load_model(tmp_path / "model.gguf").tokenizer
     theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
-    for text in texts(
-        accented=kind not in ("tekken", "gpt-4o")
-    ):  # llama.cpp simplifies the pre-tokenizer rules there
+    # llama.cpp simplifies the pre-tokenizer rules there.
+    for text in texts(accented=kind not in ("tekken", "gpt-4o")):
         ids = theirs.tokenize(text.encode(), add_bos=True, special=True)
         assert again(text).input_ids == ids
         assert tokenizer(text).input_ids == ids

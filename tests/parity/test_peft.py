@@ -24,9 +24,8 @@ from lorax_ft.lowrank.adapters import add_adapters  # noqa: E402
 from lorax_ft.models.model import Model  # noqa: E402
 from lorax_ft.tree import flatten, from_modules, modules, unflatten  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # torch, transformers and PEFT warn about one another
+# torch, transformers and PEFT warn about one another.
+pytestmark = pytest.mark.filterwarnings("ignore")
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 15))
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -216,9 +215,8 @@ def test_a_converted_start_of_peft(checkpoint: Path, tmp_path: Path, init: str) 
         task_type="CAUSAL_LM", r=4, target_modules=ALL_LINEAR, init_lora_weights=init
     )
     theirs = peft.get_peft_model(base, config)
-    theirs.peft_config[
-        "default"
-    ].init_lora_weights = True  # as in PEFT's guide: save the initial adapter first
+    # As in PEFT's guide: save the initial adapter first.
+    theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(tmp_path / "start")
     theirs.peft_config["default"].init_lora_weights = init
     for parameter in theirs.parameters():

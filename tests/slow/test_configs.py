@@ -18,9 +18,8 @@ CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))]
 
 
 def train(*argv: object) -> None:
-    environment = {
-        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
-    }  # those are for small tests
+    # The XLA flags of conftest are for small tests.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     subprocess.run(
         [sys.executable, ROOT / "scripts/train.py", *map(str, argv)], check=True, env=environment
     )

@@ -94,17 +94,14 @@ def test_a_quantized_base_is_whole_in_one_layer_at_a_time(format: Any) -> None:
         mesh=MeshConfig(data=1, fsdp=16),
     )
     report = compile_for("v5e:4x4", config, QWEN_7B)
-    assert (
-        report["kernel_bytes"] < {"nf4": 5.6e9, "int8": 8.9e9}[format]
-    )  # 2.2e9 of these are the embedding and the head
+    # 2.2e9 of these are the embedding and the head.
+    assert report["kernel_bytes"] < {"nf4": 5.6e9, "int8": 8.9e9}[format]
     assert report["kernel_bytes_a_chip"] < 1.01 * report["kernel_bytes"] / 16
-    assert (
-        report["temporary_bytes"] < 2.5e9
-    )  # all kernels in bfloat16 would take 13e9, or 0.8e9 per chip
+    # All kernels in bfloat16 would take 13e9, or 0.8e9 per chip.
+    assert report["temporary_bytes"] < 2.5e9
     assert not [shape for shape in report["gathered"] if len(shape) == 3 and shape[0] == 28]
-    codes = {"nf4": [18944, 3584 // 2], "int8": [3584, 18944]}[
-        format
-    ]  # the codes are gathered, not the dequantized values
+    # The codes are gathered, not the dequantized values.
+    codes = {"nf4": [18944, 3584 // 2], "int8": [3584, 18944]}[format]
     assert codes in [shape[-2:] for shape in report["gathered"]]
 
 
@@ -118,9 +115,8 @@ def check(report: dict[str, Any], config: Config, *, split: int, width: Any) -> 
     )
     assert report["kernel_bytes_a_chip"] == report["kernel_bytes"] / split
     a_chip = report["frozen_bytes_a_chip"] + report["state_bytes_a_chip"]
-    assert (
-        a_chip <= report["argument_bytes"] < 2 * a_chip
-    )  # the batch, and factors padded to tiles of 128 columns
+    # The rest is the batch, and the padding of factors to tiles of 128 columns.
+    assert a_chip <= report["argument_bytes"] < 2 * a_chip
     assert report["alias_bytes"] > 0.9 * report["state_bytes_a_chip"]  # the state is donated
     whole_stacks = [
         shape for shape in report["gathered"] if shape in report["kernels"] and len(shape) == 3
