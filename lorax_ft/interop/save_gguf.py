@@ -23,7 +23,7 @@ from lorax_ft.models.model import Model
 from lorax_ft.models.rope import Rope
 from lorax_ft.tree import Tree
 
-WRITTEN = {architecture.kind: name for name, architecture in ARCHITECTURES.items()} | {
+WRITTEN = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()} | {
     "mistral": "llama"
 }
 """The architectures that families are written as."""

@@ -16,7 +16,7 @@ from lorax_ft.interop.gguf_tokenizer import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    pre_tokenizer,
+    build_pre_tokenizer,
     read_tokenizer,
 )
 from lorax_ft.models.model import Model
@@ -65,9 +65,9 @@ def _byte_level(parts: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]
     bpe = parts["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
     tokens, types = _tokens(parts, size)
-    for pre, words in PRE_TOKENIZERS.items():
-        cut = _without_offsets(json.loads(pre_tokenizer(words).__getstate__()))
-        if cut == _without_offsets(parts["pre_tokenizer"]) and words.whole == bool(
+    for pre, pre_tokenizer in PRE_TOKENIZERS.items():
+        cut = _without_offsets(json.loads(build_pre_tokenizer(pre_tokenizer).__getstate__()))
+        if cut == _without_offsets(parts["pre_tokenizer"]) and pre_tokenizer.ignore_merges == bool(
             bpe.get("ignore_merges")
         ):
             yield {
