@@ -1,6 +1,6 @@
 """Write folders atomically: next to their place, then renamed into it.
 
-So a crash or a full disk leaves the old folder or the new one, never half of either.
+So an error, a full disk or an interruption leaves the old folder as it was.
 """
 
 from __future__ import annotations

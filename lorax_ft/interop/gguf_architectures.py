@@ -30,7 +30,7 @@ class Architecture:
     """The class in transformers."""
     fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
     """Optional GGUF keys, beyond those in `FIELDS`."""
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hardcoded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Values of config.json that llama.cpp hardcodes, where transformers' default differs."""
     interleaved: bool = False
     """Whether the rows of q and k are permuted for interleaved rotary pairs, as in Meta's Llama."""
@@ -38,10 +38,10 @@ class Architecture:
     """Every n-th layer has full attention, the others a sliding window; 0: no `layer_types`."""
     local_theta: float | None = None
     """Rotary base of the layers with a sliding window, where they have their own."""
-    by_width: int = 0
-    """Number of layers of the one size whose attention scale is 1 / √(width / heads).
+    width_scaled_layers: int = 0
+    """The number of layers of the one size whose attention scale is 1 / √(width / heads).
 
-    0: no size; the scale is 1 / √head_dim.
+    All other sizes have 1 / √head_dim; with 0, every size has.
     """
 
 
@@ -55,6 +55,7 @@ FIELDS: dict[str, Field] = {
     "attention.key_length": ("head_dim", int),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", float),
 }
+"""Keys of every architecture, without its prefix."""
 WINDOW: dict[str, Field] = {"attention.sliding_window": ("sliding_window", int)}
 SOFTCAPS: dict[str, Field] = {
     "attn_logit_softcapping": ("attn_logit_softcapping", float),
@@ -88,7 +89,7 @@ ARCHITECTURES = {
             "expert_count": ("num_experts", int),
             "expert_feed_forward_length": ("moe_intermediate_size", int),
         },
-        fixed={"norm_topk_prob": True},
+        hardcoded={"norm_topk_prob": True},
     ),
     "gemma": Architecture(model_type="gemma", model_class="GemmaForCausalLM"),
     "gemma2": Architecture(
@@ -96,7 +97,7 @@ ARCHITECTURES = {
         model_class="Gemma2ForCausalLM",
         fields=WINDOW | SOFTCAPS,
         full_every=2,
-        by_width=46,
+        width_scaled_layers=46,
     ),
     "gemma3": Architecture(
         model_type="gemma3_text",
@@ -104,7 +105,7 @@ ARCHITECTURES = {
         fields=WINDOW | {"final_logit_softcapping": SOFTCAPS["final_logit_softcapping"]},
         full_every=6,
         local_theta=10000.0,
-        by_width=62,
+        width_scaled_layers=62,
     ),
     "phi3": Architecture(
         model_type="phi3",
@@ -228,7 +229,7 @@ def read_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any
         if f"blk.0.{module}.bias" in tensors:
             config[field] = True
     config |= _layer_config(architecture, config, metadata)
-    return config | dict(architecture.fixed)
+    return config | dict(architecture.hardcoded)
 
 
 def _layer_config(
@@ -253,10 +254,10 @@ def _layer_config(
             "full_attention": config["rope_parameters"],
             "sliding_attention": {"rope_type": "default", "rope_theta": _rounded(theta)},
         }
-    if architecture.by_width:
+    if architecture.width_scaled_layers:
         found["query_pre_attn_scalar"] = config["head_dim"]
         # Gemma 2 27B and Gemma 3 27B, which llama.cpp too recognizes by their number of layers.
-        if config["num_hidden_layers"] == architecture.by_width:
+        if config["num_hidden_layers"] == architecture.width_scaled_layers:
             width_per_head = config["hidden_size"] // config["num_attention_heads"]
             found["query_pre_attn_scalar"] = width_per_head
     return found

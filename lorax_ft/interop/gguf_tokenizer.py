@@ -39,12 +39,15 @@ class PreTokenizer:
     """Whether texts start with the bos token when the file has no `add_bos_token`."""
 
 
+# These patterns are copied from the models' tokenizer.json files; %s marks where they differ. They
+# must stay equal to the last character, since writing a file looks a tokenizer up by its pattern.
 MODERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 THREE_DIGITS = MODERN % r"\p{N}{1,3}"
 ONE_DIGIT = MODERN % r"\p{N}"
+# These two also split between cases, as in camel|Case.
 UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 BY_CASE = (
@@ -158,9 +161,9 @@ def sentencepiece(
     """Builds the tokenizer that llama.cpp calls llama.
 
     Args:
-      tokens: by id.
-      scores: of the tokens; the best are merged first.
-      types: of the tokens.
+      tokens: the vocabulary, by id.
+      scores: one for each token; the best are merged first.
+      types: one for each token, as llama.cpp numbers them.
       unknown: the unk token.
       add_prefix: whether texts get a space in front.
     """

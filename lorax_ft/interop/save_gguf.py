@@ -82,7 +82,7 @@ def _check_block_size(config: DecoderConfig, kind: str) -> None:
     row_sizes = (config.width, config.mlp_width, config.heads * config.head_dim)
     if kind == "Q8_0" and any(size % 32 for size in row_sizes):
         raise ValueError(
-            "Q8_0 needs rows of a multiple of 32 values, which this model does not have; "
+            f"Q8_0 needs matrix rows of a multiple of 32 values, but this model has {row_sizes}; "
             "write F16 (--gguf-type F16)"
         )
 
@@ -98,13 +98,12 @@ def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if model_type not in ARCHITECTURE_OF:
         supported = ", ".join(ARCHITECTURE_OF)
         raise ValueError(
-            f"{source} ({model_type}) is not written as GGUF; supported: {supported}; "
+            f"{source} ({model_type}) cannot be written as GGUF; supported: {supported}; "
             "write a folder instead (--target hf), which llama.cpp's own converter reads"
         )
     architecture = ARCHITECTURES[ARCHITECTURE_OF[model_type]]
-    name = ARCHITECTURE_OF[model_type].partition(" ")[
-        0
-    ]  # without "with experts", which is only ours
+    # " with experts" is this library's addition; llama.cpp's name ends before it.
+    name, _, _ = ARCHITECTURE_OF[model_type].partition(" ")
     keys, factors = _keys(model, architecture)
     metadata = {"general.architecture": name}
     metadata |= {f"{name}.{key}": value for key, value in keys.items()}
@@ -116,8 +115,8 @@ def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         lost = "kinds"
     if lost:
         raise ValueError(
-            f"{source} ({model_type}) has {lost} = {getattr(model.config, lost)}, for which "
-            f"llama.cpp's {name} has no form; write a folder instead (--target hf)"
+            f"{source} ({model_type}) has {lost} = {getattr(model.config, lost)}, which "
+            f"llama.cpp's {name} does not support; write a folder instead (--target hf)"
         )
     return metadata, factors
 

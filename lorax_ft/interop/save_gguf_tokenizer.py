@@ -40,7 +40,7 @@ def tokenizer_metadata(model: Model, metadata: Mapping[str, Any]) -> dict[str, A
     """
     tokenizer, source = model.tokenizer, model.source or "the model"
     if tokenizer is None or not tokenizer.is_fast:
-        raise ValueError(f"{source} has no tokenizer.json, which a GGUF file is written from")
+        raise ValueError(f"{source} has no tokenizer.json, which a GGUF file needs")
     special = _special_tokens(tokenizer)
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     for form in _forms(parts, model.config.vocab_size):
@@ -51,7 +51,7 @@ def tokenizer_metadata(model: Model, metadata: Mapping[str, Any]) -> dict[str, A
         if again(PROBE).input_ids == tokenizer(PROBE).input_ids:
             return keys
     raise ValueError(
-        f"the tokenizer of {source} is not written as GGUF; supported: SentencePiece's BPE, and "
+        f"the tokenizer of {source} cannot be written as GGUF; supported: SentencePiece's BPE, and "
         f"byte-level BPE as {', '.join(PRE_TOKENIZERS)}"
     )
 
@@ -77,8 +77,8 @@ def _forms(parts: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
     """Yields the keys that might describe a tokenizer; the caller tries each.
 
     Args:
-      parts: of tokenizer.json.
-      size: of the vocabulary.
+      parts: the contents of tokenizer.json.
+      size: of the model's vocabulary, which may be larger than the tokenizer's.
     """
     bpe = parts["model"]
     if bpe["type"] != "BPE":
