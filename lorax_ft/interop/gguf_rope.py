@@ -52,7 +52,7 @@ def read_rope(metadata: Mapping[str, Any], name: str, tensors: Mapping[str, Any]
     }
     if dims != head_dim:
         parameters["partial_rotary_factor"] = dims / head_dim
-    # Tensors come first: files that have them hold no `scaling.type` (llama3, longrope).
+    # These tensors are the factors of longrope, whatever `scaling.type` says.
     if SHORT in tensors:
         return parameters | _longrope(tensors[SHORT], tensors[LONG], attention_factor, original)
     known = scaling in ("none", "linear", "yarn")
