@@ -219,9 +219,9 @@ def _sentencepiece(kind: str) -> dict[str, Any]:
 
 
 def _byte_level(pre: str) -> dict[str, Any]:
-    words = gguf_tokenizer.PRE_TOKENIZERS[pre]
+    pre_tokenizer = gguf_tokenizer.PRE_TOKENIZERS[pre]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = gguf_tokenizer.pre_tokenizer(words)
+    tokenizer.pre_tokenizer = gguf_tokenizer.build_pre_tokenizer(pre_tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learned = _train(tokenizer, vocab_size=600, initial_alphabet=alphabet)

@@ -84,13 +84,13 @@ def test_llama3_is_recognized(tmp_path: Path) -> None:
         ),
         (
             {"model_type": "llama", "hidden_act": "gelu"},
-            "(llama) has activation = gelu, for which llama.cpp's llama has",
+            "(llama) has activation = gelu, which llama.cpp's llama does",
         ),
     ],
 )
 def test_what_a_file_cannot_say_is_not_written(tmp_path: Path, fields: dict, message: str) -> None:
     model = random_model(fields)
-    with pytest.raises(ValueError, match="has no form; write a folder instead") as error:
+    with pytest.raises(ValueError, match="does not support; write a folder instead") as error:
         save_gguf(tmp_path / "model.gguf", model.params, model, kind="F16")
     assert message in str(error.value)
     assert not list(tmp_path.iterdir())

@@ -273,7 +273,7 @@ def test_export(
     with pytest.raises(ValueError, match=r"hf is not empty; give another folder, or --overwrite"):
         export("lora", "hf", "hf")
     with pytest.raises(
-        ValueError, match=r"tokenizer of .* is not written as GGUF; supported: SentencePiece"
+        ValueError, match=r"tokenizer of .* cannot be written as GGUF; supported: SentencePiece"
     ):
         export("lora", "gguf", "tuned.gguf", "--gguf-type", "F16")
     with pytest.raises(ValueError, match=r"is not a .gguf file"):

@@ -1,4 +1,7 @@
-"""Folders that are written beside their place and renamed into it, so that none is ever half written."""
+"""Write folders atomically: next to their place, then renamed into it.
+
+So an error, a full disk or an interruption leaves the old folder as it was.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ def new_folder(
     replaces: Sequence[str] = (),
     others: Literal["refuse", "keep"] = "refuse",
 ) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when the block ends without an error.
+    """Yields an empty folder that replaces `folder` when the block ends without an error.
 
     Args:
-      folder: the place; a link stays, and what it leads to is replaced.
-      replaces: patterns of files that may be there and go, beside those whose names the new folder has.
-      others: what becomes of other files that are there.
+      folder: the place; a link stays, and its target is replaced.
+      replaces: patterns of old files to delete, besides those whose names the new folder has.
+      others: whether other old files are an error or are kept.
 
     Raises:
       ValueError: `folder` is a file, or holds files that the new folder would not replace.
@@ -38,39 +41,30 @@ def new_folder(
         fresh = scratch / "new"
         fresh.mkdir()
         yield fresh
-        for file in fresh.rglob("*"):  # safetensors' are readable by their owner alone
+        # safetensors creates files that only their owner can read.
+        for file in fresh.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~_umask())
-        old = {
-            name
-            for name in _names(target)
-            if not any(fnmatch.fnmatch(name, pattern) for pattern in replaces)
-        }
-        left = sorted(old - _names(fresh))
-        if left and others == "refuse":
+        kept = _other_files(target, fresh, replaces)
+        if kept and others == "refuse":
             raise ValueError(
-                f"{folder} holds {', '.join(left[:3])}, which would be lost; give another folder"
+                f"{folder} holds {', '.join(kept[:3])}, which would be lost; give another folder"
             )
-        for name in left:  # copied, so that they are never only in what is deleted
-            copy = shutil.copytree if (target / name).is_dir() else shutil.copy2
-            copy(target / name, fresh / name)
-        aside = scratch / "old"
-        try:
-            if target.exists():
-                target.rename(aside)
-            fresh.rename(target)
-        except BaseException:  # an interruption too
-            if aside.exists() and not target.exists():
-                aside.rename(target)
-            raise
+        # Copied rather than moved, since the scratch folder is deleted if anything fails.
+        for name in kept:
+            if (target / name).is_dir():
+                shutil.copytree(target / name, fresh / name)
+            else:
+                shutil.copy2(target / name, fresh / name)
+        _swap(target, fresh, aside=scratch / "old")
 
 
 @contextlib.contextmanager
 def scratch_beside(target: Path, *, given: str | Path) -> Iterator[Path]:
-    """A folder on the target's disk for the time of the block.
+    """Yields a temporary folder next to the target, on the same disk, so that renaming works.
 
     Raises:
-      OSError: the block cannot write; it names what was `given`, and not what lies beside it.
+      OSError: the block cannot write. The message has the `given` path, not the temporary one.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,11 +75,33 @@ def scratch_beside(target: Path, *, given: str | Path) -> Iterator[Path]:
         raise OSError(f"{given} cannot be written: {reason}") from error
 
 
+def _other_files(target: Path, fresh: Path, replaces: Sequence[str]) -> list[str]:
+    """Returns the names in `target` that are not in `fresh` and match no pattern."""
+    if not target.is_dir():
+        return []
+    new_names = os.listdir(fresh)
+    others = []
+    for name in sorted(os.listdir(target)):
+        replaced = any(fnmatch.fnmatch(name, pattern) for pattern in replaces)
+        if not replaced and name not in new_names:
+            others.append(name)
+    return others
+
+
+def _swap(target: Path, fresh: Path, *, aside: Path) -> None:
+    """Moves `target` to `aside` and `fresh` to `target`; puts `target` back if that fails."""
+    try:
+        if target.exists():
+            target.rename(aside)
+        fresh.rename(target)
+    except BaseException:  # KeyboardInterrupt too
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
+
+
 def _umask() -> int:
+    """Returns the umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()

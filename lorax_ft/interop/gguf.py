@@ -1,7 +1,8 @@
-"""GGUF files: their config, tensors and tokenizer under Hugging Face's names.
+"""Read GGUF files: their config, tensors and tokenizer, under the names that Hugging Face uses.
 
-Quantized blocks are decoded by the gguf package. What llama.cpp keeps otherwise is undone here: the rows of q and k in
-the order of interleaved rotary pairs, norms with their offset added, and the experts of a layer in one tensor.
+The gguf package decodes quantized blocks. This module undoes what llama.cpp's converter changes:
+it permutes the rows of q and k for interleaved rotary pairs, adds the offset to norms, and stacks
+the experts of a layer in one tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lorax_ft.models.config import DecoderConfig
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
-    """What a Hugging Face folder would hold: the config.json, the tensors and the tokenizer.
+    """Reads what a Hugging Face folder would hold: the config.json, the tensors and the tokenizer.
 
     Raises:
       ValueError: the file is damaged, or its architecture or tokenizer is not supported.
@@ -35,7 +36,8 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
     except (OSError, ValueError, IndexError) as error:
         raise ValueError(f"{file} is not a readable GGUF file: {error}") from error
     try:
-        if (parts := metadata.get("split.count", 1)) > 1:
+        parts = metadata.get("split.count", 1)
+        if parts > 1:
             raise ValueError(f"is one of {parts} files; join them with llama-gguf-split --merge")
         config = read_config(metadata, {tensor.name: tensor.data for tensor in reader.tensors})
         tokenizer = read_tokenizer(metadata)
@@ -44,55 +46,75 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
     except ValueError as error:
         raise ValueError(f"{file} {error}") from error
     decoder = decoder_config(config, source=str(file))
-    interleaved = find_architecture(metadata).interleaved
-    heads = {"attn_q": decoder.heads, "attn_k": decoder.kv_heads} if interleaved else {}
+    # llama.cpp's converter permutes q and k head by head, so undoing it needs the head counts.
+    permuted_heads = {}
+    if find_architecture(metadata).interleaved:
+        permuted_heads = {"attn_q": decoder.heads, "attn_k": decoder.kv_heads}
+    names = family_names(config)
     tensors: dict[str, LazyTensor] = {}
     for tensor in reader.tensors:
-        if tensor.name not in (FACTORS, SHORT, LONG):
-            tensors |= _stored(tensor, decoder, heads, family_names(config))
+        # These hold rotary factors, not parameters: `read_config` has put them into the config.
+        if tensor.name in (FACTORS, SHORT, LONG):
+            continue
+        tensors.update(_lazy_tensors(tensor, decoder, permuted_heads, names))
     return config, tensors, tokenizer
 
 
-def _stored(
-    tensor: Any, config: DecoderConfig, heads: Mapping[str, int], names: Names
+def _lazy_tensors(
+    tensor: Any, config: DecoderConfig, permuted_heads: Mapping[str, int], names: Names
 ) -> Iterator[tuple[str, LazyTensor]]:
-    """The tensor of a file under Hugging Face's name, or those of all experts that it holds."""
+    """Yields a file's tensor under its Hugging Face name; for a stack of experts, one for each."""
+    # gguf lists the dimensions with the fastest one first, numpy with the slowest.
     shape = tuple(map(int, tensor.shape[::-1]))
     module = tensor.name.rpartition(".")[0].rpartition(".")[2]
-    offset = config.norm_offset if module.endswith("norm") else 0.0
+    modules = module_names(config)
     if module.endswith("_exps"):
         for expert in range(shape[0]):
-            name = _hf_name(tensor.name, module_names(config), names, expert=expert)
-            yield (
-                name,
-                LazyTensor(
-                    shape[1:],
-                    functools.partial(_read, tensor.data[expert], tensor.tensor_type, None, 0.0),
-                ),
-            )
+            name = _hf_name(tensor.name, modules, names, expert=expert)
+            data = tensor.data[expert]
+            read_expert = functools.partial(_read, data, tensor.tensor_type, None, 0.0)
+            yield name, LazyTensor(shape[1:], read_expert)
         return
-    read = functools.partial(_read, tensor.data, tensor.tensor_type, heads.get(module), offset)
-    yield _hf_name(tensor.name, module_names(config), names), LazyTensor(shape, read)
+    # Gemma multiplies by 1 + scale; llama.cpp's converter stores the sum.
+    offset = 0.0
+    if module.endswith("norm"):
+        offset = config.norm_offset
+    heads = permuted_heads.get(module)
+    read = functools.partial(_read, tensor.data, tensor.tensor_type, heads, offset)
+    yield _hf_name(tensor.name, modules, names), LazyTensor(shape, read)
 
 
 def _hf_name(
     name: str, modules: Mapping[str, str], names: Names, *, expert: int | None = None
 ) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; an unknown name stays as it is."""
-    *block, module, leaf = name.rsplit(".", 3 if name.startswith("blk.") else 1)
+    """Translates a tensor's name to Hugging Face's.
+
+    `blk.3.attn_q.weight` becomes `model.layers.3.self_attn.q_proj.weight`. Unknown names stay as
+    they are, and `load_params` reports them.
+    """
+    in_layer = name.startswith("blk.")
+    *block, module, leaf = name.rsplit(".", 3 if in_layer else 1)
     if module not in modules:
         return name
-    path = "/".join([*(["layers", block[1]] if block else []), modules[module]])
-    return f"{hf_module(path.replace('experts', f'experts/{expert}'), names)}.{leaf}"
+    path = modules[module].replace("experts", f"experts/{expert}")
+    if in_layer:
+        path = f"layers/{block[1]}/{path}"
+    return f"{hf_module(path, names)}.{leaf}"
 
 
 def _read(
-    data: np.ndarray, kind: Any, heads: int | None, offset: float, index: Index
+    data: np.ndarray, ggml_type: Any, heads: int | None, offset: float, index: Index
 ) -> np.ndarray:
-    """A part of the decoded tensor; with `heads`, its rows in Hugging Face's half-split rotary order."""
+    """Decodes a tensor and returns the part in `index`.
+
+    With `heads`, the rows go from interleaved rotary pairs back to Hugging Face's half-split order.
+    """
     import gguf
 
-    array = gguf.quants.dequantize(data, kind)
+    array = gguf.quants.dequantize(data, ggml_type)
     if heads is not None:
-        array = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-    return array[index] - np.float32(offset) if offset else array[index]
+        pairs = array.reshape(heads, -1, 2, *array.shape[1:])  # [H, C / 2, 2, ...]
+        array = pairs.swapaxes(1, 2).reshape(array.shape)
+    if offset:
+        return array[index] - np.float32(offset)
+    return array[index]

@@ -1,6 +1,7 @@
-"""What GGUF files call architectures, their sizes and their modules: tables that are read forwards and backwards.
+"""Tables of GGUF's names for architectures, config values and modules, to read and to write files.
 
-What an architecture does is said in `families`; here stands under which name, and what llama.cpp takes for granted.
+`families` defines what each architecture computes. This module holds only the names, and what
+llama.cpp hardcodes for an architecture and therefore leaves out of its files.
 """
 
 from __future__ import annotations
@@ -16,28 +17,32 @@ from lorax_ft.models.config import DecoderConfig
 Metadata = Mapping[str, Any]
 """GGUF's keys and values, such as `llama.block_count`: 30."""
 Field = tuple[str, type]
+"""A name in config.json, and the type of its value."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One `general.architecture`."""
 
-    kind: str
+    model_type: str
     """`model_type` in config.json."""
-    model: str
-    """Its class in transformers."""
+    model_class: str
+    """The class in transformers."""
     fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
-    """GGUF's keys beside `FIELDS`, which may be missing."""
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of config.json: what llama.cpp always does, where transformers' default is another."""
+    """Optional GGUF keys, beyond those in `FIELDS`."""
+    hardcoded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Values of config.json that llama.cpp hardcodes, where transformers' default differs."""
     interleaved: bool = False
-    """Whether the rows of q and k stand in the order of the original rotary embedding, pairs side by side."""
+    """Whether the rows of q and k are permuted for interleaved rotary pairs, as in Meta's Llama."""
     full_every: int = 0
-    """Every so many layers one sees all tokens, the others a window; 0: nothing is said of layers."""
+    """Every n-th layer has full attention, the others a sliding window; 0: no `layer_types`."""
     local_theta: float | None = None
-    """Of the layers with a window, where it is another than of the full ones."""
-    by_width: int = 0
-    """Layers of the size whose attention is scaled by 1 / √(width / heads) in place of 1 / √head_dim; 0: no such."""
+    """Rotary base of the layers with a sliding window, where they have their own."""
+    width_scaled_layers: int = 0
+    """The number of layers of the one size whose attention scale is 1 / √(width / heads).
+
+    All other sizes have 1 / √head_dim; with 0, every size has.
+    """
 
 
 FIELDS: dict[str, Field] = {
@@ -50,61 +55,68 @@ FIELDS: dict[str, Field] = {
     "attention.key_length": ("head_dim", int),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", float),
 }
+"""Keys of every architecture, without its prefix."""
 WINDOW: dict[str, Field] = {"attention.sliding_window": ("sliding_window", int)}
-CAPS: dict[str, Field] = {
+SOFTCAPS: dict[str, Field] = {
     "attn_logit_softcapping": ("attn_logit_softcapping", float),
     "final_logit_softcapping": ("final_logit_softcapping", float),
 }
-CHOSEN: dict[str, Field] = {"expert_used_count": ("num_experts_per_tok", int)}
-KNOWN = {
+EXPERTS_USED: dict[str, Field] = {"expert_used_count": ("num_experts_per_tok", int)}
+OTHER_KEYS = {
     "vocab_size",
     "attention.value_length",
     "attention.sliding_window_pattern",
     "expert_count",
     *ROPE_KEYS,
 }
-"""Keys that are read elsewhere, or say again what others say."""
+"""Keys that `read_rope` or `read_config` handle, or that repeat what other keys contain."""
 
 ARCHITECTURES = {
-    "llama": Architecture(kind="llama", model="LlamaForCausalLM", interleaved=True),
+    "llama": Architecture(model_type="llama", model_class="LlamaForCausalLM", interleaved=True),
     "llama with experts": Architecture(
-        kind="mixtral",
-        model="MixtralForCausalLM",
-        fields=CHOSEN | {"expert_count": ("num_local_experts", int)},
+        model_type="mixtral",
+        model_class="MixtralForCausalLM",
+        fields=EXPERTS_USED | {"expert_count": ("num_local_experts", int)},
         interleaved=True,
     ),
-    "qwen2": Architecture(kind="qwen2", model="Qwen2ForCausalLM"),
-    "qwen3": Architecture(kind="qwen3", model="Qwen3ForCausalLM"),
+    "qwen2": Architecture(model_type="qwen2", model_class="Qwen2ForCausalLM"),
+    "qwen3": Architecture(model_type="qwen3", model_class="Qwen3ForCausalLM"),
     "qwen3moe with experts": Architecture(
-        kind="qwen3_moe",
-        model="Qwen3MoeForCausalLM",
-        fields=CHOSEN
+        model_type="qwen3_moe",
+        model_class="Qwen3MoeForCausalLM",
+        fields=EXPERTS_USED
         | {
             "expert_count": ("num_experts", int),
             "expert_feed_forward_length": ("moe_intermediate_size", int),
         },
-        fixed={"norm_topk_prob": True},
+        hardcoded={"norm_topk_prob": True},
     ),
-    "gemma": Architecture(kind="gemma", model="GemmaForCausalLM"),
+    "gemma": Architecture(model_type="gemma", model_class="GemmaForCausalLM"),
     "gemma2": Architecture(
-        kind="gemma2", model="Gemma2ForCausalLM", fields=WINDOW | CAPS, full_every=2, by_width=46
+        model_type="gemma2",
+        model_class="Gemma2ForCausalLM",
+        fields=WINDOW | SOFTCAPS,
+        full_every=2,
+        width_scaled_layers=46,
     ),
     "gemma3": Architecture(
-        kind="gemma3_text",
-        model="Gemma3ForCausalLM",
-        fields=WINDOW | {"final_logit_softcapping": CAPS["final_logit_softcapping"]},
+        model_type="gemma3_text",
+        model_class="Gemma3ForCausalLM",
+        fields=WINDOW | {"final_logit_softcapping": SOFTCAPS["final_logit_softcapping"]},
         full_every=6,
         local_theta=10000.0,
-        by_width=62,
+        width_scaled_layers=62,
     ),
     "phi3": Architecture(
-        kind="phi3",
-        model="Phi3ForCausalLM",
+        model_type="phi3",
+        model_class="Phi3ForCausalLM",
         fields=WINDOW
         | {"rope.scaling.original_context_length": ("original_max_position_embeddings", int)},
     ),
-    "smollm3": Architecture(kind="smollm3", model="SmolLM3ForCausalLM", interleaved=True),
-    "olmo2": Architecture(kind="olmo2", model="Olmo2ForCausalLM"),
+    "smollm3": Architecture(
+        model_type="smollm3", model_class="SmolLM3ForCausalLM", interleaved=True
+    ),
+    "olmo2": Architecture(model_type="olmo2", model_class="Olmo2ForCausalLM"),
 }
 
 MODULES = {
@@ -130,45 +142,58 @@ MODULES = {
     "output_norm": "norm",
     "output": "lm_head",
 }
+"""GGUF's names of modules, and their paths in a layer or in the decoder.
+
+`module_names` has the exceptions.
+"""
 
 
 def find_architecture(metadata: Metadata) -> Architecture:
-    """What a file's `general.architecture` is here.
+    """Looks up the architecture of a file by its `general.architecture`.
 
     Raises:
-      ValueError: it is not supported, or has a property that is not.
+      ValueError: the architecture is not supported, or the file has a key that is not.
     """
     name = metadata["general.architecture"]
-    full = f"{name} with experts" if metadata.get(f"{name}.expert_count") else name
-    if full not in ARCHITECTURES:
-        raise ValueError(
-            f"has the architecture {full!r}; supported in GGUF: {', '.join(ARCHITECTURES)}"
-        )
-    architecture = ARCHITECTURES[full]
-    known = KNOWN | FIELDS.keys() | architecture.fields.keys()
+    full_name = name
+    # llama.cpp uses one name for Llama and Mixtral; only the number of experts tells them apart.
+    if metadata.get(f"{name}.expert_count"):
+        full_name = f"{name} with experts"
+    if full_name not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise ValueError(f"has the architecture {full_name!r}; supported in GGUF: {supported}")
+    architecture = ARCHITECTURES[full_name]
+    known = OTHER_KEYS | FIELDS.keys() | architecture.fields.keys()
+    prefix = f"{name}."
     for key, value in metadata.items():
-        inner = key.removeprefix(f"{name}.")
-        if inner not in (key, *known) and not inner.startswith(
-            ("vision.", "mm.")
-        ):  # Gemma 3's eyes stand apart
-            raise ValueError(
-                f"has {key} = {value}, which is not supported; use the Hugging Face folder instead"
-            )
+        if not key.startswith(prefix):
+            continue
+        inner = key.removeprefix(prefix)
+        # Gemma 3's files also describe its vision tower, which is not loaded.
+        if inner in known or inner.startswith(("vision.", "mm.")):
+            continue
+        # Ignoring an unknown key could change the logits without notice.
+        raise ValueError(
+            f"has {key} = {value}, which is not supported; use the Hugging Face folder instead"
+        )
     return architecture
 
 
 def module_names(config: DecoderConfig) -> dict[str, str]:
-    """GGUF's name for a module, to its path in a layer or in the decoder."""
-    before, fused = config.norms == "before", config.fused
-    return (
-        MODULES
-        | ({"ffn_norm": "post_attention_layernorm"} if before else {})
-        | ({"ffn_up": "mlp/gate_up_proj"} if fused else {})
-    )
+    """Maps GGUF's name of each module to its path in a layer or in the decoder."""
+    names = dict(MODULES)
+    # `ffn_norm` is the norm before the MLP. Hugging Face calls it post_attention_layernorm, unless
+    # the layer has norms around the MLP, as in Gemma 2.
+    if config.norms == "before":
+        names["ffn_norm"] = "post_attention_layernorm"
+    # Phi 3's gate and up are one matrix, which llama.cpp names `ffn_up`.
+    if config.fused:
+        names["ffn_up"] = "mlp/gate_up_proj"
+    return names
 
 
 def read_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a file with these keys; `tensors` are its arrays by GGUF's names.
+    """Builds the config.json of a file with these keys; `tensors` holds its arrays by GGUF's names.
 
     Raises:
       KeyError: a key is missing.
@@ -176,61 +201,84 @@ def read_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any
     """
     architecture = find_architecture(metadata)
     name = metadata["general.architecture"]
-    width, heads = metadata[f"{name}.embedding_length"], metadata[f"{name}.attention.head_count"]
-    given = {
+    width = metadata[f"{name}.embedding_length"]
+    heads = metadata[f"{name}.attention.head_count"]
+    # llama.cpp's defaults for keys that a file may omit.
+    defaults = {
         f"{name}.attention.head_count_kv": heads,
         f"{name}.attention.key_length": width // heads,
-        **metadata,
     }
-    present = FIELDS | {
-        key: field for key, field in architecture.fields.items() if f"{name}.{key}" in metadata
-    }
-    config = {field: _rounded(given[f"{name}.{key}"]) for key, (field, _) in present.items()}
-    rope = read_rope(given, name, tensors)
+    metadata = defaults | dict(metadata)
+    config = {}
+    for key, (field, _) in FIELDS.items():
+        config[field] = _rounded(metadata[f"{name}.{key}"])
+    for key, (field, _) in architecture.fields.items():
+        if f"{name}.{key}" in metadata:
+            config[field] = _rounded(metadata[f"{name}.{key}"])
     config |= {
-        "model_type": architecture.kind,
-        "architectures": [architecture.model],
+        "model_type": architecture.model_type,
+        "architectures": [architecture.model_class],
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_parameters": rope,
-        **{
-            f"{name}_id": metadata.get(f"tokenizer.ggml.{key}_token_id")
-            for name, key in SPECIAL.items()
-        },
+        "rope_parameters": read_rope(metadata, name, tensors),
     }
-    for bias, tensor in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_down")):
-        if f"blk.0.{tensor}.bias" in tensors:
-            config[bias] = True
-    return config | _layers(architecture, config, metadata) | dict(architecture.fixed)
+    for token, key in SPECIAL.items():
+        config[f"{token}_id"] = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    # No key says whether projections have biases; only the tensors do.
+    for field, module in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_down")):
+        if f"blk.0.{module}.bias" in tensors:
+            config[field] = True
+    config |= _layer_config(architecture, config, metadata)
+    return config | dict(architecture.hardcoded)
 
 
-def _layers(architecture: Architecture, config: Metadata, metadata: Metadata) -> dict[str, Any]:
-    """What config.json says of windows and scales, where llama.cpp knows it by the architecture and the size."""
-    name, found = metadata["general.architecture"], {}
+def _layer_config(
+    architecture: Architecture, config: Metadata, metadata: Metadata
+) -> dict[str, Any]:
+    """Returns config.json's windows, rotary bases and attention scale.
+
+    llama.cpp derives most of them from the architecture and the number of layers, so files often
+    leave them out.
+    """
+    name = metadata["general.architecture"]
+    found: dict[str, Any] = {}
     if "sliding_window" in config:
-        found["sliding_window"] = config["sliding_window"] or None  # phi3's 0 is none
-    if every := architecture.full_every:
-        every = metadata.get(f"{name}.attention.sliding_window_pattern", every)
-        layers = range(config["num_hidden_layers"])
-        windows = every if isinstance(every, list) else [bool((i + 1) % every) for i in layers]
-        windows = windows if found.get("sliding_window") else [False for _ in layers]
-        found["layer_types"] = [
-            "sliding_attention" if window else "full_attention" for window in windows
-        ]
+        found["sliding_window"] = config["sliding_window"] or None  # 0 is none (phi3)
+    if architecture.full_every:
+        pattern = metadata.get(f"{name}.attention.sliding_window_pattern", architecture.full_every)
+        layers = config["num_hidden_layers"]
+        found["layer_types"] = _layer_types(pattern, layers, window=found.get("sliding_window"))
     if architecture.local_theta:
         theta = metadata.get(f"{name}.rope.freq_base_swa", architecture.local_theta)
-        local = {"rope_type": "default", "rope_theta": _rounded(theta)}
         found["rope_parameters"] = {
             "full_attention": config["rope_parameters"],
-            "sliding_attention": local,
+            "sliding_attention": {"rope_type": "default", "rope_theta": _rounded(theta)},
         }
-    if architecture.by_width:
-        width = config["hidden_size"] // config["num_attention_heads"]
-        by_width = config["num_hidden_layers"] == architecture.by_width
-        found["query_pre_attn_scalar"] = width if by_width else config["head_dim"]
+    if architecture.width_scaled_layers:
+        found["query_pre_attn_scalar"] = config["head_dim"]
+        # Gemma 2 27B and Gemma 3 27B, which llama.cpp too recognizes by their number of layers.
+        if config["num_hidden_layers"] == architecture.width_scaled_layers:
+            width_per_head = config["hidden_size"] // config["num_attention_heads"]
+            found["query_pre_attn_scalar"] = width_per_head
     return found
 
 
+def _layer_types(pattern: int | list[bool], layers: int, *, window: int | None) -> list[str]:
+    """Returns `layer_types` of config.json: every `pattern`-th layer has full attention.
+
+    A list says for each layer whether it has a window.
+    """
+    if not window:
+        return ["full_attention"] * layers
+    if isinstance(pattern, list):
+        windowed = pattern
+    else:
+        windowed = [(layer + 1) % pattern != 0 for layer in range(layers)]
+    return ["sliding_attention" if has_window else "full_attention" for has_window in windowed]
+
+
 def _rounded(value: Any) -> Any:
-    """A float32 as its author wrote it: 1e-5, not 9.99999974e-06."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    """Restores the decimal that a float32 was written as: 1e-5, not 9.99999974e-06."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    return value

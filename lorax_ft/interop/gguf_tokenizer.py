@@ -1,8 +1,8 @@
-"""Tokenizers in GGUF files, rebuilt with the tokenizers package so that they give llama.cpp's ids.
+"""Rebuild the tokenizers of GGUF files with the tokenizers package, with the same ids as llama.cpp.
 
-llama.cpp knows two kinds: "gpt2", byte-level BPE with its merges, cut into words by a rule that the file names; and
-"llama", SentencePiece's BPE, whose file holds a score for each token: of two neighbors that make a token, those with
-the best score are merged first.
+llama.cpp has two that matter here. "gpt2" is byte-level BPE with a list of merges; the file names
+the pre-tokenizer. "llama" is SentencePiece's BPE; the file has a score for each token, and of all
+neighbors whose concatenation is a token, those with the best score are merged first.
 """
 
 from __future__ import annotations
@@ -14,175 +14,232 @@ from typing import Any
 from lorax_ft.interop.tokenizer import import_transformers
 
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-)  # llama.cpp's types of tokens
-WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)  # never split, nor made of others
-SPACE = "▁"  # SentencePiece's sign for a space
+# llama.cpp's token types (`llama_token_type`).
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+BYTE = 6
+WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)  # found in texts before BPE, and never made by merges
+SPACE = "▁"  # stands for a space in SentencePiece's tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
-    """How texts are cut into words before their bytes are merged."""
+class PreTokenizer:
+    """How a byte-level tokenizer splits texts into words, and what it does with them."""
 
     pattern: str | None = None
-    """A regular expression; None is GPT-2's."""
-    digits_apart: bool = False
-    whole: bool = False
-    """Whether a word that is a token is taken as it is, without merges."""
-    bos: bool = False
-    """Whether texts start with the token bos, where the file does not say it."""
+    """Regular expression that matches a word; None: GPT-2's."""
+    individual_digits: bool = False
+    """Whether every digit is split off first."""
+    ignore_merges: bool = False
+    """Whether a word that is a token becomes that token, even if the merges do not lead to it."""
+    adds_bos: bool = False
+    """Whether texts start with the bos token when the file has no `add_bos_token`."""
 
 
-MODERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-THREE_DIGITS, ONE_DIGIT = MODERN % r"\p{N}{1,3}", MODERN % r"\p{N}"
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+# These patterns are copied from the models' tokenizer.json files; %s marks where they differ. They
+# must stay equal to the last character, since writing a file looks a tokenizer up by its pattern.
+MODERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+THREE_DIGITS = MODERN % r"\p{N}{1,3}"
+ONE_DIGIT = MODERN % r"\p{N}"
+# These two also split between cases, as in camel|Case.
+UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 BY_CASE = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*%s|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+TEKKEN = BY_CASE % ("", "", r"\p{N}")
+GPT_4O = BY_CASE % (ENDINGS, ENDINGS, r"\p{N}{1,3}")
 PRE_TOKENIZERS = {
-    "smollm": Words(digits_apart=True),
-    "llama-bpe": Words(THREE_DIGITS, whole=True, bos=True),
-    "qwen2": Words(ONE_DIGIT),
-    "smaug-bpe": Words(THREE_DIGITS),  # SmolLM 3
-    "dbrx": Words(THREE_DIGITS),  # OLMo 2, Phi 4
-    "tekken": Words(BY_CASE % ("", "", r"\p{N}"), whole=True, bos=True),  # Mistral Nemo
-    "gpt-4o": Words(BY_CASE % (ENDINGS, ENDINGS, r"\p{N}{1,3}")),  # Phi 4 mini
-    "gpt-2": Words(),
-    "olmo": Words(),
-    "deepseek-r1-qwen": Words(ONE_DIGIT),
+    "smollm": PreTokenizer(individual_digits=True),
+    "llama-bpe": PreTokenizer(THREE_DIGITS, ignore_merges=True, adds_bos=True),
+    "qwen2": PreTokenizer(ONE_DIGIT),
+    "smaug-bpe": PreTokenizer(THREE_DIGITS),  # SmolLM 3
+    "dbrx": PreTokenizer(THREE_DIGITS),  # OLMo 2, Phi 4
+    "tekken": PreTokenizer(TEKKEN, ignore_merges=True, adds_bos=True),  # Mistral Nemo
+    "gpt-4o": PreTokenizer(GPT_4O),  # Phi 4 mini
+    "gpt-2": PreTokenizer(),
+    "olmo": PreTokenizer(),
+    "deepseek-r1-qwen": PreTokenizer(ONE_DIGIT),
 }
-"""By llama.cpp's names. Those by case are the models' own, which llama.cpp simplifies beyond ASCII."""
+"""By llama.cpp's names.
+
+tekken and gpt-4o have the patterns of the models themselves. llama.cpp simplifies them beyond
+ASCII, so ids of texts with combining marks or accented capitals can differ from llama.cpp's there.
+"""
 
 
 def read_tokenizer(metadata: Mapping[str, Any]) -> Any:
-    """The transformers tokenizer of a file with these keys.
+    """Builds the transformers tokenizer of a file with these keys.
 
     Raises:
       KeyError: a key is missing.
-      ValueError: its kind is not supported.
+      ValueError: the tokenizer is not supported.
     """
-    kind, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "")
-    if kind != "llama" and (kind != "gpt2" or pre not in PRE_TOKENIZERS):
+    algorithm = metadata["tokenizer.ggml.model"]
+    pre = metadata.get("tokenizer.ggml.pre", "")
+    if algorithm != "llama" and (algorithm != "gpt2" or pre not in PRE_TOKENIZERS):
         known = ", ".join(f"gpt2/{name}" for name in PRE_TOKENIZERS)
         raise ValueError(
-            f"has the tokenizer {kind}/{pre}; supported: {known}, llama; use the Hugging Face folder instead"
+            f"has the tokenizer {algorithm}/{pre}; supported: {known}, llama; "
+            "use the Hugging Face folder instead"
         )
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
-    if kind == "llama":
-        ids = {"bos_token": 1, "eos_token": 2, "unk_token": 0} | {
-            name: i for name, i in ids.items() if i is not None
-        }
-        prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-        tokenizer = sentencepiece(
-            tokens, metadata["tokenizer.ggml.scores"], types, tokens[ids["unk_token"]], prefix
-        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata["tokenizer.ggml.token_type"]
+    ids = _special_ids(metadata)
+    if algorithm == "llama":
+        scores = metadata["tokenizer.ggml.scores"]
+        add_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+        tokenizer = sentencepiece(tokens, scores, types, tokens[ids["unk_token"]], add_prefix)
+        adds_bos = True
     else:
-        tokenizer = byte_level(tokens, metadata["tokenizer.ggml.merges"], PRE_TOKENIZERS[pre])
+        merges = metadata["tokenizer.ggml.merges"]
+        tokenizer = byte_level(tokens, merges, PRE_TOKENIZERS[pre])
+        adds_bos = PRE_TOKENIZERS[pre].adds_bos
     tokenizer.add_tokens(_whole_tokens(tokens, types, metadata))
-    named = {name: tokens[i] for name, i in ids.items() if i is not None}
-    bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or PRE_TOKENIZERS[pre].bos)
-    eos = metadata.get("tokenizer.ggml.add_eos_token", False)
-    _surround(tokenizer, [named["bos_token"]] if bos else [], [named["eos_token"]] if eos else [])
+    special = {name: tokens[i] for name, i in ids.items()}
+    before, after = [], []
+    if metadata.get("tokenizer.ggml.add_bos_token", adds_bos):
+        before = [special["bos_token"]]
+    if metadata.get("tokenizer.ggml.add_eos_token", False):
+        after = [special["eos_token"]]
+    _surround(tokenizer, before, after)
     return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
         model_max_length=metadata[f"{metadata['general.architecture']}.context_length"],
         clean_up_tokenization_spaces=False,
-        **named,
+        **special,
     )
 
 
-def byte_level(tokens: list[str], merges: list[str], words: Words) -> Any:
-    """A tokenizer of the kind gpt2."""
+def byte_level(tokens: list[str], merges: list[str], pre_tokenizer: PreTokenizer) -> Any:
+    """Builds the tokenizer that llama.cpp calls gpt2."""
     from tokenizers import Tokenizer, decoders, models
 
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=words.whole))
-    tokenizer.pre_tokenizer = pre_tokenizer(words)
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        pairs.append((left, right))
+    model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre_tokenizer.ignore_merges)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = build_pre_tokenizer(pre_tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def pre_tokenizer(words: Words) -> Any:
-    """Cuts a text into words, and them into letters for bytes."""
+def build_pre_tokenizer(pre_tokenizer: PreTokenizer) -> Any:
+    """Builds what splits texts into words and maps their bytes to GPT-2's printable letters."""
     from tokenizers import Regex, pre_tokenizers
 
-    cuts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if words.digits_apart else []
-    if words.pattern is not None:
-        cuts.append(pre_tokenizers.Split(Regex(words.pattern), behavior="isolated"))
-    bytes_ = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, trim_offsets=True, use_regex=words.pattern is None
+    pattern = pre_tokenizer.pattern
+    steps: list[Any] = []
+    if pre_tokenizer.individual_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    to_letters = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, trim_offsets=True, use_regex=pattern is None
     )
-    return pre_tokenizers.Sequence([*cuts, bytes_]) if cuts else bytes_
+    # `save_gguf_tokenizer` compares the structure, and a tokenizer.json has a lone step unwrapped.
+    if not steps:
+        return to_letters
+    return pre_tokenizers.Sequence([*steps, to_letters])
 
 
 def sentencepiece(
-    tokens: list[str], scores: list[float], types: list[int], unknown: str, prefix: bool
+    tokens: list[str], scores: list[float], types: list[int], unknown: str, add_prefix: bool
 ) -> Any:
-    """A tokenizer of the kind llama; `prefix` says whether a space is put before texts."""
+    """Builds the tokenizer that llama.cpp calls llama.
+
+    Args:
+      tokens: the vocabulary, by id.
+      scores: one for each token; the best are merged first.
+      types: one for each token, as llama.cpp numbers them.
+      unknown: the unk token.
+      add_prefix: whether texts get a space in front.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = _merges({token: i for token, i in vocabulary.items() if types[i] not in WHOLE}, scores)
+    mergeable = {token: i for token, i in vocabulary.items() if types[i] not in WHOLE}
     model = models.BPE(
-        vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
+        vocab=vocabulary,
+        merges=_merges(mergeable, scores),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
     )
     tokenizer = Tokenizer(model)
-    spaces = normalizers.Replace(" ", SPACE)
-    tokenizer.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
-    )
-    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if prefix else undo)
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    decoding = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if add_prefix:
+        prepend = normalizers.Prepend(SPACE)
+        tokenizer.normalizer = normalizers.Sequence([prepend, normalizers.Replace(" ", SPACE)])
+        decoding.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(decoding)
     return tokenizer
 
 
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the ids of the special tokens by transformers' names."""
+    ids = {}
+    # llama.cpp's defaults for SentencePiece; byte-level tokenizers have none.
+    if metadata["tokenizer.ggml.model"] == "llama":
+        ids = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
+    for name, key in SPECIAL.items():
+        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            ids[name] = token_id
+    return ids
+
+
 def _merges(vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, the best score first."""
-    pairs = [
-        (-scores[i], i, token[:cut], token[cut:])
-        for token, i in vocabulary.items()
-        for cut in range(1, len(token))
-        if token[:cut] in vocabulary and token[cut:] in vocabulary
-    ]
-    return [(left, right) for _, _, left, right in sorted(pairs)]
+    """Returns all pairs of tokens whose concatenation is a token, the best score first."""
+    ranked = []
+    for token, i in vocabulary.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocabulary and right in vocabulary:
+                ranked.append((-scores[i], i, left, right))
+    return [(left, right) for _, _, left, right in sorted(ranked)]
 
 
 def _whole_tokens(tokens: list[str], types: list[int], metadata: Mapping[str, Any]) -> list[Any]:
-    """The tokens that are never split; Phi 3's, but for some, swallow the spaces behind them."""
+    """Returns the tokens that are never split."""
     from tokenizers import AddedToken
 
-    phi = (metadata["general.architecture"], metadata["tokenizer.ggml.model"]) == ("phi3", "llama")
-    return [
-        AddedToken(
-            token,
-            normalized=False,
-            special=type_ != USER_DEFINED,
-            rstrip=phi and token not in ("<unk>", "<s>", "<|endoftext|>"),
-        )
-        for token, type_ in zip(tokens, types, strict=True)
-        if type_ in WHOLE
-    ]
+    # Phi 3's special tokens strip the spaces behind them, except for these three. GGUF has no key
+    # for that: llama.cpp goes by the model's name, and this by its architecture.
+    is_phi3 = metadata["general.architecture"] == "phi3"
+    strips = is_phi3 and metadata["tokenizer.ggml.model"] == "llama"
+    keeps_spaces = ("<unk>", "<s>", "<|endoftext|>")
+    whole = []
+    for token, token_type in zip(tokens, types, strict=True):
+        if token_type not in WHOLE:
+            continue
+        special = token_type != USER_DEFINED
+        rstrip = strips and token not in keeps_spaces
+        whole.append(AddedToken(token, normalized=False, special=special, rstrip=rstrip))
+    return whole
 
 
 def _surround(tokenizer: Any, before: list[str], after: list[str]) -> None:
-    """Puts tokens before and behind every text."""
+    """Makes the tokenizer add tokens before and after every text."""
     from tokenizers import processors
 
     if not before and not after:
         return
     pieces = [(token, tokenizer.token_to_id(token)) for token in {*before, *after}]
-    single, pair = [*before, "$A", *after], [*before, "$A", *after, *before, "$B:1", *after]
+    single = [*before, "$A", *after]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=pieces
+        single=single, pair=[*single, *before, "$B:1", *after], special_tokens=pieces
     )

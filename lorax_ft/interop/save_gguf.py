@@ -1,4 +1,4 @@
-"""Models as GGUF files for llama.cpp, through the gguf package's writer."""
+"""Write models as GGUF files for llama.cpp, with the gguf package's writer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from typing import Any, Literal
 import numpy as np
 
 from lorax_ft.interop.folder import scratch_beside
-from lorax_ft.interop.gguf_architectures import ARCHITECTURES, FIELDS, module_names, read_config
+from lorax_ft.interop.gguf_architectures import (
+    ARCHITECTURES,
+    FIELDS,
+    Architecture,
+    module_names,
+    read_config,
+)
 from lorax_ft.interop.gguf_rope import FACTORS, divisors, write_rope
 from lorax_ft.interop.huggingface import LEAVES, decoder_config
 from lorax_ft.interop.save_gguf_tokenizer import tokenizer_metadata
@@ -23,40 +29,36 @@ from lorax_ft.models.model import Model
 from lorax_ft.models.rope import Rope
 from lorax_ft.tree import Tree
 
-WRITTEN = {architecture.kind: name for name, architecture in ARCHITECTURES.items()} | {
-    "mistral": "llama"
-}
-"""The architectures that families are written as."""
-COMPUTING = ("dtype", "attention", "remat")  # of a config: what no file holds
-FAR = 10**9  # a position that no text reaches
+ARCHITECTURE_OF = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()}
+"""Keys of `ARCHITECTURES` by the `model_type` of config.json."""
+ARCHITECTURE_OF["mistral"] = "llama"  # llama.cpp has no architecture of its own for it
+COMPUTING = ("dtype", "attention", "remat")  # fields of a config that no file holds
+FAR = 10**9  # a position beyond every text's end, where longrope's long factors apply
 
 
 def save_gguf(
     file: str | Path, params: Tree, model: Model, *, kind: Literal["F16", "Q8_0"] = "Q8_0"
 ) -> None:
-    """Writes `params`, with their adapters merged, as one .gguf file with its tokenizer.
+    """Writes `params`, with their adapters merged, as one .gguf file that includes the tokenizer.
 
     Args:
-      file: written beside and renamed.
+      file: the place; the file is written next to it and then renamed.
       params: parameters, with or without adapters.
-      model: gives sizes and tokenizer.
-      kind: of the matrices; vectors and routers are float32.
+      model: provides sizes and tokenizer.
+      kind: GGML type of the matrices; vectors and routers are float32.
 
     Raises:
-      ValueError: llama.cpp has no form for the architecture or a property of it, or does not know the tokenizer.
-      OSError: the disk is full, or may not be written.
+      ValueError: llama.cpp does not support the architecture, one of its properties or the
+        tokenizer.
+      OSError: the disk is full, or the place is not writable.
     """
     import gguf
 
-    given, file = file, Path(file).resolve()  # where a link leads
-    if file == Path(model.source or " ").resolve():
+    given, file = file, Path(file).resolve()  # a link stays, and its target is replaced
+    if model.source and file == Path(model.source).resolve():
         raise ValueError(f"{given} is where the model was loaded from; give another file")
-    c = model.config
-    if kind == "Q8_0" and any(size % 32 for size in (c.width, c.mlp_width, c.heads * c.head_dim)):
-        raise ValueError(
-            "Q8_0 takes rows of a multiple of 32, which this model's are not; write F16 (--gguf-type F16)"
-        )
-    metadata, factors = _described(model)
+    _check_block_size(model.config, kind)
+    metadata, factors = _metadata(model)
     metadata |= tokenizer_metadata(model, metadata)
     with scratch_beside(file, given=given) as scratch:
         new = scratch / file.name
@@ -75,152 +77,194 @@ def save_gguf(
         new.replace(file)
 
 
-def _described(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The keys and the rotary tensors of a model, which read again describe the same decoder.
+def _check_block_size(config: DecoderConfig, kind: str) -> None:
+    """Raises if the rows of a matrix are not whole blocks; Q8_0 has one scale for 32 values."""
+    row_sizes = (config.width, config.mlp_width, config.heads * config.head_dim)
+    if kind == "Q8_0" and any(size % 32 for size in row_sizes):
+        raise ValueError(
+            f"Q8_0 needs matrix rows of a multiple of 32 values, but this model has {row_sizes}; "
+            "write F16 (--gguf-type F16)"
+        )
+
+
+def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the model's keys and rotary tensors, after reading them back to check them.
 
     Raises:
-      ValueError: they do not.
+      ValueError: the keys describe another decoder than the model's.
     """
-    source, kind = model.source or "the model", model.hf_config.get("model_type", "")
-    if kind not in WRITTEN:
+    source = model.source or "the model"
+    model_type = model.hf_config.get("model_type", "")
+    if model_type not in ARCHITECTURE_OF:
+        supported = ", ".join(ARCHITECTURE_OF)
         raise ValueError(
-            f"{source} ({kind}) is not written as GGUF; supported: {', '.join(WRITTEN)}; "
+            f"{source} ({model_type}) cannot be written as GGUF; supported: {supported}; "
             "write a folder instead (--target hf), which llama.cpp's own converter reads"
         )
-    metadata, factors = _metadata(model)
-    arrays: dict[str, Any] = factors | {
-        "token_embd.weight": SimpleNamespace(shape=(model.config.vocab_size,))
-    }
-    arrays |= {} if model.config.tied else {"output.weight": None}
-    modules = module_names(model.config).items()
-    arrays |= {
-        f"blk.0.{name}.bias": None
-        for name, path in modules
-        if path.rpartition("/")[2] in model.config.biases
-    }
-    again = decoder_config(read_config(metadata, arrays), source=source)
+    architecture = ARCHITECTURES[ARCHITECTURE_OF[model_type]]
+    # " with experts" is this library's addition; llama.cpp's name ends before it.
+    name, _, _ = ARCHITECTURE_OF[model_type].partition(" ")
+    keys, factors = _keys(model, architecture)
+    metadata = {"general.architecture": name}
+    metadata |= {f"{name}.{key}": value for key, value in keys.items()}
+    tensors = factors | _stand_ins(model.config)
+    again = decoder_config(read_config(metadata, tensors), source=source)
     lost = _difference(model.config, again)
-    if lost is None and FACTORS in factors and metadata["general.architecture"] != "llama":
-        lost = "kinds"  # llama.cpp takes the tensor of Llamas only
+    # A file may have this tensor for any architecture, but llama.cpp loads it for Llama only.
+    if lost is None and FACTORS in factors and name != "llama":
+        lost = "kinds"
     if lost:
         raise ValueError(
-            f"{source} ({kind}) has {lost} = {getattr(model.config, lost)}, for which llama.cpp's "
-            f"{metadata['general.architecture']} has no form; write a folder instead (--target hf)"
+            f"{source} ({model_type}) has {lost} = {getattr(model.config, lost)}, which "
+            f"llama.cpp's {name} does not support; write a folder instead (--target hf)"
         )
     return metadata, factors
 
 
-def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """GGUF's keys for what a model is, and the tensors that stand for its rotary embedding."""
-    c, kind = model.config, model.hf_config["model_type"]
-    architecture, name = ARCHITECTURES[WRITTEN[kind]], WRITTEN[kind].partition(" ")[0]
-    hf = import_transformers().CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(model.hf_config)))
+def _keys(model: Model, architecture: Architecture) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns GGUF's keys, without the architecture's prefix, and the rotary tensors."""
+    config = model.config
+    # transformers' class supplies the defaults that config.json leaves out.
+    hf_class = import_transformers().CONFIG_MAPPING[model.hf_config["model_type"]]
+    hf = hf_class.from_dict(copy.deepcopy(dict(model.hf_config)))
     keys: dict[str, Any] = {}
     for key, (field, type_) in {**FIELDS, **architecture.fields}.items():
-        if (value := getattr(hf, field, None)) is not None:
+        value = getattr(hf, field, None)
+        if value is not None:
             keys[key] = type_(value)
-    keys |= {
-        "attention.key_length": c.head_dim,
-        "attention.value_length": c.head_dim,
-        "vocab_size": c.vocab_size,
-    }
-    ropes = {kind.window: kind.rope for kind in c.kinds if kind.rope}
-    full = ropes.get(None) or next(iter(ropes.values()))
-    rope_keys, factors = write_rope(full)
+    keys["attention.key_length"] = config.head_dim
+    keys["attention.value_length"] = config.head_dim
+    keys["vocab_size"] = config.vocab_size
+    # GGUF has one rotary embedding for all layers, except for Gemma 3's base in layers with a
+    # window; `_metadata` refuses the models for which that is not enough.
+    ropes = {kind.window: kind.rope for kind in config.kinds if kind.rope}
+    main_rope = ropes.get(None) or next(iter(ropes.values()))
+    rope_keys, factors = write_rope(main_rope)
     keys |= rope_keys
     if architecture.local_theta:
-        keys["rope.freq_base_swa"] = next(
-            (rope.theta for window, rope in ropes.items() if window), full.theta
-        )
-    return {"general.architecture": name} | {
-        f"{name}.{key}": value for key, value in keys.items()
-    }, factors
+        windowed = [rope.theta for window, rope in ropes.items() if window]
+        keys["rope.freq_base_swa"] = next(iter(windowed), main_rope.theta)
+    return keys, factors
+
+
+def _stand_ins(config: DecoderConfig) -> dict[str, Any]:
+    """Returns placeholders for those tensors whose presence or shape `read_config` looks at."""
+    tensors: dict[str, Any] = {"token_embd.weight": SimpleNamespace(shape=(config.vocab_size,))}
+    if not config.tied:
+        tensors["output.weight"] = None
+    for name, path in module_names(config).items():
+        if path.rpartition("/")[2] in config.biases:
+            tensors[f"blk.0.{name}.bias"] = None
+    return tensors
 
 
 def _difference(ours: DecoderConfig, again: DecoderConfig) -> str | None:
-    """The first field in which two decoders differ, if any."""
+    """Returns the first field in which two decoders differ, or None."""
     for field in dataclasses.fields(DecoderConfig):
-        if field.name == "kinds":
-            layers = (c.kinds * c.layers if len(c.kinds) == 1 else c.kinds for c in (ours, again))
-            if not all(
-                a.window == b.window and _turn_alike(a.rope, b.rope)
-                for a, b in zip(*layers, strict=True)
-            ):
-                return "kinds"
-        elif field.name not in COMPUTING and getattr(ours, field.name) != getattr(
-            again, field.name
-        ):
-            return field.name
+        name = field.name
+        if name == "kinds":
+            if not _same_layers(ours, again):
+                return name
+        elif name not in COMPUTING and getattr(ours, name) != getattr(again, name):
+            return name
     return None
 
 
-def _turn_alike(a: Rope | None, b: Rope | None) -> bool:
-    """Whether two rotary embeddings are one, be it in other words: factors for what they follow from."""
+def _same_layers(ours: DecoderConfig, again: DecoderConfig) -> bool:
+    """Whether all layers of two decoders have the same window and rotary embedding."""
+    layers = []
+    for config in (ours, again):
+        # One entry may stand for all layers.
+        repeats = config.layers if len(config.kinds) == 1 else 1
+        layers.append(config.kinds * repeats)
+    for a, b in zip(*layers, strict=True):
+        if a.window != b.window or not _same_rope(a.rope, b.rope):
+            return False
+    return True
+
+
+def _same_rope(a: Rope | None, b: Rope | None) -> bool:
+    """Whether two rotary embeddings compute the same.
+
+    Files store llama3 as the divisors that follow from its parameters, and reading them may give
+    longrope with these divisors. So these two are compared by what they compute.
+    """
     if a is None or b is None or not {a.scaling, b.scaling} <= {"llama3", "longrope"}:
         return a == b
-    pairs = [(divisors(a, position=at), divisors(b, position=at)) for at in (0, FAR)]
-    same = (a.dims, a.theta, a.magnitude) == (b.dims, b.theta, b.magnitude)
-    return same and all(np.allclose(*pair, rtol=1e-4) for pair in pairs)
+    if (a.dims, a.theta, a.magnitude) != (b.dims, b.theta, b.magnitude):
+        return False
+    # longrope has one set of divisors for short texts and another for long ones.
+    for position in (0, FAR):
+        first, second = divisors(a, position=position), divisors(b, position=position)
+        if not np.allclose(first, second, rtol=1e-4):
+            return False
+    return True
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    """One key with a value in GGUF's type for it."""
+    """Adds a key with the GGUF type that fits the value's Python type."""
     by_type = {
         bool: writer.add_bool,
         int: writer.add_uint32,
         float: writer.add_float32,
         str: writer.add_string,
     }
-    by_type.get(type(value), writer.add_array)(key, value)
+    # Not isinstance: a bool is an int too.
+    add = by_type.get(type(value), writer.add_array)
+    add(key, value)
 
 
 def _add_tensors(writer: Any, params: Tree, model: Model, kind: str) -> None:
-    """All tensors, the matrices packed.
+    """Adds all tensors, with the matrices quantized.
 
     Raises:
-      ValueError: one that llama.cpp does not know.
+      ValueError: llama.cpp has no such tensor for the architecture.
     """
     import gguf
 
-    packed = gguf.GGMLQuantizationType[kind]
-    may_have_head = (
-        gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[gguf.MODEL_ARCH[writer.arch.upper()]]
-    )
+    matrix_type = gguf.GGMLQuantizationType[kind]
+    supported = gguf.MODEL_TENSORS[gguf.MODEL_ARCH[writer.arch.upper()]]
     for name, value in _tensors(params, model):
-        if name == "output.weight" and not may_have_head:
+        if name == "output.weight" and gguf.MODEL_TENSOR.OUTPUT not in supported:
             raise ValueError(
-                f"the head is tuned, and llama.cpp's {writer.arch} has none beside the embedding table"
+                f"the head is tuned, and llama.cpp's {writer.arch} has none beside the embedding "
+                "table; write a folder instead (--target hf)"
             )
-        if (
-            value.ndim == 1 or "ffn_gate_inp" in name
-        ):  # a router's choices must not change by rounding
+        # Routers stay in float32, since rounding could change which experts they choose.
+        if value.ndim == 1 or "ffn_gate_inp" in name:
             writer.add_tensor(name, value)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(value, packed), raw_dtype=packed)
+            continue
+        packed = gguf.quants.quantize(value, matrix_type)
+        writer.add_tensor(name, packed, raw_dtype=matrix_type)
 
 
 def _tensors(params: Tree, model: Model) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors under llama.cpp's names and in its order of rows, in float32."""
-    c = model.config
-    theirs = {path: name for name, path in module_names(c).items()}
-    interleaved = ARCHITECTURES[WRITTEN[model.hf_config["model_type"]]].interleaved
-    heads = {"attn_q": c.heads, "attn_k": c.kv_heads} if interleaved else {}
+    """Yields the tensors under llama.cpp's names and with its order of rows, in float32."""
+    config = model.config
+    names = {path: name for name, path in module_names(config).items()}
+    permuted_heads = {}
+    if ARCHITECTURES[ARCHITECTURE_OF[model.hf_config["model_type"]]].interleaved:
+        permuted_heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
     for path, leaf in merged_leaves(params, layout=model.layout):
-        module, _, kind = path.removeprefix("layers/").rpartition("/")
-        name, whole = theirs[module], np.asarray(leaf)
-        parts = (
-            {f"blk.{i}.": part for i, part in enumerate(whole)}
-            if path.startswith("layers/")
-            else {"": whole}
-        )
-        for block, part in parts.items():
+        module, _, leaf_name = path.removeprefix("layers/").rpartition("/")
+        name = names[module]
+        array = np.asarray(leaf)
+        blocks = {"": array}
+        if path.startswith("layers/"):
+            blocks = {f"blk.{i}.": layer for i, layer in enumerate(array)}
+        for block, part in blocks.items():
             value = np.asarray(part, np.float32)
-            value = value.swapaxes(-1, -2) if kind == "kernel" else value
-            if count := heads.get(name):
-                value = (
-                    value.reshape(count, 2, -1, *value.shape[1:])
-                    .swapaxes(1, 2)
-                    .reshape(value.shape)
-                )
-            value = value + np.float32(c.norm_offset) if name.endswith("norm") else value
-            yield f"{block}{name}.{LEAVES[kind]}", np.ascontiguousarray(value)
+            if leaf_name == "kernel":
+                value = value.swapaxes(-1, -2)  # [..., I, O] -> [..., O, I]
+            if name in permuted_heads:
+                value = _interleave(value, permuted_heads[name])
+            # Gemma multiplies by 1 + scale; llama.cpp's files hold the sum.
+            if name.endswith("norm"):
+                value = value + np.float32(config.norm_offset)
+            yield f"{block}{name}.{LEAVES[leaf_name]}", np.ascontiguousarray(value)
+
+
+def _interleave(value: np.ndarray, heads: int) -> np.ndarray:
+    """Permutes rows from Hugging Face's half-split rotary order to interleaved pairs."""
+    halves = value.reshape(heads, 2, -1, *value.shape[1:])  # [H, 2, C / 2, ...]
+    return halves.swapaxes(1, 2).reshape(value.shape)

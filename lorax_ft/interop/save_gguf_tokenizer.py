@@ -1,4 +1,4 @@
-"""Tokenizers as GGUF files hold them; what they would not give back with the same ids is refused."""
+"""Tokenizers as the keys of a GGUF file, refused unless reading them back gives the same ids."""
 
 from __future__ import annotations
 
@@ -16,114 +16,161 @@ from lorax_ft.interop.gguf_tokenizer import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    pre_tokenizer,
+    build_pre_tokenizer,
     read_tokenizer,
 )
 from lorax_ft.models.model import Model
 
+# Repeated spaces, digits, contractions, accents and scripts: where pre-tokenizers differ.
 PROBE = "Hello  world,\n\n\tit's 1234.5 naïve 数学 кот 🦙 x_y == z   "
 
 
 def tokenizer_metadata(model: Model, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a model's tokenizer: tokens, their types, merges or scores, how text is cut, the chat template.
+    """Returns the keys of a model's tokenizer.
+
+    They hold the tokens and their types, merges or scores, the pre-tokenizer, the special tokens
+    and the chat template.
 
     Args:
       model: has the tokenizer.
       metadata: the model's other keys.
 
     Raises:
-      ValueError: it has none, or of a kind that llama.cpp does not know.
+      ValueError: the model has no tokenizer, or one that llama.cpp does not support.
     """
     tokenizer, source = model.tokenizer, model.source or "the model"
     if tokenizer is None or not tokenizer.is_fast:
-        raise ValueError(f"{source} has no tokenizer.json, without which no GGUF file is written")
-    begun, bos, eos = tokenizer("").input_ids, tokenizer.bos_token_id, tokenizer.eos_token_id
-    starts = bos is not None and begun[:1] == [bos]
-    common = {"add_bos_token": starts, "add_eos_token": eos is not None and begun[starts:] == [eos]}
-    ids = {f"{key}_token_id": getattr(tokenizer, f"{name}_id") for name, key in SPECIAL.items()}
-    common |= {key: i for key, i in ids.items() if i is not None}
-    template = (
-        {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    )
+        raise ValueError(f"{source} has no tokenizer.json, which a GGUF file needs")
+    special = _special_tokens(tokenizer)
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    if parts["model"]["type"] == "BPE":
-        forms = _sentencepiece if parts["model"].get("byte_fallback") else _byte_level
-        for form in forms(parts, model.config.vocab_size):
-            keys = {
-                f"tokenizer.ggml.{key}": value for key, value in (form | common).items()
-            } | template
-            if read_tokenizer({**metadata, **keys})(PROBE).input_ids == tokenizer(PROBE).input_ids:
-                return keys
+    for form in _forms(parts, model.config.vocab_size):
+        keys = {f"tokenizer.ggml.{key}": value for key, value in (form | special).items()}
+        if tokenizer.chat_template:
+            keys["tokenizer.chat_template"] = tokenizer.chat_template
+        again = read_tokenizer({**metadata, **keys})
+        if again(PROBE).input_ids == tokenizer(PROBE).input_ids:
+            return keys
     raise ValueError(
-        f"the tokenizer of {source} is not written as GGUF; supported: SentencePiece's BPE, and byte-level BPE as "
-        f"{', '.join(PRE_TOKENIZERS)}"
+        f"the tokenizer of {source} cannot be written as GGUF; supported: SentencePiece's BPE, and "
+        f"byte-level BPE as {', '.join(PRE_TOKENIZERS)}"
     )
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, Any]:
+    """Returns the keys of the special tokens, and whether texts start or end with them."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # An empty text shows what the tokenizer adds by itself, whichever setting makes it do so.
+    added = tokenizer("").input_ids
+    adds_bos = bos is not None and added[:1] == [bos]
+    if adds_bos:
+        added = added[1:]
+    adds_eos = eos is not None and added == [eos]
+    keys: dict[str, Any] = {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
+    for name, key in SPECIAL.items():
+        token_id = getattr(tokenizer, f"{name}_id")
+        if token_id is not None:
+            keys[f"{key}_token_id"] = token_id
+    return keys
+
+
+def _forms(parts: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """Yields the keys that might describe a tokenizer; the caller tries each.
+
+    Args:
+      parts: the contents of tokenizer.json.
+      size: of the model's vocabulary, which may be larger than the tokenizer's.
+    """
+    bpe = parts["model"]
+    if bpe["type"] != "BPE":
+        return
+    if bpe.get("byte_fallback"):
+        yield from _sentencepiece(parts, size)
+    else:
+        yield from _byte_level(parts, size)
 
 
 def _byte_level(parts: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """The form under llama.cpp's name for how its words are cut, if there is one."""
+    """Yields a form for each of llama.cpp's names whose pre-tokenizer is the tokenizer's."""
     bpe = parts["model"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
+    merges = [" ".join(pair) for pair in _pairs(bpe)]
     tokens, types = _tokens(parts, size)
-    for pre, words in PRE_TOKENIZERS.items():
-        cut = _without_offsets(json.loads(pre_tokenizer(words).__getstate__()))
-        if cut == _without_offsets(parts["pre_tokenizer"]) and words.whole == bool(
-            bpe.get("ignore_merges")
-        ):
-            yield {
-                "model": "gpt2",
-                "pre": pre,
-                "tokens": tokens,
-                "token_type": types,
-                "merges": merges,
-            }
+    given = _without_offsets(parts["pre_tokenizer"])
+    ignores_merges = bool(bpe.get("ignore_merges"))
+    for name, pre_tokenizer in PRE_TOKENIZERS.items():
+        known = json.loads(build_pre_tokenizer(pre_tokenizer).__getstate__())
+        if _without_offsets(known) != given or pre_tokenizer.ignore_merges != ignores_merges:
+            continue
+        yield {
+            "model": "gpt2",
+            "pre": name,
+            "tokens": tokens,
+            "token_type": types,
+            "merges": merges,
+        }
 
 
 def _sentencepiece(parts: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """The forms with and without a space before texts; a token's score is the higher, the earlier it is merged."""
+    """Yields the forms with and without a space in front of texts."""
     tokens, types = _tokens(parts, size)
+    # llama.cpp merges by score, tokenizer.json by rank: the earlier a merge, the higher the score
+    # of the token that it makes. Several merges may make the same token; the first one counts.
     ranks: dict[str, int] = {}
-    for rank, merge in enumerate(parts["model"]["merges"]):
-        ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+    for rank, pair in enumerate(_pairs(parts["model"])):
+        ranks.setdefault("".join(pair), rank)
     scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
-    for prefix in (True, False):
-        keys = {
+    for add_space_prefix in (True, False):
+        yield {
             "model": "llama",
             "pre": "default",
             "tokens": tokens,
             "token_type": types,
             "scores": scores,
+            "add_space_prefix": add_space_prefix,
         }
-        yield keys | {"add_space_prefix": prefix}
+
+
+def _pairs(bpe: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the merges as pairs; tokenizers before 0.20 wrote them as strings with a space."""
+    pairs = []
+    for merge in bpe["merges"]:
+        if isinstance(merge, str):
+            merge = merge.split(" ")
+        pairs.append(merge)
+    return pairs
 
 
 def _tokens(parts: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """The texts of all ids and llama.cpp's types of them."""
-    bpe, added = parts["model"], {token["id"]: token for token in parts["added_tokens"]}
-    texts = {i: token for token, i in bpe["vocab"].items()}
+    """Returns the tokens by id, and their llama.cpp types."""
+    bpe = parts["model"]
+    vocabulary = bpe["vocab"]
+    texts = {i: token for token, i in vocabulary.items()}
     types = dict.fromkeys(texts, NORMAL)
     if bpe.get("byte_fallback"):
-        types |= {
-            bpe["vocab"][byte]: BYTE
-            for byte in (f"<0x{b:02X}>" for b in range(256))
-            if byte in bpe["vocab"]
-        }
-    for i, token in added.items():
-        types[i] = CONTROL if token["special"] else USER_DEFINED
-        texts[i] = token["content"] if token["special"] else token["content"].replace(SPACE, " ")
-    if bpe.get("unk_token") in bpe["vocab"]:
-        types[bpe["vocab"][bpe["unk_token"]]] = UNKNOWN
-    return [texts.get(i, f"[PAD{i}]") for i in range(size)], [
-        types.get(i, UNUSED) for i in range(size)
-    ]
+        for byte in range(256):
+            token = f"<0x{byte:02X}>"
+            if token in vocabulary:
+                types[vocabulary[token]] = BYTE
+    for added in parts["added_tokens"]:
+        i, text = added["id"], added["content"]
+        types[i], texts[i] = CONTROL, text
+        if not added["special"]:
+            # llama.cpp looks for these in the raw text, where spaces are still spaces.
+            types[i], texts[i] = USER_DEFINED, text.replace(SPACE, " ")
+    if bpe.get("unk_token") in vocabulary:
+        types[vocabulary[bpe["unk_token"]]] = UNKNOWN
+    # The embedding table can have more rows than there are tokens; llama.cpp's converter pads so.
+    tokens = [texts.get(i, f"[PAD{i}]") for i in range(size)]
+    return tokens, [types.get(i, UNUSED) for i in range(size)]
 
 
-def _without_offsets(cut: Any) -> Any:
-    """A pre-tokenizer's description without what changes no id."""
-    if isinstance(cut, list):
-        return [_without_offsets(part) for part in cut]
-    return (
-        {k: _without_offsets(v) for k, v in cut.items() if k != "trim_offsets"}
-        if isinstance(cut, dict)
-        else cut
-    )
+def _without_offsets(description: Any) -> Any:
+    """Removes `trim_offsets` from a pre-tokenizer's JSON, since it does not affect ids."""
+    if isinstance(description, list):
+        return [_without_offsets(part) for part in description]
+    if not isinstance(description, dict):
+        return description
+    kept = {}
+    for key, value in description.items():
+        if key != "trim_offsets":
+            kept[key] = _without_offsets(value)
+    return kept

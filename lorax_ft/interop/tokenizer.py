@@ -1,4 +1,4 @@
-"""Tokenizers and their chat templates, by transformers."""
+"""Load and save tokenizers and their chat templates with transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.js
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The transformers tokenizer of a folder, or None where the folder holds none.
+    """Loads the transformers tokenizer of a folder; None if it holds none.
 
     Raises:
       ValueError: its files cannot be read.
@@ -21,7 +21,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         return import_transformers().AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True
         )
-    except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
+    except Exception as error:  # transformers and tokenizers pass on whatever their parsers raise
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {reason}"
@@ -36,12 +36,15 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # tokenizers raises a plain Exception where the disk is full
+    except Exception as error:  # tokenizers raises a plain Exception when the disk is full
         raise OSError(f"the tokenizer: {error}") from error
 
 
 def import_transformers() -> Any:
-    """transformers, without its advice to install PyTorch."""
+    """Imports transformers.
+
+    It advises installing PyTorch, which this library does not use; the variable silences that.
+    """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
