@@ -101,7 +101,7 @@ def _described(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     again = decoder_config(read_config(metadata, arrays), source=source)
     lost = _difference(model.config, again)
     if lost is None and FACTORS in factors and metadata["general.architecture"] != "llama":
-        lost = "kinds"  # llama.cpp takes the tensor of Llamas only
+        lost = "layer_types"  # llama.cpp takes the tensor of Llamas only
     if lost:
         raise ValueError(
             f"{source} ({kind}) has {lost} = {getattr(model.config, lost)}, for which llama.cpp's "
@@ -124,7 +124,7 @@ def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         "attention.value_length": c.head_dim,
         "vocab_size": c.vocab_size,
     }
-    ropes = {kind.window: kind.rope for kind in c.kinds if kind.rope}
+    ropes = {layer_type.window: layer_type.rope for layer_type in c.layer_types if layer_type.rope}
     full = ropes.get(None) or next(iter(ropes.values()))
     rope_keys, factors = write_rope(full)
     keys |= rope_keys
@@ -140,13 +140,16 @@ def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _difference(ours: DecoderConfig, again: DecoderConfig) -> str | None:
     """The first field in which two decoders differ, if any."""
     for field in dataclasses.fields(DecoderConfig):
-        if field.name == "kinds":
-            layers = (c.kinds * c.layers if len(c.kinds) == 1 else c.kinds for c in (ours, again))
+        if field.name == "layer_types":
+            layers = (
+                c.layer_types * c.layers if len(c.layer_types) == 1 else c.layer_types
+                for c in (ours, again)
+            )
             if not all(
                 a.window == b.window and _turn_alike(a.rope, b.rope)
                 for a, b in zip(*layers, strict=True)
             ):
-                return "kinds"
+                return "layer_types"
         elif field.name not in COMPUTING and getattr(ours, field.name) != getattr(
             again, field.name
         ):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lorax_ft.models.config import LayerKind
+from lorax_ft.models.config import LayerType
 from lorax_ft.models.rope import Rope, longrope_magnitude, yarn_magnitude
 
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -53,7 +53,7 @@ def describe_common(c: Any) -> dict[str, Any]:
         "kv_heads": c.num_key_value_heads,
         "head_dim": head_dim(c),
         "norm_eps": c.rms_norm_eps,
-        "kinds": layer_kinds(c),
+        "layer_types": layer_types(c),
         "tied": bool(c.tie_word_embeddings),
         "max_positions": c.max_position_embeddings,
         "activation": ACTIVATIONS[act],
@@ -66,17 +66,17 @@ def head_dim(c: Any) -> int:
     return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
 
-def layer_kinds(c: Any) -> tuple[LayerKind, ...]:
-    """One kind for each layer, or one for all: which tokens it sees, and by which rotary embedding."""
+def layer_types(c: Any) -> tuple[LayerType, ...]:
+    """One type for each layer, or one for all: its attention window and its rotary embedding."""
     window = getattr(c, "sliding_window", None)
-    types = getattr(c, "layer_types", None) or ["sliding_attention"] * c.num_hidden_layers
+    names = getattr(c, "layer_types", None) or ["sliding_attention"] * c.num_hidden_layers
     ropes = c.rope_parameters
-    by_type = {kind: make_rope(ropes.get(kind, ropes), c) for kind in set(types)}
-    kinds = tuple(
-        LayerKind(rope=by_type[t], window=window if t == "sliding_attention" else None)
-        for t in types
+    by_name = {name: make_rope(ropes.get(name, ropes), c) for name in set(names)}
+    types = tuple(
+        LayerType(rope=by_name[name], window=window if name == "sliding_attention" else None)
+        for name in names
     )
-    return kinds if len(set(kinds)) > 1 else kinds[:1]
+    return types if len(set(types)) > 1 else types[:1]
 
 
 def make_rope(parameters: Mapping[str, Any], c: Any) -> Rope:
