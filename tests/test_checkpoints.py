@@ -184,7 +184,7 @@ def test_rope_theta_stands_in_two_places(tmp_path: Path, spelling: dict) -> None
     file = tmp_path / "model/config.json"
     config = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("rope")}
     file.write_text(json.dumps(config | spelling))
-    assert load_model(tmp_path / "model").config.kinds[0].rope.theta == 7.0
+    assert load_model(tmp_path / "model").config.layer_types[0].rope.theta == 7.0
 
 
 def test_a_head_of_its_own_beside_a_tied_config_is_kept(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def write_gguf(
     writer.add_head_count_kv(c.kv_heads)
     writer.add_key_length(c.head_dim)
     writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_rope_freq_base(c.kinds[0].rope.theta)
+    writer.add_rope_freq_base(c.layer_types[0].rope.theta)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(letters)

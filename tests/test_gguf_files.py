@@ -48,7 +48,7 @@ def test_there_and_back(tmp_path: Path, case: str) -> None:
     model = random_model(FAMILIES[case])
     save_gguf(tmp_path / "model.gguf", model.params, model, kind="F16")
     again = load_model(tmp_path / "model.gguf")
-    assert dataclasses.replace(again.config, kinds=model.config.kinds) == model.config
+    assert dataclasses.replace(again.config, layer_types=model.config.layer_types) == model.config
     assert flatten(again.params).keys() == flatten(model.params).keys()
     for path, leaf in flatten(again.params).items():
         np.testing.assert_allclose(
@@ -71,8 +71,8 @@ def test_llama3_is_recognized(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mistral", "sliding_window": 8}, "(mistral) has kinds = "),
-        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, "(smollm3) has kinds = "),
+        ({"model_type": "mistral", "sliding_window": 8}, "(mistral) has layer_types = "),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, "(smollm3) has layer_types = "),
         (
             FAMILIES["gemma2"] | {"query_pre_attn_scalar": 24},
             "(gemma2) has attention_scale = 0.204",
@@ -80,7 +80,7 @@ def test_llama3_is_recognized(tmp_path: Path) -> None:
         (FAMILIES["qwen3_moe"] | {"norm_topk_prob": False}, "(qwen3_moe) has experts = "),
         (
             {"model_type": "qwen2", "rope_parameters": FAMILIES["llama3"]["rope_parameters"]},
-            "(qwen2) has kinds = ",
+            "(qwen2) has layer_types = ",
         ),
         (
             {"model_type": "llama", "hidden_act": "gelu"},

@@ -15,7 +15,7 @@ from jax import Array
 
 from lorax_ft import adapt, layout
 from lorax_ft.lowrank.layout import Layout
-from lorax_ft.models.config import DecoderConfig, LayerKind
+from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.models.rope import Rope
@@ -30,7 +30,7 @@ TINY = DecoderConfig(
     kv_heads=2,
     head_dim=8,
     norm_eps=1e-5,
-    kinds=(LayerKind(rope=Rope(dims=8, theta=1e4)),),
+    layer_types=(LayerType(rope=Rope(dims=8, theta=1e4)),),
     tied=True,
     max_positions=64,
 )

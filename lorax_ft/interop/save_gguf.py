@@ -112,7 +112,7 @@ def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     lost = _difference(model.config, again)
     # A file may have this tensor for any architecture, but llama.cpp loads it for Llama only.
     if lost is None and FACTORS in factors and name != "llama":
-        lost = "kinds"
+        lost = "layer_types"
     if lost:
         raise ValueError(
             f"{source} ({model_type}) has {lost} = {getattr(model.config, lost)}, which "
@@ -137,7 +137,7 @@ def _keys(model: Model, architecture: Architecture) -> tuple[dict[str, Any], dic
     keys["vocab_size"] = config.vocab_size
     # GGUF has one rotary embedding for all layers, except for Gemma 3's base in layers with a
     # window; `_metadata` refuses the models for which that is not enough.
-    ropes = {kind.window: kind.rope for kind in config.kinds if kind.rope}
+    ropes = {kind.window: kind.rope for kind in config.layer_types if kind.rope}
     main_rope = ropes.get(None) or next(iter(ropes.values()))
     rope_keys, factors = write_rope(main_rope)
     keys |= rope_keys
@@ -162,7 +162,7 @@ def _difference(ours: DecoderConfig, again: DecoderConfig) -> str | None:
     """Returns the first field in which two decoders differ, or None."""
     for field in dataclasses.fields(DecoderConfig):
         name = field.name
-        if name == "kinds":
+        if name == "layer_types":
             if not _same_layers(ours, again):
                 return name
         elif name not in COMPUTING and getattr(ours, name) != getattr(again, name):
@@ -175,8 +175,8 @@ def _same_layers(ours: DecoderConfig, again: DecoderConfig) -> bool:
     layers = []
     for config in (ours, again):
         # One entry may stand for all layers.
-        repeats = config.layers if len(config.kinds) == 1 else 1
-        layers.append(config.kinds * repeats)
+        repeats = config.layers if len(config.layer_types) == 1 else 1
+        layers.append(config.layer_types * repeats)
     for a, b in zip(*layers, strict=True):
         if a.window != b.window or not _same_rope(a.rope, b.rope):
             return False

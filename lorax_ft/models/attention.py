@@ -1,7 +1,7 @@
-"""Attention: what a token sees, and how much of it.
+"""Causal attention, its mask and its cache.
 
-Shapes: B batch, T tokens, S slots of the cache, D width, H heads, K key/value heads, C channels of a head, L layers,
-N distinct kinds of layers.
+Shapes: B batch, T tokens, S slots of the cache, D width, H heads, K key/value heads,
+G = H / K queries for each key, C channels of a head, L layers, N distinct layer types.
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.parts import dense, norm, projections, softcap
 from lorax_ft.models.rope import rotary, rotate
 
 Cache = dict[str, Array]
-BLOCKS = 4  # of queries: an eighth more than half of the products is left
+# Blocks of queries. Four leave 5/8 of the products; infinitely many would leave a half.
+BLOCKS = 4
+# Below this, blocks are too small to be worth their overhead.
+SMALLEST_BLOCK = 32
 
 
 class RopeAndMask(NamedTuple):
-    """What all layers of a kind share, stacked over the N distinct kinds."""
+    """What all layers of a type share, stacked over the N distinct layer types."""
 
+    # [N, B, T, 1, C/2]; 1 where a layer does not encode positions
     cos: Array
-    """`[N, B, T, 1, C/2]`; 1 where a layer does not know positions."""
+    # [N, B, T, 1, C/2]; 0 there
     sin: Array
+    # [N, B, 1, T, S], or [1, ...] where all layer types have the same; None: causal
     mask: Array | None
-    """`[N, B, 1, T, S]`, or `[1, ...]` where all kinds see the same; None is causal."""
 
 
 class Attention(nn.Module):
@@ -39,26 +43,55 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, around: RopeAndMask, positions: Array, cache: Cache | None
+        self,
+        x: Array,
+        rope_and_mask: RopeAndMask,
+        positions: Array,
+        cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
-        """`[B, T, D]` to `[B, T, D]`; `around` without its axis N, positions `[B, T]`."""
+        """`[B, T, D]` to `[B, T, D]`, and the cache with the new keys and values.
+
+        Args:
+          x: `[B, T, D]`.
+          rope_and_mask: of this layer's type, without the axis N.
+          positions: `[B, T]`.
+          cache: keys and values `[B, S, K, C]`.
+        """
         c = self.config
-        widths = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
-        q, k, v = projections(c, x, widths, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+        cos, sin, mask = rope_and_mask
+        q_width = c.heads * c.head_dim
+        kv_width = c.kv_heads * c.head_dim
+        widths = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
+        q, k, v = projections(c, x, widths, fused="qkv_proj")
+
         if c.qk_norm == "whole":
-            q, k = norm(c, "q_norm")(q), norm(c, "k_norm")(k)
-        q, k, v = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (q, k, v))
+            q = norm(c, "q_norm")(q)
+            k = norm(c, "k_norm")(k)
+        q = _split_heads(q, c.head_dim)
+        k = _split_heads(k, c.head_dim)
+        v = _split_heads(v, c.head_dim)
         if c.qk_norm == "head":
-            q, k = norm(c, "q_norm")(q), norm(c, "k_norm")(k)
-        q, k = rotate(q, around.cos, around.sin), rotate(k, around.cos, around.sin)
+            q = norm(c, "q_norm")(q)
+            k = norm(c, "k_norm")(k)
+
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
         if cache is not None:
-            cache = {"k": _write(cache["k"], k, positions), "v": _write(cache["v"], v, positions)}
-            k, v = cache["k"], cache["v"]
-        y = attend(c, q, k, v, around.mask)
-        return dense(c, c.width, "o_proj")(y.reshape(*y.shape[:2], -1)), cache
+            k = _write(cache["k"], k, positions)
+            v = _write(cache["v"], v, positions)
+            cache = {"k": k, "v": v}
+        y = attend(c, q, k, v, mask)
+        y = y.reshape(*x.shape[:2], q_width)
+        return dense(c, c.width, "o_proj")(y), cache
 
 
-def rope_and_mask(
+def _split_heads(x: Array, head_dim: int) -> Array:
+    """`[B, T, H C]` to `[B, T, H, C]`."""
+    *leading, width = x.shape
+    return x.reshape(*leading, width // head_dim, head_dim)
+
+
+def make_rope_and_mask(
     config: DecoderConfig,
     positions: Array,
     segment_ids: Array | None,
@@ -66,127 +99,269 @@ def rope_and_mask(
     slots: int | None,
     length: Array | None,
 ) -> tuple[RopeAndMask, Array]:
-    """What layers share by kind, and the kind of each layer `[L]`; `slots` are a cache's, `length` `[B]` the texts'."""
-    kinds = config.kinds if len(config.kinds) > 1 else config.kinds * config.layers
-    distinct = tuple(dict.fromkeys(kinds))
-    dims = next((kind.rope.dims for kind in distinct if kind.rope), 2)
-    still = (
-        jnp.ones((*positions.shape, 1, dims // 2)),
-        jnp.zeros((*positions.shape, 1, dims // 2)),
-    )
-    turns = [
-        rotary(kind.rope, positions, length=length) if kind.rope else still for kind in distinct
-    ]
-    cos, sin = (jnp.stack(parts) for parts in zip(*turns, strict=True))
-    # A token's place in its row, or in the cache; a window that is longer than the row hides nothing.
-    rows = positions if slots else jnp.arange(positions.shape[1])[None]
-    places = slots or positions.shape[1]
-    windows = [kind.window if kind.window and kind.window < places else None for kind in distinct]
+    """What the layers of each type share, and each layer's type `[L]`, an index into the axis N.
+
+    Args:
+      config: the decoder's.
+      positions: `[B, T]`; with a cache, the slots of the tokens.
+      segment_ids: `[B, T]`; a token sees its own segment only. None: one segment for each row.
+      slots: the number of slots of the cache; None: no cache.
+      length: `[B]`, the length that each text may grow to; None: its present length.
+    """
+    layer_types = config.layer_types
+    if len(layer_types) == 1:
+        layer_types = layer_types * config.layers
+    distinct = tuple(dict.fromkeys(layer_types))
+    cos, sin = _rope_by_type(distinct, positions, length)
+    mask = _mask_by_type(distinct, positions, segment_ids, slots)
+    indices = [distinct.index(layer_type) for layer_type in layer_types]
+    return RopeAndMask(cos, sin, mask), jnp.array(indices)
+
+
+def _rope_by_type(
+    layer_types: tuple[LayerType, ...],
+    positions: Array,
+    length: Array | None,
+) -> tuple[Array, Array]:
+    """Cosines and sines `[N, B, T, 1, C/2]`."""
+    ropes = [layer_type.rope for layer_type in layer_types]
+    dims = next((rope.dims for rope in ropes if rope), 2)
+    shape = (*positions.shape, 1, dims // 2)
+    cosines = []
+    sines = []
+    for rope in ropes:
+        if rope:
+            cos, sin = rotary(rope, positions, length=length)
+        else:  # a rotation by 0
+            cos = jnp.ones(shape)
+            sin = jnp.zeros(shape)
+        cosines.append(cos)
+        sines.append(sin)
+    return jnp.stack(cosines), jnp.stack(sines)
+
+
+def _mask_by_type(
+    layer_types: tuple[LayerType, ...],
+    positions: Array,
+    segment_ids: Array | None,
+    slots: int | None,
+) -> Array | None:
+    """The masks `[N, B or 1, 1, T, S]`; `[1, ...]` where all are the same; None: all causal."""
+    if slots:
+        queries, keys = positions, slots
+    else:
+        # Positions may start again in a row (packing), so the mask counts places in the row.
+        keys = positions.shape[1]
+        queries = jnp.arange(keys)[None]
+
+    windows: list[int | None] = []
+    for layer_type in layer_types:
+        window = layer_type.window
+        if not window or window >= keys:  # it would hide nothing
+            window = None
+        windows.append(window)
     if len(set(windows)) == 1:
         windows = windows[:1]
-    mask = None
-    if slots or segment_ids is not None or windows != [None]:
-        mask = jnp.stack(
-            [_causal(rows, places, window)[:, None] for window in windows]
-        )  # [N, B or 1, 1, T, S]
-        if segment_ids is not None:
-            mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return RopeAndMask(cos, sin, mask), jnp.array([distinct.index(kind) for kind in kinds])
+
+    if windows == [None] and not slots and segment_ids is None:
+        return None
+    visible = [_causal(queries, keys, window) for window in windows]
+    mask = jnp.stack(visible)[:, :, None]  # [N, B or 1, 1, T, S]
+    if segment_ids is not None:
+        same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]  # [B, T, T]
+        mask = mask & same_segment[:, None]
+    return mask
 
 
-def _causal(places: Array, length: int, window: int | None = None) -> Array:
-    """Which of `length` places a token at `places` `[...]` sees: `[..., length]`."""
-    seen = jnp.arange(length) <= places[..., None]
-    return seen if window is None else seen & (jnp.arange(length) > places[..., None] - window)
+def _causal(queries: Array, keys: int, window: int | None = None) -> Array:
+    """Which of so many keys the queries at places `[...]` see: `[..., keys]`."""
+    key = jnp.arange(keys)
+    query = queries[..., None]
+    visible = key <= query
+    if window is not None:
+        visible = visible & (key > query - window)
+    return visible
 
 
-def attend(config: DecoderConfig, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """Attention of queries `[B, T, H, C]` to keys and values `[B, S, K, C]`; mask `[B, 1, T, S]`, or None: causal."""
-    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    kernel = _attention_kernel(config, tokens=(q.shape[1], k.shape[1]), masked=mask is not None)
-    if kernel == "blocks" or config.attention_softcap is not None:
-        return _attend_in_blocks(q, k, v, mask, scale=scale, cap=config.attention_softcap)
-    causal = q.shape[1] == k.shape[1]  # with a cache there are more slots than queries
+def attend(
+    config: DecoderConfig,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+) -> Array:
+    """softmax(scale · Q Kᵀ) V.
+
+    Args:
+      config: the decoder's.
+      q: queries `[B, T, H, C]`.
+      k: keys `[B, S, K, C]`.
+      v: values `[B, S, K, C]`.
+      mask: `[B, 1, T, S]`; None: causal.
+    """
+    scale = config.attention_scale
+    if scale is None:
+        scale = config.head_dim**-0.5
+    cap = config.attention_softcap
+    queries = q.shape[1]
+    keys = k.shape[1]
+    masked = mask is not None
+    implementation = _implementation(config, queries=queries, keys=keys, masked=masked)
+    # jax.nn.dot_product_attention has no soft cap.
+    if implementation == "blocks" or cap is not None:
+        return _attend_in_blocks(q, k, v, mask, scale=scale, cap=cap)
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, scale=scale, is_causal=causal, implementation=kernel
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scale,
+        # With a cache there are more slots than queries, and the mask says what a query sees.
+        is_causal=queries == keys,
+        implementation=implementation,
     )
 
 
 def _attend_in_blocks(
-    q: Array, k: Array, v: Array, mask: Array | None, *, scale: float, cap: float | None
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    *,
+    scale: float,
+    cap: float | None,
 ) -> Array:
-    """`attend` with heads before rows, and in blocks of queries that leave out the keys behind them.
+    """`attend`, with heads before tokens, and in blocks of queries that leave out all later keys.
 
-    On a CPU it takes 0.4 of the time of jax.nn.dot_product_attention (jax 0.10.2, forward and backward, 256 tokens).
+    On a CPU it takes 0.4 of the time of jax.nn.dot_product_attention (jax 0.10.2, forward and
+    backward, 256 tokens).
     """
     b, t, h, c = q.shape
-    s, heads = k.shape[1:3]
-    q = q.reshape(b, t, heads, h // heads, c).transpose(
-        0, 2, 3, 1, 4
-    )  # [B, K, G, T, C], G queries a key
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, C]
-    n = t // BLOCKS if t == s and t % BLOCKS == 0 and t >= 32 * BLOCKS else t
-    parts = []
+    s, kv_heads = k.shape[1:3]
+    q = q.reshape(b, t, kv_heads, h // kv_heads, c)
+    q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, C]
+    k = k.transpose(0, 2, 1, 3)  # [B, K, S, C]
+    v = v.transpose(0, 2, 1, 3)
+
+    without_cache = t == s
+    n = t  # queries in a block
+    if without_cache and t % BLOCKS == 0 and t >= SMALLEST_BLOCK * BLOCKS:
+        n = t // BLOCKS
+    blocks = []
     for start in range(0, t, n):
-        seen = start + n if t == s else s
-        rows = q[:, :, :, start : start + n].reshape(b, heads, -1, c)
-        scores = jnp.einsum(
-            "bkrc,bksc->bkrs", rows, k[:, :, :seen], preferred_element_type=jnp.float32
+        stop = start + n
+        keys = s
+        if without_cache:
+            keys = stop  # later keys are hidden from all queries of the block
+        if mask is None:
+            visible = _causal(start + jnp.arange(n), keys)
+        else:
+            visible = mask[:, :, None, start:stop, :keys]
+        rows = q[:, :, :, start:stop]
+        block = _attend_one_block(
+            rows, k[:, :, :keys], v[:, :, :keys], visible, scale=scale, cap=cap
         )
-        scores = softcap(scale * scores.reshape(b, heads, h // heads, n, seen), cap)
-        visible = (
-            _causal(start + jnp.arange(n), seen)
-            if mask is None
-            else mask[:, :, None, start : start + n, :seen]
-        )
-        p = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min)).astype(v.dtype)
-        y = jnp.einsum("bkrs,bksc->bkrc", p.reshape(b, heads, -1, seen), v[:, :, :seen])
-        parts.append(y.reshape(b, heads, h // heads, n, c))
-    return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+        blocks.append(block)
+    y = jnp.concatenate(blocks, axis=3)
+    y = y.transpose(0, 3, 1, 2, 4)  # [B, T, K, G, C]
+    return y.reshape(b, t, h, c)
+
+
+def _attend_one_block(
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Array,
+    *,
+    scale: float,
+    cap: float | None,
+) -> Array:
+    """softmax(cap(scale · Q Kᵀ)) V of queries `[B, K, G, T, C]` and keys, values `[B, K, S, C]`."""
+    b, kv_heads, groups, t, c = q.shape
+    s = k.shape[2]
+    # The queries of a key are the rows of one matrix.
+    rows = q.reshape(b, kv_heads, groups * t, c)
+    scores = jnp.einsum("bkrc,bksc->bkrs", rows, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(b, kv_heads, groups, t, s)
+    scores = softcap(scale * scores, cap)
+    # Not −inf: a row in which nothing is visible would become NaN.
+    smallest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(visible, scores, smallest)
+    p = jax.nn.softmax(scores).astype(v.dtype)
+    p = p.reshape(b, kv_heads, groups * t, s)
+    y = jnp.einsum("bkrs,bksc->bkrc", p, v)
+    return y.reshape(b, kv_heads, groups, t, c)
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:
-    """Keys and values `[L, B, S, K, C]` of nothing yet."""
+    """A cache without content: keys and values `[L, B, S, K, C]` of zeros."""
     shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
-    return {"k": jnp.zeros(shape, config.dtype), "v": jnp.zeros(shape, config.dtype)}
+    return {
+        "k": jnp.zeros(shape, config.dtype),
+        "v": jnp.zeros(shape, config.dtype),
+    }
 
 
 def _write(cache: Array, new: Array, positions: Array) -> Array:
-    """The cache `[B, S, K, C]` with `new` `[B, T, K, C]` in the slots from each row's first position on."""
-    return jax.vmap(
-        lambda row, part, start: lax.dynamic_update_slice_in_dim(row, part, start, axis=0)
-    )(cache, new, positions[:, 0])
+    """The cache `[B, S, K, C]` with `new` `[B, T, K, C]` from each row's first position on."""
+
+    def write_row(slots: Array, part: Array, start: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(slots, part, start, axis=0)
+
+    starts = positions[:, 0]
+    return jax.vmap(write_row)(cache, new, starts)
 
 
-def _attention_kernel(
-    config: DecoderConfig, *, tokens: tuple[int, int], masked: bool
+def _implementation(
+    config: DecoderConfig,
+    *,
+    queries: int,
+    keys: int,
+    masked: bool,
 ) -> Literal["xla", "cudnn", "blocks"]:
-    """What computes attention of so many queries to so many keys."""
+    """The implementation of attention for so many queries and keys."""
     if config.attention == "xla":
         return "xla"
-    lacks = _cudnn_lacks(config, tokens=tokens, masked=masked)
-    if config.attention == "cudnn" and lacks:
-        raise ValueError(f"model.attention is cudnn, which needs {lacks}; take auto")
-    return "cudnn" if not lacks else "blocks" if jax.default_backend() == "cpu" else "xla"
+    missing = _missing_for_cudnn(config, queries=queries, keys=keys, masked=masked)
+    if missing is None:
+        return "cudnn"
+    if config.attention == "cudnn":
+        raise ValueError(f"model.attention is cudnn, which needs {missing}; use auto")
+    if jax.default_backend() == "cpu":
+        return "blocks"
+    return "xla"
 
 
-def _cudnn_lacks(config: DecoderConfig, *, tokens: tuple[int, int], masked: bool) -> str | None:
-    """What cuDNN's attention needs and does not have here, by the rules of jax 0.10; None where it can be taken."""
+def _missing_for_cudnn(
+    config: DecoderConfig,
+    *,
+    queries: int,
+    keys: int,
+    masked: bool,
+) -> str | None:
+    """What cuDNN's attention needs and does not have here, by jax 0.10's rules; None: nothing."""
     backend = jax.default_backend()
     if backend != "gpu":
-        return f"a GPU, and this is a {backend}"
-    named = re.fullmatch(
-        r"(\d+)\.(\d+)", jax.local_devices()[0].compute_capability
-    )  # AMD's are not so named
-    generation = (int(named[1]), int(named[2])) if named else (0, 0)
-    trains = tokens[0] == tokens[1]  # with a cache there are more slots than queries
-    widest = 256 if generation >= (9, 0) else 128
-    needs = {
-        "a GPU of NVIDIA's Ampere generation or later": generation >= (8, 0),
-        "model.dtype bfloat16": config.dtype == "bfloat16",
-        "no soft cap": config.attention_softcap is None,
-        f"heads of a width below {widest + 1} that 8 divides": config.head_dim <= widest
-        and config.head_dim % 8 == 0,
-        "an even data.max_length under a mask": not (masked and trains) or tokens[0] % 2 == 0,
-    }
-    return next((need for need, met in needs.items() if not met), None)
+        return f"a GPU (the backend is {backend})"
+    capability = jax.local_devices()[0].compute_capability
+    # AMD's GPUs have names such as gfx90a instead of two numbers.
+    numbers = re.fullmatch(r"(\d+)\.\d+", capability)
+    generation = 0
+    if numbers:
+        generation = int(numbers[1])
+    if generation < 8:
+        return "a GPU of NVIDIA's Ampere generation or later"
+
+    if config.dtype != "bfloat16":
+        return "model.dtype bfloat16"
+    if config.attention_softcap is not None:
+        return "a model without a soft cap on attention scores"
+    widest = 128
+    if generation >= 9:
+        widest = 256
+    if config.head_dim > widest or config.head_dim % 8:
+        return f"a head_dim of at most {widest} that is a multiple of 8"
+    with_cache = queries != keys
+    if masked and not with_cache and queries % 2:
+        return "an even data.max_length under a mask"
+    return None

@@ -1,4 +1,4 @@
-"""What a decoder is: its sizes, what its family does, and how it is computed. Imports no JAX."""
+"""The config of a decoder. This module imports no JAX."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lorax_ft.models.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerKind:
-    """In what layers of one decoder may differ."""
+class LayerType:
+    """In what the layers of one decoder may differ."""
 
+    # None: the layer does not encode positions.
     rope: Rope | None
-    """None: the layer does not know positions."""
+    # How many tokens a token sees, itself included. None: all tokens before it.
     window: int | None = None
-    """Tokens that a token sees, itself included; None sees all before it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,15 +23,15 @@ class Experts:
     """A sparse MLP (2101.03961)."""
 
     count: int
+    # The number of experts for each token.
     top_k: int
-    """Experts that a token takes."""
+    # Whether the weights of a token's experts are divided by their sum.
     renormalized: bool
-    """Whether the weights of the chosen ones are scaled to the sum 1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The sizes of a decoder, what its family does, and how it is computed."""
+    """The sizes of a decoder, the choices of its family, and how to compute it."""
 
     vocab_size: int
     width: int
@@ -41,31 +41,35 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     norm_eps: float
-    kinds: tuple[LayerKind, ...]
-    """One for each layer, or one for all."""
+    # One for each layer, or one for all.
+    layer_types: tuple[LayerType, ...]
+    # Whether the output head is the embedding table.
     tied: bool
-    """Whether the output head is the embedding table."""
     max_positions: int
     activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    # Whether norms are at the input of attention and MLP, at their output, or at both.
     norms: Literal["before", "after", "around"] = "before"
-    """Where a layer's norms stand: at the input of attention and MLP, at their output, or both."""
+    # Added to the scale of every norm.
     norm_offset: float = 0.0
-    """Added to the scale of every norm."""
+    # Whether queries and keys are normalized, and if so each head by itself or all heads together.
     qk_norm: Literal["none", "head", "whole"] = "none"
-    """Whether queries and keys are normed: each head, or all heads together."""
+    # The names of the projections that have a bias.
     biases: frozenset[str] = frozenset()
-    """Names of the projections that have a bias."""
+    # Whether q, k and v are one projection, and gate and up another.
     fused: bool = False
-    """Whether q, k and v, and gate and up, are one projection each."""
+    # None: the MLP is dense.
     experts: Experts | None = None
     embedding_scale: float = 1.0
+    # Multiplies the product of queries and keys. None: 1 / √head_dim.
     attention_scale: float | None = None
-    """Multiplies queries times keys; None: 1 / √head_dim."""
+    # The c of c · tanh(x / c), on attention scores before the mask.
     attention_softcap: float | None = None
-    """c of c · tanh(x / c), on attention scores before the mask."""
+    # The same on the logits.
     logit_softcap: float | None = None
-    """The same on the logits."""
+    # The dtype of the activations.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the activations."""
+    # The implementation of attention.
     attention: Literal["auto", "xla", "cudnn"] = "auto"
+    # What the backward pass recomputes: nothing (none), all but dot products (dots), all but the
+    # MLP's gate and up (mlp), or everything (full).
     remat: Literal["none", "dots", "mlp", "full"] = "full"

@@ -1,7 +1,8 @@
-"""One decoder in plain linen for all families: its layers stacked, scanned and recomputed.
+"""One decoder in plain linen for all families. Its layers are stacked, scanned and rematerialized.
 
-Shapes: B batch, T tokens, S slots of the cache, D width, K key/value heads, C channels of a head, L layers,
-N distinct kinds of layers. Kernels are `[L, in, out]`; modules have the names of Hugging Face's checkpoints.
+Shapes: B batch, T tokens, S slots of the cache, D width, K key/value heads, C channels of a head,
+L layers, N distinct layer types. Kernels are `[L, in, out]`. Modules have the names of Hugging
+Face's checkpoints.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_ft.models.attention import Attention, Cache, RopeAndMask, rope_and_mask
+from lorax_ft.models.attention import Attention, Cache, RopeAndMask, make_rope_and_mask
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.mlp import MLP, MoE
 from lorax_ft.models.parts import norm
@@ -27,30 +28,68 @@ REMAT_POLICIES = {
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each beside a residual path, with norms where the family has them."""
+    """One layer: attention and MLP with residual connections, and the norms of its family."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(
-        self, x: Array, around: RopeAndMask, positions: Array, kind: Array, cache: Cache | None
+        self,
+        x: Array,
+        rope_and_mask: RopeAndMask,
+        positions: Array,
+        type_index: Array,
+        cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
-        """`[B, T, D]` to `[B, T, D]`; positions `[B, T]`, `kind` the layer's index into `around`'s axis N."""
+        """`[B, T, D]` to `[B, T, D]`, and the cache with the layer's keys and values.
+
+        Args:
+          x: `[B, T, D]`.
+          rope_and_mask: of all N layer types.
+          positions: `[B, T]`.
+          type_index: this layer's type, an index into the axis N.
+          cache: keys and values `[B, S, K, C]`.
+        """
         c = self.config
-        before, after = c.norms != "after", c.norms != "before"
-        around = jax.tree.map(lambda y: y[kind if len(y) > 1 else 0], around)
+        norm_before = c.norms in ("before", "around")
+        norm_after = c.norms in ("after", "around")
+        rope_and_mask = _of_type(rope_and_mask, type_index)
+
         x = split_rows(x)
-        y = norm(c, "input_layernorm")(x) if before else x
-        y, cache = Attention(c, name="self_attn")(y, around, positions, cache)
-        x = x + (norm(c, "post_attention_layernorm")(y) if after else y)
-        names = {"before": "post_attention_layernorm", "around": "pre_feedforward_layernorm"}
-        y = norm(c, names[c.norms])(x) if before else x
-        y = MoE(c, name="mlp")(y) if c.experts else MLP(c, name="mlp")(y)
-        return x + (norm(c, "post_feedforward_layernorm")(y) if after else y), cache
+        y = x
+        if norm_before:
+            y = norm(c, "input_layernorm")(y)
+        y, cache = Attention(c, name="self_attn")(y, rope_and_mask, positions, cache)
+        if norm_after:
+            y = norm(c, "post_attention_layernorm")(y)
+        x = x + y
+
+        y = x
+        if c.norms == "before":
+            # Checkpoints of these families name the MLP's input norm after the attention before it.
+            y = norm(c, "post_attention_layernorm")(y)
+        elif c.norms == "around":
+            y = norm(c, "pre_feedforward_layernorm")(y)
+        mlp = MoE if c.experts else MLP
+        y = mlp(c, name="mlp")(y)
+        if norm_after:
+            y = norm(c, "post_feedforward_layernorm")(y)
+        return x + y, cache
+
+
+def _of_type(rope_and_mask: RopeAndMask, type_index: Array) -> RopeAndMask:
+    """One type's cosines, sines and mask, without the axis N."""
+
+    def select(stacked: Array) -> Array:
+        if len(stacked) == 1:  # all types share it: no gather
+            return stacked[0]
+        return stacked[type_index]
+
+    return jax.tree.map(select, rope_and_mask)
 
 
 class Decoder(nn.Module):
-    """Tokens to features. The head is applied outside (`Model.head`), so that a loss can take it in chunks."""
+    """Tokens to features. `Model.head` is applied outside, so that a loss can chunk it."""
 
     config: DecoderConfig
 
@@ -69,26 +108,34 @@ class Decoder(nn.Module):
 
         Args:
           tokens: `[B, T]`.
-          positions: `[B, T]`, counted from 0; None counts along T. With a cache, the slots to write.
-          segment_ids: `[B, T]`; a token sees its own segment only. None: one segment a row.
+          positions: `[B, T]`, from 0; None: 0 to T − 1. With a cache, the slots to write.
+          segment_ids: `[B, T]`; a token sees only its segment. None: one segment for each row.
           noise: `[B, T, D]`, added to the embeddings.
-          cache: keys and values `[L, B, S, K, C]` (`empty_cache`); None computes without one.
-          length: `[B]`, what each text may grow to; None: as long as it is.
+          cache: keys and values `[L, B, S, K, C]` (`empty_cache`); None: no cache.
+          length: `[B]`, the length that each text may grow to; None: its present length.
         """
         c = self.config
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        around, kinds = rope_and_mask(
-            c, positions, segment_ids, slots=cache["k"].shape[2] if cache else None, length=length
+            places = jnp.arange(tokens.shape[1])
+            positions = jnp.broadcast_to(places, tokens.shape)
+        slots = None
+        if cache:
+            slots = cache["k"].shape[2]
+        rope_and_mask, type_indices = make_rope_and_mask(
+            c, positions, segment_ids, slots=slots, length=length
         )
+
         x = nn.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed_tokens")(tokens)
         if noise is not None:
             x = x + noise.astype(x.dtype)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
+
         block: Any = Block
         if c.remat != "none" and cache is None:
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
+            policy = REMAT_POLICIES[c.remat]
+            # XLA does not look for common subexpressions across a scan's forward and backward loop.
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -96,5 +143,5 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0, 0),
             length=c.layers,
         )
-        x, cache = layers(c, name="layers")(x, around, positions, kinds, cache)
+        x, cache = layers(c, name="layers")(x, rope_and_mask, positions, type_indices, cache)
         return split_rows(norm(c, "norm")(x)), cache

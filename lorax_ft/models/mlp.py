@@ -24,18 +24,21 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """`[B, T, D]` to `[B, T, D]`."""
         c = self.config
-        gate, up = projections(
-            c, x, (c.mlp_width, c.mlp_width), ("gate_proj", "up_proj"), "gate_up_proj"
-        )
-        gate, up = checkpoint_name(gate, "mlp"), checkpoint_name(up, "mlp")
-        return dense(c, c.width, "down_proj")(ACTIVATIONS[c.activation](gate) * up)
+        widths = {"gate_proj": c.mlp_width, "up_proj": c.mlp_width}
+        gate, up = projections(c, x, widths, fused="gate_up_proj")
+        # The names that the "mlp" policy of rematerialization saves.
+        gate = checkpoint_name(gate, "mlp")
+        up = checkpoint_name(up, "mlp")
+        activation = ACTIVATIONS[c.activation]
+        hidden = activation(gate) * up
+        return dense(c, c.width, "down_proj")(hidden)
 
 
 class MoE(nn.Module):
     """Σ weight · expert(x) over the experts that a router chooses for each token (2101.03961).
 
-    Every expert computes every token, and what was not chosen weighs 0: exact, and `count / chosen` times the
-    arithmetic of a program that sorts tokens by expert.
+    Every expert computes every token, and an expert that was not chosen has the weight 0. This is
+    exact, and takes `count / top_k` times the arithmetic of a program that sorts tokens by expert.
     """
 
     config: DecoderConfig
@@ -43,18 +46,26 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[B, T, D]` to `[B, T, D]`."""
-        c, e = self.config, self.config.experts
-        assert e is not None
+        c = self.config
+        experts = c.experts
+        assert experts is not None
         rows = x.reshape(-1, c.width)
-        p = jax.nn.softmax(dense(c, e.count, "gate")(rows).astype(jnp.float32))
-        weights, chosen = lax.top_k(p, e.top_k)
-        if e.renormalized:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        share = jnp.zeros_like(p).at[jnp.arange(len(rows))[:, None], chosen].set(weights)  # [N, E]
-        y = ExpertMLP(c, name="experts")(
-            jnp.broadcast_to(rows, (e.count, *rows.shape))
-        )  # [E, N, D]
-        return jnp.einsum("end,ne->nd", y, share.astype(y.dtype)).reshape(x.shape)
+
+        scores = dense(c, experts.count, "gate")(rows)
+        scores = scores.astype(jnp.float32)
+        p = jax.nn.softmax(scores)
+        weights, chosen = lax.top_k(p, experts.top_k)
+        if experts.renormalized:
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            weights = weights / total
+        row_index = jnp.arange(len(rows))[:, None]
+        all_weights = jnp.zeros_like(p)  # [N, E]
+        all_weights = all_weights.at[row_index, chosen].set(weights)
+
+        copies = jnp.broadcast_to(rows, (experts.count, *rows.shape))
+        y = ExpertMLP(c, name="experts")(copies)  # [E, N, D]
+        y = jnp.einsum("end,ne->nd", y, all_weights.astype(y.dtype))
+        return y.reshape(x.shape)
 
 
 class ExpertMLP(nn.Module):
@@ -66,11 +77,23 @@ class ExpertMLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """`[E, N, D]` to `[E, N, D]`."""
         c = self.config
+        gate = _expert_projection(c, x, c.mlp_width, "gate_proj")
+        up = _expert_projection(c, x, c.mlp_width, "up_proj")
+        gate = checkpoint_name(gate, "mlp")
+        up = checkpoint_name(up, "mlp")
+        activation = ACTIVATIONS[c.activation]
+        hidden = activation(gate) * up
+        return _expert_projection(c, hidden, c.width, "down_proj")
 
-        def expert(features: int, name: str) -> nn.Einsum:
-            shape = (len(x), c.width if name != "down_proj" else c.mlp_width, features)
-            return nn.Einsum(shape, "eni,eio->eno", use_bias=False, dtype=c.dtype, name=name)
 
-        gate, up = expert(c.mlp_width, "gate_proj")(x), expert(c.mlp_width, "up_proj")(x)
-        gate, up = checkpoint_name(gate, "mlp"), checkpoint_name(up, "mlp")
-        return expert(c.width, "down_proj")(ACTIVATIONS[c.activation](gate) * up)
+def _expert_projection(config: DecoderConfig, x: Array, features: int, name: str) -> Array:
+    """The projection `name` of each expert, `[E, N, in]` to `[E, N, features]`."""
+    experts, _, ins = x.shape
+    projection = nn.Einsum(
+        (experts, ins, features),
+        "eni,eio->eno",
+        use_bias=False,
+        dtype=config.dtype,
+        name=name,
+    )
+    return projection(x)

@@ -1,9 +1,9 @@
-"""What attention and MLP are built from: projections, norms, activations."""
+"""Parts of attention and MLP: projections, norms, activations."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -29,42 +29,78 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[..., D]` to `[..., D]`."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        width = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (width,))
         full = x.astype(jnp.float32)
-        full = full * lax.rsqrt(jnp.mean(full**2, axis=-1, keepdims=True) + self.eps)
+        mean_square = jnp.mean(full**2, axis=-1, keepdims=True)
+        full = full * lax.rsqrt(mean_square + self.eps)
+        # As in transformers: Gemma multiplies in float32, the others in the activations' dtype.
         if self.offset:
-            return (full * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
+            scale = scale.astype(jnp.float32)
+            y = full * (self.offset + scale)
+            return y.astype(x.dtype)
         return full.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def projections(
-    config: DecoderConfig, x: Array, widths: tuple[int, ...], names: tuple[str, ...], fused: str
+    config: DecoderConfig,
+    x: Array,
+    widths: Mapping[str, int],
+    *,
+    fused: str,
 ) -> list[Array]:
-    """Projections of x, by one matrix each or by one for all."""
-    if not config.fused:
-        return [dense(config, width, name)(x) for width, name in zip(widths, names, strict=True)]
-    return jnp.split(dense(config, sum(widths), fused)(x), np.cumsum(widths)[:-1], axis=-1)
+    """Projections of x to several widths, by one matrix each or by one for all.
+
+    Args:
+      config: `config.fused` chooses.
+      x: `[B, T, D]`.
+      widths: the width of each projection, by name.
+      fused: the name of the one matrix.
+    """
+    if config.fused:
+        sizes = list(widths.values())
+        y = dense(config, sum(sizes), fused)(x)
+        borders = np.cumsum(sizes)[:-1]
+        return jnp.split(y, borders, axis=-1)
+    return [dense(config, width, name)(x) for name, width in widths.items()]
 
 
 def dense(config: DecoderConfig, features: int, name: str) -> nn.Dense:
-    """The projection of that name."""
-    bias = name in config.biases
+    """The projection `name` to so many features."""
     return nn.Dense(
-        features, use_bias=bias, dtype=config.dtype, dot_general=rows_dot_general, name=name
+        features,
+        use_bias=name in config.biases,
+        dtype=config.dtype,
+        dot_general=rows_dot_general,
+        name=name,
     )
 
 
 def norm(config: DecoderConfig, name: str) -> RMSNorm:
-    """The norm of that name."""
+    """The norm `name`."""
     return RMSNorm(config.norm_eps, config.norm_offset, name=name)
 
 
-def rows_dot_general(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
-    """`lax.dot_general` of `[..., I]` and `[I, O]` with the leading axes as rows of one matrix: faster on CPUs."""
-    rows = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
-    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+def rows_dot_general(
+    x: Array,
+    kernel: Array,
+    dimension_numbers: Any,
+    **options: Any,
+) -> Array:
+    """`lax.dot_general` of `[..., I]` and `[I, O]`, with the leading axes as one axis of rows.
+
+    This is faster on CPUs than a product with several leading axes.
+    """
+    *leading, features = x.shape
+    rows = x.reshape(-1, features)
+    contracting = ((1,), (0,))
+    batch = ((), ())
+    y = lax.dot_general(rows, kernel, (contracting, batch), **options)
+    return y.reshape(*leading, kernel.shape[-1])
 
 
 def softcap(x: Array, cap: float | None) -> Array:
     """c · tanh(x / c); x itself where c is None."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
+    if cap is None:
+        return x
+    return cap * jnp.tanh(x / cap)

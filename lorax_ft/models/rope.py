@@ -1,4 +1,4 @@
-"""Rotary embeddings (2104.09864), and the ways their frequencies are scaled for longer texts.
+"""Rotary embeddings (2104.09864), and the ways to scale their frequencies for longer texts.
 
 Letters: B batch, T tokens, H heads, C channels of a head.
 """
@@ -16,103 +16,170 @@ from jax import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """How positions turn the channels of queries and keys."""
+    """How positions rotate the channels of queries and keys."""
 
+    # The number of channels that rotate: the first of each head.
     dims: int
-    """Channels that turn, the first of each head."""
+    # The base: frequency = theta^(−channel / dims), before scaling.
     theta: float
-    """The longest wavelength over 2π, before stretching."""
+    # How frequencies are scaled for texts longer than those of pretraining.
     scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    # How many times longer the texts became (linear, llama3, yarn).
     factor: float = 1.0
-    """How many times longer the texts became (linear, llama3, yarn)."""
+    # The longest text before scaling (llama3, yarn, longrope).
     original_positions: int = 0
-    """Positions before stretching."""
+    # Multiplies cosines and sines (yarn, longrope).
     magnitude: float = 1.0
-    """Multiplies cosines and sines (yarn, longrope)."""
+    # A frequency that makes fewer turns than `low` over the original positions is divided by the
+    # factor, one that makes more than `high` is kept, and one between is a mixture (llama3, yarn).
     low: float = 1.0
-    """Turns over the original positions below which a frequency is scaled in full (llama3, yarn)."""
     high: float = 1.0
-    """Turns above which it is not."""
+    # Whether yarn rounds these two borders to whole channels.
     rounded: bool = True
-    """Whether yarn rounds the two borders to whole channels."""
+    # Divisors of the frequencies, for texts within the original positions and for longer ones
+    # (longrope).
     short_factors: tuple[float, ...] = ()
-    """By channel, for texts within the original positions (longrope)."""
     long_factors: tuple[float, ...] = ()
-    """By channel, for longer texts."""
 
 
-def rotary(rope: Rope, positions: Array, *, length: Array | None = None) -> tuple[Array, Array]:
-    """Cosines and sines `[B, T, 1, dims / 2]` at positions `[B, T]`, in float32; `length` as in `frequencies`."""
-    turns = frequencies(rope, positions, length=length)  # [dims / 2], or [B, dims / 2]
-    turns = turns if turns.ndim == 1 else turns[:, None, None]
-    angles = positions[..., None, None].astype(jnp.float32) * turns
-    return rope.magnitude * jnp.cos(angles), rope.magnitude * jnp.sin(angles)
+def rotary(
+    rope: Rope,
+    positions: Array,
+    *,
+    length: Array | None = None,
+) -> tuple[Array, Array]:
+    """Cosines and sines `[B, T, 1, dims / 2]` at positions `[B, T]`, in float32.
+
+    Args:
+      rope: the rotary embedding.
+      positions: `[B, T]`.
+      length: as in `frequencies`.
+    """
+    radians = frequencies(rope, positions, length=length)
+    if radians.ndim == 2:  # one row of frequencies for each text
+        radians = radians[:, None, None]
+    positions = positions[..., None, None]
+    angles = positions.astype(jnp.float32) * radians
+    cos = rope.magnitude * jnp.cos(angles)
+    sin = rope.magnitude * jnp.sin(angles)
+    return cos, sin
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Queries or keys `[B, T, H, C]`, their first channels rotated in half-split order."""
-    dims = 2 * cos.shape[-1]
-    turned, still = jnp.split(x, [dims], axis=-1) if dims < x.shape[-1] else (x, None)
-    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
-    parts = [
-        (first * cos - second * sin).astype(x.dtype),
-        (second * cos + first * sin).astype(x.dtype),
-    ]
-    return jnp.concatenate(parts if still is None else [*parts, still], axis=-1)
+    """Queries or keys `[B, T, H, C]` with their first channels rotated.
 
-
-def frequencies(rope: Rope, positions: Array, *, length: Array | None = None) -> Array:
-    """Radians a position by pair of channels, `[dims / 2]`; longrope's, where `length` is given, `[B, dims / 2]`.
-
-    Longrope's depend on the length of the text: `length` `[B]`, or by default the largest position. In generation it
-    is what the text may grow to, so that all of the cache's keys and all queries turn alike from the start.
+    A pair is channels i and i + dims / 2 (as in transformers), not two neighbors (as in the paper).
     """
-    plain = rope.theta ** (-np.arange(0, rope.dims, 2) / rope.dims)
+    dims = 2 * cos.shape[-1]
+    rest = None
+    if dims < x.shape[-1]:
+        x, rest = jnp.split(x, [dims], axis=-1)
+    full = x.astype(jnp.float32)
+    first, second = jnp.split(full, 2, axis=-1)
+    new_first = first * cos - second * sin
+    new_second = second * cos + first * sin
+    parts = [
+        new_first.astype(x.dtype),
+        new_second.astype(x.dtype),
+    ]
+    if rest is not None:
+        parts.append(rest)
+    return jnp.concatenate(parts, axis=-1)
+
+
+def frequencies(
+    rope: Rope,
+    positions: Array,
+    *,
+    length: Array | None = None,
+) -> Array:
+    """Radians per position for each pair of channels, `[dims / 2]` or `[B, dims / 2]`.
+
+    Args:
+      rope: the rotary embedding.
+      positions: `[B, T]`; only longrope depends on them.
+      length: `[B]`, the length of each text; longrope's frequencies then are `[B, dims / 2]`. None:
+        the largest position decides for all. In generation it is the length that a text may grow
+        to, so that the cache's keys and all later queries use the same frequencies.
+    """
+    channels = np.arange(0, rope.dims, 2)
+    plain = rope.theta ** (-channels / rope.dims)
     if rope.scaling == "longrope":
-        short, long = (
-            jnp.asarray(plain / np.array(f), jnp.float32)
-            for f in (rope.short_factors, rope.long_factors)
-        )
-        longest = jnp.max(positions) + 1 if length is None else length[:, None]
-        return jnp.where(longest <= rope.original_positions, short, long)
+        return _longrope(rope, plain, positions, length)
     if rope.scaling == "linear":
         plain = plain / rope.factor
-    elif (
-        rope.scaling == "llama3"
-    ):  # between the borders, linear in the turns over the original positions
-        turns = rope.original_positions * plain / (2 * math.pi)
-        kept = np.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
-        plain = kept * plain + (1 - kept) * plain / rope.factor
-    elif rope.scaling == "yarn":  # between the borders, linear in the channel (2309.00071)
+    elif rope.scaling == "llama3":
+        kept = _llama3_kept(rope, plain)
+        plain = _interpolated(plain, rope.factor, kept)
+    elif rope.scaling == "yarn":  # 2309.00071
         kept = _yarn_kept(rope)
-        plain = kept * plain + (1 - kept) * plain / rope.factor
+        plain = _interpolated(plain, rope.factor, kept)
     return jnp.asarray(plain, jnp.float32)
 
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
-    """YaRN's 0.1 w ln(factor) + 1."""
-    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+    """YaRN's 0.1 w ln(factor) + 1 (2309.00071)."""
+    if factor <= 1:
+        return 1.0
+    return 0.1 * weight * math.log(factor) + 1
 
 
 def longrope_magnitude(factor: float, original_positions: int) -> float:
     """LongRoPE's √(1 + ln factor / ln original) (2402.13753)."""
-    return math.sqrt(1 + math.log(factor) / math.log(original_positions)) if factor > 1 else 1.0
+    if factor <= 1:
+        return 1.0
+    ratio = math.log(factor) / math.log(original_positions)
+    return math.sqrt(1 + ratio)
+
+
+def _interpolated(plain: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:
+    """A mixture of the plain frequencies and of those divided by the factor."""
+    return kept * plain + (1 - kept) * plain / factor
+
+
+def _llama3_kept(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """The share of each plain frequency: between the borders, linear in its turns."""
+    turns = rope.original_positions * plain / (2 * math.pi)
+    span = rope.high - rope.low
+    kept = (turns - rope.low) / span
+    return np.clip(kept, 0, 1)
 
 
 def _yarn_kept(rope: Rope) -> np.ndarray:
-    """The share of each frequency that is not scaled, by pair of channels."""
-
-    def channel(
-        turns: float,
-    ) -> float:  # whose wavelength makes so many turns over the original positions
-        return (
-            rope.dims
-            * math.log(rope.original_positions / (2 * math.pi * turns))
-            / (2 * math.log(rope.theta))
-        )
-
-    first, last = channel(rope.high), channel(rope.low)
+    """The share of each plain frequency: between the borders, linear in its channel."""
+    first = _yarn_channel(rope, rope.high)
+    last = _yarn_channel(rope, rope.low)
     if rope.rounded:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, rope.dims - 1)
-    return 1 - np.clip((np.arange(rope.dims // 2) - first) / max(last - first, 0.001), 0, 1)
+        first = math.floor(first)
+        last = math.ceil(last)
+    first = max(first, 0)
+    last = min(last, rope.dims - 1)
+    span = max(last - first, 0.001)  # as in transformers, against a division by zero
+    pairs = np.arange(rope.dims // 2)
+    scaled = (pairs - first) / span
+    return 1 - np.clip(scaled, 0, 1)
+
+
+def _yarn_channel(rope: Rope, turns: float) -> float:
+    """The pair of channels (a real number) that makes so many turns over the original positions."""
+    inverse_frequency = rope.original_positions / (2 * math.pi * turns)
+    log_base = 2 * math.log(rope.theta)
+    return rope.dims * math.log(inverse_frequency) / log_base
+
+
+def _longrope(
+    rope: Rope,
+    plain: np.ndarray,
+    positions: Array,
+    length: Array | None,
+) -> Array:
+    """Frequencies divided by the short or by the long factors, as the length says (2402.13753)."""
+    short = plain / np.array(rope.short_factors)
+    long = plain / np.array(rope.long_factors)
+    longest = jnp.max(positions) + 1 if length is None else length[:, None]
+    is_short = longest <= rope.original_positions
+    return jnp.where(
+        is_short,
+        jnp.asarray(short, jnp.float32),
+        jnp.asarray(long, jnp.float32),
+    )

@@ -1,6 +1,8 @@
 """Double quantization: the absmax values of NF4 in 8 bits (QLoRA, 2305.14314, section 3).
 
 absmax = values[code] · scale[block of 256] + offset
+
+Letters: L stack axes, R rows and C columns of a matrix of absmax values.
 """
 
 from __future__ import annotations
@@ -16,68 +18,101 @@ BLOCK = 256
 
 
 def dynamic_values() -> np.ndarray:
-    """The 256 values in [−1, 1] of a signed 8-bit "dynamic" float, ascending, float32 (1511.04561).
+    """The 256 values in [−1, 1] of a signed 8-bit "dynamic" float (1511.04561), ascending, float32.
 
-    An exponent is said by the number of leading zeros, and the bits that are left cut its decade evenly.
+    The number of leading zeros encodes a power of ten. The remaining bits divide that decade into
+    equal intervals, and each code stands for the middle of an interval.
     """
     positive: list[float] = []
     for exponent in range(7):
-        n = 2**exponent
-        step = float(
-            (np.float32(1) - np.float32(0.1)) / np.float32(n)
-        )  # counted from both ends, as torch.linspace
-        low, high = (
-            float(np.float32(0.1)) + step * np.arange(n + 1),
-            1 - step * np.arange(n + 1)[::-1],
-        )
-        edges = np.where(np.arange(n + 1) < (n + 1) // 2, low, high).astype(np.float32)
-        positive += list(np.float32(10.0 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / 2))
-    return np.array(sorted([*positive, *(-v for v in positive), 0, 1]), np.float32)
+        edges = _decade_edges(2**exponent)
+        middles = _midpoints(edges)
+        power_of_ten = np.float32(10.0 ** (exponent - 6))
+        positive += list(power_of_ten * middles)
+    negative = [-value for value in positive]
+    # Two codes are left over; bitsandbytes gives them to 0 and 1.
+    values = sorted([*negative, *positive, 0, 1])
+    return np.array(values, np.float32)
+
+
+def _decade_edges(intervals: int) -> np.ndarray:
+    """`torch.linspace(0.1, 1, intervals + 1)`, to the last bit."""
+    start = np.float32(0.1)
+    length = np.float32(1) - start
+    step = float(length / np.float32(intervals))
+    index = np.arange(intervals + 1)
+    # torch counts the first half up from the start, and the second half down from the end.
+    from_start = float(start) + step * index
+    from_end = 1 - step * index[::-1]
+    is_first_half = index < (intervals + 1) // 2
+    edges = np.where(is_first_half, from_start, from_end)
+    return edges.astype(np.float32)
+
+
+def _midpoints(values: np.ndarray) -> np.ndarray:
+    """The middle between each value and the next."""
+    low = values[:-1]
+    high = values[1:]
+    return (low + high) / 2
 
 
 VALUES = dynamic_values()
-MIDPOINTS = ((VALUES[1:].astype(np.float64) + VALUES[:-1]) / 2).astype(np.float32)
+# The borders between the values to which double() rounds.
+MIDPOINTS = _midpoints(VALUES)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoubleQuantized:
-    """Absmax values `[*L, R, C]` in 8 bits; each matrix of the stack has blocks and an offset of its own."""
+    """Absmax values `[*L, R, C]` in 8 bits. Each matrix of the stack has its own blocks."""
 
+    # [*L, R, C] uint8
     codes: Array
-    """`[*L, R, C]` uint8."""
+    # [*L, ⌈R C / 256⌉] float32: the largest distance from the offset in each block
     scale: Array
-    """`[*L, ⌈R C / 256⌉]` float32, the largest distance from the offset in a block."""
+    # [*L] float32: the mean
     offset: Array
-    """`[*L]` float32, the mean."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the absmax values."""
+        """The shape of the absmax values."""
         return self.codes.shape
 
     def dequantized(self) -> Array:
         """The absmax values `[*L, R, C]`, float32."""
         *stack, rows, columns = self.codes.shape
-        scale = jnp.repeat(self.scale, BLOCK, axis=-1)[..., : rows * columns].reshape(
-            *stack, rows, columns
-        )
-        return (
-            jnp.take(jnp.asarray(VALUES), self.codes.astype(jnp.int32)) * scale
-            + self.offset[..., None, None]
-        )
+        scale = jnp.repeat(self.scale, BLOCK, axis=-1)
+        # The last block may reach past the end of the matrix.
+        scale = scale[..., : rows * columns]
+        scale = scale.reshape(*stack, rows, columns)
+        codes = self.codes.astype(jnp.int32)
+        dynamic = jnp.asarray(VALUES)
+        values = jnp.take(dynamic, codes)
+        offset = self.offset[..., None, None]
+        return values * scale + offset
 
 
 def double(absmax: Array) -> DoubleQuantized:
-    """Absmax values `[*L, R, C]` in 8 bits: to each the nearest of the dynamic values, times its block's scale."""
+    """Quantizes absmax values `[*L, R, C]` to 8 bits, rounded to the nearest dynamic value."""
     *stack, rows, columns = absmax.shape
+    size = rows * columns
     offset = jnp.mean(absmax, axis=(-1, -2))
-    flat = (absmax - offset[..., None, None]).reshape(*stack, rows * columns)
-    blocks = jnp.pad(flat, [(0, 0)] * len(stack) + [(0, -(rows * columns) % BLOCK)]).reshape(
-        *stack, -1, BLOCK
-    )
+    centered = absmax - offset[..., None, None]
+
+    flat = centered.reshape(*stack, size)
+    no_padding = [(0, 0)] * len(stack)
+    to_whole_blocks = (0, -size % BLOCK)
+    padded = jnp.pad(flat, [*no_padding, to_whole_blocks])
+    blocks = padded.reshape(*stack, -1, BLOCK)
+
     scale = jnp.max(jnp.abs(blocks), axis=-1)
-    x = blocks / jnp.where(scale > 0, scale, 1)[..., None]
-    codes = jnp.searchsorted(jnp.asarray(MIDPOINTS), x)
-    codes = codes.astype(jnp.uint8).reshape(*stack, -1)[..., : rows * columns]
-    return DoubleQuantized(codes=codes.reshape(absmax.shape), scale=scale, offset=offset)
+    divisor = jnp.where(scale > 0, scale, 1)  # a block of zeros has the scale 0
+    normalized = blocks / divisor[..., None]
+    midpoints = jnp.asarray(MIDPOINTS)
+    codes = jnp.searchsorted(midpoints, normalized)
+    codes = codes.astype(jnp.uint8)
+
+    codes = codes.reshape(*stack, -1)
+    codes = codes[..., :size]
+    codes = codes.reshape(absmax.shape)
+    return DoubleQuantized(codes=codes, scale=scale, offset=offset)

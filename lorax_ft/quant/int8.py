@@ -1,6 +1,8 @@
-"""int8: a kernel in 8 bits a parameter and an absmax for each output channel (LLM.int8(), 2208.07339, section 2).
+"""int8: 8 bits a parameter, an absmax for each output channel (LLM.int8(), 2208.07339, section 2).
 
 W[i, o] = code[i, o] · absmax[o] / 127
+
+Letters: L stack axes, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ LARGEST = 127
 class Int8:
     """A kernel `[*L, *ins, *outs]` in int8."""
 
+    # [*L, *ins, *outs] int8
     codes: Array
-    """`[*L, *ins, *outs]` int8."""
+    # [*L, *1s, *outs] float32, with a size of 1 for each in axis
     absmax: Array
-    """float32, with size 1 for each in axis."""
+    # The dtype of the kernel before quantization, and the default one after dequantization.
     dtype: str = dataclasses.field(metadata={"static": True})
-    """The dtype that the kernel had, and has again once dequantized."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,34 +37,48 @@ class Int8:
 
     @property
     def ndim(self) -> int:
-        """How many axes the kernel has."""
+        """The kernel's number of axes."""
         return self.codes.ndim
 
     def matrices(self, stack: int, rows: int) -> Int8:
-        """The same as `[L, I, O]`."""
-        codes, absmax = self.codes.reshape(stack, rows, -1), self.absmax.reshape(stack, 1, -1)
+        """The same kernel as `[L, I, O]`."""
+        codes = self.codes.reshape(stack, rows, -1)
+        absmax = self.absmax.reshape(stack, 1, -1)
         return dataclasses.replace(self, codes=codes, absmax=absmax)
 
     def dequantized(self, dtype: Any = None) -> Array:
-        """The kernel as an array of `dtype`, or of its own."""
-        return (self.codes.astype(jnp.float32) * (self.absmax / LARGEST)).astype(
-            dtype or self.dtype
-        )
+        """The kernel as an array of `dtype`, by default of its own dtype."""
+        step = self.absmax / LARGEST
+        w = self.codes.astype(jnp.float32) * step
+        return w.astype(dtype or self.dtype)
 
-    def axes(self, kernel: tuple[str | None, ...], sizes: Mapping[str, int]) -> Int8:
-        """For each part the mesh axis of each of its axes, where the kernel would lie as `kernel` says."""
+    def axes(
+        self,
+        kernel: tuple[str | None, ...],
+        sizes: Mapping[str, int],
+    ) -> Int8:
+        """The mesh axes of each part, from those of the kernel's axes.
+
+        Args:
+          kernel: the mesh axis of each of the kernel's axes.
+          sizes: the size of each mesh axis.
+        """
+        # absmax has a size of 1 for an in axis, over which `sharding.fitted` does not split it.
         return dataclasses.replace(self, codes=kernel, absmax=kernel)  # type: ignore[arg-type]
 
 
 def quantize(w: Array, *, n_stack: int, n_in: int) -> Int8:
-    """The kernel `[*L, *ins, *outs]` in int8, rounded to the nearest (ties: to the even code).
+    """Quantizes the kernel `[*L, *ins, *outs]` to int8, rounded to nearest (ties to even).
 
     Args:
-      w: the kernel, in any float type; quantized in float32.
-      n_stack: how many axes L stands for.
-      n_in: how many in axes follow.
+      w: the kernel, in any float dtype; the arithmetic is in float32.
+      n_stack: the number of stack axes.
+      n_in: the number of in axes, which follow them.
     """
     full = w.astype(jnp.float32)
-    absmax = jnp.max(jnp.abs(full), axis=tuple(range(n_stack, n_stack + n_in)), keepdims=True)
-    codes = jnp.round(full * (LARGEST / jnp.where(absmax > 0, absmax, 1))).astype(jnp.int8)
+    in_axes = tuple(range(n_stack, n_stack + n_in))
+    absmax = jnp.max(jnp.abs(full), axis=in_axes, keepdims=True)
+    divisor = jnp.where(absmax > 0, absmax, 1)  # an output channel of zeros has the absmax 0
+    codes = jnp.round(full * (LARGEST / divisor))
+    codes = codes.astype(jnp.int8)
     return Int8(codes=codes, absmax=absmax, dtype=str(w.dtype))

@@ -1,4 +1,4 @@
-"""What may stand where a kernel does: an array, or one of the quantized leaves."""
+"""Kernels in any format: a plain array, or one of the quantized leaves."""
 
 from __future__ import annotations
 
@@ -19,49 +19,73 @@ Quantized = NF4 | Int8
 
 
 def dense(kernel: Array | Quantized, dtype: Any = None) -> Array:
-    """The kernel as an array, of `dtype` or of its own."""
+    """The kernel as an array of `dtype`, by default of its own dtype."""
     if isinstance(kernel, Quantized):
         return kernel.dequantized(dtype)
-    return kernel if dtype is None else kernel.astype(dtype)
+    if dtype is None:
+        return kernel
+    return kernel.astype(dtype)
 
 
 def matrices(kernel: Array | Quantized, *, stack: int, rows: int) -> Array | Quantized:
-    """The kernel with one stack axis, one in axis and one out axis, `[L, I, O]`."""
-    return (
-        kernel.matrices(stack, rows)
-        if isinstance(kernel, Quantized)
-        else kernel.reshape(stack, rows, -1)
-    )
+    """The kernel as `[L, I, O]`, with L = `stack` and I = `rows`."""
+    if isinstance(kernel, Quantized):
+        return kernel.matrices(stack, rows)
+    return kernel.reshape(stack, rows, -1)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "double_quant", "n_stack", "n_in"))
 def quantize(
-    kernel: Array, *, format: Format, double_quant: bool = False, n_stack: int, n_in: int
+    kernel: Array,
+    *,
+    format: Format,
+    double_quant: bool = False,
+    n_stack: int,
+    n_in: int,
 ) -> Quantized:
-    """The kernel `[*L, *ins, *outs]`, quantized.
+    """Quantizes the kernel `[*L, *ins, *outs]`.
 
     Args:
-      kernel: of any float type.
-      format: "nf4" (blocks of 64) or "int8" (an absmax for each output channel).
-      double_quant: whether NF4's absmax values are quantized too.
-      n_stack: how many axes count matrices.
-      n_in: how many in axes follow.
+      kernel: an array of any float dtype.
+      format: "nf4" (an absmax for each block of 64) or "int8" (an absmax for each output channel).
+      double_quant: whether to quantize NF4's absmax values too; int8 ignores it.
+      n_stack: the number of stack axes.
+      n_in: the number of in axes, which follow them.
     """
     if format == "int8":
         return int8.quantize(kernel, n_stack=n_stack, n_in=n_in)
     leaf = nf4.quantize(kernel, n_stack=n_stack, n_in=n_in)
-    return dataclasses.replace(leaf, absmax=double(leaf.absmax)) if double_quant else leaf  # type: ignore[arg-type]
+    if not double_quant:
+        return leaf
+    # nf4.quantize returns absmax as a plain array; the field's type also allows DoubleQuantized.
+    return dataclasses.replace(leaf, absmax=double(leaf.absmax))  # type: ignore[arg-type]
 
 
 def format_of(kernel: Any) -> Format | None:
-    """The format of a quantized leaf; None of others."""
-    return {NF4: "nf4", Int8: "int8"}.get(type(kernel))  # type: ignore[return-value]
+    """The format of a quantized leaf; None for anything else."""
+    if isinstance(kernel, NF4):
+        return "nf4"
+    if isinstance(kernel, Int8):
+        return "int8"
+    return None
 
 
-def quantize_as(like: Quantized, kernel: Array, *, n_stack: int, n_in: int) -> Quantized:
-    """The kernel `[*L, *ins, *outs]`, quantized in the format of `like`; dequantized, it has the dtype of `like`."""
+def quantize_as(
+    like: Quantized,
+    kernel: Array,
+    *,
+    n_stack: int,
+    n_in: int,
+) -> Quantized:
+    """Quantizes the kernel `[*L, *ins, *outs]` in the format, and with the dtype, of `like`."""
     format = format_of(like)
     assert format is not None
     double_quant = isinstance(like, NF4) and isinstance(like.absmax, DoubleQuantized)
-    leaf = quantize(kernel, format=format, double_quant=double_quant, n_stack=n_stack, n_in=n_in)
+    leaf = quantize(
+        kernel,
+        format=format,
+        double_quant=double_quant,
+        n_stack=n_stack,
+        n_in=n_in,
+    )
     return dataclasses.replace(leaf, dtype=like.dtype)

@@ -1,4 +1,4 @@
-"""Quantizing a stack a matrix at a time, so that the whole of it never exists."""
+"""Quantizing a stack one matrix at a time: the unquantized stack never exists as a whole."""
 
 from __future__ import annotations
 
@@ -25,36 +25,46 @@ def streamed(
     """A quantized stack on its devices.
 
     Args:
-      matrix: gives the matrix at an index of the stack, quantized and without stack axes.
+      matrix: returns the quantized matrix at an index of the stack, without stack axes.
       stack: L, the shape of the stack.
       like: the shapes of the stack's parts (`jax.ShapeDtypeStruct`).
-      on: the sharding of each part; stack axes are whole.
+      on: the sharding of each part, in which stack axes are not split.
     """
-    n = len(stack)
     shapes, treedef = jax.tree.flatten(like)
-    places = jax.tree.leaves(on)
-    held: list[dict[Any, Array]] = [{} for _ in shapes]
+    shardings = jax.tree.leaves(on)
+    # For each part its shard on every device of this process.
+    shards: list[dict[Any, Array]] = [{} for _ in shapes]
     for i, index in enumerate(np.ndindex(*stack)):
         parts = jax.tree.leaves(matrix(index))
-        for part, shape, place, stacks in zip(parts, shapes, places, held, strict=True):
-            for device, where in place.addressable_devices_indices_map(shape.shape).items():
-                piece = jax.device_put(part[where[n:]], device)
-                if device not in stacks:
-                    stacks[device] = jnp.zeros(
-                        (math.prod(stack), *piece.shape), piece.dtype, device=device
-                    )
-                stacks[device] = _put(stacks[device], piece, i)
-        # Before the next is read, or many would be on their way. (Devices as keys have no order, as a tree's must.)
-        jax.block_until_ready([list(stacks.values()) for stacks in held])
-    whole = [
-        jax.make_array_from_single_device_arrays(
-            shape.shape, place, [leaf.reshape(*stack, *leaf.shape[1:]) for leaf in stacks.values()]
-        )
-        for shape, place, stacks in zip(shapes, places, held, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, whole)
+        by_part = zip(parts, shapes, shardings, shards, strict=True)
+        for part, shape, sharding, held in by_part:
+            indices = sharding.addressable_devices_indices_map(shape.shape)
+            for device, where in indices.items():
+                where_in_matrix = where[len(stack) :]
+                piece = jax.device_put(part[where_in_matrix], device)
+                if device not in held:
+                    held_shape = (math.prod(stack), *piece.shape)
+                    held[device] = jnp.zeros(held_shape, piece.dtype, device=device)
+                held[device] = _put(held[device], piece, i)
+        # Dispatch is asynchronous: without this wait many matrices would be in memory at once.
+        # (JAX sorts a dictionary's keys, and devices cannot be sorted: hence the lists.)
+        jax.block_until_ready([list(held.values()) for held in shards])
+
+    arrays = []
+    for shape, sharding, held in zip(shapes, shardings, shards, strict=True):
+        pieces = [_with_stack_axes(shard, stack) for shard in held.values()]
+        array = jax.make_array_from_single_device_arrays(shape.shape, sharding, pieces)
+        arrays.append(array)
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def _with_stack_axes(shard: Array, stack: tuple[int, ...]) -> Array:
+    """A shard whose first axis counts matrices, with the axes of the stack in its place."""
+    matrix_shape = shard.shape[1:]
+    return shard.reshape(*stack, *matrix_shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(stack: Array, part: Array, i: int) -> Array:
+    """The stack with a matrix at place i."""
     return stack.at[i].set(part)

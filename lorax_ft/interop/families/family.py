@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lorax_ft.models.config import LayerKind
+from lorax_ft.models.config import LayerType
 from lorax_ft.models.rope import Rope, longrope_magnitude, yarn_magnitude
 
 Fields = dict[str, Any]
@@ -60,7 +60,7 @@ def describe_common(c: Any) -> Fields:
         "kv_heads": c.num_key_value_heads,
         "head_dim": head_dim(c),
         "norm_eps": c.rms_norm_eps,
-        "kinds": layer_kinds(c),
+        "layer_types": layer_types(c),
         "tied": bool(c.tie_word_embeddings),
         "max_positions": c.max_position_embeddings,
         "activation": ACTIVATIONS[act],
@@ -74,7 +74,7 @@ def head_dim(c: Any) -> int:
     return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
 
-def layer_kinds(c: Any) -> tuple[LayerKind, ...]:
+def layer_types(c: Any) -> tuple[LayerType, ...]:
     """The attention window and rotary embedding of each layer; a single entry if all are equal."""
     window = getattr(c, "sliding_window", None)
     # Without layer_types, every layer has the window, if there is one.
@@ -85,7 +85,7 @@ def layer_kinds(c: Any) -> tuple[LayerKind, ...]:
         # Gemma 3 has one rotary embedding for each type of layer, other families one for all.
         rope = make_rope(ropes.get(attention, ropes), c)
         seen = window if attention == "sliding_attention" else None
-        by_type[attention] = LayerKind(rope=rope, window=seen)
+        by_type[attention] = LayerType(rope=rope, window=seen)
     kinds = tuple(by_type[attention] for attention in types)
     if len(set(kinds)) == 1:
         return kinds[:1]
