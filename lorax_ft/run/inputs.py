@@ -91,7 +91,7 @@ def _check_quantization(config: Config) -> None:
     if keeps_base or adapter.init not in CHANGES_BASE or config.quant.format != "int8":
         return
     way_out = "use quant.format nf4"
-    if adapter.init != "loftq":  # which fits the quantized base, so it cannot keep the original
+    if adapter.init != "loftq":  # LoftQ always changes the base.
         way_out += ", or adapter.keep_base"
     raise ValueError(
         f"adapter.init {adapter.init} changes the base, and a changed int8 base cannot be saved; "

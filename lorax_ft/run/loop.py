@@ -95,7 +95,7 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
 
 
 class StepOutput(NamedTuple):
-    """What a training step returned. Its metrics may still be in computation."""
+    """The output of a training step. The device may still be computing its metrics."""
 
     step: int
     metrics: dict[str, Array]
@@ -150,7 +150,7 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
 
 
 def _is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after this one; 0 is never."""
+    """Whether this step is a multiple of `every`; with 0 no step is."""
     return every > 0 and step % every == 0
 
 
