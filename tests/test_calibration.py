@@ -16,7 +16,7 @@ from lorax_ft import AdapterConfig, add_adapters, calibrate
 from lorax_ft.config import MeshConfig
 from lorax_ft.lowrank.inits.eva import redistributed
 from lorax_ft.lowrank.intercept import adapt
-from lorax_ft.models.attention import rope_and_mask
+from lorax_ft.models.attention import make_rope_and_mask
 from lorax_ft.models.decoder import Block
 from lorax_ft.models.model import Model
 from lorax_ft.models.parts import norm
@@ -47,12 +47,12 @@ def inputs_of(model: Model, batch: dict[str, np.ndarray]) -> dict[str, Array]:
 
     tokens = jnp.asarray(batch["tokens"])
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    around, kinds = rope_and_mask(c, positions, None, slots=None, length=None)
+    shared, types = make_rope_and_mask(c, positions, None, slots=None, length=None)
     x = params["embed_tokens"]["embedding"][tokens]
     with nn.intercept_methods(record):
         for i in range(c.layers):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-            x, _ = Block(c).apply({"params": layer}, x, around, positions, kinds[i], None)
+            x, _ = Block(c).apply({"params": layer}, x, shared, positions, types[i], None)
     features = norm(c, "norm").apply({"params": params["norm"]}, x)
     stacked = {path: np.stack(xs) for path, xs in seen.items()} | {"lm_head": np.float64(features)}
     inside = batch["segment_ids"].reshape(-1) > 0

@@ -11,16 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from lorax_ft import sharding
 from lorax_ft.config import Config
-from lorax_ft.data.batches import evaluation_batches
-from lorax_ft.data.chat import encode_prompt
-from lorax_ft.data.formats import Message, split_answer
 from lorax_ft.evaluation.exact_match import evaluate_answers
 from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_model, save_quantized
@@ -32,7 +27,8 @@ from lorax_ft.run.log import Log, check_trackers
 from lorax_ft.run.progress import Progress
 from lorax_ft.run.setup import Job, set_up, step_key
 from lorax_ft.run.stop_signal import StopSignal
-from lorax_ft.run.summary import Evaluation, Result
+from lorax_ft.run.summary import Result
+from lorax_ft.run.validation import Evaluation, choose_questions, validation_loss
 from lorax_ft.training import contract
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
@@ -99,7 +95,7 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
 
 
 class StepOutput(NamedTuple):
-    """What a training step returned. Its metrics may still be in computation."""
+    """The output of a training step. The device may still be computing its metrics."""
 
     step: int
     metrics: dict[str, Array]
@@ -154,7 +150,7 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
 
 
 def _is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after this one; 0 is never."""
+    """Whether this step is a multiple of `every`; with 0 no step is."""
     return every > 0 and step % every == 0
 
 
@@ -212,8 +208,8 @@ def _evaluate(job: Job, state: TrainState, console: Console, *, before: bool) ->
       console: where to print.
       before: whether this is the evaluation before training, or the one after it.
     """
-    loss = _validation_loss(job, state)
-    questions, skipped = _questions(job)
+    loss = validation_loss(job, state)
+    questions, skipped = choose_questions(job)
     if not questions:
         return Evaluation(loss=loss, exact_match=None, answered=None)
     when = "before training" if before else "after training"
@@ -237,52 +233,14 @@ def _evaluate(job: Job, state: TrainState, console: Console, *, before: bool) ->
     return evaluation
 
 
-def _questions(job: Job) -> tuple[list[list[Message]], int]:
-    """The first validation conversations to answer, and how many were skipped as too long."""
-    config, model = job.config.eval, job.model
-    wanted = max(config.exact_match_rows, config.samples)
-    skipped = 0
-    chosen: list[list[Message]] = []
-    for messages in job.data.validation.conversations:
-        if len(chosen) == wanted:
-            break
-        question, _ = split_answer(messages)
-        prompt = encode_prompt(question, model.tokenizer)
-        # `generate` refuses a prompt that leaves no room for the longest answer.
-        if len(prompt) + config.max_new_tokens <= model.config.max_positions:
-            chosen.append(messages)
-        else:
-            skipped += 1
-    return chosen, skipped
-
-
 def _log_validation_loss(
     step: int, job: Job, state: TrainState, log: Log, progress: Progress
 ) -> None:
     """Evaluate during training: the loss only, because generating answers takes long."""
-    loss = _validation_loss(job, state)
+    loss = validation_loss(job, state)
     if loss is not None:
         log.write(step, {"validation_loss": loss})
         progress.note(f"step {step}: validation loss {loss:.4f}")
-
-
-def _validation_loss(job: Job, state: TrainState) -> float | None:
-    """The mean loss per labeled token of the validation rows; None if there are no such rows."""
-    config = job.config
-    rows = job.data.validation.rows
-    if not rows:
-        return None
-    params = combine(state.trained, job.frozen)
-    # As many rows at a time as in training, which fits in memory.
-    size = config.train.batch_size // config.train.microbatches
-    max_length = config.data.max_length
-    totals = np.zeros(2)  # summed loss, labeled tokens
-    for batch in evaluation_batches(rows, size, max_length=max_length, limit=config.eval.rows):
-        placed = sharding.place_batch(batch, job.mesh)
-        with jax.set_mesh(job.mesh):
-            totals += np.array(jax.device_get(job.evaluate(params, placed)))
-    loss, tokens = totals
-    return float(loss / tokens)
 
 
 def _save_base(job: Job, folder: Path) -> Path | None:

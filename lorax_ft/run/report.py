@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,11 +16,8 @@ from rich.text import Text
 from lorax_ft.config import Config
 from lorax_ft.data.chat import Sample, describe_row
 from lorax_ft.lowrank.layout import Layout
-from lorax_ft.lowrank.spec import base_shape
-from lorax_ft.lowrank.terms import TERMS, active_leaf, is_adapted, low_rank, magnitude
-from lorax_ft.quant.kernels import Quantized
-from lorax_ft.schema import is_base, leaf_schema
-from lorax_ft.tree import Tree, flatten, modules
+from lorax_ft.run.module_table import ModuleRow, base_count, describe_bytes, module_rows
+from lorax_ft.tree import Tree
 
 FILE_WIDTH = 120
 """Columns of output that goes to a file."""
@@ -29,20 +25,6 @@ WIDE = 100
 """Columns that the whole table of modules needs; a narrower terminal gets fewer columns."""
 WIDE_ONLY = ("matrices", "dtype", "sharding")
 """Columns of the table of modules that a narrow terminal leaves out."""
-
-
-class ModuleRow(NamedTuple):
-    """A line of the table of trainable modules. The field names are the table's header."""
-
-    module: str
-    matrices: str
-    """Matrices of the stack that are adapted."""
-    shape: str
-    rank: str
-    scale: str
-    dtype: str
-    sharding: str
-    parameters: int
 
 
 def make_console() -> Console:
@@ -90,98 +72,6 @@ def print_modules(console: Console, params: Tree, trained: Tree, *, layout: Layo
     percent = 100 * count / base
     console.print(f"{count:,} trainable parameters, {percent:.3g}% of the base's {base:,}.")
     console.print(f"The base takes {describe_bytes(params)}.\n")
-
-
-def module_rows(params: Tree, trained: Tree, *, layout: Layout) -> list[ModuleRow]:
-    """A row for each module with trained leaves."""
-    layers = modules(params)
-    rows = []
-    for path, leaves in modules(trained).items():
-        layer = layers[path]
-        if is_adapted(layer):
-            _, inputs, outputs = layout[path].sizes(base_shape(layers, path, layout[path]))
-            rows.append(_adapter_row(path, layer, leaves, inputs=inputs, outputs=outputs))
-        else:
-            rows.append(_full_row(path, leaves))
-    return rows
-
-
-def _adapter_row(
-    path: str, layer: Mapping[str, Any], trained: Mapping[str, Any], *, inputs: int, outputs: int
-) -> ModuleRow:
-    """The row of a module with an adapter."""
-    # In a stack of layers, this leaf is 0 for those that are not adapted.
-    switch = np.asarray(layer[active_leaf(dict(layer))]).reshape(-1)
-    adapted = switch != 0
-    matrices = f"{adapted.sum()}"
-    if not adapted.all():
-        matrices += f" of {adapted.size}"
-    ranks = matrix_ranks(layer)
-    parameters = 0
-    for name in trained:
-        # Padding of the ranks, and matrices that are not adapted, are not counted.
-        sizes = {"in": inputs, "out": outputs, "rank": ranks[adapted]}
-        axes = leaf_schema(name).axes[1:]
-        per_matrix = np.prod([np.broadcast_to(sizes[axis], adapted.sum()) for axis in axes], axis=0)
-        parameters += int(per_matrix.sum())
-    rank = _span(ranks[adapted]) if ranks.any() else "–"
-    if magnitude.MAGNITUDE in layer:
-        rank += " + m"
-    return ModuleRow(
-        module=path,
-        matrices=matrices,
-        shape=f"{inputs} × {outputs}",
-        rank=rank,
-        scale=_span(switch[adapted]) if low_rank.SCALE in layer else "–",
-        dtype=_dtypes(trained),
-        sharding=_sharding(trained),
-        parameters=parameters,
-    )
-
-
-def _full_row(path: str, trained: Mapping[str, Any]) -> ModuleRow:
-    """The row of a module whose own weights train."""
-    return ModuleRow(
-        module=path,
-        matrices="",
-        shape=", ".join(" × ".join(map(str, leaf.shape)) for leaf in trained.values()),
-        rank="full",
-        scale="",
-        dtype=_dtypes(trained),
-        sharding=_sharding(trained),
-        parameters=_parameters(trained),
-    )
-
-
-def matrix_ranks(layer: Mapping[str, Any]) -> np.ndarray:
-    """The rank of each matrix of an adapted stack, `[L]`; 0 where the method has no ranks."""
-    for term in TERMS:
-        if term.ranks is not None and term.leaves[0] in layer:
-            return term.ranks(dict(layer))
-    return np.zeros(layer[active_leaf(dict(layer))].size, int)
-
-
-def describe_bytes(params: Tree) -> str:
-    """The size of the base, counted once however often it is replicated.
-
-    For a quantized base also the bits per quantized parameter.
-    """
-    base = _base_leaves(params)
-    text = f"{_bytes(base) / 1e6:,.1f} MB"
-    quantized = {path: leaf for path, leaf in base.items() if isinstance(leaf, Quantized)}
-    if not quantized:
-        return text
-    count = _parameters(quantized)
-    size = _bytes(quantized)
-    return (
-        f"{text}, of which {size / 1e6:,.1f} MB hold {count:,} quantized parameters, "
-        f"{8 * size / count:.3f} bits each"
-    )
-
-
-def base_count(params: Tree) -> int:
-    """The number of parameters of the base."""
-    return _parameters(_base_leaves(params))
 
 
 def print_memory(console: Console, parts: Mapping[str, Any], *, temporaries: int) -> None:
@@ -274,42 +164,6 @@ def _option(value: object) -> str:
     return str(value)
 
 
-def _base_leaves(params: Tree) -> dict[str, Any]:
-    """The leaves that are not part of an adapter, by slash path."""
-    leaves = flatten(params)
-    return {path: leaf for path, leaf in leaves.items() if is_base(path)}
-
-
-def _parameters(leaves: Mapping[str, Any]) -> int:
-    """The number of parameters; a quantized leaf has the shape of its kernel."""
-    return sum(math.prod(leaf.shape) for leaf in leaves.values())
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
 def _device_bytes(leaf: Any) -> int:
     """The bytes of a leaf on one device."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
-def _dtypes(leaves: Mapping[str, Any]) -> str:
-    return ", ".join(sorted({str(leaf.dtype) for leaf in leaves.values()}))
-
-
-def _sharding(leaves: Mapping[str, Any]) -> str:
-    """How the leaves of a module are sharded."""
-    first = next(iter(leaves.values()))
-    if first.sharding.num_devices == 1:
-        return "1 device"
-    specs = [f"{name} {tuple(leaf.sharding.spec)}" for name, leaf in leaves.items()]
-    return ", ".join(specs).replace("None", "–")
-
-
-def _span(values: np.ndarray) -> str:
-    """The smallest and the largest value, or the value that all share."""
-    low, high = f"{values.min():.4g}", f"{values.max():.4g}"
-    if low == high:
-        return low
-    return f"{low}–{high}"

@@ -16,17 +16,14 @@ from jax.sharding import Mesh
 
 from lorax_ft import sharding
 from lorax_ft.config import Config
-from lorax_ft.data.batches import Batches, Dataset, check_sources, load_data
-from lorax_ft.interop.load import load_model
-from lorax_ft.interop.peft import load_peft, read_config
+from lorax_ft.data.batches import Batches, Dataset
 from lorax_ft.lowrank.adapters import with_norms
-from lorax_ft.lowrank.groups import fully_trained
-from lorax_ft.models.model import HEAD, LoadedModel, Model
+from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.checkpoints import Checkpoints
+from lorax_ft.run.inputs import check_inputs, load_base, load_dataset
 from lorax_ft.run.progress import progress_bar
 from lorax_ft.run.report import make_console
 from lorax_ft.schema import init_schema
-from lorax_ft.sharding import DECODER_RULES
 from lorax_ft.training import contract
 from lorax_ft.training.calibration import calibrate
 from lorax_ft.training.losses import batch_loss, supervised_loss
@@ -79,9 +76,9 @@ def set_up(config: Config, *, folder: Path) -> Job:
     """
     timer = _Timer()
     mesh = _make_mesh(config)
-    _check_before_loading(config)
-    model = _load_model(config, mesh)
-    data = _load_data(config, model)
+    check_inputs(config)
+    model = load_base(config, mesh)
+    data = load_dataset(config, model)
     timer.lap("model and data")
 
     batches = _make_batches(config, data)
@@ -170,60 +167,6 @@ def _make_mesh(config: Config) -> Mesh:
             "devices"
         )
     return mesh
-
-
-def _load_model(config: Config, mesh: Mesh) -> LoadedModel:
-    """The model on its devices, with its adapter if the run trains an existing one."""
-
-    def shard(path: str, leaf: Any) -> Any:
-        return sharding.base_sharding(path, leaf, DECODER_RULES, mesh=mesh)
-
-    model = load_model(
-        config.model.path,
-        revision=config.model.revision,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        remat=config.model.remat,
-        quant=config.quant,
-        shardings=shard,
-    )
-    _check_prequantized(model, config)
-    if model.tokenizer is None:
-        raise ValueError(
-            f"{config.model.path} holds no tokenizer; put its tokenizer.json beside the weights"
-        )
-    if config.adapter.continue_from is None:
-        return model
-    return _load_adapter(model, Path(config.adapter.continue_from), config)
-
-
-def _load_adapter(model: LoadedModel, folder: Path, config: Config) -> LoadedModel:
-    """The model with the adapter of `adapter.continue_from`."""
-    params = load_peft(folder, model)
-    for module in read_config(folder).get("modules_to_save") or ():
-        # PEFT saves a copy of a tied head; here the head and the embeddings are one leaf.
-        if module == HEAD and module not in params:
-            continue
-        path = module.removeprefix("model.").replace(".", "/")
-        if not fully_trained(path, config.adapter.train_whole):
-            raise ValueError(
-                f"{folder} holds a fully trained {path}; give --adapter.train_whole {path} to "
-                "continue training it"
-            )
-    return dataclasses.replace(model, params=params)
-
-
-def _load_data(config: Config, model: Model) -> Dataset:
-    """The data of the run, checked against the model's vocabulary."""
-    data = load_data(config.data, model.tokenizer, seed=config.train.seed)
-    # JAX does not raise at an index out of bounds, so training would go wrong in silence.
-    largest = max(int(sample.tokens.max()) for row in data.train.rows for sample in row)
-    if largest >= model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer produced token {largest}, but the model's vocabulary has "
-            f"{model.config.vocab_size} tokens: the tokenizer does not belong to this checkpoint"
-        )
-    return data
 
 
 def _make_batches(config: Config, data: Dataset) -> Batches:
@@ -321,42 +264,6 @@ def _check_steps_left(state: TrainState, steps: int, folder: Path) -> None:
         raise ValueError(
             f"the run in {folder} is at step {done}, beyond its end at step {steps}; "
             f"give --train.steps {done} or more, or another --train.output"
-        )
-
-
-def _check_before_loading(config: Config) -> None:
-    """Raise for mistakes that would cost the user the time to load the model."""
-    _check_quantization(config)
-    # Reads one row of each source.
-    check_sources(config.data)
-
-
-def _check_quantization(config: Config) -> None:
-    """Raise if the init changes the base, and the changed base cannot be saved."""
-    adapter = config.adapter
-    # The base does not change under an existing adapter, nor with keep_base.
-    keeps_base = adapter.continue_from is not None or adapter.keep_base
-    changes_base = init_schema(adapter.init).changes_base and not keeps_base
-    if not changes_base or config.quant.format != "int8":
-        return
-    way_out = "use quant.format nf4"
-    if adapter.init != "loftq":  # which fits the quantized base, so it cannot keep the original
-        way_out += ", or adapter.keep_base"
-    raise ValueError(
-        f"adapter.init {adapter.init} changes the base, and a changed int8 base cannot be saved; "
-        f"{way_out}"
-    )
-
-
-def _check_prequantized(model: LoadedModel, config: Config) -> None:
-    """Raise if the init needs the quantization error of a model that was loaded quantized."""
-    adapter = config.adapter
-    fits_error = adapter.init == "loftq" or config.quant.rounds > 1
-    if model.prequantized and fits_error and adapter.continue_from is None:
-        raise ValueError(
-            f"{model.source} is already in NF4, so its quantization error is unknown; load the "
-            "checkpoint that it was quantized from, or use another adapter.init with "
-            "quant.rounds 1"
         )
 
 

@@ -9,25 +9,16 @@ from rich.console import Console
 
 from lorax_ft.config import Config
 from lorax_ft.data.batches import Dataset
-from lorax_ft.evaluation.exact_match import Answers
 from lorax_ft.interop.peft import BASE
 from lorax_ft.run import report
 from lorax_ft.run.log import LOG, PLOT, read_log
 from lorax_ft.run.setup import Job
+from lorax_ft.run.validation import Evaluation
 from lorax_ft.tree import combine
 
 OWN_RUN = (
     "--config configs/own.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Metrics and answers of the model on the validation rows."""
-
-    loss: float | None
-    exact_match: float | None
-    answered: Answers | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -86,10 +86,10 @@ def layer_types(c: Any) -> tuple[LayerType, ...]:
         rope = make_rope(ropes.get(attention, ropes), c)
         seen = window if attention == "sliding_attention" else None
         by_type[attention] = LayerType(rope=rope, window=seen)
-    kinds = tuple(by_type[attention] for attention in types)
-    if len(set(kinds)) == 1:
-        return kinds[:1]
-    return kinds
+    layers = tuple(by_type[attention] for attention in types)
+    if len(set(layers)) == 1:
+        return layers[:1]
+    return layers
 
 
 def make_rope(parameters: Mapping[str, Any], c: Any) -> Rope:
