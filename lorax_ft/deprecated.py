@@ -52,7 +52,7 @@ def switched_off(params: Tree, base: Tree, *, layout: Layout | None = None) -> T
 def make_train_step(loss: Any, tx: Any, *, layout: Layout | None = None, **options: Any) -> Any:
     """The step of a loss; of a model, as before, with its supervised loss."""
     if not isinstance(loss, CausalLM):
-        return step.make_train_step(loss, tx, layout=layout, **options)
+        return step.make_train_step(loss, tx, **options | _given(layout))
     _warn("make_train_step(model, …) is deprecated; pass supervised_loss(model, …) and layout=")
     supervised = losses.supervised_loss(loss, **options)
     train_step = step.make_train_step(supervised, tx, layout=loss.layout)
@@ -68,7 +68,7 @@ def make_train_step(loss: Any, tx: Any, *, layout: Layout | None = None, **optio
 def make_eval_step(loss: Any, *, layout: Layout | None = None, **options: Any) -> Any:
     """The evaluation of a loss; of a model, as before, of its supervised loss."""
     if not isinstance(loss, CausalLM):
-        return step.make_eval_step(loss, layout=layout, **options)
+        return step.make_eval_step(loss, **options | _given(layout))
     _warn("make_eval_step(model, …) is deprecated; pass supervised_loss(model, …) and layout=")
     return step.make_eval_step(losses.supervised_loss(loss, **options), layout=loss.layout)
 
@@ -108,6 +108,11 @@ def _guessed_spec(layer: Layer, tied_to: str | None) -> LayerSpec:
         outs=axes[n_stack + n_in :],
         tied_to=tied_to,
     )
+
+
+def _given(layout: Layout | None) -> dict[str, Any]:
+    """The layout as an option, so that its absence is the function's own TypeError."""
+    return {} if layout is None else {"layout": layout}
 
 
 def _trees(args: tuple[Any, ...]) -> list[Tree]:

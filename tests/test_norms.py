@@ -11,7 +11,7 @@ import pytest
 from method_cases import Adapted, distance
 
 from lorax_ft import linear, merged_kernel, with_norms
-from lorax_ft.lowrank import linear as linear_module
+from lorax_ft.lowrank.terms import magnitude as magnitude_module
 from lorax_ft.lowrank.terms.magnitude import column_norm
 from lorax_ft.tree import modules
 
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 
 def test_a_magnitude_without_its_norm_raises() -> None:
-    layer = {"kernel": jnp.ones((3, 2)), "magnitude": jnp.ones(2)}
+    layer = {"kernel": jnp.ones((3, 2)), "magnitude": jnp.ones(2), "lora_scale": jnp.float32(1)}
+    layer |= {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))}
     with pytest.raises(ValueError, match="with_norms"):
         linear(layer, jnp.ones((1, 3)), jnp.matmul)
 
@@ -69,7 +70,7 @@ def test_a_column_of_zeros_has_gain_zero() -> None:
 def test_the_norm_by_blocks_equals_the_dense_one(
     monkeypatch: pytest.MonkeyPatch, stack: tuple[int, ...], block: int, rows: int
 ) -> None:
-    monkeypatch.setattr(linear_module, "NORM_BLOCK", block)
+    monkeypatch.setattr(magnitude_module, "NORM_BLOCK", block)
     rng = np.random.default_rng(3)
     full = {
         "kernel": rng.normal(size=(*stack, rows, 2, 5)),
@@ -99,7 +100,7 @@ def test_the_norm_by_blocks_equals_the_dense_one(
 def test_the_norm_makes_no_full_size_temporary(
     monkeypatch: pytest.MonkeyPatch, stack: tuple[int, ...], matrices: float
 ) -> None:
-    monkeypatch.setattr(linear_module, "NORM_BLOCK", 2**14)
+    monkeypatch.setattr(magnitude_module, "NORM_BLOCK", 2**14)
     shapes = {"kernel": (512, 1024), "lora_a": (512, 4), "lora_b": (4, 1024), "lora_scale": ()}
     layer = {
         name: jax.ShapeDtypeStruct((*stack, *shape), jnp.float32) for name, shape in shapes.items()

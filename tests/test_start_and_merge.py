@@ -251,7 +251,7 @@ def test_an_init_on_the_host_cannot_be_traced(zoo: Any) -> None:
     case = zoo("decoder")
     for init in ("pissa", "milora"):
         config = AdapterConfig(rank=3, init=init)
-        with pytest.raises(ValueError, match="exact SVD on the host.*abstract_adapters"):
+        with pytest.raises(ValueError, match=r"exact SVD on the host.*abstract_adapters"):
             jax.eval_shape(
                 lambda p, c=config: add_adapters(p, c, layout=case.layout, key=KEY), case.params
             )

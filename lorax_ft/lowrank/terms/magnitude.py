@@ -86,19 +86,19 @@ def column_norm(layer: Layer) -> Array:
     """
     names = ("kernel", *low_rank.TERM.leaves, *kept_start.TERM.leaves, *kept_start.TERM.optional)
     direction = {name: lax.stop_gradient(layer[name]) for name in names if name in layer}
-    norms = over_stack(_norm, matrices_of(direction))
+    norms = over_stack(_norm, matrices_of(direction), options=(NORM_BLOCK,))
     stack = layer[low_rank.SCALE].shape
     out_shape = layer[low_rank.B].shape[len(stack) + 1 :]
     return norms.reshape(*stack, *out_shape)
 
 
-def _norm(layer: Layer) -> Array:
-    """‖W + s A B‖ of one matrix over its rows, `[O]`."""
+def _norm(layer: Layer, largest: int) -> Array:
+    """‖W + s A B‖ of one matrix over its rows, `[O]`, in blocks of at most `largest` elements."""
     layer = layer | {"kernel": dense(layer["kernel"])}
     rows, columns = layer["kernel"].shape
     # A slice of the rows needs those rows of W, A and A₀, and all of the others.
     by_row = {name: leaf for name, leaf in layer.items() if "in" in leaf_schema(name).axes}
-    blocks = _blocks(rows, columns)
+    blocks = _blocks(rows, columns, largest)
     if blocks == 1:
         return jnp.sqrt(_squares(layer, by_row))
     strided = {name: leaf.reshape(rows // blocks, blocks, -1) for name, leaf in by_row.items()}
@@ -112,10 +112,10 @@ def _norm(layer: Layer) -> Array:
     return jnp.sqrt(lax.fori_loop(0, blocks, add_block, jnp.zeros(columns, jnp.float32)))
 
 
-def _blocks(rows: int, columns: int) -> int:
-    """The smallest number of equal blocks of rows that hold at most `NORM_BLOCK` elements each."""
+def _blocks(rows: int, columns: int, largest: int) -> int:
+    """The smallest number of equal blocks of rows that hold at most `largest` elements each."""
     for blocks in range(1, rows):
-        if rows % blocks == 0 and rows // blocks * columns <= NORM_BLOCK:
+        if rows % blocks == 0 and rows // blocks * columns <= largest:
             return blocks
     return rows
 
