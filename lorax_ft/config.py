@@ -249,6 +249,10 @@ class AdapterConfig:
         """The (pattern, value) pairs of `rank_pattern` or `alpha_pattern`."""
         return tuple(parse_pattern(entry, field, float) for entry in getattr(self, field))
 
+    def module_patterns(self) -> dict[str, tuple[str, ...]]:
+        """The options whose patterns must each match a module of the model."""
+        return {"targets": self.targets, "exclude": self.exclude}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:

@@ -18,7 +18,7 @@ from lorax_ft.data.packing import collate
 from lorax_ft.models.model import Model
 from lorax_ft.training import contract
 from lorax_ft.training.losses import batch_loss, neftune, supervised_loss
-from lorax_ft.training.optimizer import make_optimizer, schedule
+from lorax_ft.training.optimizer import make_optimizer, unit_schedule
 from lorax_ft.training.step import TrainState, make_train_step
 from lorax_ft.tree import Tree, combine, flatten
 
@@ -104,7 +104,7 @@ def test_every_optimizer_lowers_the_loss(name: str, model: Model) -> None:
 def test_schedules_rise_to_the_peak_and_fall_as_they_are_named() -> None:
     def rates(name: str, **options: Any) -> np.ndarray:
         config = lft.OptimConfig(schedule=name, learning_rate=1.0, warmup_fraction=0.1, **options)  # type: ignore[arg-type]
-        return np.array([schedule(config, steps=100)(i) for i in range(101)])
+        return np.array([unit_schedule(config, steps=100)(i) for i in range(101)])
 
     for name in ("cosine", "linear", "constant", "wsd"):
         np.testing.assert_allclose(rates(name)[:10], np.arange(1, 11) / 10, rtol=1e-6)
@@ -114,7 +114,7 @@ def test_schedules_rise_to_the_peak_and_fall_as_they_are_named() -> None:
     assert (rates("wsd")[10:82] == 1).all()
     assert rates("wsd")[91] == pytest.approx(0.5)
     assert rates("wsd")[100] == pytest.approx(0)
-    single = schedule(lft.OptimConfig(learning_rate=1.0), steps=1)
+    single = unit_schedule(lft.OptimConfig(learning_rate=1.0), steps=1)
     assert float(single(0)) == 1
 
 
@@ -253,7 +253,7 @@ def test_scales_of_zero_and_leaves_that_stay_are_errors(model: Model) -> None:
     from lorax_ft.tree import unflatten
 
     with pytest.raises(ValueError, match="the scale of layers/self_attn/q_proj is 0"):
-        contract.check_scales(unflatten(zero))
+        contract.check_active(unflatten(zero))
 
 
 def test_a_factor_frozen_at_zero_is_an_error(model: Model) -> None:

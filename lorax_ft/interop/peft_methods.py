@@ -48,6 +48,8 @@ class PeftMethod(NamedTuple):
     """One of PEFT's adapter types."""
 
     peft_type: str
+    marker: str
+    """A leaf that every adapter of this type has, and no other."""
     suffixes: Mapping[str, str]
     """What a tensor's name ends with, and the leaf that it is."""
     export: Callable[[Matrix, bool], Matrix]
@@ -172,6 +174,7 @@ def complete_lora(matrix: Matrix, config: Mapping[str, Any], target: str, where:
 
 LORA = PeftMethod(
     peft_type="LORA",
+    marker="lora_scale",
     suffixes={
         ".lora_A.weight": "lora_a",
         ".lora_B.weight": "lora_b",
@@ -209,7 +212,7 @@ def method_of_config(config: Mapping[str, Any], folder: Path) -> PeftMethod:
 def method_of_matrix(matrix: Matrix) -> PeftMethod:
     """The row of the type whose leaves an adapted matrix has."""
     for method in METHODS.values():
-        if any(leaf in matrix for leaf in method.suffixes.values()):
+        if method.marker in matrix:
             return method
     raise ValueError(f"save_peft: PEFT has no adapter with the leaves {', '.join(matrix)}")
 

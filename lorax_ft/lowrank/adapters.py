@@ -103,7 +103,6 @@ def add_adapters(
             original = _original(originals, path, layer)
         layers[path] = layer | adapter_leaves(
             base_kernel(layers, path, layout[path]),
-            spec=layout[path],
             plan=plan,
             init=init or find_init(config.init),
             key=key,
@@ -133,7 +132,7 @@ def abstract_adapters(config: AdapterConfig, params: Tree, *, layout: Layout) ->
     found: dict[str, Layer] = {}
     for path, plan in plan_adapters(config, params, layout=layout).items():
         spec = layout[path]
-        shapes = leaf_shapes(spec, plan, base_shape(layers, path, spec))
+        shapes = leaf_shapes(plan, base_shape(layers, path, spec))
         found[path] = {
             name: jax.ShapeDtypeStruct(spec.stored_shape(name, shape), jnp.float32)
             for name, shape in shapes.items()

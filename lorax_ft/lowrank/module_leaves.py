@@ -28,22 +28,20 @@ from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized, matrices
 
 
-def leaf_shapes(spec: LayerSpec, plan: Plan, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def leaf_shapes(plan: Plan, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """The shapes, in canonical order, of the leaves that a module with this plan gets.
 
     Args:
-      spec: the module's layout.
-      plan: its plan.
+      plan: the module's.
       kernel: the shape of its kernel.
     """
     names = planned_leaves(plan)
-    return {name: spec.leaf_shape(name, kernel, rank=plan.width) for name in names}
+    return {name: plan.spec.leaf_shape(name, kernel, rank=plan.width) for name in names}
 
 
 def adapter_leaves(
     kernel: Array | Quantized,
     *,
-    spec: LayerSpec,
     plan: Plan,
     init: Init,
     key: Array,
@@ -56,8 +54,7 @@ def adapter_leaves(
 
     Args:
       kernel: W, in the order of axes that `spec` says.
-      spec: the meaning of the kernel's axes.
-      plan: the method, ranks and scales of its matrices.
+      plan: the meaning of the kernel's axes, the method, ranks and scales of its matrices.
       init: how A and B start, for LoRA.
       key: every matrix's randomness is folded from it and the matrix's path.
       options: the options that the init uses.
@@ -65,6 +62,7 @@ def adapter_leaves(
       original: reads W again, where the kernel is quantized and the init changes it.
       rounds: of decomposition and quantization.
     """
+    spec = plan.spec
     layer: Layer = {"kernel": spec.canonical("kernel", kernel)}
     if low_rank.planned(plan):
         _, rows, _ = spec.sizes(kernel.shape)
@@ -78,8 +76,8 @@ def adapter_leaves(
             statistic=statistic,
             rounds=rounds,
         )
-        layer = _with_factors(layer["kernel"], context, init, spec, plan, original)
-    shapes = leaf_shapes(spec, plan, kernel.shape)
+        layer = _with_factors(layer["kernel"], context, init, plan, original)
+    shapes = leaf_shapes(plan, kernel.shape)
     for term in TERMS:
         layer |= term.initial(layer, plan, shapes)
     leaves = {name: spec.restored(name, leaf) for name, leaf in layer.items()}
@@ -117,11 +115,11 @@ def _with_factors(
     kernel: Array | Quantized,
     context: InitContext,
     init: Init,
-    spec: LayerSpec,
     plan: Plan,
     original: Original | None,
 ) -> Layer:
     """The kernel, without its start where the init subtracts one, and LoRA's leaves, all canonical."""
+    spec = plan.spec
     if spec.module == "embed":
         result = initialize_embedding(context)
     elif original is not None and isinstance(kernel, Quantized):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from lorax_ft.config import AdapterConfig
+
+if TYPE_CHECKING:  # which needs the terms, and they need plans
+    from lorax_ft.lowrank.spec import LayerSpec
 
 Start = Literal["none", "in_base", "kept"]
 """Where the start of an init is subtracted: nowhere, from the base itself, or in the forward."""
@@ -17,6 +20,7 @@ Start = Literal["none", "in_base", "kept"]
 class Plan:
     """Which leaves a module gets, with a rank and a scale for each matrix of its stack."""
 
+    spec: LayerSpec
     paths: list[str]
     """The logical paths of the matrices, such as `layers/3/mlp/up_proj`."""
     ranks: np.ndarray

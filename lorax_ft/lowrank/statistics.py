@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +42,7 @@ def needed_statistics(
     statistic = init_schema(config.init).statistic
     if statistic is None:
         return {}
-    layers = modules(params)
+    layers = modules(nn.meta.unbox(params))
     needed = {}
     for path, plan in plan_adapters(config, params, layout=layout).items():
         spec = layout[path]

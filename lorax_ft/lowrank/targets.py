@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+import flax.linen as nn
 import numpy as np
 
 from lorax_ft.config import AdapterConfig
@@ -38,7 +39,7 @@ def plan_adapters(
     """
     if changes_base is None:
         changes_base = init_schema(config.init).changes_base
-    layers = modules(params)
+    layers = modules(nn.meta.unbox(params))
     shapes = {path: base_shape(layers, path, spec) for path, spec in layout.items()}
     paths = {path: logical_paths(path, spec, shapes[path]) for path, spec in layout.items()}
     _check_patterns(config, layout, paths)
@@ -78,6 +79,7 @@ def _plan(
     if config.init == "eva" and spec.module != "embed":  # room for the ranks it may give
         width = min(round(config.eva_rho * largest), rows, columns)
     plan = Plan(
+        spec=spec,
         paths=paths,
         ranks=ranks.reshape(stack),
         scales=scales.reshape(stack),
@@ -201,11 +203,15 @@ def _check_patterns(config: AdapterConfig, layout: Layout, paths: dict[str, list
     def matched(pattern: str) -> bool:
         return any(matches(pattern, name) for name in specs)
 
-    check_coverage(config.targets, targeted, names=specs, where="adapter.targets")
-    check_coverage(config.exclude, targeted, names=specs, where="adapter.exclude")
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = [pattern for pattern, _ in config.patterns(field)]
-        check_coverage(patterns, matched, names=specs, where=f"adapter.{field}")
+    for field, patterns in config.module_patterns().items():
+        check_coverage(patterns, targeted, names=specs, where=f"adapter.{field}")
+    for rules, field in (
+        (config.patterns("rank_pattern"), "rank_pattern"),
+        (config.patterns("alpha_pattern"), "alpha_pattern"),
+    ):
+        check_coverage(
+            [pattern for pattern, _ in rules], matched, names=specs, where=f"adapter.{field}"
+        )
     indices = {layer_index(name) for name in specs} - {None}
     if missing := set(config.layers) - indices:
         last = max((index for index in indices if index is not None), default=-1)
