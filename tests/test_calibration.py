@@ -165,7 +165,7 @@ def test_ranks_go_to_what_explains_most() -> None:
     assert {path: ranks.tolist() for path, ranks in got.items()} == {"a": [2, 3], "b": [1]}
     got = redistributed(two, explained, rho=1.0)
     assert {path: ranks.tolist() for path, ranks in got.items()} == {"a": [2, 2], "b": [2]}
-    with pytest.raises(ValueError, match=r"vary in 10 directions, fewer than the 12 ranks"):
+    with pytest.raises(ValueError, match=r"vary in 10 directions over .*, fewer than the 12 ranks"):
         redistributed({"a": np.array([4, 4]), "b": np.array([4])}, explained, rho=1.0)
 
 
@@ -205,7 +205,7 @@ def test_a_start_from_data_without_data_says_what_to_call(
         with pytest.raises(ValueError, match=message) as error:
             add_adapters(model.params, config, layout=model.layout, key=KEY, statistics=given)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="there is no batch of it"):
+    with pytest.raises(ValueError, match="there is no batch"):
         calibrate(model, config, [])
     empty = [{name: np.zeros_like(leaf) for name, leaf in padded_batches()[0].items()}]
     with pytest.raises(ValueError, match="no token of the calibration batches counts"):
@@ -216,7 +216,7 @@ def test_a_start_from_data_without_data_says_what_to_call(
 def test_lora_ga_of_too_large_a_rank_raises(decoder: Any, padded_batches: Any) -> None:
     model = decoder()
     with pytest.raises(
-        ValueError, match=r"k_proj: LoRA-GA of rank 9 takes 18 singular vectors.*32 × 16"
+        ValueError, match=r"k_proj: LoRA-GA of rank 9 needs 18 singular vectors.*32 × 16"
     ):
         calibrate(
             model, AdapterConfig(rank=9, init="lora_ga", targets=("k_proj",)), padded_batches()

@@ -23,8 +23,7 @@ def label(params: Tree, *, whole: Sequence[str] = (), freeze: Sequence[str] = ()
       freeze: names of adapter leaves that do not train, such as `lora_a` in LoRA-FA (2308.03303).
 
     Raises:
-      ValueError: a pattern matches no module, leaves that belong together are not all there, or a
-        quantized module is to train in full.
+      ValueError: a pattern matches no module, or a quantized module is to train in full.
     """
     layers = modules(params)
     bases = [path for path, layer in layers.items() if any(map(is_base, layer))]
@@ -36,7 +35,6 @@ def label(params: Tree, *, whole: Sequence[str] = (), freeze: Sequence[str] = ()
     check_coverage(patterns, hit, names=bases, where="train_whole")
     labels: dict[str, Tree] = {}
     for path, layer in layers.items():
-        check_layer(layer, path)
         trains_whole = fully_trained(path, whole)
         labels[path] = {name: _group(name, trains_whole, freeze) for name in layer}
         if trains_whole and any(isinstance(leaf, Quantized) for leaf in layer.values()):
@@ -61,7 +59,12 @@ def partition(
         to the fine-tuning (frozen scales, factors and starts too), and those of the base.
       whole: patterns of modules whose own weights train in full: a config's `train_whole`.
       freeze: names of adapter leaves that do not train: a config's `freeze`.
+
+    Raises:
+      ValueError: as `label`, or leaves that belong together are not all there.
     """
+    for path, layer in modules(params).items():
+        check_layer(layer, path)
     labels = flatten(label(params, whole=whole, freeze=freeze))
 
     def in_first(path: str) -> bool:
