@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorax_ft import AdapterConfig, add_adapters
-from lorax_ft.lowrank.targets import check_coverage, first_value, layer_index, matches
+from lorax_ft.lowrank.patterns import check_coverage, first_value, layer_index, matches
 from lorax_ft.tree import flatten
 
 PARTS = st.text("abcxyz_019", min_size=1, max_size=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from lorax_ft.lowrank.targets import check_coverage, matches
+from lorax_ft.lowrank.patterns import check_coverage, matches
 from lorax_ft.lowrank.terms import check_layer
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import Owner, is_adapter, is_base, leaf_schema

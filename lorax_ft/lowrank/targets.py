@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import flax.linen as nn
 import numpy as np
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.layout import Layout, logical_paths
+from lorax_ft.lowrank.patterns import check_coverage, first_value, layer_index, matches
 from lorax_ft.lowrank.plan import Plan, Start
 from lorax_ft.lowrank.spec import LayerSpec, base_shape
 from lorax_ft.lowrank.terms import planned_leaves
 from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.schema import init_schema, leaf_schema
 from lorax_ft.tree import Tree, modules
-
-T = TypeVar("T")
 
 
 def plan_adapters(
@@ -104,25 +100,6 @@ def _start(config: AdapterConfig, spec: LayerSpec, layer: Layer, *, changes_base
     return "kept" if config.keep_base or is_tied else "in_base"
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern matches a module: by name, by suffix (`mlp/up_proj`), or as a whole regular expression.
-
-    Dots in place of slashes are understood, so that patterns written for PEFT work.
-
-    >>> matches("q_proj", "layers/3/self_attn/q_proj"), matches("layers/[0-3]/.*", "layers/12/mlp/up_proj")
-    (True, False)
-    """
-    parts = path.split("/")
-    for name in (path, path.replace("/", ".")):
-        if re.fullmatch(pattern, name):
-            return True
-    for start in range(len(parts)):
-        suffix = "/".join(parts[start:])
-        if pattern in (suffix, suffix.replace("/", ".")):
-            return True
-    return False
-
-
 def is_target(path: str, spec: LayerSpec, targets: Sequence[str]) -> bool:
     """Whether `targets` match the module at `path`.
 
@@ -136,52 +113,6 @@ def is_target(path: str, spec: LayerSpec, targets: Sequence[str]) -> bool:
         if hit:
             return True
     return False
-
-
-def layer_index(path: str) -> int | None:
-    """The index of the layer in a logical path, or None.
-
-    >>> layer_index("layers/3/mlp"), layer_index("Block_3/mlp"), layer_index("lm_head")
-    (3, 3, None)
-    """
-    if re.search(r"(^|/)\d+$", path):  # the layer itself, as a module
-        path += "/"
-    found = re.search(r"(?:^|/)(?:[^/]*_)?(\d+)/", path)
-    return int(found[1]) if found else None
-
-
-def first_value(rules: Iterable[tuple[str, T]], path: str, default: T) -> T:
-    """The value of the first (pattern, value) rule that matches the module at `path`."""
-    for pattern, value in rules:
-        if matches(pattern, path):
-            return value
-    return default
-
-
-def check_coverage(
-    patterns: Iterable[str], hit: Callable[[str], bool], *, names: Iterable[str], where: str
-) -> None:
-    """Raise where a pattern matches none of the modules.
-
-    Args:
-      patterns: what the user wrote.
-      hit: whether a pattern matches something.
-      names: the modules that exist, by logical path.
-      where: the option's name, for the error.
-
-    Raises:
-      ValueError: with the modules that exist and the nearest name.
-    """
-    existing = sorted({re.sub(r"/\d+(?=/|$)", "/*", name) for name in names})
-    last_parts = {path.rpartition("/")[2] for path in existing}
-    for pattern in patterns:
-        if hit(pattern):
-            continue
-        known = sorted(last_parts | set(existing))
-        near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}? There are" if near else "; there are"
-        listed = ", ".join(existing) or "none"
-        raise ValueError(f"{where}: {pattern!r} matches no module{hint} {listed}")
 
 
 def _rank(config: AdapterConfig, path: str, spec: LayerSpec) -> int:
