@@ -76,7 +76,8 @@ class AdapterConfig:
     """Which modules get adapters, their rank, and how they are initialized."""
 
     method: AdapterMethod = "lora"
-    """Adapter method."""
+    """Adapter method.
+    lora: A B is added, also with dora and all inits; ia3: a vector scales the output."""
     rank: int = 8
     """Rank r of the adapters."""
     alpha: float = 16.0
@@ -111,6 +112,8 @@ class AdapterConfig:
     keep_base: bool = False
     """Keep the base weights unchanged where the init, such as pissa, would modify them;
     the forward pass subtracts the initial A B instead."""
+    feedforward: tuple[str, ...] = ()
+    """IA3: targets whose input is scaled, and not their output (PEFT: feedforward_modules)."""
     targets: tuple[str, ...] = ("all-linear",)
     """Modules to adapt: names, suffixes, regular expressions, or all-linear
     (every layer except embeddings, routers and the language model head)."""
@@ -229,7 +232,7 @@ class AdapterConfig:
             )
 
     def _check_trained_modules(self) -> None:
-        for pattern in (*self.targets, *self.exclude, *self.train_whole):
+        for pattern in (*self.targets, *self.exclude, *self.feedforward, *self.train_whole):
             compile_pattern(pattern, "adapter.targets, exclude or train_whole")
         check(
             bool(self.targets or self.train_whole),
@@ -251,7 +254,11 @@ class AdapterConfig:
 
     def module_patterns(self) -> dict[str, tuple[str, ...]]:
         """The options whose patterns must each match a module of the model."""
-        return {"targets": self.targets, "exclude": self.exclude}
+        return {
+            "targets": self.targets,
+            "exclude": self.exclude,
+            "feedforward": self.feedforward,
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,10 @@ LEAVES: Mapping[str, LeafSchema] = {
     "lora_a0": LeafSchema(("stack", "in", "rank"), ADAPTER),
     "lora_b0": LeafSchema(("stack", "rank", "out"), ADAPTER),
     "start_scale": LeafSchema(("stack",), ADAPTER),
+    # IA3: a vector l for the input or the output; `ia3_active` is 0 where a matrix has none.
+    "ia3_in": LeafSchema(("stack", "in"), ADAPTER, Group.VECTOR),
+    "ia3_out": LeafSchema(("stack", "out"), ADAPTER, Group.VECTOR),
+    "ia3_active": LeafSchema(("stack",), ADAPTER),
     # DoRA: m, and n = ‖W + s A B‖ of the current step.
     "magnitude": LeafSchema(("stack", "out"), ADAPTER, Group.MAGNITUDE),
     "norm": LeafSchema(("stack", "out"), STEP),
@@ -79,13 +83,14 @@ OTHER = LeafSchema((), BASE, Group.VECTOR)
 Factor = Literal["lora_a", "lora_b"]
 """The factors that `adapter.freeze` may freeze."""
 
-AdapterMethod = Literal["lora"]
+AdapterMethod = Literal["lora", "ia3"]
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     "lora": (
         *("rank", "rank_pattern", "alpha", "alpha_pattern", "scaling", "init", "dora", "dropout"),
         "freeze",
     ),
+    "ia3": ("feedforward",),
 }
 """The options of AdapterConfig that a method uses. Others may not be set."""
 

@@ -9,7 +9,7 @@ it has. A term says in its file which leaves it needs, how it acts and how it me
 from __future__ import annotations
 
 from lorax_ft.lowrank.plan import Plan
-from lorax_ft.lowrank.terms import bias, dropout, kept_start, low_rank, magnitude
+from lorax_ft.lowrank.terms import bias, dropout, ia3, kept_start, low_rank, magnitude
 from lorax_ft.lowrank.terms.term import Layer, Term
 from lorax_ft.schema import is_adapter
 
@@ -19,6 +19,7 @@ TERMS: tuple[Term, ...] = (
     low_rank.TERM,
     magnitude.TERM,
     bias.TERM,
+    ia3.TERM,
 )
 
 

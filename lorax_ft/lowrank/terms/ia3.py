@@ -1,0 +1,87 @@
+"""IA3 (2205.05638): a learned vector scales a layer's output, or the input of a feedforward layer.
+
+    y = l ⊙ (x W + b)      or      y = (l ⊙ x) W + b
+
+As in PEFT, the vector of an output scales the bias too.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from lorax_ft.lowrank.patterns import any_match
+from lorax_ft.lowrank.plan import Plan
+from lorax_ft.lowrank.terms.term import Layer, Product, Term
+
+INPUT, OUTPUT, ACTIVE = "ia3_in", "ia3_out", "ia3_active"
+
+
+def planned(plan: Plan) -> tuple[str, ...]:
+    """One vector: of the input where the option `feedforward` matches, else of the output.
+
+    Raises:
+      ValueError: the input of a feedforward module is not a plain vector.
+    """
+    if plan.config.method != "ia3":
+        return ()
+    if not any_match(plan.config.feedforward, plan.paths):
+        return (OUTPUT, ACTIVE)
+    if plan.spec.module != "dense":
+        raise ValueError(
+            f"{plan.paths[0]} is of the type {plan.spec.module}, and adapter.feedforward is for "
+            "dense layers only"
+        )
+    return (INPUT, ACTIVE)
+
+
+def initial(layer: Layer, plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Layer:
+    """l = 1, so that the base is unchanged at first."""
+    leaves: Layer = {
+        name: jnp.ones(shapes[name], jnp.float32) for name in (INPUT, OUTPUT) if name in shapes
+    }
+    if leaves:
+        leaves[ACTIVE] = jnp.asarray(plan.ranks > 0, jnp.float32)
+    return leaves
+
+
+def before(layer: Layer, x: Array) -> Array:
+    """l ⊙ x."""
+    if INPUT not in layer:
+        return x
+    return (vector(layer, INPUT) * x.astype(jnp.float32)).astype(x.dtype)
+
+
+def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+    """l ⊙ y."""
+    if OUTPUT not in layer:
+        return y
+    return (vector(layer, OUTPUT) * y.astype(jnp.float32)).astype(y.dtype)
+
+
+def merge(layer: Layer, base: Layer) -> Layer:
+    """W with its rows or columns scaled, and b with W's columns."""
+    if INPUT in layer:
+        return base | {"kernel": vector(layer, INPUT)[:, None] * base["kernel"]}
+    scaled = vector(layer, OUTPUT)
+    return {name: scaled * leaf for name, leaf in base.items()}
+
+
+def vector(layer: Layer, name: str) -> Array:
+    """l, and 1 in matrices of a stack that are not adapted, which then have no gradient either."""
+    l, active = layer[name], layer[ACTIVE]
+    is_active = active.reshape(active.shape + (1,) * (l.ndim - active.ndim)) != 0
+    return jnp.where(is_active, l, 1)
+
+
+TERM = Term(
+    leaves=(ACTIVE,),
+    optional=(INPUT, OUTPUT),
+    active=ACTIVE,
+    multiplies=True,
+    planned=planned,
+    initial=initial,
+    before=before,
+    after=after,
+    merge=merge,
+)
