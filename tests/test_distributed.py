@@ -28,7 +28,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lorax_ft import sharding
 from lorax_ft.config import (
-    FROM_DATA,
     AdapterConfig,
     Config,
     DataConfig,
@@ -47,6 +46,7 @@ from lorax_ft.lowrank.quantize import quantize_base
 from lorax_ft.models.model import LoadedModel, Model, abstract_params
 from lorax_ft.run.log import LOG, read_log
 from lorax_ft.run.loop import train
+from lorax_ft.schema import INITS
 from lorax_ft.sharding import DECODER_RULES
 from lorax_ft.training.losses import supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
@@ -139,18 +139,27 @@ def test_steps_do_not_depend_on_the_mesh(
     check_places(got.state)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "rtol", "drift"),
+    [
+        ("data=2,fsdp=4", 1e-5, 0.03),
+        # Where `tensor` splits a contraction, jaxlib 0.12 rounds each part of the sum to bfloat16
+        # on a CPU, before it adds them; jaxlib 0.10 added them in float32.
+        ("data=2,fsdp=2,tensor=2 in 4 microbatches", 1e-3, 0.2),
+    ],
+)
 def test_first_steps_over_a_bfloat16_base_do_not_depend_on_the_mesh(
-    decoder: Build, one_device: Callable[..., Run]
+    decoder: Build, one_device: Callable[..., Run], mesh: str, rtol: float, drift: float
 ) -> None:
-    mesh = list(MESHES.values())[-1]
-    expected, got = one_device("lora", "bfloat16"), steps(decoder, "lora", *mesh, dtype="bfloat16")
-    np.testing.assert_allclose(got.losses[:2], expected.losses[:2], rtol=1e-5)
+    expected = one_device("lora", "bfloat16")
+    got = steps(decoder, "lora", *MESHES[mesh], dtype="bfloat16")
+    np.testing.assert_allclose(got.losses[:2], expected.losses[:2], rtol=rtol)
     np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-3)
     for path, leaf in expected.trained.items():
         assert flatten(got.state.trained)[path].dtype == jnp.float32
-        # Adam's first update is the sign of the gradient; for tiny gradients, the order of a sum
-        # may flip it.
-        assert np.mean(np.abs(got.trained[path] - leaf)) < 0.03 * OPTIM.learning_rate, path
+        # Adam's first step is the gradient's sign: a sum in another order may flip a tiny one.
+        moved = np.mean(np.abs(got.trained[path] - leaf))
+        assert moved < drift * OPTIM.learning_rate, path
         assert path.endswith("lora_a") or np.mean(got.trained[path] != 0) == 1, path
 
 
@@ -304,7 +313,7 @@ def byte_tokenizer() -> Any:
 def run_config(folder: Path, method: str, steps: int, *, resume: bool = False) -> Config:
     """A short run on four devices: replicated weights for LoRA, sharded weights for the others."""
     init: Any = "kaiming" if method == "lora" else method
-    measured = {"calibration_batches": 4} if init in FROM_DATA else {}
+    measured = {"calibration_batches": 4} if INITS[init].statistic else {}
     return Config(
         model=ModelConfig(path=str(folder / "model")),
         quant=QuantConfig(format="nf4" if method == "pissa" else "none"),

@@ -145,7 +145,7 @@ def test_the_global_norm_is_clipped_over_all_groups_at_once() -> None:
     )
     tx = make_optimizer(config, steps=1)
     updates, _ = tx.update(jax.tree.map(lambda x: x + 10, trained), tx.init(trained), trained)
-    assert float(optax.global_norm(updates)) == pytest.approx(1)
+    assert float(optax.tree.norm(updates)) == pytest.approx(1)
 
 
 def test_neftune_noise_is_uniform_has_its_norm_by_true_lengths_and_spares_padding() -> None:

@@ -245,7 +245,7 @@ def complete_ia3(matrix: Matrix, config: Mapping[str, Any], target: str, where: 
         expected = "[1, in]" if scales_input else "[out, 1]"
         raise ValueError(f"{where}: ia3_l has the shape {value.shape}; it must be {expected}")
     name = "ia3_in" if scales_input else "ia3_out"
-    return {name: value.reshape(-1), "ia3_active": np.float32(1)}
+    return {name: value.reshape(-1), "ia3_active": np.asarray(1, np.float32)}
 
 
 IA3 = PeftMethod(

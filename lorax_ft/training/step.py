@@ -76,7 +76,7 @@ def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, layout: Lay
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         metrics = {name: value / divisor for name, value in sums["metrics"].items()}
-        metrics |= {"weight": weight, "grad_norm": optax.global_norm(grads)}
+        metrics |= {"weight": weight, "grad_norm": optax.tree.norm(grads)}
         groups = set(flatten(label(state.trained, whole=("all",))).values())
         for group, rate in learning_rates(opt_state, groups).items():
             metrics[f"learning_rate/{group}"] = rate
