@@ -274,10 +274,10 @@ def _stacked(
     }
     for index, matrix in matrices.items():
         for name, value in matrix.items():
-            target = leaves[name][index]
-            _check_fits(name, value, target.shape, path, where=where)
+            _check_fits(name, value, leaves[name][index].shape, path, where=where)
             # Only a rank axis may be longer than the matrix's own.
-            leaves[name][index][tuple(slice(size) for size in value.shape)] = value
+            own = tuple(slice(size) for size in value.shape)
+            leaves[name][(*index, *own)] = value
     layer = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
     if magnitude.MAGNITUDE in layer and len(matrices) < leaves[magnitude.MAGNITUDE][..., 0].size:
         # Where there is no adapter, the magnitude is the identity.

@@ -65,9 +65,9 @@ class LayerSpec:
         axes = self._kernel_axes(name)
         return leaf.transpose([sorted(axes).index(axis) for axis in axes])
 
-    def restored(self, name: str, leaf: Array) -> Array:
+    def restored(self, name: str, leaf: Any) -> Any:
         """The inverse of `canonical`."""
-        if not _keeps_kernel_order(name):
+        if isinstance(leaf, Quantized) or not _keeps_kernel_order(name):
             return leaf
         axes = self._kernel_axes(name)
         return leaf.transpose([axes.index(axis) for axis in sorted(axes)])
