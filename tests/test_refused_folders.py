@@ -153,7 +153,7 @@ def test_save_peft_refuses(tmp_path: Path) -> None:
     flat = flatten(add(AdapterConfig(targets=("lm_head",))))
     both = unflatten(flat | {"embed_tokens/embedding": flat["embed_tokens/embedding"] + 1})
     with pytest.raises(
-        ValueError, match=r"lm_head/kernel is trained whole and its module is adapted"
+        ValueError, match=r"lm_head/kernel is trained in full and its module is adapted"
     ):
         save_peft(tmp_path / "adapter", both, model)
     assert not (tmp_path / "adapter").exists()
@@ -162,16 +162,16 @@ def test_save_peft_refuses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "type 'IA3'; supported: 'LORA'"),
+        ({"peft_type": "VERA"}, "type 'VERA'; supported: 'LORA'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed its base"),
         ({"lora_bias": True}, "uses lora_bias"),
         (
             {"target_parameters": ["experts.down_proj"]},
-            "targets experts.down_proj, but .* holds nothing of it",
+            "targets experts.down_proj, but .* holds no tensor for it",
         ),
         (
             {"target_parameters": "down_proj"},
-            "target_parameters is 'down_proj', which is no value for it",
+            "target_parameters is 'down_proj', which is not a valid value",
         ),
         ({"r": 5}, "has rank 2 in adapter_model.safetensors, and 5 in adapter_config.json"),
         ({"use_dora": True}, "self_attn.q_proj has no magnitude"),
@@ -203,7 +203,7 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(wider))
     with pytest.raises(
         ValueError,
-        match=r"A and B of layers/self_attn/q_proj are for 16 × 32; the model has 16 × 16",
+        match=r"lora_b of layers/self_attn/q_proj has the shape \(2, 32\); .* needs \(2, 16\)",
     ):
         load_peft(tmp_path / "adapter", LoadedModel(config=wider, params=params))
     file = tmp_path / "adapter/adapter_model.safetensors"
@@ -225,7 +225,7 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"r": 0}, "r is 0, which is no value"),
+        ({"r": 0}, "r is 0, which is not a valid value"),
         ({"r": "4"}, "r is '4'"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"lora_alpha": None}, "lora_alpha is None"),
@@ -235,7 +235,7 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern is"),
         (
             {"target_modules": ["q_proj", "v_proj"]},
-            "targets v_proj, but adapter_model.safetensors holds nothing of it",
+            "targets v_proj, but adapter_model.safetensors holds no tensor for it",
         ),
     ],
 )

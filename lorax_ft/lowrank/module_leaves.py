@@ -123,7 +123,7 @@ def _with_factors(
     if spec.module == "embed":
         result = initialize_embedding(context)
     elif original is not None and isinstance(kernel, Quantized):
-        result, kernel = _requantized(context, init, kernel, original, n_in=len(spec.ins))
+        result, kernel = _requantized(context, init, kernel, original, plan)
     else:
         result = initialize(init, context)
     leaves = dict(zip(low_rank.FACTORS, result.factors, strict=True))
@@ -162,7 +162,7 @@ def _minus_start(layer: Layer) -> Array:
 
 
 def _requantized(
-    context: InitContext, init: Init, kernel: Quantized, original: Original, *, n_in: int
+    context: InitContext, init: Init, kernel: Quantized, original: Original, plan: Plan
 ) -> tuple[InitResult, Quantized]:
     """Where the adapters start, and the kernel q(W − s A₀ B₀), computed a matrix at a time."""
     results: list[InitResult] = []
@@ -182,6 +182,6 @@ def _requantized(
         assert result.removed is not None
         return result.removed
 
-    stack = kernel.shape[: kernel.ndim - n_in - 1]
-    changed = requantized(kernel, original, start_of, context.scales.reshape(stack), n_in=n_in)
+    n_in = len(plan.spec.ins)
+    changed = requantized(kernel, original, start_of, plan.scales, n_in=n_in)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results), changed
