@@ -77,7 +77,8 @@ class AdapterConfig:
 
     method: AdapterMethod = "lora"
     """Adapter method.
-    lora: A B is added, also with dora and all inits; ia3: a vector scales the output."""
+    lora: A B is added, also with dora and all inits; ia3: a vector scales the output;
+    miss: shards of the input share one matrix."""
     rank: int = 8
     """Rank r of the adapters."""
     alpha: float = 16.0

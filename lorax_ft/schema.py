@@ -68,6 +68,9 @@ LEAVES: Mapping[str, LeafSchema] = {
     "ia3_in": LeafSchema(("stack", "in"), ADAPTER, Group.VECTOR),
     "ia3_out": LeafSchema(("stack", "out"), ADAPTER, Group.VECTOR),
     "ia3_active": LeafSchema(("stack",), ADAPTER),
+    # MiSS: D, and each matrix's own rank r, 0 where it is not adapted.
+    "miss_block": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.WEIGHT),
+    "miss_rank": LeafSchema(("stack",), ADAPTER),
     # DoRA: m, and n = ‖W + s A B‖ of the current step.
     "magnitude": LeafSchema(("stack", "out"), ADAPTER, Group.MAGNITUDE),
     "norm": LeafSchema(("stack", "out"), STEP),
@@ -83,7 +86,7 @@ OTHER = LeafSchema((), BASE, Group.VECTOR)
 Factor = Literal["lora_a", "lora_b"]
 """The factors that `adapter.freeze` may freeze."""
 
-AdapterMethod = Literal["lora", "ia3"]
+AdapterMethod = Literal["lora", "ia3", "miss"]
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     "lora": (
@@ -91,6 +94,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
         "freeze",
     ),
     "ia3": ("feedforward",),
+    "miss": ("rank", "rank_pattern", "dropout"),
 }
 """The options of AdapterConfig that a method uses. Others may not be set."""
 

@@ -1,6 +1,6 @@
 """The terms of an adapted layer's equation, in the equation's order. Each file is one of them.
 
-    y = l ⊙ (b + (m / n) · (x W − s x A₀ B₀ + s x̃ A B + shards(x̃) D))
+    y = l ⊙ (b + (m / n) · (x W − s₀ x A₀ B₀ + s x̃ A B) + x̃ P D)
 
 A layer is computed (`linear`) and merged (`merged_layer`) by folding over those terms whose leaves
 it has. A term says in its file which leaves it needs, how it acts and how it merges.
@@ -9,7 +9,7 @@ it has. A term says in its file which leaves it needs, how it acts and how it me
 from __future__ import annotations
 
 from lorax_ft.lowrank.plan import Plan
-from lorax_ft.lowrank.terms import bias, dropout, ia3, kept_start, low_rank, magnitude
+from lorax_ft.lowrank.terms import bias, dropout, ia3, kept_start, low_rank, magnitude, miss
 from lorax_ft.lowrank.terms.term import Layer, Term
 from lorax_ft.schema import is_adapter
 
@@ -18,6 +18,7 @@ TERMS: tuple[Term, ...] = (
     kept_start.TERM,
     low_rank.TERM,
     magnitude.TERM,
+    miss.TERM,
     bias.TERM,
     ia3.TERM,
 )

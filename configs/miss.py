@@ -1,0 +1,16 @@
+"""MiSS (2409.15371): shards of each layer's input share one small matrix, which starts at 0.
+
+python scripts/train.py --config configs/miss.py
+"""
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        adapter=AdapterConfig(method="miss", rank=16),
+        data=DataConfig(max_length=80),
+        optim=OptimConfig(learning_rate=2e-3),
+        train=TrainConfig(output="out/miss", steps=150, batch_size=32, eval_every=30),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=32),
+    )

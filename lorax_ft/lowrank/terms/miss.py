@@ -1,0 +1,76 @@
+"""MiSS (2409.15371): the shards of the input share one small matrix D, which starts at 0.
+
+    y = x W + Σ_k x[k r … (k + 1) r] D = x (W + P D),    P[i, j] = 1 where i mod r = j
+
+P is r-sized identity matrices one below another, so it is computed and not stored. Letters: I inputs,
+R the largest rank, r each matrix's own, O outputs.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lorax_ft.lowrank.plan import Plan
+from lorax_ft.lowrank.terms.dropout import dropped
+from lorax_ft.lowrank.terms.low_rank import expand
+from lorax_ft.lowrank.terms.term import Layer, Product, Term, highest_matmul
+
+D, RANK = "miss_block", "miss_rank"
+
+
+def planned(plan: Plan) -> tuple[str, ...]:
+    """D and r, where the method is MiSS."""
+    return (D, RANK) if plan.config.method == "miss" else ()
+
+
+def initial(layer: Layer, plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Layer:
+    """D = 0, so that the base is unchanged at first."""
+    if D not in shapes:
+        return {}
+    return {D: jnp.zeros(shapes[D], jnp.float32), RANK: jnp.asarray(plan.ranks, jnp.float32)}
+
+
+def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+    """y + x̃ P D."""
+    d = layer[D].astype(y.dtype)
+    n_stack = layer[RANK].ndim
+    p = shards(layer[RANK], product.in_shape, width=d.shape[n_stack])
+    z = product.dot(dropped(layer, x), p.astype(y.dtype)).astype(y.dtype)  # [..., R]
+    return y + expand(z, d, n_stack=n_stack, product=product)
+
+
+def merge(layer: Layer, base: Layer) -> Layer:
+    """W + P D."""
+    rows, _ = base["kernel"].shape
+    p = shards(layer[RANK], (rows,), width=len(layer[D]))
+    return base | {"kernel": base["kernel"] + highest_matmul(p, layer[D])}
+
+
+def shards(rank: Array, in_shape: tuple[int, ...], *, width: int) -> Array:
+    """P `[*E, *in, R]` for ranks `[*E]`; all 0 for a matrix that is not adapted."""
+    inputs = int(np.prod(in_shape))
+    # A rank of 0 would divide by zero; its P is 0 because no column is below it.
+    divisor = jnp.maximum(rank, 1).astype(jnp.int32)[..., None]
+    place = jnp.arange(inputs) % divisor  # [*E, I]
+    column = jnp.arange(width)
+    p = (place[..., None] == column) & (column < rank[..., None, None])
+    return p.reshape(*rank.shape, *in_shape, width).astype(jnp.float32)
+
+
+def ranks(layer: Layer) -> np.ndarray:
+    """r of each matrix, `[L]`."""
+    return np.asarray(layer[RANK]).reshape(-1).astype(int)
+
+
+TERM = Term(
+    leaves=(D, RANK),
+    active=RANK,
+    takes_dropout=True,
+    planned=planned,
+    initial=initial,
+    after=after,
+    merge=merge,
+    ranks=ranks,
+)
