@@ -276,8 +276,8 @@ def _stacked(
         for name, value in matrix.items():
             _check_fits(name, value, leaves[name][index].shape, path, where=where)
             # Only a rank axis may be longer than the matrix's own.
-            own = tuple(slice(size) for size in value.shape)
-            leaves[name][(*index, *own)] = value
+            own: tuple[Any, ...] = tuple(slice(size) for size in value.shape)
+            leaves[name][index + own] = value
     layer = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
     if magnitude.MAGNITUDE in layer and len(matrices) < leaves[magnitude.MAGNITUDE][..., 0].size:
         # Where there is no adapter, the magnitude is the identity.
