@@ -34,13 +34,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_ft.config import AdapterConfig, QuantConfig
+from lorax_ft.config import QuantConfig
 from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.save import save_model, save_quantized
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import LoadedModel, Model, abstract_params
+from lorax_ft.schema import Group, is_adapter, leaf_schema
 from lorax_ft.tree import Tree, flatten, unflatten
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -48,7 +49,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Imported late: these modules create keys and arrays, which fixes the number of devices.
 import generation_cases
 import nf4_cases
-from method_cases import KEY, TABLE, TARGETS, Adapted, random_statistics
+from method_cases import KEY, Adapted, adapter_config, random_statistics
 from run_cases import ROOT, Main
 from zoo import TINY, Case, built_case, built_decoder
 
@@ -118,8 +119,7 @@ def adapted(zoo: Any) -> Adapted:
     @functools.cache
     def build(model: str, method: str, **fields: Any) -> Tree:
         case = zoo(model)
-        known = {"rank": 3, "alpha": 6.0, "targets": TARGETS.get(model, ("all-linear",))}
-        config = AdapterConfig(**(known | TABLE[method] | fields))
+        config = adapter_config(model, method, **fields)
         return add_adapters(
             case.params,
             config,
@@ -220,11 +220,12 @@ def _randomize(params: Tree, seed: int = 0, *, size: float = 0.1) -> Tree:
     rng = np.random.default_rng(seed)
 
     def move(path: str, leaf: Any) -> Any:
-        name = path.rpartition("/")[2]
-        if name not in ("lora_a", "lora_b", "magnitude"):
+        group = leaf_schema(path.rpartition("/")[2]).group
+        if not is_adapter(path) or group is None:
             return leaf
         noise = jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-        return leaf * (1 + size * noise) if name == "magnitude" else leaf + size * noise
+        multiplies = group in (Group.MAGNITUDE, Group.VECTOR)
+        return leaf * (1 + size * noise) if multiplies else leaf + size * noise
 
     return unflatten({path: move(path, leaf) for path, leaf in flatten(params).items()})
 

@@ -16,6 +16,7 @@ from lorax_ft import AdapterConfig
 from lorax_ft.lowrank.layout import logical_paths
 from lorax_ft.lowrank.spec import base_shape
 from lorax_ft.lowrank.statistics import needed_statistics
+from lorax_ft.schema import METHODS
 from lorax_ft.tree import Tree, modules
 
 INITS: dict[str, dict[str, Any]] = {
@@ -43,10 +44,17 @@ TABLE: dict[str, dict[str, Any]] = {
         INITS.items(), ("standard", "rank_stabilized"), (False, True)
     )
 }
+TABLE |= {
+    "ia3-standard": {"method": "ia3"},
+    "ia3_input-standard": {"method": "ia3", "feedforward": (".*/(up|down)(_proj)?",)},
+    "miss-standard": {"method": "miss"},
+}
 EVERYWHERE = (
     "kaiming-standard",
     "gaussian-standard-dora",
     "pissa-rank_stabilized",
+    "ia3-standard",
+    "miss-standard",
     "pissa_kept-rank_stabilized-dora",
 )
 MODELS = ("vit_scanned", "convolutions", "einsums", "boxed")
@@ -65,6 +73,15 @@ TARGETS = {
 }
 KEY = jax.random.key(7)
 Adapted = Callable[..., Tree]
+
+
+def adapter_config(model: str, method: str, **fields: Any) -> AdapterConfig:
+    """The config of a method of the table on a model of the zoo."""
+    own = {"targets": TARGETS.get(model, ("all-linear",))} | TABLE[method]
+    used = METHODS[own.get("method", "lora")]
+    common = {"rank": 3, "alpha": 6.0}
+    own = {name: value for name, value in common.items() if name in used} | own
+    return AdapterConfig(**(own | fields))
 
 
 def random_statistics(case: Any, config: AdapterConfig) -> dict[str, np.ndarray]:

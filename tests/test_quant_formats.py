@@ -13,7 +13,6 @@ import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import Array
-from method_cases import INITS, TABLE
 from quant_cases import FORMATS
 
 from lorax_ft.quant.double import VALUES
@@ -174,4 +173,3 @@ def test_quantized_leaves_are_trees_of_arrays() -> None:
     )
     assert jax.tree.structure(shapes) == jax.tree.structure(leaf)
     assert dataclasses.replace(leaf, dtype="bfloat16").dequantized().dtype == jnp.bfloat16
-    assert sorted(INITS) == sorted({name.split("-")[0] for name in TABLE})

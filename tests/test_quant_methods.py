@@ -35,6 +35,7 @@ from lorax_ft import (
 )
 from lorax_ft.models.model import CausalLM, Model
 from lorax_ft.quant.kernels import Quantized, dense
+from lorax_ft.schema import METHODS as OPTIONS
 from lorax_ft.training.contract import check_frozen
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree, flatten, modules, unflatten
@@ -86,7 +87,9 @@ def adapted(model: Model, quantized: Callable[[str], tuple[Tree, Any]]) -> Build
     @functools.cache
     def build(name: str, method: str) -> Tree:
         params, originals = quantized(name)
-        fields = {"rank": 3, "alpha": 6.0} | METHODS[method]
+        used = OPTIONS[METHODS[method].get("method", "lora")]
+        fields = {k: v for k, v in {"rank": 3, "alpha": 6.0}.items() if k in used}
+        fields |= METHODS[method]
         rounds = fields.pop("rounds", 1)
         config = AdapterConfig(**fields)
         found = random_statistics(model, config)

@@ -15,8 +15,8 @@ from method_cases import (
     EVERYWHERE,
     KEY,
     TABLE,
-    TARGETS,
     Adapted,
+    adapter_config,
     changes_base,
     distance,
 )
@@ -239,8 +239,7 @@ def test_shapes_are_known_without_arrays(zoo: Any, adapted: Adapted, method: str
         case = zoo(model)
         if method not in EVERYWHERE and model != "decoder":
             continue
-        fields = {"rank": 3, "alpha": 6.0, "targets": TARGETS.get(model, ("all-linear",))}
-        config = AdapterConfig(**(fields | TABLE[method]))
+        config = adapter_config(model, method)
         shapes = jax.eval_shape(lambda params: params, nn.meta.unbox(case.params))
         abstract = abstract_adapters(config, shapes, layout=case.layout)
         added, _ = split(adapted(model, method), is_adapter)

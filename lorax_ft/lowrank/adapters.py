@@ -208,6 +208,7 @@ def norms(params: Tree, *, layout: Layout) -> Tree:
     layers = modules(params)
     found: dict[str, Layer] = {}
     for path, layer in layers.items():
+        check_layer(layer, path)
         if magnitude_term.MAGNITUDE in layer and magnitude_term.NORM not in layer:
             full = with_kernel(layers, path, layout[path])
             found[path] = {magnitude_term.NORM: magnitude_term.column_norm(full)}

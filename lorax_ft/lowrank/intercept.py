@@ -18,7 +18,7 @@ from jax import Array
 
 from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.spec import LayerSpec, Module, as_canonical
-from lorax_ft.lowrank.terms import bias, is_adapted, magnitude
+from lorax_ft.lowrank.terms import bias, check_layer, is_adapted, magnitude
 from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized, dense
 
@@ -80,6 +80,7 @@ def adapt(
         if traced is None:
             path = "/".join(module.path)
             raise ValueError(f"{path} has an adapter, but this form of the layer supports none")
+        check_layer(layer, "/".join(module.path))
         run = functools.partial(_run_module, module, gather, traced.spec.weight)
         return _adapted_call(module, traced, layer, _input_of(args, kwargs), run)
 

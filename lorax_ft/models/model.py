@@ -19,7 +19,7 @@ from lorax_ft.lowrank.layout import Layout, layout
 from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.spec import LayerSpec, with_kernel
-from lorax_ft.lowrank.terms import magnitude
+from lorax_ft.lowrank.terms import check_layer, magnitude
 from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.models.attention import Cache
 from lorax_ft.models.config import DecoderConfig
@@ -74,6 +74,7 @@ class CausalLM:
         Its kernel `[D, V]`, which may be the embedding's, has the dtype of the activations.
         """
         layers = {path: params.get(path, {}) for path in (TABLE, HEAD)}
+        check_layer(layers[HEAD], HEAD)
         layer = magnitude.with_norm(with_kernel(layers, HEAD, self.layout[HEAD]))
         return layer | {"kernel": layer["kernel"].astype(self.config.dtype)}
 
