@@ -1,0 +1,152 @@
+"""IA3 and MiSS keep their logits from here to PEFT and back. Needs torch and peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+import transformers  # noqa: E402
+
+import lorax_ft as lft  # noqa: E402
+from lorax_ft.interop.load import load_model  # noqa: E402
+from lorax_ft.interop.peft import load_peft, save_peft  # noqa: E402
+from lorax_ft.lowrank.groups import adapter_leaves_of  # noqa: E402
+from lorax_ft.models.model import LoadedModel  # noqa: E402
+from lorax_ft.tree import Tree, flatten, unflatten  # noqa: E402
+
+# torch, transformers and PEFT warn about one another.
+pytestmark = pytest.mark.filterwarnings("ignore")
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 15))
+FFN = ("down_proj",)
+OURS: dict[str, dict[str, Any]] = {
+    "ia3": {"method": "ia3", "targets": ("k_proj", "v_proj", "down_proj"), "feedforward": FFN},
+    "ia3_all": {"method": "ia3", "feedforward": (".*/mlp/.*",), "layers": (0, 2)},
+    "ia3_head": {"method": "ia3", "targets": ("q_proj", "lm_head")},
+    "miss": {"method": "miss", "rank": 4},
+    "miss_uneven": {"method": "miss", "rank": 5, "targets": ("q_proj", "down_proj")},
+    "miss_layers": {"method": "miss", "rank": 3, "layers": (1,), "exclude": ("o_proj",)},
+}
+THEIRS = {
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "ia3_regex": lambda: peft.IA3Config(
+        target_modules=r".*(q_proj|up_proj)", feedforward_modules=r".*up_proj"
+    ),
+    "miss": lambda: peft.MissConfig(r=4, target_modules=["q_proj", "gate_proj", "down_proj"]),
+    "miss_uneven": lambda: peft.MissConfig(r=5, target_modules=["v_proj"]),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen 2, since IA3 scales biases too, and its q, k and v have some."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    model = transformers.Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> LoadedModel:
+    return load_model(checkpoint)
+
+
+def ours(model: LoadedModel, params: Tree) -> np.ndarray:
+    return np.asarray(jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(TOKENS)))(params))
+
+
+def theirs(model: torch.nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.as_tensor(TOKENS)).logits.numpy()
+
+
+def randomized(params: Tree) -> Tree:
+    trained, frozen = lft.partition(params)
+    rng = np.random.default_rng(1)
+    flat = {p: leaf + rng.normal(0, 0.3, leaf.shape) for p, leaf in flatten(trained).items()}
+    moved = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in flat.items()}
+    return lft.combine(unflatten(moved), frozen)
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_peft_loads_our_folder_and_we_read_it_back(
+    checkpoint: Path, model: LoadedModel, tmp_path: Path, case: str
+) -> None:
+    config = lft.AdapterConfig(**OURS[case])
+    fresh = lft.add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    params = randomized(fresh)
+    save_peft(tmp_path / "adapter", params, model)
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    plain = theirs(base)
+    wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    expected = theirs(wrapped)
+    np.testing.assert_allclose(ours(model, params), expected, atol=1e-4)
+    assert np.abs(expected - plain).max() > 0.1
+    np.testing.assert_allclose(ours(model, model.params), plain, atol=1e-4)
+    again = load_peft(tmp_path / "adapter", model)
+    np.testing.assert_allclose(ours(model, again), expected, atol=1e-4)
+    merged = lft.merge_adapters(params, layout=model.layout)
+    np.testing.assert_allclose(ours(model, merged), expected, atol=1e-4)
+    np.testing.assert_allclose(theirs(wrapped.merge_and_unload()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", THEIRS)
+def test_we_load_what_peft_saved(
+    checkpoint: Path, model: LoadedModel, tmp_path: Path, case: str
+) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    wrapped = peft.get_peft_model(base, THEIRS[case]())
+    torch.manual_seed(2)
+    for name, parameter in wrapped.named_parameters():
+        if "ia3" in name or "miss" in name:
+            torch.nn.init.normal_(parameter, mean=float("ia3" in name), std=0.3)
+    expected = theirs(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    params = load_peft(tmp_path / "adapter", model)
+    np.testing.assert_allclose(ours(model, params), expected, atol=1e-4)
+    assert np.abs(expected - ours(model, model.params)).max() > 0.1
+    save_peft(tmp_path / "again", params, model)
+    again = load_peft(tmp_path / "again", model)
+    mine, other = (flatten(adapter_leaves_of(tree)) for tree in (params, again))
+    assert mine.keys() == other.keys()
+    for path, leaf in mine.items():
+        np.testing.assert_array_equal(leaf, other[path], err_msg=path)
+
+
+def test_variants_whose_blocks_mean_something_else_are_refused(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    config = lft.AdapterConfig(method="miss", rank=4)
+    params = lft.add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    save_peft(tmp_path / "adapter", params, model)
+    file = tmp_path / "adapter/adapter_config.json"
+    for value in ("bat", "mini"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"init_weights": value}))
+        with pytest.raises(ValueError, match=f"init_weights '{value}'.*not supported"):
+            load_peft(tmp_path / "adapter", model)
+    several = lft.AdapterConfig(method="miss", rank=4, rank_pattern=("q_proj=2",))
+    params = lft.add_adapters(model.params, several, layout=model.layout, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"MiSS has one rank, and the adapters have \{"):
+        save_peft(tmp_path / "other", params, model)
