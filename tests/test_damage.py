@@ -37,7 +37,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], Tensors] | int, str]] = {
     "wider": (
         "adapter/adapter_model",
         wider,
-        "A and B of layers/self_attn/q_proj are for 256 × 256; the model has 128",
+        "lora_a of layers/self_attn/q_proj has the shape (256, 2); the model needs (128, 2)",
     ),
     "deeper": (
         "adapter/adapter_model",
@@ -48,7 +48,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], Tensors] | int, str]] = {
         "adapter/adapter_model",
         lambda tensors: {name: value for name, value in tensors.items() if "layers.5" not in name},
         "targets model.layers.5.self_attn.q_proj, "
-        "but adapter_model.safetensors holds nothing of it; is it another",
+        "but adapter_model.safetensors holds no tensor for it; is it another",
     ),
     "mixtral": (
         "adapter/adapter_model",

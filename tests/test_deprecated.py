@@ -1,4 +1,4 @@
-"""Old names and forms of calls still work in this version, with a warning that names the new one."""
+"""Old names and forms of calls still work in this version, and warn with the name of the new."""
 
 from __future__ import annotations
 

@@ -344,7 +344,7 @@ def test_mistakes_are_one_clear_line(model: Model, quantized: Any) -> None:
         ValueError, match="none of the layers has a kernel of axes stack, in, out: embed_tokens"
     ):
         quantize_base(model.params, FORMATS["nf4"], layout=only)
-    with pytest.raises(ValueError, match=r"adapter.init is loftq, .* set quant.format"):
+    with pytest.raises(ValueError, match=r"adapter.init loftq .* set quant.format"):
         add_adapters(
             model.params, AdapterConfig(rank=3, init="loftq"), layout=model.layout, key=KEY
         )

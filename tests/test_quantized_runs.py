@@ -67,7 +67,7 @@ def test_a_base_without_its_start_goes_with_its_adapter(
     params = adapted(model, CHANGING[name], rounds=2)
     run = tmp_path / "run"
     with pytest.raises(
-        ValueError, match="was quantized without its start, so its adapter is for that base alone"
+        ValueError, match="was quantized without its start, so its adapter works on that base alone"
     ):
         save_peft(run / "adapter", params, model)
     with pytest.raises(ValueError, match="was quantized without its start"):
@@ -181,6 +181,6 @@ def test_a_module_trained_whole_needs_a_base_that_is_not_quantized(
     save_peft(tmp_path / "adapter", from_modules(layers), model)
     quantized = load_model(source, quant=QuantConfig(format="nf4"))
     with pytest.raises(
-        ValueError, match=r"up_proj\.weight was trained whole; the model's is quantized"
+        ValueError, match=r"up_proj\.weight was trained in full, but the model is quantized"
     ):
         load_peft(tmp_path / "adapter", quantized)

@@ -214,7 +214,7 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
     ):
         load_peft(tmp_path / "adapter", model)
     save_file({"base_model.model.odd": np.zeros(1)}, file)
-    with pytest.raises(ValueError, match=r"which is not LoRA's"):
+    with pytest.raises(ValueError, match=r"which does not belong to a LORA adapter"):
         load_peft(tmp_path / "adapter", model)
     with pytest.raises(ValueError, match=r"holds no adapter_config.json"):
         load_peft(tmp_path / "model", model)

@@ -82,7 +82,7 @@ def test_unmerging_restores_the_base(
         if path in back:
             assert distance(back[path], leaf) < 1e-5, path
     assert any(distance(leaf, back[path]) > 1e-3 for path, leaf in flatten(merged).items())
-    with pytest.raises(ValueError, match="do not tell the base"):
+    with pytest.raises(ValueError, match="the base cannot be recovered"):
         unmerge_adapters(merged, adapted("einsums", "gaussian-standard-dora"), layout=case.layout)
 
 

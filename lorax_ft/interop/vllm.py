@@ -16,6 +16,7 @@ from lorax_ft.tree import Tree
 
 # vLLM loads adapters on these for a few families only (`embedding_modules` in its model classes).
 TABLES = {"embed_tokens", "lm_head"}
+PLAIN_LORA = {"lora_a", "lora_b", "lora_scale"}
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.33
 
 
@@ -24,7 +25,8 @@ def save_for_vllm(
 ) -> Literal["adapter", "model"]:
     """Writes an adapter that vLLM's loader accepts, or the merged model if it has no form for it.
 
-    DoRA, fully trained modules, and adapters on embeddings or the output head are merged.
+    Only plain LoRA on linear layers stays an adapter. DoRA, IA3, MiSS, fully trained modules, and
+    adapters on embeddings or the output head are merged.
 
     Args:
       folder: the place; the files are written next to it and then renamed.
@@ -44,8 +46,8 @@ def save_for_vllm(
             f"max_lora_rank is {max_lora_rank}; vLLM takes {', '.join(map(str, RANKS))}"
         )
     adapters, modules_to_save = collect_adapters(params, model, None)
-    has_dora = any("magnitude" in matrix for matrix in adapters.values())
-    if modules_to_save or has_dora or TABLES & adapters.keys():
+    is_plain_lora = all(matrix.keys() == PLAIN_LORA for matrix in adapters.values())
+    if modules_to_save or not is_plain_lora or TABLES & adapters.keys():
         save_model(folder, params, model)
         return "model"
     rank = max(matrix["lora_a"].shape[1] for matrix in adapters.values())
