@@ -348,7 +348,7 @@ def test_mistakes_are_one_clear_line(model: Model, quantized: Any) -> None:
         add_adapters(
             model.params, AdapterConfig(rank=3, init="loftq"), layout=model.layout, key=KEY
         )
-    with pytest.raises(ValueError, match="down_proj is quantized, so its own weights do not train"):
+    with pytest.raises(ValueError, match="down_proj is quantized, so its own weights cannot train"):
         partition(base, whole=("down_proj",))
 
 

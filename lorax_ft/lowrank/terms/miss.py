@@ -51,11 +51,11 @@ def merge(layer: Layer, base: Layer) -> Layer:
 def shards(rank: Array, in_shape: tuple[int, ...], *, width: int) -> Array:
     """P `[*E, *in, R]` for ranks `[*E]`; all 0 for a matrix that is not adapted."""
     inputs = int(np.prod(in_shape))
+    whole = rank.astype(jnp.int32)[..., None]
     # A rank of 0 would divide by zero; its P is 0 because no column is below it.
-    divisor = jnp.maximum(rank, 1).astype(jnp.int32)[..., None]
-    place = jnp.arange(inputs) % divisor  # [*E, I]
+    place = jnp.arange(inputs) % jnp.maximum(whole, 1)  # [*E, I]
     column = jnp.arange(width)
-    p = (place[..., None] == column) & (column < rank[..., None, None])
+    p = (place[..., None] == column) & (column < whole[..., None])
     return p.reshape(*rank.shape, *in_shape, width).astype(jnp.float32)
 
 
