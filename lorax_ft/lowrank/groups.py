@@ -55,8 +55,8 @@ def partition(
 
     Args:
       params: a tree with adapters.
-      by: "training": the leaves that train, and the frozen ones. "ownership": the leaves that belong
-        to the fine-tuning (frozen scales, factors and starts too), and those of the base.
+      by: "training": the leaves that train, and the frozen ones. "ownership": the leaves that
+        belong to the fine-tuning (frozen scales, factors and starts too), and those of the base.
       whole: patterns of modules whose own weights train in full: a config's `train_whole`.
       freeze: names of adapter leaves that do not train: a config's `freeze`.
 
