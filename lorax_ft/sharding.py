@@ -187,7 +187,7 @@ def place_batch(
     placed = {}
     for name, rows in batch.items():
         if microbatches:
-            rows = rows.reshape(microbatches, -1, rows.shape[-1])
+            rows = rows.reshape(microbatches, -1, rows.shape[-1])  # [M, B / M, T]
         placed[name] = place(rows, sharding)
     return placed
 
@@ -240,6 +240,7 @@ def gathered(path: str, kernel: Quantized) -> Quantized:
 def fitted(axes: tuple[MeshAxis, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
     """The mesh axes of an array's axes, without those that do not divide them."""
     kept = []
+    # JAX shards an axis only into equal parts.
     for axis, size in zip(axes, shape, strict=True):
         names = axis if isinstance(axis, tuple) else (axis,)
         devices = math.prod(sizes[name] for name in names if name)
@@ -258,6 +259,7 @@ def _adapter_axes(path: str, rules: Rules, layout: Layout) -> tuple[MeshAxis, ..
     axes: list[MeshAxis] = []
     for axis in leaf_schema(name).axes:
         if axis == "rank":
+            # Ranks are small, and splitting them would add a sum over devices.
             axes.append(None)
         else:
             axes += [kernel[i] for i in meanings[axis]]

@@ -96,8 +96,7 @@ def save_peft(
     if method.dropout is not None:
         peft_config[method.dropout] = config.dropout if config else 0.0
     with new_folder(folder, others=others) as new:
-        text = json.dumps(peft_config, indent=2, sort_keys=True)
-        (new / CONFIG).write_text(text + "\n")
+        (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -164,6 +163,7 @@ def _check_base(config: Mapping[str, Any], folder: Path, model: Model) -> None:
 
     Likewise where the model is such a base, and the adapter is for another.
     """
+    # PEFT allows null here.
     named = Path(config.get("base_model_name_or_path") or "")
     source = Path(model.source).resolve()
     beside_folder = folder.resolve().parent / BASE

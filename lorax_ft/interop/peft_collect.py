@@ -71,8 +71,11 @@ def differ(leaf: Array, old: Array, index: tuple[int, ...] = ()) -> bool:
     """Whether a leaf, at an index of its stack, is another than before."""
     if leaf is old:
         return False
-    was_donated = isinstance(old, Array) and old.is_deleted()  # to a step that trained it
-    return was_donated or not jnp.array_equal(leaf[index], old[index].astype(leaf.dtype))
+    # An array that was donated to a step that trained it cannot be read again.
+    if isinstance(old, Array) and old.is_deleted():
+        return True
+    before = old[index].astype(leaf.dtype)
+    return not jnp.array_equal(leaf[index], before)
 
 
 def _changed_weights(
@@ -98,7 +101,9 @@ def _changed_weights(
         for logical, index in unstacked(path, leaf.shape):
             if config is not None or differ(leaf, _original(path, name, model), index):
                 value = np.asarray(leaf[index])
-                changed[f"{logical}/{name}"] = value.T if name == "kernel" else value
+                if name == "kernel":
+                    value = value.T  # torch's Linear has [out, in]
+                changed[f"{logical}/{name}"] = value
     return changed
 
 

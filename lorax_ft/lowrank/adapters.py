@@ -102,11 +102,10 @@ def add_adapters(
         prepare = find_function(row.prepare)
         plans, measured = prepare(plans, measured, config, key=key)
     for path, plan in plans.items():
-        layer = layers.get(path, {})
-        _check_not_adapted(path, layer)
-        original = None
-        if plan.start == "in_base" and init is None:
-            original = _original(originals, path, layer)
+        layer = _unadapted_layer(layers, path)
+        # An init of the caller's own cannot requantize the base.
+        needs_original = plan.start == "in_base" and init is None
+        original = _original(originals, path, layer) if needs_original else None
         layers[path] = layer | adapter_leaves(
             base_kernel(layers, path, layout[path]),
             plan=plan,
@@ -230,6 +229,7 @@ def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:
     """
     if rate == 0:
         return params
+    # `jax.random.PRNGKey` returns raw integers, which `jax.random.split` would give another axis.
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     layers = modules(params)
@@ -286,10 +286,12 @@ def _original(originals: Mapping[str, Original], path: str, layer: Layer) -> Ori
     return originals.get(path)
 
 
-def _check_not_adapted(path: str, layer: Layer) -> None:
-    """Raise where the module at `path` already has an adapter."""
+def _unadapted_layer(layers: Mapping[str, Layer], path: str) -> Layer:
+    """The leaves of the module at `path`, which must not have an adapter yet."""
+    layer = layers.get(path, {})
     if is_adapted(layer):
         raise ValueError(f"{path} has an adapter already; merge it first (lorax_ft.merge_adapters)")
+    return layer
 
 
 def _check_not_traced(config: AdapterConfig, layers: Mapping[str, Layer]) -> None:

@@ -257,13 +257,10 @@ def _trace_einsum(
     if "..." in letters or len(letters) != len(shape):
         return None
     if "..." in lhs:
-        used = lhs + letters + result
-        free = [letter for letter in LETTERS.upper() if letter not in used]
-        named = lhs.replace("...", "")
-        missing = _input_of(args, kwargs).ndim - len(named)
-        spelled = "".join(free[:missing])
-        lhs = lhs.replace("...", spelled)
-        result = result.replace("...", spelled)
+        ndim = _input_of(args, kwargs).ndim
+        ellipsis = _ellipsis_letters(lhs, lhs + letters + result, ndim)
+        lhs = lhs.replace("...", ellipsis)
+        result = result.replace("...", ellipsis)
     batch = []
     ins = []
     outs = []
@@ -284,3 +281,11 @@ def _trace_einsum(
         experts=len(batch),
     )
     return Traced(spec=spec, shape=shape, einsum=(lhs, letters, result))
+
+
+def _ellipsis_letters(lhs: str, used: str, ndim: int) -> str:
+    """Unused letters for the axes that the ellipsis of an input with `ndim` axes stands for."""
+    named = lhs.replace("...", "")
+    missing = ndim - len(named)
+    free = [letter for letter in LETTERS.upper() if letter not in used]
+    return "".join(free[:missing])

@@ -176,6 +176,7 @@ def _with_heads(
 
     A head that is still tied in `params` changes as its table does.
     """
+    # In float32, so that differences from the base are not rounded to bfloat16 first.
     merged = dict(merged_leaves(params, layout=layout, dtype=jnp.float32))
     for path, spec in layout.items():
         own = join(path, spec.weight)

@@ -78,6 +78,7 @@ def check_coverage(
     Raises:
       ValueError: with the modules that exist and the nearest name.
     """
+    # The layers of a stack are listed once, as `layers/*`.
     existing = sorted({re.sub(r"/\d+(?=/|$)", "/*", name) for name in names})
     last_parts = {path.rpartition("/")[2] for path in existing}
     for pattern in patterns:

@@ -66,4 +66,5 @@ def quantize_base(
 
 def _reader(kernel: Array) -> Original:
     """Reads the matrix at an index of the stack."""
+    # A lambda in the loop itself would see the last kernel for every path.
     return lambda index: np.asarray(kernel[index])

@@ -133,6 +133,7 @@ def is_target(path: str, spec: LayerSpec, targets: Sequence[str]) -> bool:
 
 def _rank(config: AdapterConfig, path: str, spec: LayerSpec) -> int:
     """The rank of one matrix, 0 where it is not adapted."""
+    # `exclude` wins over `targets`.
     if not is_target(path, spec, config.targets) or is_target(path, spec, config.exclude):
         return 0
     if config.layers and layer_index(path) not in config.layers:

@@ -157,7 +157,7 @@ def gradients(
         found = {}
         for path, gradient in jax.grad(loss)(kernels).items():
             canonical = model.layout[path].canonical("kernel", gradient)
-            found[path] = canonical.reshape(shapes[path].shape)
+            found[path] = canonical.reshape(shapes[path].shape)  # [*L, I, O]
         return found, jnp.sum(batch["weights"])
 
     return _summed(measure, model, shapes, batches, advance)

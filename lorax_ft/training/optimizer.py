@@ -63,6 +63,7 @@ def unit_schedule(config: OptimConfig, *, steps: int) -> optax.Schedule:
 
     Warm-up ends at 1, and its first value is above 0, so that no step is idle.
     """
+    # At least one step is left after the warm-up.
     warmup = min(round(config.warmup_fraction * steps), steps - 1)
     rest = max(steps - warmup, 1)
     last = config.final_fraction
@@ -104,6 +105,7 @@ def scale_by_rate(peak: float, unit: optax.Schedule) -> optax.GradientTransforma
 def learning_rates(opt_state: Any, groups: Set[str]) -> dict[str, Array]:
     """The rates that the last update used for these groups, as far as the state has them."""
     rates = {}
+    # optax.multi_transform keeps the state of each group under the group's name.
     for path, rate in optax.tree.get_all_with_path(opt_state, "rate"):
         for key in path:
             if getattr(key, "key", None) in groups:

@@ -179,6 +179,7 @@ def _moved(leaf: Array, target: Any) -> Array:
         leaf = leaf.astype(target.dtype)
     if leaf.sharding == target.sharding:
         return leaf
+    # Each process holds the whole leaf and provides its own shards.
     if leaf.is_fully_addressable:
         return sharding.place(np.asarray(leaf), target.sharding)
     return jax.device_put(leaf, target.sharding)

@@ -69,6 +69,7 @@ def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, layout: Lay
         batch: Batch,
         key: Array,
     ) -> tuple[TrainState, Metrics]:
+        # A run that resumes at this step draws the same noise.
         key = jax.random.fold_in(key, state.step)
         # What depends on the adapters alone is computed once for all microbatches. It is a constant
         # for the gradient.
@@ -94,8 +95,7 @@ def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, layout: Lay
         groups = set(flatten(labels).values())
         for group, rate in learning_rates(opt_state, groups).items():
             metrics[f"learning_rate/{group}"] = rate
-        new_state = TrainState(state.step + 1, trained, opt_state)
-        return new_state, metrics
+        return TrainState(state.step + 1, trained, opt_state), metrics
 
     return train_step
 
@@ -105,6 +105,7 @@ def make_eval_step(loss: Loss, *, layout: Layout) -> Callable[[Tree, Batch], tup
 
     def eval_step(params: Tree, batch: Batch) -> tuple[Array, Array]:
         params = with_norms(params, layout=layout)
+        # Without a key there is neither dropout nor noise.
         value, weight, _ = loss(params, batch, None)
         return value, weight
 
