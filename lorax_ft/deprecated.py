@@ -75,7 +75,7 @@ def make_eval_step(loss: Any, *, layout: Layout | None = None, **options: Any) -
 
 
 def guessed_layout(*trees: Tree) -> Layout:
-    """The layout of adapted modules whose axes stand in the order stack, in, out.
+    """The layout of adapted modules whose axes are in the order stack, in, out.
 
     Raises:
       ValueError: an embedding is adapted, which may be the output head too.

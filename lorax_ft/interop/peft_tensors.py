@@ -58,7 +58,7 @@ def adapter_tensors(
     method: PeftMethod,
     model: Model,
 ) -> Iterator[Entry]:
-    """The tensors of a folder, with those of stacked experts taken apart.
+    """The tensors of a folder, with stacked experts split into one tensor for each expert.
 
     Args:
       folder: of an adapter.

@@ -60,7 +60,7 @@ def add_adapters(
         its `dropout` for `with_dropout`.
       layout: the layers of the model (`lorax_ft.layout`, or a loaded model's own).
       key: every leaf's randomness is folded from it and the leaf's path.
-      init: an init of your own, in place of the one that `config.init` names: a function of an
+      init: a custom init, in place of the one that `config.init` names: a function of an
         `InitContext` that returns an `InitResult` (`lorax_ft.lowrank.inits.context`).
       originals: by path, reads the matrices that are quantized in `params` in full precision
         (`Model.originals`); needed by inits that change the base.
@@ -76,7 +76,7 @@ def add_adapters(
       ValueError: a pattern matches no module, a rank is above a matrix's smaller side, a statistic
         is missing, or the init computes on the host and `params` are being traced.
 
-    An init of your own edits no file of this library:
+    A custom init needs no change to this library:
 
     >>> from lorax_ft.lowrank.inits.context import InitContext, InitResult
     >>> def ones(context: InitContext) -> InitResult:
@@ -91,7 +91,7 @@ def add_adapters(
     """
     layers = modules(nn.meta.unbox(params))
     row = init_schema(config.init)
-    # What an init of the caller's own does to the base shows when it is called.
+    # Whether a custom init changes the base is only known once it is called.
     changes_base = row.changes_base or init is not None
     plans = plan_adapters(config, params, layout=layout, changes_base=changes_base)
     if init is None and row.on_host and config.svd_iterations is None:
@@ -103,7 +103,7 @@ def add_adapters(
         plans, measured = prepare(plans, measured, config, key=key)
     for path, plan in plans.items():
         layer = _unadapted_layer(layers, path)
-        # An init of the caller's own cannot requantize the base.
+        # A custom init cannot requantize the base.
         needs_original = plan.start == "in_base" and init is None
         original = _original(originals, path, layer) if needs_original else None
         layers[path] = layer | adapter_leaves(

@@ -94,24 +94,24 @@ def adapt(
 
 def trace(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Traced | None:
     """What a module's call says of its kernel's axes; None where no adapter can be added to it."""
-    kind = MODULES.get(type(module))
-    if kind is None:
+    layer_type = MODULES.get(type(module))
+    if layer_type is None:
         return None
-    weight = LayerSpec(module=kind, stack=(), ins=(), outs=()).weight
+    weight = LayerSpec(module=layer_type, stack=(), ins=(), outs=()).weight
     if not module.has_variable("params", weight):
         return None
     shape = nn.meta.unbox(module.variables["params"])[weight].shape
-    if kind == "einsum":
+    if layer_type == "einsum":
         return _trace_einsum(module, shape, args, kwargs)
     n_in = len(shape) - 1
-    if kind == "general":
+    if layer_type == "general":
         if module.batch_dims:
             return None
         n_in = 1 if isinstance(module.axis, int) else len(module.axis)
-    if kind == "conv" and (module.feature_group_count != 1 or module.mask is not None):
+    if layer_type == "conv" and (module.feature_group_count != 1 or module.mask is not None):
         return None
     axes = tuple(range(len(shape)))
-    spec = LayerSpec(module=kind, stack=(), ins=axes[:n_in], outs=axes[n_in:])
+    spec = LayerSpec(module=layer_type, stack=(), ins=axes[:n_in], outs=axes[n_in:])
     return Traced(spec=spec, shape=shape)
 
 

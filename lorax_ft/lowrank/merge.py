@@ -1,4 +1,4 @@
-"""Adapters folded into their kernels, several with weights, and taken out again.
+"""Merging adapters into their kernels, one or a weighted sum of several, and unmerging them.
 
 {"up_proj": {"kernel": W, "lora_a": A, "lora_b": B, "lora_scale": s}}
 →  {"up_proj": {"kernel": W + s A B}}

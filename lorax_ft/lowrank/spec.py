@@ -32,7 +32,7 @@ class LayerSpec:
     experts: int = 0
     """How many of the stack axes count experts."""
     scanned: tuple[int, ...] = ()
-    """For each scan that the layer stands in, the number of path parts before its index."""
+    """For each scan that contains the layer, the number of path parts before its index."""
     by_name: bool = False
     """Whether "all-linear" leaves it out: an output head, a router."""
     tied_to: str | None = None

@@ -155,7 +155,7 @@ def _oriented(near: Any, far: Any, *, wide: bool) -> tuple[Any, Any]:
 def _shared_by_hosts(exactly: Callable[[np.ndarray], HostFactors], w: Array) -> HostFactors:
     """`exact` on several hosts: each decomposes some of the matrices, and all get all factors.
 
-    Decomposed on every host, the factors could differ in their last bits.
+    If every host computed all of them, the factors could differ in their last bits.
     """
     hosts = jax.process_count()
     host = jax.process_index()
