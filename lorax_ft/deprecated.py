@@ -70,11 +70,12 @@ def make_eval_step(loss: Any, *, layout: Layout | None = None, **options: Any) -
     if not isinstance(loss, CausalLM):
         return step.make_eval_step(loss, **options | _given(layout))
     _warn("make_eval_step(model, …) is deprecated; pass supervised_loss(model, …) and layout=")
-    return step.make_eval_step(losses.supervised_loss(loss, **options), layout=loss.layout)
+    supervised = losses.supervised_loss(loss, **options)
+    return step.make_eval_step(supervised, layout=loss.layout)
 
 
 def guessed_layout(*trees: Tree) -> Layout:
-    """The layout of adapted modules whose axes stand in the order stack, in, out.
+    """The layout of adapted modules whose axes are in the order stack, in, out.
 
     Raises:
       ValueError: an embedding is adapted, which may be the output head too.
@@ -85,27 +86,30 @@ def guessed_layout(*trees: Tree) -> Layout:
         tables = [path for path, layer in layers.items() if EMBEDDING in layer]
         for path, layer in layers.items():
             if is_adapted(layer):
-                if path in tables:
-                    raise ValueError(
-                        f"{path} is adapted and may be the output head too: pass layout= to merge it"
-                    )
-                tied_to = tables[0] if KERNEL not in layer and tables else None
-                found[path] = _guessed_spec(layer, tied_to)
+                found[path] = _guessed_spec(path, layer, tables)
     return found
 
 
-def _guessed_spec(layer: Layer, tied_to: str | None) -> LayerSpec:
-    """The spec of one layer by the shapes of its leaves."""
+def _guessed_spec(path: str, layer: Layer, tables: list[str]) -> LayerSpec:
+    """The spec of one layer by the shapes of its leaves. `tables` are the embeddings' paths."""
+    if path in tables:
+        raise ValueError(
+            f"{path} is adapted and may be the output head too: pass layout= to merge it"
+        )
+    tied_to = None
+    if KERNEL not in layer and tables:
+        tied_to = tables[0]
     n_stack = layer[active_leaf(layer)].ndim
     # Only LoRA's leaves existed when the layout was optional.
     n_in = layer[low_rank.A].ndim - n_stack - 1
     n_out = layer[low_rank.B].ndim - n_stack - 1
     axes = tuple(range(n_stack + n_in + n_out))
+    first_out = n_stack + n_in
     return LayerSpec(
         module="dense",
         stack=axes[:n_stack],
-        ins=axes[n_stack : n_stack + n_in],
-        outs=axes[n_stack + n_in :],
+        ins=axes[n_stack:first_out],
+        outs=axes[first_out:],
         tied_to=tied_to,
     )
 

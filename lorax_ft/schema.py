@@ -107,7 +107,7 @@ class InitSchema(NamedTuple):
     changes_base: bool = False
     """Whether s A₀ B₀ is subtracted from the base, so that the adapted model starts unchanged."""
     statistic: Literal["covariance", "moment", "gradient"] | None = None
-    """What is measured on data first: Σ (x − x̄)ᵀ(x − x̄) / N or Σ xᵀx / N of the inputs, or ∂L/∂W."""
+    """What is measured on data first: Σ (x − x̄)ᵀ(x − x̄) / N or Σ xᵀx / N of inputs, or ∂L/∂W."""
     options: tuple[str, ...] = ()
     """Fields of AdapterConfig that this init uses and others may not set."""
     prepare: str | None = None

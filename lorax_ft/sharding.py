@@ -1,4 +1,4 @@
-"""Where everything lies on the mesh: parameters, adapters, the optimizer's state, batches, activations.
+"""How arrays are sharded over the mesh: parameters, adapters, optimizer state and batches.
 
 The base's leaves follow rules by slash path; an adapter's leaves follow their kernel's axes, as the
 schema names them. Letters: M microbatches, B rows, T tokens.
@@ -57,7 +57,9 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else list(devices)
     rest = config.fsdp * config.tensor
-    data = len(devices) // rest if config.data == -1 else config.data
+    data = config.data
+    if data == -1:
+        data = len(devices) // rest
     if data * rest != len(devices):
         raise ValueError(
             f"a mesh of data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} "
@@ -72,7 +74,13 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     )
 
 
-def param_shardings(shapes: Tree, rules: Rules, *, layout: Layout, mesh: Mesh) -> Tree:
+def param_shardings(
+    shapes: Tree,
+    rules: Rules,
+    *,
+    layout: Layout,
+    mesh: Mesh,
+) -> Tree:
     """A `NamedSharding` for every leaf.
 
     Args:
@@ -93,36 +101,53 @@ def param_shardings(shapes: Tree, rules: Rules, *, layout: Layout, mesh: Mesh) -
     for path, leaf in flatten(shapes).items():
         if is_adapter(path):
             axes = _adapter_axes(path, rules, layout)
-            places[path] = NamedSharding(mesh, fitted(axes, leaf.shape, mesh.shape))
+            fitting = fitted(axes, leaf.shape, mesh.shape)
+            places[path] = NamedSharding(mesh, fitting)
         else:
             places[path] = base_sharding(path, leaf, rules, mesh=mesh)
     return unflatten(places)
 
 
-def base_sharding(path: str, leaf: Any, rules: Rules, *, mesh: Mesh) -> Any:
+def base_sharding(
+    path: str,
+    leaf: Any,
+    rules: Rules,
+    *,
+    mesh: Mesh,
+) -> Any:
     """The sharding of one leaf of the base; of a quantized kernel, one for each part.
 
     Raises:
       ValueError: no rule matches it.
     """
     axes = _rule(path, len(leaf.shape), rules)
+
+    def placed(array: Any, array_axes: tuple[MeshAxis, ...]) -> NamedSharding:
+        fitting = fitted(array_axes, array.shape, mesh.shape)
+        return NamedSharding(mesh, fitting)
+
     if not isinstance(leaf, Quantized):
-        return NamedSharding(mesh, fitted(axes, leaf.shape, mesh.shape))
-
-    def placed(part: Any, part_axes: tuple[MeshAxis, ...]) -> NamedSharding:
-        return NamedSharding(mesh, fitted(part_axes, part.shape, mesh.shape))
-
-    return jax.tree.map(placed, leaf, leaf.axes(axes, mesh.shape))
+        return placed(leaf, axes)
+    part_axes = leaf.axes(axes, mesh.shape)
+    return jax.tree.map(placed, leaf, part_axes)
 
 
 def state_shardings(
-    tx: optax.GradientTransformation, trained: Tree, shardings: Tree, *, mesh: Mesh
+    tx: optax.GradientTransformation,
+    trained: Tree,
+    shardings: Tree,
+    *,
+    mesh: Mesh,
 ) -> Any:
     """Shardings of an optimizer's state: moments as their parameter, all else on every device."""
-    shapes, places = flatten(trained), flatten(shardings)
+    shapes = flatten(trained)
+    places = flatten(shardings)
 
     def place_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        names = []
+        for key in path:
+            if isinstance(key, jax.tree_util.DictKey):
+                names.append(key.key)
         # A moment's path in the state ends with its parameter's path.
         for start in range(len(names)):
             suffix = "/".join(names[start:])
@@ -130,7 +155,8 @@ def state_shardings(
                 return places[suffix]
         return replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(place_of, jax.eval_shape(tx.init, trained))
+    state = jax.eval_shape(tx.init, trained)
+    return jax.tree_util.tree_map_with_path(place_of, state)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -139,9 +165,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, *, microbatched: bool) -> NamedSharding:
-    """Rows split over data and fsdp: of `[B, T]`, or of `[M, B, T]` where there are microbatches."""
-    axes = P(None, ROW_AXES) if microbatched else P(ROW_AXES)
-    return NamedSharding(mesh, axes)
+    """Rows split over data and fsdp: of `[B, T]`, or of `[M, B, T]` with microbatches."""
+    if microbatched:
+        return NamedSharding(mesh, P(None, ROW_AXES))
+    return NamedSharding(mesh, P(ROW_AXES))
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -160,25 +187,27 @@ def place_batch(
     placed = {}
     for name, rows in batch.items():
         if microbatches:
-            rows = rows.reshape(microbatches, -1, rows.shape[-1])
+            rows = rows.reshape(microbatches, -1, rows.shape[-1])  # [M, B / M, T]
         placed[name] = place(rows, sharding)
     return placed
 
 
 def split_rows(x: Array) -> Array:
-    """x `[B, ...]` with its rows split over the ambient mesh (`jax.set_mesh`), if they divide by it.
+    """x `[B, ...]` with its rows split over the ambient mesh (`jax.set_mesh`), if they divide.
 
     Without it XLA may leave the width split, as the embedding table is, and gather the whole batch
     on every device.
     """
-    axes = tuple(axis for axis in ROW_AXES if axis in jax.sharding.get_abstract_mesh().shape)
-    if not axes or x.shape[0] % row_devices():
+    sizes = jax.sharding.get_abstract_mesh().shape
+    axes = tuple(axis for axis in ROW_AXES if axis in sizes)
+    rows = x.shape[0]
+    if not axes or rows % row_devices():
         return x
     return lax.with_sharding_constraint(x, P(axes))
 
 
 def row_devices() -> int:
-    """The number of devices of the ambient mesh that a batch's rows are split over; 1 without one."""
+    """How many devices of the ambient mesh a batch's rows are split over; 1 without a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes.get(axis, 1) for axis in ROW_AXES)
 
@@ -201,14 +230,17 @@ def gathered(path: str, kernel: Quantized) -> Quantized:
     whole_over_fsdp = tuple(None if axis == "fsdp" else axis for axis in without_layers)
 
     def constrained(part: Array, part_axes: tuple[MeshAxis, ...]) -> Array:
-        return lax.with_sharding_constraint(part, fitted(part_axes, part.shape, sizes))
+        fitting = fitted(part_axes, part.shape, sizes)
+        return lax.with_sharding_constraint(part, fitting)
 
-    return jax.tree.map(constrained, kernel, kernel.axes(whole_over_fsdp, sizes))
+    part_axes = kernel.axes(whole_over_fsdp, sizes)
+    return jax.tree.map(constrained, kernel, part_axes)
 
 
 def fitted(axes: tuple[MeshAxis, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
     """The mesh axes of an array's axes, without those that do not divide them."""
     kept = []
+    # JAX shards an axis only into equal parts.
     for axis, size in zip(axes, shape, strict=True):
         names = axis if isinstance(axis, tuple) else (axis,)
         devices = math.prod(sizes[name] for name in names if name)
@@ -220,12 +252,14 @@ def _adapter_axes(path: str, rules: Rules, layout: Layout) -> tuple[MeshAxis, ..
     """The mesh axes of an adapter's leaf: those of the kernel's axes that its row names."""
     module, _, name = path.rpartition("/")
     spec = layout[module]
-    n = len(spec.stack) + len(spec.ins) + len(spec.outs)
-    kernel = _rule(join(module, spec.weight), n, rules)
+    kernel_path = join(module, spec.weight)
+    ndim = len(spec.stack) + len(spec.ins) + len(spec.outs)
+    kernel = _rule(kernel_path, ndim, rules)
     meanings = {"stack": spec.stack, "in": spec.ins, "out": spec.outs}
     axes: list[MeshAxis] = []
     for axis in leaf_schema(name).axes:
         if axis == "rank":
+            # Ranks are small, and splitting them would add a sum over devices.
             axes.append(None)
         else:
             axes += [kernel[i] for i in meanings[axis]]
@@ -237,4 +271,6 @@ def _rule(path: str, ndim: int, rules: Rules) -> tuple[str | None, ...]:
     axes = first_match(rules, path)
     if axes is None:
         raise ValueError(f"no sharding rule matches the parameter {path}; add one to DECODER_RULES")
-    return (*axes, *[None] * (ndim - len(axes)))
+    # Axes that the rule does not name are whole on every device.
+    missing = ndim - len(axes)
+    return (*axes, *[None] * missing)

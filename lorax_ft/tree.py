@@ -1,4 +1,4 @@
-"""Parameter trees: nested dicts whose leaves have slash paths, such as `layers/mlp/up_proj/kernel`."""
+"""Parameter trees: nested dicts, whose leaves have slash paths such as `layers/mlp/gate/kernel`."""
 
 from __future__ import annotations
 
@@ -62,8 +62,10 @@ def split(tree: Mapping[str, Any], keep: Callable[[str], bool]) -> tuple[Tree, T
     accepted: dict[str, Any] = {}
     others: dict[str, Any] = {}
     for path, leaf in flatten(tree).items():
-        part = accepted if keep(path) else others
-        part[path] = leaf
+        if keep(path):
+            accepted[path] = leaf
+        else:
+            others[path] = leaf
     return unflatten(accepted), unflatten(others)
 
 
@@ -81,19 +83,26 @@ def combine(*trees: Mapping[str, Any]) -> Tree:
         for path, leaf in flatten(tree).items():
             if path in flat:
                 raise ValueError(
-                    f"two of the trees hold the leaf {path!r}; combine needs trees that do not overlap"
+                    f"two of the trees hold the leaf {path!r}; combine needs trees that do not "
+                    "overlap"
                 )
             flat[path] = leaf
-    for path in flat:
-        parent = path
-        while parent := parent.rpartition("/")[0]:
-            if parent in flat:
-                raise ValueError(f"{parent!r} is a leaf in one tree and holds {path!r} in another")
+    _check_no_leaf_above(flat)
     return unflatten(flat)
 
 
+def _check_no_leaf_above(flat: Mapping[str, Any]) -> None:
+    """Raise where a leaf's path continues that of another leaf."""
+    for path in flat:
+        parent, _, _ = path.rpartition("/")
+        while parent:
+            if parent in flat:
+                raise ValueError(f"{parent!r} is a leaf in one tree and holds {path!r} in another")
+            parent, _, _ = parent.rpartition("/")
+
+
 def first_match(rules: Iterable[tuple[str, T]], path: str) -> T | None:
-    """The value of the first (regular expression, value) rule that matches the whole path, or None."""
+    """The value of the first (regular expression, value) rule that matches the whole path."""
     for pattern, value in rules:
         if re.fullmatch(pattern, path):
             return value

@@ -1,1 +1,1 @@
-"""Other people's names and files: Hugging Face checkpoints, GGUF files, PEFT adapters and tokenizers."""
+"""Files of other libraries: Hugging Face checkpoints and tokenizers, GGUF files, PEFT adapters."""

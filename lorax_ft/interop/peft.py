@@ -1,14 +1,15 @@
 """PEFT adapter folders, written and read.
 
-PEFT keeps the factors transposed (`lora_A.weight` `[r, in]`, `lora_B.weight` `[out, r]`), a tensor for
-each layer of a stack, and no start: A₀ and B₀ become further columns, A' = [A, A₀] and B' = [B; −B₀],
-on the original base.
+PEFT stores the factors transposed (`lora_A.weight` `[r, in]`, `lora_B.weight` `[out, r]`), a tensor
+for each layer of a stack, and no start: A₀ and B₀ become further columns, A' = [A, A₀] and
+B' = [B; −B₀], on the original base.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -58,9 +59,9 @@ def save_peft(
       model: the model as it was loaded; its source is named as the adapter's base.
       config: what the adapters were made from: says which modules were trained in full, and the
         dropout rate. None compares the weights with the model's own, and records no dropout.
-      base: folder with the base as it is in `params`, without the starts (`save_quantized`), on which
-        PEFT is to load the adapter. Needed where an init changed a quantized base, since no adapter
-        on the original is equal to that.
+      base: folder with the base as it is in `params`, without the starts (`save_quantized`), on
+        which PEFT is to load the adapter. Needed where an init changed a quantized base, since no
+        adapter on the original is equal to that.
       others: whether files of other names in the folder are kept, or refused.
 
     Raises:
@@ -69,31 +70,33 @@ def save_peft(
     """
     adapters, whole = collect_adapters(params, model, config, base=base)
     names = family_names(model.hf_config)
-    named = {hf_module(path, names): matrix for path, matrix in adapters.items()}
-    method = method_of_matrix(next(iter(adapters.values())))
+    first_matrix = next(iter(adapters.values()))
+    method = method_of_matrix(first_matrix)
     tensors: dict[str, np.ndarray] = {}
+    by_module: dict[str, Matrix] = {}
     for path, matrix in adapters.items():
         module = hf_module(path, names)
+        by_module[module] = matrix
         for suffix, value in method.tensors(matrix, path == TABLE).items():
             tensors[f"{PREFIX}{module}.{suffix}"] = np.ascontiguousarray(value)
+    whole_modules = set()
     for path, weight in whole.items():
-        module, _, leaf = path.rpartition("/")
-        name = f"{PREFIX}{hf_module(module, names)}.{LEAVES[leaf]}"
-        tensors[name] = np.ascontiguousarray(weight)
-    whole_modules = {hf_module(path.rpartition("/")[0], names) for path in whole}
+        parent, _, leaf = path.rpartition("/")
+        module = hf_module(parent, names)
+        whole_modules.add(module)
+        tensors[f"{PREFIX}{module}.{LEAVES[leaf]}"] = np.ascontiguousarray(weight)
     peft_config = {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "base_model_name_or_path": str(base) if base else model.source or None,
+        "base_model_name_or_path": str(base or model.source) or None,
         "modules_to_save": sorted(whole_modules) or None,
-        **method.config(named, _known_modules(model, params)),
+        **method.config(by_module, _known_modules(model, params)),
     }
     if method.dropout is not None:
         peft_config[method.dropout] = config.dropout if config else 0.0
     with new_folder(folder, others=others) as new:
-        text = json.dumps(peft_config, indent=2, sort_keys=True)
-        (new / CONFIG).write_text(text + "\n")
+        (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -105,8 +108,8 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
       model: the adapter's base.
 
     Raises:
-      ValueError: the folder is damaged, its type or an option of it is not supported, or it does not
-        fit the model.
+      ValueError: the folder is damaged, its type or an option of it is not supported, or it does
+        not fit the model.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -160,13 +163,15 @@ def _check_base(config: Mapping[str, Any], folder: Path, model: Model) -> None:
 
     Likewise where the model is such a base, and the adapter is for another.
     """
+    # PEFT allows null here.
     named = Path(config.get("base_model_name_or_path") or "")
     source = Path(model.source).resolve()
-    is_own_base = source in (named.resolve(), folder.resolve().parent / BASE)
+    beside_folder = folder.resolve().parent / BASE
+    is_own_base = source in (named.resolve(), beside_folder)
     if model.without_start and not is_own_base:
         raise ValueError(
-            f"{model.source} is the base of another adapter, without its start; {folder} was trained "
-            f"on {named}: load that"
+            f"{model.source} is the base of another adapter, without its start; {folder} was "
+            f"trained on {named}: load that"
         )
     if named.name == BASE and not (is_own_base and model.without_start):
         raise ValueError(f"{folder} was trained on {named}, not on {model.source}; load {named}")
@@ -191,7 +196,8 @@ def _check_complete(
     folder: Path,
 ) -> None:
     """Raise where the folder lacks tensors of its targets, or has no tensors at all."""
-    missing = without_tensors(config, [entry.target for entry in targets.values()], known)
+    with_tensors = [entry.target for entry in targets.values()]
+    missing = without_tensors(config, with_tensors, known)
     if missing:
         raise ValueError(
             f"{folder}: {CONFIG} targets {missing[0]}, but {WEIGHTS} holds no tensor for it; is it "
@@ -203,10 +209,13 @@ def _check_complete(
 
 def _known_modules(model: Model, params: Tree) -> dict[str, Place]:
     """Where the modules of the model stand, by Hugging Face's names."""
-    experts = model.config.experts.count if model.config.experts else 1
+    experts = 1
+    if model.config.experts:
+        experts = model.config.experts.count
     stack = (model.config.layers, experts)
     names = family_names(model.hf_config)
     known = {}
+    # A tied head is not in the tree, but a folder may untie it.
     for path in {HEAD: {}} | modules(params):
         for logical, index in unstacked(path, stack):
             known[hf_module(logical, names)] = (path, index)
@@ -223,7 +232,12 @@ def _place(module: str, known: Mapping[str, Place], *, where: Path) -> Place:
 
 
 def _with_own_weight(
-    layers: Mapping[str, Layer], place: Place, entry: Entry, layout: Layout, *, where: Path
+    layers: Mapping[str, Layer],
+    place: Place,
+    entry: Entry,
+    layout: Layout,
+    *,
+    where: Path,
 ) -> dict[str, Layer]:
     """The layers that a weight, or a bias, of one layer of a stack replaces."""
     path, index = place
@@ -242,11 +256,13 @@ def _with_own_weight(
             f"{where}: {entry.key} was trained in full, but the model is quantized: load it with "
             "quant.format none"
         )
-    value = entry.value.T if name == "kernel" else entry.value
+    value = entry.value
+    if name == "kernel":
+        value = value.T
     if old[index].shape != value.shape:
         raise ValueError(
-            f"{where}: {entry.key} has the shape {value.shape}; the model's is {old[index].shape} "
-            "(in, out)"
+            f"{where}: {entry.key} has the shape {value.shape}; the model's is "
+            f"{old[index].shape} (in, out)"
         )
     dtype = jnp.promote_types(old.dtype, value.dtype)
     replaced = jnp.asarray(old, dtype).at[index].set(jnp.asarray(value, dtype))
@@ -265,23 +281,27 @@ def _stacked(
     *,
     where: Path,
 ) -> Layer:
-    """The adapter leaves of a stack: zero padding to the largest rank, 0 for matrices without one."""
+    """The adapter leaves of a stack: zeros beyond a matrix's rank, and for matrices without one."""
     kernel_shape = base_shape(layers, path, spec)
     rank = max(map(_rank, matrices.values()))
     first = next(iter(matrices.values()))
-    leaves = {
-        name: np.zeros(spec.leaf_shape(name, kernel_shape, rank=rank), np.float32) for name in first
-    }
+    leaves = {}
+    for name in first:
+        shape = spec.leaf_shape(name, kernel_shape, rank=rank)
+        leaves[name] = np.zeros(shape, np.float32)
     for index, matrix in matrices.items():
         for name, value in matrix.items():
-            _check_fits(name, value, leaves[name][index].shape, path, where=where)
+            leaf = leaves[name]
+            _check_fits(name, value, leaf[index].shape, path, where=where)
             # Only a rank axis may be longer than the matrix's own.
             own: tuple[Any, ...] = tuple(slice(size) for size in value.shape)
-            leaves[name][index + own] = value
+            leaf[index + own] = value
     layer = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
-    if magnitude.MAGNITUDE in layer and len(matrices) < leaves[magnitude.MAGNITUDE][..., 0].size:
+    stack, _, _ = spec.sizes(kernel_shape)
+    if magnitude.MAGNITUDE in layer and len(matrices) < math.prod(stack):
         # Where there is no adapter, the magnitude is the identity.
-        whole = with_kernel({**layers, path: layers.get(path, {}) | layer}, path, spec)
+        adapted = layers.get(path, {}) | layer
+        whole = with_kernel({**layers, path: adapted}, path, spec)
         full = np.array(magnitude.column_norm(whole))
         for index, matrix in matrices.items():
             full[index] = matrix[magnitude.MAGNITUDE]
@@ -292,14 +312,19 @@ def _stacked(
 def _rank(matrix: Matrix) -> int:
     """The rank of a matrix's adapter; 0 where it has none."""
     for name, value in matrix.items():
-        axes = leaf_schema(name).axes
+        _, *axes = leaf_schema(name).axes  # without the stack axis
         if "rank" in axes:
-            return value.shape[axes.index("rank") - 1]  # without the stack axis
+            return value.shape[axes.index("rank")]
     return 0
 
 
 def _check_fits(
-    name: str, value: np.ndarray, expected: tuple[int, ...], path: str, *, where: Path
+    name: str,
+    value: np.ndarray,
+    expected: tuple[int, ...],
+    path: str,
+    *,
+    where: Path,
 ) -> None:
     """Raise where a leaf has another size than the model's module, apart from its rank."""
     axes = leaf_schema(name).axes[1:]

@@ -1,4 +1,4 @@
-"""What of a parameter tree goes into a PEFT folder: the adapters, and the modules trained in full."""
+"""Collecting what a PEFT folder holds: the adapters, and the modules trained in full."""
 
 from __future__ import annotations
 
@@ -71,12 +71,18 @@ def differ(leaf: Array, old: Array, index: tuple[int, ...] = ()) -> bool:
     """Whether a leaf, at an index of its stack, is another than before."""
     if leaf is old:
         return False
-    was_donated = isinstance(old, Array) and old.is_deleted()  # to a step that trained it
-    return was_donated or not jnp.array_equal(leaf[index], old[index].astype(leaf.dtype))
+    # An array that was donated to a step that trained it cannot be read again.
+    if isinstance(old, Array) and old.is_deleted():
+        return True
+    before = old[index].astype(leaf.dtype)
+    return not jnp.array_equal(leaf[index], before)
 
 
 def _changed_weights(
-    path: str, layer: Layer, model: Model, config: AdapterConfig | None
+    path: str,
+    layer: Layer,
+    model: Model,
+    config: AdapterConfig | None,
 ) -> dict[str, np.ndarray]:
     """The layer's own weights where they were trained, in PEFT's orientation, by logical path."""
     if config is not None and not fully_trained(path, config.train_whole):
@@ -85,8 +91,8 @@ def _changed_weights(
         return {}
     if config is None and not isinstance(model, LoadedModel):
         raise ValueError(
-            "save_peft: without config= the weights are compared with the model's own; give a model "
-            "from load_model, or the config that the adapters were made from"
+            "save_peft: without config= the weights are compared with the model's own; give a "
+            "model from load_model, or the config that the adapters were made from"
         )
     changed = {}
     for name, leaf in layer.items():
@@ -95,7 +101,9 @@ def _changed_weights(
         for logical, index in unstacked(path, leaf.shape):
             if config is not None or differ(leaf, _original(path, name, model), index):
                 value = np.asarray(leaf[index])
-                changed[f"{logical}/{name}"] = value.T if name == "kernel" else value
+                if name == "kernel":
+                    value = value.T  # torch's Linear has [out, in]
+                changed[f"{logical}/{name}"] = value
     return changed
 
 
@@ -132,8 +140,8 @@ def _check(adapters: dict[str, Matrix], whole: dict[str, np.ndarray]) -> None:
     for path in sorted(whole):
         if path.rpartition("/")[0] in adapters:
             raise ValueError(
-                f"save_peft: {path} is trained in full and its module is adapted; PEFT supports one "
-                "of the two"
+                f"save_peft: {path} is trained in full and its module is adapted; PEFT supports "
+                "one of the two"
             )
     if len({method_of_matrix(matrix).peft_type for matrix in adapters.values()}) > 1:
         raise ValueError("save_peft: the adapters are of several types; PEFT needs one")

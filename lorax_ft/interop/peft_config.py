@@ -25,20 +25,22 @@ def without_tensors(
       modules: all modules of the model.
     """
     with_tensors = set(names)
-    given = config.get("target_modules")
-    targets = given if isinstance(given, list) else []
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        targets = []
     parameters = config.get("target_parameters") or []
     unmet = []
     for target in [*targets, *parameters]:
         if not any(is_target(name, [target]) for name in with_tensors):
             unmet.append(target)
-    # These options leave out modules that the targets match.
-    narrowed = any(
-        config.get(name) is not None for name in ("exclude_modules", "layers_to_transform")
-    )
-    if not narrowed:
-        meant = [module for module in modules if is_target(module, targets)]
-        unmet += [module for module in meant if module not in with_tensors]
+    excluded = config.get("exclude_modules")
+    layers = config.get("layers_to_transform")
+    if excluded is not None or layers is not None:
+        # These options leave out modules that the targets match.
+        return unmet
+    for module in modules:
+        if is_target(module, targets) and module not in with_tensors:
+            unmet.append(module)
     return unmet
 
 
@@ -51,17 +53,24 @@ def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, np.floa
     """The rank of a module, or of a target parameter, and alpha / r or alpha / √r (rsLoRA)."""
     rank = _matching(config.get("rank_pattern"), module, config["r"])
     alpha = _matching(config.get("alpha_pattern"), module, config["lora_alpha"])
-    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return rank, np.float32(alpha / divisor)
+    divisor = rank
+    if config.get("use_rslora"):
+        divisor = math.sqrt(rank)
+    scale = alpha / divisor
+    return rank, np.float32(scale)
 
 
 def alpha_of(scale: float, rank: int) -> float:
     """The roundest alpha whose alpha / rank is `scale` in float32."""
+    exact = float(scale) * rank
     for digits in (0, 4, 8):
-        alpha = round(float(scale) * rank, digits)
-        if np.float32(alpha / rank) == np.float32(scale):
-            return int(alpha) if alpha == int(alpha) else alpha
-    return float(scale) * rank
+        alpha = round(exact, digits)
+        if np.float32(alpha / rank) != np.float32(scale):
+            continue
+        if alpha == int(alpha):
+            return int(alpha)
+        return alpha
+    return exact
 
 
 def shortened(values: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
@@ -72,11 +81,14 @@ def shortened(values: Mapping[str, Any], modules: Iterable[str]) -> dict[str, An
     """
     groups: dict[str, list[str]] = {}
     for name in modules:
-        groups.setdefault(name.rpartition(".")[2], []).append(name)
+        _, _, last = name.rpartition(".")
+        groups.setdefault(last, []).append(name)
     short: dict[str, Any] = {}
     for last, names in groups.items():
         held = {name: values[name] for name in names if name in values}
-        if len(held) == len(names) and len(set(held.values())) == 1:
+        has_all = len(held) == len(names)
+        distinct = set(held.values())
+        if has_all and len(distinct) == 1:
             short[last] = held[names[0]]
         else:
             short |= held
@@ -85,16 +97,20 @@ def shortened(values: Mapping[str, Any], modules: Iterable[str]) -> dict[str, An
 
 def check_values(config: Mapping[str, Any], folder: Path) -> None:
     """Raise where a field of a LoRA config that changes numbers has a value of the wrong type."""
-    valid = {name: _is_positive(config.get(name)) for name in ("r", "lora_alpha")}
-    valid["r"] = valid["r"] and isinstance(config["r"], int)
+    rank = config.get("r")
+    valid = {
+        "r": _is_positive(rank) and isinstance(rank, int),
+        "lora_alpha": _is_positive(config.get("lora_alpha")),
+    }
     for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
-        valid[name] = isinstance(config.get(name, False), bool)
+        flag = config.get(name, False)
+        valid[name] = isinstance(flag, bool)
     for name in ("rank_pattern", "alpha_pattern"):
-        valid[name] = _is_pattern_table(config.get(name) or {})
+        # null means no patterns.
+        table = config.get(name) or {}
+        valid[name] = _is_pattern_table(table)
     parameters = config.get("target_parameters") or []
-    valid["target_parameters"] = isinstance(parameters, list) and all(
-        isinstance(name, str) for name in parameters
-    )
+    valid["target_parameters"] = _is_name_list(parameters)
     for name, is_valid in valid.items():
         if not is_valid:
             value = config.get(name)
@@ -107,9 +123,16 @@ def _is_positive(value: Any) -> bool:
     return is_number and math.isfinite(value) and value > 0
 
 
+def _is_name_list(names: Any) -> bool:
+    """Whether a value is a list of strings."""
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
+
+
 def _is_pattern_table(patterns: Any) -> bool:
-    """Whether a value holds positive numbers by regular expression."""
-    if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
+    """Whether a value is a dict of regular expressions and positive numbers."""
+    if not isinstance(patterns, dict):
+        return False
+    if not all(map(_is_positive, patterns.values())):
         return False
     try:
         for pattern in patterns:

@@ -78,10 +78,12 @@ def export_lora(matrix: Matrix, base_without_start: bool) -> Matrix:
         parts.append((matrix["lora_a0"], -matrix["lora_b0"]))
     used = np.any([a.any(0) | b.any(1) for a, b in parts], axis=0)
     used[0] |= not used.any()  # PEFT has no rank 0
+    used_a = [a[:, used] for a, _ in parts]
+    used_b = [b[used] for _, b in parts]
     exported = {
         "lora_scale": matrix["lora_scale"],
-        "lora_a": np.concatenate([a[:, used] for a, _ in parts], axis=1),
-        "lora_b": np.concatenate([b[used] for _, b in parts]),
+        "lora_a": np.concatenate(used_a, axis=1),
+        "lora_b": np.concatenate(used_b),
     }
     if "magnitude" in matrix:
         exported["magnitude"] = matrix["magnitude"]
@@ -90,10 +92,15 @@ def export_lora(matrix: Matrix, base_without_start: bool) -> Matrix:
 
 def lora_tensors(matrix: Matrix, is_embedding: bool) -> dict[str, np.ndarray]:
     """A `[R, I]` and B `[O, R]`, as PEFT has them."""
-    names = ("lora_A.weight", "lora_B.weight")
+    a_name = "lora_A.weight"
+    b_name = "lora_B.weight"
     if is_embedding:
-        names = ("lora_embedding_A", "lora_embedding_B")
-    tensors = {names[0]: matrix["lora_a"].T, names[1]: matrix["lora_b"].T}
+        a_name = "lora_embedding_A"
+        b_name = "lora_embedding_B"
+    tensors = {
+        a_name: matrix["lora_a"].T,
+        b_name: matrix["lora_b"].T,
+    }
     if "magnitude" in matrix:
         tensors["lora_magnitude_vector"] = matrix["magnitude"]
     return tensors
@@ -114,12 +121,14 @@ def lora_config(adapters: Matrices, modules: Iterable[str]) -> dict[str, Any]:
             "save_peft: some adapters have a DoRA magnitude and some have none; PEFT needs all or "
             "none"
         )
-    ranks = {name: matrix["lora_a"].shape[1] for name, matrix in adapters.items()}
-    alphas = {
-        name: alpha_of(matrix["lora_scale"].item(), ranks[name])
-        for name, matrix in adapters.items()
-    }
-    rank, alpha = _most_common(ranks), _most_common(alphas)
+    ranks = {}
+    alphas = {}
+    for name, matrix in adapters.items():
+        _, ranks[name] = matrix["lora_a"].shape
+        scale = matrix["lora_scale"].item()
+        alphas[name] = alpha_of(scale, ranks[name])
+    rank = _most_common(ranks)
+    alpha = _most_common(alphas)
     other_ranks = {name: value for name, value in ranks.items() if value != rank}
     other_alphas = {name: value for name, value in alphas.items() if value != alpha}
     return {
@@ -150,7 +159,12 @@ def check_lora_config(config: Mapping[str, Any], folder: Path) -> None:
             raise ValueError(f"{folder} uses {name} in its {CONFIG}, which is not supported")
 
 
-def complete_lora(matrix: Matrix, config: Mapping[str, Any], target: str, where: str) -> Matrix:
+def complete_lora(
+    matrix: Matrix,
+    config: Mapping[str, Any],
+    target: str,
+    where: str,
+) -> Matrix:
     """A `[I, R]`, B `[R, O]`, the scale and the magnitude `[O]`.
 
     Raises:
@@ -162,7 +176,8 @@ def complete_lora(matrix: Matrix, config: Mapping[str, Any], target: str, where:
     for name in needed:
         if name not in matrix:
             raise ValueError(f"{where} has no {name}")
-    a, b = matrix["lora_a"].T, matrix["lora_b"].T
+    a = matrix["lora_a"].T
+    b = matrix["lora_b"].T
     rank, scale = rank_and_scale(config, target)
     if a.shape[1:] != (rank,) or b.shape[:1] != (rank,):
         raise ValueError(f"{where} has rank {a.shape[-1]} in {WEIGHTS}, and {rank} in {CONFIG}")
@@ -232,7 +247,12 @@ def check_ia3_config(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def complete_ia3(matrix: Matrix, config: Mapping[str, Any], target: str, where: str) -> Matrix:
+def complete_ia3(
+    matrix: Matrix,
+    config: Mapping[str, Any],
+    target: str,
+    where: str,
+) -> Matrix:
     """The vector `[I]` or `[O]`.
 
     Raises:
@@ -305,7 +325,12 @@ def check_miss_config(config: Mapping[str, Any], folder: Path) -> None:
         raise ValueError(f"{folder / CONFIG}: r is {rank!r}, which is not a valid value")
 
 
-def complete_miss(matrix: Matrix, config: Mapping[str, Any], target: str, where: str) -> Matrix:
+def complete_miss(
+    matrix: Matrix,
+    config: Mapping[str, Any],
+    target: str,
+    where: str,
+) -> Matrix:
     """D and its rank.
 
     Raises:

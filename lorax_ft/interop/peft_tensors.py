@@ -1,8 +1,8 @@
 """The tensors of a PEFT folder, each as one module of the checkpoint has it.
 
-transformers 5 stacks the experts of a layer, and PEFT adapts the stacks as `target_parameters`: A of
-all experts is one tensor `[E·R, I]`, experts first, and B is `[O, R·E]`, ranks first. A module is
-wrapped once for each of its parameters, the first one innermost: where both are adapted,
+transformers 5 stacks the experts of a layer, and PEFT adapts the stacks as `target_parameters`: A
+of all experts is one tensor `[E·R, I]`, experts first, and B is `[O, R·E]`, ranks first. A module
+is wrapped once for each of its parameters, the first one innermost: where both are adapted,
 `mlp.experts.base_layer.lora_A.weight` is gate_up_proj's and `mlp.experts.lora_A.weight` is
 down_proj's. Gate and up are one parameter, with one A and halves of B.
 
@@ -53,9 +53,12 @@ class Entry:
 
 
 def adapter_tensors(
-    folder: Path, config: Mapping[str, Any], method: PeftMethod, model: Model
+    folder: Path,
+    config: Mapping[str, Any],
+    method: PeftMethod,
+    model: Model,
 ) -> Iterator[Entry]:
-    """The tensors of a folder, with those of stacked experts taken apart.
+    """The tensors of a folder, with stacked experts split into one tensor for each expert.
 
     Args:
       folder: of an adapter.
@@ -90,7 +93,11 @@ def _parse(key: str, method: PeftMethod, folder: Path) -> tuple[str, str]:
 
 
 def _expert_entries(
-    entry: Entry, config: Mapping[str, Any], model: Model, *, where: Path
+    entry: Entry,
+    config: Mapping[str, Any],
+    model: Model,
+    *,
+    where: Path,
 ) -> Iterator[Entry]:
     """The entries of single modules in one of a sparse MLP.
 
@@ -111,24 +118,34 @@ def _expert_entries(
     stacks = _split_stack(entry, model.config.experts.count, STACKS[parameter], where=where)
     for name, values in stacks.items():
         for i, value in enumerate(values):
+            expert = hf_module(f"{path}/{i}/{name}", names)
             yield dataclasses.replace(
                 entry,
-                module=hf_module(f"{path}/{i}/{name}", names),
+                module=expert,
                 target=f"{module}.{parameter}",
                 value=value,
             )
 
 
 def _split_stack(
-    entry: Entry, count: int, names: tuple[str, ...], *, where: Path
+    entry: Entry,
+    count: int,
+    names: tuple[str, ...],
+    *,
+    where: Path,
 ) -> dict[str, np.ndarray]:
     """A `[E, R, I]` or B `[E, O, R]` of each of the modules in one parameter."""
     *_, rows, columns = entry.value.shape
     if entry.leaf == "lora_a" and rows % count == 0:
-        return dict.fromkeys(names, entry.value.reshape(count, -1, columns))
+        a = entry.value.reshape(count, -1, columns)  # [E, R, I]
+        # Gate and up share A.
+        return dict.fromkeys(names, a)
     if entry.leaf == "lora_b" and columns % count == 0 and rows % len(names) == 0:
-        b = entry.value.reshape(rows, -1, count).transpose(2, 0, 1)  # [E, O, R]
-        return dict(zip(names, np.split(b, len(names), axis=1), strict=True))
+        b = entry.value.reshape(rows, -1, count)  # [O, R, E]
+        b = b.transpose(2, 0, 1)  # [E, O, R]
+        parts = np.split(b, len(names), axis=1)
+        return dict(zip(names, parts, strict=True))
     raise ValueError(
-        f"{where}: {entry.key} has the shape {entry.value.shape}, which does not fit {count} experts"
+        f"{where}: {entry.key} has the shape {entry.value.shape}, which does not fit {count} "
+        "experts"
     )

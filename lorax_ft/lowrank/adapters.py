@@ -1,6 +1,7 @@
-"""Adding adapters to a parameter tree, disabling them, and the leaves that a step needs beside them.
+"""Adding adapters to a parameter tree, disabling them, and the further leaves that a step needs.
 
-{"up_proj": {"kernel": W}}  →  {"up_proj": {"kernel": W, "lora_a": A, "lora_b": B, "lora_scale": s}}
+{"up_proj": {"kernel": W}}
+→  {"up_proj": {"kernel": W, "lora_a": A, "lora_b": B, "lora_scale": s}}
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.spec import base_kernel, base_shape, with_kernel
 from lorax_ft.lowrank.statistics import checked_statistics, needed_statistics
 from lorax_ft.lowrank.targets import plan_adapters
-from lorax_ft.lowrank.terms import TERMS, check_layer, dropout, is_adapted, kept_start, low_rank
+from lorax_ft.lowrank.terms import (
+    TERMS,
+    check_layer,
+    dropout,
+    is_adapted,
+    kept_start,
+    low_rank,
+    scale_leaves,
+)
 from lorax_ft.lowrank.terms import magnitude as magnitude_term
 from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized
@@ -51,7 +60,7 @@ def add_adapters(
         its `dropout` for `with_dropout`.
       layout: the layers of the model (`lorax_ft.layout`, or a loaded model's own).
       key: every leaf's randomness is folded from it and the leaf's path.
-      init: an init of your own, in place of the one that `config.init` names: a function of an
+      init: a custom init, in place of the one that `config.init` names: a function of an
         `InitContext` that returns an `InitResult` (`lorax_ft.lowrank.inits.context`).
       originals: by path, reads the matrices that are quantized in `params` in full precision
         (`Model.originals`); needed by inits that change the base.
@@ -67,7 +76,7 @@ def add_adapters(
       ValueError: a pattern matches no module, a rank is above a matrix's smaller side, a statistic
         is missing, or the init computes on the host and `params` are being traced.
 
-    An init of your own edits no file of this library:
+    A custom init needs no change to this library:
 
     >>> from lorax_ft.lowrank.inits.context import InitContext, InitResult
     >>> def ones(context: InitContext) -> InitResult:
@@ -82,7 +91,7 @@ def add_adapters(
     """
     layers = modules(nn.meta.unbox(params))
     row = init_schema(config.init)
-    # What an init of the caller's own does to the base shows when it is called.
+    # Whether a custom init changes the base is only known once it is called.
     changes_base = row.changes_base or init is not None
     plans = plan_adapters(config, params, layout=layout, changes_base=changes_base)
     if init is None and row.on_host and config.svd_iterations is None:
@@ -93,14 +102,10 @@ def add_adapters(
         prepare = find_function(row.prepare)
         plans, measured = prepare(plans, measured, config, key=key)
     for path, plan in plans.items():
-        layer = layers.get(path, {})
-        if is_adapted(layer):
-            raise ValueError(
-                f"{path} has an adapter already; merge it first (lorax_ft.merge_adapters)"
-            )
-        original = None
-        if plan.start == "in_base" and init is None:
-            original = _original(originals, path, layer)
+        layer = _unadapted_layer(layers, path)
+        # A custom init cannot requantize the base.
+        needs_original = plan.start == "in_base" and init is None
+        original = _original(originals, path, layer) if needs_original else None
         layers[path] = layer | adapter_leaves(
             base_kernel(layers, path, layout[path]),
             plan=plan,
@@ -133,10 +138,10 @@ def abstract_adapters(config: AdapterConfig, params: Tree, *, layout: Layout) ->
     for path, plan in plan_adapters(config, params, layout=layout).items():
         spec = layout[path]
         shapes = leaf_shapes(plan, base_shape(layers, path, spec))
-        found[path] = {
-            name: jax.ShapeDtypeStruct(spec.stored_shape(name, shape), jnp.float32)
-            for name, shape in shapes.items()
-        }
+        found[path] = {}
+        for name, shape in shapes.items():
+            stored = spec.stored_shape(name, shape)
+            found[path][name] = jax.ShapeDtypeStruct(stored, jnp.float32)
     return from_modules(found)
 
 
@@ -225,6 +230,7 @@ def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:
     """
     if rate == 0:
         return params
+    # `jax.random.PRNGKey` returns raw integers, which `jax.random.split` would give another axis.
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     layers = modules(params)
@@ -232,11 +238,17 @@ def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:
         for term in TERMS:
             if term.takes_dropout and term.active in layer:
                 stack = layer[term.active].shape
-                layers[path] = layer | dropout.leaves(fold_path(key, path), rate, stack=stack)
+                path_key = fold_path(key, path)
+                layers[path] = layer | dropout.leaves(path_key, rate, stack=stack)
     return from_modules(layers)
 
 
-def _base_weights(path: str, layer: Layer, own: Mapping[str, Layer], layout: Layout) -> Layer:
+def _base_weights(
+    path: str,
+    layer: Layer,
+    own: Mapping[str, Layer],
+    layout: Layout,
+) -> Layer:
     """The base's own leaves of a layer, in the dtypes that the layer has them in."""
     old = own.get(path, {})
     spec = layout.get(path)
@@ -252,16 +264,17 @@ def _base_weights(path: str, layer: Layer, own: Mapping[str, Layer], layout: Lay
 def _disabled(layer: Layer, path: str, layout: Layout) -> Layer:
     """The leaves with which an adapted layer computes what its base does."""
     if not kept_start.is_in_base(layer):
-        switches = [term.active for term in TERMS if term.active in layer]
-        if kept_start.SCALE in layer:
-            switches.append(kept_start.SCALE)
-        return {name: jnp.zeros_like(layer[name]) for name in switches}
+        return {name: jnp.zeros_like(layer[name]) for name in scale_leaves(layer)}
     start = {low_rank.A: layer[kept_start.A0], low_rank.B: layer[kept_start.B0]}
     if magnitude_term.MAGNITUDE not in layer:
         return start
-    n = magnitude_term.column_norm(with_kernel({path: layer | start}, path, layout[path]))
-    both = (magnitude_term.MAGNITUDE, magnitude_term.NORM)
-    return start | {name: n for name in both if name in layer}
+    at_start = with_kernel({path: layer | start}, path, layout[path])
+    n = magnitude_term.column_norm(at_start)
+    # m = n, so that the magnitude changes nothing.
+    disabled = start | {magnitude_term.MAGNITUDE: n}
+    if magnitude_term.NORM in layer:
+        disabled[magnitude_term.NORM] = n
+    return disabled
 
 
 def _original(originals: Mapping[str, Original], path: str, layer: Layer) -> Original | None:
@@ -272,6 +285,14 @@ def _original(originals: Mapping[str, Original], path: str, layer: Layer) -> Ori
             "init cannot change it; load the original checkpoint, or set adapter.keep_base"
         )
     return originals.get(path)
+
+
+def _unadapted_layer(layers: Mapping[str, Layer], path: str) -> Layer:
+    """The leaves of the module at `path`, which must not have an adapter yet."""
+    layer = layers.get(path, {})
+    if is_adapted(layer):
+        raise ValueError(f"{path} has an adapter already; merge it first (lorax_ft.merge_adapters)")
+    return layer
 
 
 def _check_not_traced(config: AdapterConfig, layers: Mapping[str, Layer]) -> None:

@@ -55,8 +55,8 @@ def partition(
 
     Args:
       params: a tree with adapters.
-      by: "training": the leaves that train, and the frozen ones. "ownership": the leaves that belong
-        to the fine-tuning (frozen scales, factors and starts too), and those of the base.
+      by: "training": the leaves that train, and the frozen ones. "ownership": the leaves that
+        belong to the fine-tuning (frozen scales, factors and starts too), and those of the base.
       whole: patterns of modules whose own weights train in full: a config's `train_whole`.
       freeze: names of adapter leaves that do not train: a config's `freeze`.
 
@@ -76,16 +76,20 @@ def partition(
 
 def adapter_leaves_of(params: Tree) -> Tree:
     """The leaves that belong to adapters."""
-    return split(params, is_adapter)[0]
+    adapters, _ = split(params, is_adapter)
+    return adapters
 
 
 def fully_trained(path: str, whole: Sequence[str]) -> bool:
     """Whether the patterns `whole` match the module at `path`, or one that contains it."""
+    if "all" in whole:
+        return True
     parts = path.split("/")
-    for pattern in whole:
-        for end in range(1, len(parts) + 1):
-            if pattern == "all" or matches(pattern, "/".join(parts[:end])):
-                return True
+    # The module itself, and every module that contains it.
+    for end in range(1, len(parts) + 1):
+        prefix = "/".join(parts[:end])
+        if any(matches(pattern, prefix) for pattern in whole):
+            return True
     return False
 
 

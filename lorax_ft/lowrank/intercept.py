@@ -1,7 +1,7 @@
 """How an ordinary linen model sees adapters: its layers' calls are intercepted and go to `linear`.
 
-The model's code knows nothing of it. A layer's product with A is the layer's own code run on A (a
-clone with other features), so its dtype, precision, padding and `dot_general` are honored.
+The model's code does not change. A layer's product with A is the layer's own code run on A (a clone
+with other features), so its dtype, precision, padding and `dot_general` are honored.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def adapt(
         module = context.module
         if context.method_name != "__call__" or type(module) not in MODULES:
             return next_fun(*args, **kwargs)
-        layer = nn.meta.unbox(module.variables.get("params", {}))
+        boxed = module.variables.get("params", {})
+        layer = nn.meta.unbox(boxed)
         if not is_adapted(layer) and not isinstance(layer.get("kernel"), Quantized):
             return next_fun(*args, **kwargs)
         traced = trace(module, args, kwargs)
@@ -82,7 +83,8 @@ def adapt(
             raise ValueError(f"{path} has an adapter, but this form of the layer supports none")
         check_layer(layer, "/".join(module.path))
         run = functools.partial(_run_module, module, gather, traced.spec.weight)
-        return _adapted_call(module, traced, layer, _input_of(args, kwargs), run)
+        x = _input_of(args, kwargs)
+        return _adapted_call(module, traced, layer, x, run)
 
     def adapted(*args: Any, **kwargs: Any) -> Any:
         with nn.intercept_methods(intercept):
@@ -93,38 +95,47 @@ def adapt(
 
 def trace(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Traced | None:
     """What a module's call says of its kernel's axes; None where no adapter can be added to it."""
-    kind = MODULES.get(type(module))
-    if kind is None:
+    layer_type = MODULES.get(type(module))
+    if layer_type is None:
         return None
-    weight = LayerSpec(module=kind, stack=(), ins=(), outs=()).weight
+    weight = LayerSpec(module=layer_type, stack=(), ins=(), outs=()).weight
     if not module.has_variable("params", weight):
         return None
     shape = nn.meta.unbox(module.variables["params"])[weight].shape
-    if kind == "einsum":
+    if layer_type == "einsum":
         return _trace_einsum(module, shape, args, kwargs)
     n_in = len(shape) - 1
-    if kind == "general":
+    if layer_type == "general":
         if module.batch_dims:
             return None
         n_in = 1 if isinstance(module.axis, int) else len(module.axis)
-    if kind == "conv" and (module.feature_group_count != 1 or module.mask is not None):
+    if layer_type == "conv" and (module.feature_group_count != 1 or module.mask is not None):
         return None
     axes = tuple(range(len(shape)))
-    return Traced(
-        spec=LayerSpec(module=kind, stack=(), ins=axes[:n_in], outs=axes[n_in:]), shape=shape
-    )
+    spec = LayerSpec(module=layer_type, stack=(), ins=axes[:n_in], outs=axes[n_in:])
+    return Traced(spec=spec, shape=shape)
 
 
 def _input_of(args: Any, kwargs: Mapping[str, Any]) -> Array:
     return args[0] if args else kwargs["inputs"]
 
 
-def _adapted_call(module: nn.Module, traced: Traced, layer: Layer, x: Array, run: Run) -> Array:
+def _adapted_call(
+    module: nn.Module,
+    traced: Traced,
+    layer: Layer,
+    x: Array,
+    run: Run,
+) -> Array:
     """The layer's output by `linear`."""
     spec = traced.spec
     own_kernel = layer[spec.weight]
-    layer = magnitude.with_norm(as_canonical(layer, spec))
-    in_shape = tuple(layer["kernel"].shape[len(spec.stack) :][: len(spec.ins)])
+    canonical = as_canonical(layer, spec)
+    layer = magnitude.with_norm(canonical)
+    first_in = len(spec.stack)
+    first_out = first_in + len(spec.ins)
+    in_shape = tuple(layer["kernel"].shape[first_in:first_out])
+    # The module's own code expects the kernel in its own order of axes.
     layer["kernel"] = own_kernel
     if bias.BIAS in layer:
         x, layer = _promoted(module, x, layer)
@@ -133,8 +144,10 @@ def _adapted_call(module: nn.Module, traced: Traced, layer: Layer, x: Array, run
 
     def dot(x: Array, kernel: Array) -> Array:
         features = kernel.shape[len(spec.ins) :]
-        one_axis = spec.module != "general"
-        return run({"features": features[0] if one_axis else features}, kernel, x)
+        if spec.module == "general":
+            return run({"features": features}, kernel, x)
+        # The other modules have one out axis, and want its size as a number.
+        return run({"features": features[0]}, kernel, x)
 
     precision = getattr(module, "precision", None)
     return linear(layer, x, dot, precision=precision, in_shape=in_shape)
@@ -149,7 +162,10 @@ def _promoted(module: nn.Module, x: Array, layer: Layer) -> tuple[Array, Layer]:
     x, stand_in, promoted_bias = module.promote_dtype(
         x, stand_in, layer[bias.BIAS], dtype=module.dtype
     )
-    return x, layer | {"kernel": kernel if quantized else stand_in, bias.BIAS: promoted_bias}
+    promoted = layer | {bias.BIAS: promoted_bias}
+    if not quantized:
+        promoted["kernel"] = stand_in
+    return x, promoted
 
 
 def _adapted_einsum(
@@ -160,29 +176,46 @@ def _adapted_einsum(
     run: Run,
     in_shape: tuple[int, ...],
 ) -> Array:
-    """`linear` with an output of axes (rest, batch, out), put in the equation's order at the end."""
+    """`linear` with output axes (rest, batch, out), put in the equation's order at the end."""
     assert traced.einsum is not None
     lhs, letters, result = traced.einsum
-    batch, ins, outs = (
-        "".join(letters[axis] for axis in axes)
-        for axes in (traced.spec.stack, traced.spec.ins, traced.spec.outs)
-    )
+    batch = _letters(letters, traced.spec.stack)
+    ins = _letters(letters, traced.spec.ins)
+    outs = _letters(letters, traced.spec.outs)
     rest = "".join(letter for letter in result if letter not in letters)
-    rank = next(letter for letter in LETTERS if letter not in lhs + letters + result)
+    used = lhs + letters + result
+    rank = next(letter for letter in LETTERS if letter not in used)
+    own_order = f"{rest}{batch}{outs}"
     own_kernel = layer["kernel"]
 
     def dot(x: Array, kernel: Array) -> Array:
         if kernel is own_kernel:
-            y = run({"einsum_str": f"{lhs},{letters}->{result}"}, kernel, x)
-            return jnp.einsum(f"{result}->{rest}{batch}{outs}", y)
+            equation = f"{lhs},{letters}->{result}"
+            y = run({"einsum_str": equation}, kernel, x)
+            return jnp.einsum(f"{result}->{own_order}", y)
+        # A has the kernel's in axes and the rank in place of its out axes.
         equation = f"{lhs},{batch}{ins}{rank}->{rest}{batch}{rank}"
-        return run({"einsum_str": equation, "shape": kernel.shape}, kernel, x)
+        fields = {"einsum_str": equation, "shape": kernel.shape}
+        return run(fields, kernel, x)
 
     if bias.BIAS in layer:
+        # linen's bias has the kernel's letters in the order of the result.
         bias_letters = "".join(letter for letter in result if letter in letters)
-        layer = layer | {bias.BIAS: jnp.einsum(f"{bias_letters}->{batch}{outs}", layer[bias.BIAS])}
-    y = linear(layer, x, dot, precision=module.precision, in_shape=in_shape)
-    return jnp.einsum(f"{rest}{batch}{outs}->{result}", y)
+        reordered = jnp.einsum(f"{bias_letters}->{batch}{outs}", layer[bias.BIAS])
+        layer = layer | {bias.BIAS: reordered}
+    y = linear(
+        layer,
+        x,
+        dot,
+        precision=module.precision,
+        in_shape=in_shape,
+    )
+    return jnp.einsum(f"{own_order}->{result}", y)
+
+
+def _letters(letters: str, axes: tuple[int, ...]) -> str:
+    """The letters of some axes."""
+    return "".join(letters[axis] for axis in axes)
 
 
 def _run_module(
@@ -199,7 +232,8 @@ def _run_module(
 
     def run(kernel: Array | Quantized, x: Array) -> Array:
         if isinstance(kernel, Quantized):
-            kernel = dense(gather("/".join(module.path), kernel))
+            path = "/".join(module.path)
+            kernel = dense(gather(path, kernel))
         clone = module.clone(parent=None, name=None, **fields)
         y: Array = clone.apply({"params": {weight: kernel}}, x)  # type: ignore[assignment]
         return y
@@ -211,7 +245,10 @@ def _run_module(
 
 
 def _trace_einsum(
-    module: nn.Module, shape: tuple[int, ...], args: Any, kwargs: Mapping[str, Any]
+    module: nn.Module,
+    shape: tuple[int, ...],
+    args: Any,
+    kwargs: Mapping[str, Any],
 ) -> Traced | None:
     """The axes of an einsum's kernel by its equation, whose ellipses are spelled out."""
     given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
@@ -221,11 +258,13 @@ def _trace_einsum(
     if "..." in letters or len(letters) != len(shape):
         return None
     if "..." in lhs:
-        free = [c for c in LETTERS.upper() if c not in lhs + letters + result]
-        missing = _input_of(args, kwargs).ndim - len(lhs.replace("...", ""))
-        spelled = "".join(free[:missing])
-        lhs, result = lhs.replace("...", spelled), result.replace("...", spelled)
-    batch, ins, outs = [], [], []
+        ndim = _input_of(args, kwargs).ndim
+        ellipsis = _ellipsis_letters(lhs, lhs + letters + result, ndim)
+        lhs = lhs.replace("...", ellipsis)
+        result = result.replace("...", ellipsis)
+    batch = []
+    ins = []
+    outs = []
     for axis, letter in enumerate(letters):
         if letter not in lhs and letter not in result:
             return None
@@ -243,3 +282,11 @@ def _trace_einsum(
         experts=len(batch),
     )
     return Traced(spec=spec, shape=shape, einsum=(lhs, letters, result))
+
+
+def _ellipsis_letters(lhs: str, used: str, ndim: int) -> str:
+    """Unused letters for the axes that the ellipsis of an input with `ndim` axes stands for."""
+    named = lhs.replace("...", "")
+    missing = ndim - len(named)
+    free = [letter for letter in LETTERS.upper() if letter not in used]
+    return "".join(free[:missing])

@@ -11,7 +11,9 @@ from jax import Array
 
 def fold_path(key: Array, path: str) -> Array:
     """A key for the leaf or module at `path`."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+    # crc32, since Python's hash of a string differs from process to process.
+    number = zlib.crc32(path.encode())
+    return jax.random.fold_in(key, number)
 
 
 def matrix_keys(key: Array, paths: list[str]) -> Array:

@@ -1,4 +1,4 @@
-"""What a model's layers are: read off one trace of the model, never guessed from shapes.
+"""What a model's layers are: found by tracing the model once, never guessed from shapes.
 
 A tree does not say whether `[3, 16, 32]` is three scanned Dense layers or one DenseGeneral.
 """
@@ -38,8 +38,8 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
       are not seen.
 
     Raises:
-      ValueError: a scan slices the parameters along another axis than the first. Their shapes tell,
-        so a kernel with as many rows as the scan has layers passes unseen.
+      ValueError: a scan slices the parameters along another axis than the first. This is detected
+        by their shapes, so not for a kernel with as many rows as the scan has layers.
 
     >>> model = nn.Dense(3)
     >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 2)))["params"]
@@ -47,11 +47,11 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
     'dense'
     """
     # Shapes are enough, and quantized kernels have them too.
-    shapes = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for path, leaf in flatten(nn.meta.unbox(params)).items()
-        if is_base(path)
-    }
+    leaves = flatten(nn.meta.unbox(params))
+    shapes = {}
+    for path, leaf in leaves.items():
+        if is_base(path):
+            shapes[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     base = unflatten(shapes)
     traced: dict[str, intercept.Traced] = {}
     attended: set[str] = set()
@@ -112,28 +112,43 @@ def logical_paths(path: str, spec: LayerSpec, shape: tuple[int, ...]) -> list[st
     return paths
 
 
-def _stacked_spec(path: str, traced: intercept.Traced, layer: Layer, views: Views) -> LayerSpec:
+def _stacked_spec(
+    path: str,
+    traced: intercept.Traced,
+    layer: Layer,
+    views: Views,
+) -> LayerSpec:
     """The spec of the whole leaf, from that of the slice which the model sees inside its scans."""
     name = traced.spec.weight
     shape, local = layer[name].shape, traced.shape
     n = len(shape) - len(local)
     if shape[n:] != local:
         raise ValueError(
-            f"{path}: its kernel {shape} is seen as {local} inside the model; lift modules over the "
-            'first axis of their parameters (nn.scan(variable_axes={"params": 0}))'
+            f"{path}: its kernel {shape} is seen as {local} inside the model; lift modules over "
+            'the first axis of their parameters (nn.scan(variable_axes={"params": 0}))'
         )
-    scanned = [_scan_place(path, name, len(shape) - 1 - scan, views) for scan in range(n)]
+    scanned = []
+    for scan in range(n):
+        axes_inside = len(shape) - 1 - scan
+        scanned.append(_scan_place(path, name, axes_inside, views))
     return traced.spec.inside_scans(tuple(scanned))
 
 
-def _scan_place(path: str, name: str, ndim: int, views: Views) -> int:
-    """The length of the shortest prefix of the path whose module sees at most `ndim` axes of a leaf.
+def _scan_place(
+    path: str,
+    name: str,
+    ndim: int,
+    views: Views,
+) -> int:
+    """The length of the shortest path prefix whose module sees at most `ndim` axes of a leaf.
 
-    That module stands inside the scan, so the scan's index comes right behind the prefix.
+    That module is inside the scan, so the scan's index comes right behind the prefix.
     """
     parts = path.split("/")
     for n in range(len(parts) + 1):
-        prefix, inner = "/".join(parts[:n]), "/".join([*parts[n:], name])
-        if any(view.get(inner, ndim + 1) <= ndim for view in views.get(prefix, ())):
-            return n
+        prefix = "/".join(parts[:n])
+        inner = "/".join([*parts[n:], name])
+        for view in views.get(prefix, ()):
+            if inner in view and view[inner] <= ndim:
+                return n
     return len(parts)

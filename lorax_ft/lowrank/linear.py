@@ -1,6 +1,6 @@
 """The one forward of every method, and the merged kernel beside it: folds over the layer's terms.
 
-A layer is a dict of leaves, and the leaves that stand in it say which terms it has. The rows of
+A layer is a dict of leaves, which say which terms it has. The rows of
 `lorax_ft.schema.LEAVES` list them, the files in `lorax_ft.lowrank.terms` say what they do:
 
     kernel | embedding  [*L, in, out]   W, the base weight: an array, or a quantized leaf
@@ -31,7 +31,7 @@ def linear(
     precision: lax.PrecisionLike = None,
     in_shape: tuple[int, ...] | None = None,
 ) -> Array:
-    """y = l ⊙ (b + (m / n) · (x W + s · x̃ A B)), of which a layer has the terms whose leaves it has.
+    """y = l ⊙ (b + (m / n) · (x W + s · x̃ A B)), with the terms whose leaves the layer has.
 
     Args:
       layer: the layer's leaves, without the stack axes of scans.
@@ -49,7 +49,9 @@ def linear(
 
     Source: `lorax_ft.lowrank.terms` has the papers, a file for each term.
     """
-    product = Product(dot, in_shape or layer["kernel"].shape[:1], precision)
+    if in_shape is None:
+        in_shape = layer["kernel"].shape[:1]
+    product = Product(dot, in_shape, precision)
     terms = terms_of(layer)
     for term in terms:
         x = term.before(layer, x)
@@ -81,12 +83,17 @@ def merged_layer(layer: Layer) -> Layer:
     if not terms:
         return base | {"kernel": dense(layer["kernel"])}
     layer = magnitude.with_norm(layer)
-    names = base.keys() | {name for term in terms for name in (*term.leaves, *term.optional)}
-    leaves = {name: layer[name] for name in layer if name in names}
-    merged = over_stack(_merge_matrix, matrices_of(leaves), options=(terms,))
-    return {
-        name: merged[name].reshape(leaf.shape).astype(leaf.dtype) for name, leaf in base.items()
-    }
+    names = set(base)
+    for term in terms:
+        names.update(term.leaves, term.optional)
+    leaves = {name: leaf for name, leaf in layer.items() if name in names}
+    matrices = matrices_of(leaves)
+    merged = over_stack(_merge_matrix, matrices, options=(terms,))
+    result = {}
+    for name, leaf in base.items():
+        reshaped = merged[name].reshape(leaf.shape)
+        result[name] = reshaped.astype(leaf.dtype)
+    return result
 
 
 def _merge_matrix(layer: Layer, terms: tuple[Term, ...]) -> Layer:
@@ -97,7 +104,10 @@ def _merge_matrix(layer: Layer, terms: tuple[Term, ...]) -> Layer:
     for term in terms:
         base = term.merge(layer, base)
     # Cast here, while only one matrix is held in float32.
-    return {name: merged.astype(layer[name].dtype) for name, merged in base.items()}
+    merged = {}
+    for name, leaf in base.items():
+        merged[name] = leaf.astype(layer[name].dtype)
+    return merged
 
 
 __all__ = ["Dot", "Layer", "Product", "linear", "merged_kernel", "merged_layer"]

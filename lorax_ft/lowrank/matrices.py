@@ -20,34 +20,41 @@ Layer = dict[str, Any]
 
 
 def matrices_of(layer: Layer) -> Layer:
-    """The leaves of a layer in canonical order, such as the kernel as `[L, I, O]` and A as `[L, I, R]`.
+    """The leaves of a canonical layer with one axis each for stack, in, out and rank.
+
+    The kernel becomes `[L, I, O]`, A `[L, I, R]`.
 
     Raises:
       ValueError: a leaf does not fit the kernel.
     """
     kernel = layer["kernel"]
     n_stack, n_out = _axis_counts(layer)
-    n_in = kernel.ndim - n_stack - n_out
-    parts: dict[str, tuple[int, ...]] = {
+    first_out = kernel.ndim - n_out
+    shapes: dict[str, tuple[int, ...]] = {
         "stack": kernel.shape[:n_stack],
-        "in": kernel.shape[n_stack : n_stack + n_in],
-        "out": kernel.shape[n_stack + n_in :],
+        "in": kernel.shape[n_stack:first_out],
+        "out": kernel.shape[first_out:],
     }
-    sizes = {axis: math.prod(part) for axis, part in parts.items()}
     flat = {}
     for name, leaf in layer.items():
         if isinstance(leaf, Quantized):
-            flat[name] = matrices(leaf, stack=sizes["stack"], rows=sizes["in"])
+            stack = math.prod(shapes["stack"])
+            rows = math.prod(shapes["in"])
+            flat[name] = matrices(leaf, stack=stack, rows=rows)
             continue
-        axes = leaf_schema(name).axes
-        rank = (_rank(name, leaf, n_stack),)
-        expected = [size for axis in axes for size in (parts | {"rank": rank})[axis]]
-        if tuple(expected) != leaf.shape:
+        shapes["rank"] = (_rank(name, leaf, n_stack),)
+        expected: tuple[int, ...] = ()
+        flat_shape = []
+        for axis in leaf_schema(name).axes:
+            expected += shapes[axis]
+            flat_shape.append(math.prod(shapes[axis]))
+        if expected != leaf.shape:
             raise ValueError(
-                f"the leaf {name!r} {leaf.shape} does not fit a kernel {kernel.shape} of axes stack, "
-                "in, out; pass layout= (see lorax_ft.layout) for kernels with another order of axes"
+                f"the leaf {name!r} {leaf.shape} does not fit a kernel {kernel.shape} of axes "
+                "stack, in, out; pass layout= (see lorax_ft.layout) for kernels with another order "
+                "of axes"
             )
-        flat[name] = leaf.reshape([(sizes | {"rank": rank[0]})[axis] for axis in axes])
+        flat[name] = leaf.reshape(flat_shape)
     return flat
 
 
@@ -56,29 +63,42 @@ def _rank(name: str, leaf: Array, n_stack: int) -> int:
     axes = leaf_schema(name).axes
     if "rank" not in axes:
         return 0
-    last = axes[-1] == "rank"
-    return leaf.shape[-1] if last else leaf.shape[n_stack]
+    if axes[-1] == "rank":
+        return leaf.shape[-1]
+    # B's rank comes right behind the stack.
+    return leaf.shape[n_stack]
 
 
 # Jitted, since a loop outside jit would be compiled anew at every call.
 @functools.partial(jax.jit, static_argnames=("f", "options"))
 def over_stack(f: Callable[..., Any], layers: Layer, options: tuple[Any, ...] = ()) -> Any:
     """f(layer, *options) of each matrix of a stack, one at a time: only one is held in float32."""
-    if layers["kernel"].shape[0] == 1:
-        single = f(jax.tree.map(lambda leaf: leaf[0], layers), *options)
-        return jax.tree.map(lambda leaf: leaf[None], single)
+    count = layers["kernel"].shape[0]
+    if count == 1:
+        # No loop is needed for a single matrix.
+        layer = jax.tree.map(lambda leaf: leaf[0], layers)
+        result = f(layer, *options)
+        return jax.tree.map(lambda leaf: leaf[None], result)
     return lax.map(lambda layer: f(layer, *options), layers)
 
 
 def _axis_counts(layer: Layer) -> tuple[int, int]:
     """How many stack axes and how many out axes the kernel has, from the leaves beside it."""
-    others = {name: leaf.ndim for name, leaf in layer.items() if name != "kernel"}
-    n_stack = next(ndim for name, ndim in others.items() if leaf_schema(name).axes == ("stack",))
-    for name, ndim in others.items():
+    others = dict(layer)
+    kernel = others.pop("kernel")
+    # A leaf with one number per matrix has the stack axes alone.
+    n_stack = next(leaf.ndim for name, leaf in others.items() if _is_per_matrix(name))
+    for name, leaf in others.items():
         axes = leaf_schema(name).axes
-        rest = ndim - n_stack - ("rank" in axes)
+        n_rank = 1 if "rank" in axes else 0
+        rest = leaf.ndim - n_stack - n_rank
         if "out" in axes:
             return n_stack, rest
         if "in" in axes:
-            return n_stack, layer["kernel"].ndim - n_stack - rest
-    raise ValueError(f"the leaves {', '.join(layer)} do not tell the axes of their kernel")
+            return n_stack, kernel.ndim - n_stack - rest
+    raise ValueError(f"the axes of a kernel cannot be told from the leaves {', '.join(layer)}")
+
+
+def _is_per_matrix(name: str) -> bool:
+    """Whether a leaf holds one number for each matrix of a stack."""
+    return leaf_schema(name).axes == ("stack",)

@@ -1,11 +1,12 @@
-"""Adapters folded into their kernels, several with weights, and taken out again.
+"""Merging adapters into their kernels, one or a weighted sum of several, and unmerging them.
 
-{"up_proj": {"kernel": W, "lora_a": A, "lora_b": B, "lora_scale": s}}  →  {"up_proj": {"kernel": W + s A B}}
+{"up_proj": {"kernel": W, "lora_a": A, "lora_b": B, "lora_scale": s}}
+→  {"up_proj": {"kernel": W + s A B}}
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import Array
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.linear import merged_layer
 from lorax_ft.lowrank.spec import LayerSpec, as_canonical, base_kernel
-from lorax_ft.lowrank.terms import TERMS, check_layer, is_adapted, kept_start
+from lorax_ft.lowrank.terms import check_layer, is_adapted, scale_leaves, terms_of
 from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import dense
 from lorax_ft.schema import is_base
@@ -40,21 +41,29 @@ def merge_adapters(params: Tree, *, layout: Layout) -> Tree:
 def merged_leaves(
     params: Tree, *, layout: Layout, dtype: Any = None
 ) -> Iterator[tuple[str, Array]]:
-    """The leaves of `merge_adapters` by slash path, one module at a time, so that few exist at once.
+    """The leaves of `merge_adapters` by slash path, merged one module at a time to save memory.
 
-    Merged leaves have their own dtype, or `dtype`.
+    Args:
+      params: a tree with adapters.
+      layout: the layers of the model.
+      dtype: of the merged leaves; None: their own.
     """
     for path, layer in _untied(params, layout).items():
         check_layer(layer, path)
         merged = layer
         if is_adapted(layer):
             merged = layer | _merged(layer, layout[path], dtype)
-        for name in filter(is_base, layer):
-            yield join(path, name), dense(merged[name])
+        for name in layer:
+            if is_base(name):
+                yield join(path, name), dense(merged[name])
 
 
 def merge_weighted(
-    base: Tree, adapted: Sequence[Tree], weights: Sequence[float], *, layout: Layout
+    base: Tree,
+    adapted: Sequence[Tree],
+    weights: Sequence[float],
+    *,
+    layout: Layout,
 ) -> Tree:
     """W + Σ w (merged − W): several adapters of one base in one tree, each scaled by its weight.
 
@@ -77,13 +86,16 @@ def merge_weighted(
     for params, weight in zip(adapted, weights, strict=True):
         for path, leaf in _with_heads(params, untied, layout):
             old = flat[path]
-            if leaf is not old:
-                difference = leaf.astype(jnp.float32) - dense(old, jnp.float32)
-                change[path] = change.get(path, 0) + weight * difference
+            # The same array: no adapter changed it.
+            if leaf is old:
+                continue
+            difference = leaf.astype(jnp.float32) - dense(old, jnp.float32)
+            change[path] = change.get(path, 0) + weight * difference
     merged = {}
     for path, leaf in flat.items():
         if path in change:
-            leaf = (dense(leaf, jnp.float32) + change[path]).astype(leaf.dtype)
+            changed = dense(leaf, jnp.float32) + change[path]
+            leaf = changed.astype(leaf.dtype)
         merged[path] = leaf
     return unflatten(merged)
 
@@ -97,24 +109,24 @@ def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout) -> Tree:
       layout: the layers of the model.
 
     Raises:
-      ValueError: an adapter is no sum with W (DoRA, IA3), or an embedding or a tied head is adapted:
-        the merged weights do not tell W.
+      ValueError: an adapter multiplies W (DoRA, IA3), or an embedding or a tied head is adapted: W
+        cannot be computed from the merged weights.
     """
     layers = modules(merged)
     for path, layer in modules(params).items():
         if not is_adapted(layer):
             continue
-        active = [term.active for term in TERMS if term.active in layer]
-        multiplies = any(term.multiplies and term.leaves[0] in layer for term in TERMS)
-        if multiplies or "kernel" not in layer:
+        if "kernel" not in layer or any(term.multiplies for term in terms_of(layer)):
             raise ValueError(
                 f"{path}: the base cannot be recovered from the merged weights of DoRA, IA3, an "
                 "embedding or a tied head"
             )
-        negative = {name: -layer[name] for name in (*active, kept_start.SCALE) if name in layer}
-        spec = layout[path]
-        back = layer | negative | {"kernel": layers[path]["kernel"]}
-        layers[path] = layers[path] | {"kernel": _merged(back, spec, None)["kernel"]}
+        # With negative scales, merging subtracts what it added before.
+        inverse = layer | {"kernel": layers[path]["kernel"]}
+        for name in scale_leaves(layer):
+            inverse[name] = -layer[name]
+        restored = _merged(inverse, layout[path], None)
+        layers[path] = layers[path] | {"kernel": restored["kernel"]}
     return from_modules(layers)
 
 
@@ -124,8 +136,9 @@ def _merged(layer: Layer, spec: LayerSpec, dtype: Any) -> Layer:
     if dtype is not None:
         canonical["kernel"] = dense(canonical["kernel"], dtype)
     merged = merged_layer(canonical)
-    kernel = spec.restored("kernel", merged.pop("kernel"))
-    return merged | {spec.weight: kernel}
+    kernel = merged.pop("kernel")
+    merged[spec.weight] = spec.restored("kernel", kernel)
+    return merged
 
 
 def _untied(params: Tree, layout: Layout, *, also: Sequence[Tree] = ()) -> dict[str, Layer]:
@@ -137,17 +150,23 @@ def _untied(params: Tree, layout: Layout, *, also: Sequence[Tree] = ()) -> dict[
       also: trees whose adapters, or own kernels of heads, count as well.
     """
     layers = modules(params)
-    others = [layers, *map(modules, also)]
+    trees = [layers, *map(modules, also)]
     for path, spec in layout.items():
-        if spec.tied_to is None or spec.weight in layers.get(path, {}):
+        layer = layers.get(path, {})
+        if spec.tied_to is None or spec.weight in layer:
             continue
-        for tree in others:
-            head, table = tree.get(path, {}), tree.get(spec.tied_to, {})
-            if is_adapted(head) or is_adapted(table) or spec.weight in head:
-                kernel = base_kernel(layers, path, spec)
-                layers[path] = layers.get(path, {}) | {spec.weight: kernel}
-                break
+        if any(_differs_from_table(tree, path, spec) for tree in trees):
+            kernel = base_kernel(layers, path, spec)
+            layers[path] = layer | {spec.weight: kernel}
     return layers
+
+
+def _differs_from_table(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> bool:
+    """Whether the merged kernel of a tied head is another than the merged table."""
+    assert spec.tied_to is not None
+    head = layers.get(path, {})
+    table = layers.get(spec.tied_to, {})
+    return is_adapted(head) or is_adapted(table) or spec.weight in head
 
 
 def _with_heads(
@@ -157,10 +176,13 @@ def _with_heads(
 
     A head that is still tied in `params` changes as its table does.
     """
+    # In float32, so that differences from the base are not rounded to bfloat16 first.
     merged = dict(merged_leaves(params, layout=layout, dtype=jnp.float32))
     for path, spec in layout.items():
         own = join(path, spec.weight)
-        if spec.tied_to is not None and spec.weight in base.get(path, {}) and own not in merged:
-            kernel = base_kernel(modules(unflatten(merged)), path, spec)
+        untied_in_base = spec.tied_to is not None and spec.weight in base.get(path, {})
+        if untied_in_base and own not in merged:
+            layers = modules(unflatten(merged))
+            kernel = base_kernel(layers, path, spec)
             merged[own] = dense(kernel)
     yield from merged.items()

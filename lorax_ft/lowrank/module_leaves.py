@@ -88,9 +88,15 @@ def adapter_leaves(
 
 
 def without_start(
-    kernel: Array | Quantized, leaves: Layer, *, spec: LayerSpec, original: Original | None
+    kernel: Array | Quantized,
+    leaves: Layer,
+    *,
+    spec: LayerSpec,
+    original: Original | None,
 ) -> Array | Quantized:
-    """The kernel W − s A₀ B₀ in its own order of axes; of a quantized one, the original requantized.
+    """The kernel W − s A₀ B₀ in its own order of axes.
+
+    For a quantized kernel, the original W is read again and requantized without the start.
 
     Args:
       kernel: W in its own order of axes.
@@ -103,12 +109,19 @@ def without_start(
         return spec.restored("kernel", _minus_start(layer))
     assert original is not None
     scales = np.asarray(layer[low_rank.SCALE])
-    # Whole on every host: the product of split factors rounds otherwise than the one that was
+    # Whole on every host: the product of split factors rounds differently from the one that was
     # subtracted first.
-    a, b = (jnp.asarray(on_host(layer[name])) for name in (kept_start.A0, kept_start.B0))
-    n_in, rank = a.ndim - scales.ndim - 1, a.shape[-1]
-    a, b = a.reshape(scales.size, -1, rank), b.reshape(scales.size, rank, -1)
-    return requantized(kernel, original, lambda w, i, quantize: (a[i], b[i]), scales, n_in=n_in)
+    a = jnp.asarray(on_host(layer[kept_start.A0]))
+    b = jnp.asarray(on_host(layer[kept_start.B0]))
+    rank = a.shape[-1]
+    n_in = a.ndim - scales.ndim - 1
+    a = a.reshape(scales.size, -1, rank)
+    b = b.reshape(scales.size, rank, -1)
+
+    def start_of(w: Array, i: slice, quantize: Quantize) -> Factors:
+        return a[i], b[i]
+
+    return requantized(kernel, original, start_of, scales, n_in=n_in)
 
 
 def _with_factors(
@@ -118,7 +131,10 @@ def _with_factors(
     plan: Plan,
     original: Original | None,
 ) -> Layer:
-    """The kernel, without its start where the init subtracts one, and LoRA's leaves, all canonical."""
+    """The kernel and LoRA's leaves, in canonical order.
+
+    Where the init subtracts a start from the base, the kernel is without it.
+    """
     spec = plan.spec
     if spec.module == "embed":
         result = initialize_embedding(context)
@@ -129,13 +145,15 @@ def _with_factors(
     leaves = dict(zip(low_rank.FACTORS, result.factors, strict=True))
     if result.removed is not None:
         # Copies, since A and B are donated to the step and their start stays.
-        a0, b0 = (jnp.copy(factor) for factor in result.removed)
-        leaves |= {kept_start.A0: a0, kept_start.B0: b0}
-    layer: Layer = {
-        name: leaf.reshape(spec.canonical_shape(name, kernel.shape, rank=plan.width))
-        for name, leaf in leaves.items()
-    }
-    layer |= {"kernel": kernel, low_rank.SCALE: jnp.asarray(plan.scales)}
+        a0, b0 = result.removed
+        leaves[kept_start.A0] = jnp.copy(a0)
+        leaves[kept_start.B0] = jnp.copy(b0)
+    layer: Layer = {}
+    for name, leaf in leaves.items():
+        shape = spec.canonical_shape(name, kernel.shape, rank=plan.width)
+        layer[name] = leaf.reshape(shape)
+    layer["kernel"] = kernel
+    layer[low_rank.SCALE] = jnp.asarray(plan.scales)
     if result.removed is None:
         return layer
     if plan.start == "kept":
@@ -144,8 +162,8 @@ def _with_factors(
         return layer | {"kernel": _minus_start(layer)}
     if original is None:
         raise ValueError(
-            f"{plan.paths[0]}: the init subtracts its start from the base, which is quantized; only "
-            "the inits of this library can requantize it"
+            f"{plan.paths[0]}: the init subtracts its start from the base, which is quantized; "
+            "only the inits of this library can requantize it"
         )
     return layer
 
@@ -162,19 +180,26 @@ def _minus_start(layer: Layer) -> Array:
 
 
 def _requantized(
-    context: InitContext, init: Init, kernel: Quantized, original: Original, plan: Plan
+    context: InitContext,
+    init: Init,
+    kernel: Quantized,
+    original: Original,
+    plan: Plan,
 ) -> tuple[InitResult, Quantized]:
     """Where the adapters start, and the kernel q(W − s A₀ B₀), computed a matrix at a time."""
     results: list[InitResult] = []
 
     def start_of(w: Array, i: slice, quantize: Quantize) -> Factors:
+        statistic = context.statistic
+        if statistic is not None:
+            statistic = statistic[i]
         one = dataclasses.replace(
             context,
             kernel=w,
             ranks=context.ranks[i],
             scales=context.scales[i],
             keys=context.keys[i],
-            statistic=None if context.statistic is None else context.statistic[i],
+            statistic=statistic,
             quantize=quantize,
         )
         result = initialize(init, one)
@@ -184,4 +209,5 @@ def _requantized(
 
     n_in = len(plan.spec.ins)
     changed = requantized(kernel, original, start_of, plan.scales, n_in=n_in)
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results), changed
+    result = jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+    return result, changed

@@ -1,6 +1,6 @@
 """Measuring the inputs of layers inside scans, recomputation and shards, where Python cannot reach.
 
-A leaf `input_probe` of zeros stands beside the kernel, and the input x passes it unchanged. The
+A leaf `input_probe` of zeros is added beside the kernel, and the input x passes it unchanged. The
 derivative of anything with respect to the probe is defined as Σ w [x, 1]ᵀ [x, 1] over the tokens:
 their second moments, their sum and their count. Letters: N tokens, I inputs.
 """
@@ -34,13 +34,15 @@ def observed(apply: Callable[..., Any]) -> Callable[..., Any]:
         kwargs: Any,
         context: nn.module.InterceptorContext,
     ) -> Any:
-        if context.method_name != "__call__" or not isinstance(context.module, nn.Dense):
+        module = context.module
+        if context.method_name != "__call__" or not isinstance(module, nn.Dense):
             return next_fun(*args, **kwargs)
-        layer = context.module.variables.get("params", {})
+        layer = module.variables.get("params", {})
         if PROBE not in layer:
             return next_fun(*args, **kwargs)
         x, *rest = args or (kwargs["inputs"],)
-        return next_fun(pass_by(x, layer[PROBE], layer[WEIGHTS]), *rest)
+        x = pass_by(x, layer[PROBE], layer[WEIGHTS])
+        return next_fun(x, *rest)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with nn.intercept_methods(intercept):
@@ -61,7 +63,8 @@ def pass_by(x: Array, probe: Array, weights: Array) -> Array:
     Raises:
       ValueError: x does not have as many tokens as there are weights.
     """
-    if x.size != weights.size * x.shape[-1]:
+    width = x.shape[-1]
+    if x.size != weights.size * width:
         raise ValueError(
             f"there are weights for {weights.size} tokens, but a layer's input is {x.shape}"
         )
@@ -69,15 +72,21 @@ def pass_by(x: Array, probe: Array, weights: Array) -> Array:
 
 
 def _forward(x: Array, probe: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
-    return pass_by(x, probe, weights), (x, weights)
+    residuals = (x, weights)
+    return pass_by(x, probe, weights), residuals
 
 
 def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
     x, weights = residuals
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    rows = jnp.concatenate([rows, jnp.ones((len(rows), 1))], axis=1)  # [N, I + 1]
+    width = x.shape[-1]
+    rows = x.reshape(-1, width).astype(jnp.float32)
+    # A column of ones, so that the product holds Σ x and the count beside Σ xᵀ x.
+    ones = jnp.ones((len(rows), 1))
+    rows = jnp.concatenate([rows, ones], axis=1)  # [N, I + 1]
     weighted = weights.reshape(-1, 1) * rows
-    moments = jnp.einsum("ni,nj->ij", weighted, rows, precision=lax.Precision.HIGHEST)
+    highest = lax.Precision.HIGHEST
+    moments = jnp.einsum("ni,nj->ij", weighted, rows, precision=highest)
+    # x keeps its own gradient g: the probe only listens.
     return g, moments, jnp.zeros_like(weights)
 
 
@@ -91,17 +100,20 @@ def second_moments(moments: np.ndarray, *, centered: bool) -> np.ndarray:
       moments: `[*L, I + 1, I + 1]`.
       centered: the covariance Σ (x − x̄)ᵀ (x − x̄) / N in its place.
     """
-    stack = moments.reshape(-1, *moments.shape[-2:])
-    # A matrix at a time: the whole stack might not fit into memory in float64.
-    parts = [_second_moment(matrix, centered=centered) for matrix in stack]
-    inputs = moments.shape[-1] - 1
-    return np.stack(parts).reshape(*moments.shape[:-2], inputs, inputs)
+    *stack, size, _ = moments.shape
+    matrices = moments.reshape(-1, size, size)
+    # One matrix at a time: the whole stack might not fit into memory in float64.
+    parts = [_second_moment(matrix, centered=centered) for matrix in matrices]
+    inputs = size - 1
+    return np.stack(parts).reshape(*stack, inputs, inputs)
 
 
 def _second_moment(matrix: np.ndarray, *, centered: bool) -> np.ndarray:
     """The same of one matrix, whose last element is the number of tokens N."""
-    mean = matrix.astype(np.float64) / matrix[-1, -1]
-    second, first = mean[:-1, :-1], mean[:-1, -1]
+    count = matrix[-1, -1]
+    mean = matrix.astype(np.float64) / count
+    second = mean[:-1, :-1]
+    first = mean[:-1, -1]
     if centered:
         second = second - np.outer(first, first)
     return second.astype(np.float32)

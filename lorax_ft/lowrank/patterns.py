@@ -11,12 +11,16 @@ T = TypeVar("T")
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern matches a module: by name, by suffix (`mlp/up_proj`), or as a whole regular expression.
+    """Whether a pattern matches a module: by name, by suffix, or as a whole regular expression.
 
-    Dots in place of slashes are understood, so that patterns written for PEFT work.
+    Dots are understood in place of slashes, so that patterns written for PEFT work.
 
-    >>> matches("q_proj", "layers/3/self_attn/q_proj"), matches("layers/[0-3]/.*", "layers/12/mlp/up_proj")
-    (True, False)
+    >>> matches("q_proj", "layers/3/self_attn/q_proj")
+    True
+    >>> matches("mlp/up_proj", "layers/12/mlp/up_proj")
+    True
+    >>> matches("layers/[0-3]/.*", "layers/12/mlp/up_proj")
+    False
     """
     parts = path.split("/")
     for name in (path, path.replace("/", ".")):
@@ -38,7 +42,9 @@ def layer_index(path: str) -> int | None:
     if re.search(r"(^|/)\d+$", path):  # the layer itself, as a module
         path += "/"
     found = re.search(r"(?:^|/)(?:[^/]*_)?(\d+)/", path)
-    return int(found[1]) if found else None
+    if found is None:
+        return None
+    return int(found[1])
 
 
 def any_match(patterns: Sequence[str], paths: Sequence[str]) -> bool:
@@ -55,7 +61,11 @@ def first_value(rules: Iterable[tuple[str, T]], path: str, default: T) -> T:
 
 
 def check_coverage(
-    patterns: Iterable[str], hit: Callable[[str], bool], *, names: Iterable[str], where: str
+    patterns: Iterable[str],
+    hit: Callable[[str], bool],
+    *,
+    names: Iterable[str],
+    where: str,
 ) -> None:
     """Raise where a pattern matches none of the modules.
 
@@ -68,6 +78,7 @@ def check_coverage(
     Raises:
       ValueError: with the modules that exist and the nearest name.
     """
+    # The layers of a stack are listed once, as `layers/*`.
     existing = sorted({re.sub(r"/\d+(?=/|$)", "/*", name) for name in names})
     last_parts = {path.rpartition("/")[2] for path in existing}
     for pattern in patterns:

@@ -21,8 +21,8 @@ def quantize_base(
 ) -> tuple[Tree, dict[str, Original]]:
     """The parameters with quantized kernels, and by path what reads the kernels as they were.
 
-    Embeddings, output heads and routers stay whole, and kernels whose axes are not in the order stack, in, out (some
-    of `nn.Einsum`'s).
+    Embeddings, output heads and routers stay in full precision. So do kernels whose axes are not in
+    the order stack, in, out (some of `nn.Einsum`'s).
 
     Args:
       params: a tree of arrays.
@@ -30,11 +30,12 @@ def quantize_base(
       layout: the layers of the model (`lorax_ft.layout`, or a loaded model's own).
 
     Returns:
-      A new tree, and the `originals` that `add_adapters` needs for inits that change the base; while they are
-      held, so are the original kernels.
+      A new tree, and the `originals` that `add_adapters` needs for inits that change the base. They
+      keep the original kernels in memory.
 
     Raises:
-      ValueError: the format is none, a kernel is quantized already, or there is no kernel to quantize.
+      ValueError: the format is none, a kernel is quantized already, or there is no kernel to
+        quantize.
     """
     if config.format == "none":
         raise ValueError("quant.format is none; give nf4 or int8")
@@ -65,4 +66,5 @@ def quantize_base(
 
 def _reader(kernel: Array) -> Original:
     """Reads the matrix at an index of the stack."""
+    # A lambda in the loop itself would see the last kernel for every path.
     return lambda index: np.asarray(kernel[index])

@@ -1,6 +1,4 @@
-"""Requantizing a base without its adapters' start: W is read again, matrix by matrix, and becomes
-q(W − s A₀ B₀).
-"""
+"""Requantizing a base without its adapters' start: each W is read again, as q(W − s A₀ B₀)."""
 
 from __future__ import annotations
 
@@ -46,7 +44,8 @@ def requantized(
       scales: s, `[*L]`.
       n_in: how many in axes the kernel has.
     """
-    stack, sizes = scales.shape, kernel.shape[scales.ndim :]
+    stack = scales.shape
+    sizes = kernel.shape[scales.ndim :]
     rows = math.prod(sizes[:n_in])
 
     def quantize(w: Array) -> Array:
@@ -54,7 +53,8 @@ def requantized(
 
     def matrix(index: tuple[int, ...]) -> Quantized:
         i = int(np.ravel_multi_index(index, stack)) if stack else 0
-        w = jnp.asarray(original(index), jnp.float32).reshape(1, rows, -1)
+        w = jnp.asarray(original(index), jnp.float32)
+        w = w.reshape(1, rows, -1)
         a, b = start_of(w, slice(i, i + 1), quantize)
         changed = w - scales[index] * product(a, b)
         return quantize_as(kernel, changed.reshape(sizes), n_stack=0, n_in=n_in)

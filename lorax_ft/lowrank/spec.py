@@ -32,7 +32,7 @@ class LayerSpec:
     experts: int = 0
     """How many of the stack axes count experts."""
     scanned: tuple[int, ...] = ()
-    """For each scan that the layer stands in, the number of path parts before its index."""
+    """For each scan that contains the layer, the number of path parts before its index."""
     by_name: bool = False
     """Whether "all-linear" leaves it out: an output head, a router."""
     tied_to: str | None = None
@@ -63,73 +63,102 @@ class LayerSpec:
         if isinstance(leaf, Quantized) or not _keeps_kernel_order(name):
             return leaf
         axes = self._kernel_axes(name)
-        return leaf.transpose([sorted(axes).index(axis) for axis in axes])
+        stored_order = sorted(axes)
+        order = [stored_order.index(axis) for axis in axes]
+        return leaf.transpose(order)
 
     def restored(self, name: str, leaf: Any) -> Any:
         """The inverse of `canonical`."""
         if isinstance(leaf, Quantized) or not _keeps_kernel_order(name):
             return leaf
         axes = self._kernel_axes(name)
-        return leaf.transpose([axes.index(axis) for axis in sorted(axes)])
+        order = [axes.index(axis) for axis in sorted(axes)]
+        return leaf.transpose(order)
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
         """The stack's shape, and the rows and columns of each matrix, of a kernel of `shape`."""
-        parts = [tuple(shape[axis] for axis in axes) for axes in (self.stack, self.ins, self.outs)]
-        stack, ins, outs = parts
-        return stack, math.prod(ins), math.prod(outs)
+        stack = _picked(shape, self.stack)
+        rows = math.prod(_picked(shape, self.ins))
+        columns = math.prod(_picked(shape, self.outs))
+        return stack, rows, columns
 
     def leaf_shape(self, name: str, kernel: tuple[int, ...], *, rank: int) -> tuple[int, ...]:
         """The shape, in canonical order, of a leaf beside a kernel whose own shape is `kernel`."""
-        canonical = tuple(kernel[axis] for axis in self.stack + self.ins + self.outs)
+        axes = self.stack + self.ins + self.outs
+        canonical = _picked(kernel, axes)
         return self.canonical_shape(name, canonical, rank=rank)
 
     def canonical_shape(self, name: str, kernel: tuple[int, ...], *, rank: int) -> tuple[int, ...]:
         """The same beside a kernel whose shape is given in canonical order."""
-        n_stack, n_in = len(self.stack), len(self.ins)
+        first_in = len(self.stack)
+        first_out = first_in + len(self.ins)
         sizes = {
-            "stack": kernel[:n_stack],
-            "in": kernel[n_stack : n_stack + n_in],
-            "out": kernel[n_stack + n_in :],
+            "stack": kernel[:first_in],
+            "in": kernel[first_in:first_out],
+            "out": kernel[first_out:],
             "rank": (rank,),
         }
-        return tuple(size for axis in leaf_schema(name).axes for size in sizes[axis])
+        shape: tuple[int, ...] = ()
+        for axis in leaf_schema(name).axes:
+            shape += sizes[axis]
+        return shape
 
     def stored_shape(self, name: str, canonical: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that `restored` gives to a leaf of this canonical shape."""
         if not _keeps_kernel_order(name):
             return canonical
         axes = self._kernel_axes(name)
-        return tuple(canonical[axes.index(axis)] for axis in sorted(axes))
+        order = [axes.index(axis) for axis in sorted(axes)]
+        return tuple(canonical[i] for i in order)
 
     def inside_scans(self, scanned: tuple[int, ...]) -> LayerSpec:
-        """The spec of the stacked kernel, where this is that of the slice inside scans."""
+        """The spec of the stacked kernel; `self` is that of the slice that the scans see."""
         n = len(scanned)
-        stack, ins, outs = (
-            tuple(n + axis for axis in axes) for axes in (self.stack, self.ins, self.outs)
+
+        def behind_scans(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(n + axis for axis in axes)
+
+        return dataclasses.replace(
+            self,
+            stack=(*range(n), *behind_scans(self.stack)),
+            ins=behind_scans(self.ins),
+            outs=behind_scans(self.outs),
+            scanned=scanned,
         )
-        stacked = (*range(n), *stack)
-        return dataclasses.replace(self, stack=stacked, ins=ins, outs=outs, scanned=scanned)
 
     def _kernel_axes(self, name: str) -> tuple[int, ...]:
-        """For each axis of the leaf, the kernel's axis in whose place it stands.
+        """For each axis of the leaf, the axis of the kernel whose place it takes.
 
-        The rank stands in the place of the first of the axes that it replaces.
+        The rank takes the place of the first of the axes that it replaces.
         """
         axes = leaf_schema(name).axes
-        ins = self.ins if "in" in axes else self.ins[:1]
-        outs = self.outs if "out" in axes else self.outs[:1]
+        ins = self.ins
+        outs = self.outs
+        if "in" not in axes:
+            ins = ins[:1]
+        if "out" not in axes:
+            outs = outs[:1]
         return self.stack + ins + outs
 
 
+def _picked(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of some axes of a shape."""
+    return tuple(shape[axis] for axis in axes)
+
+
 def _keeps_kernel_order(name: str) -> bool:
-    """Whether the axes of a leaf stand in its kernel's order: those of matrices do."""
+    """Whether the axes of a leaf follow its kernel's order: those of matrices do."""
     return len(leaf_schema(name).axes) == 3
 
 
 def as_canonical(layer: Layer, spec: LayerSpec) -> Layer:
     """The layer with its matrix under the name "kernel" and all axes in canonical order."""
-    renamed = {KERNEL if name == EMBEDDING else name: leaf for name, leaf in layer.items()}
-    return {name: spec.canonical(name, leaf) for name, leaf in renamed.items()}
+    canonical: Layer = {}
+    for name, leaf in layer.items():
+        if name == EMBEDDING:
+            name = KERNEL
+        canonical[name] = spec.canonical(name, leaf)
+    return canonical
 
 
 def base_kernel(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> Array | Quantized:
@@ -150,18 +179,21 @@ def base_kernel(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> Arra
         raise ValueError(
             f"{path or 'the layer'} has no {spec.weight}; are these the model's parameters?"
         )
-    return layers[spec.tied_to][EMBEDDING].T
+    table = layers[spec.tied_to][EMBEDDING]
+    return table.T
 
 
 def base_shape(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> tuple[int, ...]:
     """The shape of `base_kernel`, also where `layers` hold shapes only."""
     layer = layers.get(path, {})
     if spec.weight not in layer and spec.tied_to is not None:
-        return layers[spec.tied_to][EMBEDDING].shape[::-1]
+        table = layers[spec.tied_to][EMBEDDING]
+        return table.shape[::-1]
     return layer[spec.weight].shape
 
 
 def with_kernel(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> Layer:
     """The layer at `path` in canonical order, with the tied kernel where it has none of its own."""
+    layer = layers.get(path, {})
     kernel = base_kernel(layers, path, spec)
-    return as_canonical(layers.get(path, {}) | {spec.weight: kernel}, spec)
+    return as_canonical(layer | {spec.weight: kernel}, spec)

@@ -1,4 +1,4 @@
-"""The statistics that inits from data start from: one for each module, measured on calibration batches.
+"""The statistics that inits from data use: one for each module, measured on calibration batches.
 
 `lorax_ft.calibrate` measures them for the models of this library. Letters: I inputs, O outputs.
 """
@@ -52,8 +52,8 @@ def needed_statistics(
         vectors = 2 * int(plan.ranks.max())
         if config.init == "lora_ga" and vectors > min(rows, columns):
             raise ValueError(
-                f"{path}: LoRA-GA of rank {vectors // 2} needs {vectors} singular vectors, more than "
-                f"its matrix of {rows} × {columns} has; lower adapter.rank"
+                f"{path}: LoRA-GA of rank {vectors // 2} needs {vectors} singular vectors, more "
+                f"than its matrix of {rows} × {columns} has; lower adapter.rank"
             )
         last = columns if statistic == "gradient" else rows
         needed[path] = jax.ShapeDtypeStruct((*stack, rows, last), jnp.float32)
@@ -75,8 +75,8 @@ def checked_statistics(
     for path, expected in needed.items():
         if path not in given:
             raise ValueError(
-                f"adapter.init {config.init!r} starts from data, and there is no statistic of {path}; "
-                "measure it with lorax_ft.calibrate and pass it as statistics="
+                f"adapter.init {config.init!r} starts from data, and there is no statistic of "
+                f"{path}; measure it with lorax_ft.calibrate and pass it as statistics="
             )
         value = given[path]
         if value.shape != expected.shape:

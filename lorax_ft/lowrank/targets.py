@@ -19,7 +19,11 @@ from lorax_ft.tree import Tree, modules
 
 
 def plan_adapters(
-    config: AdapterConfig, params: Tree, *, layout: Layout, changes_base: bool | None = None
+    config: AdapterConfig,
+    params: Tree,
+    *,
+    layout: Layout,
+    changes_base: bool | None = None,
 ) -> dict[str, Plan]:
     """The modules that `config` adapts, with the rank and scale of each matrix of their stacks.
 
@@ -36,8 +40,11 @@ def plan_adapters(
     if changes_base is None:
         changes_base = init_schema(config.init).changes_base
     layers = modules(nn.meta.unbox(params))
-    shapes = {path: base_shape(layers, path, spec) for path, spec in layout.items()}
-    paths = {path: logical_paths(path, spec, shapes[path]) for path, spec in layout.items()}
+    shapes = {}
+    paths = {}
+    for path, spec in layout.items():
+        shapes[path] = base_shape(layers, path, spec)
+        paths[path] = logical_paths(path, spec, shapes[path])
     _check_patterns(config, layout, paths)
     plans = {}
     for path, spec in layout.items():
@@ -70,10 +77,13 @@ def _plan(
     divisor = np.maximum(ranks, 1)
     if config.scaling == "rank_stabilized":
         divisor = np.sqrt(divisor)
-    scales = np.where(ranks > 0, alphas / divisor, 0).astype(np.float32)
+    scales = np.where(ranks > 0, alphas / divisor, 0)
+    scales = scales.astype(np.float32)
     width = largest
-    if config.init == "eva" and spec.module != "embed":  # room for the ranks it may give
-        width = min(round(config.eva_rho * largest), rows, columns)
+    if config.init == "eva" and spec.module != "embed":
+        # EVA may give a matrix up to ρ r directions.
+        most = round(config.eva_rho * largest)
+        width = min(most, rows, columns)
     plan = Plan(
         spec=spec,
         paths=paths,
@@ -91,7 +101,13 @@ def _plan(
     return plan
 
 
-def _start(config: AdapterConfig, spec: LayerSpec, layer: Layer, *, changes_base: bool) -> Start:
+def _start(
+    config: AdapterConfig,
+    spec: LayerSpec,
+    layer: Layer,
+    *,
+    changes_base: bool,
+) -> Start:
     """Where a module's init subtracts A₀ B₀: nowhere, from the base, or in the forward."""
     if spec.module == "embed" or not changes_base:
         return "none"
@@ -117,6 +133,7 @@ def is_target(path: str, spec: LayerSpec, targets: Sequence[str]) -> bool:
 
 def _rank(config: AdapterConfig, path: str, spec: LayerSpec) -> int:
     """The rank of one matrix, 0 where it is not adapted."""
+    # `exclude` wins over `targets`.
     if not is_target(path, spec, config.targets) or is_target(path, spec, config.exclude):
         return 0
     if config.layers and layer_index(path) not in config.layers:
@@ -136,16 +153,17 @@ def _check_patterns(config: AdapterConfig, layout: Layout, paths: dict[str, list
 
     for field, patterns in config.module_patterns().items():
         check_coverage(patterns, targeted, names=specs, where=f"adapter.{field}")
-    for rules, field in (
-        (config.patterns("rank_pattern"), "rank_pattern"),
-        (config.patterns("alpha_pattern"), "alpha_pattern"),
-    ):
-        check_coverage(
-            [pattern for pattern, _ in rules], matched, names=specs, where=f"adapter.{field}"
-        )
-    indices = {layer_index(name) for name in specs} - {None}
+    rank_patterns = [pattern for pattern, _ in config.patterns("rank_pattern")]
+    check_coverage(rank_patterns, matched, names=specs, where="adapter.rank_pattern")
+    alpha_patterns = [pattern for pattern, _ in config.patterns("alpha_pattern")]
+    check_coverage(alpha_patterns, matched, names=specs, where="adapter.alpha_pattern")
+    indices = set()
+    for name in specs:
+        index = layer_index(name)
+        if index is not None:
+            indices.add(index)
     if missing := set(config.layers) - indices:
-        last = max((index for index in indices if index is not None), default=-1)
+        last = max(indices, default=-1)
         raise ValueError(
             f"adapter.layers: there is no layer {min(missing)}; the model has layers 0 to {last}"
         )

@@ -61,7 +61,10 @@ class CausalLM:
         cache: Cache | None = None,
         length: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        """Features `[B, T, D]` before the head, and the cache; arguments as in `Decoder.__call__`."""
+        """Features `[B, T, D]` before the head, and the cache.
+
+        The arguments are those of `Decoder.__call__`.
+        """
         apply = adapt(self.module.apply, gather=gathered)
         variables = {"params": params}
         return apply(
@@ -90,9 +93,13 @@ class CausalLM:
     def apply(
         self, variables: Mapping[str, Any], tokens: Array, *args: Any, **kwargs: Any
     ) -> Array:
-        """Logits `[B, T, V]` of tokens `[B, T]`; `variables` is `{"params": params}`, as in linen."""
-        features, _ = self.features(variables["params"], tokens, *args, **kwargs)
-        return self.logits(variables["params"], features)
+        """Logits `[B, T, V]` of tokens `[B, T]`.
+
+        As in linen, `variables` is `{"params": params}`.
+        """
+        params = variables["params"]
+        features, _ = self.features(params, tokens, *args, **kwargs)
+        return self.logits(params, features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +120,9 @@ class Model(CausalLM):
     @property
     def base(self) -> str:
         """What adapters are trained on, in words: the source, and the format of its kernels."""
-        return f"{self.source} in {self.format}" if self.format else self.source
+        if self.format is None:
+            return self.source
+        return f"{self.source} in {self.format}"
 
     @property
     def without_start(self) -> bool:
@@ -139,7 +148,7 @@ class LoadedModel(Model):
 
 @functools.cache
 def decoder_layout(config: DecoderConfig) -> Layout:
-    """The layers of a decoder, traced once, with its output head, which is applied outside of it."""
+    """The layers of a decoder, traced once, and its output head, which is applied outside of it."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     found = layout(Decoder(config).apply, abstract_params(config), tokens)
     for path, spec in found.items():
@@ -147,7 +156,12 @@ def decoder_layout(config: DecoderConfig) -> Layout:
             found[path] = dataclasses.replace(spec, by_name=True)
     tied_to = TABLE if config.tied else None
     found[HEAD] = LayerSpec(
-        module="dense", stack=(), ins=(0,), outs=(1,), by_name=True, tied_to=tied_to
+        module="dense",
+        stack=(),
+        ins=(0,),
+        outs=(1,),
+        by_name=True,
+        tied_to=tied_to,
     )
     return found
 

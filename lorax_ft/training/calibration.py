@@ -138,15 +138,15 @@ def gradients(
 ) -> Sums:
     """Σ ∂loss/∂W `[*L, I, O]` of modules over the labeled tokens, and the number of these.
 
-    A quantized kernel is dequantized to be differentiated, and a tied head gets a kernel of its own.
+    A quantized kernel is dequantized to be differentiated, and a tied head gets its own kernel.
     """
 
     def measure(params: Tree, batch: Batch, shapes: Shapes) -> tuple[dict[str, Array], Array]:
         layers = modules(params)
-        kernels = {
-            path: dense(base_kernel(layers, path, model.layout[path]), jnp.float32)
-            for path in shapes
-        }
+        kernels = {}
+        for path in shapes:
+            kernel = base_kernel(layers, path, model.layout[path])
+            kernels[path] = dense(kernel, jnp.float32)
 
         def loss(kernels: dict[str, Array]) -> Array:
             changed = dict(layers)
@@ -157,7 +157,7 @@ def gradients(
         found = {}
         for path, gradient in jax.grad(loss)(kernels).items():
             canonical = model.layout[path].canonical("kernel", gradient)
-            found[path] = canonical.reshape(shapes[path].shape)
+            found[path] = canonical.reshape(shapes[path].shape)  # [*L, I, O]
         return found, jnp.sum(batch["weights"])
 
     return _summed(measure, model, shapes, batches, advance)
@@ -167,7 +167,8 @@ def _with_probes(params: Tree, probes: Mapping[str, Array], weights: Array) -> T
     """The parameters with a probe and the tokens' weights beside the kernels to be observed."""
     layers = modules(params)
     for path, probe in probes.items():
-        stack = probe.shape[:-2]  # scans slice every leaf, so each layer needs the weights
+        # Scans slice every leaf, so each layer of a stack needs the weights.
+        stack = probe.shape[:-2]
         spread = jnp.broadcast_to(weights, (*stack, *weights.shape))
         layers[path] = layers.get(path, {}) | {PROBE: probe, WEIGHTS: spread}
     return from_modules(layers)
@@ -192,7 +193,8 @@ def _summed(
         jax.block_until_ready(total)
         advance(len(shapes) / len(batches))
     sums, count = total
-    return {path: on_host(leaf) for path, leaf in sums.items()}, float(on_host(count))
+    host_sums = {path: on_host(leaf) for path, leaf in sums.items()}
+    return host_sums, float(on_host(count))
 
 
 def _groups(shapes: Shapes) -> Iterator[Shapes]:
@@ -203,7 +205,8 @@ def _groups(shapes: Shapes) -> Iterator[Shapes]:
         bytes_ = 4 * shape.size
         if group and size + bytes_ > GROUP_BYTES:
             yield group
-            group, size = {}, 0
+            group = {}
+            size = 0
         group[path] = shape
         size += bytes_
     yield group

@@ -1,6 +1,6 @@
-"""What must hold for a fine-tuning to be one, checked when a run starts and after its first updates.
+"""Checks that a fine-tuning trains anything, made when a run starts and after its first updates.
 
-Adapters fail in silence: a layer that the loss never reads, a scale of 0, a factor that never moves.
+Adapters fail silently: a layer that the loss never reads, a scale of 0, a factor that stays at 0.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def check_active(params: Tree) -> None:
     """
     idle = []
     for path, layer in modules(params).items():
-        if is_adapted(layer) and not bool(jnp.any(layer[active_leaf(layer)] != 0)):
+        if not is_adapted(layer):
+            continue
+        active = layer[active_leaf(layer)]
+        if not bool(jnp.any(active != 0)):
             idle.append(path)
     if idle:
         raise ValueError(
@@ -90,12 +93,15 @@ def moved(before: Tree, after: Tree, *, rate: Array | float) -> dict[str, Array]
 
     Jit it. An update at a learning rate below what float32 can add to the leaf counts as a change.
     """
-    old, new = flatten(before), flatten(after)
+    old = flatten(before)
+    new = flatten(after)
     report = {}
     for path, leaf in new.items():
-        resolution = jnp.finfo(jnp.float32).eps * jnp.max(jnp.abs(old[path]))
+        largest = jnp.max(jnp.abs(old[path]))
+        resolution = jnp.finfo(jnp.float32).eps * largest
         changed = (old[path] != leaf).any() | (rate < resolution)
-        report[path] = jnp.stack([jnp.isfinite(leaf).all(), changed])
+        is_finite = jnp.isfinite(leaf).all()
+        report[path] = jnp.stack([is_finite, changed])
     return report
 
 
@@ -135,7 +141,11 @@ def _idle_modules(report: Mapping[str, Any]) -> list[str]:
         module, _, name = path.rpartition("/")
         if name in low_rank.FACTORS:
             changed_by_module.setdefault(module, []).append(bool(changed))
-    return sorted(path for path, changes in changed_by_module.items() if not np.any(changes))
+    idle = []
+    for path, changes in changed_by_module.items():
+        if not np.any(changes):
+            idle.append(path)
+    return sorted(idle)
 
 
 def _read_variables(jaxpr: Any) -> set[Any]:
@@ -171,4 +181,7 @@ def _is_literal(variable: Any) -> bool:
 def _some(paths: Sequence[str]) -> str:
     """The first few paths, and how many more there are."""
     shown = ", ".join(paths[:4])
-    return shown if len(paths) <= 4 else f"{shown} and {len(paths) - 4} more"
+    more = len(paths) - 4
+    if more <= 0:
+        return shown
+    return f"{shown} and {more} more"

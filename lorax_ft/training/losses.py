@@ -27,14 +27,20 @@ from lorax_ft.tree import Tree
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 Loss = Callable[[Tree, Batch, Array | None], tuple[Array, Array, Metrics]]
-"""(params, batch, key) -> (Σ weight · loss, Σ weight, metrics, each a sum like the loss). The key is
-None in evaluation, where nothing is random."""
+"""(params, batch, key) -> (Σ weight · loss, Σ weight, metrics, each a sum like the loss).
+
+The key is None in evaluation, where nothing is random.
+"""
 Score = Callable[[Layer, Array], Array]
 CHUNK_ROWS = 1024  # tokens whose logits exist at once, on each device
 
 
 def supervised_loss(
-    model: CausalLM, *, packed: bool, dropout: float = 0.0, neftune_alpha: float = 0.0
+    model: CausalLM,
+    *,
+    packed: bool,
+    dropout: float = 0.0,
+    neftune_alpha: float = 0.0,
 ) -> Loss:
     """The cross-entropy of the next token, over the labeled tokens.
 
@@ -53,7 +59,8 @@ def supervised_loss(
     def loss(params: Tree, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
         noise = None
         if key is not None:
-            params = with_dropout(params, jax.random.fold_in(key, 0), rate=dropout)
+            dropout_key = jax.random.fold_in(key, 0)
+            params = with_dropout(params, dropout_key, rate=dropout)
             if neftune_alpha:
                 noise = neftune(
                     jax.random.fold_in(key, 1),
@@ -62,22 +69,46 @@ def supervised_loss(
                     width=model.config.width,
                 )
         value = batch_loss(model, params, batch, packed=packed, noise=noise)
-        return value, jnp.sum(batch["weights"]), {}
+        weight = jnp.sum(batch["weights"])
+        return value, weight, {}
 
     return loss
 
 
 def batch_loss(
-    model: CausalLM, params: Tree, batch: Batch, *, packed: bool, noise: Array | None = None
+    model: CausalLM,
+    params: Tree,
+    batch: Batch,
+    *,
+    packed: bool,
+    noise: Array | None = None,
 ) -> Array:
     """Σ weights · cross-entropy over a batch `[B, T]`."""
     segments = batch["segment_ids"] if packed else None
-    features, _ = model.features(params, batch["tokens"], batch["positions"], segments, noise=noise)
+    features, _ = model.features(
+        params,
+        batch["tokens"],
+        batch["positions"],
+        segments,
+        noise=noise,
+    )
     head = model.head(params)
-    return head_loss(head, features, batch["targets"], batch["weights"], score=model.score)
+    return head_loss(
+        head,
+        features,
+        batch["targets"],
+        batch["weights"],
+        score=model.score,
+    )
 
 
-def neftune(key: Array, segment_ids: Array, *, alpha: float, width: int) -> Array:
+def neftune(
+    key: Array,
+    segment_ids: Array,
+    *,
+    alpha: float,
+    width: int,
+) -> Array:
     """U(−1, 1) · α / √(L D), with L each sample's true length; 0 on padding (2310.05914).
 
     Args:
@@ -90,14 +121,17 @@ def neftune(key: Array, segment_ids: Array, *, alpha: float, width: int) -> Arra
       `[B, T, D]` float32.
     """
     chex.assert_rank(segment_ids, 2)
-    tokens = segment_ids.shape[1]
+    batch, tokens = segment_ids.shape
 
     def lengths_of(row: Array) -> Array:
-        return jnp.bincount(row, length=tokens + 1)[row]
+        counts = jnp.bincount(row, length=tokens + 1)  # by segment id
+        return counts[row]
 
     lengths = jax.vmap(lengths_of)(segment_ids)  # [B, T]
-    strength = jnp.where(segment_ids > 0, alpha / jnp.sqrt(lengths * width), 0.0)
-    noise = jax.random.uniform(key, (*segment_ids.shape, width), minval=-1, maxval=1)
+    strength = alpha / jnp.sqrt(lengths * width)
+    strength = jnp.where(segment_ids > 0, strength, 0.0)
+    shape = (batch, tokens, width)
+    noise = jax.random.uniform(key, shape, minval=-1, maxval=1)
     return noise * strength[..., None]
 
 
@@ -130,20 +164,25 @@ def head_loss(
     chex.assert_rank(features, 3)
     chex.assert_equal_shape([targets, weights])
     batch, tokens = targets.shape
-    chunk_rows = chunk_rows or CHUNK_ROWS * row_devices()
-    chunks = min(math.ceil(batch * tokens / chunk_rows), tokens)
-    padding = -tokens % chunks  # tokens of weight 0 make all chunks equal
+    if not chunk_rows:
+        chunk_rows = CHUNK_ROWS * row_devices()
+    needed = math.ceil(batch * tokens / chunk_rows)
+    chunks = min(needed, tokens)
+    # Tokens of weight 0 make all chunks equal.
+    padding = -tokens % chunks
 
     def chunked(x: Array) -> Array:
-        widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
-        return _split(jnp.pad(x, widths), chunks)
+        other_axes = [(0, 0)] * (x.ndim - 2)
+        padded = jnp.pad(x, [(0, 0), (0, padding), *other_axes])
+        return _split(padded, chunks)
 
     labels = {
         "targets": chunked(targets),
         "weights": chunked(weights),
         "chunk": jnp.arange(chunks),
     }
-    return _fused(functools.partial(_chunk_loss, score), layer, chunked(features), labels)
+    chunk_loss = functools.partial(_chunk_loss, score)
+    return _fused(chunk_loss, layer, chunked(features), labels)
 
 
 def _split(x: Array, chunks: int) -> Array:
@@ -152,48 +191,72 @@ def _split(x: Array, chunks: int) -> Array:
     Rows stay whole, so that a batch that is sharded by rows stays where it is.
     """
     batch, tokens, *rest = x.shape
-    return jnp.moveaxis(x.reshape(batch, chunks, tokens // chunks, *rest), 1, 0)
+    by_chunk = x.reshape(batch, chunks, tokens // chunks, *rest)
+    return jnp.moveaxis(by_chunk, 1, 0)
 
 
-def _chunk_loss(score: Score, layer: Layer, features: Array, labels: Batch) -> Array:
+def _chunk_loss(
+    score: Score,
+    layer: Layer,
+    features: Array,
+    labels: Batch,
+) -> Array:
     """Σ w (log Σ exp z − z_target) of one chunk, in float32."""
     # Each chunk drops out other features.
     layer = dropout_term.fold_in(layer, labels["chunk"])
-    logits = score(layer, features).astype(jnp.float32)
+    logits = score(layer, features)
+    logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels["targets"])
     return jnp.sum(labels["weights"] * losses)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(loss: Callable[..., Array], layer: Layer, features: Array, labels: Batch) -> Array:
+def _fused(
+    loss: Callable[..., Array],
+    layer: Layer,
+    features: Array,
+    labels: Batch,
+) -> Array:
     """The sum of `loss` over chunks `[N, B, t, ...]`."""
-    return jnp.sum(lax.map(lambda chunk: loss(layer, *chunk), (features, labels)))
+    sums = lax.map(lambda chunk: loss(layer, *chunk), (features, labels))  # [N]
+    return jnp.sum(sums)
 
 
 def _fused_forward(
-    loss: Callable[..., Array], layer: Any, features: Any, labels: Any
+    loss: Callable[..., Array],
+    layer: Any,
+    features: Any,
+    labels: Any,
 ) -> tuple[Array, Any]:
     """The sum, and as residuals the gradients to the layer's trained leaves and to the features.
 
     With symbolic zeros each argument says whether it is differentiated (`perturbed`).
     """
-    trained = {name: leaf.value for name, leaf in layer.items() if leaf.perturbed}
-    fixed = {name: leaf.value for name, leaf in layer.items() if not leaf.perturbed}
+    trained: Layer = {}
+    fixed: Layer = {}
+    for name, leaf in layer.items():
+        part = trained if leaf.perturbed else fixed
+        part[name] = leaf.value
     chunk_labels = {name: leaf.value for name, leaf in labels.items()}
 
     def chunk_value(trained: Layer, x: Array, chunk: Batch) -> Array:
         return loss(fixed | trained, x, chunk)
 
+    value_and_grads = jax.value_and_grad(chunk_value, argnums=(0, 1))
+
     def add_chunk(carry: tuple[Array, Layer], xs: tuple[Array, Batch]) -> tuple[Any, Array]:
         total, d_layer = carry
-        value, (d_chunk, d_x) = jax.value_and_grad(chunk_value, argnums=(0, 1))(trained, *xs)
+        x, chunk = xs
+        value, (d_chunk, d_x) = value_and_grads(trained, x, chunk)
         d_layer = jax.tree.map(lambda t, d: t + d.astype(t.dtype), d_layer, d_chunk)
         return (total + value, d_layer), d_x
 
     # Summed in float32, whatever the dtype of the leaves.
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
     start = (jnp.zeros(()), zeros)
-    (total, d_layer), d_features = lax.scan(add_chunk, start, (features.value, chunk_labels))
+    chunks = (features.value, chunk_labels)
+    (total, d_layer), d_features = lax.scan(add_chunk, start, chunks)
+    # None for the leaves that do not train.
     d_leaves = dict.fromkeys(layer)
     for name, leaf in trained.items():
         d_leaves[name] = d_layer[name].astype(leaf.dtype)
@@ -204,7 +267,8 @@ def _fused_backward(loss: Callable[..., Array], residuals: Any, g: Array) -> tup
     """The gradients of the forward pass, times the gradient g of the sum."""
 
     def scaled(d: Array) -> Array:
-        return (g * d.astype(g.dtype)).astype(d.dtype)
+        product = g * d.astype(g.dtype)
+        return product.astype(d.dtype)
 
     d_layer, d_features = jax.tree.map(scaled, residuals)
     return d_layer, d_features, None

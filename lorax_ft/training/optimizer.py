@@ -49,9 +49,9 @@ def make_optimizer(config: OptimConfig, *, steps: int) -> optax.GradientTransfor
       rest. A, B and whole matrices are decayed; magnitudes, biases, norms and IA3 are not.
     """
     unit = unit_schedule(config, steps=steps)
-    transforms: dict[Any, Any] = {
-        group.value: _group_transform(config, group, unit) for group in Group
-    }
+    transforms: dict[Any, Any] = {}
+    for group in Group:
+        transforms[group.value] = _group_transform(config, group, unit)
     clip = optax.identity()
     if config.clip_norm:
         clip = optax.clip_by_global_norm(config.clip_norm)
@@ -63,6 +63,7 @@ def unit_schedule(config: OptimConfig, *, steps: int) -> optax.Schedule:
 
     Warm-up ends at 1, and its first value is above 0, so that no step is idle.
     """
+    # At least one step is left after the warm-up.
     warmup = min(round(config.warmup_fraction * steps), steps - 1)
     rest = max(steps - warmup, 1)
     last = config.final_fraction
@@ -75,7 +76,8 @@ def unit_schedule(config: OptimConfig, *, steps: int) -> optax.Schedule:
         fall = optax.linear_schedule(1.0, last, fifth, transition_begin=rest - fifth)
     else:
         fall = optax.constant_schedule(1.0)
-    rise = optax.linear_schedule(1.0 / max(warmup, 1), 1.0, max(warmup - 1, 1))
+    first = 1.0 / max(warmup, 1)
+    rise = optax.linear_schedule(first, 1.0, max(warmup - 1, 1))
     return optax.join_schedules([rise, fall], [warmup])
 
 
@@ -83,22 +85,27 @@ def scale_by_rate(peak: float, unit: optax.Schedule) -> optax.GradientTransforma
     """Multiplies updates by −peak · unit(step), with the peak in the state."""
 
     def init(params: optax.Params) -> RateState:
-        zero = jnp.zeros((), jnp.int32)
-        return RateState(zero, jnp.asarray(peak, jnp.float32), jnp.zeros((), jnp.float32))
+        return RateState(
+            step=jnp.zeros((), jnp.int32),
+            peak=jnp.asarray(peak, jnp.float32),
+            rate=jnp.zeros((), jnp.float32),
+        )
 
     def update(
         updates: optax.Updates, state: RateState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, RateState]:
         rate = (state.peak * unit(state.step)).astype(jnp.float32)
         scaled = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
-        return scaled, RateState(optax.safe_increment(state.step), state.peak, rate)
+        next_step = optax.safe_increment(state.step)
+        return scaled, RateState(next_step, state.peak, rate)
 
     return optax.GradientTransformation(init, update)
 
 
 def learning_rates(opt_state: Any, groups: Set[str]) -> dict[str, Array]:
-    """The rates that the last update used, of these groups; none where the state has no such rates."""
+    """The rates that the last update used for these groups, as far as the state has them."""
     rates = {}
+    # optax.multi_transform keeps the state of each group under the group's name.
     for path, rate in optax.tree.get_all_with_path(opt_state, "rate"):
         for key in path:
             if getattr(key, "key", None) in groups:

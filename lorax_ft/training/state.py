@@ -1,7 +1,7 @@
-"""The state of a training: shapes first, then shardings, then values.
+"""The state of a training run: shapes first, then shardings, then values.
 
-One road for a run that begins, a run that resumes and a plan without weights: `abstract_state` says
-the shape and the sharding of every leaf, and `fresh_state` or `resumed_state` fills them.
+A new run, a resumed run and a plan without weights share the same path: `abstract_state` gives the
+shape and the sharding of every leaf, and `fresh_state` or `resumed_state` computes the values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lorax_ft.tree import Tree, combine, flatten, modules, split
 
 
 class Restore(Protocol):
-    """Reads a checkpoint into the shapes and shardings of a state and of the adapters' frozen leaves."""
+    """Reads a checkpoint into the shapes and shardings of a state and of frozen adapter leaves."""
 
     def __call__(self, state: TrainState, owned: Tree) -> tuple[TrainState, Tree]:
         """The restored state and frozen leaves."""
@@ -83,7 +83,7 @@ def fresh_state(
     statistics: Mapping[str, Any] = MappingProxyType({}),
     advance: Callable[[float], None] = lambda share: None,
 ) -> tuple[TrainState, Tree]:
-    """The state of a run that begins, and its frozen leaves, each on its devices.
+    """The state of a new run, and its frozen leaves, each on its devices.
 
     Raises:
       ValueError: as `add_adapters`, or an adapter could never do anything.
@@ -139,7 +139,7 @@ def resumed_state(
 
 
 def owned_leaves(trained: Tree, frozen: Tree) -> Tree:
-    """The frozen leaves that belong to the fine-tuning: scales, starts, factors that do not train."""
+    """The frozen leaves that belong to the fine-tuning: scales, starts, frozen factors."""
     owned, _ = partition(combine(trained, frozen), by="ownership")
     paths = flatten(trained)
     return split(owned, lambda path: path not in paths)[0]
@@ -179,6 +179,7 @@ def _moved(leaf: Array, target: Any) -> Array:
         leaf = leaf.astype(target.dtype)
     if leaf.sharding == target.sharding:
         return leaf
+    # Each process holds the whole leaf and provides its own shards.
     if leaf.is_fully_addressable:
         return sharding.place(np.asarray(leaf), target.sharding)
     return jax.device_put(leaf, target.sharding)

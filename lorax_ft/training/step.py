@@ -41,32 +41,45 @@ def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, layout: Lay
     Jit it with the state donated, or vmap it over states that differ in rates, scales or seeds.
 
     Args:
-      loss: `loss(params, batch, key) -> (sum, weight, metrics)`, such as `supervised_loss`. The step
-        minimizes Σ sum / Σ weight over the microbatches.
+      loss: `loss(params, batch, key) -> (sum, weight, metrics)`, such as `supervised_loss`. The
+        step minimizes Σ sum / Σ weight over the microbatches.
       tx: the optimizer of the trained leaves.
       layout: the layers of the model.
 
     Returns:
-      The step. Every array of its batch is `[M, ...]`; the microbatches are scanned, and each counts
-      by its own weight. Metrics: `loss`, those of the loss (also Σ metric / Σ weight), `weight`
-      (Σ weight), `grad_norm` (before clipping), and the learning rate of each group.
+      The step. Every array of its batch is `[M, ...]`; the microbatches are scanned, and each
+      counts by its own weight. Metrics: `loss`, those of the loss (also Σ metric / Σ weight),
+      `weight` (Σ weight), `grad_norm` (before clipping), and the learning rate of each group.
     """
 
-    def total(trained: Tree, frozen: Tree, batch: Batch, key: Array) -> tuple[Array, Any]:
-        value, weight, metrics = loss(combine(trained, frozen), batch, key)
-        return value, {"weight": weight, "metrics": metrics | {"loss": value}}
+    def total(
+        trained: Tree,
+        frozen: Tree,
+        batch: Batch,
+        key: Array,
+    ) -> tuple[Array, Any]:
+        params = combine(trained, frozen)
+        value, weight, metrics = loss(params, batch, key)
+        metrics = metrics | {"loss": value}
+        return value, {"weight": weight, "metrics": metrics}
 
     def train_step(
-        state: TrainState, frozen: Tree, batch: Batch, key: Array
+        state: TrainState,
+        frozen: Tree,
+        batch: Batch,
+        key: Array,
     ) -> tuple[TrainState, Metrics]:
+        # A run that resumes at this step draws the same noise.
         key = jax.random.fold_in(key, state.step)
         # What depends on the adapters alone is computed once for all microbatches. It is a constant
         # for the gradient.
-        frozen = combine(frozen, norms(combine(state.trained, frozen), layout=layout))
+        params = combine(state.trained, frozen)
+        frozen = combine(frozen, norms(params, layout=layout))
         grad = jax.grad(total, has_aux=True)
 
         def microbatch(i: Array | int, rows: Batch) -> tuple[Tree, Any]:
-            return grad(state.trained, frozen, rows, jax.random.fold_in(key, i))
+            row_key = jax.random.fold_in(key, i)
+            return grad(state.trained, frozen, rows, row_key)
 
         grads, sums = _summed(microbatch, batch)
         weight = sums["weight"]
@@ -76,8 +89,10 @@ def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, layout: Lay
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         metrics = {name: value / divisor for name, value in sums["metrics"].items()}
-        metrics |= {"weight": weight, "grad_norm": optax.tree.norm(grads)}
-        groups = set(flatten(label(state.trained, whole=("all",))).values())
+        metrics["weight"] = weight
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        labels = label(state.trained, whole=("all",))
+        groups = set(flatten(labels).values())
         for group, rate in learning_rates(opt_state, groups).items():
             metrics[f"learning_rate/{group}"] = rate
         return TrainState(state.step + 1, trained, opt_state), metrics
@@ -89,7 +104,9 @@ def make_eval_step(loss: Loss, *, layout: Layout) -> Callable[[Tree, Batch], tup
     """A function of the parameters and a batch: the summed loss and its weight, without noise."""
 
     def eval_step(params: Tree, batch: Batch) -> tuple[Array, Array]:
-        value, weight, _ = loss(with_norms(params, layout=layout), batch, None)
+        params = with_norms(params, layout=layout)
+        # Without a key there is neither dropout nor noise.
+        value, weight, _ = loss(params, batch, None)
         return value, weight
 
     return eval_step
@@ -97,15 +114,20 @@ def make_eval_step(loss: Loss, *, layout: Layout) -> Callable[[Tree, Batch], tup
 
 def _summed(microbatch: Callable[[Any, Batch], Any], batch: Batch) -> Any:
     """The sum of `microbatch(i, rows)` over the first axis of the batch."""
-    count = len(jax.tree.leaves(batch)[0])
+    first_leaf, *_ = jax.tree.leaves(batch)
+    count = len(first_leaf)
     first = jax.tree.map(lambda rows: rows[0], batch)
     if count == 1:
         return microbatch(0, first)
 
     def add(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, microbatch(*numbered)), None
+        i, rows = numbered
+        sums = jax.tree.map(jnp.add, sums, microbatch(i, rows))
+        return sums, None
 
+    # Summed in the carry, so that the gradients of one microbatch exist at a time.
     shapes = jax.eval_shape(microbatch, 0, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    sums, _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
+    indices = jnp.arange(count)
+    sums, _ = jax.lax.scan(add, zeros, (indices, batch))
     return sums

@@ -78,9 +78,19 @@ class InitContext:
         return self.options.get("svd_iterations")
 
     def svd(self, w: Array, *, rank: int | None = None, last: bool = False) -> Factors:
-        """U_r √S_r `[L, I, r]` and √S_r V_rᵀ `[L, r, O]` of matrices `[L, I, O]`; r is R by default."""
-        rank = self.rank if rank is None else rank
-        return svd(w, rank=rank, iterations=self.svd_iterations, keys=self.keys, last=last)
+        """U_r √S_r `[L, I, r]` and √S_r V_rᵀ `[L, r, O]` of matrices `[L, I, O]`.
+
+        r is R by default.
+        """
+        if rank is None:
+            rank = self.rank
+        return svd(
+            w,
+            rank=rank,
+            iterations=self.svd_iterations,
+            keys=self.keys,
+            last=last,
+        )
 
     def truncated_svd(self, w: Array, *, last: bool = False) -> Factors:
         """The same, zero beyond each matrix's own rank."""
@@ -89,20 +99,29 @@ class InitContext:
     def within_ranks(self, factors: Factors) -> Factors:
         """The factors, zero beyond each matrix's own rank."""
         a, b = factors
-        used = jnp.arange(self.rank) < jnp.asarray(self.ranks)[:, None]  # [L, R]
-        return jnp.where(used[:, None, :], a, 0), jnp.where(used[:, :, None], b, 0)
+        own_ranks = jnp.asarray(self.ranks)[:, None]
+        used = jnp.arange(self.rank) < own_ranks  # [L, R]
+        a = jnp.where(used[:, None, :], a, 0)
+        b = jnp.where(used[:, :, None], b, 0)
+        return a, b
 
     def divided_by_scale(self, factors: Factors) -> Factors:
         """A / √s and B / √s, so that s A B is the product of the given factors."""
         a, b = factors
         # Matrices that are not adapted have s = 0, and zero factors.
-        positive = jnp.maximum(jnp.asarray(self.scales), jnp.finfo(jnp.float32).tiny)
+        scales = jnp.asarray(self.scales)
+        smallest = jnp.finfo(jnp.float32).tiny
+        positive = jnp.maximum(scales, smallest)
         root = jnp.sqrt(positive)[:, None, None]
         return a / root, b / root
 
     def draw(self, sample: Callable[..., Array], size: int) -> Array:
         """A random factor of every matrix, by its own key."""
-        return jax.vmap(lambda key: sample(key, size, rank=self.rank))(self.keys)
+
+        def one(key: Array) -> Array:
+            return sample(key, size, rank=self.rank)
+
+        return jax.vmap(one)(self.keys)
 
     def zeros_a(self) -> Array:
         """A = 0, `[L, I, R]`."""

@@ -3,8 +3,8 @@
     C = Σ (x − x̄)ᵀ (x − x̄) / N = V Λ Vᵀ,   A = V_r,   B = 0
 
 The ranks then go where directions explain most of the variance: the λ_i / Σ λ of all matrices are
-sorted, and the first of them are chosen, as many as there were ranks, with at most ρ r for a matrix.
-The inputs are centered, as in the authors' code.
+sorted, and the largest are chosen, as many as there were ranks, with at most ρ r for a matrix. The
+inputs are centered, as in the authors' code.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ from lorax_ft.lowrank.inits.svd import Factors, nonzero, svd
 from lorax_ft.lowrank.keys import fold_path
 from lorax_ft.lowrank.plan import Plan
 
-NOISE = 1e-7  # of the variance: what float32 cannot tell from zero
+NOISE = 1e-7  # a share of the variance that float32 cannot distinguish from zero
 
 
 def eva(context: InitContext) -> InitResult:
-    """A from the directions that `redistribute` put in the place of the covariance; B = 0."""
+    """A from the directions that `redistribute` returned in place of the covariance; B = 0."""
     return InitResult((context.measured, context.zeros_b()))
 
 
 def redistribute(
-    plans: Mapping[str, Plan], covariances: Mapping[str, Array], config: Any, *, key: Array
+    plans: Mapping[str, Plan],
+    covariances: Mapping[str, Array],
+    config: Any,
+    *,
+    key: Array,
 ) -> tuple[dict[str, Plan], dict[str, Array]]:
     """The plans with ranks where they explain most, and the directions `[L, I, R]` for A.
 
@@ -47,8 +51,14 @@ def redistribute(
     directions: dict[str, Array] = {}
     explained: dict[str, np.ndarray] = {}
     for path, c in covariances.items():
-        keys = jax.random.split(fold_path(key, path), len(c))
-        pair = svd(c, rank=plans[path].width, iterations=config.svd_iterations, keys=keys)
+        path_key = fold_path(key, path)
+        keys = jax.random.split(path_key, len(c))
+        pair = svd(
+            c,
+            rank=plans[path].width,
+            iterations=config.svd_iterations,
+            keys=keys,
+        )
         directions[path], share = principal_directions(c, pair)
         explained[path] = np.asarray(share)
     if config.eva_rho == 1 or not explained:
@@ -71,7 +81,9 @@ def principal_directions(c: Array, pair: Factors) -> tuple[Array, Array]:
     v, _ = pair
     roots = jnp.linalg.norm(v, axis=1)  # √λ
     variance = jnp.trace(c, axis1=1, axis2=2)[:, None]
-    return v / nonzero(roots)[:, None], roots**2 / nonzero(variance)
+    unit = v / nonzero(roots)[:, None]
+    share = roots**2 / nonzero(variance)
+    return unit, share
 
 
 def redistributed(
@@ -79,8 +91,8 @@ def redistributed(
 ) -> dict[str, np.ndarray]:
     """The ranks of all matrices by the variance that their directions explain.
 
-    There are as many in all as before, and at most ρ r for a matrix. The first direction of every
-    matrix stays, so that each keeps factors to train.
+    Their sum stays the same, and a matrix gets at most ρ r. Every matrix keeps its first direction,
+    so that it has factors to train.
 
     Args:
       ranks: by module, r of the matrices of its stack `[L]`.
@@ -91,40 +103,56 @@ def redistributed(
       ValueError: there are fewer directions with any variance than ranks.
     """
     usable = {}
+    budget = 0
     for path, r in ranks.items():
-        largest = np.round(rho * r)[:, None]
-        shares = np.where(np.arange(explained[path].shape[1]) < largest, explained[path], 0.0)
-        adapted = r > 0
-        if not (shares[adapted, 0] > NOISE).all():
-            raise ValueError(
-                f"{path}: its inputs do not vary over the calibration tokens; raise "
-                "adapter.calibration_batches"
-            )
-        shares[adapted, 0] = np.inf  # chosen first
-        usable[path] = shares
-    budget = sum(int(r.sum()) for r in ranks.values())
+        usable[path] = _usable_shares(path, r, explained[path], rho=rho)
+        budget += int(r.sum())
     pooled = np.concatenate([shares.ravel() for shares in usable.values()])
     directions = int((pooled > NOISE).sum())
     if directions < budget:
         raise ValueError(
-            f"the inputs vary in {directions} directions over the calibration tokens, fewer than the "
-            f"{budget} ranks to initialize; raise adapter.calibration_batches or lower adapter.rank"
+            f"the inputs vary in {directions} directions over the calibration tokens, fewer than "
+            f"the {budget} ranks to initialize; raise adapter.calibration_batches or lower "
+            "adapter.rank"
         )
+    # A stable sort, so that equal shares are chosen in the order of the modules.
+    falling = np.argsort(-pooled, kind="stable")
     chosen = np.zeros(len(pooled), bool)
-    chosen[np.argsort(-pooled, kind="stable")[:budget]] = True
-    # Back to each module's share of the pool.
-    new_ranks, end = {}, 0
+    chosen[falling[:budget]] = True
+    # Each module's part of the pool gives its new ranks.
+    new_ranks = {}
+    start = 0
     for path, shares in usable.items():
-        begin, end = end, end + shares.size
-        new_ranks[path] = chosen[begin:end].reshape(shares.shape).sum(1)
+        end = start + shares.size
+        own = chosen[start:end].reshape(shares.shape)
+        new_ranks[path] = own.sum(1)
+        start = end
     return new_ranks
+
+
+def _usable_shares(path: str, r: np.ndarray, explained: np.ndarray, *, rho: float) -> np.ndarray:
+    """The shares `[L, R]` that may be chosen: 0 beyond ρ r, infinite for the first directions."""
+    _, width = explained.shape
+    largest = np.round(rho * r)[:, None]
+    shares = np.where(np.arange(width) < largest, explained, 0.0)
+    adapted = r > 0
+    if not (shares[adapted, 0] > NOISE).all():
+        raise ValueError(
+            f"{path}: its inputs do not vary over the calibration tokens; raise "
+            "adapter.calibration_batches"
+        )
+    shares[adapted, 0] = np.inf  # chosen first
+    return shares
 
 
 def _with_ranks(plan: Plan, ranks: np.ndarray, scaling: str) -> Plan:
     """The plan with other ranks and the scales that follow from them."""
     ranks = ranks.reshape(plan.ranks.shape)
-    if scaling == "rank_stabilized":  # alpha ∝ r, so that alpha / √r ∝ √r
-        factor = np.sqrt(ranks / np.maximum(plan.ranks, 1))
+    if scaling == "rank_stabilized":
+        # alpha ∝ r, so that alpha / √r ∝ √r.
+        ratio = ranks / np.maximum(plan.ranks, 1)
+        factor = np.sqrt(ratio)
     else:
         factor = ranks > 0
-    return dataclasses.replace(plan, ranks=ranks, scales=(plan.scales * factor).astype(np.float32))
+    scales = (plan.scales * factor).astype(np.float32)
+    return dataclasses.replace(plan, ranks=ranks, scales=scales)

@@ -17,9 +17,9 @@ def loftq(context: InitContext) -> InitResult:
     """
     if context.quantize is None:
         raise ValueError(
-            "adapter.init loftq starts from the error of quantization, but a target's kernel is not "
-            "quantized; set quant.format, do not set adapter.keep_base, and target linear layers, "
-            "not the head"
+            "adapter.init loftq starts from the error of quantization, but a target's kernel is "
+            "not quantized; set quant.format, do not set adapter.keep_base, and target linear "
+            "layers, not the head"
         )
     w = context.weight
     latest = (context.zeros_a(), context.zeros_b())
@@ -27,4 +27,6 @@ def loftq(context: InitContext) -> InitResult:
         previous = latest
         quantized = context.quantize(w - product(*previous))
         latest = context.truncated_svd(w - quantized)
-    return InitResult(context.divided_by_scale(latest), removed=context.divided_by_scale(previous))
+    factors = context.divided_by_scale(latest)
+    removed = context.divided_by_scale(previous)
+    return InitResult(factors, removed=removed)

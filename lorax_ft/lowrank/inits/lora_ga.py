@@ -16,13 +16,19 @@ from lorax_ft.lowrank.inits.svd import nonzero
 
 def lora_ga(context: InitContext) -> InitResult:
     """A from the first r singular vectors of the gradient, B from the next r."""
-    gamma, rank = context.options["lora_ga_gamma"], context.rank
+    gamma = context.options["lora_ga_gamma"]
+    rank = context.rank
     _, _, columns = context.shape
     u, vt = context.svd(context.measured, rank=2 * rank)
-    u = u / nonzero(jnp.linalg.norm(u, axis=1, keepdims=True))
-    vt = vt / nonzero(jnp.linalg.norm(vt, axis=2, keepdims=True))
+    # The context's SVD multiplies each side by √S, which is divided out here.
+    u_size = jnp.linalg.norm(u, axis=1, keepdims=True)
+    u = u / nonzero(u_size)
+    vt_size = jnp.linalg.norm(vt, axis=2, keepdims=True)
+    vt = vt / nonzero(vt_size)
     # Rows r+1 … 2r, with each matrix's own r.
-    second = jnp.asarray(context.ranks)[:, None] + jnp.arange(rank)  # [L, R]
+    own_ranks = jnp.asarray(context.ranks)[:, None]
+    second = own_ranks + jnp.arange(rank)  # [L, R]
     c = columns**0.25 / gamma**0.5
-    factors = c * u[:, :, :rank], c * jnp.take_along_axis(vt, second[:, :, None], axis=1)
-    return InitResult(factors, removed=factors)
+    a = c * u[:, :, :rank]
+    b = c * jnp.take_along_axis(vt, second[:, :, None], axis=1)
+    return InitResult((a, b), removed=(a, b))

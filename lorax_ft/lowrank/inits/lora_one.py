@@ -1,10 +1,10 @@
-"""LoRA-One: A B starts as the best step of rank r down the full gradient; the base stays (2502.01235).
+"""LoRA-One (2502.01235): A B starts as the best step of rank r down the full gradient.
 
     −∂L/∂W = U S Vᵀ,   A = U_r √(S_r / (γ S₁)),   B = √(S_r / (γ S₁)) V_rᵀ
 
-s A B is a gradient step of rate s / (γ S₁): the model starts where that step leads. As in the
-authors' code the gradient is divided by its largest singular value. Their preconditioner is not
-published, and not here.
+The base stays. s A B is a gradient step of rate s / (γ S₁): the model starts where that step leads.
+As in the authors' code the gradient is divided by its largest singular value. Their preconditioner
+is not published, and not implemented here.
 """
 
 from __future__ import annotations

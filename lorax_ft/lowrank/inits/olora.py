@@ -26,9 +26,12 @@ def olora(context: InitContext) -> InitResult:
 def qr_factors(w: Array, *, rank: int) -> Factors:
     """A `[L, I, r]` and B `[L, r, O]` of matrices `[L, I, O]`, float32.
 
-    The first r columns of Q are the Q of Wᵀ's first r columns, so no more is decomposed; and then
-    the first r rows of R are Qᵀ Wᵀ, so that A = W Q.
+    The first r columns of Q are the Q of Wᵀ's first r columns, so only these are decomposed. The
+    first r rows of R are then Qᵀ Wᵀ, so that A = W Q.
     """
     w = w.astype(jnp.float32)
-    q, _ = jnp.linalg.qr(w[:, :rank].swapaxes(1, 2))  # [L, O, r]
-    return product(w, q), q.swapaxes(1, 2)
+    first_columns = w[:, :rank].swapaxes(1, 2)  # [L, O, r]
+    q, _ = jnp.linalg.qr(first_columns)  # [L, O, r]
+    a = product(w, q)
+    b = q.swapaxes(1, 2)
+    return a, b

@@ -1,8 +1,9 @@
-"""PiSSA: A and B start from the top singular triples of W, and the base becomes W − s A B (2404.02948).
+"""PiSSA (2404.02948): A and B start from the top singular triples of W.
 
     W ≈ U_r S_r V_rᵀ,   A = U_r √(S_r / s),   B = √(S_r / s) V_rᵀ
 
-A quantized base becomes q(W − s A B). More rounds fit A and B to what quantizing then loses (QPiSSA):
+The base becomes W − s A B, and a quantized one q(W − s A B). More rounds fit A and B to what
+quantizing then loses (QPiSSA):
 
     A B ← SVD_r(W − q(W − A B))
 """

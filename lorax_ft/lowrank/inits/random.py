@@ -17,25 +17,31 @@ from lorax_ft.lowrank.inits.context import InitContext, InitResult
 def kaiming(context: InitContext) -> InitResult:
     """A uniform in ±1/√I, as in PEFT (Kaiming's rule with a = √5); B = 0."""
     _, rows, _ = context.shape
-    return InitResult((context.draw(uniform_a, rows), context.zeros_b()))
+    a = context.draw(uniform_a, rows)
+    return InitResult((a, context.zeros_b()))
 
 
 def gaussian(context: InitContext) -> InitResult:
     """A ~ N(0, 1/r²), as PEFT's "gaussian", with each matrix's own r; B = 0."""
     _, rows, _ = context.shape
-    own_ranks = np.maximum(context.ranks, 1).astype(np.float32)[:, None, None]
-    return InitResult((context.draw(normal_a, rows) / own_ranks, context.zeros_b()))
+    # Matrices that are not adapted have rank 0.
+    own_ranks = np.maximum(context.ranks, 1).astype(np.float32)
+    a = context.draw(normal_a, rows) / own_ranks[:, None, None]
+    return InitResult((a, context.zeros_b()))
 
 
 def uniform_a(key: Array, rows: int, *, rank: int) -> Array:
     """A `[I, R]`, uniform in ±1/√I."""
     bound = rows**-0.5
-    return jax.random.uniform(key, (rank, rows), jnp.float32, -bound, bound).T
+    # Drawn as Aᵀ, whose first rows do not depend on the rank.
+    a_transposed = jax.random.uniform(key, (rank, rows), jnp.float32, -bound, bound)
+    return a_transposed.T
 
 
 def normal_a(key: Array, rows: int, *, rank: int) -> Array:
     """A `[I, R]`, standard normal."""
-    return jax.random.normal(key, (rank, rows), jnp.float32).T
+    a_transposed = jax.random.normal(key, (rank, rows), jnp.float32)
+    return a_transposed.T
 
 
 def normal_b(key: Array, columns: int, *, rank: int) -> Array:

@@ -1,4 +1,6 @@
-"""Truncated SVDs of stacks of matrices, W ≈ U_r S_r V_rᵀ: exact on the host, randomized on the device.
+"""Truncated SVDs of stacks of matrices, W ≈ U_r S_r V_rᵀ.
+
+The exact SVD runs on the host, the randomized one on the device.
 
 Letters: L matrices of the stack, I inputs, O outputs, r rank.
 """
@@ -9,6 +11,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +20,22 @@ from jax import Array, lax
 from jax.experimental import multihost_utils
 from threadpoolctl import threadpool_limits
 
-OVERSAMPLING = 4  # further columns of the randomized basis, which make its last ones accurate
+OVERSAMPLING = (
+    4  # extra columns of the randomized basis, so that the last ones it keeps are accurate
+)
 Factors = tuple[Array, Array]
 """A `[L, I, r]` and B `[L, r, O]`."""
 HostFactors = tuple[np.ndarray, np.ndarray]
 
 
-def svd(w: Array, *, rank: int, iterations: int | None, keys: Array, last: bool = False) -> Factors:
+def svd(
+    w: Array,
+    *,
+    rank: int,
+    iterations: int | None,
+    keys: Array,
+    last: bool = False,
+) -> Factors:
     """U_r √S_r and √S_r V_rᵀ of a stack of matrices.
 
     Args:
@@ -37,11 +49,15 @@ def svd(w: Array, *, rank: int, iterations: int | None, keys: Array, last: bool 
       `[L, I, r]` and `[L, r, O]`, float32.
     """
     if iterations is not None:
-        with threadpool_limits(1, user_api="blas"):  # LAPACK's QR, on a CPU
-            return jax.block_until_ready(randomized(w, keys, rank=rank, iterations=iterations))
+        # On a CPU, LAPACK's QR runs in BLAS threads too (see `exact`).
+        with threadpool_limits(1, user_api="blas"):
+            factors = randomized(w, keys, rank=rank, iterations=iterations)
+            # The limit holds only while this block runs, and JAX computes asynchronously.
+            return jax.block_until_ready(factors)
     exactly = functools.partial(exact, rank=rank, last=last)
     if w.is_fully_addressable:
-        a, b = exactly(np.asarray(w))
+        host_w = np.asarray(w)
+        a, b = exactly(host_w)
     else:
         a, b = _shared_by_hosts(exactly, w)
     return jnp.asarray(a), jnp.asarray(b)
@@ -72,83 +88,143 @@ def root_split(u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> HostFactors:
 
 def exact(w: np.ndarray, *, rank: int, last: bool = False) -> HostFactors:
     """The SVD in float64, on all cores, a matrix on each."""
-    # One BLAS thread a matrix: with more, OpenBLAS's threads wait for each other (up to 50 times
+    one = functools.partial(exact_matrix, rank=rank, last=last)
+    return map_matrices(one, w)
+
+
+def map_matrices(f: Callable[..., HostFactors], *stacks: np.ndarray) -> HostFactors:
+    """A and B, stacked, of f(matrix, ...) for the matrices of some stacks, on all cores."""
+    # One BLAS thread per matrix: with more, OpenBLAS's threads wait for each other (up to 50 times
     # slower with numpy 2.4).
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
-        pairs = list(pool.map(functools.partial(exact_matrix, rank=rank, last=last), w))
-    return np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
+    one_thread = threadpool_limits(1, user_api="blas")
+    with one_thread, ThreadPoolExecutor(os.cpu_count()) as pool:
+        pairs = list(pool.map(f, *stacks))
+    all_a, all_b = zip(*pairs, strict=True)
+    a = np.stack(all_a)
+    b = np.stack(all_b)
+    return a, b
 
 
 def exact_matrix(matrix: np.ndarray, *, rank: int, last: bool = False) -> HostFactors:
     """By eigenvectors of the short side's Gram matrix, and an SVD of W in their span, in float64.
 
-    It takes a third of a full SVD's time, with an error of 1e-14 of W. The Gram matrix's eigenvalues
-    are S², which loses S below 1e-8 of the largest; the SVD in the span finds them again.
+    It takes a third of a full SVD's time, with an error of 1e-14 of W. The Gram matrix's
+    eigenvalues are S², which loses S below 1e-8 of the largest; the SVD in the span finds them
+    again.
     """
     import scipy.linalg
 
     m = np.asarray(matrix, np.float64)
-    wide = m.shape[0] <= m.shape[1]
+    rows, columns = m.shape
+    wide = rows <= columns
     short = m if wide else m.T  # [n, long]
-    n = short.shape[0]
-    wanted = [0, rank - 1] if last else [n - rank, n - 1]  # eigh's order is ascending
-    _, span = scipy.linalg.eigh(short @ short.T, subset_by_index=wanted)
-    u, s, vt = np.linalg.svd(span.T @ short, full_matrices=False)
-    if last:  # the smallest first
-        u, s, vt = u[:, ::-1], s[::-1], vt[::-1]
+    n = len(short)
+    # eigh sorts in ascending order.
+    first_index = 0 if last else n - rank
+    wanted = [first_index, first_index + rank - 1]
+    gram = short @ short.T
+    _, span = scipy.linalg.eigh(gram, subset_by_index=wanted)  # [n, r]
+    projected = span.T @ short  # [r, long]
+    u, s, vt = np.linalg.svd(projected, full_matrices=False)
+    if last:
+        u, s, vt = smallest_first(u, s, vt)
     u = span @ u
     # The sign of a pair is free. Fixed by the largest element of u, a smaller rank is a prefix of a
     # larger one.
-    sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(rank)])
+    largest = np.abs(u).argmax(axis=0)
+    sign = np.sign(u[largest, np.arange(rank)])
     near, far = root_split(u * sign, s, vt * sign[:, None])
-    a, b = (near, far) if wide else (far.T, near.T)
+    a, b = _oriented(near, far, wide=wide)
     return a.astype(np.float32), b.astype(np.float32)
+
+
+def smallest_first(
+    u: np.ndarray, s: np.ndarray, vt: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The triples U, S and Vᵀ of an SVD in reverse order."""
+    return u[:, ::-1], s[::-1], vt[::-1]
+
+
+def _oriented(near: Any, far: Any, *, wide: bool) -> tuple[Any, Any]:
+    """The factors of W, from those of the matrix or its transpose that has the short side first."""
+    if wide:
+        return near, far
+    return far.T, near.T
 
 
 def _shared_by_hosts(exactly: Callable[[np.ndarray], HostFactors], w: Array) -> HostFactors:
     """`exact` on several hosts: each decomposes some of the matrices, and all get all factors.
 
-    Decomposed on every host, the factors could differ in their last bits.
+    If every host computed all of them, the factors could differ in their last bits.
     """
-    hosts, host = jax.process_count(), jax.process_index()
+    hosts = jax.process_count()
+    host = jax.process_index()
     whole = on_host(w)
-    share = -(-len(whole) // hosts)  # allgather needs equal sizes: the last matrix may be repeated
-    own = np.minimum(np.arange(share) * hosts + host, len(whole) - 1)
-    a, b = multihost_utils.process_allgather(exactly(whole[own]))  # [hosts, share, ...]
-    return _interleaved(a)[: len(whole)], _interleaved(b)[: len(whole)]
+    count = len(whole)
+    # allgather needs the same size on every host, so the last matrix may be repeated.
+    share = -(-count // hosts)
+    assigned = np.arange(share) * hosts + host
+    own = np.minimum(assigned, count - 1)
+    factors = exactly(whole[own])
+    a, b = multihost_utils.process_allgather(factors)  # [hosts, share, ...]
+    a = _interleaved(a)
+    b = _interleaved(b)
+    return a[:count], b[:count]
 
 
 def _interleaved(parts: np.ndarray) -> np.ndarray:
     """`[hosts, share, ...]` in the order of the matrices: host h has matrix i · hosts + h."""
-    return np.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])
+    by_matrix = np.moveaxis(parts, 0, 1)  # [share, hosts, ...]
+    return by_matrix.reshape(-1, *parts.shape[2:])
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "iterations"))
-def randomized(w: Array, keys: Array, *, rank: int, iterations: int) -> Factors:
-    """A randomized SVD with power iterations (Halko et al., 0909.4061) of each matrix of a stack."""
+def randomized(
+    w: Array,
+    keys: Array,
+    *,
+    rank: int,
+    iterations: int,
+) -> Factors:
+    """A randomized SVD with power iterations (Halko et al., 0909.4061) of each matrix."""
     one = functools.partial(_randomized_matrix, rank=rank, iterations=iterations)
+    # One matrix at a time, so that temporaries have the size of one.
     return lax.map(lambda pair: one(*pair), (w, keys))
 
 
-def _randomized_matrix(w: Array, key: Array, *, rank: int, iterations: int) -> Factors:
+def _randomized_matrix(
+    w: Array,
+    key: Array,
+    *,
+    rank: int,
+    iterations: int,
+) -> Factors:
     """M ≈ Q Qᵀ M, with M the matrix or its transpose so that Q spans the short side; in float32.
 
     Q is made orthonormal in every iteration, Q ← qr(M Mᵀ Q): powers alone would lose all but the
     first directions.
     """
     matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    wide = w.shape[0] <= w.shape[1]
-    m = (w if wide else w.T).astype(jnp.float32)  # [n, long]
-    columns = min(rank + OVERSAMPLING, m.shape[0])
-    y = matmul(m, jax.random.normal(key, (m.shape[1], columns)))
+    rows, columns = w.shape
+    wide = rows <= columns
+    short = w if wide else w.T
+    m = short.astype(jnp.float32)  # [n, long]
+    n, long = m.shape
+    width = min(rank + OVERSAMPLING, n)
+    noise = jax.random.normal(key, (long, width))
+    y = matmul(m, noise)
     for _ in range(iterations):
         q, _ = jnp.linalg.qr(y)
-        y = matmul(m, matmul(m.T, q))
-    q, _ = jnp.linalg.qr(y)
-    b = matmul(q.T, m)
-    squares, u = jnp.linalg.eigh(matmul(b, b.T))  # S² and U, ascending
+        projected = matmul(m.T, q)
+        y = matmul(m, projected)
+    q, _ = jnp.linalg.qr(y)  # [n, width]
+    b = matmul(q.T, m)  # [width, long]
+    gram = matmul(b, b.T)
+    squares, u = jnp.linalg.eigh(gram)  # S² and U, ascending
     u = u[:, ::-1][:, :rank]
-    root = jnp.maximum(squares[::-1][:rank], 0) ** 0.25  # √S
+    squares = squares[::-1][:rank]
+    # Rounding may leave a square slightly below 0.
+    root = jnp.maximum(squares, 0) ** 0.25  # √S
     near = matmul(q, u) * root
     far = matmul(u.T, b) / nonzero(root)[:, None]
-    return (near, far) if wide else (far.T, near.T)
+    return _oriented(near, far, wide=wide)

@@ -3,7 +3,7 @@
     y = l ⊙ (b + (m / n) · (x W − s₀ x A₀ B₀ + s x̃ A B) + x̃ P D)
 
 A layer is computed (`linear`) and merged (`merged_layer`) by folding over those terms whose leaves
-it has. A term says in its file which leaves it needs, how it acts and how it merges.
+it has. The file of a term says which leaves it needs, how it acts and how it merges.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def check_layer(layer: Layer, path: str = "") -> None:
       path: the module's slash path, for the error.
 
     Raises:
-      ValueError: with the leaf that stands there and the one that is missing.
+      ValueError: with the leaf that is there and the one that is missing.
     """
     for term in TERMS:
         found = [name for name in (*term.leaves, *term.optional) if name in layer]
@@ -50,8 +50,8 @@ def check_layer(layer: Layer, path: str = "") -> None:
         if found and missing:
             where = f"{path}: " if path else ""
             raise ValueError(
-                f"{where}this layer has the leaf {found[0]!r} but no {missing[0]!r}; the two belong "
-                "together (build adapters with lorax_ft.add_adapters or load_peft)"
+                f"{where}this layer has the leaf {found[0]!r} but no {missing[0]!r}; the two "
+                "belong together (build adapters with lorax_ft.add_adapters or load_peft)"
             )
 
 
@@ -68,3 +68,11 @@ def is_adapted(layer: Layer) -> bool:
 def active_leaf(layer: Layer) -> str:
     """The name of the leaf `[*L]` that says which matrices of an adapted stack are adapted."""
     return next(term.active for term in terms_of(layer) if term.active is not None)
+
+
+def scale_leaves(layer: Layer) -> list[str]:
+    """The names of a layer's leaves `[*L]` that turn its terms off where they are 0."""
+    names = [term.active for term in TERMS if term.active in layer]
+    if kept_start.SCALE in layer:
+        names.append(kept_start.SCALE)
+    return names

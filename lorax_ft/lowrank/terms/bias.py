@@ -9,7 +9,12 @@ from lorax_ft.lowrank.terms.term import Layer, Product, Term
 BIAS = "bias"
 
 
-def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+def after(
+    layer: Layer,
+    x: Array,
+    y: Array,
+    product: Product,
+) -> Array:
     """y + b."""
     return y + layer[BIAS].astype(y.dtype)
 

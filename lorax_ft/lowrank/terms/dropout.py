@@ -16,26 +16,35 @@ def dropped(layer: Layer, x: Array) -> Array:
 
     The same layer gives the same x̃ wherever it is asked for, since the key is a leaf.
     """
-    if KEY not in layer or not jnp.issubdtype(x.dtype, jnp.floating):  # ids of tokens stay
+    if KEY not in layer:
+        return x
+    # The input of an embedding is token ids, which cannot be scaled.
+    if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     # The experts of a stack share x, so they share the first one's key.
-    key, rate = (layer[name].reshape(-1)[0] for name in (KEY, RATE))
-    keep = 1 - rate  # in float32, as bfloat16 has no 0.99
-    scaled = (x.astype(jnp.float32) / keep).astype(x.dtype)
-    return jnp.where(jax.random.bernoulli(key, keep, x.shape), scaled, 0)
+    key = layer[KEY].reshape(-1)[0]
+    rate = layer[RATE].reshape(-1)[0]
+    keep = 1 - rate  # in float32, as bfloat16 cannot represent 0.99
+    scaled = x.astype(jnp.float32) / keep
+    scaled = scaled.astype(x.dtype)
+    is_kept = jax.random.bernoulli(key, keep, x.shape)
+    return jnp.where(is_kept, scaled, 0)
 
 
 def fold_in(layer: Layer, data: Array) -> Layer:
     """The layer with another dropout key, for another part of its input."""
     if KEY not in layer:
         return layer
-    return layer | {KEY: jax.random.fold_in(layer[KEY], data)}
+    key = jax.random.fold_in(layer[KEY], data)
+    return layer | {KEY: key}
 
 
 def leaves(key: Array, rate: float, *, stack: tuple[int, ...]) -> Layer:
     """The dropout leaves of a layer: a key for each matrix of its stack."""
-    keys = jax.random.split(key, stack) if stack else key
-    return {KEY: keys, RATE: jnp.full(stack, rate, jnp.float32)}
+    if stack:
+        key = jax.random.split(key, stack)
+    rates = jnp.full(stack, rate, jnp.float32)
+    return {KEY: key, RATE: rates}
 
 
 TERM = Term(leaves=(KEY, RATE))

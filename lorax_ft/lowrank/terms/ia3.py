@@ -12,6 +12,7 @@ from jax import Array
 
 from lorax_ft.lowrank.patterns import any_match
 from lorax_ft.lowrank.plan import Plan
+from lorax_ft.lowrank.terms.low_rank import expanded_to
 from lorax_ft.lowrank.terms.term import Layer, Product, Term
 
 INPUT, OUTPUT, ACTIVE = "ia3_in", "ia3_out", "ia3_active"
@@ -37,9 +38,10 @@ def planned(plan: Plan) -> tuple[str, ...]:
 
 def initial(layer: Layer, plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Layer:
     """l = 1, so that the base is unchanged at first."""
-    leaves: Layer = {
-        name: jnp.ones(shapes[name], jnp.float32) for name in (INPUT, OUTPUT) if name in shapes
-    }
+    leaves: Layer = {}
+    for name in (INPUT, OUTPUT):
+        if name in shapes:
+            leaves[name] = jnp.ones(shapes[name], jnp.float32)
     if leaves:
         leaves[ACTIVE] = jnp.asarray(plan.ranks > 0, jnp.float32)
     return leaves
@@ -49,29 +51,37 @@ def before(layer: Layer, x: Array) -> Array:
     """l ⊙ x."""
     if INPUT not in layer:
         return x
-    return (vector(layer, INPUT) * x.astype(jnp.float32)).astype(x.dtype)
+    scaled = vector(layer, INPUT) * x.astype(jnp.float32)
+    return scaled.astype(x.dtype)
 
 
-def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+def after(
+    layer: Layer,
+    x: Array,
+    y: Array,
+    product: Product,
+) -> Array:
     """l ⊙ y."""
     if OUTPUT not in layer:
         return y
-    return (vector(layer, OUTPUT) * y.astype(jnp.float32)).astype(y.dtype)
+    scaled = vector(layer, OUTPUT) * y.astype(jnp.float32)
+    return scaled.astype(y.dtype)
 
 
 def merge(layer: Layer, base: Layer) -> Layer:
     """W with its rows or columns scaled, and b with W's columns."""
     if INPUT in layer:
-        return base | {"kernel": vector(layer, INPUT)[:, None] * base["kernel"]}
-    scaled = vector(layer, OUTPUT)
-    return {name: scaled * leaf for name, leaf in base.items()}
+        l_in = vector(layer, INPUT)
+        return base | {"kernel": l_in[:, None] * base["kernel"]}
+    l_out = vector(layer, OUTPUT)
+    return {name: l_out * leaf for name, leaf in base.items()}
 
 
 def vector(layer: Layer, name: str) -> Array:
     """l, and 1 in matrices of a stack that are not adapted, which then have no gradient either."""
-    l, active = layer[name], layer[ACTIVE]
-    is_active = active.reshape(active.shape + (1,) * (l.ndim - active.ndim)) != 0
-    return jnp.where(is_active, l, 1)
+    l = layer[name]
+    active = expanded_to(layer[ACTIVE], l.ndim)
+    return jnp.where(active != 0, l, 1)
 
 
 TERM = Term(

@@ -2,9 +2,9 @@
 
     y = x (W − s A₀ B₀) + s · x A B,    A₀ and B₀ as A and B were at the first step
 
-A₀ and B₀ are kept in the tree, so that export, resume and unmerging need no seed. Mostly the base
-holds W − s A₀ B₀ itself, and this term does nothing. With `keep_base` the base still holds W, which
-is said by the leaf `start_scale`, and the forward subtracts the start.
+A₀ and B₀ are kept in the tree, so that export, resume and unmerging need no seed. Usually the base
+holds W − s A₀ B₀ itself, and this term does nothing. With `keep_base` the base still holds W; the
+layer then has the leaf `start_scale`, and the forward subtracts the start.
 """
 
 from __future__ import annotations
@@ -20,16 +20,25 @@ A0, B0, SCALE = "lora_a0", "lora_b0", "start_scale"
 
 def planned(plan: Plan) -> tuple[str, ...]:
     """A₀ and B₀ where the init changes the base, and s where the base is kept."""
-    names = {"none": (), "in_base": (A0, B0), "kept": (A0, B0, SCALE)}
+    names = {
+        "none": (),
+        "in_base": (A0, B0),
+        "kept": (A0, B0, SCALE),
+    }
     return names[plan.start]
 
 
-def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+def after(
+    layer: Layer,
+    x: Array,
+    y: Array,
+    product: Product,
+) -> Array:
     """y − s · x A₀ B₀ where the base was kept."""
     if SCALE not in layer:
         return y
-    a0, b0, s = (layer[name] for name in (A0, B0, SCALE))
-    return y - low_rank.low_rank(x, a0, b0, s, y.dtype, product)
+    # x without dropout: the start is part of the base.
+    return y - low_rank.low_rank(x, layer[A0], layer[B0], layer[SCALE], y.dtype, product)
 
 
 def merge(layer: Layer, base: Layer) -> Layer:

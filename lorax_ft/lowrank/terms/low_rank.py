@@ -21,9 +21,15 @@ def planned(plan: Plan) -> tuple[str, ...]:
     return (A, B, SCALE) if plan.config.method == "lora" else ()
 
 
-def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+def after(
+    layer: Layer,
+    x: Array,
+    y: Array,
+    product: Product,
+) -> Array:
     """y + s · x̃ A B."""
-    return y + low_rank(dropped(layer, x), layer[A], layer[B], layer[SCALE], y.dtype, product)
+    x_dropped = dropped(layer, x)
+    return y + low_rank(x_dropped, layer[A], layer[B], layer[SCALE], y.dtype, product)
 
 
 def merge(layer: Layer, base: Layer) -> Layer:
@@ -32,44 +38,69 @@ def merge(layer: Layer, base: Layer) -> Layer:
     return base | {"kernel": base["kernel"] + update}
 
 
-def low_rank(x: Array, a: Array, b: Array, s: Array, dtype: jnp.dtype, product: Product) -> Array:
+def low_rank(
+    x: Array,
+    a: Array,
+    b: Array,
+    s: Array,
+    dtype: jnp.dtype,
+    product: Product,
+) -> Array:
     """s · x A B in `dtype`; the scale goes into B, the smallest of the three."""
-    scaled_b = (expanded_to(s, b.ndim) * b).astype(dtype)
-    z = product.dot(x, a.astype(dtype)).astype(dtype)  # [..., R]
+    scaled_b = expanded_to(s, b.ndim) * b
+    scaled_b = scaled_b.astype(dtype)
+    z = product.dot(x, a.astype(dtype))  # [..., R]
+    z = z.astype(dtype)
     return expand(z, scaled_b, n_stack=s.ndim, product=product)
 
 
-def expand(z: Array, b: Array, *, n_stack: int, product: Product) -> Array:
+def expand(
+    z: Array,
+    b: Array,
+    *,
+    n_stack: int,
+    product: Product,
+) -> Array:
     """z B: the rank in z's last axis becomes B's out axes.
 
     Stack axes that are left inside a layer count experts: z is then `[..., E, R]`.
     """
-    rank, out_shape = b.shape[n_stack], b.shape[n_stack + 1 :]
+    stack = b.shape[:n_stack]
+    rank, *out_shape = b.shape[n_stack:]
+    # All other axes are flattened: one matmul, or one for each expert.
     if n_stack:
-        experts = math.prod(b.shape[:n_stack])
-        flat = b.reshape(experts, rank, -1)
+        experts = math.prod(stack)
+        b_flat = b.reshape(experts, rank, -1)
         z_flat = z.reshape(-1, experts, rank)
-        y = jnp.einsum("zer,ero->zeo", z_flat, flat, precision=product.precision)
+        y = jnp.einsum("zer,ero->zeo", z_flat, b_flat, precision=product.precision)
     else:
+        b_flat = b.reshape(rank, -1)
         z_flat = z.reshape(-1, rank)
-        y = jnp.matmul(z_flat, b.reshape(rank, -1), precision=product.precision)
+        y = jnp.matmul(z_flat, b_flat, precision=product.precision)
     return y.reshape(*z.shape[:-1], *out_shape)
 
 
 def expanded_to(s: Array, ndim: int) -> Array:
     """A number for each matrix of a stack, `[*L]`, with axes of size 1 behind it."""
-    return s.reshape(s.shape + (1,) * (ndim - s.ndim))
+    further_axes = (1,) * (ndim - s.ndim)
+    return s.reshape(s.shape + further_axes)
 
 
 def ranks(layer: Layer) -> np.ndarray:
     """The columns of A, or rows of B, that are not padding, of each matrix: `[L]`."""
-    scale, a, b = np.asarray(layer[SCALE]), layer[A], layer[B]
+    scale = np.asarray(layer[SCALE])
     n = scale.ndim
+    a = layer[A]
+    b = layer[B]
+    in_axes = tuple(range(n, a.ndim - 1))
+    out_axes = tuple(range(n + 1, b.ndim))
     # Computed where the factors are: they may be spread over several hosts.
-    columns = jnp.any(a != 0, axis=tuple(range(n, a.ndim - 1)))
-    rows = jnp.any(b != 0, axis=tuple(range(n + 1, b.ndim)))
-    used = np.asarray(columns | rows).sum(axis=-1)
-    return (used * (scale != 0)).reshape(-1)
+    in_a = jnp.any(a != 0, axis=in_axes)  # [*L, R]
+    in_b = jnp.any(b != 0, axis=out_axes)  # [*L, R]
+    is_used = np.asarray(in_a | in_b)
+    counts = is_used.sum(axis=-1)
+    is_adapted = scale != 0
+    return (counts * is_adapted).reshape(-1)
 
 
 TERM = Term(

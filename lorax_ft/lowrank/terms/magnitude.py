@@ -1,7 +1,7 @@
 """DoRA (2402.09353): y · m / n, with n = ‖W + s A B‖ of each output, a constant for the gradient.
 
-With dropout it is x W + (m / n − 1) · x̃ W + (m / n) · s x̃ A B, as in PEFT: the magnitude acts on the
-base's product with x̃. Letters: I inputs, O outputs.
+With dropout it is x W + (m / n − 1) · x̃ W + (m / n) · s x̃ A B, as in PEFT: the magnitude acts on
+the base's product with x̃. Letters: I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ def initial(layer: Layer, plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Lay
     return {MAGNITUDE: column_norm(layer)} if plan.config.dora else {}
 
 
-def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+def after(
+    layer: Layer,
+    x: Array,
+    y: Array,
+    product: Product,
+) -> Array:
     """g · y with g = m / n; with dropout also (1 − g) · (x − x̃) W, so that x itself meets W."""
     if NORM not in layer:
         raise ValueError(
@@ -47,9 +52,11 @@ def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
     g = gain(layer)
     scaled = g * y.astype(jnp.float32)
     x_dropped = dropped(layer, x)
+    # Without dropout `dropped` returns x itself, and the second product with W is not needed.
     if x_dropped is not x:
         lost = x - x_dropped
-        base = kept_start.after(layer, lost, product.dot(lost, layer["kernel"]), product)
+        base = product.dot(lost, layer["kernel"])
+        base = kept_start.after(layer, lost, base, product)
         scaled = scaled + (1 - g) * base.astype(jnp.float32)
     return scaled.astype(y.dtype)
 
@@ -61,8 +68,11 @@ def merge(layer: Layer, base: Layer) -> Layer:
 
 def gain(layer: Layer) -> Array:
     """m / n in float32: 0 where n = 0, and 1 in matrices of a stack that are not adapted."""
-    m, n = layer[MAGNITUDE], layer[NORM]
-    adapted = low_rank.expanded_to(layer[low_rank.SCALE], m.ndim) != 0
+    m = layer[MAGNITUDE]
+    n = layer[NORM]
+    scale = low_rank.expanded_to(layer[low_rank.SCALE], m.ndim)
+    adapted = scale != 0
+    # The gradient of m / 0 would be NaN even where the result is not used.
     safe_n = jnp.where(n > 0, n, 1)
     ratio = jnp.where(n > 0, m / safe_n, 0)
     return jnp.where(adapted, ratio, 1)
@@ -84,38 +94,51 @@ def column_norm(layer: Layer) -> Array:
     Args:
       layer: leaves in canonical order, kernel included.
     """
-    names = ("kernel", *low_rank.TERM.leaves, *kept_start.TERM.leaves, *kept_start.TERM.optional)
-    direction = {name: lax.stop_gradient(layer[name]) for name in names if name in layer}
-    norms = over_stack(_norm, matrices_of(direction), options=(NORM_BLOCK,))
+    direction = {"kernel": lax.stop_gradient(layer["kernel"])}
+    for term in DIRECTION:
+        for name in (*term.leaves, *term.optional):
+            if name in layer:
+                direction[name] = lax.stop_gradient(layer[name])
+    matrices = matrices_of(direction)
+    norms = over_stack(_norm, matrices, options=(NORM_BLOCK,))  # [L, O]
     stack = layer[low_rank.SCALE].shape
-    out_shape = layer[low_rank.B].shape[len(stack) + 1 :]
+    n_stack = len(stack)
+    out_shape = layer[low_rank.B].shape[n_stack + 1 :]
     return norms.reshape(*stack, *out_shape)
 
 
 def _norm(layer: Layer, largest: int) -> Array:
     """‖W + s A B‖ of one matrix over its rows, `[O]`, in blocks of at most `largest` elements."""
-    layer = layer | {"kernel": dense(layer["kernel"])}
-    rows, columns = layer["kernel"].shape
+    kernel = dense(layer["kernel"])
+    layer = layer | {"kernel": kernel}
+    rows, columns = kernel.shape
     # A slice of the rows needs those rows of W, A and A₀, and all of the others.
     by_row = {name: leaf for name, leaf in layer.items() if "in" in leaf_schema(name).axes}
     blocks = _blocks(rows, columns, largest)
     if blocks == 1:
-        return jnp.sqrt(_squares(layer, by_row))
-    strided = {name: leaf.reshape(rows // blocks, blocks, -1) for name, leaf in by_row.items()}
+        squares = _squares(layer, by_row)
+        return jnp.sqrt(squares)
+    strided = {}
+    for name, leaf in by_row.items():
+        strided[name] = leaf.reshape(rows // blocks, blocks, -1)
 
     def add_block(i: Array, squares: Array) -> Array:
         take: Callable[[Array], Array] = functools.partial(
             lax.dynamic_index_in_dim, index=i, axis=1, keepdims=False
         )
-        return squares + _squares(layer, jax.tree.map(take, strided))
+        block = jax.tree.map(take, strided)
+        return squares + _squares(layer, block)
 
-    return jnp.sqrt(lax.fori_loop(0, blocks, add_block, jnp.zeros(columns, jnp.float32)))
+    zeros = jnp.zeros(columns, jnp.float32)
+    squares = lax.fori_loop(0, blocks, add_block, zeros)
+    return jnp.sqrt(squares)
 
 
 def _blocks(rows: int, columns: int, largest: int) -> int:
     """The smallest number of equal blocks of rows that hold at most `largest` elements each."""
     for blocks in range(1, rows):
-        if rows % blocks == 0 and rows // blocks * columns <= largest:
+        elements = rows // blocks * columns
+        if rows % blocks == 0 and elements <= largest:
             return blocks
     return rows
 

@@ -2,8 +2,8 @@
 
     y = x W + Σ_k x[k r … (k + 1) r] D = x (W + P D),    P[i, j] = 1 where i mod r = j
 
-P is r-sized identity matrices one below another, so it is computed and not stored. Letters: I inputs,
-R the largest rank, r each matrix's own, O outputs.
+P is a column of r × r identity matrices, so it is computed and not stored. Letters: I inputs, R the
+largest rank, r each matrix's own, O outputs.
 """
 
 from __future__ import annotations
@@ -29,23 +29,37 @@ def initial(layer: Layer, plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Lay
     """D = 0, so that the base is unchanged at first."""
     if D not in shapes:
         return {}
-    return {D: jnp.zeros(shapes[D], jnp.float32), RANK: jnp.asarray(plan.ranks, jnp.float32)}
+    return {
+        D: jnp.zeros(shapes[D], jnp.float32),
+        RANK: jnp.asarray(plan.ranks, jnp.float32),
+    }
 
 
-def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+def after(
+    layer: Layer,
+    x: Array,
+    y: Array,
+    product: Product,
+) -> Array:
     """y + x̃ P D."""
     d = layer[D].astype(y.dtype)
-    n_stack = layer[RANK].ndim
-    p = shards(layer[RANK], product.in_shape, width=d.shape[n_stack])
-    z = product.dot(dropped(layer, x), p.astype(y.dtype)).astype(y.dtype)  # [..., R]
+    rank = layer[RANK]
+    n_stack = rank.ndim
+    width = d.shape[n_stack]
+    p = shards(rank, product.in_shape, width=width)
+    x_dropped = dropped(layer, x)
+    z = product.dot(x_dropped, p.astype(y.dtype))  # [..., R]
+    z = z.astype(y.dtype)
     return y + expand(z, d, n_stack=n_stack, product=product)
 
 
 def merge(layer: Layer, base: Layer) -> Layer:
     """W + P D."""
-    rows, _ = base["kernel"].shape
-    p = shards(layer[RANK], (rows,), width=len(layer[D]))
-    return base | {"kernel": base["kernel"] + highest_matmul(p, layer[D])}
+    kernel = base["kernel"]
+    d = layer[D]
+    rows, _ = kernel.shape
+    p = shards(layer[RANK], (rows,), width=len(d))
+    return base | {"kernel": kernel + highest_matmul(p, d)}
 
 
 def shards(rank: Array, in_shape: tuple[int, ...], *, width: int) -> Array:
@@ -55,13 +69,17 @@ def shards(rank: Array, in_shape: tuple[int, ...], *, width: int) -> Array:
     # A rank of 0 would divide by zero; its P is 0 because no column is below it.
     place = jnp.arange(inputs) % jnp.maximum(whole, 1)  # [*E, I]
     column = jnp.arange(width)
-    p = (place[..., None] == column) & (column < whole[..., None])
-    return p.reshape(*rank.shape, *in_shape, width).astype(jnp.float32)
+    is_place = place[..., None] == column
+    is_used = column < whole[..., None]
+    p = is_place & is_used  # [*E, I, R]
+    p = p.reshape(*rank.shape, *in_shape, width)
+    return p.astype(jnp.float32)
 
 
 def ranks(layer: Layer) -> np.ndarray:
     """r of each matrix, `[L]`."""
-    return np.asarray(layer[RANK]).reshape(-1).astype(int)
+    own_ranks = np.asarray(layer[RANK])
+    return own_ranks.reshape(-1).astype(int)
 
 
 TERM = Term(

@@ -34,7 +34,12 @@ def _unchanged_input(layer: Layer, x: Array) -> Array:
     return x
 
 
-def _unchanged_output(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+def _unchanged_output(
+    layer: Layer,
+    x: Array,
+    y: Array,
+    product: Product,
+) -> Array:
     return y
 
 
@@ -50,15 +55,15 @@ class Term(NamedTuple):
     """A term: its leaves, and how it acts. Functions that are left out change nothing."""
 
     leaves: tuple[str, ...]
-    """Leaves that stand together or not at all."""
+    """A layer has all of these leaves or none of them."""
     optional: tuple[str, ...] = ()
-    """Leaves that may stand beside them."""
+    """Leaves that a layer may have beside them."""
     needs: tuple[str, ...] = ()
-    """Leaves of other terms that must stand there too."""
+    """Leaves of other terms that the layer must have too."""
     active: str | None = None
     """The leaf `[*L]` that is 0 for those matrices of a stack that are not adapted."""
     multiplies: bool = False
-    """Whether it multiplies, so that merged weights do not tell the base."""
+    """Whether it multiplies, so that the base cannot be computed from merged weights."""
     takes_dropout: bool = False
     """Whether its input is dropped out in training."""
     planned: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
@@ -70,7 +75,7 @@ class Term(NamedTuple):
     after: Callable[[Layer, Array, Array, Product], Array] = _unchanged_output
     """What it makes of the output so far: (layer, x, y, product) -> y."""
     merge: Callable[[Layer, Layer], Layer] = _unchanged_base
-    """The same on one matrix: (its leaves, kernel `[I, O]` and bias) -> kernel and bias, float32."""
+    """The same on one matrix: (its leaves, kernel `[I, O]` and bias) -> both, in float32."""
     ranks: Callable[[Layer], np.ndarray] | None = None
     """The rank of each matrix of the stack, `[L]`; None for a term without ranks."""
 
