@@ -83,7 +83,8 @@ def test_a_base_without_its_start_goes_with_its_adapter(
     np.testing.assert_allclose(logits(base, again), logits(model, params), atol=1e-5)
     assert np.abs(logits(base) - logits(model)).max() > 0.1
     with pytest.raises(
-        ValueError, match=rf"was trained on {run / 'nf4_base'}, not on {source}; load {run / 'nf4_base'}"
+        ValueError,
+        match=rf"was trained on {run / 'nf4_base'}, not on {source}; load {run / 'nf4_base'}",
     ):
         load_peft(run / "adapter", model)
     merged = merge_adapters(again, layout=base.layout)

@@ -26,10 +26,11 @@ from lorax_ft.interop.lazy_tensor import Index, Read, Shape, Tensors
 from lorax_ft.interop.params import Parts, head_is_table, load_params
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.lowrank.requantize import Original
+from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import LoadedModel, decoder_layout
 from lorax_ft.quant.kernels import Format, Quantized, format_of, quantize
 from lorax_ft.quant.stream import streamed
-from lorax_ft.tree import flatten
+from lorax_ft.tree import Tree, flatten
 
 Shardings = Callable[[str, Any], Any]
 """(slash path, shapes of the leaf) -> its sharding; a quantized leaf has one for each part."""
@@ -80,19 +81,17 @@ def load_model(
         hf_config = {**hf_config, "tie_word_embeddings": False}
 
     quant = _quantization(quant, tensors, source)
-    layers = decoder_layout(config)
     loader = Loader(
         dtype=dtype,
         quant=quant,
         shardings=shardings or _default_device,
-        quantizable={path for path, spec in layers.items() if spec.quantizable},
+        quantizable=_quantizable(config),
     )
     names = family_names(hf_config)
     params = load_params(config, tensors, names=names, source=source, place=loader.place)
-    formats = [format_of(leaf) for leaf in flatten(params).values()]
     return LoadedModel(
         config=config,
-        format=next(filter(None, formats), None),
+        format=_format(params),
         params=params,
         originals=loader.originals,
         prequantized=_is_quantized(tensors),
@@ -101,6 +100,19 @@ def load_model(
         source=source,
         generation_config=_generation_config(location),
     )
+
+
+def _quantizable(config: DecoderConfig) -> set[str]:
+    """The paths of the modules whose kernels `quant.format` quantizes."""
+    return {path for path, spec in decoder_layout(config).items() if spec.quantizable}
+
+
+def _format(params: Tree) -> Format | None:
+    """The format of the quantized kernels; None if there are none."""
+    for leaf in flatten(params).values():
+        if format_of(leaf) is not None:
+            return format_of(leaf)
+    return None
 
 
 def _read(location: Path) -> tuple[dict[str, Any], Tensors, Any]:

@@ -103,7 +103,6 @@ def set_up(config: Config, *, folder: Path) -> Job:
     batch, _ = _training_batch(batches, first_step, config, mesh)
     _check_contract(functions, state, frozen, batch=batch, packed=config.data.pack)
     step = compile_step(functions, tx, config, state=state, frozen=frozen, batch=batch, mesh=mesh)
-    validation_loss = supervised_loss(functions, packed=False)
     timer.lap("tracing and compiling the step")
     return Job(
         config=config,
@@ -115,7 +114,7 @@ def set_up(config: Config, *, folder: Path) -> Job:
         state=state,
         frozen=frozen,
         step=step,
-        evaluate=jax.jit(make_eval_step(validation_loss, layout=functions.layout)),
+        evaluate=_evaluation(functions),
         checkpoints=checkpoints,
         first_step=first_step,
         seconds=timer.seconds,
@@ -148,6 +147,12 @@ def compile_step(
     # The model finds the mesh in the context when it constrains activations (`split_rows`).
     with jax.set_mesh(mesh):
         return jitted.lower(state, frozen, batch, step_key(config)).compile()
+
+
+def _evaluation(model: Model) -> Any:
+    """The jitted evaluation; validation rows hold one sample each."""
+    loss = supervised_loss(model, packed=False)
+    return jax.jit(make_eval_step(loss, layout=model.layout))
 
 
 def step_key(config: Config) -> Array:
