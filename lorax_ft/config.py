@@ -134,7 +134,7 @@ class AdapterConfig:
     Same syntax as adapter.targets."""
     freeze: tuple[Factor, ...] = ()
     """Adapter factors to freeze at their initial values; freezing lora_a is LoRA-FA."""
-    start_from: str | None = None
+    start_from: str | None = dataclasses.field(default=None, metadata={"deprecated": True})
     """Deprecated: use continue_from."""
 
     def __post_init__(self) -> None:

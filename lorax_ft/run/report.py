@@ -43,6 +43,8 @@ def print_config(console: Console, config: Config) -> None:
         options = getattr(config, section.name)
         text = Text()
         for field in dataclasses.fields(options):
+            if field.metadata.get("deprecated"):
+                continue
             value = getattr(options, field.name)
             style = "dim" if value == field.default else "bold"
             text.append(f"{field.name} ", style="dim")
