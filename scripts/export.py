@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorax_ft import cli
+from lorax_ft.interop.bucket import is_remote, output_path
 from lorax_ft.run.model_args import ModelArgs, load_with_adapter, locate
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Args(ModelArgs):
     target: Literal["peft", "vllm", "hf", "gguf"]
     """Program that will load it: PEFT, vLLM, transformers (hf) or llama.cpp (gguf)."""
     output: str
-    """Folder to write; for gguf, a .gguf file."""
+    """Folder to write, local or on a bucket (gs://, s3://); for gguf, a local .gguf file."""
     max_lora_rank: int = 16
     """For vllm: the --max-lora-rank that you will start vLLM with."""
     gguf_type: Literal["F16", "Q8_0"] = "Q8_0"
@@ -42,7 +43,7 @@ class Args(ModelArgs):
 
 def main(args: Args) -> None:
     """Loads the model and exports it."""
-    output = Path(args.output)
+    output = output_path(args.output)
     _check(output, args)
     model, params = load_with_adapter(args)
     exported = _export(output, model, params, args)
@@ -67,6 +68,8 @@ def _check(output: Path, args: Args) -> None:
             "model; use --target hf"
         )
     if args.target == "gguf":
+        if is_remote(output):
+            raise ValueError(f"--output {output}: a .gguf file is written to a local disk only")
         if output.suffix != ".gguf":
             raise ValueError(f"--output {output} is not a .gguf file")
         if output.exists() and (output.is_dir() or not args.overwrite):

@@ -14,6 +14,7 @@ import math
 from pathlib import Path
 
 from lorax_ft import cli
+from lorax_ft.interop.bucket import output_path
 from lorax_ft.run.model_args import ModelArgs, load_with_adapter, locate
 
 
@@ -22,7 +23,8 @@ class Args(ModelArgs):
     """Merge an adapter into its base model, or several adapters with weights."""
 
     output: str
-    """Folder to save the merged model to, as a Hugging Face checkpoint."""
+    """Folder, local or on a bucket (gs://, s3://), to save the merged model to, as a Hugging Face
+    checkpoint."""
     also: tuple[str, ...] = ()
     """PEFT folders of more adapters of the same model."""
     weights: tuple[float, ...] = ()
@@ -43,7 +45,7 @@ class Args(ModelArgs):
 
 def main(args: Args) -> None:
     """Loads the model, merges the adapters and saves the result."""
-    output = Path(args.output)
+    output = output_path(args.output)
     # Check all that can be checked before loading the model, which takes long.
     _check_output(output, overwrite=args.overwrite)
     config, adapter = locate(args)

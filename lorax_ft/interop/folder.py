@@ -1,6 +1,7 @@
 """Write folders atomically: next to their place, then renamed into it.
 
-So an error, a full disk or an interruption leaves the old folder as it was.
+So an error, a full disk or an interruption leaves the old folder as it was. A bucket has no rename:
+there, the files are uploaded once all of them are complete.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Literal
 
 import safetensors
 
+from lorax_ft.interop.bucket import MARKERS, is_remote, output_path, upload
+
 
 @contextlib.contextmanager
 def new_folder(
@@ -24,16 +27,20 @@ def new_folder(
     replaces: Sequence[str] = (),
     others: Literal["refuse", "keep"] = "refuse",
 ) -> Iterator[Path]:
-    """Yields an empty folder that replaces `folder` when the block ends without an error.
+    """Yields an empty local folder that replaces `folder` when the block ends without an error.
 
     Args:
-      folder: the place; a link stays, and its target is replaced.
+      folder: the place, on a disk or a bucket; a link stays, and its target is replaced.
       replaces: patterns of old files to delete, besides those whose names the new folder has.
       others: whether other old files are an error or are kept.
 
     Raises:
       ValueError: `folder` is a file, or holds files that the new folder would not replace.
     """
+    if is_remote(folder):
+        with _new_remote_folder(output_path(folder), replaces=replaces, others=others) as fresh:
+            yield fresh
+        return
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to write to")
@@ -46,10 +53,8 @@ def new_folder(
             if file.is_file():
                 file.chmod(0o666 & ~_umask())
         kept = _other_files(target, fresh, replaces)
-        if kept and others == "refuse":
-            raise ValueError(
-                f"{folder} holds {', '.join(kept[:3])}, which would be lost; give another folder"
-            )
+        if others == "refuse":
+            _check_none_lost(kept, given=folder)
         # Copied rather than moved, since the scratch folder is deleted if anything fails.
         for name in kept:
             if (target / name).is_dir():
@@ -60,16 +65,44 @@ def new_folder(
 
 
 @contextlib.contextmanager
+def _new_remote_folder(
+    target: Path, *, replaces: Sequence[str], others: Literal["refuse", "keep"]
+) -> Iterator[Path]:
+    """`new_folder` on a bucket."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; give a folder to write to")
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch)
+        with _write_errors(target):
+            yield fresh
+        if others == "refuse":
+            _check_none_lost(_other_files(target, fresh, replaces), given=target)
+        # An interruption may leave a mix of old and new files. Without a marker, no reader takes
+        # them for a model.
+        for name in _names(target):
+            if name in MARKERS or _matches(name, replaces):
+                (target / name).unlink()
+        upload(fresh, target)
+
+
+@contextlib.contextmanager
 def scratch_beside(target: Path, *, given: str | Path) -> Iterator[Path]:
     """Yields a temporary folder next to the target, on the same disk, so that renaming works.
 
     Raises:
       OSError: the block cannot write. The message has the `given` path, not the temporary one.
     """
-    try:
+    with _write_errors(given):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             yield Path(scratch)
+
+
+@contextlib.contextmanager
+def _write_errors(given: str | Path) -> Iterator[None]:
+    """Raises the errors of the block with the path that the caller gave."""
+    try:
+        yield
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"{given} cannot be written: {reason}") from error
@@ -77,15 +110,31 @@ def scratch_beside(target: Path, *, given: str | Path) -> Iterator[Path]:
 
 def _other_files(target: Path, fresh: Path, replaces: Sequence[str]) -> list[str]:
     """Returns the names in `target` that are not in `fresh` and match no pattern."""
-    if not target.is_dir():
-        return []
-    new_names = os.listdir(fresh)
+    new_names = _names(fresh)
     others = []
-    for name in sorted(os.listdir(target)):
-        replaced = any(fnmatch.fnmatch(name, pattern) for pattern in replaces)
-        if not replaced and name not in new_names:
+    for name in _names(target):
+        if not _matches(name, replaces) and name not in new_names:
             others.append(name)
     return others
+
+
+def _names(folder: Path) -> list[str]:
+    """Returns the names in a folder; none if it does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def _check_none_lost(names: Sequence[str], *, given: str | Path) -> None:
+    """Raises a `ValueError` if the old folder holds files that the new one does not replace."""
+    if names:
+        raise ValueError(
+            f"{given} holds {', '.join(names[:3])}, which would be lost; give another folder"
+        )
 
 
 def _swap(target: Path, fresh: Path, *, aside: Path) -> None:

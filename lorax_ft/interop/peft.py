@@ -54,7 +54,8 @@ def save_peft(
     the original, and nothing on `base`. Alpha is the scale times the rank.
 
     Args:
-      folder: written to a temporary folder first, then renamed.
+      folder: on a disk or a bucket (gs://, s3://); written to a temporary folder first, then
+        renamed or uploaded.
       params: base and adapters together.
       model: the model as it was loaded; its source is named as the adapter's base.
       config: what the adapters were made from: says which modules were trained in full, and the

@@ -54,7 +54,8 @@ def save_model(
     embedding table, it is written too, and the config unties the two.
 
     Args:
-      folder: where to write; the files appear there once all of them are complete.
+      folder: where to write, on a disk or a bucket (gs://, s3://); the files appear there once all
+        of them are complete.
       params: parameters, with or without adapters.
       model: provides the config and the tokenizer.
       dtype: of the tensors written; None keeps the dtype of each.
@@ -81,7 +82,7 @@ def save_quantized(
     library loads a base with experts.
 
     Args:
-      folder: where to write; the files appear there once all of them are complete.
+      folder: as in `save_model`.
       params: parameters, with or without adapters.
       model: provides the config and the tokenizer.
       shard_bytes: as in `save_model`.

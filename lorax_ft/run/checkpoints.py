@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from lorax_ft.interop.bucket import is_remote
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree
 
@@ -25,7 +26,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         # orbax refuses relative paths.
-        self._folder = folder.absolute()
+        self._folder = folder if is_remote(folder) else folder.absolute()
         self._keep = keep
 
     @functools.cached_property
@@ -41,11 +42,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def check_room(self, state: TrainState, owned: Tree) -> None:
-        """Raise if a checkpoint does not fit on the disk.
+        """Raise if a checkpoint does not fit on the disk; a bucket always has room.
 
         Raises:
           OSError: ENOSPC, with the folder and the sizes.
         """
+        if is_remote(self._folder):
+            return
         # The folder may not exist yet; its nearest parent is on the same disk.
         folder = self._folder
         while not folder.is_dir():

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import uuid
 from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
 
 from lorax_ft.config import Config
+from lorax_ft.interop.bucket import check_bucket, delete, is_remote, output_path
 from lorax_ft.run.log import LOG, PLOT
 
 CONFIG = "config.json"
-# Prefix of the empty folder that `check_folder` makes and deletes again. Another process of the run
-# may see it, and must not take it for content.
+# Prefix of the empty folder, on a bucket the object, that `check_folder` makes and deletes again.
+# Another process of the run may see it, and must not take it for content.
 PROBE = ".writable-"
 # Everything that a run writes, and so all that overwriting it deletes.
 RUN_FILES = (
@@ -43,7 +45,7 @@ def check_folder(config: Config) -> Config | None:
         set; it holds other files; overwriting it would delete an input of this run; there is no run
         to resume, or that run had another config.
     """
-    folder = Path(config.train.output)
+    folder = output_path(config.train.output)
     _check_writable(folder)
     if config.train.overwrite:
         _check_inputs_outside(folder, config)
@@ -74,10 +76,11 @@ def make_folder(config: Config) -> None:
 
     Call it after the setup: a run that fails to start must not delete the run that it overwrites.
     """
-    folder = Path(config.train.output)
+    folder = output_path(config.train.output)
     # Several processes share the folder, and one of them writes.
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not is_remote(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         if not config.train.resume:
             _remove_run(folder)
         (folder / CONFIG).write_text(config.to_json() + "\n")
@@ -89,6 +92,15 @@ def _check_writable(folder: Path) -> None:
     """Raise if the folder cannot be made or written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"train.output {folder} is a file; give a folder")
+    if is_remote(folder):
+        # orbax 0.12.8 takes every URL except gs:// for a relative path.
+        if not str(folder).startswith("gs://"):
+            raise ValueError(
+                f"train.output {folder}: orbax saves checkpoints to a local folder or gs:// only; "
+                "use one of them, and copy the run"
+            )
+        check_bucket(folder, probe=f"{PROBE}{uuid.uuid4().hex}")
+        return
     existing = folder.absolute()
     while not existing.is_dir():
         existing = existing.parent
@@ -133,6 +145,11 @@ def _is_empty(folder: Path) -> bool:
 
 def _remove_run(folder: Path) -> None:
     """Delete the files of a run, and no others."""
+    if is_remote(folder):
+        # config.json last: after a crash, the next run can still overwrite the rest.
+        for name in reversed(RUN_FILES):
+            delete(folder / name)
+        return
     # Renaming is instant. A crash during the deletion then cannot leave half of the old run in
     # place, where it would be taken for a part of the new one.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".old-") as trash:

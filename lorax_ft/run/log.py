@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,12 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from lorax_ft.interop.bucket import is_remote, upload
+
 LOG = "trainer_log.jsonl"
 PLOT = "training_loss.png"
 
 
 class Log:
     """The log of a run: one JSON object per line, with the same metrics sent to the trackers.
+
+    Objects on a bucket cannot be appended to. If the run's folder is on one, the files are written
+    to a temporary folder, and `upload` copies them.
 
     Args:
       folder: the run's output folder.
@@ -42,17 +48,23 @@ class Log:
         self._wandb: Any = None
         if not writes:
             return
-        _drop_lines(folder, after=resumed)
-        self._file = (folder / LOG).open("a")
+        self._local = folder
+        if is_remote(folder):
+            self._scratch = tempfile.TemporaryDirectory()
+            self._local = Path(self._scratch.name) / folder.name  # the plot's title is the name
+            self._local.mkdir()
+        _drop_lines(folder, self._local, after=resumed)
+        self._file = (self._local / LOG).open("a")
         # Imported here: both are slow to import, and wandb is optional.
         if "tensorboard" in trackers:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(self._local / "tensorboard"))
         if "wandb" in trackers:
             import wandb
 
-            self._wandb = wandb.init(project="lorax_ft", dir=str(folder), config=dict(settings))
+            options = {"dir": str(self._local), "config": dict(settings)}
+            self._wandb = wandb.init(project="lorax_ft", **options)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line for `step`."""
@@ -66,6 +78,15 @@ class Log:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
+
+    def upload(self) -> None:
+        """Copy the files to the run's folder if it is on a bucket.
+
+        Raises:
+          OSError: the bucket cannot be written.
+        """
+        if self._writes and is_remote(self._folder):
+            upload(self._local, self._folder)
 
     def __enter__(self) -> Log:
         return self
@@ -92,7 +113,10 @@ class Log:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-        plot_losses(self._folder)
+        plot_losses(self._local)
+        if is_remote(self._folder):
+            with self._scratch:
+                self.upload()
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
@@ -178,12 +202,12 @@ def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     return np.array(points, np.float64).reshape(-1, 2)
 
 
-def _drop_lines(folder: Path, *, after: int) -> None:
-    """Write the log anew with its lines up to the step `after`; with none for a new run."""
+def _drop_lines(folder: Path, local: Path, *, after: int) -> None:
+    """Write the log anew to `local` with its lines up to the step `after`; none for a new run."""
     kept = []
     if after:
         kept = [line for line in read_log(folder) if line["step"] <= after]
     # Written to another file first, so that a crash or a full disk leaves the old log intact.
-    file = folder / f".{LOG}"
+    file = local / f".{LOG}"
     file.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    file.replace(folder / LOG)
+    file.replace(local / LOG)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from lorax_ft.config import Config
 from lorax_ft.evaluation.exact_match import evaluate_answers
+from lorax_ft.interop.bucket import output_path
 from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_model, save_quantized
 from lorax_ft.lowrank.groups import adapter_leaves_of, partition
@@ -54,7 +55,7 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
     """
     start_time = time.perf_counter()
     console = report.make_console()
-    folder = Path(config.train.output)
+    folder = output_path(config.train.output)
     check_trackers(config.train.report_to)
     previous = check_folder(config)
     report.print_config(console, config)
@@ -145,6 +146,7 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
             if evaluating:
                 _log_validation_loss(step, job, state, log, progress)
             if saving or evaluating:
+                log.upload()
                 progress.skip()
     return state
 

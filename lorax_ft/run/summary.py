@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lorax_ft.config import Config
 from lorax_ft.data.batches import Dataset
+from lorax_ft.interop.bucket import is_remote
 from lorax_ft.interop.peft import BASE
 from lorax_ft.run import report
 from lorax_ft.run.log import LOG, PLOT, read_log
@@ -104,6 +105,10 @@ def print_result(console: Console, job: Job, result: Result) -> None:
         report.print_answers(console, "Answers", questions, columns)
     console.print()
     report.print_summary(console, _summary_rows(job, result), title="Done")
+    if is_remote(result.folder):
+        # PEFT, transformers and our scripts read local folders.
+        console.print(f"To use it, copy {result.folder} to a local folder.", soft_wrap=True)
+        return
     base = result.folder / BASE
     # Lines to copy are not wrapped.
     if base.is_dir():
