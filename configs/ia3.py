@@ -1,4 +1,4 @@
-"""IA3 (2205.05638): learned vectors scale the output of each layer, and the input of the MLP's last.
+"""IA3 (2205.05638): learned vectors scale the outputs of layers, and the input of the MLP's last.
 
     python scripts/train.py --config configs/ia3.py
 
