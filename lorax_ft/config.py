@@ -255,11 +255,11 @@ class AdapterConfig:
 
     def module_patterns(self) -> dict[str, tuple[str, ...]]:
         """The options whose patterns must each match a module of the model."""
-        return {
-            "targets": self.targets,
-            "exclude": self.exclude,
-            "feedforward": self.feedforward,
-        }
+        return {"targets": self.targets, "exclude": self.exclude}
+
+    def patterns_within_targets(self) -> dict[str, tuple[str, ...]]:
+        """The options whose patterns must each match one of the adapted modules."""
+        return {"feedforward": self.feedforward}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorax_ft.lowrank import adapters, merge
@@ -27,7 +27,7 @@ def _with_optional_layout(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
         if layout is None:
             _warn(f"{function.__name__} without layout= is deprecated; pass layout=model.layout")
-            layout = guessed_layout(*_trees(args))
+            layout = guessed_layout(*_trees([*args, *kwargs.values()]))
         return function(*args, layout=layout, **kwargs)
 
     return call
@@ -49,24 +49,28 @@ def switched_off(params: Tree, base: Tree, *, layout: Layout | None = None) -> T
 
 
 @functools.wraps(step.make_train_step)
-def make_train_step(loss: Any, tx: Any, *, layout: Layout | None = None, **options: Any) -> Any:
+def make_train_step(
+    loss: Any = None, tx: Any = None, *, layout: Layout | None = None, **options: Any
+) -> Any:
     """The step of a loss; of a model, as before, with its supervised loss."""
+    loss = options.pop("model", loss)  # its old name
     if not isinstance(loss, CausalLM):
         return step.make_train_step(loss, tx, **options | _given(layout))
     _warn("make_train_step(model, …) is deprecated; pass supervised_loss(model, …) and layout=")
     supervised = losses.supervised_loss(loss, **options)
     train_step = step.make_train_step(supervised, tx, layout=loss.layout)
 
-    def with_tokens(*args: Any) -> Any:
-        state, metrics = train_step(*args)
+    def with_tokens(state: Any, frozen: Tree, batch: Any, key: Any) -> Any:
+        state, metrics = train_step(state, frozen, batch, key)
         return state, metrics | {"tokens": metrics["weight"]}
 
     return with_tokens
 
 
 @functools.wraps(step.make_eval_step)
-def make_eval_step(loss: Any, *, layout: Layout | None = None, **options: Any) -> Any:
+def make_eval_step(loss: Any = None, *, layout: Layout | None = None, **options: Any) -> Any:
     """The evaluation of a loss; of a model, as before, of its supervised loss."""
+    loss = options.pop("model", loss)  # its old name
     if not isinstance(loss, CausalLM):
         return step.make_eval_step(loss, **options | _given(layout))
     _warn("make_eval_step(model, …) is deprecated; pass supervised_loss(model, …) and layout=")
@@ -92,9 +96,9 @@ def guessed_layout(*trees: Tree) -> Layout:
 
 def _guessed_spec(path: str, layer: Layer, tables: list[str]) -> LayerSpec:
     """The spec of one layer by the shapes of its leaves. `tables` are the embeddings' paths."""
-    if path in tables:
+    if low_rank.A not in layer or path in tables:
         raise ValueError(
-            f"{path} is adapted and may be the output head too: pass layout= to merge it"
+            f"{path} is adapted in a way that its shapes do not explain: pass layout=model.layout"
         )
     tied_to = None
     if KERNEL not in layer and tables:
@@ -119,7 +123,7 @@ def _given(layout: Layout | None) -> dict[str, Any]:
     return {} if layout is None else {"layout": layout}
 
 
-def _trees(args: tuple[Any, ...]) -> list[Tree]:
+def _trees(args: Sequence[Any]) -> list[Tree]:
     """The trees among the arguments of a call, also those in a list."""
     trees: list[Tree] = []
     for arg in args:

@@ -94,7 +94,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
         "freeze",
     ),
     "ia3": ("feedforward",),
-    "miss": ("rank", "rank_pattern", "dropout"),
+    "miss": ("rank", "dropout"),
 }
 """The options of AdapterConfig that a method uses. Others may not be set."""
 

@@ -42,6 +42,18 @@ def test_a_call_without_a_layout_guesses_it(
     chex.assert_trees_all_equal(old, call(params, model.params, layout=model.layout))
 
 
+def test_a_guess_needs_the_trees_and_lora(decoder: Any, adapted: Adapted, randomize: Any) -> None:
+    model = decoder()
+    params = randomize(adapted("decoder", "kaiming-standard", targets=("all-linear",)))
+    with pytest.warns(DeprecationWarning, match="without layout="):
+        old = lft.merge_adapters(params=params)
+    chex.assert_trees_all_equal(old, lft.merge_adapters(params, layout=model.layout))
+    other = adapted("decoder", "ia3-standard", targets=("all-linear",))
+    warned = pytest.warns(DeprecationWarning, match="without layout=")
+    with warned, pytest.raises(ValueError, match="pass layout="):
+        lft.merge_adapters(other)
+
+
 def test_switched_off_is_disable_adapters(decoder: Any, adapted: Adapted) -> None:
     model, params = decoder(), adapted("decoder", "pissa-rank_stabilized-dora")
     with pytest.warns(DeprecationWarning, match="use disable_adapters"):
@@ -69,7 +81,7 @@ def test_a_step_of_a_model_is_that_of_its_supervised_loss(
     )
     with pytest.warns(DeprecationWarning, match="pass supervised_loss"):
         step = lft.make_train_step(model, tx, packed=False, dropout=0.1)
-    old_state, old_metrics = step(state, frozen, batch, jax.random.key(1))
+    old_state, old_metrics = step(state, frozen, batch=batch, key=jax.random.key(1))
     chex.assert_trees_all_equal(old_state, new[0])
     assert old_metrics["tokens"] == new[1]["weight"] > 0
     with pytest.warns(DeprecationWarning, match="pass supervised_loss"):

@@ -285,9 +285,14 @@ def _stacked(
     """The adapter leaves of a stack: zeros beyond a matrix's rank, and for matrices without one."""
     kernel_shape = base_shape(layers, path, spec)
     rank = max(map(_rank, matrices.values()))
-    first = next(iter(matrices.values()))
+    names = {frozenset(matrix) for matrix in matrices.values()}
+    if len(names) > 1:
+        raise ValueError(
+            f"{where}: the layers of {path} are adapted in different ways; here they are one "
+            "stack, whose layers must be adapted alike"
+        )
     leaves = {}
-    for name in first:
+    for name in next(iter(matrices.values())):
         shape = spec.leaf_shape(name, kernel_shape, rank=rank)
         leaves[name] = np.zeros(shape, np.float32)
     for index, matrix in matrices.items():

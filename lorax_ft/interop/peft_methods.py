@@ -245,6 +245,14 @@ def check_ia3_config(config: Mapping[str, Any], folder: Path) -> None:
         raise ValueError(
             f"{folder / CONFIG}: feedforward_modules is {patterns!r}, which is not a valid value"
         )
+    if isinstance(patterns, str):
+        try:
+            re.compile(patterns)
+        except re.error as error:
+            raise ValueError(
+                f"{folder / CONFIG}: feedforward_modules {patterns!r} is not a regular expression: "
+                f"{error}"
+            ) from error
 
 
 def complete_ia3(
@@ -370,6 +378,16 @@ def method_of_config(config: Mapping[str, Any], folder: Path) -> PeftMethod:
             return method
     known = ", ".join(repr(method.peft_type) for method in METHODS.values())
     raise ValueError(f"{folder} holds an adapter of type {peft_type!r}; supported: {known}")
+
+
+def method_name(config: Mapping[str, Any], folder: Path) -> str:
+    """The `AdapterConfig.method` of the type that an adapter_config.json names.
+
+    Raises:
+      ValueError: the type is not supported.
+    """
+    method = method_of_config(config, folder)
+    return next(name for name, row in METHODS.items() if row is method)
 
 
 def method_of_matrix(matrix: Matrix) -> PeftMethod:

@@ -89,6 +89,8 @@ def add_adapters(
     >>> float(add_adapters(params, config, layout=layers, key=key, init=ones)["lora_a"].sum())
     8.0
     """
+    if init is not None and config.method != "lora":
+        raise ValueError(f"init= is for LoRA, and adapter.method is {config.method}")
     layers = modules(nn.meta.unbox(params))
     row = init_schema(config.init)
     # Whether a custom init changes the base is only known once it is called.

@@ -198,11 +198,6 @@ def _adapted_einsum(
         fields = {"einsum_str": equation, "shape": kernel.shape}
         return run(fields, kernel, x)
 
-    if bias.BIAS in layer:
-        # linen's bias has the kernel's letters in the order of the result.
-        bias_letters = "".join(letter for letter in result if letter in letters)
-        reordered = jnp.einsum(f"{bias_letters}->{batch}{outs}", layer[bias.BIAS])
-        layer = layer | {bias.BIAS: reordered}
     y = linear(
         layer,
         x,
@@ -280,6 +275,8 @@ def _trace_einsum(
         ins=tuple(ins),
         outs=tuple(outs),
         experts=len(batch),
+        # linen's bias has the kernel's letters in the order of the result.
+        bias_axes=tuple(letters.index(letter) for letter in result if letter in letters),
     )
     return Traced(spec=spec, shape=shape, einsum=(lhs, letters, result))
 

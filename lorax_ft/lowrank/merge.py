@@ -15,7 +15,8 @@ from jax import Array
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.linear import merged_layer
 from lorax_ft.lowrank.spec import LayerSpec, as_canonical, base_kernel
-from lorax_ft.lowrank.terms import check_layer, is_adapted, scale_leaves, terms_of
+from lorax_ft.lowrank.terms import check_layer, is_adapted, terms_of
+from lorax_ft.lowrank.terms.bias import BIAS
 from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import dense
 from lorax_ft.schema import is_base
@@ -121,10 +122,11 @@ def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout) -> Tree:
                 f"{path}: the base cannot be recovered from the merged weights of DoRA, IA3, an "
                 "embedding or a tied head"
             )
-        # With negative scales, merging subtracts what it added before.
         inverse = layer | {"kernel": layers[path]["kernel"]}
-        for name in scale_leaves(layer):
-            inverse[name] = -layer[name]
+        for term in terms_of(layer):
+            for name in term.negated:
+                if name in layer:
+                    inverse[name] = -layer[name]
         restored = _merged(inverse, layout[path], None)
         layers[path] = layers[path] | {"kernel": restored["kernel"]}
     return from_modules(layers)
@@ -135,10 +137,12 @@ def _merged(layer: Layer, spec: LayerSpec, dtype: Any) -> Layer:
     canonical = as_canonical(layer, spec)
     if dtype is not None:
         canonical["kernel"] = dense(canonical["kernel"], dtype)
+        if BIAS in canonical:
+            canonical[BIAS] = canonical[BIAS].astype(dtype)
     merged = merged_layer(canonical)
-    kernel = merged.pop("kernel")
-    merged[spec.weight] = spec.restored("kernel", kernel)
-    return merged
+    restored = {name: spec.restored(name, leaf) for name, leaf in merged.items()}
+    restored[spec.weight] = restored.pop("kernel")
+    return restored
 
 
 def _untied(params: Tree, layout: Layout, *, also: Sequence[Tree] = ()) -> dict[str, Layer]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:  # which needs the terms, and they need patterns
+    from lorax_ft.lowrank.spec import LayerSpec
 
 T = TypeVar("T")
 
@@ -47,9 +50,19 @@ def layer_index(path: str) -> int | None:
     return int(found[1])
 
 
-def any_match(patterns: Sequence[str], paths: Sequence[str]) -> bool:
-    """Whether a pattern matches one of the modules."""
-    return any(matches(pattern, path) for pattern in patterns for path in paths)
+def is_target(path: str, spec: LayerSpec, targets: Sequence[str]) -> bool:
+    """Whether `targets` match the module at `path`.
+
+    "all-linear" matches all but output heads, routers and embeddings.
+    """
+    for target in targets:
+        if target == "all-linear":
+            hit = not spec.by_name and spec.module != "embed"
+        else:
+            hit = matches(target, path)
+        if hit:
+            return True
+    return False
 
 
 def first_value(rules: Iterable[tuple[str, T]], path: str, default: T) -> T:

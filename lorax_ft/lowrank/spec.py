@@ -14,7 +14,7 @@ from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import leaf_schema
 
 Module = Literal["dense", "general", "einsum", "conv", "embed"]
-KERNEL, EMBEDDING = "kernel", "embedding"
+KERNEL, EMBEDDING, BIAS = "kernel", "embedding", "bias"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,9 @@ class LayerSpec:
     """The path of the embedding whose table, transposed, is this layer's kernel, where it has none
     of its own."""
 
+    bias_axes: tuple[int, ...] | None = None
+    """For each axis of the bias, the kernel's axis of the same meaning; None: stack, then out."""
+
     @property
     def weight(self) -> str:
         """The name of the layer's own matrix."""
@@ -58,22 +61,21 @@ class LayerSpec:
     def canonical(self, name: str, leaf: Any) -> Any:
         """The leaf called `name` with its axes in the order stack, in, rank, out.
 
-        Vectors and quantized kernels have them in that order already.
+        An adapter's vectors and quantized kernels have them in that order already.
         """
-        if isinstance(leaf, Quantized) or not _keeps_kernel_order(name):
+        axes = self._stored_axes(name)
+        if isinstance(leaf, Quantized) or axes is None:
             return leaf
-        axes = self._kernel_axes(name)
-        stored_order = sorted(axes)
-        order = [stored_order.index(axis) for axis in axes]
-        return leaf.transpose(order)
+        stored, canonical = axes
+        return leaf.transpose([stored.index(axis) for axis in canonical])
 
     def restored(self, name: str, leaf: Any) -> Any:
         """The inverse of `canonical`."""
-        if isinstance(leaf, Quantized) or not _keeps_kernel_order(name):
+        axes = self._stored_axes(name)
+        if isinstance(leaf, Quantized) or axes is None:
             return leaf
-        axes = self._kernel_axes(name)
-        order = [axes.index(axis) for axis in sorted(axes)]
-        return leaf.transpose(order)
+        stored, canonical = axes
+        return leaf.transpose([canonical.index(axis) for axis in stored])
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
         """The stack's shape, and the rows and columns of each matrix, of a kernel of `shape`."""
@@ -118,13 +120,29 @@ class LayerSpec:
         def behind_scans(axes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(n + axis for axis in axes)
 
+        bias_axes = None
+        if self.bias_axes is not None:
+            bias_axes = (*range(n), *behind_scans(self.bias_axes))
         return dataclasses.replace(
             self,
             stack=(*range(n), *behind_scans(self.stack)),
             ins=behind_scans(self.ins),
             outs=behind_scans(self.outs),
+            bias_axes=bias_axes,
             scanned=scanned,
         )
+
+    def _stored_axes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The kernel's axes that a leaf's stand for, as they are stored and in canonical order.
+
+        None for a leaf that is stored in canonical order.
+        """
+        if name == BIAS and self.bias_axes is not None:
+            return self.bias_axes, self.stack + self.outs
+        if not _keeps_kernel_order(name):
+            return None
+        canonical = self._kernel_axes(name)
+        return tuple(sorted(canonical)), canonical
 
     def _kernel_axes(self, name: str) -> tuple[int, ...]:
         """For each axis of the leaf, the axis of the kernel whose place it takes.

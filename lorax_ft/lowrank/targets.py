@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import flax.linen as nn
 import numpy as np
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.layout import Layout, logical_paths
-from lorax_ft.lowrank.patterns import check_coverage, first_value, layer_index, matches
+from lorax_ft.lowrank.patterns import (
+    check_coverage,
+    first_value,
+    is_target,
+    layer_index,
+    matches,
+)
 from lorax_ft.lowrank.plan import Plan, Start
 from lorax_ft.lowrank.spec import LayerSpec, base_shape
 from lorax_ft.lowrank.terms import planned_leaves
@@ -57,6 +63,7 @@ def plan_adapters(
         raise ValueError(
             f"adapter.exclude and adapter.layers leave none of adapter.targets {config.targets}"
         )
+    _check_within_targets(config, layout, plans)
     return plans
 
 
@@ -116,21 +123,6 @@ def _start(
     return "kept" if config.keep_base or is_tied else "in_base"
 
 
-def is_target(path: str, spec: LayerSpec, targets: Sequence[str]) -> bool:
-    """Whether `targets` match the module at `path`.
-
-    "all-linear" matches all but output heads, routers and embeddings.
-    """
-    for target in targets:
-        if target == "all-linear":
-            hit = not spec.by_name and spec.module != "embed"
-        else:
-            hit = matches(target, path)
-        if hit:
-            return True
-    return False
-
-
 def _rank(config: AdapterConfig, path: str, spec: LayerSpec) -> int:
     """The rank of one matrix, 0 where it is not adapted."""
     # `exclude` wins over `targets`.
@@ -139,6 +131,17 @@ def _rank(config: AdapterConfig, path: str, spec: LayerSpec) -> int:
     if config.layers and layer_index(path) not in config.layers:
         return 0
     return int(first_value(config.patterns("rank_pattern"), path, config.rank))
+
+
+def _check_within_targets(config: AdapterConfig, layout: Layout, plans: Mapping[str, Plan]) -> None:
+    """Raise where an option for some of the targets matches none of them."""
+    specs = {name: layout[path] for path, plan in plans.items() for name in plan.paths}
+
+    def targeted(pattern: str) -> bool:
+        return any(is_target(name, spec, (pattern,)) for name, spec in specs.items())
+
+    for field, patterns in config.patterns_within_targets().items():
+        check_coverage(patterns, targeted, names=specs, where=f"adapter.{field}")
 
 
 def _check_patterns(config: AdapterConfig, layout: Layout, paths: dict[str, list[str]]) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lorax_ft import sharding
-from lorax_ft.config import Config
+from lorax_ft.config import AdapterConfig, Config
 from lorax_ft.data.batches import Dataset, check_sources, load_data
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, read_config
+from lorax_ft.interop.peft_methods import method_name
 from lorax_ft.lowrank.groups import fully_trained
 from lorax_ft.models.model import HEAD, LoadedModel, Model
-from lorax_ft.schema import init_schema
+from lorax_ft.schema import METHODS, init_schema
 from lorax_ft.sharding import DECODER_RULES
 
 
@@ -67,7 +68,9 @@ def load_dataset(config: Config, model: Model) -> Dataset:
 def _load_adapter(model: LoadedModel, folder: Path, config: Config) -> LoadedModel:
     """The model with the adapter of `adapter.continue_from`."""
     params = load_peft(folder, model)
-    for module in read_config(folder).get("modules_to_save") or ():
+    peft_config = read_config(folder)
+    _check_method(method_name(peft_config, folder), folder, config)
+    for module in peft_config.get("modules_to_save") or ():
         # PEFT saves a copy of a tied head; here the head and the embeddings are one leaf.
         if module == HEAD and module not in params:
             continue
@@ -78,6 +81,24 @@ def _load_adapter(model: LoadedModel, folder: Path, config: Config) -> LoadedMod
                 "continue training it"
             )
     return dataclasses.replace(model, params=params)
+
+
+def _check_method(method: str, folder: Path, config: Config) -> None:
+    """Raise if options are for another method than that of the adapter to continue from."""
+    adapter = config.adapter
+    if adapter.method not in (method, AdapterConfig.method):
+        raise ValueError(
+            f"adapter.method is {adapter.method}, but {folder} holds an adapter of the method "
+            f"{method}; remove adapter.method"
+        )
+    # The folder's own rank, alpha, targets and DoRA replace the options. These stay in force.
+    for option in ("dropout", "freeze"):
+        value = getattr(adapter, option)
+        if value != getattr(AdapterConfig, option) and option not in METHODS[method]:
+            raise ValueError(
+                f"adapter.{option} is {value}, but {folder} holds an adapter of the method "
+                f"{method}, which does not use it; remove adapter.{option}"
+            )
 
 
 def _check_quantization(config: Config) -> None:

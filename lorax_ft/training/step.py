@@ -84,7 +84,7 @@ def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, layout: Lay
         grads, sums = _summed(microbatch, batch)
         weight = sums["weight"]
         # A batch without any weight has zero gradients, and must not divide by zero.
-        divisor = jnp.where(weight > 0, weight, 1)
+        divisor = jnp.where(weight != 0, weight, 1)
         grads = jax.tree.map(lambda g: (g / divisor).astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)

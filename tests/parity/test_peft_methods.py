@@ -146,7 +146,3 @@ def test_variants_whose_blocks_mean_something_else_are_refused(
         file.write_text(json.dumps(json.loads(file.read_text()) | {"init_weights": value}))
         with pytest.raises(ValueError, match=f"init_weights '{value}'.*not supported"):
             load_peft(tmp_path / "adapter", model)
-    several = lft.AdapterConfig(method="miss", rank=4, rank_pattern=("q_proj=2",))
-    params = lft.add_adapters(model.params, several, layout=model.layout, key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"MiSS has one rank, and the adapters have \{"):
-        save_peft(tmp_path / "other", params, model)

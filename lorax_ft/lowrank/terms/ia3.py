@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_ft.lowrank.patterns import any_match
+from lorax_ft.lowrank.patterns import is_target
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.low_rank import expanded_to
 from lorax_ft.lowrank.terms.term import Layer, Product, Term
@@ -22,11 +22,21 @@ def planned(plan: Plan) -> tuple[str, ...]:
     """One vector: of the input where the option `feedforward` matches, else of the output.
 
     Raises:
-      ValueError: the input of a feedforward module is not a plain vector.
+      ValueError: the module is an embedding, a feedforward module is not a dense layer, or the
+        option means some layers of a stack and not others.
     """
     if plan.config.method != "ia3":
         return ()
-    if not any_match(plan.config.feedforward, plan.paths):
+    if plan.spec.module == "embed":
+        raise ValueError(f"{plan.paths[0]}: IA3 is not for embeddings; exclude them")
+    adapted = [path for path, rank in zip(plan.paths, plan.ranks.flat, strict=True) if rank]
+    scales_input = {is_target(path, plan.spec, plan.config.feedforward) for path in adapted}
+    if len(scales_input) > 1:
+        raise ValueError(
+            f"adapter.feedforward matches some layers of the stack of {adapted[0]} and not others; "
+            "a stack scales the input of all its layers or of none"
+        )
+    if scales_input == {False}:
         return (OUTPUT, ACTIVE)
     if plan.spec.module != "dense":
         raise ValueError(

@@ -57,6 +57,7 @@ def is_in_base(layer: Layer) -> bool:
 TERM = Term(
     leaves=(A0, B0),
     optional=(SCALE,),
+    negated=(SCALE,),
     needs=(low_rank.A, low_rank.B, low_rank.SCALE),
     planned=planned,
     after=after,

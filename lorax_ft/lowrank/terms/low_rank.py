@@ -106,6 +106,7 @@ def ranks(layer: Layer) -> np.ndarray:
 TERM = Term(
     leaves=(A, B, SCALE),
     active=SCALE,
+    negated=(SCALE,),
     takes_dropout=True,
     planned=planned,
     after=after,

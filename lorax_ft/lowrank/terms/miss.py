@@ -22,7 +22,11 @@ D, RANK = "miss_block", "miss_rank"
 
 def planned(plan: Plan) -> tuple[str, ...]:
     """D and r, where the method is MiSS."""
-    return (D, RANK) if plan.config.method == "miss" else ()
+    if plan.config.method != "miss":
+        return ()
+    if plan.spec.module == "embed":
+        raise ValueError(f"{plan.paths[0]}: MiSS is not for embeddings; exclude them")
+    return (D, RANK)
 
 
 def initial(layer: Layer, plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Layer:
@@ -85,6 +89,7 @@ def ranks(layer: Layer) -> np.ndarray:
 TERM = Term(
     leaves=(D, RANK),
     active=RANK,
+    negated=(D,),
     takes_dropout=True,
     planned=planned,
     initial=initial,

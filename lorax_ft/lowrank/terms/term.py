@@ -64,6 +64,8 @@ class Term(NamedTuple):
     """The leaf `[*L]` that is 0 for those matrices of a stack that are not adapted."""
     multiplies: bool = False
     """Whether it multiplies, so that the base cannot be computed from merged weights."""
+    negated: tuple[str, ...] = ()
+    """Leaves whose negative makes merging subtract what the term adds."""
     takes_dropout: bool = False
     """Whether its input is dropped out in training."""
     planned: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
