@@ -390,6 +390,6 @@ def test_stacked_experts_that_do_not_fit(sparse: Path, tmp_path: Path) -> None:
     )
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(
-        ValueError, match=r"layers.0.mlp.experts.lora_A.weight has the shape .*none of 5 experts"
+        ValueError, match=r"layers.0.mlp.experts.lora_A.weight has the shape .*does not fit 5 experts"
     ):
         load_peft(tmp_path / "adapter", load_model(tmp_path / "other"))
