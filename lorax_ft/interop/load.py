@@ -69,10 +69,7 @@ def load_model(
     """
     # Its constructor validates these values.
     ModelConfig(path=str(path), revision=revision, dtype=dtype, attention=attention, remat=remat)
-    if not isinstance(quant, QuantConfig | None):
-        raise ValueError(
-            f"quant is {quant!r}; give a QuantConfig, such as QuantConfig(format='nf4')"
-        )
+    _check_quant(quant)
     location, source = _locate(path, revision), str(path)
     hf_config, tensors, tokenizer = _read(location)
     config = decoder_config(hf_config, source=source, dtype=dtype, attention=attention, remat=remat)
@@ -100,6 +97,14 @@ def load_model(
         source=source,
         generation_config=_generation_config(location),
     )
+
+
+def _check_quant(quant: Any) -> None:
+    """Raise for the name of a format where its options are expected."""
+    if not isinstance(quant, QuantConfig | None):
+        raise ValueError(
+            f"quant is {quant!r}; give a QuantConfig, such as QuantConfig(format='nf4')"
+        )
 
 
 def _quantizable(config: DecoderConfig) -> set[str]:

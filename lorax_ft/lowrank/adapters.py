@@ -89,15 +89,12 @@ def add_adapters(
     >>> float(add_adapters(params, config, layout=layers, key=key, init=ones)["lora_a"].sum())
     8.0
     """
-    if init is not None and config.method != "lora":
-        raise ValueError(f"init= is for LoRA, and adapter.method is {config.method}")
     layers = modules(nn.meta.unbox(params))
+    _check_init(config, init, layers)
     row = init_schema(config.init)
     # Whether a custom init changes the base is only known once it is called.
     changes_base = row.changes_base or init is not None
     plans = plan_adapters(config, params, layout=layout, changes_base=changes_base)
-    if init is None and row.on_host and config.svd_iterations is None:
-        _check_not_traced(config, layers)
     needed = needed_statistics(config, params, layout=layout)
     measured = checked_statistics(config, statistics, needed)
     if init is None and row.prepare is not None:
@@ -297,8 +294,14 @@ def _unadapted_layer(layers: Mapping[str, Layer], path: str) -> Layer:
     return layer
 
 
-def _check_not_traced(config: AdapterConfig, layers: Mapping[str, Layer]) -> None:
-    """Raise where an init that computes on the host is called inside a JAX transformation."""
+def _check_init(config: AdapterConfig, init: Init | None, layers: Mapping[str, Layer]) -> None:
+    """Raise for a custom init of another method, and for a host init under a transformation."""
+    if init is not None:
+        if config.method != "lora":
+            raise ValueError(f"init= is for LoRA, and adapter.method is {config.method}")
+        return
+    if not init_schema(config.init).on_host or config.svd_iterations is not None:
+        return
     leaves = jax.tree.leaves(dict(layers))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise ValueError(

@@ -86,10 +86,7 @@ def set_up(config: Config, *, folder: Path) -> Job:
     tx = make_optimizer(config.optim, steps=steps)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints)
     if config.train.resume:
-        state, frozen = resumed_state(
-            model, config.adapter, tx, mesh=mesh, restore=checkpoints.restore
-        )
-        _check_steps_left(state, steps, folder)
+        state, frozen = _resumed_state(model, tx, config, checkpoints, mesh=mesh, steps=steps)
     else:
         state, frozen = _new_state(model, tx, config, batches=batches, mesh=mesh, timer=timer)
     checkpoints.check_room(state, owned_leaves(state.trained, frozen))
@@ -222,6 +219,26 @@ def _new_state(
         )
 
 
+def _resumed_state(
+    model: LoadedModel,
+    tx: optax.GradientTransformation,
+    config: Config,
+    checkpoints: Checkpoints,
+    *,
+    mesh: Mesh,
+    steps: int,
+) -> tuple[TrainState, Tree]:
+    """The state of the last checkpoint, not beyond the run's end, and its frozen leaves."""
+    state, frozen = resumed_state(model, config.adapter, tx, mesh=mesh, restore=checkpoints.restore)
+    done = int(state.step)
+    if done > steps:
+        raise ValueError(
+            f"the run in {config.train.output} is at step {done}, beyond its end at step {steps}; "
+            f"give --train.steps {done} or more, or another --train.output"
+        )
+    return state, frozen
+
+
 def _calibration(
     model: LoadedModel, config: Config, batches: Batches, mesh: Mesh
 ) -> dict[str, np.ndarray]:
@@ -260,16 +277,6 @@ def _check_contract(
         return batch_loss(model, params, microbatch, packed=packed)
 
     contract.check_read(loss, state.trained)
-
-
-def _check_steps_left(state: TrainState, steps: int, folder: Path) -> None:
-    """Raise if the checkpoint is beyond the last step of the run."""
-    done = int(state.step)
-    if done > steps:
-        raise ValueError(
-            f"the run in {folder} is at step {done}, beyond its end at step {steps}; "
-            f"give --train.steps {done} or more, or another --train.output"
-        )
 
 
 class _Timer:
