@@ -14,10 +14,9 @@ from lorax_ft.lowrank import adapters, merge
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.spec import EMBEDDING, KERNEL, LayerSpec
 from lorax_ft.lowrank.terms import active_leaf, is_adapted, low_rank
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.models.model import CausalLM
 from lorax_ft.training import losses, step
-from lorax_ft.tree import Tree, modules
+from lorax_ft.tree import Layer, Tree, modules
 
 
 def _with_optional_layout(function: Callable[..., Any]) -> Callable[..., Any]:

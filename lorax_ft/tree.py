@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from flax import traverse_util
 
 Tree = dict[str, Any]
+Layer = dict[str, Any]
+"""The leaves of one module, by name."""
 T = TypeVar("T")
 
 

@@ -52,7 +52,7 @@ def test_leaves_are_named_in_the_schema_the_terms_and_interop_alone() -> None:
 
 
 def test_every_leaf_has_a_term_and_every_term_has_rows() -> None:
-    of_terms = {name for term in TERMS for name in (*term.leaves, *term.optional)}
+    of_terms = {name for term in TERMS for name in term.all_leaves}
     assert of_terms == ADDED | {"bias"}
     assert {term.active for term in TERMS} - {None} <= ADDED
 
@@ -70,19 +70,23 @@ def without(params: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("missing", "said"),
+    ("method", "missing", "said"),
     [
-        ("lora_a", r"has the leaf 'lora_\w+' but no 'lora_a'"),
-        ("lora_b", r"has the leaf 'lora_\w+' but no 'lora_b'"),
-        ("lora_scale", r"has the leaf 'lora_\w+' but no 'lora_scale'"),
+        ("kaiming-standard-dora", "lora_a", r"has the leaf 'lora_\w+' but no 'lora_a'"),
+        ("kaiming-standard-dora", "lora_b", r"has the leaf 'lora_\w+' but no 'lora_b'"),
+        ("kaiming-standard-dora", "lora_scale", r"has the leaf 'lora_\w+' but no 'lora_scale'"),
+        ("ia3-standard", "ia3_active", "has the leaf 'ia3_out' but no 'ia3_active'"),
+        ("ia3-standard", "ia3_out", "has the leaf 'ia3_active' but no 'ia3_in'"),
+        ("miss-standard", "miss_block", "has the leaf 'miss_rank' but no 'miss_block'"),
+        ("miss-standard", "miss_rank", "has the leaf 'miss_block' but no 'miss_rank'"),
     ],
 )
 @pytest.mark.usefixtures("standard_promotion")
 def test_missing_leaves_are_the_same_error_through_every_door(
-    decoder: Any, adapted: Adapted, tmp_path: Path, missing: str, said: str
+    decoder: Any, adapted: Adapted, tmp_path: Path, method: str, missing: str, said: str
 ) -> None:
     model = decoder()
-    whole = adapted("decoder", "kaiming-standard-dora")
+    whole = adapted("decoder", method)
     path = "layers/mlp/up_proj"
     broken = without(whole, f"{path}/{missing}")
     layer = broken["layers"]["mlp"]["up_proj"]
@@ -111,6 +115,15 @@ def test_a_norm_without_its_magnitude_and_a_start_without_its_factors_raise() ->
     for leaf, needed in (("norm", "magnitude"), ("lora_a0", "lora_b0"), ("dropout_key", "dropout")):
         with pytest.raises(ValueError, match=f"'{leaf}' but no '{needed}"):
             lft.merged_kernel({"kernel": kernel, leaf: jnp.ones(2)})
+
+
+def test_a_layer_with_both_vectors_of_ia3_raises() -> None:
+    layer = {"kernel": jnp.ones((3, 2)), "ia3_active": jnp.ones(())}
+    layer |= {"ia3_in": jnp.ones(3), "ia3_out": jnp.ones(2)}
+    with pytest.raises(ValueError, match="'ia3_in' and 'ia3_out', of which it may have one"):
+        lft.merged_kernel(layer)
+    with pytest.raises(ValueError, match="'ia3_in' and 'ia3_out', of which it may have one"):
+        lft.linear(layer, jnp.ones((1, 3)), jnp.matmul)
 
 
 def test_an_init_of_ones_own(zoo: Any) -> None:

@@ -28,11 +28,10 @@ from lorax_ft.interop.peft_tensors import OWN_SUFFIXES, PREFIX, Entry, adapter_t
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.spec import LayerSpec, base_kernel, base_shape, with_kernel
 from lorax_ft.lowrank.terms import magnitude
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.models.model import HEAD, TABLE, LoadedModel, Model
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import leaf_schema
-from lorax_ft.tree import Tree, from_modules, modules
+from lorax_ft.tree import Layer, Tree, from_modules, modules
 
 BASE = "nf4_base"  # the folder beside a run's adapter with its base, if no other checkpoint is it
 Place = tuple[str, tuple[int, ...]]

@@ -16,11 +16,10 @@ from lorax_ft.lowrank.groups import fully_trained
 from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.lowrank.spec import base_kernel
 from lorax_ft.lowrank.terms import active_leaf, check_layer, is_adapted, kept_start
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.models.model import HEAD, TABLE, LoadedModel, Model
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import is_adapter, is_base
-from lorax_ft.tree import Tree, modules
+from lorax_ft.tree import Layer, Tree, modules
 
 Layers = Mapping[str, Layer]
 

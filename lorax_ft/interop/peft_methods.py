@@ -366,28 +366,23 @@ METHODS: Mapping[str, PeftMethod] = {"lora": LORA, "ia3": IA3, "miss": MISS}
 """By `AdapterConfig.method`."""
 
 
-def method_of_config(config: Mapping[str, Any], folder: Path) -> PeftMethod:
-    """The row of the type that an adapter_config.json names.
-
-    Raises:
-      ValueError: the type is not supported.
-    """
-    peft_type = config.get("peft_type")
-    for method in METHODS.values():
-        if method.peft_type == peft_type:
-            return method
-    known = ", ".join(repr(method.peft_type) for method in METHODS.values())
-    raise ValueError(f"{folder} holds an adapter of type {peft_type!r}; supported: {known}")
-
-
 def method_name(config: Mapping[str, Any], folder: Path) -> str:
     """The `AdapterConfig.method` of the type that an adapter_config.json names.
 
     Raises:
       ValueError: the type is not supported.
     """
-    method = method_of_config(config, folder)
-    return next(name for name, row in METHODS.items() if row is method)
+    peft_type = config.get("peft_type")
+    for name, method in METHODS.items():
+        if method.peft_type == peft_type:
+            return name
+    known = ", ".join(repr(method.peft_type) for method in METHODS.values())
+    raise ValueError(f"{folder} holds an adapter of type {peft_type!r}; supported: {known}")
+
+
+def method_of_config(config: Mapping[str, Any], folder: Path) -> PeftMethod:
+    """The row of the type that an adapter_config.json names, or an error as `method_name`'s."""
+    return METHODS[method_name(config, folder)]
 
 
 def method_of_matrix(matrix: Matrix) -> PeftMethod:

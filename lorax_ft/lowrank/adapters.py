@@ -34,10 +34,9 @@ from lorax_ft.lowrank.terms import (
     scale_leaves,
 )
 from lorax_ft.lowrank.terms import magnitude as magnitude_term
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import init_schema
-from lorax_ft.tree import Tree, combine, from_modules, modules
+from lorax_ft.tree import Layer, Tree, combine, from_modules, modules
 
 
 def add_adapters(

@@ -19,8 +19,8 @@ from jax import Array
 from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.spec import LayerSpec, Module, as_canonical
 from lorax_ft.lowrank.terms import bias, check_layer, is_adapted, magnitude
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized, dense
+from lorax_ft.tree import Layer
 
 Gather = Callable[[str, Quantized], Quantized]
 Run = Callable[[dict[str, Any], Any, Array], Array]

@@ -15,9 +15,8 @@ import jax
 
 from lorax_ft.lowrank import intercept
 from lorax_ft.lowrank.spec import LayerSpec
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.schema import is_base
-from lorax_ft.tree import flatten, modules, unflatten
+from lorax_ft.tree import Layer, flatten, modules, unflatten
 
 Layout = dict[str, LayerSpec]
 Views = dict[str, list[dict[str, int]]]

@@ -19,8 +19,9 @@ from jax import Array, lax
 
 from lorax_ft.lowrank.matrices import matrices_of, over_stack
 from lorax_ft.lowrank.terms import magnitude, terms_of
-from lorax_ft.lowrank.terms.term import Dot, Layer, Product, Term
+from lorax_ft.lowrank.terms.term import Dot, Product, Term
 from lorax_ft.quant.kernels import dense
+from lorax_ft.tree import Layer
 
 
 def linear(
@@ -85,7 +86,7 @@ def merged_layer(layer: Layer) -> Layer:
     layer = magnitude.with_norm(layer)
     names = set(base)
     for term in terms:
-        names.update(term.leaves, term.optional)
+        names.update(term.all_leaves)
     leaves = {name: leaf for name, leaf in layer.items() if name in names}
     matrices = matrices_of(leaves)
     merged = over_stack(_merge_matrix, matrices, options=(terms,))

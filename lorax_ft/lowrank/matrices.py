@@ -15,8 +15,7 @@ from jax import Array, lax
 
 from lorax_ft.quant.kernels import Quantized, matrices
 from lorax_ft.schema import leaf_schema
-
-Layer = dict[str, Any]
+from lorax_ft.tree import Layer
 
 
 def matrices_of(layer: Layer) -> Layer:

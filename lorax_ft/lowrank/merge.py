@@ -14,13 +14,11 @@ from jax import Array
 
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.linear import merged_layer
-from lorax_ft.lowrank.spec import LayerSpec, as_canonical, base_kernel
+from lorax_ft.lowrank.spec import BIAS, LayerSpec, as_canonical, base_kernel
 from lorax_ft.lowrank.terms import check_layer, is_adapted, terms_of
-from lorax_ft.lowrank.terms.bias import BIAS
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import dense
 from lorax_ft.schema import is_base
-from lorax_ft.tree import Tree, flatten, from_modules, join, modules, unflatten
+from lorax_ft.tree import Layer, Tree, flatten, from_modules, join, modules, unflatten
 
 
 def merge_adapters(params: Tree, *, layout: Layout) -> Tree:

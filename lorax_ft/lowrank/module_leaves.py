@@ -24,8 +24,8 @@ from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.requantize import Original, Quantize, requantized
 from lorax_ft.lowrank.spec import LayerSpec, as_canonical
 from lorax_ft.lowrank.terms import TERMS, kept_start, low_rank, planned_leaves
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized, matrices
+from lorax_ft.tree import Layer
 
 
 def leaf_shapes(plan: Plan, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

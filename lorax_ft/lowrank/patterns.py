@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-if TYPE_CHECKING:  # which needs the terms, and they need patterns
-    from lorax_ft.lowrank.spec import LayerSpec
+from lorax_ft.lowrank.spec import LayerSpec
 
 T = TypeVar("T")
 

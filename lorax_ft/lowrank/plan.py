@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from lorax_ft.config import AdapterConfig
-
-if TYPE_CHECKING:  # which needs the terms, and they need plans
-    from lorax_ft.lowrank.spec import LayerSpec
+from lorax_ft.lowrank.spec import LayerSpec
 
 Start = Literal["none", "in_base", "kept"]
 """Where the start of an init is subtracted: nowhere, from the base itself, or in the forward."""

@@ -12,9 +12,9 @@ from jax import Array
 
 from lorax_ft.lowrank.inits.svd import Factors, product
 from lorax_ft.lowrank.terms import kept_start
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized, dense, quantize_as
 from lorax_ft.quant.stream import streamed
+from lorax_ft.tree import Layer
 
 Original = Callable[[tuple[int, ...]], np.ndarray]
 """Reads the matrix `[*ins, *outs]` at an index of the stack, as it was before it was quantized."""

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from jax import Array
 
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import leaf_schema
+from lorax_ft.tree import Layer
 
 Module = Literal["dense", "general", "einsum", "conv", "embed"]
 KERNEL, EMBEDDING, BIAS = "kernel", "embedding", "bias"
@@ -38,7 +38,6 @@ class LayerSpec:
     tied_to: str | None = None
     """The path of the embedding whose table, transposed, is this layer's kernel, where it has none
     of its own."""
-
     bias_axes: tuple[int, ...] | None = None
     """For each axis of the bias, the kernel's axis of the same meaning; None: stack, then out."""
 
@@ -107,11 +106,11 @@ class LayerSpec:
 
     def stored_shape(self, name: str, canonical: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that `restored` gives to a leaf of this canonical shape."""
-        if not _keeps_kernel_order(name):
+        axes = self._stored_axes(name)
+        if axes is None:
             return canonical
-        axes = self._kernel_axes(name)
-        order = [axes.index(axis) for axis in sorted(axes)]
-        return tuple(canonical[i] for i in order)
+        stored, order = axes
+        return tuple(canonical[order.index(axis)] for axis in stored)
 
     def inside_scans(self, scanned: tuple[int, ...]) -> LayerSpec:
         """The spec of the stacked kernel; `self` is that of the slice that the scans see."""

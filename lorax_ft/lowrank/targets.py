@@ -19,9 +19,8 @@ from lorax_ft.lowrank.patterns import (
 from lorax_ft.lowrank.plan import Plan, Start
 from lorax_ft.lowrank.spec import LayerSpec, base_shape
 from lorax_ft.lowrank.terms import planned_leaves
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.schema import init_schema, leaf_schema
-from lorax_ft.tree import Tree, modules
+from lorax_ft.tree import Layer, Tree, modules
 
 
 def plan_adapters(

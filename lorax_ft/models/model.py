@@ -20,14 +20,13 @@ from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.spec import LayerSpec, with_kernel
 from lorax_ft.lowrank.terms import check_layer, magnitude
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.models.attention import Cache
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.parts import rows_dot_general, softcap
 from lorax_ft.quant.kernels import Format
 from lorax_ft.sharding import gathered
-from lorax_ft.tree import Tree
+from lorax_ft.tree import Layer, Tree
 
 TABLE, HEAD = "embed_tokens", "lm_head"
 WITHOUT_START = "start_taken_out"

@@ -12,10 +12,9 @@ import numpy as np
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.spec import base_shape
 from lorax_ft.lowrank.terms import TERMS, active_leaf, is_adapted, low_rank, magnitude
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import is_base, leaf_schema
-from lorax_ft.tree import Tree, flatten, modules
+from lorax_ft.tree import Layer, Tree, flatten, modules
 
 
 class ModuleRow(NamedTuple):

@@ -19,10 +19,9 @@ from jax import Array, lax
 
 from lorax_ft.lowrank.adapters import with_dropout
 from lorax_ft.lowrank.terms import dropout as dropout_term
-from lorax_ft.lowrank.terms.term import Layer
 from lorax_ft.models.model import CausalLM
 from lorax_ft.sharding import row_devices
-from lorax_ft.tree import Tree
+from lorax_ft.tree import Layer, Tree
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]

@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 import transformers  # noqa: E402
+from peft_logits import our_logits, their_logits  # noqa: E402
 
 from lorax_ft.config import AdapterConfig  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
@@ -26,7 +27,6 @@ from lorax_ft.tree import flatten, from_modules, modules, unflatten  # noqa: E40
 
 # torch, transformers and PEFT warn about one another.
 pytestmark = pytest.mark.filterwarnings("ignore")
-TOKENS = np.random.default_rng(0).integers(0, 61, (2, 15))
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -67,15 +67,6 @@ def adapted(model: Model, config: AdapterConfig, seed: int = 1) -> dict:
             factor = rng.uniform(0.7, 1.3, m.shape).astype(np.float32)
             layer["magnitude"] = jnp.where(layer["lora_scale"][..., None] > 0, m * factor, m)
     return from_modules(layers)
-
-
-def our_logits(model: Model, params: dict) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(TOKENS)))(params))
-
-
-def their_logits(model: torch.nn.Module) -> np.ndarray:
-    with torch.no_grad():
-        return model.eval()(torch.as_tensor(TOKENS)).logits.numpy()
 
 
 def assert_same_adapter(ours: np.ndarray, theirs: np.ndarray, base: np.ndarray) -> None:

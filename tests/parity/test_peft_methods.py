@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 import transformers  # noqa: E402
+from peft_logits import our_logits, their_logits  # noqa: E402
 
 import lorax_ft as lft  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
@@ -24,7 +25,6 @@ from lorax_ft.tree import Tree, flatten, unflatten  # noqa: E402
 
 # torch, transformers and PEFT warn about one another.
 pytestmark = pytest.mark.filterwarnings("ignore")
-TOKENS = np.random.default_rng(0).integers(0, 61, (2, 15))
 FFN = ("down_proj",)
 OURS: dict[str, dict[str, Any]] = {
     "ia3": {"method": "ia3", "targets": ("k_proj", "v_proj", "down_proj"), "feedforward": FFN},
@@ -73,15 +73,6 @@ def model(checkpoint: Path) -> LoadedModel:
     return load_model(checkpoint)
 
 
-def ours(model: LoadedModel, params: Tree) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(TOKENS)))(params))
-
-
-def theirs(model: torch.nn.Module) -> np.ndarray:
-    with torch.no_grad():
-        return model.eval()(torch.as_tensor(TOKENS)).logits.numpy()
-
-
 def randomized(params: Tree) -> Tree:
     trained, frozen = lft.partition(params)
     rng = np.random.default_rng(1)
@@ -99,17 +90,17 @@ def test_peft_loads_our_folder_and_we_read_it_back(
     params = randomized(fresh)
     save_peft(tmp_path / "adapter", params, model)
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-    plain = theirs(base)
+    plain = their_logits(base)
     wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-    expected = theirs(wrapped)
-    np.testing.assert_allclose(ours(model, params), expected, atol=1e-4)
+    expected = their_logits(wrapped)
+    np.testing.assert_allclose(our_logits(model, params), expected, atol=1e-4)
     assert np.abs(expected - plain).max() > 0.1
-    np.testing.assert_allclose(ours(model, model.params), plain, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, model.params), plain, atol=1e-4)
     again = load_peft(tmp_path / "adapter", model)
-    np.testing.assert_allclose(ours(model, again), expected, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, again), expected, atol=1e-4)
     merged = lft.merge_adapters(params, layout=model.layout)
-    np.testing.assert_allclose(ours(model, merged), expected, atol=1e-4)
-    np.testing.assert_allclose(theirs(wrapped.merge_and_unload()), expected, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, merged), expected, atol=1e-4)
+    np.testing.assert_allclose(their_logits(wrapped.merge_and_unload()), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", THEIRS)
@@ -122,11 +113,11 @@ def test_we_load_what_peft_saved(
     for name, parameter in wrapped.named_parameters():
         if "ia3" in name or "miss" in name:
             torch.nn.init.normal_(parameter, mean=float("ia3" in name), std=0.3)
-    expected = theirs(wrapped)
+    expected = their_logits(wrapped)
     wrapped.save_pretrained(tmp_path / "adapter")
     params = load_peft(tmp_path / "adapter", model)
-    np.testing.assert_allclose(ours(model, params), expected, atol=1e-4)
-    assert np.abs(expected - ours(model, model.params)).max() > 0.1
+    np.testing.assert_allclose(our_logits(model, params), expected, atol=1e-4)
+    assert np.abs(expected - our_logits(model, model.params)).max() > 0.1
     save_peft(tmp_path / "again", params, model)
     again = load_peft(tmp_path / "again", model)
     mine, other = (flatten(adapter_leaves_of(tree)) for tree in (params, again))

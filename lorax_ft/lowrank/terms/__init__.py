@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import bias, dropout, ia3, kept_start, low_rank, magnitude, miss
-from lorax_ft.lowrank.terms.term import Layer, Term
+from lorax_ft.lowrank.terms.term import Term
 from lorax_ft.schema import is_adapter
+from lorax_ft.tree import Layer
 
 TERMS: tuple[Term, ...] = (
     dropout.TERM,
@@ -35,24 +36,32 @@ def terms_of(layer: Layer) -> list[Term]:
 
 
 def check_layer(layer: Layer, path: str = "") -> None:
-    """Raise where a layer has some leaves of a term and lacks others that belong to them.
+    """Raise where a layer's leaves of a term are not complete, or exclude one another.
 
     Args:
       layer: the layer's leaves.
       path: the module's slash path, for the error.
 
     Raises:
-      ValueError: with the leaf that is there and the one that is missing.
+      ValueError: with the leaf that is there and the one that is missing or one too many.
     """
     for term in TERMS:
-        found = [name for name in (*term.leaves, *term.optional) if name in layer]
+        found = [name for name in term.all_leaves if name in layer]
         missing = [name for name in (*term.leaves, *term.needs) if name not in layer]
+        chosen = [name for name in term.one_of if name in layer]
+        if term.one_of and not chosen:
+            missing.append(term.one_of[0])
         if found and missing:
-            where = f"{path}: " if path else ""
-            raise ValueError(
-                f"{where}this layer has the leaf {found[0]!r} but no {missing[0]!r}; the two "
-                "belong together (build adapters with lorax_ft.add_adapters or load_peft)"
-            )
+            problem = f"the leaf {found[0]!r} but no {missing[0]!r}; the two belong together"
+        elif len(chosen) > 1:
+            problem = f"the leaves {chosen[0]!r} and {chosen[1]!r}, of which it may have one"
+        else:
+            continue
+        where = f"{path}: " if path else ""
+        raise ValueError(
+            f"{where}this layer has {problem} (build adapters with lorax_ft.add_adapters or "
+            "load_peft)"
+        )
 
 
 def planned_leaves(plan: Plan) -> list[str]:

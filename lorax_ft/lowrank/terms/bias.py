@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jax import Array
 
-from lorax_ft.lowrank.terms.term import Layer, Product, Term
-
-BIAS = "bias"
+from lorax_ft.lowrank.spec import BIAS
+from lorax_ft.lowrank.terms.term import Product, Term
+from lorax_ft.tree import Layer
 
 
 def after(

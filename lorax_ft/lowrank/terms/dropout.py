@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_ft.lowrank.terms.term import Layer, Term
+from lorax_ft.lowrank.terms.term import Term
+from lorax_ft.tree import Layer
 
 KEY, RATE = "dropout_key", "dropout_rate"
 

@@ -13,7 +13,8 @@ from jax import Array
 from lorax_ft.lowrank.patterns import is_target
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.low_rank import expanded_to
-from lorax_ft.lowrank.terms.term import Layer, Product, Term
+from lorax_ft.lowrank.terms.term import Product, Term
+from lorax_ft.tree import Layer
 
 INPUT, OUTPUT, ACTIVE = "ia3_in", "ia3_out", "ia3_active"
 
@@ -96,7 +97,7 @@ def vector(layer: Layer, name: str) -> Array:
 
 TERM = Term(
     leaves=(ACTIVE,),
-    optional=(INPUT, OUTPUT),
+    one_of=(INPUT, OUTPUT),
     active=ACTIVE,
     multiplies=True,
     planned=planned,

@@ -10,7 +10,8 @@ from jax import Array
 
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.dropout import dropped
-from lorax_ft.lowrank.terms.term import Layer, Product, Term, highest_matmul
+from lorax_ft.lowrank.terms.term import Product, Term, highest_matmul
+from lorax_ft.tree import Layer
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"
 FACTORS = (A, B)

@@ -17,9 +17,10 @@ from lorax_ft.lowrank.matrices import matrices_of, over_stack
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import kept_start, low_rank
 from lorax_ft.lowrank.terms.dropout import dropped
-from lorax_ft.lowrank.terms.term import Layer, Product, Term
+from lorax_ft.lowrank.terms.term import Product, Term
 from lorax_ft.quant.kernels import dense
 from lorax_ft.schema import leaf_schema
+from lorax_ft.tree import Layer
 
 MAGNITUDE, NORM = "magnitude", "norm"
 NORM_BLOCK = 2**22  # elements of W + s A B that the norm holds at once
@@ -96,7 +97,7 @@ def column_norm(layer: Layer) -> Array:
     """
     direction = {"kernel": lax.stop_gradient(layer["kernel"])}
     for term in DIRECTION:
-        for name in (*term.leaves, *term.optional):
+        for name in term.all_leaves:
             if name in layer:
                 direction[name] = lax.stop_gradient(layer[name])
     matrices = matrices_of(direction)

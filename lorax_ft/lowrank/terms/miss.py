@@ -15,7 +15,8 @@ from jax import Array
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.dropout import dropped
 from lorax_ft.lowrank.terms.low_rank import expand
-from lorax_ft.lowrank.terms.term import Layer, Product, Term, highest_matmul
+from lorax_ft.lowrank.terms.term import Product, Term, highest_matmul
+from lorax_ft.tree import Layer
 
 D, RANK = "miss_block", "miss_rank"
 

@@ -13,9 +13,8 @@ import numpy as np
 from jax import Array, lax
 
 from lorax_ft.lowrank.plan import Plan
+from lorax_ft.tree import Layer
 
-Layer = dict[str, Any]
-"""The leaves of one layer, by name."""
 Dot = Callable[[Array, Any], Array]
 """`dot(x, k)`: the layer's product of its input with a kernel that has W's in axes."""
 
@@ -56,6 +55,8 @@ class Term(NamedTuple):
 
     leaves: tuple[str, ...]
     """A layer has all of these leaves or none of them."""
+    one_of: tuple[str, ...] = ()
+    """Of these, a layer has exactly one beside them."""
     optional: tuple[str, ...] = ()
     """Leaves that a layer may have beside them."""
     needs: tuple[str, ...] = ()
@@ -80,6 +81,11 @@ class Term(NamedTuple):
     """The same on one matrix: (its leaves, kernel `[I, O]` and bias) -> both, in float32."""
     ranks: Callable[[Layer], np.ndarray] | None = None
     """The rank of each matrix of the stack, `[L]`; None for a term without ranks."""
+
+    @property
+    def all_leaves(self) -> tuple[str, ...]:
+        """Every leaf that a layer may have for this term."""
+        return self.leaves + self.one_of + self.optional
 
     @property
     def changes_kernel(self) -> bool:
