@@ -1,33 +1,35 @@
-"""Converts conversations to samples: token ids from the chat template, and the loss mask.
+"""Converts the rows of a dataset to samples: token ids, and which of them count in the loss.
 
 Letters: N tokens of a sample.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
 
 import numpy as np
 
-from lorax_ft.data.formats import Message
+from lorax_ft.data.conversation import Conversation, Example, Message, PlainText
+from lorax_ft.data.marks import Span
+from lorax_ft.data.masks import LossOn, ReasoningLoss, TurnFinder
+from lorax_ft.data.template import (
+    Tokenizer,
+    check_tokenizer,
+    ignored_fields,
+    template_of,
+)
 
-LossOn = Literal["assistant", "all"]
-Tokenizer = Any
-"""A transformers tokenizer. The type is not named, so that importing this module stays cheap."""
-Span = tuple[int, int]
-"""Start and end of a range of characters, the end exclusive."""
-
-# Conversations per tokenizer call: enough to keep all cores busy, few enough to keep the
+# Examples per tokenizer call: enough to keep all cores busy, few enough to keep the
 # character offsets, which take far more memory than the tokens, small.
 _CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """One conversation as the model sees it."""
+    """One example as the model sees it."""
 
     tokens: np.ndarray
     """Token ids, int32 [N]."""
@@ -40,64 +42,98 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """The samples of many conversations, and how many were truncated or dropped."""
+    """The samples of many examples, and what became of the others."""
 
     samples: list[Sample]
     cut: int
-    """Conversations longer than `max_length`."""
+    """Examples longer than `max_length`."""
     dropped: int
-    """Conversations without a label, usually because it was truncated; they have no sample."""
+    """Examples without a label, usually because it was truncated; they have no sample."""
     usual_length: int
-    """Length in tokens that 95 % of the conversations do not exceed."""
+    """Length in tokens that 95 % of the examples do not exceed."""
+    endless: int
+    """Trained turns that end without an end-of-turn token: the model would not learn to stop."""
+    ignored: dict[str, int]
+    """What the chat template does not use, such as "reasoning_content", in how many examples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """An example as text, before it is tokenized."""
+
+    text: str
+    labels: list[Span]
+    """The characters whose tokens count in the loss."""
+    special_tokens: bool = False
+    """Whether the tokenizer adds its special tokens, such as the beginning-of-sequence token."""
+    ends: bool = False
+    """Whether the end-of-sequence token follows, as a label."""
 
 
 def encode(
-    messages: Sequence[Message],
+    example: Example | Sequence[Message],
     tokenizer: Tokenizer,
     *,
     max_length: int,
     loss_on: LossOn = "assistant",
+    reasoning_loss: ReasoningLoss = "data",
+    append_end: bool = False,
     where: str = "conversation",
 ) -> Sample:
-    """Converts one conversation to a sample, truncated to `max_length` tokens.
+    """Converts one example to a sample, truncated to `max_length` tokens.
 
-    A token counts as a label if it contains text of an assistant turn: what the template writes
-    after the generation prompt, up to and including the end-of-turn token. The conversation is
-    tokenized in one piece, so the tokens are the ones that the template produces.
+    In a conversation, a token counts as a label if it contains text of an assistant turn: what the
+    template writes after the generation prompt, up to and including the end-of-turn token. In
+    plain text, all tokens after the prompt count. The example is tokenized in one piece, so the
+    tokens are the ones that the template produces.
+
+    Args:
+      example: a conversation (or its messages), or plain text.
+      tokenizer: a transformers tokenizer that returns character offsets.
+      max_length: the largest number of tokens.
+      loss_on: the tokens that count: the assistant's turns, only the last of them, or all.
+      reasoning_loss: which reasoning counts: what the data has; all, also an empty thought that
+        the template writes; or none.
+      append_end: append the end-of-sequence token where the template ends without one.
+      where: the place of the example, for errors.
 
     Raises:
       ValueError: the tokenizer has no chat template or no character offsets, or the template
-        rejects the conversation, or it renders the first turns differently when more turns
-        follow (then the assistant turns cannot be located).
+        rejects the conversation or does not write a turn of the assistant, or it changes the texts
+        so that the assistant's turns cannot be located.
     """
-    samples = _encode_untruncated([messages], tokenizer, loss_on=loss_on, where=[where])
-    return _truncate(next(samples), max_length)
+    encoder = _Encoder(tokenizer, loss_on, reasoning_loss, append_end)
+    text = encoder.text(_as_example(example), where)
+    return _truncate(next(_tokenize([text], tokenizer)), max_length)
 
 
 def encode_all(
-    conversations: Sequence[Sequence[Message]],
+    examples: Sequence[Example | Sequence[Message]],
     tokenizer: Tokenizer,
     *,
     max_length: int,
     loss_on: LossOn = "assistant",
+    reasoning_loss: ReasoningLoss = "data",
+    append_end: bool = False,
     where: Sequence[str],
 ) -> Encoded:
-    """Converts conversations to samples, in order; `where` names each one's place in errors.
+    """Converts examples to samples, in order; `where` names each one's place in errors.
 
     Raises:
       ValueError: as `encode`, or no sample keeps a label.
     """
+    encoder = _Encoder(tokenizer, loss_on, reasoning_loss, append_end)
     samples: list[Sample] = []
     lengths: list[int] = []
-    for sample in _encode_untruncated(conversations, tokenizer, loss_on=loss_on, where=where):
+    for sample in encoder.samples(examples, where):
         lengths.append(len(sample))
         truncated = _truncate(sample, max_length)
         # The first token is never a target: no token before it predicts it.
         if truncated.mask[1:].any():
             samples.append(truncated)
-    if conversations and not samples:
+    if examples and not samples:
         raise ValueError(
-            f"none of the {len(conversations)} samples keeps a label within {max_length} tokens; "
+            f"none of the {len(examples)} samples keeps a label within {max_length} tokens; "
             "raise data.max_length"
         )
     usual_length = 0
@@ -106,13 +142,15 @@ def encode_all(
     return Encoded(
         samples=samples,
         cut=sum(length > max_length for length in lengths),
-        dropped=len(conversations) - len(samples),
+        dropped=len(examples) - len(samples),
         usual_length=usual_length,
+        endless=encoder.endless,
+        ignored=dict(encoder.ignored),
     )
 
 
 def encode_prompt(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "prompt"
+    conversation: Conversation | Sequence[Message], tokenizer: Tokenizer, *, where: str = "prompt"
 ) -> np.ndarray:
     """Converts a conversation to token ids, int32 [N], ready for the assistant's next turn.
 
@@ -121,8 +159,10 @@ def encode_prompt(
     Raises:
       ValueError: the tokenizer has no chat template, or the template rejects the conversation.
     """
-    _check_tokenizer(tokenizer)
-    text = _apply_template(messages, tokenizer, prompt=True, where=where)
+    check_tokenizer(tokenizer)
+    example = _as_example(conversation)
+    assert isinstance(example, Conversation)
+    text = TurnFinder(tokenizer).prompt(example, where=where)
     # The template writes the special tokens, the beginning-of-sequence token included.
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     return np.asarray(encoded["input_ids"], np.int32)
@@ -145,119 +185,116 @@ def describe_row(tokenizer: Tokenizer, sample: Sample) -> list[tuple[str, bool]]
     return pieces
 
 
-def _encode_untruncated(
-    conversations: Sequence[Sequence[Message]],
-    tokenizer: Tokenizer,
-    *,
-    loss_on: LossOn,
-    where: Sequence[str],
-) -> Iterator[Sample]:
-    _check_tokenizer(tokenizer)
-    end_tokens = _special_tokens(tokenizer)
-    pairs = zip(conversations, where, strict=True)
-    while chunk := list(itertools.islice(pairs, _CHUNK)):
-        texts = []
-        label_spans = []
-        for messages, place in chunk:
-            text = _apply_template(messages, tokenizer, prompt=False, where=place)
-            spans = [(0, len(text))]
-            if loss_on == "assistant":
-                spans = _assistant_spans(messages, text, tokenizer, end_tokens, place)
-            texts.append(text)
-            label_spans.append(spans)
-        yield from _tokenize(texts, label_spans, tokenizer)
+class _Encoder:
+    """Writes examples as text, and counts what they lack."""
 
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        loss_on: LossOn,
+        reasoning_loss: ReasoningLoss,
+        append_end: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._loss_on: LossOn = loss_on
+        self._reasoning_loss: ReasoningLoss = reasoning_loss
+        self._append_end = append_end
+        self._finder: TurnFinder | None = None
+        self.endless = 0
+        self.ignored: collections.Counter[str] = collections.Counter()
 
-def _check_tokenizer(tokenizer: Tokenizer) -> None:
-    name = tokenizer.name_or_path or "this model"
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"the tokenizer of {name} has no chat template; use an instruction-tuned checkpoint, "
-            "or put a chat_template.jinja next to its tokenizer.json"
+    def samples(
+        self, examples: Sequence[Example | Sequence[Message]], where: Sequence[str]
+    ) -> Iterator[Sample]:
+        """The samples of examples, not yet truncated."""
+        pairs = zip(examples, where, strict=True)
+        while chunk := list(itertools.islice(pairs, _CHUNK)):
+            texts = [self.text(_as_example(example), place) for example, place in chunk]
+            yield from _tokenize(texts, self._tokenizer)
+
+    def text(self, example: Example, where: str) -> _Text:
+        """The text of an example, and where its labels stand."""
+        if isinstance(example, Conversation):
+            return self._conversation(example, where)
+        check_tokenizer(self._tokenizer, chat=False)
+        start = 0
+        if self._loss_on != "all":
+            start = len(example.prompt)
+        text = example.prompt + example.completion
+        return _Text(text, [(start, len(text))], special_tokens=True, ends=True)
+
+    def _conversation(self, conversation: Conversation, where: str) -> _Text:
+        if self._finder is None:
+            check_tokenizer(self._tokenizer)
+            self._finder = TurnFinder(self._tokenizer)
+        all_count = all(message.get("train", True) for message in conversation.messages)
+        if self._loss_on == "all" and all_count:
+            located = self._finder.text(conversation, where=where)
+        else:
+            located = self._finder.locate(conversation, where=where)
+        spans = located.label_spans(
+            conversation, loss_on=self._loss_on, reasoning=self._reasoning_loss
         )
-    # Only the tokenizers of the Rust library return the offsets that locate assistant turns.
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer of {name} returns no character offsets; "
-            "use a checkpoint with a tokenizer.json"
-        )
+        template = template_of(self._tokenizer, conversation)
+        self.ignored.update(set(located.unwritten) | set(ignored_fields(conversation, template)))
+        trained = [turn for turn in located.turns if _overlap(turn.spans, spans)]
+        endless = [turn for turn in trained if not turn.has_end]
+        ends = self._append_end and bool(endless) and trained[-1] is endless[-1]
+        self.endless += len(endless) - ends
+        return _Text(located.text, spans, ends=ends)
 
 
-def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Returns the tokens that may end a turn."""
-    tokens = set(tokenizer.all_special_tokens)
-    # Some checkpoints declare their end-of-turn token in the vocabulary only.
-    for token in tokenizer.added_tokens_decoder.values():
-        tokens.add(str(token))
-    tokens.discard("")  # every text ends with the empty string
-    return tuple(tokens)
+def _as_example(example: Example | Sequence[Message]) -> Example:
+    """The example; a list of messages is a conversation without anything else."""
+    if isinstance(example, Conversation | PlainText):
+        return example
+    return Conversation(messages=list(example))
 
 
-def _assistant_spans(
-    messages: Sequence[Message],
-    text: str,
-    tokenizer: Tokenizer,
-    end_tokens: tuple[str, ...],
-    where: str,
-) -> list[Span]:
-    """Returns the characters of the rendered conversation that the assistant's turns cover.
-
-    A turn starts after the generation prompt. It ends with its end-of-turn token if it has one:
-    white space that the template writes after that token belongs to no turn.
-    """
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _apply_template(messages[:turn], tokenizer, prompt=True, where=where)
-        through = text
-        is_last = turn + 1 == len(messages)
-        if not is_last:
-            through = _apply_template(messages[: turn + 1], tokenizer, prompt=False, where=where)
-        # Some templates rewrite earlier turns, for example to drop reasoning from old answers.
-        if not (through.startswith(before) and text.startswith(through)):
-            raise ValueError(
-                f"{where}: the chat template renders the turns up to {turn + 1} differently when "
-                "more turns follow, so the assistant's tokens cannot be located; "
-                "use --data.loss_on all, or another chat template"
-            )
-        end = len(through)
-        trimmed = through.rstrip()
-        if trimmed.endswith(end_tokens):
-            end = len(trimmed)
-        spans.append((len(before), end))
-    return spans
-
-
-def _apply_template(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, prompt: bool, where: str
-) -> str:
-    """Renders a conversation, with the generation prompt at its end if `prompt`."""
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt
-        )
-    # A template is a program of its own, and may raise anything about this conversation.
-    except Exception as error:
-        raise ValueError(
-            f"{where}: the chat template rejects this conversation: {error}"
-        ) from error
-    return str(text)
-
-
-def _tokenize(
-    texts: Sequence[str], label_spans: Sequence[Sequence[Span]], tokenizer: Tokenizer
-) -> Iterator[Sample]:
-    # The texts contain their special tokens already. Without verbose=False, transformers warns
-    # about every text that is longer than the model's context; those are truncated later.
-    encoded = tokenizer(
-        list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+def _overlap(spans: Sequence[Span], others: Sequence[Span]) -> bool:
+    return any(
+        start < other_end and other_start < end
+        for start, end in spans
+        for other_start, other_end in others
     )
-    columns = zip(encoded["input_ids"], encoded["offset_mapping"], label_spans, strict=True)
-    for ids, offsets, spans in columns:
-        # The reshape gives an empty conversation's offsets their second axis: [0] to [0, 2].
-        offsets_array = np.asarray(offsets, np.int64).reshape(-1, 2)
-        yield Sample(np.asarray(ids, np.int32), _overlaps(offsets_array, spans))
+
+
+def _tokenize(texts: Sequence[_Text], tokenizer: Tokenizer) -> Iterator[Sample]:
+    """Tokenizes examples, which are all conversations or all plain text."""
+    for special_tokens, group in itertools.groupby(texts, key=lambda text: text.special_tokens):
+        group_texts = list(group)
+        # Without verbose=False, transformers warns about every text that is longer than the
+        # model's context; those are truncated later.
+        encoded = tokenizer(
+            [text.text for text in group_texts],
+            add_special_tokens=special_tokens,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        columns = zip(encoded["input_ids"], encoded["offset_mapping"], group_texts, strict=True)
+        for ids, offsets, text in columns:
+            # The reshape gives an empty text's offsets their second axis: [0] to [0, 2].
+            offsets_array = np.asarray(offsets, np.int64).reshape(-1, 2)
+            mask = _overlaps(offsets_array, text.labels)
+            sample = Sample(np.asarray(ids, np.int32), mask)
+            yield _with_end(sample, tokenizer) if text.ends else sample
+
+
+def _with_end(sample: Sample, tokenizer: Tokenizer) -> Sample:
+    """The sample with the end-of-sequence token as its last label."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no end-of-sequence "
+            "token, which has to follow plain text; set eos_token in its tokenizer_config.json"
+        )
+    if len(sample) and sample.tokens[-1] == end:
+        tokens, mask = sample.tokens, sample.mask.copy()
+    else:
+        tokens = np.append(sample.tokens, np.int32(end))
+        mask = np.append(sample.mask, True)
+    mask[-1] = True
+    return Sample(tokens, mask)
 
 
 def _overlaps(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
