@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_cases import BYTES, CHATML, assistant, make_tokenizer, user
+from data_cases import BYTES, assistant, make_tokenizer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,6 @@ PLAIN = (  # no special tokens; the prompt and the turns end with a space
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-UNSTABLE = "{{ messages | length }} turns\n" + CHATML
 REFUSING = "{{ raise_exception('roles must alternate') }}"
 MERGED = make_tokenizer(merges=40)
 UNTRIMMED = make_tokenizer(trim_offsets=False)
@@ -92,10 +91,6 @@ def test_prompt_is_the_sample_before_its_labels() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (
-            UNSTABLE,
-            r"line 3: .* renders the turns up to 2 differently .*; use --data.loss_on all",
-        ),
         (REFUSING, "line 3: the chat template rejects this conversation: roles must alternate"),
         (None, "has no chat template; use an instruction-tuned checkpoint"),
     ],
@@ -104,10 +99,6 @@ def test_templates_that_cannot_be_used(template: str | None, message: str) -> No
     tokenizer = make_tokenizer(template)
     with pytest.raises(ValueError, match=message):
         encode([user("a"), assistant("b")], tokenizer, max_length=50, where="a.jsonl, line 3")
-    if template == UNSTABLE:
-        assert encode(
-            [user("a"), assistant("b")], tokenizer, max_length=50, loss_on="all"
-        ).mask.all()
 
 
 def test_cut_and_dropped_are_counted() -> None:

@@ -81,8 +81,11 @@ class Marks:
         marked = f"{chr(code)}{text[start:end]}{chr(code + 1)}"
         return f"{text[:start]}{marked}{text[end:]}"
 
-    def find(self, marked: str) -> tuple[str, list[Piece]]:
-        """The text without its marks, and the pieces that it contains, in order."""
+    def find(self, marked: str) -> tuple[str, list[Piece] | None]:
+        """The text without its marks, and the pieces that it contains, in order.
+
+        There are no pieces if a text has lost one of its marks.
+        """
         starts: dict[int, int] = {}
         ends: dict[int, int] = {}
         clean = []
@@ -99,10 +102,13 @@ class Marks:
         written = "".join(clean)
         pieces = []
         for number, text in enumerate(self.texts):
+            if number not in starts and number not in ends:
+                continue
             start, end = starts.get(number, -1), ends.get(number, -1)
-            if 0 <= start <= end:
-                start, end = _with_space(written, start, end, text)
-                pieces.append(Piece(text.message, text.part, start, end))
+            if not 0 <= start <= end:
+                return written, None
+            start, end = _with_space(written, start, end, text)
+            pieces.append(Piece(text.message, text.part, start, end))
         pieces.sort(key=lambda piece: (piece.start, piece.end))
         return written, pieces
 

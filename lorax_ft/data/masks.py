@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import re
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Container, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.marks import CLOSES, OPENS, THOUGHT, Piece, Span, mark
@@ -90,7 +89,7 @@ class TurnFinder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._form = FORMS[0]
-        self._frames: dict[str, _Frame] = {}
+        self._frames: dict[tuple[Any, ...], _Frame] = {}
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:
@@ -158,8 +157,8 @@ class TurnFinder:
                 continue
             if form.parts and PARTS in rendered.text:
                 continue  # The template wrote the list itself.
-            pieces = self._pieces(conversation, rendered.text, form, prompt)
-            unwritten = [] if pieces is None else _unwritten(conversation, pieces)
+            pieces, roles = self._pieces(conversation, rendered.text, form, prompt)
+            unwritten = [] if pieces is None else _unwritten(conversation, pieces, roles)
             if best is None or len(unwritten) < len(best[2]):
                 best, best_form = (rendered, pieces, unwritten), form
             if not unwritten:
@@ -172,8 +171,9 @@ class TurnFinder:
 
     def _pieces(
         self, conversation: Conversation, text: str, form: Form, prompt: bool
-    ) -> list[Piece] | None:
-        """Where the texts of the conversation stand in `text`; None if marks change it."""
+    ) -> tuple[list[Piece] | None, set[str]]:
+        """Where the texts stand in `text`, and of which roles; None if marks change it."""
+        roles = {message["role"] for message in conversation.messages}
         # A template may look at the start of a user's text, and then write something else.
         for only_assistant in (False, True):
             marked = mark(conversation, only_assistant=only_assistant)
@@ -185,9 +185,9 @@ class TurnFinder:
             except ValueError:
                 continue
             clean, pieces = marks.find(rendered.text)
-            if clean == text:
-                return pieces
-        return None
+            if clean == text and pieces is not None:
+                return pieces, roles & {"assistant"} if only_assistant else roles
+        return None, set()
 
     def _turns(
         self, conversation: Conversation, rendered: Rendered, pieces: list[Piece], where: str
@@ -228,14 +228,11 @@ class TurnFinder:
 
     def _frame(self, conversation: Conversation) -> _Frame:
         """What the template writes around turns, found out with a short conversation."""
-        key = json.dumps(
-            [
-                bool(conversation.tools),
-                bool(conversation.documents),
-                dataclasses.astuple(self._form),
-                sorted(conversation.template_args.items()),
-            ],
-            default=str,
+        key = (
+            bool(conversation.tools),
+            bool(conversation.documents),
+            self._form,
+            repr(sorted(conversation.template_args.items())),
         )
         if key not in self._frames:
             self._frames[key] = self._find_frame(conversation)
@@ -282,7 +279,7 @@ class TurnFinder:
             text = render(short, self._tokenizer, form=self._form, prompt=prompt).text
         except ValueError as error:
             raise _NoFrameError from error
-        pieces = self._pieces(short, text, self._form, prompt)
+        pieces, _ = self._pieces(short, text, self._form, prompt)
         if pieces is None or len(pieces) != turns:
             raise _NoFrameError
         borders = [0, *itertools.chain.from_iterable((p.start, p.end) for p in pieces), len(text)]
@@ -402,22 +399,20 @@ def _forms(conversation: Conversation, *, first: Form) -> Iterator[Form]:
             yield form
 
 
-def _unwritten(conversation: Conversation, pieces: Sequence[Piece]) -> list[str]:
-    """Roles and calls whose texts the template did not write."""
+def _unwritten(
+    conversation: Conversation, pieces: Sequence[Piece], roles: Container[str]
+) -> list[str]:
+    """The roles (of those given) and calls whose texts the template did not write."""
     written = {(piece.message, piece.part) for piece in pieces}
-    only_assistant = all(
-        conversation.messages[message]["role"] == "assistant" for message, _ in written
-    )
     missing = []
     for index, message in enumerate(conversation.messages):
-        is_assistant = message["role"] == "assistant"
+        role = message["role"]
         if message.get("tool_calls") and (index, "tool_call") not in written:
             missing.append("tool_calls")
-        found = THOUGHT.fullmatch(message["content"]) if is_assistant else None
+        found = THOUGHT.fullmatch(message["content"]) if role == "assistant" else None
         answer = found.group("answer") if found else message["content"]
-        expected = is_assistant or not only_assistant
-        if answer.strip() and expected and (index, "content") not in written:
-            missing.append(f"content of the role {message['role']}")
+        if answer.strip() and role in roles and (index, "content") not in written:
+            missing.append(f"content of the role {role}")
     return missing
 
 
