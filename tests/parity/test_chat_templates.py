@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from lorax_ft.data.chat import describe_row, encode
 from lorax_ft.data.conversation import Conversation, Message
 from lorax_ft.data.masks import Located, TurnFinder
-from lorax_ft.data.template import Form, render
+from lorax_ft.data.template import render
 
 DOCS = Path(__file__).parents[2] / "docs" / "CHAT_TEMPLATES.md"
 SPECIAL = re.compile(
@@ -111,8 +111,14 @@ KINDS = {
         ]
     ),
     "tools": Conversation(
-        messages=[user(1), {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT]
-        + [answer(1), user(2), answer(2)],
+        messages=[
+            user(1),
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            RESULT,
+            answer(1),
+            user(2),
+            answer(2),
+        ],
         tools=TOOLS,
     ),
 }
@@ -270,6 +276,7 @@ def test_the_table_in_docs() -> None:
     text = HEAD.format(
         version=version,
         templates=len(TEMPLATES),
+        kinds=len(KINDS),
         conversations=len(PAIRS),
         works=works,
         refused=len(PAIRS) - works,
@@ -286,13 +293,13 @@ def test_the_table_in_docs() -> None:
 HEAD = """# Chat templates
 
 Which conversations can be trained on with which chat template. The templates are those of TRL
-{version}, as its models have them; those ending in `_training` are its own variants, which mark what
-the assistant generates with `{{% generation %}}`. This table is written and checked by
+{version}, as its models have them; those ending in `_training` are its own variants, which mark
+what the assistant generates with `{{% generation %}}`. This table is written and checked by
 `tests/parity/test_chat_templates.py`.
 
-Of {conversations} pairs of {templates} templates and {kinds} kinds of conversation, {works} work, and
-{refused} are refused, all because the template itself does not take or write them. "yes" means that
-the loss counts the assistant's text and its end-of-turn token, and nothing of the other roles.
+Of {conversations} pairs of {templates} templates and {kinds} kinds of conversation, {works} work,
+and {refused} are refused, all because the template itself does not take or write them. "yes" means
+that the loss counts the assistant's text and its end-of-turn token, and nothing of the other roles.
 
 | template | {columns} |
 | {rule} |
@@ -302,8 +309,8 @@ Why conversations are refused:
 
 {reasons}
 
-The assistant's turns are found by rendering a conversation twice: as it is, and with marks around its
-texts, which show where the template put them. `{{% generation %}}` marks in the template come first.
-A thought that the template adds, such as Qwen3's empty `<think></think>`, does not count unless
-`--data.reasoning_loss all` is given; `none` leaves out all reasoning.
-""".replace("{kinds}", str(len(KINDS)))
+The assistant's turns are found by rendering a conversation twice: as it is, and with marks around
+its texts, which show where the template put them. `{{% generation %}}` marks in the template come
+first. A thought that the template adds, such as Qwen3's empty `<think></think>`, does not count
+unless `--data.reasoning_loss all` is given; `none` leaves out all reasoning.
+"""
