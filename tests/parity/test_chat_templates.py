@@ -173,9 +173,8 @@ def labels(located: Located, conversation: Conversation, reasoning: Any = "data"
     return [located.text[start:end] for start, end in spans]
 
 
-def locate(name: str, kind: str) -> tuple[Located, TurnFinder]:
-    finder = TurnFinder(make_tokenizer(name))
-    return finder.locate(KINDS[kind], where="the row"), finder
+def locate(name: str, kind: str) -> Located:
+    return TurnFinder(make_tokenizer(name)).locate(KINDS[kind], where="the row")
 
 
 def outcome(name: str, kind: str) -> str:
@@ -203,11 +202,11 @@ def test_masks(name: str, kind: str) -> None:
         )
         return
     conversation = KINDS[kind]
-    located, finder = locate(name, kind)
+    located = locate(name, kind)
     got = labels(located, conversation)
     if "{% generation %}" in TEMPLATES[name] or "{%- generation" in TEMPLATES[name]:
         tokenizer = make_tokenizer(name)
-        rendered = render(conversation, tokenizer, form=finder._form)
+        rendered = render(conversation, tokenizer, form=located.form)
         marked = "".join(rendered.text[start:end] for start, end in rendered.generated)
         assert "".join(labels(located, conversation, reasoning="all")) == marked
     else:
@@ -249,7 +248,7 @@ def check_contents(name: str, kind: str, got: list[str]) -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_tokens_that_count_are_those_of_the_spans(name: str) -> None:
-    located, _ = locate(name, "two turns")
+    located = locate(name, "two turns")
     tokenizer = make_tokenizer(name)
     sample = encode(KINDS["two turns"], tokenizer, max_length=100_000)
     counted = [text for text, counts in describe_row(tokenizer, sample) if counts]

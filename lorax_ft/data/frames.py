@@ -1,0 +1,210 @@
+"""What a chat template writes around the assistant's turns: headers before, tokens after them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+
+from lorax_ft.data.conversation import Conversation
+from lorax_ft.data.marks import OPENS
+from lorax_ft.data.rendering import Renderer
+from lorax_ft.data.template import Form, Tokenizer
+
+_OPENING = re.compile(rf"(?:{OPENS})\s*$")
+_ROLES = ("user", "assistant", "user", "assistant")
+
+
+class SpecialTokens:
+    """The tokens of a tokenizer that may end a turn."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches any of them."""
+        tokens = set(self._tokenizer.all_special_tokens)
+        # Some checkpoints declare their end-of-turn token in the vocabulary only.
+        for token in self._tokenizer.added_tokens_decoder.values():
+            tokens.add(str(token))
+        tokens.discard("")
+        longest_first = sorted(tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @property
+    def end(self) -> str | None:
+        """The end-of-sequence token."""
+        return self._tokenizer.eos_token
+
+    @property
+    def control(self) -> set[str]:
+        """Those that are not text: `<tool_call>` of Qwen is a token and text."""
+        return set(self._tokenizer.all_special_tokens)
+
+    def whole(self, text: str, length: int) -> int:
+        """The length without the start of a token at its end."""
+        for token in self.pattern.finditer(text):
+            if token.start() < length < token.end():
+                return token.start()
+        return length
+
+    def run(self, text: str, excluded: set[str]) -> str:
+        """The tokens at the start of a text, with white space between them."""
+        end = 0
+        position = _space(text, 0)
+        while token := self.pattern.match(text, position):
+            if token.group() in excluded:
+                break
+            end = token.end()
+            position = _space(text, end)
+        return text[:end].lstrip()
+
+    def at_end(self, text: str) -> bool:
+        """Whether a text ends with one of them, perhaps before white space."""
+        longest = 64  # characters of a token
+        last = text.rstrip()[-longest:]
+        return any(token.end() == len(last) for token in self.pattern.finditer(last))
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What a template writes around the turns of a conversation."""
+
+    tokens: SpecialTokens
+    headers: tuple[str, ...] = ()
+    """The generation prompt, and the parts of it that stand before answers; longest first."""
+    before_answer: str = ""
+    """What follows a user's text, if the template has no generation prompt."""
+    ends: tuple[str, ...] = ()
+    """What ends the turns of the assistant, earlier ones and the last one; longest first."""
+
+    def start(self, gap: str) -> int:
+        """Where an answer starts in the text between the text before it and its own."""
+        for header in self.headers:
+            place = gap.rfind(header)
+            if place >= 0:
+                return place + len(header)
+        # Without a generation prompt, a header cannot be told from the answer; an opening tag and
+        # white space can.
+        opening = _OPENING.search(gap)
+        if opening:
+            gap = gap[: opening.start()]
+        before = self.before_answer
+        if before and gap.startswith(before) and not gap[len(before) :].strip():
+            return len(before)
+        return len(gap)
+
+    def end(self, tail: str) -> tuple[int, bool]:
+        """Length of the end of a turn, and whether it is a token; `tail` follows its last text."""
+        space = _space(tail, 0)
+        for end in self.ends:
+            if end.strip() and tail.startswith(end.lstrip(), space):
+                return space + len(end.lstrip()), True
+            if tail.startswith(end):
+                return len(end), False
+        # A turn that ends otherwise than those of the short conversation.
+        token = self.tokens.pattern.match(tail, space)
+        if token and (token.group() == self.tokens.end or not self.ends):
+            return token.end(), True
+        return 0, False
+
+    def end_of_calls(self, tail: str, calls: str) -> tuple[int, bool]:
+        """As `end`, for a turn with tool calls, of which the template wrote `calls`."""
+        # Text of the template follows the last argument of a call.
+        places = [(tail.find(end), end) for end in self.ends if end.strip() and end in tail]
+        if places:
+            place, end = min(places)
+            return place + len(end), True
+        # Otherwise a token ends the calls, but not one that stands inside them, as quotes do.
+        inside = set(self.tokens.pattern.findall(calls))
+        for token in self.tokens.pattern.finditer(tail):
+            if token.group() in self.tokens.control - inside:
+                return token.end(), True
+        return 0, False
+
+
+def find_frame(
+    conversation: Conversation, form: Form, renderer: Renderer, tokens: SpecialTokens
+) -> Frame:
+    """Finds the frame with a short conversation that has the tools and variables of another.
+
+    The frame is empty if the template does not take the short conversation.
+    """
+    # The last of the texts between: what follows the user's.
+    prompt = _gaps(conversation, form, renderer, turns=1, prompt=True)[-1:]
+    plain = _gaps(conversation, form, renderer, turns=1, prompt=False)[-1:]
+    gaps = _gaps(conversation, form, renderer, turns=len(_ROLES), prompt=False)
+    if not (prompt and plain and gaps):
+        return Frame(tokens)
+    _, first_head, between, last_head, last = gaps
+    shared = tokens.whole(prompt[0], common_prefix(prompt[0], plain[0]))
+    headers = set()
+    # Before an answer, only a part of the generation prompt may stand.
+    for head in (prompt[0], first_head, last_head):
+        header = prompt[0][shared : common_prefix(prompt[0], head)]
+        if header.strip():
+            headers.add(header)
+    if not headers:
+        # Then what follows an answer may open the next turn: only what both answers have in common
+        # belongs to them.
+        both = last[: common_prefix(between, last)]
+        token = tokens.pattern.search(both)
+        end = both[: token.end()] if token else both
+        return Frame(tokens, before_answer=plain[0], ends=_longest_first({end}))
+    opening = set(tokens.pattern.findall(prompt[0][shared:]))
+    ends = _ends(between, last, opening, tokens)
+    return Frame(tokens, headers=_longest_first(headers), ends=_longest_first(ends))
+
+
+def _ends(between: str, last: str, opening: set[str], tokens: SpecialTokens) -> set[str]:
+    """What ends the turns, from the texts after the first and the last answer.
+
+    `opening` are the tokens that open a turn.
+    """
+    both = between[: tokens.whole(between, common_prefix(between, last))]
+    last_end = tokens.run(last, opening)
+    if last_end:
+        return {tokens.run(both, opening) or tokens.run(between, opening), last_end}
+    # Templates without such a token may end a turn with a line break.
+    return {both} if both.isspace() else set()
+
+
+def _gaps(
+    conversation: Conversation, form: Form, renderer: Renderer, *, turns: int, prompt: bool
+) -> list[str]:
+    """What the template writes before, between and after the texts of a short conversation.
+
+    Empty if the template rejects it or changes its texts.
+    """
+    messages = [{"role": role, "content": "text"} for role in _ROLES[:turns]]
+    short = dataclasses.replace(conversation, messages=messages)
+    try:
+        written = renderer.write_in(form, short, prompt=prompt, where="")
+    except ValueError:
+        return []
+    if written.pieces is None or len(written.pieces) != turns:
+        return []
+    text = written.rendered.text
+    inner = itertools.chain.from_iterable((piece.start, piece.end) for piece in written.pieces)
+    borders = [0, *inner, len(text)]
+    return [text[start:end] for start, end in zip(borders[::2], borders[1::2], strict=True)]
+
+
+def common_prefix(one: str, other: str) -> int:
+    """The number of characters that two texts share at their start."""
+    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return place
+    return min(len(one), len(other))
+
+
+def _longest_first(texts: set[str]) -> tuple[str, ...]:
+    return tuple(sorted(texts - {""}, key=len, reverse=True))
+
+
+def _space(text: str, position: int) -> int:
+    """The first position from `position` on that is no white space."""
+    rest = text[position:]
+    return position + len(rest) - len(rest.lstrip())
