@@ -77,8 +77,10 @@ class Frame:
     """The generation prompt, and the parts of it that stand before answers; longest first."""
     before_answer: str = ""
     """What follows a user's text, if the template has no generation prompt."""
-    ends: tuple[str, ...] = ()
-    """What ends the turns of the assistant, earlier ones and the last one; longest first."""
+    ends: tuple[str, ...] | None = None
+    """What ends the turns of the assistant, earlier ones and the last one; longest first.
+
+    Empty if nothing ends them, None if that is not known."""
 
     def start(self, gap: str) -> int:
         """Where an answer starts in the text between the text before it and its own."""
@@ -99,21 +101,21 @@ class Frame:
     def end(self, tail: str) -> tuple[int, bool]:
         """Length of the end of a turn, and whether it is a token; `tail` follows its last text."""
         space = _space(tail, 0)
-        for end in self.ends:
+        for end in self.ends or ():
             if end.strip() and tail.startswith(end.lstrip(), space):
                 return space + len(end.lstrip()), True
             if tail.startswith(end):
                 return len(end), False
         # A turn that ends otherwise than those of the short conversation.
         token = self.tokens.pattern.match(tail, space)
-        if token and (token.group() == self.tokens.end or not self.ends):
+        if token and (token.group() == self.tokens.end or self.ends is None):
             return token.end(), True
         return 0, False
 
     def end_of_calls(self, tail: str, calls: str) -> tuple[int, bool]:
         """As `end`, for a turn with tool calls, of which the template wrote `calls`."""
         # Text of the template follows the last argument of a call.
-        places = [(tail.find(end), end) for end in self.ends if end.strip() and end in tail]
+        places = [(tail.find(end), end) for end in self.ends or () if end.strip() and end in tail]
         if places:
             place, end = min(places)
             return place + len(end), True
