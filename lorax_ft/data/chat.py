@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from lorax_ft.data.formats import Message
+from lorax_ft.data.conversation import Example, Message, PlainText
 
 LossOn = Literal["assistant", "all"]
 Tokenizer = Any
@@ -111,6 +111,22 @@ def encode_all(
     )
 
 
+def encode_each(
+    examples: Iterable[tuple[Example, str]], tokenizer: Tokenizer, *, loss_on: LossOn = "assistant"
+) -> Iterator[Sample]:
+    """Converts examples, each with its place for errors, to samples of any length, in order.
+
+    Raises:
+      ValueError: as `encode`.
+    """
+    for example, where in examples:
+        if isinstance(example, PlainText):
+            yield _plain_sample(example, tokenizer)
+            continue
+        messages = [{k: v for k, v in m.items() if k != "train"} for m in example.messages]
+        yield from _encode_untruncated([messages], tokenizer, loss_on=loss_on, where=[where])
+
+
 def encode_prompt(
     messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "prompt"
 ) -> np.ndarray:
@@ -166,6 +182,15 @@ def _encode_untruncated(
             texts.append(text)
             label_spans.append(spans)
         yield from _tokenize(texts, label_spans, tokenizer)
+
+
+def _plain_sample(example: PlainText, tokenizer: Tokenizer) -> Sample:
+    """A text with the end-of-sequence token."""
+    text = example.prompt + example.completion
+    spans = [(len(example.prompt), len(text))]
+    (sample,) = _tokenize([text], [spans], tokenizer)
+    tokens = np.append(sample.tokens, np.int32(tokenizer.eos_token_id))
+    return Sample(tokens, np.append(sample.mask, True))
 
 
 def _check_tokenizer(tokenizer: Tokenizer) -> None:
