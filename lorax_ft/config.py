@@ -30,6 +30,8 @@ from lorax_ft.schema import INITS, METHODS, AdapterMethod, Factor, InitName
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_MODEL = str(ASSETS / "tiny")
 EMBEDDED_DATA = str(ASSETS / "questions")
+# What rendering a conversation passes to its chat template.
+_RENDERED = ("messages", "tools", "documents", "add_generation_prompt", "tokenize")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,8 +269,10 @@ class DataConfig:
     """The training and validation data, and how they become token rows."""
 
     train: tuple[str, ...] = (EMBEDDED_DATA,)
-    """Training data: files (.jsonl, .json, .csv, .parquet), a folder with a file per split,
-    or a Hub id ("owner/name" or "owner/name:subset")."""
+    """Training data: files (.jsonl, .json, .csv, .parquet; also .gz, .zst), patterns ("d/*.jsonl"),
+    a folder with a file per split or saved by datasets.save_to_disk, or a Hub id ("owner/name" or
+    "owner/name:subset"). Several are mixed; "PATH=2" takes the rows of PATH twice in an epoch,
+    "PATH=0.5" half of them."""
     validation: tuple[str, ...] = ()
     """Validation data: files, a folder or a Hub id.
     If empty: data.validation_split of the training folder if it exists,
@@ -283,18 +287,34 @@ class DataConfig:
     """Training rows to hold out if there is no validation data, at most a tenth; 0: none."""
     limit: int | None = None
     """Maximum number of training rows to read; None reads all."""
-    shape: Literal["auto", "messages", "alpaca", "sharegpt", "question_answer"] = "auto"
-    """Format of a row; auto detects it from the fields of the first row."""
+    shape: Literal[
+        "auto", "messages", "alpaca", "sharegpt", "question_answer", "prompt_completion", "text"
+    ] = "auto"
+    """Format of a row; auto detects it from the fields of the first row of each source.
+    prompt_completion and text are trained without a chat template, unless prompt and completion
+    are messages."""
     fields: tuple[str, ...] = ()
     """Field names in the data, each as "expected=actual", such as "question=prompt"."""
     system: str | None = None
     """System message for conversations that have none."""
+    tools: str | None = None
+    """JSON file of tools, a list of function schemas, for conversations that have none."""
+    template_args: tuple[str, ...] = ()
+    """Variables of the chat template, each as "name=value", such as "enable_thinking=false"."""
     max_length: int = 256
     """Tokens per row; longer samples are truncated."""
     pack: bool = False
-    """Pack several samples into each row; samples do not attend to one another."""
-    loss_on: Literal["assistant", "all"] = "assistant"
-    """Tokens that contribute to the loss: only the assistant's turns (assistant), or all."""
+    """Pack several samples into each row; samples do not attend to one another.
+    Plain texts without a prompt then fill rows to the end, and go on in the next one."""
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens that contribute to the loss: the assistant's turns (assistant), only the last of
+    them (last), or all. Turns with "train": false or "weight": 0 never contribute."""
+    reasoning_loss: Literal["data", "all", "none"] = "data"
+    """Reasoning that contributes to the loss.
+    data: what the data has; all: also an empty thought that the chat template writes, such as
+    Qwen3's; none: no reasoning."""
+    append_end: bool = False
+    """Append the end-of-sequence token where the chat template ends a conversation without one."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -315,6 +335,29 @@ class DataConfig:
                 re.fullmatch(r"\w+=.+", entry) is not None,
                 f'data.fields: {entry!r} is not of the form "expected=actual"',
             )
+        for entry in self.template_args:
+            check(
+                re.fullmatch(r"\w+=.+", entry) is not None,
+                f'data.template_args: {entry!r} is not of the form "name=value"',
+            )
+        for name in self.parsed_template_args():
+            check(
+                name not in _RENDERED,
+                f"data.template_args: {name} is not a variable to set: it comes from the data",
+            )
+
+    def parsed_template_args(self) -> dict[str, Any]:
+        """The variables of the chat template; what is not JSON, such as a word, is text."""
+        parsed: dict[str, Any] = {}
+        for entry in self.template_args:
+            name, text = entry.split("=", 1)
+            # As Python and the command line write it too.
+            literal = {"True": "true", "False": "false", "None": "null"}.get(text, text)
+            try:
+                parsed[name] = json.loads(literal)
+            except ValueError:
+                parsed[name] = text
+        return parsed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

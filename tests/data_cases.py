@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from lorax_ft.data.formats import Message
+from lorax_ft.data.conversation import Message
 
 CHATML = (
     "{% for m in messages %}"

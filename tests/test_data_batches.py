@@ -1,23 +1,16 @@
-"""Packing, batches, and the data sets of a run."""
+"""Packing, the store of samples, and batches."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
-from data_cases import BYTES, user, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_ft.config import DataConfig
-from lorax_ft.data.batches import Batches, evaluation_batches, load_data
+from lorax_ft.data.batches import Batches, evaluation_batches
 from lorax_ft.data.chat import Sample
-from lorax_ft.data.formats import split_answer
-from lorax_ft.data.packing import collate, pack
-
-# -------------------- packing and batches
+from lorax_ft.data.packing import collate, cut, pack
+from lorax_ft.data.store import Piece, store_rows, store_samples
 
 
 def sample_of(length: int, label: bool = True) -> Sample:
@@ -26,13 +19,42 @@ def sample_of(length: int, label: bool = True) -> Sample:
 
 @given(st.lists(st.integers(1, 20), max_size=60))
 def test_packing_keeps_every_sample_whole(lengths: list[int]) -> None:
-    samples = [sample_of(length) for length in lengths]
-    rows = pack(samples, 20)
-    assert sorted(id(s) for row in rows for s in row) == sorted(map(id, samples))
-    assert all(0 < sum(map(len, row)) <= 20 for row in rows)
+    rows = pack(lengths, 20)
+    assert sorted(sample for row in rows for sample in row) == list(range(len(lengths)))
+    filled = [sum(lengths[sample] for sample in row) for row in rows]
+    assert all(0 < tokens <= 20 for tokens in filled)
     # Else two of these rows would fit into one.
-    assert sum(sum(map(len, row)) <= 10 for row in rows) <= 1
-    assert rows == pack(samples, 20)
+    assert sum(tokens <= 10 for tokens in filled) <= 1
+    assert rows == pack(lengths, 20)
+
+
+@given(st.lists(st.integers(0, 50), max_size=20))
+def test_cutting_keeps_every_token_in_order(lengths: list[int]) -> None:
+    rows = cut(lengths, 20)
+    seen = [(p.sample, token) for row in rows for p in row for token in range(p.start, p.stop)]
+    assert seen == [(i, token) for i, length in enumerate(lengths) for token in range(length)]
+    filled = [sum(piece.stop - piece.start for piece in row) for row in rows]
+    assert all(tokens == 20 for tokens in filled[:-1])
+    assert all(0 < tokens <= 20 for tokens in filled)
+
+
+def test_the_store_gives_back_what_was_written() -> None:
+    samples = [sample_of(3), sample_of(0), sample_of(5, label=False)]
+    store = store_samples(iter(samples))
+    assert store.lengths.tolist() == [3, 0, 5]
+    for i, sample in enumerate(samples):
+        read = store.read(Piece(i, 0, len(sample)))
+        np.testing.assert_array_equal(read.tokens, sample.tokens)
+        np.testing.assert_array_equal(read.mask, sample.mask)
+        assert (read.tokens.dtype, read.mask.dtype) == (np.int32, np.bool_)
+    assert [store.labels(Piece(*piece)) for piece in ((0, 0, 3), (0, 1, 3), (2, 0, 5))] == [2, 1, 0]
+    rows = store_rows(store, [[Piece(2, 1, 3), Piece(0, 0, 3)], [], [Piece(0, 2, 3)]])
+    found = [[sample.tokens.tolist() for sample in row] for row in rows]
+    assert found == [[[2, 3], [1, 2, 3]], [], [[3]]]
+    assert [len(row) for row in rows[1:]] == [0, 1]
+    assert len(store_rows(store_samples([]), [])) == 0
+    with pytest.raises(IndexError, match="row 3 of 3"):
+        rows[3]
 
 
 @given(
@@ -71,7 +93,7 @@ def test_collate_by_hand() -> None:
         "positions": [[0, 1, 2, 0, 1, 0]],
         "segment_ids": [[1, 1, 1, 2, 2, 0]],
     }
-    for too_long in (lambda: collate([[first, second]], 4), lambda: pack([first], 2)):
+    for too_long in (lambda: collate([[first, second]], 4), lambda: pack([3], 2)):
         with pytest.raises(ValueError, match="truncate it first"):
             too_long()
 
@@ -95,6 +117,31 @@ def test_batches_depend_on_the_step_alone() -> None:
     assert [t for step in range(7) for t in first_tokens(other.batch(step))] != stream
 
 
+def test_sets_are_mixed_by_their_weights() -> None:
+    """A set of weight 2 comes twice in an epoch; of 0.5, another half in each of two epochs."""
+    rows = [[Sample(np.array([i, 1], np.int32), np.array([True, True]))] for i in range(12)]
+    sets = ((2, 2.0), (6, 0.5), (4, 1.0))
+    batches = Batches(rows=rows, batch_size=11, max_length=4, seed=5, sets=sets)
+    assert (len(batches), batches.steps_per_epoch) == (11, 1.0)
+    epochs = [batches.indices(step) for step in range(4)]
+    for epoch in epochs:
+        assert sorted(i for i in epoch if i < 2) == [0, 0, 1, 1]
+        assert sorted(i for i in epoch if i >= 8) == [8, 9, 10, 11]
+        assert epoch != sorted(epoch)
+    halves = [[i for i in epoch if 2 <= i < 8] for epoch in epochs]
+    for first, second in (halves[:2], halves[2:]):
+        assert sorted(first + second) == [2, 3, 4, 5, 6, 7]
+    again = Batches(rows=rows, batch_size=11, max_length=4, seed=5, sets=sets)
+    assert [again.indices(step) for step in (3, 0)] == [epochs[3], epochs[0]]
+    assert (
+        Batches(rows=rows, batch_size=11, max_length=4, seed=6, sets=sets).indices(0) != epochs[0]
+    )
+    # Weights of 1 change nothing.
+    plain = Batches(rows=rows, batch_size=12, max_length=4, seed=5)
+    even = Batches(rows=rows, batch_size=12, max_length=4, seed=5, sets=((5, 1.0), (7, 1.0)))
+    assert plain.indices(3) == even.indices(3)
+
+
 def test_evaluation_batches_have_one_shape_and_keep_order() -> None:
     rows = [[Sample(np.array([i, 1], np.int32), np.array([True, True]))] for i in range(1, 8)]
     batches = list(evaluation_batches(rows, 3, max_length=4))
@@ -104,61 +151,3 @@ def test_evaluation_batches_have_one_shape_and_keep_order() -> None:
     assert [
         first_tokens(batch) for batch in evaluation_batches(rows, 3, max_length=4, limit=2)
     ] == [[1, 2, 0]]
-
-
-# -------------------- a run's data
-
-
-@pytest.fixture
-def questions(tmp_path: Path) -> str:
-    lines = [json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(20)]
-    return write(tmp_path / "questions.jsonl", "\n".join(lines))
-
-
-def test_load_data(questions: str) -> None:
-    config = DataConfig(train=(questions,), validation=(questions,), max_length=256, limit=8)
-    data = load_data(config, BYTES, seed=0)
-    assert len(data.train.rows) == 8
-    assert len(data.validation.rows) == 20
-    assert (data.train.cut, data.train.dropped) == (0, 0)
-    assert data.train.tokens == sum(len(row[0]) for row in data.train.rows)
-    assert data.train.labels == 8 * 2  # one digit and the end of the turn
-    assert split_answer(data.validation.conversations[19]) == ([user("19 + 1?")], "20")
-    packed = load_data(
-        DataConfig(train=(questions,), validation=(), max_length=256, limit=8, pack=True),
-        BYTES,
-        seed=0,
-    )
-    assert len(packed.train.rows) < 8
-    assert packed.train.labels == data.train.labels
-    assert packed.validation.rows == []
-    assert packed.validation.tokens == 0
-
-
-def test_validation_rows_are_held_out_by_seed(questions: str) -> None:
-    config = DataConfig(train=(questions,), validation_rows=2)
-
-    def answers(seed: int) -> tuple[list[str], list[str]]:
-        data = load_data(config, BYTES, seed=seed)
-        splits = (data.train, data.validation)
-        train, validation = ([split_answer(c)[1] for c in split.conversations] for split in splits)
-        return train, validation
-
-    train, validation = answers(0)
-    assert len(validation) == 2
-    assert sorted(train + validation, key=int) == [str(i + 1) for i in range(20)]
-    assert answers(0) == (train, validation) != answers(1)
-    many = load_data(DataConfig(train=(questions,), validation_rows=20), BYTES, seed=0)
-    assert len(many.validation.conversations) == 2  # a tenth at most
-
-
-def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
-    for split, count in (("train", 20), ("test", 3)):
-        lines = [json.dumps({"question": f"{split} {i}", "answer": str(i)}) for i in range(count)]
-        write(tmp_path / f"{split}.jsonl", "\n".join(lines))
-    both = load_data(DataConfig(train=(str(tmp_path),)), BYTES, seed=0)
-    assert (len(both.train.rows), len(both.validation.rows)) == (20, 3)
-    none = load_data(DataConfig(train=(str(tmp_path),), validation_rows=0), BYTES, seed=0)
-    assert (len(none.train.rows), len(none.validation.rows)) == (20, 0)
-    other = load_data(DataConfig(train=(str(tmp_path),), validation_split="dev"), BYTES, seed=0)
-    assert (len(other.train.rows), len(other.validation.rows)) == (18, 2)

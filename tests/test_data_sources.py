@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import gzip
 import json
 import subprocess
 import sys
@@ -11,21 +13,25 @@ from typing import Any
 import pytest
 from data_cases import assistant, user, write
 
-from lorax_ft.data.sources import Row, read_rows
+from lorax_ft.data import readers, sources
+from lorax_ft.data.readers import Row
+from lorax_ft.data.sources import Source, has_split, parse_sources, read_rows
+
+QUESTIONS = [{"question": "a\u2028b"}, {"question": "c"}]
 
 
 def test_jsonl_rows_carry_their_lines(tmp_path: Path) -> None:
     path = write(
         tmp_path / "train.jsonl", '\ufeff{"question": "a\u2028b"}\n\n{"question": "c"}\r\n'
     )
-    rows = read_rows((path,))
-    assert [row.fields["question"] for row in rows] == ["a\u2028b", "c"]
+    rows = list(read_rows((path,)))
+    assert [row.fields for row in rows] == QUESTIONS
     assert [row.where for row in rows] == [f"{path}, line 1", f"{path}, line 3"]
 
 
 def test_csv_is_text_and_carries_its_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "train.csv", ',question,answer\n0,"two\nlines",007\n1,b,None\n')
-    assert read_rows((path,)) == [
+    assert list(read_rows((path,))) == [
         Row(fields={"": "0", "question": "two\nlines", "answer": "007"}, where=f"{path}, line 2"),
         Row(fields={"": "1", "question": "b", "answer": "None"}, where=f"{path}, line 4"),
     ]
@@ -39,7 +45,7 @@ def test_json_parquet_and_limit(tmp_path: Path) -> None:
     json_path = write(tmp_path / "train.json", json.dumps(content))
     parquet_path = str(tmp_path / "train.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), parquet_path)
-    rows = read_rows((json_path, parquet_path), limit=3)
+    rows = list(read_rows((json_path, parquet_path), limit=3))
     assert [row.fields for row in rows] == [*content, content[0]]
     assert [row.where.rpartition(", ")[2] for row in rows] == ["item 1", "item 2", "row 1"]
 
@@ -82,7 +88,7 @@ def test_json_parquet_and_limit(tmp_path: Path) -> None:
 )
 def test_malformed_files_name_the_place(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        read_rows((write(tmp_path / name, text),))
+        list(read_rows((write(tmp_path / name, text),)))
     assert "\n" not in str(error.value)
 
 
@@ -93,7 +99,7 @@ def test_bytes_that_are_not_text_name_the_line(tmp_path: Path) -> None:
             b'[{"q": 1},\n{"q": "\xff"}]' if suffix == "json" else b'{"q": 1}\n{"q": "\xff"}\n'
         )
         with pytest.raises(ValueError, match=r"line 2: not UTF-8 text"):
-            read_rows((str(path),))
+            list(read_rows((str(path),)))
 
 
 def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,16 +111,20 @@ def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     write(tmp_path / "train.jsonl", "{}")
     (tmp_path / "bare").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.jsonl.gz").touch()
     cases = {
         f"{tmp_path}/trian.jsonl": "no file .*; the closest name in its folder is train.jsonl",
         f"{tmp_path}/none/a.jsonl": "there is no folder",
+        f"{tmp_path}/*.csv": r"no file matches .*/\*\.csv",
+        f"{tmp_path}/other": r'to read all of its files, give ".*/other/\*\.jsonl\.gz"',
         f"{tmp_path}/bare": r"contains none of train\.jsonl, train\.json,",
         "owner/name": "no such file, and loading split 'train' .*: Couldn't reach the Hub$",
         "trian.jsonll": "no file trian.jsonll",
     }
     for path, message in cases.items():
         with pytest.raises(ValueError, match=message):
-            read_rows((path,))
+            list(read_rows((path,)))
 
 
 def test_hub_ids_name_a_subset_and_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,15 +137,113 @@ def test_hub_ids_name_a_subset_and_a_split(monkeypatch: pytest.MonkeyPatch) -> N
         return [{"q": "a"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = read_rows(("openai/gsm8k:main",), split="test", revision="abc")
+    rows = list(read_rows(("openai/gsm8k:main",), split="test", revision="abc"))
     assert calls == [(("openai/gsm8k", "main"), {"split": "test", "revision": "abc"})]
     assert rows == [Row(fields={"q": "a"}, where="openai/gsm8k:main, row 1")]
 
 
+def compress(path: Path, data: bytes) -> str:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(data))
+    else:
+        import pyarrow
+
+        with pyarrow.output_stream(path, compression="zstd") as file:
+            file.write(data)
+    return str(path)
+
+
+@pytest.mark.parametrize("end", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "csv"])
+def test_compressed_files(tmp_path: Path, kind: str, end: str) -> None:
+    texts = {"json": json.dumps(QUESTIONS), "csv": "question\r\na\u2028b\r\nc\r\n"}
+    lines = "\ufeff" + "\r\n".join(map(json.dumps, QUESTIONS))
+    data = texts.get(kind, lines).encode()
+    path = compress(tmp_path / f"train.{kind}{end}", data)
+    assert [row.fields for row in read_rows((path,))] == QUESTIONS
+    if kind != "ndjson":
+        assert [row.fields for row in read_rows((str(tmp_path),))] == QUESTIONS
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[:-6])
+    with pytest.raises(ValueError, match=rf"train.{kind}{end} cannot be read after line \d+: "):
+        list(read_rows((path,)))
+    Path(path).write_bytes(b"no")
+    with pytest.raises(ValueError, match="after line 0: .*the file is damaged or incomplete"):
+        list(read_rows((path,)))
+
+
+def test_fields_of_any_length_in_a_csv_file(tmp_path: Path) -> None:
+    import csv
+
+    before = csv.field_size_limit()
+    path = write(tmp_path / "a.csv", f'q,a\n"{"x" * 200_000}",b\n')
+    (row,) = read_rows((path,))
+    assert len(row.fields["q"]) == 200_000
+    assert csv.field_size_limit() == before
+
+
+def test_patterns_and_shards(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        write(tmp_path / f"data/train-0000{number}-of-00003.jsonl", f'{{"q": {number}}}')
+    for path in (f"{tmp_path}/data/*.jsonl", f"{tmp_path}/**/*.jsonl", str(tmp_path)):
+        assert [row.fields["q"] for row in read_rows((path,))] == [0, 1, 2]
+    assert has_split(str(tmp_path), "train")
+    assert not has_split(str(tmp_path), "test")
+    # A file whose name looks like a pattern is a file.
+    path = write(tmp_path / "a[1].jsonl", '{"q": 7}')
+    assert [row.fields["q"] for row in read_rows((path,))] == [7]
+
+
+def test_saved_datasets(tmp_path: Path) -> None:
+    """Folders of save_to_disk; null fields that Arrow adds inside of a value are absent."""
+    import datasets
+
+    calls = [{"messages": [{"role": "user", "content": "a"}, {"role": "user", "calls": {"x": 1}}]}]
+    calls.append({"messages": [{"role": "user", "content": "b", "calls": {"y": None, "z": 2}}]})
+    table = datasets.Dataset.from_list(calls)
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "two")
+    del calls[1]["messages"][0]["calls"]["y"]  # type: ignore[index]
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert [row.fields for row in read_rows((one,))] == calls
+    assert [row.where for row in read_rows((one,))] == [f"{one}, row 1", f"{one}, row 2"]
+    assert [row.fields for row in read_rows((two,))] == calls
+    assert [row.fields for row in read_rows((two,), split="test")] == calls[1:]
+    assert has_split(two, "test")
+    assert not has_split(two, "dev")
+    with pytest.raises(ValueError, match="two has no split 'dev'; it has test, train: give --data"):
+        list(read_rows((two,), split="dev"))
+    (tmp_path / "one/state.json").write_text("{")
+    with pytest.raises(ValueError, match="one cannot be read as a saved dataset: ") as error:
+        list(read_rows((one,)))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_follow_the_path(tmp_path: Path) -> None:
+    odd = write(tmp_path / "a=2", "")
+    assert parse_sources(("a.jsonl", "b.jsonl=0.5", "s=train/c.jsonl", odd, "o/n:s=3")) == [
+        Source("a.jsonl"),
+        Source("b.jsonl", 0.5),
+        Source("s=train/c.jsonl"),
+        Source(odd),
+        Source("o/n:s", 3.0),
+    ]
+    for wrong in ("0", "-1", "inf"):
+        with pytest.raises(ValueError, match=f"weight of a.jsonl is {wrong}; it must be above 0"):
+            parse_sources((f"a.jsonl={wrong}",))
+
+
+def test_doctests() -> None:
+    for module in (readers, sources):
+        assert doctest.testmod(module).failed == 0
+
+
 def test_importing_the_data_room_is_cheap() -> None:
     code = (
-        "import sys, lorax_ft.data.batches as _; "
-        "print([m for m in ('jax', 'transformers', 'datasets', 'torch') if m in sys.modules])"
+        "import sys, lorax_ft.data.dataset as _; "
+        "print([m for m in ('jax', 'transformers', 'datasets', 'pyarrow', 'torch') "
+        "if m in sys.modules])"
     )
     assert (
         subprocess.run(

@@ -71,7 +71,8 @@ def test_the_saved_adapter_gives_the_loss_that_training_ended_with(
     model = lft.load_model(lft.ModelConfig().path)
     tuned = lft.load_peft(out / "adapter", model)
     run = lft.Config.from_json((out / "config.json").read_text())
-    from lorax_ft.data.batches import evaluation_batches, load_data
+    from lorax_ft.data.batches import evaluation_batches
+    from lorax_ft.data.dataset import load_data
 
     data = load_data(run.data, model.tokenizer, seed=run.train.seed)
     (batch,) = evaluation_batches(data.validation.rows, 8, max_length=run.data.max_length, limit=8)
@@ -115,7 +116,8 @@ def test_a_run_on_a_quantized_base_leaves_all_that_its_adapter_needs(
     model, params = load_with_adapter(ModelArgs(run=str(moved)))
     assert model.base == f"{moved / 'nf4_base'} in nf4"
     run = lft.Config.from_json((moved / "config.json").read_text())
-    from lorax_ft.data.batches import evaluation_batches, load_data
+    from lorax_ft.data.batches import evaluation_batches
+    from lorax_ft.data.dataset import load_data
 
     data = load_data(run.data, model.tokenizer, seed=run.train.seed)
     (batch,) = evaluation_batches(data.validation.rows, 8, max_length=run.data.max_length, limit=8)

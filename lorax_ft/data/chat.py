@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -102,9 +102,11 @@ def encode(
         rejects the conversation or does not write a turn of the assistant, or it changes the texts
         so that the assistant's turns cannot be located.
     """
-    encoder = _Encoder(tokenizer, loss_on, reasoning_loss, append_end)
-    text = encoder.text(_as_example(example), where)
-    return _truncate(next(_tokenize([text], tokenizer)), max_length)
+    encoder = Encoder(
+        tokenizer, loss_on=loss_on, reasoning_loss=reasoning_loss, append_end=append_end
+    )
+    (sample,) = encoder.samples([(_as_example(example), where)])
+    return _truncate(sample, max_length)
 
 
 def encode_all(
@@ -122,10 +124,13 @@ def encode_all(
     Raises:
       ValueError: as `encode`, or no sample keeps a label.
     """
-    encoder = _Encoder(tokenizer, loss_on, reasoning_loss, append_end)
+    encoder = Encoder(
+        tokenizer, loss_on=loss_on, reasoning_loss=reasoning_loss, append_end=append_end
+    )
+    pairs = zip(map(_as_example, examples), where, strict=True)
     samples: list[Sample] = []
     lengths: list[int] = []
-    for sample in encoder.samples(examples, where):
+    for sample in encoder.samples(pairs):
         lengths.append(len(sample))
         truncated = _truncate(sample, max_length)
         # The first token is never a target: no token before it predicts it.
@@ -185,34 +190,40 @@ def describe_row(tokenizer: Tokenizer, sample: Sample) -> list[tuple[str, bool]]
     return pieces
 
 
-class _Encoder:
-    """Writes examples as text, and counts what they lack."""
+class Encoder:
+    """Converts examples to samples, and counts what the chat template does with them."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        loss_on: LossOn,
-        reasoning_loss: ReasoningLoss,
-        append_end: bool,
+        *,
+        loss_on: LossOn = "assistant",
+        reasoning_loss: ReasoningLoss = "data",
+        append_end: bool = False,
     ) -> None:
+        """See `encode` for the options."""
         self._tokenizer = tokenizer
         self._loss_on: LossOn = loss_on
         self._reasoning_loss: ReasoningLoss = reasoning_loss
         self._append_end = append_end
         self._finder: TurnFinder | None = None
         self.endless = 0
+        """Trained turns that ended without an end-of-turn token."""
         self.ignored: collections.Counter[str] = collections.Counter()
+        """What the template did not use, such as "reasoning_content", in how many examples."""
 
-    def samples(
-        self, examples: Sequence[Example | Sequence[Message]], where: Sequence[str]
-    ) -> Iterator[Sample]:
-        """The samples of examples, not yet truncated."""
-        pairs = zip(examples, where, strict=True)
-        while chunk := list(itertools.islice(pairs, _CHUNK)):
-            texts = [self.text(_as_example(example), place) for example, place in chunk]
+    def samples(self, examples: Iterable[tuple[Example, str]]) -> Iterator[Sample]:
+        """Yields the samples of examples, of any length; each example comes with its place.
+
+        Raises:
+          ValueError: as `encode`.
+        """
+        remaining = iter(examples)
+        while chunk := list(itertools.islice(remaining, _CHUNK)):
+            texts = [self._text(example, where) for example, where in chunk]
             yield from _tokenize(texts, self._tokenizer)
 
-    def text(self, example: Example, where: str) -> _Text:
+    def _text(self, example: Example, where: str) -> _Text:
         """The text of an example, and where its labels stand."""
         if isinstance(example, Conversation):
             return self._conversation(example, where)

@@ -1,114 +1,177 @@
-"""Converts dataset rows of the supported formats to conversations, each a list of messages."""
+"""Converts dataset rows of the supported formats to conversations and plain texts."""
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from lorax_ft.data.sources import Row
+from lorax_ft.data.conversation import Conversation, Example, Message, PlainText
+from lorax_ft.data.fields import Fields, check_text, parse_json, parse_renames, type_name
+from lorax_ft.data.mistakes import refuse_label, refuse_preference, unknown_shape
+from lorax_ft.data.readers import Row
+from lorax_ft.data.tools import document_list, tool_schemas
+from lorax_ft.data.turns import is_blank, to_message
 
-Shape = Literal["messages", "alpaca", "sharegpt", "question_answer"]
+Shape = Literal["messages", "alpaca", "sharegpt", "question_answer", "prompt_completion", "text"]
 """The format of a row, as `data.shape` names it."""
-Message = dict[str, str]
-"""One turn: its "role" (system, user or assistant) and its "content"."""
 
 # The order matters: a row may match several formats, and `detect_shape` takes the first.
-_REQUIRED: dict[Shape, tuple[str, ...]] = {
+REQUIRED: dict[Shape, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "question_answer": ("question", "answer"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
 }
-_OPTIONAL = ("input", "system", "history")
-# These fields belong to a turn inside the list of messages, not to the row itself.
-_TURN_FIELDS = ("role", "content", "from", "value")
-# Chat templates know system, user and assistant only; ShareGPT writes human and gpt instead.
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
+"""The fields that a row of each format must have."""
+SYNONYMS: dict[Shape, dict[str, tuple[str, ...]]] = {
+    "messages": {"messages": ("conversation", "dialogue", "dialog", "chat")},
+    "sharegpt": {},
+    "alpaca": {"output": ("response", "completion", "answer"), "input": ("context",)},
+    "question_answer": {
+        "question": ("prompt", "query", "problem", "input"),
+        "answer": ("response", "solution", "output"),
+    },
+    "prompt_completion": {},
+    "text": {"text": ("content",)},
 }
+"""Other names of those fields, taken if no format has all of its own names."""
+_EVERYWHERE = {"system": ("system_prompt",), "tools": ("functions",)}
+NOTHING: Mapping[str, Any] = {}
 
 
-class _Renames(NamedTuple):
-    """Actual field names by the names that the format expects."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a conversation gets that its row does not have."""
 
-    row: dict[str, str]
-    turn: dict[str, str]
+    system: str | None = None
+    """System message."""
+    tools: list[dict[str, Any]] | None = None
+    """Tools that the assistant may call."""
+    template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables of the chat template."""
+
+
+NO_DEFAULTS = Defaults()
 
 
 def detect_shape(row: Row, *, fields: Sequence[str] = ()) -> Shape:
     """Returns the first format whose required fields the row has, after the renames in `fields`.
 
     Raises:
-      ValueError: the row matches no format, or a rename refers to a field that the row lacks.
+      ValueError: the row matches no format or is for another kind of training, or a rename refers
+        to a field that the row lacks.
 
     >>> row = Row(fields={"question": "1 + 1?", "solution": "2"}, where="")
     >>> detect_shape(row, fields=["answer=solution"])
     'question_answer'
     """
-    renames = _parse_renames(fields).row
+    renames = parse_renames(tuple(fields)).row
     # A wrong rename gets its own error. The one below would only say that no format matches.
-    for name, actual in renames.items():
-        if actual not in row.fields:
-            raise ValueError(
-                f"{row.where}: data.fields {name}={actual}: the row has no field {actual!r}; "
-                f"it has {_names(row.fields)}"
-            )
-    for shape, required in _REQUIRED.items():
-        if all(renames.get(name, name) in row.fields for name in required):
+    view = Fields(row.fields, row.where, renames=renames, synonyms=NOTHING)
+    for name in renames:
+        view.check_renamed(name)
+    # A rename says which format is meant.
+    candidates: list[Shape] = []
+    for shape, required in REQUIRED.items():
+        if set(required) & set(renames):
+            candidates.append(shape)
+    candidates = candidates or list(REQUIRED)
+    # Many data sets have a column of all the text beside the ones that it was made of.
+    conversational = [shape for shape in candidates if shape != "text"]
+    for shape in conversational:
+        if _has_required(row, shape, renames, synonyms=False):
+            if shape == "prompt_completion" and not renames:
+                refuse_label(row)
             return shape
-    known = "; ".join(f"{shape} ({', '.join(required)})" for shape, required in _REQUIRED.items())
-    raise ValueError(
-        f"{row.where}: the fields ({_names(row.fields)}) match no known shape; known: {known}; "
-        "rename fields with --data.fields, for example question=prompt"
-    )
+    if not {"chosen", "rejected"} & set(renames.values()):
+        refuse_preference(row)
+    for shape in conversational:
+        if _has_required(row, shape, renames, synonyms=True):
+            _check_clear(row, shape, renames)
+            return shape
+    is_turn = "role" in row.fields
+    if "text" in candidates and not is_turn and _has_required(row, "text", renames, synonyms=True):
+        return "text"
+    raise unknown_shape(row, REQUIRED)
 
 
-def to_messages(
-    row: Row, *, shape: Shape, fields: Sequence[str] = (), system: str | None = None
-) -> list[Message]:
-    """Converts a row to a conversation.
+def fitting_shape(row: Row, *, usual: Shape, fields: Sequence[str] = ()) -> Shape:
+    """Returns the format of a row in a set of rows that are usually of another format.
+
+    Files that were made of several have rows of several formats, each with nulls in the columns of
+    the others. A row that fits no format keeps the usual one, whose error says what it lacks.
+    """
+    renames = parse_renames(tuple(fields)).row
+    view = Fields(row.fields, row.where, renames=renames, synonyms=SYNONYMS[usual])
+    # A row that has some of the usual fields is an incomplete one, not one of another format.
+    if any(view.find(name) is not None for name in REQUIRED[usual]):
+        return usual
+    for shape in REQUIRED:
+        if _has_required(row, shape, renames, synonyms=False):
+            return shape
+    return usual
+
+
+def to_example(
+    row: Row,
+    *,
+    shape: Shape,
+    fields: Sequence[str] = (),
+    defaults: Defaults = NO_DEFAULTS,
+    unused: Counter[str] | None = None,
+) -> Example:
+    """Converts a row to what the model is trained on.
 
     Args:
       row: the row.
       shape: messages (a list of turns with role and content), sharegpt (`conversations`, a list
-        of turns with from and value; system), alpaca (instruction, input, output, system, and
-        history as pairs of user and assistant texts) or question_answer.
-      fields: renames, each as "expected=actual"; renames of role, content, from and value apply
-        to every turn.
-      system: system message for a conversation that has none.
+        of turns with from and value), alpaca (instruction, input, output, and history as pairs of
+        user and assistant texts), question_answer, prompt_completion (texts without a chat
+        template, or messages; the loss is on the completion) or text (without a template).
+        All but text may have system, tools, documents and chat_template_kwargs.
+      fields: renames, each as "expected=actual"; renames of a turn's fields apply to every turn.
+      defaults: what conversations get that have none of their own.
+      unused: the columns of the row that are not used are counted here.
 
     Raises:
-      ValueError: a field is missing or not text, a role is unknown, or the conversation has no
-        assistant turn or an empty one. The message names the row.
+      ValueError: a field is missing or of the wrong type, a role is unknown, or the conversation
+        has no assistant turn or an empty one. The message names the row and the turn.
 
     >>> row = Row(fields={"question": "1 + 1?", "answer": "2"}, where="")
-    >>> to_messages(row, shape="question_answer")
+    >>> to_example(row, shape="question_answer").messages
     [{'role': 'user', 'content': '1 + 1?'}, {'role': 'assistant', 'content': '2'}]
     """
-    where = row.where
-    renames = _parse_renames(fields)
-    renamed = _rename(row.fields, renames.row, where)
+    renames = parse_renames(tuple(fields))
+    synonyms = {**_EVERYWHERE, **SYNONYMS[shape]}
+    view = Fields(row.fields, row.where, renames=renames.row, synonyms=synonyms)
     match shape:
         case "messages":
-            turns = _list(renamed, "messages", where)
-            messages = _convert_turns(turns, "role", "content", renames.turn, where)
+            messages = _turns(view, "messages", renames.turn)
         case "sharegpt":
-            turns = _list(renamed, "conversations", where)
-            messages = _convert_turns(turns, "from", "value", renames.turn, where)
-            messages = _with_system(messages, _optional_text(renamed, "system", where))
+            messages = _turns(view, "conversations", renames.turn)
         case "alpaca":
-            messages = _convert_alpaca(renamed, where)
+            messages = _alpaca(view)
         case "question_answer":
-            question = _text(renamed, "question", where)
-            answer = _text(renamed, "answer", where)
-            messages = [_message("user", question), _message("assistant", answer)]
-    _check_answers(messages, where)
-    return _with_system(messages, system)
+            messages = [_said("user", view.text("question"))]
+            messages.append(_said("assistant", view.text("answer")))
+        case "prompt_completion":
+            if _is_text(view):
+                example: Example = _prompt_completion(view)
+                _count_unused(example, view, defaults, unused)
+                return example
+            messages = _prompt_messages(view, renames.turn)
+        case "text":
+            example = PlainText(completion=view.text("text"))
+            _count_unused(example, view, defaults, unused)
+            return example
+    _check_answers(messages, row.where)
+    conversation = _conversation(messages, view, defaults)
+    _count_unused(conversation, view, defaults, unused)
+    return conversation
 
 
 def split_answer(messages: Sequence[Message]) -> tuple[list[Message], str]:
@@ -117,50 +180,96 @@ def split_answer(messages: Sequence[Message]) -> tuple[list[Message], str]:
     return list(messages[:last]), messages[last]["content"]
 
 
-def _convert_alpaca(fields: Mapping[str, Any], where: str) -> list[Message]:
+def _conversation(messages: list[Message], view: Fields, defaults: Defaults) -> Conversation:
+    """The conversation with what the row has beside the messages."""
+    where = view.where
+    system = view.optional_text("system") or defaults.system
+    tools = tool_schemas(view.get("tools"), "tools", where) or defaults.tools
+    documents = document_list(view.get("documents"), "documents", where)
+    template_args = dict(defaults.template_args)
+    own_args = parse_json(view.get("chat_template_kwargs"), "chat_template_kwargs", where)
+    if own_args is not None:
+        if not isinstance(own_args, dict):
+            raise ValueError(
+                f"{where}: chat_template_kwargs is {type_name(own_args)}, not an object"
+            )
+        template_args.update(own_args)
+    return Conversation(
+        messages=_with_system(messages, system),
+        tools=tools,
+        documents=documents,
+        template_args=template_args,
+    )
+
+
+def _turns(view: Fields, name: str, renames: Mapping[str, str]) -> list[Message]:
+    """The messages of a list of turns."""
     messages = []
-    history = []
+    for number, turn in enumerate(view.items(name), 1):
+        place = f"{view.where}, turn {number}"
+        messages.append(to_message(turn, renames=renames, where=place))
+    return messages
+
+
+def _alpaca(view: Fields) -> list[Message]:
+    messages = []
     # Rows without a history often have null or an empty string there.
-    if fields.get("history"):
-        history = _list(fields, "history", where)
+    history = view.items("history") if view.get("history") else []
     for number, pair in enumerate(history, 1):
-        place = f"{where}, pair {number} of the history"
+        place = f"{view.where}, pair {number} of the history"
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(
                 f"{place}: must be a list of two texts, the user's and the assistant's"
             )
-        turn = {"user": pair[0], "assistant": pair[1]}
-        messages.append(_message("user", _text(turn, "user", place)))
-        messages.append(_message("assistant", _text(turn, "assistant", place)))
-    prompt = _text(fields, "instruction", where)
-    context = _optional_text(fields, "input", where)
+        messages.append(_said("user", check_text(pair[0], "user", place)))
+        messages.append(_said("assistant", check_text(pair[1], "assistant", place)))
+    prompt = view.text("instruction")
+    context = view.optional_text("input")
     # An empty instruction or input must not leave a stray line break in the prompt.
-    messages.append(_message("user", "\n".join(filter(None, [prompt, context]))))
-    messages.append(_message("assistant", _text(fields, "output", where)))
-    return _with_system(messages, _optional_text(fields, "system", where))
-
-
-def _convert_turns(
-    turns: Sequence[Any],
-    role_field: str,
-    content_field: str,
-    renames: Mapping[str, str],
-    where: str,
-) -> list[Message]:
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        place = f"{where}, turn {number}"
-        if not isinstance(turn, dict):
-            raise ValueError(
-                f"{place}: a turn must be an object with {role_field} and {content_field}, "
-                f"not {type(turn).__name__}"
-            )
-        renamed = _rename(turn, renames, place)
-        role = _text(renamed, role_field, place)
-        if role not in _ROLES:
-            raise ValueError(f"{place}: unknown role {role!r}; known: {', '.join(_ROLES)}")
-        messages.append(_message(_ROLES[role], _text(renamed, content_field, place)))
+    messages.append(_said("user", "\n".join(filter(None, [prompt, context]))))
+    messages.append(_said("assistant", view.text("output")))
     return messages
+
+
+def _is_text(view: Fields) -> bool:
+    """Whether both prompt and completion are text, and not the JSON text of messages."""
+    return all(_as_messages(view.require(name)) is None for name in ("prompt", "completion"))
+
+
+def _prompt_completion(view: Fields) -> PlainText:
+    completion = view.text("completion")
+    if not completion.strip():
+        raise ValueError(f"{view.where}: the completion is empty; remove or complete the row")
+    return PlainText(prompt=view.text("prompt"), completion=completion)
+
+
+def _prompt_messages(view: Fields, renames: Mapping[str, str]) -> list[Message]:
+    """The messages of a prompt and a completion, of which one may be text."""
+    messages = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = view.require(name)
+        turns = _as_messages(value)
+        if turns is None:
+            turns = [{"role": role, "content": check_text(value, name, view.where)}]
+        for number, turn in enumerate(turns, 1):
+            place = f"{view.where}, turn {number} of the {name}"
+            message = to_message(turn, renames=renames, where=place)
+            if name == "prompt":
+                message["train"] = False
+            messages.append(message)
+    return messages
+
+
+def _as_messages(value: Any) -> list[Any] | None:
+    """The turns of a list, of a single turn, or of the JSON text of either; None for a text."""
+    if isinstance(value, str) and value.lstrip().startswith(("[{", '{"role"')):
+        try:
+            value = parse_json(value, "", "")
+        except ValueError:
+            return None
+    if isinstance(value, dict):
+        return [value]
+    return value if isinstance(value, list) else None
 
 
 def _check_answers(messages: Sequence[Message], where: str) -> None:
@@ -170,7 +279,7 @@ def _check_answers(messages: Sequence[Message], where: str) -> None:
             continue
         has_answer = True
         # An empty answer would teach the model to end its turn at once.
-        if not message["content"].strip():
+        if is_blank(message) and message.get("train", True):
             raise ValueError(
                 f"{where}: the assistant's text (turn {number}) is empty; remove or complete it"
             )
@@ -181,89 +290,51 @@ def _check_answers(messages: Sequence[Message], where: str) -> None:
         )
 
 
-def _message(role: str, content: str) -> Message:
+def _said(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
 def _with_system(messages: list[Message], system: str | None) -> list[Message]:
     """Adds a system message at the front, unless the conversation has one or `system` is empty."""
-    has_system = bool(messages) and messages[0]["role"] == "system"
+    has_system = bool(messages) and messages[0]["role"] in ("system", "developer")
     if has_system or not system:
         return messages
-    return [_message("system", system), *messages]
+    return [_said("system", system), *messages]
 
 
-def _value(fields: Mapping[str, Any], name: str, where: str, *, expected: str = "") -> Any:
-    """Returns a field's value; `expected` is the name that a renamed field has in the format."""
-    if name not in fields:
-        # The error proposes a complete option, with the closest field name if there is one.
-        near = difflib.get_close_matches(name, list(fields), n=1)
-        proposal = near[0] if near else "NAME"
-        raise ValueError(
-            f"{where}: no field {name!r}; it has {_names(fields)}; "
-            f"name the right one with --data.fields {expected or name}={proposal}"
-        )
-    return fields[name]
+def _has_required(row: Row, shape: Shape, renames: Mapping[str, str], *, synonyms: bool) -> bool:
+    """Whether a row has values for the required fields of a format."""
+    known = SYNONYMS[shape] if synonyms else NOTHING
+    view = Fields(row.fields, row.where, renames=renames, synonyms=known)
+    for name in REQUIRED[shape]:
+        actual = view.find(name)
+        # A CSV file has an empty text where another row has a conversation.
+        if actual is None or (row.fields[actual] == "" and shape in ("messages", "sharegpt")):
+            return False
+    return True
 
 
-def _text(fields: Mapping[str, Any], name: str, where: str) -> str:
-    value = _value(fields, name, where)
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} is {type(value).__name__}, not text")
-    try:
-        # JSON can escape half of a surrogate pair ("\ud800"), which the tokenizer would reject
-        # much later, without the place.
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: {name} contains an unpaired surrogate, which is not valid Unicode text"
-        ) from error
-    return value
+def _check_clear(row: Row, shape: Shape, renames: Mapping[str, str]) -> None:
+    """Raise if several columns could be the same field of a format."""
+    view = Fields(row.fields, row.where, renames=renames, synonyms=SYNONYMS[shape])
+    for name in REQUIRED[shape]:
+        found = [actual for actual in view.names(name) if row.fields.get(actual) is not None]
+        if len(found) > 1:
+            options = [f"--data.fields {name}={actual}" for actual in found]
+            raise ValueError(
+                f"{row.where}: {' and '.join(found)} could both be the {name}; "
+                f"give {' or '.join(options)}"
+            )
 
 
-def _optional_text(fields: Mapping[str, Any], name: str, where: str) -> str:
-    # Parquet and JSON files write null where a row has no value for an optional field.
-    if fields.get(name) is None:
-        return ""
-    return _text(fields, name, where)
-
-
-def _list(fields: Mapping[str, Any], name: str, where: str) -> list[Any]:
-    value = _value(fields, name, where)
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: {name} is {type(value).__name__}, not a list")
-    return value
-
-
-def _parse_renames(entries: Sequence[str]) -> _Renames:
-    """Parses the "expected=actual" entries of `data.fields`."""
-    known = [*_OPTIONAL, *_TURN_FIELDS]
-    for required in _REQUIRED.values():
-        known.extend(required)
-    renames = _Renames(row={}, turn={})
-    for entry in entries:
-        name, actual = entry.split("=", 1)
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"known: {', '.join(known)}"
-            if near:
-                hint = f"did you mean {near[0]!r}?"
-            raise ValueError(f"data.fields: no shape has a field {name!r}; {hint}")
-        if name in _TURN_FIELDS:
-            renames.turn[name] = actual
-        else:
-            renames.row[name] = actual
-    return renames
-
-
-def _rename(fields: Mapping[str, Any], renames: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Returns the fields, with the values of the actual fields under the expected names too."""
-    renamed = dict(fields)
-    for name, actual in renames.items():
-        # Read from `fields`, not `renamed`: two renames may swap two fields.
-        renamed[name] = _value(fields, actual, where, expected=name)
-    return renamed
-
-
-def _names(fields: Mapping[str, Any]) -> str:
-    return ", ".join(fields) or "none"
+def _count_unused(
+    example: Example, view: Fields, defaults: Defaults, unused: Counter[str] | None
+) -> None:
+    """Counts what the example does not contain of the row and of the options."""
+    if unused is None:
+        return
+    for name, value in view.values.items():
+        if name not in view.used and value is not None and value != "":
+            unused[f"column {name}"] += 1
+    if isinstance(example, PlainText) and defaults.system:
+        unused["--data.system"] += 1

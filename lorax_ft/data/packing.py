@@ -11,23 +11,31 @@ from collections.abc import Sequence
 import numpy as np
 
 from lorax_ft.data.chat import Sample
+from lorax_ft.data.store import Piece
 
 Batch = dict[str, np.ndarray]
 """Arrays [B, T], as `collate` makes them."""
 
 
-def pack(samples: Sequence[Sample], max_length: int) -> list[list[Sample]]:
+def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Packs samples into rows of at most `max_length` tokens, by best-fit decreasing.
 
     No sample is split.
 
+    Args:
+      lengths: tokens of each sample.
+      max_length: tokens of a row.
+
+    Returns:
+      The indices of the samples in each row.
+
     Raises:
       ValueError: a sample is longer than a row.
     """
-    rows: list[list[Sample]] = []
+    rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row index), sorted for the bisection
-    for sample in sorted(samples, key=len, reverse=True):
-        length = len(sample)
+    for sample in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[sample]
         if length > max_length:
             raise ValueError(
                 f"a sample of {length} tokens does not fit in a row of {max_length}; "
@@ -43,6 +51,33 @@ def pack(samples: Sequence[Sample], max_length: int) -> list[list[Sample]]:
             left, row = free.pop(place)
         rows[row].append(sample)
         bisect.insort(free, (left - length, row))
+    return rows
+
+
+def cut(lengths: Sequence[int], max_length: int) -> list[list[Piece]]:
+    """Cuts documents, one behind the other, into rows of `max_length` tokens; the last is shorter.
+
+    A document that is cut goes on in the next row.
+
+    Args:
+      lengths: tokens of each document.
+      max_length: tokens of a row.
+
+    Returns:
+      The pieces of documents in each row.
+    """
+    rows: list[list[Piece]] = []
+    room = 0
+    for document, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            if room == 0:
+                rows.append([])
+                room = max_length
+            stop = min(start + room, length)
+            rows[-1].append(Piece(document, start, stop))
+            room -= stop - start
+            start = stop
     return rows
 
 

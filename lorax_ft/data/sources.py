@@ -1,4 +1,4 @@
-"""Reads dataset rows from files and the Hub.
+"""Finds the files, saved datasets and Hub datasets of a run, and reads their rows.
 
 Each row carries the place it came from, so a later error can name it.
 """
@@ -6,30 +6,63 @@ Each row carries the place it came from, so a later error can name it.
 from __future__ import annotations
 
 import contextlib
-import csv
-import dataclasses
 import difflib
-import io
+import glob
 import itertools
-import json
 import logging
+import math
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-SUPPORTED = (".jsonl", ".json", ".csv", ".parquet")
+from lorax_ft.data.readers import (
+    COMPRESSED,
+    SUFFIXES,
+    Row,
+    file_type,
+    first_line,
+    read_file,
+    table_row,
+)
+
+# What `datasets.save_to_disk` writes into the folder of a Dataset and of a DatasetDict.
+_SAVED = "state.json"
+_SAVED_SPLITS = "dataset_dict.json"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row of a dataset."""
+class Source(NamedTuple):
+    """One entry of `data.train`."""
 
-    fields: dict[str, Any]
-    """The row's values by field name."""
-    where: str
-    """The place it came from, such as "train.jsonl, line 12"."""
+    path: str
+    weight: float = 1.0
+    """Passes over its rows in an epoch."""
+
+
+def parse_sources(entries: Sequence[str]) -> list[Source]:
+    """Parses the entries of `data.train`, each "path" or "path=weight".
+
+    Raises:
+      ValueError: a weight is not above 0.
+
+    >>> parse_sources(["a.jsonl", "b.jsonl=0.5"])
+    [Source(path='a.jsonl', weight=1.0), Source(path='b.jsonl', weight=0.5)]
+    """
+    sources = []
+    for entry in entries:
+        path, equals, text = entry.rpartition("=")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
+        # A path may contain "=" itself, as in "split=train/rows.jsonl" or "date=20261126".
+        if not equals or math.isnan(weight) or Path(entry).exists():
+            sources.append(Source(entry))
+            continue
+        if not 0 < weight < math.inf:
+            raise ValueError(f"data.train: the weight of {path} is {text}; it must be above 0")
+        sources.append(Source(path, weight))
+    return sources
 
 
 def read_rows(
@@ -38,12 +71,14 @@ def read_rows(
     split: str = "train",
     limit: int | None = None,
     revision: str | None = None,
-) -> list[Row]:
-    """Reads the rows of files and Hub datasets, one source after the other.
+) -> Iterator[Row]:
+    """Yields the rows of files and datasets, one source after the other.
 
     Args:
-      paths: files (.jsonl, .json, .csv, .parquet), folders with one file per split, such as
-        `train.jsonl`, or Hub ids as "owner/name" or "owner/name:subset".
+      paths: files (.jsonl, .json, .csv, .parquet; text files also with .gz or .zst), patterns of
+        files such as "data/*.jsonl", folders with one file per split, such as `train.jsonl`,
+        folders that `datasets.save_to_disk` wrote, or Hub ids as "owner/name" or
+        "owner/name:subset".
       split: the split to read of a folder or a Hub dataset.
       limit: the largest number of rows over all sources; rows after that are not read.
       revision: branch, tag or commit of a Hub dataset.
@@ -53,16 +88,17 @@ def read_rows(
         is malformed (the message has the file and line).
     """
     rows = itertools.chain.from_iterable(_read(path, split, revision) for path in paths)
-    return list(itertools.islice(rows, limit))
+    return itertools.islice(rows, limit)
 
 
-def find_split(folder: str, split: str) -> str | None:
-    """Returns the file of a split in a folder, such as `train.jsonl`, or None."""
-    for suffix in SUPPORTED:
-        file = Path(folder) / f"{split}{suffix}"
-        if file.is_file():
-            return str(file)
-    return None
+def has_split(path: str, split: str) -> bool:
+    """Whether a path is a folder that holds this split."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return False
+    if (folder / _SAVED_SPLITS).is_file():
+        return (folder / split).is_dir()
+    return bool(_split_files(folder, split))
 
 
 def _read(path: str, split: str, revision: str | None) -> Iterator[Row]:
@@ -79,121 +115,85 @@ def _open(path: str, split: str, revision: str | None) -> Iterator[Row]:
     """Chooses the reader of a source."""
     file = Path(path)
     if file.is_file():
-        return _read_file(path)
+        return read_file(path)
     if file.is_dir():
-        split_file = find_split(path, split)
-        if split_file is None:
-            names = ", ".join(split + suffix for suffix in SUPPORTED)
-            raise ValueError(f"{path} contains none of {names}")
-        return _read_file(split_file)
+        return _read_folder(file, split)
+    if glob.has_magic(path):
+        files = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())
+        if not files:
+            raise ValueError(f"no file matches {path}")
+        return _read_files(files)
     if _is_hub_id(path):
         return _read_hub(path, split, revision)
     raise ValueError(_missing(file))
 
 
-def _read_file(path: str) -> Iterator[Row]:
-    match Path(path).suffix.lower():
-        case ".jsonl":
-            return _read_jsonl(path)
-        case ".json":
-            return _read_json(path)
-        case ".csv":
-            return _read_csv(path)
-        case ".parquet":
-            return _read_parquet(path)
-    raise ValueError(
-        f"{path} has an unsupported file type; supported: {', '.join(SUPPORTED)}, or a Hub id"
-    )
+def _read_folder(folder: Path, split: str) -> Iterator[Row]:
+    """Yields the rows of a split of a folder."""
+    if (folder / _SAVED_SPLITS).is_file():
+        if not (folder / split).is_dir():
+            splits = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+            raise ValueError(
+                f"{folder} has no split {split!r}; it has {', '.join(splits)}: "
+                f"give --data.split or --data.validation_split"
+            )
+        return _read_saved(folder / split)
+    if (folder / _SAVED).is_file():
+        return _read_saved(folder)
+    files = _split_files(folder, split)
+    if files:
+        return _read_files(files)
+    names = ", ".join(split + suffix for suffix in SUFFIXES)
+    message = f"{folder} contains none of {names}"
+    others = sorted(entry.name for entry in folder.iterdir() if file_type(entry.name))
+    if others:
+        suffix = "".join(Path(others[0]).suffixes)
+        message += f'; to read all of its files, give "{folder}/*{suffix}"'
+    raise ValueError(message)
 
 
-def _read_jsonl(path: str) -> Iterator[Row]:
-    """Yields the rows of a file with one JSON object per line; empty lines are skipped."""
-    # Binary mode splits lines at "\n" only. str.splitlines would also split at characters that
-    # JSON allows inside a string, such as U+2028.
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            text = _decode(line, where).strip()
-            if not text:
-                continue
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: {_json_problem(error)}") from error
-            yield _object_row(value, where)
+def _split_files(folder: Path, split: str) -> list[str]:
+    """Returns the files of a split in a folder: `train.jsonl`, or the shards `train-00000-of-…`.
 
-
-def _read_json(path: str) -> Iterator[Row]:
-    """Yields the rows of a file that is one JSON list of objects."""
-    try:
-        values = json.loads(_decode(Path(path).read_bytes(), path))
-    except json.JSONDecodeError as error:
-        hint = ""
-        # Python reports a second object after the first as "Extra data": the file is JSON Lines.
-        if error.msg == "Extra data":
-            hint = "; a file with one object per line needs the suffix .jsonl"
-        raise ValueError(f"{path}, line {error.lineno}: {_json_problem(error)}{hint}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: {_json_problem(error)}") from error
-    if not isinstance(values, list):
-        raise ValueError(f"{path}: contains one {type(values).__name__}, not a list of objects")
-    for number, value in enumerate(values, 1):
-        yield _object_row(value, f"{path}, item {number}")
-
-
-def _read_csv(path: str) -> Iterator[Row]:
-    """Yields the rows of a CSV file with a header; all values are text.
-
-    `datasets` 5.2 is not used, because it infers types (the answer "007" becomes 7, "None" becomes
-    null), pads short rows, truncates long ones, and does not report the line of a row.
+    The Hub's own folders have them below `data`.
     """
-    # newline="" leaves line breaks to the csv module, which must see those in quoted fields as is.
-    text = io.StringIO(_decode(Path(path).read_bytes(), path), newline="")
-    reader = csv.reader(text, strict=True)
-    header: list[str] = []
-    first_line = 1  # where the current row starts; quoted fields may contain line breaks
-    try:
-        for values in reader:
-            where = f"{path}, line {first_line}"
-            first_line = reader.line_num + 1
-            if not header:
-                header = values
-                _check_header(header, where)
-            elif len(values) == len(header):
-                yield Row(fields=dict(zip(header, values, strict=True)), where=where)
-            elif values:  # the reader returns an empty list for an empty line
-                raise ValueError(
-                    f"{where}: the row's number of fields is {len(values)}, "
-                    f"but the header's is {len(header)}"
-                )
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {first_line}: not CSV: {error}") from error
+    for place in (folder, folder / "data"):
+        for suffix in _all_suffixes():
+            file = place / f"{split}{suffix}"
+            if file.is_file():
+                return [str(file)]
+            shards = sorted(str(path) for path in place.glob(f"{glob.escape(split)}-*{suffix}"))
+            if shards:
+                return shards
+    return []
 
 
-def _check_header(header: Sequence[str], where: str) -> None:
-    repeated = {name for name in header if header.count(name) > 1}
-    if repeated:
-        # The row is a dict, so one of two columns with the same name would be lost.
-        raise ValueError(f"{where}: the header repeats {', '.join(sorted(repeated))}")
+def _all_suffixes() -> list[str]:
+    """Suffixes of files that can be read, the plain ones first."""
+    compressed: list[str] = []
+    for suffix in SUFFIXES:
+        compressed.extend(suffix + end for end in COMPRESSED)
+    return [*SUFFIXES, *(suffix for suffix in compressed if file_type("a" + suffix))]
 
 
-def _read_parquet(path: str) -> Iterator[Row]:
+def _read_files(files: Iterable[str]) -> Iterator[Row]:
+    return itertools.chain.from_iterable(map(read_file, files))
+
+
+def _read_saved(folder: Path) -> Iterator[Row]:
+    """Yields the rows of a Dataset that `save_to_disk` wrote; they are not loaded into memory."""
     # Imported only when needed: the import is slow, and most runs read JSON Lines.
     import datasets
 
-    # A cache of its own, deleted afterwards: the default one would keep a copy of the file.
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            with _quiet_datasets():
-                table = datasets.load_dataset(
-                    "parquet", data_files=path, split="train", cache_dir=cache
-                )
-        # The reader has no common base class of errors; all of them are about this file.
-        except Exception as error:
-            raise ValueError(
-                f"{path} cannot be read as Parquet: {_first_line(_root_cause(error))}"
-            ) from error
-        yield from _table_rows(table, path)
+    try:
+        with _quiet_datasets():
+            table = datasets.load_from_disk(str(folder))
+    # The library has no common base class of errors; all of them are about this folder.
+    except Exception as error:
+        raise ValueError(
+            f"{folder} cannot be read as a saved dataset: {first_line(_root_cause(error))}"
+        ) from error
+    yield from _table_rows(table, str(folder))
 
 
 def _read_hub(path: str, split: str, revision: str | None) -> Iterator[Row]:
@@ -207,14 +207,14 @@ def _read_hub(path: str, split: str, revision: str | None) -> Iterator[Row]:
     except Exception as error:
         raise ValueError(
             f"{path}: there is no such file, and loading split {split!r} of a Hub dataset with "
-            f"that name failed: {_first_line(error)}"
+            f"that name failed: {first_line(error)}"
         ) from error
     yield from _table_rows(table, path)
 
 
 def _table_rows(table: Iterable[dict[str, Any]], path: str) -> Iterator[Row]:
     for number, fields in enumerate(table, 1):
-        yield Row(fields=dict(fields), where=f"{path}, row {number}")
+        yield table_row(dict(fields), path, number)
 
 
 def _is_hub_id(path: str) -> bool:
@@ -236,42 +236,6 @@ def _missing(file: Path) -> str:
     if not near:
         return f"no file {file}"
     return f"no file {file}; the closest name in its folder is {near[0]}"
-
-
-def _object_row(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: a row must be an object, not {type(value).__name__}")
-    return Row(fields=value, where=where)
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")  # some editors write a byte order mark first
-    except UnicodeDecodeError as error:
-        # For a whole file, `where` is only its path, and the line must be counted.
-        if ", line" not in where:
-            line = data.count(b"\n", 0, error.start) + 1
-            where = f"{where}, line {line}"
-        raise ValueError(
-            f"{where}: not UTF-8 text ({error.reason} at byte {error.start + 1})"
-        ) from error
-
-
-def _json_problem(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        message = error.msg[0].lower() + error.msg[1:]
-        return f"not JSON: {message} (column {error.colno})"
-    if isinstance(error, RecursionError):
-        return "not JSON: nested too deeply"
-    return f"not JSON: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message: one line is all that a user should see."""
-    for line in str(error).splitlines():
-        if line.strip():
-            return line.strip()
-    return type(error).__name__
 
 
 def _root_cause(error: BaseException) -> BaseException:

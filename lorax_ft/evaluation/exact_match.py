@@ -9,7 +9,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from lorax_ft.data.formats import Message, split_answer
+from lorax_ft.data.conversation import Message
+from lorax_ft.data.formats import split_answer
 from lorax_ft.inference.texts import answer
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from lorax_ft.data.chat import encode_prompt
-from lorax_ft.data.formats import Message
+from lorax_ft.data.conversation import Message
 from lorax_ft.inference.generate import GREEDY, check_prompts, stream, with_all_norms
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.models.model import Model

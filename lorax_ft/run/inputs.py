@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from lorax_ft import sharding
 from lorax_ft.config import AdapterConfig, Config
-from lorax_ft.data.batches import Dataset, check_sources, load_data
+from lorax_ft.data.dataset import Dataset, check_sources, load_data
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, read_config
 from lorax_ft.interop.peft_methods import method_name

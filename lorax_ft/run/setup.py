@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from lorax_ft import sharding
 from lorax_ft.config import Config
-from lorax_ft.data.batches import Batches, Dataset
+from lorax_ft.data.batches import Batches
+from lorax_ft.data.dataset import Dataset
 from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.checkpoints import Checkpoints
@@ -174,6 +175,7 @@ def _make_mesh(config: Config) -> Mesh:
 def _make_batches(config: Config, data: Dataset) -> Batches:
     return Batches(
         rows=data.train.rows,
+        sets=data.train.sets,
         batch_size=config.train.batch_size,
         max_length=config.data.max_length,
         seed=config.train.seed,

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lorax_ft.config import Config
-from lorax_ft.data.batches import Dataset
+from lorax_ft.data.dataset import Dataset
 from lorax_ft.interop.bucket import is_remote
 from lorax_ft.interop.peft import BASE
 from lorax_ft.run import report
@@ -140,12 +140,15 @@ def _print_data(console: Console, data: Dataset, *, max_length: int) -> None:
     """Print the size of the data, and a warning if much of it is truncated."""
     train, validation = data.train, data.validation
     console.print(
-        f"Training: {len(train.conversations):,} samples in {len(train.rows):,} rows, "
+        f"Training: {train.count:,} samples in {len(train.rows):,} rows, "
         f"{train.tokens:,} tokens ({train.labels:,} labeled); "
         f"{train.cut:,} samples truncated, {train.dropped:,} dropped (no label left)."
     )
     console.print(f"Validation: {len(validation.rows):,} rows.")
-    if train.cut > 0.1 * len(train.conversations):
+    if train.unused:
+        parts = [f"{name} ({count:,} times)" for name, count in train.unused.items()]
+        console.print(f"Not used: {', '.join(parts)}.", style="yellow")
+    if train.cut > 0.1 * train.count:
         console.print(
             f"Many samples are truncated: --data.max_length is {max_length}, and 95% of the "
             f"samples would fit in {train.usual_length}.\n",

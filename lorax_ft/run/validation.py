@@ -10,7 +10,8 @@ import numpy as np
 from lorax_ft import sharding
 from lorax_ft.data.batches import evaluation_batches
 from lorax_ft.data.chat import encode_prompt
-from lorax_ft.data.formats import Message, split_answer
+from lorax_ft.data.conversation import Conversation, Message
+from lorax_ft.data.formats import split_answer
 from lorax_ft.evaluation.exact_match import Answers
 from lorax_ft.run.setup import Job
 from lorax_ft.training.step import TrainState
@@ -51,9 +52,13 @@ def choose_questions(job: Job) -> tuple[list[list[Message]], int]:
     wanted = max(config.exact_match_rows, config.samples)
     skipped = 0
     chosen: list[list[Message]] = []
-    for messages in job.data.validation.conversations:
+    for example in job.data.validation.examples:
         if len(chosen) == wanted:
             break
+        # A plain text asks nothing.
+        if not isinstance(example, Conversation):
+            continue
+        messages = example.messages
         question, _ = split_answer(messages)
         prompt = encode_prompt(question, model.tokenizer)
         # `generate` refuses a prompt that leaves no room for the longest answer.

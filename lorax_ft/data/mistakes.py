@@ -1,0 +1,96 @@
+"""Refuses rows that are for another kind of training, or in no known format, with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorax_ft.data.fields import list_names
+from lorax_ft.data.readers import Row
+
+_TAKES = "this trainer takes conversations, prompts with completions, and plain text"
+
+
+def refuse_preference(row: Row) -> None:
+    """Raise for a preference pair, as DPO and reward models take it.
+
+    Raises:
+      ValueError: the row has a chosen and a rejected answer.
+    """
+    fields = row.fields
+    if fields.get("chosen") is None or fields.get("rejected") is None:
+        return
+    has_prompt = fields.get("prompt") is not None
+    names = "prompt, chosen, rejected" if has_prompt else "chosen, rejected"
+    if not isinstance(fields["chosen"], str):
+        # Two answers in the form of messages: with their prompt inside, or beside them.
+        begins_with_answer = _first_role(fields["chosen"]) == "assistant"
+        option = "messages=chosen"
+        if has_prompt and begins_with_answer:
+            option = "completion=chosen"
+    else:
+        option = "question=prompt answer=chosen" if has_prompt else "text=chosen"
+    raise ValueError(
+        f"{row.where}: a preference pair ({names}), as DPO takes it; {_TAKES}; "
+        f"to train on the chosen answers, give --data.fields {option}"
+    )
+
+
+def refuse_label(row: Row) -> None:
+    """Raise for a completion that is labeled good or bad, as KTO takes it.
+
+    Raises:
+      ValueError: the row has a label that is true or false.
+    """
+    label = row.fields.get("label")
+    is_judgment = label in (0, 1) or str(label).lower() in ("true", "false", "0", "1")
+    if label is None or not is_judgment:
+        return
+    raise ValueError(
+        f"{row.where}: a completion with a label of good or bad (prompt, completion, label), as "
+        f"KTO takes it; {_TAKES}; keep the rows whose label is true and remove the column, or give "
+        "--data.shape prompt_completion to train on all completions"
+    )
+
+
+def unknown_shape(row: Row, required: Mapping[Any, tuple[str, ...]]) -> ValueError:
+    """Returns the error for a row that matches no format, with the option that would help."""
+    fields = row.fields
+    if "input_ids" in fields:
+        return ValueError(
+            f"{row.where}: the row is tokenized already (input_ids); give the data before "
+            "tokenization, since the tokens of another model would be wrong here"
+        )
+    if "role" in fields and ("content" in fields or "value" in fields):
+        return ValueError(
+            f"{row.where}: the row is a single turn (role, content); a row must hold a whole "
+            'conversation: {"messages": [{"role": "user", "content": "..."}, ...]}'
+        )
+    known = "; ".join(f"{shape} ({', '.join(names)})" for shape, names in required.items())
+    return ValueError(
+        f"{row.where}: the fields ({list_names(fields)}) match no known shape; known: {known}; "
+        f"name the fields of your data with {_proposal(fields)}"
+    )
+
+
+def _proposal(fields: Mapping[str, Any]) -> str:
+    """The option that fits the types of the row's fields best."""
+    for name, value in fields.items():
+        if _first_role(value) is not None:
+            return f"--data.fields messages={name}"
+    texts = [name for name, value in fields.items() if isinstance(value, str) and value]
+    if len(texts) >= 2:
+        return f"--data.fields, for example --data.fields question={texts[0]} answer={texts[1]}"
+    if texts == ["prompt"]:
+        return "--data.fields, after adding the answers: a prompt alone has nothing to train on"
+    if texts:
+        return f"--data.fields, for example --data.fields text={texts[0]} for plain text"
+    return "--data.fields, for example --data.fields question=Q answer=A"
+
+
+def _first_role(value: Any) -> str | None:
+    """The role of the first turn; None if the value is no list of turns."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return None
+    role = value[0].get("role", value[0].get("from"))
+    return role if isinstance(role, str) else None

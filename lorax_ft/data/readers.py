@@ -1,0 +1,260 @@
+"""Reads the rows of single files, compressed or not, one after the other.
+
+A file is never held in memory as a whole, except one that is a single JSON list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""File types, in the order in which a folder is searched for them."""
+COMPRESSED = (".gz", ".zst")
+"""Suffixes that may follow those of text files."""
+# A text column may hold whole documents; csv's own limit is 131,072 characters.
+_CSV_FIELD_LIMIT = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a dataset."""
+
+    fields: dict[str, Any]
+    """The row's values by field name."""
+    where: str
+    """The place it came from, such as "train.jsonl, line 12"."""
+
+
+def file_type(path: str) -> str | None:
+    """Returns the suffix that says how to read a file, in lower case; None for an unknown one.
+
+    >>> file_type("data/train.JSONL.gz"), file_type("a.csv"), file_type("a.parquet.gz")
+    ('.jsonl', '.csv', None)
+    """
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
+    if compressed:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix == ".ndjson":
+        suffix = ".jsonl"
+    # Parquet compresses its columns itself.
+    if suffix not in SUFFIXES or (compressed and suffix == ".parquet"):
+        return None
+    return suffix
+
+
+def read_file(path: str) -> Iterator[Row]:
+    """Yields the rows of a file.
+
+    Raises:
+      ValueError: the file type is unknown, or the file or a row is malformed.
+    """
+    match file_type(path):
+        case ".jsonl":
+            return _read_jsonl(path)
+        case ".json":
+            return _read_json(path)
+        case ".csv":
+            return _read_csv(path)
+        case ".parquet":
+            return _read_parquet(path)
+    raise ValueError(
+        f"{path} has an unsupported file type; supported: {', '.join(SUFFIXES)} (text files also "
+        "with .gz or .zst), folders saved by datasets.save_to_disk, or a Hub id"
+    )
+
+
+def without_nulls(value: Any) -> Any:
+    """Removes the null fields of objects, at any depth.
+
+    Arrow gives the objects of a column all fields that any of them has, with nulls.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message: one line is all that a user should see."""
+    for line in str(error).splitlines():
+        if line.strip():
+            return line.strip()
+    return type(error).__name__
+
+
+def _read_jsonl(path: str) -> Iterator[Row]:
+    """Yields the rows of a file with one JSON object per line; empty lines are skipped."""
+    for number, line in _lines(path):
+        where = f"{path}, line {number}"
+        text = _decode(line, where).strip()
+        if not text:
+            continue
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            hint = ""
+            # The first line of a list that is spread over many lines.
+            if number == 1 and text in ("[", "{"):
+                hint = "; a file that is one JSON list needs the suffix .json"
+            raise ValueError(f"{where}: {_json_problem(error)}{hint}") from error
+        yield _object_row(value, where)
+
+
+def _read_json(path: str) -> Iterator[Row]:
+    """Yields the rows of a file that is one JSON list of objects."""
+    data = b"".join(line for _, line in _lines(path))
+    try:
+        values = json.loads(_decode(data, path))
+    except json.JSONDecodeError as error:
+        hint = ""
+        # Python reports a second object after the first as "Extra data": the file is JSON Lines.
+        if error.msg == "Extra data":
+            hint = "; a file with one object per line needs the suffix .jsonl"
+        raise ValueError(f"{path}, line {error.lineno}: {_json_problem(error)}{hint}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: {_json_problem(error)}") from error
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: contains one {type(values).__name__}, not a list of objects")
+    for number, value in enumerate(values, 1):
+        yield _object_row(value, f"{path}, item {number}")
+
+
+def _read_csv(path: str) -> Iterator[Row]:
+    """Yields the rows of a CSV file with a header; all values are text.
+
+    `datasets` 5.2 is not used, because it infers types (the answer "007" becomes 7, "None" becomes
+    null), pads short rows, truncates long ones, and does not report the line of a row.
+    """
+    header: list[str] = []
+    first_line_number = 1  # where the row starts; quoted fields may contain line breaks
+    usual_limit = csv.field_size_limit(_CSV_FIELD_LIMIT)
+    try:
+        reader = csv.reader(_text_lines(path), strict=True)
+        for values in reader:
+            where = f"{path}, line {first_line_number}"
+            first_line_number = reader.line_num + 1
+            if not header:
+                header = values
+                _check_header(header, where)
+            elif len(values) == len(header):
+                yield Row(fields=dict(zip(header, values, strict=True)), where=where)
+            elif values:  # the reader returns an empty list for an empty line
+                raise ValueError(
+                    f"{where}: the row's number of fields is {len(values)}, "
+                    f"but the header's is {len(header)}; put quotes around fields with commas"
+                )
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {first_line_number}: not CSV: {error}") from error
+    finally:
+        csv.field_size_limit(usual_limit)
+
+
+def _check_header(header: Sequence[str], where: str) -> None:
+    repeated = {name for name in header if header.count(name) > 1}
+    if repeated:
+        # The row is a dict, so one of two columns with the same name would be lost.
+        raise ValueError(f"{where}: the header repeats {', '.join(sorted(repeated))}")
+
+
+def _read_parquet(path: str) -> Iterator[Row]:
+    # Imported only when needed: the import is slow, and most runs read JSON Lines.
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield table_row(fields, path, number)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
+
+
+def table_row(fields: dict[str, Any], path: str, number: int) -> Row:
+    """Returns a row of an Arrow table."""
+    cleaned = {name: without_nulls(value) for name, value in fields.items()}
+    return Row(fields=cleaned, where=f"{path}, row {number}")
+
+
+def _object_row(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: a row must be an object, not {type(value).__name__}")
+    return Row(fields=value, where=where)
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines of a file, decompressed, with their numbers from 1."""
+    number = 0
+    # Binary mode splits lines at "\n" only. str.splitlines would also split at characters that
+    # JSON allows inside a string, such as U+2028.
+    with _open(path) as file:
+        try:
+            for number, line in enumerate(file, 1):
+                yield number, line
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"{path} cannot be read after line {number}: {first_line(error)}; "
+                "the file is damaged or incomplete"
+            ) from error
+
+
+def _text_lines(path: str) -> Iterator[str]:
+    """Yields the lines of a text file with their ends, as `csv` wants them."""
+    for number, line in _lines(path):
+        text = _decode(line, f"{path}, line {number}")
+        # newline="" keeps the ends of lines, and splits at the "\r" of old Mac files.
+        yield from io.StringIO(text, newline="")
+
+
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[IO[bytes]]:
+    """Opens a file for reading bytes, decompressed."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".gz":
+        with gzip.open(path, "rb") as file:
+            yield file  # type: ignore[misc]
+    elif suffix == ".zst":
+        import pyarrow
+
+        with pyarrow.input_stream(path, compression="zstd") as stream:
+            yield io.BufferedReader(stream)
+    else:
+        with open(path, "rb") as file:
+            yield file
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")  # some editors write a byte order mark first
+    except UnicodeDecodeError as error:
+        # For a whole file, `where` is only its path, and the line must be counted.
+        if ", line" not in where:
+            line = data.count(b"\n", 0, error.start) + 1
+            where = f"{where}, line {line}"
+        raise ValueError(
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start + 1}); "
+            "save the file as UTF-8"
+        ) from error
+
+
+def _json_problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        message = error.msg[0].lower() + error.msg[1:]
+        return f"not JSON: {message} (column {error.colno})"
+    if isinstance(error, RecursionError):
+        return "not JSON: nested too deeply"
+    return f"not JSON: {first_line(error)}"

@@ -1,0 +1,204 @@
+"""A run's data, from its sources to rows of samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_cases import BYTES, assistant, make_tokenizer, user, write
+
+from lorax_ft.config import DataConfig
+from lorax_ft.data.batches import Batches
+from lorax_ft.data.conversation import Conversation
+from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
+from lorax_ft.data.formats import split_answer
+
+TOOL = {"type": "function", "function": {"name": "add"}}
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    return write(path, "\n".join(map(json.dumps, rows)))
+
+
+def numbers(count: int) -> list[dict[str, Any]]:
+    return [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(count)]
+
+
+def load(*paths: str, **options: Any) -> Dataset:
+    options = {"validation_rows": 0} | options
+    return load_data(DataConfig(train=paths, **options), BYTES, seed=0)
+
+
+def labels(split: Split) -> list[str]:
+    """The labeled text of each sample, without the end of the turn."""
+    texts = []
+    for row in split.rows:
+        for sample in row:
+            texts.append(BYTES.decode(sample.tokens[sample.mask]).removesuffix("<|im_end|>"))
+    return texts
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> str:
+    return lines(tmp_path / "questions.jsonl", numbers(20))
+
+
+def test_load_data(questions: str) -> None:
+    data = load(questions, validation=(questions,), limit=8)
+    assert (data.train.count, len(data.train.rows)) == (8, 8)
+    assert len(data.validation.rows) == 20
+    assert (data.train.cut, data.train.dropped) == (0, 0)
+    assert data.train.tokens == sum(len(row[0]) for row in data.train.rows)
+    assert data.train.labels == 8 * 2  # one digit and the end of the turn
+    assert data.train.examples == []
+    last = data.validation.examples[19]
+    assert isinstance(last, Conversation)
+    assert split_answer(last.messages) == ([user("19 + 1?")], "20")
+    packed = load(questions, limit=8, pack=True)
+    assert len(packed.train.rows) < 8
+    assert packed.train.labels == data.train.labels
+    assert len(packed.validation.rows) == 0
+    assert packed.validation.tokens == 0
+
+
+def test_validation_rows_are_held_out_by_seed(questions: str) -> None:
+    config = DataConfig(train=(questions,), validation_rows=2)
+
+    def answers(seed: int) -> tuple[list[str], list[str]]:
+        data = load_data(config, BYTES, seed=seed)
+        return labels(data.train), labels(data.validation)
+
+    train, validation = answers(0)
+    # As numpy's generator chose them in the first version: a run must resume with the same rows.
+    chosen = sorted(np.random.default_rng(0).permutation(20)[:2].tolist())
+    assert validation == [str(i + 1) for i in chosen]
+    assert sorted(train + validation, key=int) == [str(i + 1) for i in range(20)]
+    assert answers(0) == (train, validation) != answers(1)
+    many = load_data(DataConfig(train=(questions,), validation_rows=20), BYTES, seed=0)
+    assert many.validation.count == 2  # a tenth at most
+
+
+def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
+    import datasets
+
+    folder, saved = str(tmp_path / "files"), str(tmp_path / "saved")
+    Path(folder).mkdir()
+    splits = {"train": numbers(20), "test": numbers(3)}
+    for split, rows in splits.items():
+        lines(Path(folder) / f"{split}.jsonl", rows)
+    tables = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+    datasets.DatasetDict(tables).save_to_disk(saved)
+    for path in (folder, saved):
+        sizes = []
+        for options in ({}, {"validation_rows": 0}, {"validation_split": "dev"}):
+            data = load_data(DataConfig(train=(path,), **options), BYTES, seed=0)
+            sizes.append((len(data.train.rows), len(data.validation.rows)))
+        assert sizes == [(20, 3), (20, 0), (18, 2)]
+
+
+def test_sources_of_several_formats(tmp_path: Path, questions: str) -> None:
+    alpaca = lines(tmp_path / "alpaca.jsonl", [{"instruction": "a", "output": "b"}])
+    talk = lines(tmp_path / "talk.jsonl", [{"messages": [user("a"), assistant("c")]}])
+    data = load(alpaca, talk, questions, limit=3)
+    assert labels(data.train) == ["b", "c", "1"]
+    assert data.train.sets == ((3, 1.0),)
+
+
+def test_weights_mix_sets(tmp_path: Path, questions: str) -> None:
+    other = lines(tmp_path / "other.jsonl", [{"question": "a", "answer": "b"}] * 4)
+    for pack in (False, True):
+        data = load(f"{questions}=0.5", f"{other}=2", pack=pack)
+        rows, (first, second) = data.train.rows, data.train.sets
+        assert (first[1], second[1]) == (0.5, 2.0)
+        assert first[0] + second[0] == len(rows)
+        # A row of the model holds samples of one set, so that the weights hold for its rows.
+        for i, row in enumerate(rows):
+            is_other = i >= first[0]
+            for sample in row:
+                assert ("a<|im_end|>" in BYTES.decode(sample.tokens)) == is_other
+    data = load(f"{questions}=0.5", f"{other}=2")
+    batches = Batches(
+        rows=data.train.rows, sets=data.train.sets, batch_size=18, max_length=256, seed=0
+    )
+    assert batches.steps_per_epoch == 1
+    assert sum(i >= 20 for i in batches.indices(0)) == 8
+
+
+def test_documents_fill_rows_or_have_one_each(tmp_path: Path) -> None:
+    documents = ["once " * 12, "", "upon a time", " ", "the end " * 8]
+    path = lines(tmp_path / "text.jsonl", [{"text": text} for text in documents])
+    packed = load(path, pack=True, max_length=32).train
+    stream = [token for row in packed.rows for sample in row for token in sample.tokens.tolist()]
+    # Every text is there in full, and ends with the end-of-sequence token.
+    ends = [text + "<|im_end|>" for text in documents if text.strip()]
+    assert BYTES.decode(stream) == "".join(ends)
+    filled = [sum(map(len, row)) for row in packed.rows]
+    assert filled[:-1] == [32] * (len(filled) - 1)
+    assert (packed.count, packed.cut, packed.dropped, packed.tokens) == (5, 0, 2, len(stream))
+    single = load(path, max_length=32).train
+    assert (len(single.rows), single.count, single.cut, single.dropped) == (3, 5, 2, 2)
+    assert BYTES.decode(single.rows[1][0].tokens) == "upon a time<|im_end|>"
+    assert single.rows[1][0].mask.all()
+
+
+def test_the_loss_is_on_the_completion(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"prompt": "1 + 1 =", "completion": " 2"}])
+    for pack in (False, True):
+        split = load(path, pack=pack).train
+        ((sample,),) = split.rows
+        assert BYTES.decode(sample.tokens) == "1 + 1 = 2<|im_end|>"
+        assert labels(split) == [" 2"]
+
+
+def test_what_is_not_used_is_counted(tmp_path: Path) -> None:
+    turns = [user("a"), {**assistant("b"), "reasoning_content": "t", "weight": 1}]
+    rows = [
+        {"messages": turns, "tools": [TOOL], "category": "x"},
+        {"messages": turns, "tools": None, "category": "y", "chat_template_kwargs": {"think": 1}},
+    ]
+    path = lines(tmp_path / "a.jsonl", rows)
+    unused = {
+        "column category": 2,
+        "field reasoning_content of messages (not in the chat template)": 2,
+        "tools (not in the chat template)": 1,
+        "template variable think (not in the chat template)": 1,
+    }
+    assert load(path).train.unused == unused
+    template = f"{BYTES.chat_template}{{# tools, think and thinking #}}"
+    knowing = load_data(
+        DataConfig(train=(path,), validation_rows=0), make_tokenizer(template), seed=0
+    )
+    assert knowing.train.unused == {"column category": 2}
+
+
+def test_tools_and_template_variables_come_from_options(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", numbers(1))
+    tools = write(tmp_path / "tools.json", json.dumps([TOOL]))
+    options = {"tools": tools, "template_args": ("think=false", "date=26 Nov", "depth=3")}
+    (example,) = load(path, validation=(path,), **options).validation.examples
+    assert isinstance(example, Conversation)
+    assert example.tools == [TOOL]
+    assert example.template_args == {"think": False, "date": "26 Nov", "depth": 3}
+    with pytest.raises(ValueError, match="data.tools: no.json cannot be read as JSON"):
+        load(path, tools="no.json")
+    with pytest.raises(ValueError, match="data.template_args: 'think' is not of the form \"name="):
+        DataConfig(template_args=("think",))
+    with pytest.raises(ValueError, match="tools is not a variable to set: it comes from the data"):
+        DataConfig(template_args=("tools=[]",))
+
+
+def test_the_first_row_of_every_source_is_checked(tmp_path: Path, questions: str) -> None:
+    pairs = lines(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    for options in ({"train": (questions, pairs)}, {"train": (questions,), "validation": (pairs,)}):
+        with pytest.raises(ValueError, match=r"pairs.jsonl, line 1: a preference pair"):
+            check_sources(DataConfig(**options))
+    check_sources(DataConfig(train=(f"{questions}=2",)))
+
+
+def test_no_label_within_the_length(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"question": "a" * 30, "answer": "b"}] * 3)
+    with pytest.raises(ValueError, match="none of the 3 samples keeps a label within 16 tokens"):
+        load(path, max_length=16)
