@@ -10,10 +10,11 @@ import pytest
 from data_cases import assistant, user
 
 from lorax_ft.data import fields as fields_module
-from lorax_ft.data import formats
+from lorax_ft.data import formats, shapes
 from lorax_ft.data.conversation import Conversation, Message, PlainText
-from lorax_ft.data.formats import Defaults, detect_shape, fitting_shape, split_answer, to_example
+from lorax_ft.data.formats import Defaults, split_answer, to_example
 from lorax_ft.data.readers import Row
+from lorax_ft.data.shapes import detect_shape, fitting_shape
 
 CONVERSATION = [user("1 + 1?"), assistant("2")]
 PROMPT = [{**user("1 + 1?"), "train": False}, assistant("2")]
@@ -498,5 +499,5 @@ def test_split_answer_takes_the_last_turn() -> None:
 
 
 def test_doctests() -> None:
-    for module in (formats, fields_module):
+    for module in (formats, shapes, fields_module):
         assert doctest.testmod(module).failed == 0

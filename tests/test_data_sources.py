@@ -168,7 +168,7 @@ def test_compressed_files(tmp_path: Path, kind: str, end: str) -> None:
     with pytest.raises(ValueError, match=rf"train.{kind}{end} cannot be read after line \d+: "):
         list(read_rows((path,)))
     Path(path).write_bytes(b"no")
-    with pytest.raises(ValueError, match="after line 0: .*the file is damaged or incomplete"):
+    with pytest.raises(ValueError, match=r"after line 0: .*the file is damaged or incomplete"):
         list(read_rows((path,)))
 
 

@@ -162,7 +162,7 @@ def test_what_is_not_used_is_counted(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", rows)
     unused = {
         "column category": 2,
-        "field reasoning_content of messages (not in the chat template)": 2,
+        "message field reasoning_content (not in the chat template)": 2,
         "tools (not in the chat template)": 1,
         "template variable think (not in the chat template)": 1,
     }
@@ -182,9 +182,9 @@ def test_tools_and_template_variables_come_from_options(tmp_path: Path) -> None:
     assert isinstance(example, Conversation)
     assert example.tools == [TOOL]
     assert example.template_args == {"think": False, "date": "26 Nov", "depth": 3}
-    with pytest.raises(ValueError, match="data.tools: no.json cannot be read as JSON"):
+    with pytest.raises(ValueError, match=r"data.tools: no.json cannot be read as JSON"):
         load(path, tools="no.json")
-    with pytest.raises(ValueError, match="data.template_args: 'think' is not of the form \"name="):
+    with pytest.raises(ValueError, match=r"data.template_args: 'think' is not of the form "):
         DataConfig(template_args=("think",))
     with pytest.raises(ValueError, match="tools is not a variable to set: it comes from the data"):
         DataConfig(template_args=("tools=[]",))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,17 +16,14 @@ from lorax_ft.config import DataConfig
 from lorax_ft.data.batches import Sets
 from lorax_ft.data.chat import Tokenizer, encode_each
 from lorax_ft.data.conversation import Conversation, Example, PlainText
-from lorax_ft.data.formats import Defaults, Shape, detect_shape, fitting_shape, to_example
+from lorax_ft.data.formats import Defaults, to_example
 from lorax_ft.data.packing import cut, pack
 from lorax_ft.data.readers import Row
+from lorax_ft.data.shapes import Shape, detect_shape, fitting_shape
 from lorax_ft.data.sources import has_split, parse_sources, read_rows
 from lorax_ft.data.store import Piece, StoredRows, StoredSamples, store_rows, store_samples
 from lorax_ft.data.tools import tool_schemas
-
-# Fields of a message that every template reads, or that are ours.
-_USUAL_FIELDS = ("role", "content", "train")
-# The names under which templates read a field of ours.
-_TEMPLATE_NAMES = {"reasoning_content": ("reasoning_content", "reasoning", "thinking")}
+from lorax_ft.data.usage import optional_fields, unknown_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +74,9 @@ class _Seen:
     empty: int = 0
     """Texts that are empty."""
     unused: Counter[str] = dataclasses.field(default_factory=Counter)
-    fields: Counter[str] = dataclasses.field(default_factory=Counter)
-    """What conversations have beside roles and contents, which not every template reads."""
+    """Columns that no example contains."""
+    fields: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    """What conversations have that not every template reads (`optional_fields`)."""
     examples: list[Example] | None = None
     """The examples, if they are kept."""
 
@@ -199,28 +196,29 @@ def _prepare(
         weights = (1.0,)
     made: list[list[Piece]] = []
     sets = []
+    length = config.max_length
     for number, weight in enumerate(weights):
-        ours = _make_rows(samples, numbers == number, documents, config.max_length, packed=packed)
+        ours = _make_rows(samples, numbers == number, documents, length, packed=packed)
         made.extend(ours)
         sets.append((len(ours), weight))
     if len(samples) and not made:
         raise ValueError(
-            f"none of the {len(samples)} samples keeps a label within {config.max_length} tokens; "
+            f"none of the {len(samples)} samples keeps a label within {length} tokens; "
             "raise data.max_length"
         )
-    pieces = [piece for row in made for piece in row]
-    lengths = samples.lengths
+    pieces = list(itertools.chain.from_iterable(made))
+    lengths, count = samples.lengths, len(samples) + seen.empty
     return Split(
         rows=store_rows(samples, made),
         sets=tuple(sets),
-        count=len(samples) + seen.empty,
-        cut=int((lengths[~documents] > config.max_length).sum()),
-        dropped=len(samples) + seen.empty - len({piece.sample for piece in pieces}),
+        count=count,
+        cut=int((lengths[~documents] > length).sum()),
+        dropped=count - len({piece.sample for piece in pieces}),
         usual_length=int(np.quantile(lengths, 0.95, method="higher")) if len(lengths) else 0,
         tokens=sum(piece.stop - piece.start for piece in pieces),
         labels=sum(map(samples.labels, pieces)),
         examples=seen.examples or [],
-        unused=_unused(seen, tokenizer),
+        unused={**seen.unused, **unknown_fields(seen.fields, tokenizer)},
     )
 
 
@@ -275,7 +273,7 @@ def _examples(rows: NumberedRows, config: DataConfig, seen: _Seen) -> Iterator[t
         seen.sets.append(number)
         seen.documents.append(isinstance(example, PlainText) and not example.prompt)
         if isinstance(example, Conversation):
-            seen.fields.update(_fields(example))
+            seen.fields.update(optional_fields(example))
         if seen.examples is not None:
             seen.examples.append(example)
         yield example, row.where
@@ -293,32 +291,3 @@ def _defaults(config: DataConfig) -> Defaults:
             ) from error
         tools = tool_schemas(value, "data.tools", config.tools)
     return Defaults(system=config.system, tools=tools, template_args=config.parsed_template_args())
-
-
-def _fields(conversation: Conversation) -> Iterator[str]:
-    """Names what a conversation has that not every template reads, once for each time."""
-    for message in conversation.messages:
-        for name in message:
-            if name not in _USUAL_FIELDS:
-                yield f"field {name} of messages"
-    if conversation.tools:
-        yield "tools"
-    if conversation.documents:
-        yield "documents"
-    for name in conversation.template_args:
-        yield f"template variable {name}"
-
-
-def _unused(seen: _Seen, tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns what is not used, the columns first, with how often it occurs."""
-    template = tokenizer.chat_template or ""
-    if not isinstance(template, str):  # several templates by name
-        template = "\n".join(template.values())
-    unused = dict(seen.unused)
-    for field, count in seen.fields.items():
-        name = field.removeprefix("field ").removesuffix(" of messages")
-        name = name.removeprefix("template variable ")
-        names = _TEMPLATE_NAMES.get(name, (name,))
-        if not any(re.search(rf"\b{re.escape(known)}\b", template) for known in names):
-            unused[f"{field} (not in the chat template)"] = count
-    return unused
