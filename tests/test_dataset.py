@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import pytest
 from data_cases import BYTES, assistant, make_tokenizer, user, write
 
 from lorax_ft.config import DataConfig
+from lorax_ft.data import dataset
 from lorax_ft.data.batches import Batches
 from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
 from lorax_ft.data.formats import split_answer
+from lorax_ft.data.readers import Row
+from lorax_ft.data.sources import read_rows
 
 TOOL = {"type": "function", "function": {"name": "add"}}
 
@@ -202,3 +207,28 @@ def test_no_label_within_the_length(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", [{"question": "a" * 30, "answer": "b"}] * 3)
     with pytest.raises(ValueError, match="none of the 3 samples keeps a label within 16 tokens"):
         load(path, max_length=16)
+
+
+def test_rows_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data may be larger than memory: few rows live at once, and samples lie in a file."""
+    path = lines(tmp_path / "a.jsonl", numbers(6000))
+    living = most = 0
+
+    def forget() -> None:
+        nonlocal living
+        living -= 1
+
+    def watched(*args: Any, **options: Any) -> Iterator[Row]:
+        nonlocal living, most
+        for row in read_rows(*args, **options):
+            weakref.finalize(row, forget)
+            living += 1
+            most = max(most, living)
+            yield row
+
+    monkeypatch.setattr(dataset, "read_rows", watched)
+    split = load(path).train
+    assert len(split.rows) == 6000
+    assert most < 3000
+    assert isinstance(split.rows.samples.tokens, np.memmap)
+    assert labels(split)[-1] == "6000"

@@ -123,8 +123,9 @@ def encode_each(
         if isinstance(example, PlainText):
             yield _plain_sample(example, tokenizer)
             continue
-        messages = [{k: v for k, v in m.items() if k != "train"} for m in example.messages]
-        yield from _encode_untruncated([messages], tokenizer, loss_on=loss_on, where=[where])
+        yield from _encode_untruncated(
+            [example.messages], tokenizer, loss_on=loss_on, where=[where]
+        )
 
 
 def encode_prompt(
@@ -232,7 +233,7 @@ def _assistant_spans(
     """
     spans = []
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not message.get("train", True):
             continue
         before = _apply_template(messages[:turn], tokenizer, prompt=True, where=where)
         through = text
@@ -258,10 +259,9 @@ def _apply_template(
     messages: Sequence[Message], tokenizer: Tokenizer, *, prompt: bool, where: str
 ) -> str:
     """Renders a conversation, with the generation prompt at its end if `prompt`."""
+    seen = [{k: v for k, v in message.items() if k != "train"} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt
-        )
+        text = tokenizer.apply_chat_template(seen, tokenize=False, add_generation_prompt=prompt)
     # A template is a program of its own, and may raise anything about this conversation.
     except Exception as error:
         raise ValueError(

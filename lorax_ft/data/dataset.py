@@ -245,8 +245,7 @@ def _make_rows(
     texts = np.flatnonzero(ours & documents)
     for row in cut(lengths[texts].tolist(), max_length):
         pieces = [Piece(int(texts[piece.sample]), piece.start, piece.stop) for piece in row]
-        pieces = [piece for piece in pieces if samples.labels(piece)]
-        if pieces:
+        if any(map(samples.labels, pieces)):
             rows.append(pieces)
     return rows
 
