@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import json
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -496,8 +499,27 @@ def test_unknown_shape_lists_the_known() -> None:
 def test_split_answer_takes_the_last_turn() -> None:
     messages = [user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
     assert split_answer(messages) == (messages[:3], "d")
+    call = {**assistant(""), "tool_calls": [CALL]}
+    assert split_answer([*messages[:3], call]) == (messages[:1], "b")
+    with pytest.raises(ValueError, match="no assistant turn with a text"):
+        split_answer([user("a"), call])
 
 
 def test_doctests() -> None:
     for module in (formats, shapes, fields_module):
         assert doctest.testmod(module).failed == 0
+
+
+def test_the_rows_in_the_documentation() -> None:
+    text = (Path(__file__).parents[1] / "docs/DATA.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    rows = [json.loads(line) for block in blocks for line in block.splitlines()]
+    assert len(rows) == 10
+    unused: Counter[str] = Counter()
+    for row in rows:
+        example_of(row, unused=unused)
+    assert not unused
+    for shape, required in shapes.REQUIRED.items():
+        (line,) = re.findall(rf"^\| `{shape}` \| (`.*)$", text, re.MULTILINE)[:1]
+        names = [*required, *(n for names in shapes.SYNONYMS[shape].values() for n in names)]
+        assert all(f"`{name}`" in line for name in names)

@@ -78,9 +78,23 @@ def to_example(
     return example
 
 
+def has_answer(messages: Sequence[Message]) -> bool:
+    """Whether an assistant turn has a text."""
+    return any(m["role"] == "assistant" and m["content"].strip() for m in messages)
+
+
 def split_answer(messages: Sequence[Message]) -> tuple[list[Message], str]:
-    """Returns the messages before the last assistant turn, and the content of that turn."""
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    """Returns the messages before the assistant's last text, and that text.
+
+    A turn that only calls tools has no text to compare.
+
+    Raises:
+      ValueError: no assistant turn has a text.
+    """
+    answers = [i for i, message in enumerate(messages) if has_answer([message])]
+    if not answers:
+        raise ValueError("the conversation has no assistant turn with a text")
+    last = answers[-1]
     return list(messages[:last]), messages[last]["content"]
 
 
