@@ -457,6 +457,18 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     (user("a"), (), "line 7: the row is a single turn"),
     # Renames that would help.
     ({"Q": "a", "A": "b"}, (), "--data.fields, for example --data.fields question=Q answer=A"),
+    (
+        {"id": "x", "Question": "a", "Long_Answer": "b"},
+        (),
+        "with --data.fields question=Question answer=Long_Answer$",
+    ),
+    (
+        {"prompt": [user("a")], "response": "b"},
+        (),
+        "with --data.fields completion=response$",
+    ),
+    ({"doc_id": "x", "body": "a"}, (), "for example --data.fields text=body"),
+    ({"role": "prompter", "text": "a"}, (), "line 7: the row is a single turn"),
     ({"talk": CONVERSATION}, (), "with --data.fields messages=talk$"),
     ({"body": "a", "n": 1}, (), "for example --data.fields text=body"),
     ({"prompt": "a"}, (), "a prompt alone has nothing to train on"),

@@ -103,6 +103,9 @@ def _has_required(row: Row, shape: Shape, renames: Mapping[str, str], *, synonym
         # A CSV file has an empty text where another row has a conversation.
         if actual is None or (row.fields[actual] == "" and shape in ("messages", "sharegpt")):
             return False
+        # Messages with an answer beside them are a prompt and its completion.
+        if shape == "question_answer" and isinstance(row.fields[actual], list):
+            return False
     return True
 
 
