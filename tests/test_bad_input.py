@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,16 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--train.output", "/proc/nowhere"], "cannot write to /proc"),
         (["--data.train", "silent.jsonl"], "the assistant's text (turn 2) is empty"),
         (["--data.fields", "question=foo"], "no field 'foo'; it has question, answer"),
+        (["--data.fields", "foo=question"], "wrong way round"),
+        (["--data.train", "pairs.jsonl"], "pairs.jsonl, line 1: a preference pair"),
+        (["--data.train", "judged.jsonl"], "judged.jsonl, line 1: a completion with a label"),
+        (["--data.train", "unnamed.jsonl"], "--data.fields question=Q answer=A"),
+        (["--data.train", "image.jsonl"], "image.jsonl, line 1, turn 1, part 2 of the content"),
+        (["--data.train", "cut.jsonl.gz"], "cut.jsonl.gz cannot be read after line 0"),
+        (["--data.train", "none/*.jsonl"], "no file matches none/*.jsonl"),
+        (["--data.train", "silent.jsonl=0"], "the weight of silent.jsonl is 0"),
+        (["--data.template_args", "think"], 'is not of the form "name=value"'),
+        (["--data.tools", "bad.jsonl"], "data.tools: bad.jsonl cannot be read as JSON"),
         (
             ["--train.output", "old", "--train.overwrite", "--eval.answer_pattern", "= (x)"],
             "does not match reference 1",
@@ -97,6 +108,15 @@ def test_bad_input_gets_one_line_and_loses_nothing(
     Path("model").mkdir()
     Path("model/config.json").write_text(json.dumps({"model_type": "llama"}))
     Path("mute.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    rows = {
+        "pairs": {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "judged": {"prompt": "a", "completion": "b", "label": False},
+        "unnamed": {"Q": "a", "A": "b"},
+        "image": {"messages": [{"role": "user", "content": ["a", {"type": "image"}]}]},
+    }
+    for name, row in rows.items():
+        Path(f"{name}.jsonl").write_text(json.dumps(row))
+    Path("cut.jsonl.gz").write_bytes(gzip.compress(b'{"question": "a", "answer": "b"}')[:-9])
     Path("bert").mkdir()
     Path("bert/config.json").write_text(
         json.dumps({"model_type": "bert", "architectures": ["BertModel"]})

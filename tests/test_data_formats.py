@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import doctest
+import json
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from data_cases import assistant, user
 
 from lorax_ft.data import fields as fields_module
-from lorax_ft.data import formats
+from lorax_ft.data import formats, shapes
 from lorax_ft.data.conversation import Conversation, Message, PlainText
-from lorax_ft.data.formats import Defaults, detect_shape, fitting_shape, split_answer, to_example
+from lorax_ft.data.formats import Defaults, split_answer, to_example
 from lorax_ft.data.readers import Row
+from lorax_ft.data.shapes import detect_shape, fitting_shape
 
 CONVERSATION = [user("1 + 1?"), assistant("2")]
 PROMPT = [{**user("1 + 1?"), "train": False}, assistant("2")]
@@ -453,6 +457,18 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     (user("a"), (), "line 7: the row is a single turn"),
     # Renames that would help.
     ({"Q": "a", "A": "b"}, (), "--data.fields, for example --data.fields question=Q answer=A"),
+    (
+        {"id": "x", "Question": "a", "Long_Answer": "b"},
+        (),
+        "with --data.fields question=Question answer=Long_Answer$",
+    ),
+    (
+        {"prompt": [user("a")], "response": "b"},
+        (),
+        "with --data.fields completion=response$",
+    ),
+    ({"doc_id": "x", "body": "a"}, (), "for example --data.fields text=body"),
+    ({"role": "prompter", "text": "a"}, (), "line 7: the row is a single turn"),
     ({"talk": CONVERSATION}, (), "with --data.fields messages=talk$"),
     ({"body": "a", "n": 1}, (), "for example --data.fields text=body"),
     ({"prompt": "a"}, (), "a prompt alone has nothing to train on"),
@@ -495,8 +511,27 @@ def test_unknown_shape_lists_the_known() -> None:
 def test_split_answer_takes_the_last_turn() -> None:
     messages = [user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
     assert split_answer(messages) == (messages[:3], "d")
+    call = {**assistant(""), "tool_calls": [CALL]}
+    assert split_answer([*messages[:3], call]) == (messages[:1], "b")
+    with pytest.raises(ValueError, match="no assistant turn with a text"):
+        split_answer([user("a"), call])
 
 
 def test_doctests() -> None:
-    for module in (formats, fields_module):
+    for module in (formats, shapes, fields_module):
         assert doctest.testmod(module).failed == 0
+
+
+def test_the_rows_in_the_documentation() -> None:
+    text = (Path(__file__).parents[1] / "docs/DATA.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    rows = [json.loads(line) for block in blocks for line in block.splitlines()]
+    assert len(rows) == 10
+    unused: Counter[str] = Counter()
+    for row in rows:
+        example_of(row, unused=unused)
+    assert not unused
+    for shape, required in shapes.REQUIRED.items():
+        (line,) = re.findall(rf"^\| `{shape}` \| (`.*)$", text, re.MULTILINE)[:1]
+        names = [*required, *(n for names in shapes.SYNONYMS[shape].values() for n in names)]
+        assert all(f"`{name}`" in line for name in names)

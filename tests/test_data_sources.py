@@ -37,6 +37,14 @@ def test_csv_is_text_and_carries_its_lines(tmp_path: Path) -> None:
     ]
 
 
+def test_json_files_may_have_one_object_per_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.json", '{"q": 1}\n{"q": 2}\n')
+    assert [(row.fields["q"], row.where) for row in read_rows((path,))] == [
+        (1, f"{path}, line 1"),
+        (2, f"{path}, line 2"),
+    ]
+
+
 def test_json_parquet_and_limit(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -64,11 +72,8 @@ def test_json_parquet_and_limit(tmp_path: Path) -> None:
         ("a.json", '[{"q": 1},\n {"q" 2}]', "a.json, line 2: not JSON: expecting ':'"),
         ("a.json", '[{"q": 1}, 2]', "a.json, item 2: a row must be an object, not int"),
         ("a.json", '{"q": 1}', "a.json: contains one dict, not a list of objects"),
-        (
-            "a.json",
-            '{"q": 1}\n{"q": 2}',
-            "a.json, line 2: .*one object per line needs the suffix .jsonl",
-        ),
+        ("a.json", '{"q": 1}\n{"q": }', "a.json, line 2: not JSON: expecting value"),
+        ("a.jsonl", '[\n{"q": 1}]', "line 1: not JSON: .*one JSON list needs the suffix .json$"),
         ("a.json", "[]", "a.json contains no rows"),
         (
             "a.csv",
@@ -168,7 +173,7 @@ def test_compressed_files(tmp_path: Path, kind: str, end: str) -> None:
     with pytest.raises(ValueError, match=rf"train.{kind}{end} cannot be read after line \d+: "):
         list(read_rows((path,)))
     Path(path).write_bytes(b"no")
-    with pytest.raises(ValueError, match="after line 0: .*the file is damaged or incomplete"):
+    with pytest.raises(ValueError, match=r"after line 0: .*the file is damaged or incomplete"):
         list(read_rows((path,)))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import pytest
 from data_cases import BYTES, assistant, make_tokenizer, user, write
 
 from lorax_ft.config import DataConfig
+from lorax_ft.data import dataset
 from lorax_ft.data.batches import Batches
 from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
 from lorax_ft.data.formats import split_answer
+from lorax_ft.data.readers import Row
+from lorax_ft.data.sources import read_rows
 
 TOOL = {"type": "function", "function": {"name": "add"}}
 
@@ -162,7 +167,7 @@ def test_what_is_not_used_is_counted(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", rows)
     unused = {
         "column category": 2,
-        "field reasoning_content of messages (not in the chat template)": 2,
+        "message field reasoning_content (not in the chat template)": 2,
         "tools (not in the chat template)": 1,
         "template variable think (not in the chat template)": 1,
     }
@@ -182,9 +187,9 @@ def test_tools_and_template_variables_come_from_options(tmp_path: Path) -> None:
     assert isinstance(example, Conversation)
     assert example.tools == [TOOL]
     assert example.template_args == {"think": False, "date": "26 Nov", "depth": 3}
-    with pytest.raises(ValueError, match="data.tools: no.json cannot be read as JSON"):
+    with pytest.raises(ValueError, match=r"data.tools: no.json cannot be read as JSON"):
         load(path, tools="no.json")
-    with pytest.raises(ValueError, match="data.template_args: 'think' is not of the form \"name="):
+    with pytest.raises(ValueError, match=r"data.template_args: 'think' is not of the form "):
         DataConfig(template_args=("think",))
     with pytest.raises(ValueError, match="tools is not a variable to set: it comes from the data"):
         DataConfig(template_args=("tools=[]",))
@@ -202,3 +207,28 @@ def test_no_label_within_the_length(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", [{"question": "a" * 30, "answer": "b"}] * 3)
     with pytest.raises(ValueError, match="none of the 3 samples keeps a label within 16 tokens"):
         load(path, max_length=16)
+
+
+def test_rows_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data may be larger than memory: few rows live at once, and samples lie in a file."""
+    path = lines(tmp_path / "a.jsonl", numbers(6000))
+    living = most = 0
+
+    def forget() -> None:
+        nonlocal living
+        living -= 1
+
+    def watched(*args: Any, **options: Any) -> Iterator[Row]:
+        nonlocal living, most
+        for row in read_rows(*args, **options):
+            weakref.finalize(row, forget)
+            living += 1
+            most = max(most, living)
+            yield row
+
+    monkeypatch.setattr(dataset, "read_rows", watched)
+    split = load(path).train
+    assert len(split.rows) == 6000
+    assert most < 3000
+    assert isinstance(split.rows.samples.tokens, np.memmap)
+    assert labels(split)[-1] == "6000"

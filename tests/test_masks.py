@@ -151,20 +151,14 @@ def test_content_as_a_list_of_parts() -> None:
     assert make_tokenizer(PARTS).decode(prompt) == "user:one?<|im_end|>"
 
 
-def test_what_a_template_does_not_use_is_counted() -> None:
-    talk = Conversation(
-        messages=[{"role": "user", "content": "a", "name": "Ann"}, assistant("b")],
-        tools=[{"type": "function", "function": {"name": "f"}}],
-        template_args={"enable_thinking": False},
+def test_texts_that_a_template_does_not_write_are_counted() -> None:
+    silent = CHATML.replace(
+        "{{ '<|im_start|>' + m['role']",
+        "{% if m.role == 'system' %}{% continue %}{% endif %}{{ '<|im_start|>' + m['role']",
     )
-    tokenizer = make_tokenizer(CHATML)
-    encoded = encode_all([talk, TALK], tokenizer, max_length=99, where=["1", "2"])
-    assert encoded.ignored == {"name": 1, "tools": 1, "enable_thinking": 1}
-    silent = CHATML.replace("{{ '<|im_start|>'", "{{ '' if m.role == 'system' else '<|im_start|>'")
     with_system = [{"role": "system", "content": "Be brief."}, *TALK]
-    tokenizer = make_tokenizer(silent)
-    encoded = encode_all([with_system], tokenizer, max_length=99, where=["1"])
-    assert encoded.ignored == {"content of the role system": 1}
+    encoded = encode_all([with_system, TALK], make_tokenizer(silent), max_length=99, where="12")
+    assert encoded.unwritten == {"messages of the role system": 1}
 
 
 def test_a_template_without_an_end_of_turn_token() -> None:

@@ -18,8 +18,6 @@ from lorax_ft.data.masks import LossOn, ReasoningLoss, TurnFinder
 from lorax_ft.data.template import (
     Tokenizer,
     check_tokenizer,
-    ignored_fields,
-    template_of,
 )
 
 # Examples per tokenizer call: enough to keep all cores busy, few enough to keep the
@@ -53,8 +51,8 @@ class Encoded:
     """Length in tokens that 95 % of the examples do not exceed."""
     endless: int
     """Trained turns that end without an end-of-turn token: the model would not learn to stop."""
-    ignored: dict[str, int]
-    """What the chat template does not use, such as "reasoning_content", in how many examples."""
+    unwritten: dict[str, int]
+    """Texts that the chat template does not write, with the number of examples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +148,7 @@ def encode_all(
         dropped=len(examples) - len(samples),
         usual_length=usual_length,
         endless=encoder.endless,
-        ignored=dict(encoder.ignored),
+        unwritten=dict(encoder.unwritten),
     )
 
 
@@ -209,8 +207,8 @@ class Encoder:
         self._finder: TurnFinder | None = None
         self.endless = 0
         """Trained turns that ended without an end-of-turn token."""
-        self.ignored: collections.Counter[str] = collections.Counter()
-        """What the template did not use, such as "reasoning_content", in how many examples."""
+        self.unwritten: collections.Counter[str] = collections.Counter()
+        """Texts that the template did not write, with the number of examples."""
 
     def samples(self, examples: Iterable[tuple[Example, str]]) -> Iterator[Sample]:
         """Yields the samples of examples, of any length; each example comes with its place.
@@ -246,8 +244,7 @@ class Encoder:
         spans = located.label_spans(
             conversation, loss_on=self._loss_on, reasoning=self._reasoning_loss
         )
-        template = template_of(self._tokenizer, conversation)
-        self.ignored.update(set(located.unwritten) | set(ignored_fields(conversation, template)))
+        self.unwritten.update(set(located.unwritten))
         trained = [turn for turn in located.turns if _overlap(turn.spans, spans)]
         endless = [turn for turn in trained if not turn.has_end]
         ends = self._append_end and bool(endless) and trained[-1] is endless[-1]

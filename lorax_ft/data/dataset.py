@@ -15,13 +15,15 @@ import numpy as np
 from lorax_ft.config import DataConfig
 from lorax_ft.data.batches import Sets
 from lorax_ft.data.chat import Encoder, Tokenizer
-from lorax_ft.data.conversation import Example, PlainText
-from lorax_ft.data.formats import Defaults, Shape, detect_shape, fitting_shape, to_example
+from lorax_ft.data.conversation import Conversation, Example, PlainText
+from lorax_ft.data.formats import Defaults, to_example
 from lorax_ft.data.packing import cut, pack
 from lorax_ft.data.readers import Row
+from lorax_ft.data.shapes import Shape, detect_shape, fitting_shape
 from lorax_ft.data.sources import has_split, parse_sources, read_rows
 from lorax_ft.data.store import Piece, StoredRows, StoredSamples, store_rows, store_samples
 from lorax_ft.data.tools import tool_schemas
+from lorax_ft.data.usage import optional_fields, unknown_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,9 @@ class _Seen:
     empty: int = 0
     """Texts that are empty."""
     unused: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Columns that no example contains."""
+    fields: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    """What conversations have that not every template reads (`optional_fields`)."""
     examples: list[Example] | None = None
     """The examples, if they are kept."""
 
@@ -199,28 +204,29 @@ def _prepare(
         weights = (1.0,)
     made: list[list[Piece]] = []
     sets = []
+    length = config.max_length
     for number, weight in enumerate(weights):
-        ours = _make_rows(samples, numbers == number, documents, config.max_length, packed=packed)
+        ours = _make_rows(samples, numbers == number, documents, length, packed=packed)
         made.extend(ours)
         sets.append((len(ours), weight))
     if len(samples) and not made:
         raise ValueError(
-            f"none of the {len(samples)} samples keeps a label within {config.max_length} tokens; "
+            f"none of the {len(samples)} samples keeps a label within {length} tokens; "
             "raise data.max_length"
         )
-    pieces = [piece for row in made for piece in row]
-    lengths = samples.lengths
+    pieces = list(itertools.chain.from_iterable(made))
+    lengths, count = samples.lengths, len(samples) + seen.empty
     return Split(
         rows=store_rows(samples, made),
         sets=tuple(sets),
-        count=len(samples) + seen.empty,
-        cut=int((lengths[~documents] > config.max_length).sum()),
-        dropped=len(samples) + seen.empty - len({piece.sample for piece in pieces}),
+        count=count,
+        cut=int((lengths[~documents] > length).sum()),
+        dropped=count - len({piece.sample for piece in pieces}),
         usual_length=int(np.quantile(lengths, 0.95, method="higher")) if len(lengths) else 0,
         tokens=sum(piece.stop - piece.start for piece in pieces),
         labels=sum(map(samples.labels, pieces)),
         examples=seen.examples or [],
-        unused=_unused(seen, encoder),
+        unused=_unused(seen, encoder, tokenizer),
         endless=encoder.endless,
     )
 
@@ -248,8 +254,7 @@ def _make_rows(
     texts = np.flatnonzero(ours & documents)
     for row in cut(lengths[texts].tolist(), max_length):
         pieces = [Piece(int(texts[piece.sample]), piece.start, piece.stop) for piece in row]
-        pieces = [piece for piece in pieces if samples.labels(piece)]
-        if pieces:
+        if any(map(samples.labels, pieces)):
             rows.append(pieces)
     return rows
 
@@ -275,9 +280,19 @@ def _examples(rows: NumberedRows, config: DataConfig, seen: _Seen) -> Iterator[t
             continue
         seen.sets.append(number)
         seen.documents.append(isinstance(example, PlainText) and not example.prompt)
+        if isinstance(example, Conversation):
+            seen.fields.update(optional_fields(example))
         if seen.examples is not None:
             seen.examples.append(example)
         yield example, row.where
+
+
+def _unused(seen: _Seen, encoder: Encoder, tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns what the model never sees, with how often it occurs."""
+    unused = {**seen.unused, **unknown_fields(seen.fields, tokenizer)}
+    for text, count in encoder.unwritten.items():
+        unused[f"{text} (not written by the chat template)"] = count
+    return unused
 
 
 def _defaults(config: DataConfig) -> Defaults:
@@ -292,11 +307,3 @@ def _defaults(config: DataConfig) -> Defaults:
             ) from error
         tools = tool_schemas(value, "data.tools", config.tools)
     return Defaults(system=config.system, tools=tools, template_args=config.parsed_template_args())
-
-
-def _unused(seen: _Seen, encoder: Encoder) -> dict[str, int]:
-    """Returns what is not used, the columns first, with how often it occurs."""
-    unused = dict(seen.unused)
-    for name, count in encoder.ignored.items():
-        unused[f"{name} (not in the chat template)"] = count
-    return unused

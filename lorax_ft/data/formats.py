@@ -4,43 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from lorax_ft.data.conversation import Conversation, Example, Message, PlainText
 from lorax_ft.data.fields import Fields, check_text, parse_json, parse_renames, type_name
-from lorax_ft.data.mistakes import refuse_label, refuse_preference, unknown_shape
 from lorax_ft.data.readers import Row
+from lorax_ft.data.shapes import SYNONYMS, Shape
 from lorax_ft.data.tools import document_list, tool_schemas
 from lorax_ft.data.turns import is_blank, to_message
 
-Shape = Literal["messages", "alpaca", "sharegpt", "question_answer", "prompt_completion", "text"]
-"""The format of a row, as `data.shape` names it."""
-
-# The order matters: a row may match several formats, and `detect_shape` takes the first.
-REQUIRED: dict[Shape, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "question_answer": ("question", "answer"),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-"""The fields that a row of each format must have."""
-SYNONYMS: dict[Shape, dict[str, tuple[str, ...]]] = {
-    "messages": {"messages": ("conversation", "dialogue", "dialog", "chat")},
-    "sharegpt": {},
-    "alpaca": {"output": ("response", "completion", "answer"), "input": ("context",)},
-    "question_answer": {
-        "question": ("prompt", "query", "problem", "input"),
-        "answer": ("response", "solution", "output"),
-    },
-    "prompt_completion": {},
-    "text": {"text": ("content",)},
-}
-"""Other names of those fields, taken if no format has all of its own names."""
 _EVERYWHERE = {"system": ("system_prompt",), "tools": ("functions",)}
-NOTHING: Mapping[str, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,64 +30,6 @@ class Defaults:
 
 
 NO_DEFAULTS = Defaults()
-
-
-def detect_shape(row: Row, *, fields: Sequence[str] = ()) -> Shape:
-    """Returns the first format whose required fields the row has, after the renames in `fields`.
-
-    Raises:
-      ValueError: the row matches no format or is for another kind of training, or a rename refers
-        to a field that the row lacks.
-
-    >>> row = Row(fields={"question": "1 + 1?", "solution": "2"}, where="")
-    >>> detect_shape(row, fields=["answer=solution"])
-    'question_answer'
-    """
-    renames = parse_renames(tuple(fields)).row
-    # A wrong rename gets its own error. The one below would only say that no format matches.
-    view = Fields(row.fields, row.where, renames=renames, synonyms=NOTHING)
-    for name in renames:
-        view.check_renamed(name)
-    # A rename says which format is meant.
-    candidates: list[Shape] = []
-    for shape, required in REQUIRED.items():
-        if set(required) & set(renames):
-            candidates.append(shape)
-    candidates = candidates or list(REQUIRED)
-    # Many data sets have a column of all the text beside the ones that it was made of.
-    conversational = [shape for shape in candidates if shape != "text"]
-    for shape in conversational:
-        if _has_required(row, shape, renames, synonyms=False):
-            if shape == "prompt_completion" and not renames:
-                refuse_label(row)
-            return shape
-    if not {"chosen", "rejected"} & set(renames.values()):
-        refuse_preference(row)
-    for shape in conversational:
-        if _has_required(row, shape, renames, synonyms=True):
-            _check_clear(row, shape, renames)
-            return shape
-    is_turn = "role" in row.fields
-    if "text" in candidates and not is_turn and _has_required(row, "text", renames, synonyms=True):
-        return "text"
-    raise unknown_shape(row, REQUIRED)
-
-
-def fitting_shape(row: Row, *, usual: Shape, fields: Sequence[str] = ()) -> Shape:
-    """Returns the format of a row in a set of rows that are usually of another format.
-
-    Files that were made of several have rows of several formats, each with nulls in the columns of
-    the others. A row that fits no format keeps the usual one, whose error says what it lacks.
-    """
-    renames = parse_renames(tuple(fields)).row
-    view = Fields(row.fields, row.where, renames=renames, synonyms=SYNONYMS[usual])
-    # A row that has some of the usual fields is an incomplete one, not one of another format.
-    if any(view.find(name) is not None for name in REQUIRED[usual]):
-        return usual
-    for shape in REQUIRED:
-        if _has_required(row, shape, renames, synonyms=False):
-            return shape
-    return usual
 
 
 def to_example(
@@ -148,36 +64,53 @@ def to_example(
     renames = parse_renames(tuple(fields))
     synonyms = {**_EVERYWHERE, **SYNONYMS[shape]}
     view = Fields(row.fields, row.where, renames=renames.row, synonyms=synonyms)
-    match shape:
-        case "messages":
-            messages = _turns(view, "messages", renames.turn)
-        case "sharegpt":
-            messages = _turns(view, "conversations", renames.turn)
-        case "alpaca":
-            messages = _alpaca(view)
-        case "question_answer":
-            messages = [_said("user", view.text("question"))]
-            messages.append(_said("assistant", view.text("answer")))
-        case "prompt_completion":
-            if _is_text(view):
-                example: Example = _prompt_completion(view)
-                _count_unused(example, view, defaults, unused)
-                return example
-            messages = _prompt_messages(view, renames.turn)
-        case "text":
-            example = PlainText(completion=view.text("text"))
-            _count_unused(example, view, defaults, unused)
-            return example
-    _check_answers(messages, row.where)
-    conversation = _conversation(messages, view, defaults)
-    _count_unused(conversation, view, defaults, unused)
-    return conversation
+    example: Example
+    if shape == "text":
+        example = PlainText(completion=view.text("text"))
+    elif shape == "prompt_completion" and _is_text(view):
+        example = _prompt_completion(view)
+    else:
+        messages = _messages(view, shape, renames.turn)
+        _check_answers(messages, row.where)
+        example = _conversation(messages, view, defaults)
+    if unused is not None:
+        unused.update(_unused(example, view, defaults))
+    return example
+
+
+def has_answer(messages: Sequence[Message]) -> bool:
+    """Whether an assistant turn has a text."""
+    return any(m["role"] == "assistant" and m["content"].strip() for m in messages)
 
 
 def split_answer(messages: Sequence[Message]) -> tuple[list[Message], str]:
-    """Returns the messages before the last assistant turn, and the content of that turn."""
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    """Returns the messages before the assistant's last text, and that text.
+
+    A turn that only calls tools has no text to compare.
+
+    Raises:
+      ValueError: no assistant turn has a text.
+    """
+    answers = [i for i, message in enumerate(messages) if has_answer([message])]
+    if not answers:
+        raise ValueError("the conversation has no assistant turn with a text")
+    last = answers[-1]
     return list(messages[:last]), messages[last]["content"]
+
+
+def _messages(view: Fields, shape: Shape, renames: Mapping[str, str]) -> list[Message]:
+    """The messages of a row of any format but plain text."""
+    match shape:
+        case "messages":
+            return _turns(view, "messages", renames)
+        case "sharegpt":
+            return _turns(view, "conversations", renames)
+        case "alpaca":
+            return _alpaca(view)
+        case "prompt_completion":
+            return _prompt_messages(view, renames)
+    question = _said("user", view.text("question"))
+    return [question, _said("assistant", view.text("answer"))]
 
 
 def _conversation(messages: list[Message], view: Fields, defaults: Defaults) -> Conversation:
@@ -302,39 +235,10 @@ def _with_system(messages: list[Message], system: str | None) -> list[Message]:
     return [_said("system", system), *messages]
 
 
-def _has_required(row: Row, shape: Shape, renames: Mapping[str, str], *, synonyms: bool) -> bool:
-    """Whether a row has values for the required fields of a format."""
-    known = SYNONYMS[shape] if synonyms else NOTHING
-    view = Fields(row.fields, row.where, renames=renames, synonyms=known)
-    for name in REQUIRED[shape]:
-        actual = view.find(name)
-        # A CSV file has an empty text where another row has a conversation.
-        if actual is None or (row.fields[actual] == "" and shape in ("messages", "sharegpt")):
-            return False
-    return True
-
-
-def _check_clear(row: Row, shape: Shape, renames: Mapping[str, str]) -> None:
-    """Raise if several columns could be the same field of a format."""
-    view = Fields(row.fields, row.where, renames=renames, synonyms=SYNONYMS[shape])
-    for name in REQUIRED[shape]:
-        found = [actual for actual in view.names(name) if row.fields.get(actual) is not None]
-        if len(found) > 1:
-            options = [f"--data.fields {name}={actual}" for actual in found]
-            raise ValueError(
-                f"{row.where}: {' and '.join(found)} could both be the {name}; "
-                f"give {' or '.join(options)}"
-            )
-
-
-def _count_unused(
-    example: Example, view: Fields, defaults: Defaults, unused: Counter[str] | None
-) -> None:
-    """Counts what the example does not contain of the row and of the options."""
-    if unused is None:
-        return
+def _unused(example: Example, view: Fields, defaults: Defaults) -> Iterator[str]:
+    """Names what the example does not contain of the row and of the options."""
     for name, value in view.values.items():
         if name not in view.used and value is not None and value != "":
-            unused[f"column {name}"] += 1
+            yield f"column {name}"
     if isinstance(example, PlainText) and defaults.system:
-        unused["--data.system"] += 1
+        yield "--data.system"

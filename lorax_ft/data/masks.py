@@ -50,7 +50,7 @@ class Located:
     text: str
     turns: list[Turn]
     unwritten: list[str]
-    """What the template did not write, such as "tool_calls"."""
+    """What the template did not write, such as "tool calls"."""
     form: Form
     """The form of the messages that the template took."""
 

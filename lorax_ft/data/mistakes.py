@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorax_ft.data.fields import list_names
 from lorax_ft.data.readers import Row
 
+# What columns of prompts and answers are called, alone or as parts of a name.
+QUESTION_WORDS = ("question", "prompt", "instruction", "query", "problem", "input", "user", "human")
+ANSWER_WORDS = ("answer", "response", "solution", "output", "completion", "assistant", "reply")
+# Columns about a row rather than of its text.
+_LABEL_WORDS = r"(^|_)(id|uuid|source|lang|language|category|type|url|date|split)$"
 _TAKES = "this trainer takes conversations, prompts with completions, and plain text"
 
 
@@ -61,7 +67,7 @@ def unknown_shape(row: Row, required: Mapping[Any, tuple[str, ...]]) -> ValueErr
             f"{row.where}: the row is tokenized already (input_ids); give the data before "
             "tokenization, since the tokens of another model would be wrong here"
         )
-    if "role" in fields and ("content" in fields or "value" in fields):
+    if "role" in fields and {"content", "value", "text"} & set(fields):
         return ValueError(
             f"{row.where}: the row is a single turn (role, content); a row must hold a whole "
             'conversation: {"messages": [{"role": "user", "content": "..."}, ...]}'
@@ -75,17 +81,33 @@ def unknown_shape(row: Row, required: Mapping[Any, tuple[str, ...]]) -> ValueErr
 
 def _proposal(fields: Mapping[str, Any]) -> str:
     """The option that fits the types of the row's fields best."""
+    texts = [name for name, value in fields.items() if isinstance(value, str) and value]
+    question = _named_like(texts, QUESTION_WORDS)
+    answer = _named_like(texts, ANSWER_WORDS)
     for name, value in fields.items():
+        if _first_role(value) == "user" and name == "prompt" and answer:
+            return f"--data.fields completion={answer}"
         if _first_role(value) is not None:
             return f"--data.fields messages={name}"
-    texts = [name for name, value in fields.items() if isinstance(value, str) and value]
-    if len(texts) >= 2:
-        return f"--data.fields, for example --data.fields question={texts[0]} answer={texts[1]}"
     if texts == ["prompt"]:
         return "--data.fields, after adding the answers: a prompt alone has nothing to train on"
-    if texts:
-        return f"--data.fields, for example --data.fields text={texts[0]} for plain text"
+    if question and answer:
+        return f"--data.fields question={question} answer={answer}"
+    others = [name for name in texts if not re.search(_LABEL_WORDS, name, re.IGNORECASE)]
+    if len(others) >= 2:
+        return f"--data.fields, for example --data.fields question={others[0]} answer={others[1]}"
+    if others:
+        return f"--data.fields, for example --data.fields text={others[0]} for plain text"
     return "--data.fields, for example --data.fields question=Q answer=A"
+
+
+def _named_like(names: Sequence[str], words: Sequence[str]) -> str | None:
+    """The first of the names that contains one of the words."""
+    for word in words:
+        for name in names:
+            if word in name.lower():
+                return name
+    return None
 
 
 def _first_role(value: Any) -> str | None:

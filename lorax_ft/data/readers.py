@@ -113,20 +113,24 @@ def _read_jsonl(path: str) -> Iterator[Row]:
 
 
 def _read_json(path: str) -> Iterator[Row]:
-    """Yields the rows of a file that is one JSON list of objects."""
+    """Yields the rows of a file that is one JSON list of objects, or has one object per line."""
     data = b"".join(line for _, line in _lines(path))
     try:
         values = json.loads(_decode(data, path))
     except json.JSONDecodeError as error:
-        hint = ""
-        # Python reports a second object after the first as "Extra data": the file is JSON Lines.
+        # Python reports a second object after the first as "Extra data". Many files with one object
+        # per line have this suffix.
         if error.msg == "Extra data":
-            hint = "; a file with one object per line needs the suffix .jsonl"
-        raise ValueError(f"{path}, line {error.lineno}: {_json_problem(error)}{hint}") from error
+            yield from _read_jsonl(path)
+            return
+        raise ValueError(f"{path}, line {error.lineno}: {_json_problem(error)}") from error
     except RecursionError as error:
         raise ValueError(f"{path}: {_json_problem(error)}") from error
     if not isinstance(values, list):
-        raise ValueError(f"{path}: contains one {type(values).__name__}, not a list of objects")
+        raise ValueError(
+            f"{path}: contains one {type(values).__name__}, not a list of objects; "
+            "put the rows into a list, or one object a line"
+        )
     for number, value in enumerate(values, 1):
         yield _object_row(value, f"{path}, item {number}")
 

@@ -20,7 +20,7 @@ class Written:
     pieces: list[Piece] | None
     """Where the texts of the conversation stand; None if marks change what the template writes."""
     unwritten: list[str]
-    """What the template does not write, such as "tool_calls"."""
+    """What the template does not write, such as "tool calls"."""
 
 
 class Renderer:
@@ -125,9 +125,9 @@ def _unwritten(
     for index, message in enumerate(conversation.messages):
         role = message["role"]
         if message.get("tool_calls") and (index, "tool_call") not in written:
-            missing.append("tool_calls")
+            missing.append("tool calls")
         found = THOUGHT.fullmatch(message["content"]) if role == "assistant" else None
         answer = found.group("answer") if found else message["content"]
         if answer.strip() and role in roles and (index, "content") not in written:
-            missing.append(f"content of the role {role}")
+            missing.append(f"messages of the role {role}")
     return missing

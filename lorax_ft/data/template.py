@@ -140,25 +140,6 @@ def render(
     return Rendered(text, list(generated[0]) if marked else [])
 
 
-def ignored_fields(conversation: Conversation, template: str) -> list[str]:
-    """Names of what the conversation has and the template's source never mentions."""
-    names = {key for message in conversation.messages for key in message}
-    names -= {"role", "content", "train"}
-    names |= set(conversation.template_args)
-    if conversation.tools:
-        names.add("tools")
-    if conversation.documents:
-        names.add("documents")
-    return sorted(name for name in names if not _mentions(template, name))
-
-
-def _mentions(template: str, name: str) -> bool:
-    # transformers hands reasoning to the template under all three names.
-    aliases = ("reasoning_content", "reasoning", "thinking")
-    names = aliases if name in aliases else (name,)
-    return any(re.search(rf"\b{re.escape(alias)}\b", template) for alias in names)
-
-
 def _in_form(message: Message, form: Form) -> Message:
     """The message as a template of this form takes it, without what is only ours."""
     written = {key: value for key, value in message.items() if key != "train"}

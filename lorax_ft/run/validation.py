@@ -11,7 +11,7 @@ from lorax_ft import sharding
 from lorax_ft.data.batches import evaluation_batches
 from lorax_ft.data.chat import encode_prompt
 from lorax_ft.data.conversation import Conversation, Message
-from lorax_ft.data.formats import split_answer
+from lorax_ft.data.formats import has_answer, split_answer
 from lorax_ft.evaluation.exact_match import Answers
 from lorax_ft.run.setup import Job
 from lorax_ft.training.step import TrainState
@@ -55,8 +55,8 @@ def choose_questions(job: Job) -> tuple[list[list[Message]], int]:
     for example in job.data.validation.examples:
         if len(chosen) == wanted:
             break
-        # A plain text asks nothing.
-        if not isinstance(example, Conversation):
+        # A plain text asks nothing, and a conversation may end with the call of a tool.
+        if not isinstance(example, Conversation) or not has_answer(example.messages):
             continue
         messages = example.messages
         question, _ = split_answer(messages)
