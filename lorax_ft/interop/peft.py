@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, read_json, unstacked
 from lorax_ft.interop.peft_collect import collect_adapters, differ
-from lorax_ft.interop.peft_config import CONFIG, WEIGHTS, without_tensors
+from lorax_ft.interop.peft_config import CONFIG, WEIGHTS, is_fused, without_tensors
+from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
 from lorax_ft.interop.peft_methods import Matrix, method_of_config, method_of_matrix
 from lorax_ft.interop.peft_tensors import OWN_SUFFIXES, PREFIX, Entry, adapter_tensors
 from lorax_ft.lowrank.layout import Layout
@@ -69,6 +70,32 @@ def save_peft(
         needed, or the folder holds other files.
     """
     adapters, whole = collect_adapters(params, model, config, base=base)
+    fully_trained = {path.rpartition("/")[0]: {"kernel": weight} for path, weight in whole.items()}
+    check_fused({**fully_trained, **adapters})
+    write_adapter(
+        folder,
+        fit_fused(adapters, model),
+        whole,
+        known=known_modules(model, params),
+        model=model,
+        base=base,
+        dropout=config.dropout if config else 0.0,
+        others=others,
+    )
+
+
+def write_adapter(
+    folder: str | Path,
+    adapters: Mapping[str, Matrix],
+    whole: Mapping[str, np.ndarray],
+    *,
+    known: Iterable[str],
+    model: Model,
+    base: str | Path | None = None,
+    dropout: float = 0.0,
+    others: Literal["refuse", "keep"] = "refuse",
+) -> None:
+    """Writes what `collect_adapters` returns; `known` are Hugging Face's names of all modules."""
     names = family_names(model.hf_config)
     first_matrix = next(iter(adapters.values()))
     method = method_of_matrix(first_matrix)
@@ -91,10 +118,12 @@ def save_peft(
         "inference_mode": True,
         "base_model_name_or_path": str(base or model.source) or None,
         "modules_to_save": sorted(whole_modules) or None,
-        **method.config(by_module, _known_modules(model, params)),
+        **method.config(by_module, known),
     }
     if method.dropout is not None:
-        peft_config[method.dropout] = config.dropout if config else 0.0
+        # PEFT has no dropout for experts, and refuses the folder. It only acts in training.
+        has_fused = any(map(is_fused, adapters))
+        peft_config[method.dropout] = 0.0 if has_fused else dropout
     with new_folder(folder, others=others) as new:
         (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
@@ -114,7 +143,7 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     folder = Path(folder)
     config = read_config(folder)
     method = method_of_config(config, folder)
-    known = _known_modules(model, model.params)
+    known = known_modules(model, model.params)
     _check_base(config, folder, model)
     layers = modules(model.params)
     raw: dict[Place, Matrix] = {}
@@ -138,6 +167,8 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
         entry = targets[path, index]
         where = f"{folder}: {entry.module}"
         complete = method.complete(matrix, config, entry.target, where)
+        if is_fused(path) and "lora_a" in complete and is_filled(complete):
+            continue
         stacks.setdefault(path, {})[index] = complete
     for path, matrices in stacks.items():
         layers[path] = layers.get(path, {}) | _stacked(
@@ -207,7 +238,7 @@ def _check_complete(
         raise ValueError(f"{folder}: {WEIGHTS} holds no adapter")
 
 
-def _known_modules(model: Model, params: Tree) -> dict[str, Place]:
+def known_modules(model: Model, params: Tree) -> dict[str, Place]:
     """Where the modules of the model stand, by Hugging Face's names."""
     experts = 1
     if model.config.experts:

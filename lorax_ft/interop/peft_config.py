@@ -49,6 +49,18 @@ def is_target(name: str, targets: Iterable[str] | None) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
 
 
+def is_fused(name: str) -> bool:
+    """Whether PEFT fuses the module, an expert's projection or a router, with others.
+
+    >>> is_fused("layers/0/mlp/experts/3/up_proj"), is_fused("model.layers.0.mlp.gate")
+    (True, True)
+    >>> is_fused("model.layers.0.mlp.gate_proj")
+    False
+    """
+    components = re.split(r"[./]", name)
+    return "experts" in components or components[-1] == "gate"
+
+
 def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, np.float32]:
     """The rank of a module, or of a target parameter, and alpha / r or alpha / √r (rsLoRA)."""
     rank = _matching(config.get("rank_pattern"), module, config["r"])
