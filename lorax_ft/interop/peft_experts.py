@@ -87,8 +87,8 @@ def unified(adapters: Mapping[str, Matrix]) -> dict[str, Matrix]:
     >>> one = {"lora_a": a, "lora_b": b, "lora_scale": np.float32(2)}
     >>> two = {"lora_a": np.ones((3, 2)), "lora_b": np.ones((2, 4)), "lora_scale": np.float32(1)}
     >>> both = unified({"q": one, "k": two, "v": one})
-    >>> both["k"]["lora_b"][0], both["k"]["lora_scale"]
-    (array([0.5, 0.5, 0.5, 0.5]), np.float32(2.0))
+    >>> both["k"]["lora_b"][0], both["k"]["lora_scale"].item()
+    (array([0.5, 0.5, 0.5, 0.5]), 2.0)
     >>> both["q"]["lora_b"]
     array([[1., 1., 1., 1.],
            [0., 0., 0., 0.]])
@@ -108,7 +108,7 @@ def unified(adapters: Mapping[str, Matrix]) -> dict[str, Matrix]:
         fitted[path] = matrix | {
             "lora_a": np.pad(a, ((0, 0), (0, missing))),
             "lora_b": np.pad(b, ((0, missing), (0, 0))),
-            "lora_scale": np.float32(scale),
+            "lora_scale": np.asarray(scale, np.float32),
         }
     return fitted
 

@@ -26,8 +26,8 @@ def save_for_vllm(
 ) -> Literal["adapter", "model"]:
     """Writes an adapter that vLLM's loader accepts, or the merged model if it has no form for it.
 
-    Only plain LoRA on linear layers stays an adapter, with one rank and one alpha: smaller ranks are
-    padded, and scales that differ go into B. DoRA, IA3, MiSS, fully trained modules, and
+    Only plain LoRA on linear layers stays an adapter, with one rank and one alpha: smaller ranks
+    are padded, and scales that differ go into B. DoRA, IA3, MiSS, fully trained modules, and
     adapters on embeddings or the output head are merged.
 
     Args:
