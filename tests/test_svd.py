@@ -101,5 +101,5 @@ def test_qpissa_ends_on_the_decomposition() -> None:
 
     one, taken = start(1)
     assert one == taken
-    fitted, taken = start(4)
+    fitted, taken = start(2)
     assert fitted < 0.99 * taken
