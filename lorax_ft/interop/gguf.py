@@ -46,6 +46,7 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
     except ValueError as error:
         raise ValueError(f"{file} {error}") from error
     decoder = decoder_config(config, source=str(file))
+    _check_rotated(decoder, config, file)
     # llama.cpp's converter permutes q and k head by head, so undoing it needs the head counts.
     permuted_heads = {}
     if find_architecture(metadata).interleaved:
@@ -58,6 +59,17 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
             continue
         tensors.update(_lazy_tensors(tensor, decoder, permuted_heads, names))
     return config, tensors, tokenizer
+
+
+def _check_rotated(decoder: DecoderConfig, config: Mapping[str, Any], file: Path) -> None:
+    """Raise where llama.cpp rotates a part of each head, and transformers' model all of it."""
+    factor = config["rope_parameters"].get("partial_rotary_factor", 1)
+    rope = decoder.layer_types[0].rope
+    if factor != 1 and rope and rope.dims == decoder.head_dim:
+        raise ValueError(
+            f"{file} rotates {factor:g} of each head (rope.dimension_count), which "
+            f"{config['model_type']} does not have; use the Hugging Face folder instead"
+        )
 
 
 def _lazy_tensors(

@@ -17,7 +17,7 @@ import numpy as np
 
 from lorax_ft.interop.bitsandbytes import assemble_nf4, check_quantization_config
 from lorax_ft.interop.families import FAMILIES
-from lorax_ft.interop.families.family import describe_common
+from lorax_ft.interop.families.family import describe_common, rotating_whole_heads, without_ignored
 from lorax_ft.interop.lazy_tensor import (
     FLOATS,
     FLOATS_AND_BYTES,
@@ -43,7 +43,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
     Raises:
       ValueError: a file is missing or damaged, or the folder holds something else.
     """
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    is_adapter = any(folder.glob("adapter_*"))
+    if is_adapter and not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds an adapter, not a model; load its base model, then use load_peft"
         )
@@ -98,13 +99,18 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
         raise ValueError(
             f"{source} has the architecture {model_type!r}; supported: {', '.join(FAMILIES)}"
         )
+    family = FAMILIES[model_type]
     try:
         # A deep copy, because from_dict may change nested values in place.
-        values = copy.deepcopy(dict(hf_config))
+        values = copy.deepcopy(without_ignored(hf_config, family))
         config_class = import_transformers().CONFIG_MAPPING[model_type]
         config = config_class.from_dict(values)
+        # Models do so once more, and then heed an original_max_position_embeddings beside the rope.
+        config.standardize_rope_params()
+        if not family.partial_rotary:
+            config.rope_parameters = rotating_whole_heads(config.rope_parameters)
         fields = describe_common(config)
-        fields |= FAMILIES[model_type].describe(config)
+        fields |= family.describe(config)
     except Exception as error:  # transformers validates with exceptions of several types
         reason = " ".join(str(error).split())
         raise ValueError(f"{source}: its config.json has {reason}") from error

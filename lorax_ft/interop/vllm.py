@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lorax_ft.interop.peft import save_peft
+from lorax_ft.interop.peft import known_modules, write_adapter
 from lorax_ft.interop.peft_collect import collect_adapters
+from lorax_ft.interop.peft_experts import fit_fused, unified
 from lorax_ft.interop.save import save_model
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree
@@ -25,7 +26,8 @@ def save_for_vllm(
 ) -> Literal["adapter", "model"]:
     """Writes an adapter that vLLM's loader accepts, or the merged model if it has no form for it.
 
-    Only plain LoRA on linear layers stays an adapter. DoRA, IA3, MiSS, fully trained modules, and
+    Only plain LoRA on linear layers stays an adapter, with one rank and one alpha: smaller ranks
+    are padded, and scales that differ go into B. DoRA, IA3, MiSS, fully trained modules, and
     adapters on embeddings or the output head are merged.
 
     Args:
@@ -56,7 +58,9 @@ def save_for_vllm(
             f"the adapter has rank {rank}, above max_lora_rank {max_lora_rank}: "
             f"{_way_out(rank)} merge it (--target hf)"
         )
-    save_peft(folder, params, model)
+    # Older servers read no patterns.
+    fitted = unified(fit_fused(adapters, model))
+    write_adapter(folder, fitted, {}, known=known_modules(model, params), model=model)
     return "adapter"
 
 

@@ -1,8 +1,9 @@
 """Model families: how a config.json describes our decoder, and how its tensors are named.
 
 To add a family, write a file here with a `Family` and add it to `FAMILIES` under the `model_type`
-of its config.json. What its architecture does that no other does becomes a field of `DecoderConfig`
-and a line in `lorax_ft/models`; a line in the table of tests/parity/test_transformers.py checks the
+of its config.json. `Family.keys` names the keys that transformers heeds in it and ignores in other
+families. What its architecture does that no other does becomes a field of `DecoderConfig` and a
+line in `lorax_ft/models`; a line in the table of tests/parity/test_transformers.py checks the
 logits against transformers.
 """
 

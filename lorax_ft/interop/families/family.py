@@ -24,14 +24,60 @@ ACTIVATIONS = {
 }
 
 
+# Keys of config.json that transformers heeds in some families and ignores in others.
+OPTIONAL_KEYS = frozenset(
+    {
+        "attention_bias",
+        "hidden_activation",
+        "layer_types",
+        "mlp_bias",
+        "sliding_window",
+        "use_bidirectional_attention",
+    }
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One `model_type`."""
 
     describe: Callable[[Any], Fields]
     """transformers' config -> the fields that differ from `describe_common`."""
+    keys: frozenset[str]
+    """Those of `OPTIONAL_KEYS` that transformers heeds in this family."""
+    partial_rotary: bool = False
+    """Whether partial_rotary_factor, the part of each head that is rotated, is heeded too."""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Our name of a path component -> the checkpoint's, where the two differ."""
+
+
+def without_ignored(hf_config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """A config.json without the keys that transformers ignores in the family.
+
+    Checkpoints keep keys of the models that they were converted from.
+    """
+    ignored = OPTIONAL_KEYS - family.keys
+    return {key: value for key, value in hf_config.items() if key not in ignored}
+
+
+def rotating_whole_heads(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` without partial_rotary_factor, which transformers then ignores.
+
+    Raises:
+      ValueError: there is a scaling too, for which transformers has no code.
+    """
+    kept = {}
+    for key, value in parameters.items():
+        if isinstance(value, Mapping):  # of one type of layer
+            kept[key] = rotating_whole_heads(value)
+        elif key != "partial_rotary_factor":
+            kept[key] = value
+        elif value not in (None, 1) and parameters["rope_type"] != "default":
+            raise ValueError(
+                f"partial_rotary_factor {value} with rope_type {parameters['rope_type']!r}; "
+                "supported in this architecture: 1"
+            )
+    return kept
 
 
 def describe_common(c: Any) -> Fields:
@@ -51,6 +97,9 @@ def describe_common(c: Any) -> Fields:
         raise ValueError(f"hidden_act {act!r}; supported: {', '.join(ACTIVATIONS)}")
     if getattr(c, "use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention True; supported: False")
+    # transformers heeds it in all families.
+    if not getattr(c, "is_causal", True):
+        raise ValueError("is_causal False; supported: True")
     return {
         "vocab_size": c.vocab_size,
         "width": c.hidden_size,

@@ -13,4 +13,6 @@ def describe(c: Any) -> Fields:
     return {"embedding_scale": c.hidden_size**0.5, "norm_offset": 1.0}
 
 
-FAMILY = Family(describe=describe)
+FAMILY = Family(
+    keys=frozenset({"attention_bias", "use_bidirectional_attention"}), describe=describe
+)

@@ -22,4 +22,5 @@ def describe(c: Any) -> Fields:
     }
 
 
-FAMILY = Family(describe=describe)
+KEYS = gemma.FAMILY.keys | {"hidden_activation", "layer_types", "sliding_window"}
+FAMILY = Family(keys=KEYS, describe=describe)

@@ -18,4 +18,4 @@ def describe(c: Any) -> Fields:
     return gemma2.describe(c) | {"qk_norm": "head"}
 
 
-FAMILY = Family(describe=describe)
+FAMILY = Family(keys=gemma2.KEYS, describe=describe)

@@ -5,4 +5,4 @@ from __future__ import annotations
 from lorax_ft.interop.families.family import Family
 
 # `describe_common` covers all of it.
-FAMILY = Family(describe=lambda c: {})
+FAMILY = Family(keys=frozenset({"attention_bias", "mlp_bias"}), describe=lambda c: {})

@@ -15,6 +15,7 @@ def describe(c: Any) -> Fields:
 
 
 FAMILY = Family(
+    keys=frozenset({"sliding_window"}),
     describe=describe,
     names={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
 )

@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from lorax_ft.interop.families.family import Family
 
-FAMILY = Family(describe=lambda c: {"norms": "after", "qk_norm": "whole"})
+FAMILY = Family(
+    keys=frozenset({"attention_bias"}), describe=lambda c: {"norms": "after", "qk_norm": "whole"}
+)

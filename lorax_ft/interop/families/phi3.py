@@ -4,4 +4,8 @@ from __future__ import annotations
 
 from lorax_ft.interop.families.family import Family
 
-FAMILY = Family(describe=lambda c: {"fused": True})
+FAMILY = Family(
+    keys=frozenset({"sliding_window"}),
+    partial_rotary=True,
+    describe=lambda c: {"fused": True},
+)

@@ -4,4 +4,7 @@ from __future__ import annotations
 
 from lorax_ft.interop.families.family import Family
 
-FAMILY = Family(describe=lambda c: {"qk_norm": "head"})
+FAMILY = Family(
+    keys=frozenset({"attention_bias", "layer_types", "sliding_window"}),
+    describe=lambda c: {"qk_norm": "head"},
+)

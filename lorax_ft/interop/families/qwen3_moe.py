@@ -20,4 +20,4 @@ def describe(c: Any) -> Fields:
     return {"qk_norm": "head", "mlp_width": c.moe_intermediate_size, "experts": experts}
 
 
-FAMILY = Family(describe=describe)
+FAMILY = Family(keys=frozenset({"attention_bias", "sliding_window"}), describe=describe)

@@ -21,4 +21,7 @@ def describe(c: Any) -> Fields:
     return {"layer_types": tuple(layers)}
 
 
-FAMILY = Family(describe=describe)
+FAMILY = Family(
+    keys=frozenset({"attention_bias", "layer_types", "mlp_bias", "sliding_window"}),
+    describe=describe,
+)
