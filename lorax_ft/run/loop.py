@@ -27,6 +27,7 @@ from lorax_ft.run.folder import check_folder, make_folder
 from lorax_ft.run.log import Log, check_trackers
 from lorax_ft.run.progress import Progress
 from lorax_ft.run.setup import Job, set_up, step_key
+from lorax_ft.run.standing import Standing
 from lorax_ft.run.stop_signal import StopSignal
 from lorax_ft.run.summary import Result
 from lorax_ft.run.validation import Evaluation, choose_questions, validation_loss
@@ -136,7 +137,8 @@ def _train(job: Job, log: Log, console: Console) -> TrainState:
             if checking:
                 _check_moved(adapters, state.trained, metrics, updates=step)
             if saving:
-                job.checkpoints.save(step, state, owned_leaves(state.trained, job.frozen))
+                owned = owned_leaves(state.trained, job.frozen)
+                job.checkpoints.save(step, state, owned, Standing())
             if stopping:
                 # Wait for orbax: if it cannot write the checkpoint, that is the error to raise.
                 job.checkpoints.close()

@@ -19,7 +19,7 @@ from lorax_ft.config import Config
 from lorax_ft.data.batches import Batches, Dataset
 from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.models.model import LoadedModel, Model
-from lorax_ft.run.checkpoints import Checkpoints
+from lorax_ft.run.checkpoints import FOLDER, Checkpoints
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset
 from lorax_ft.run.progress import progress_bar
 from lorax_ft.run.report import make_console
@@ -84,7 +84,7 @@ def set_up(config: Config, *, folder: Path) -> Job:
     batches = _make_batches(config, data)
     steps = config.train.steps or max(round(config.train.epochs * batches.steps_per_epoch), 1)
     tx = make_optimizer(config.optim, steps=steps)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints)
+    checkpoints = Checkpoints(folder / FOLDER, keep=config.train.keep_checkpoints)
     if config.train.resume:
         state, frozen = _resumed_state(model, tx, config, checkpoints, mesh=mesh, steps=steps)
     else:
