@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +51,21 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Both splits of a run's data.
+    """The splits of a run's data.
 
     Validation rows are never packed, so each of them is one conversation.
     """
 
     train: Split
-    validation: Split
+    validation_sets: Mapping[str, Split]
+    """The validation sets by name, at least one; "" is the name of the one without a name."""
+    max_length: int
+    """Tokens per row: data.max_length, or what auto has found."""
+
+    @property
+    def validation(self) -> Split:
+        """The first validation set, whose loss picks the best checkpoint."""
+        return next(iter(self.validation_sets.values()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,11 +120,19 @@ def evaluation_batches(
         yield collate([*chosen, *padding], max_length)
 
 
-def load_data(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Dataset:
+def load_data(
+    config: DataConfig, tokenizer: Tokenizer, *, seed: int, positions: int | None = None
+) -> Dataset:
     """Reads, converts and tokenizes the data of a run.
 
     Without validation files, the validation rows come from the validation split of the training
     folder if it has one; otherwise they are held out of the training rows by the seed.
+
+    Args:
+      config: the data.
+      tokenizer: the model's.
+      seed: of the choice of held-out rows.
+      positions: the longest sample that the model takes, for `max_length` auto; None: any length.
 
     Raises:
       ValueError: a source or a row cannot be used (see `read_rows`, `to_messages`, `encode_all`).
@@ -122,17 +141,47 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Dataset
         config.train, split=config.split, limit=config.limit, revision=config.revision
     )
     if config.validation:
-        validation = _read_validation(config.validation, config)
+        validation = {}
+        for name, paths in name_sets(config.validation).items():
+            validation[name] = _read_validation(paths, config)
     elif _has_validation_split(config):
-        validation = _read_validation(config.train, config)
+        validation = {"": _read_validation(config.train, config)}
     else:
         # A small dataset keeps nine tenths of its rows for training.
         count = min(config.validation_rows, len(train) // 10)
-        train, validation = _hold_out(train, count, seed)
-    return Dataset(
-        train=_prepare(train, config, tokenizer, packed=config.pack),
-        validation=_prepare(validation, config, tokenizer, packed=False),
-    )
+        train, held_out = _hold_out(train, count, seed)
+        validation = {"": held_out}
+
+    longest = config.max_length
+    if longest == "auto":
+        longest = sys.maxsize if positions is None else positions
+    train_split = _prepare(train, config, tokenizer, max_length=longest)
+    validation_sets = {
+        name: _prepare(rows, config, tokenizer, max_length=longest)
+        for name, rows in validation.items()
+    }
+    max_length = longest
+    if config.max_length == "auto":
+        max_length = _row_length([train_split, *validation_sets.values()], longest)
+    if config.pack:
+        samples = [sample for row in train_split.rows for sample in row]
+        train_split = dataclasses.replace(train_split, rows=pack(samples, max_length))
+    return Dataset(train=train_split, validation_sets=validation_sets, max_length=max_length)
+
+
+def name_sets(entries: Sequence[str]) -> dict[str, list[str]]:
+    """The paths of each validation set, from entries "path" or "name=path", in their order.
+
+    Entries of the same name are one set. A path that contains "=" and exists is a path.
+    """
+    sets: dict[str, list[str]] = {}
+    for entry in entries:
+        named = re.fullmatch(r"([\w.-]+)=(.+)", entry)
+        if named is None or Path(entry).exists():
+            sets.setdefault("", []).append(entry)
+        else:
+            sets.setdefault(named[1], []).append(named[2])
+    return sets
 
 
 def check_sources(config: DataConfig) -> None:
@@ -142,8 +191,8 @@ def check_sources(config: DataConfig) -> None:
       ValueError: as `read_rows`.
     """
     read_rows(config.train, split=config.split, limit=1, revision=config.revision)
-    if config.validation:
-        _read_validation(config.validation, config, limit=1)
+    for paths in name_sets(config.validation).values():
+        _read_validation(paths, config, limit=1)
 
 
 def _read_validation(
@@ -173,10 +222,17 @@ def _hold_out(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[R
     return kept, held_out
 
 
+def _row_length(splits: Sequence[Split], longest: int) -> int:
+    """The length of rows that hold the longest sample: a multiple of 32, of 128 above 1024."""
+    length = max(len(sample) for split in splits for row in split.rows for sample in row)
+    multiple = 32 if length <= 1024 else 128
+    return min(math.ceil(length / multiple) * multiple, longest)
+
+
 def _prepare(
-    rows: Sequence[Row], config: DataConfig, tokenizer: Tokenizer, *, packed: bool
+    rows: Sequence[Row], config: DataConfig, tokenizer: Tokenizer, *, max_length: int
 ) -> Split:
-    """Converts, tokenizes and packs the rows of a split."""
+    """Converts and tokenizes the rows of a split, one sample in each row."""
     if not rows:
         return Split(rows=[], conversations=[], cut=0, dropped=0, usual_length=0)
     shape = config.shape
@@ -190,16 +246,12 @@ def _prepare(
     encoded = encode_all(
         conversations,
         tokenizer,
-        max_length=config.max_length,
+        max_length=max_length,
         loss_on=config.loss_on,
         where=[row.where for row in rows],
     )
-    if packed:
-        sample_rows = pack(encoded.samples, config.max_length)
-    else:
-        sample_rows = [[sample] for sample in encoded.samples]
     return Split(
-        rows=sample_rows,
+        rows=[[sample] for sample in encoded.samples],
         conversations=conversations,
         cut=encoded.cut,
         dropped=encoded.dropped,

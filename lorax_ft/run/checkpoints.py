@@ -155,10 +155,20 @@ class Checkpoints:
             )
             raise OSError(errno.ENOSPC, reason, str(self._folder))
 
-    def standing(self) -> Standing:
-        """The standing that the newest checkpoint holds; a new one without a checkpoint."""
+    def standing(self, *, keeps_best: bool) -> Standing:
+        """The standing that the newest checkpoint holds.
+
+        Args:
+          keeps_best: whether the best checkpoint will be loaded. If it was not kept, the best step
+            is chosen anew.
+        """
         step = self.latest()
-        return Standing() if step is None else _read_standing(self._folder, step)
+        if step is None:
+            return Standing()
+        standing = _read_standing(self._folder, step)
+        if keeps_best and standing.best_step not in self._manager.all_steps():
+            return dataclasses.replace(standing, best_step=None, best_loss=None)
+        return standing
 
     def keep_best(self, step: int | None) -> None:
         """Keep the checkpoint of this step, besides the latest ones, from the next save on."""
@@ -200,6 +210,8 @@ class Checkpoints:
                 "there is no checkpoint to resume from; start again with --train.overwrite "
                 "instead of --train.resume"
             )
+        # A checkpoint of this run may still be on its way to the disk.
+        self._manager.wait_until_finished()
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, (state._asdict(), owned))
         items: dict[str, Any] = {"state": ocp.args.StandardRestore(targets[0])}
         if owned:

@@ -28,10 +28,10 @@ class Standing:
         """The standing after the evaluation of a step. A loss that is not finite never leads."""
         best = math.inf if self.best_loss is None else self.best_loss
         if loss < best:
-            changes = {"best_step": step, "best_loss": loss, "waited": 0}
-        else:
-            changes = {"waited": self.waited + 1}
-        return dataclasses.replace(self, evaluated_step=step, **changes)
+            return dataclasses.replace(
+                self, evaluated_step=step, best_step=step, best_loss=loss, waited=0
+            )
+        return dataclasses.replace(self, evaluated_step=step, waited=self.waited + 1)
 
     def out_of_patience(self, patience: int) -> bool:
         """Whether so many evaluations in a row brought no improvement; never with 0."""
