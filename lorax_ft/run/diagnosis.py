@@ -10,7 +10,7 @@ import numpy as np
 TOLERANCE = 0.01
 """A loss that rises by less than this fraction counts as level."""
 NOISE = 3.0
-"""A rise of the training loss by more than so many standard errors is no noise."""
+"""A change of the training loss by more than so many standard errors is no noise."""
 
 
 def diagnose(
@@ -20,7 +20,9 @@ def diagnose(
     after: float | None,
     learning_rate: float,
 ) -> list[str]:
-    """The warnings about a finished run, each a sentence with what to do; empty if all went well.
+    """The warnings about a finished run, each with what to do; empty if all went well.
+
+    The loss of the first step is that of the model before training.
 
     Args:
       lines: the log, with the metrics of single steps.
@@ -30,48 +32,42 @@ def diagnose(
     """
     losses = _values(lines, "loss")
     norms = _values(lines, "grad_norm")
-    warnings = []
-    training_rose = _rises(losses)
-    if training_rose:
-        first, last = _ends(losses)
-        warnings.append(
-            f"the training loss rose, from {first:.2f} to {last:.2f}, instead of falling; lower "
-            f"optim.learning_rate (it was {learning_rate:g})"
-        )
+    findings = []
+    training = _change(losses)
+    if training > 0:
+        findings.append(f"the training loss rose from {losses[0]:.2f} to {_end(losses):.2f}")
+    overfitted = False
     if before is not None and after is not None and after > (1 + TOLERANCE) * before:
-        advice = f"lower optim.learning_rate (it was {learning_rate:g})"
-        if len(losses) and np.greater(*_ends(losses)):
-            advice = (
-                "the training loss fell, so the model has overfitted: train for fewer steps, give "
-                f"train.load_best, or lower optim.learning_rate (it was {learning_rate:g})"
-            )
-        warnings.append(
-            f"the validation loss rose, from {before:.2f} to {after:.2f}, so the result is worse "
-            f"than the model before training; {advice}"
-        )
+        findings.append(f"the validation loss rose from {before:.2f} to {after:.2f}")
+        overfitted = training < 0
+    # No step of the last tenth had a gradient.
     if len(norms) and not norms[-_window(norms) :].any():
-        warnings.append(
-            f"the gradient norm was 0.0 at the last {_window(norms)} steps, so nothing was learned "
-            f"there; lower optim.learning_rate (it was {learning_rate:g})"
-        )
-    return warnings
+        findings.append(f"the gradient norm was 0.0 at the last {_window(norms)} steps")
+    if not findings:
+        return []
+    advice = f"lower optim.learning_rate (it was {learning_rate:g})"
+    if overfitted:
+        advice = f"the training loss fell: train for fewer steps, give train.load_best, or {advice}"
+    return [f"{', and '.join(findings)}; {advice}"]
 
 
-def _rises(losses: np.ndarray) -> bool:
-    """Whether the losses at the end are higher than at the start, by more than their noise."""
+def _change(losses: np.ndarray) -> int:
+    """Whether the training loss rose (1), fell (-1) or did neither, as far as its noise shows."""
     if len(losses) < 3:
-        return False
-    first, last = _ends(losses)
-    # Differences of neighbors show the noise of single batches, whatever the trend.
-    noise = np.std(np.diff(losses)) / np.sqrt(2)
-    error = noise * np.sqrt(2 / _window(losses))
-    return last - first > max(TOLERANCE * first, NOISE * error)
+        return 0
+    # Differences of neighbors show the noise of single batches, whatever the trend. Their median
+    # is not moved by a few steps that exploded. 1.48 and √2 make it a standard deviation.
+    noise = 1.48 * np.median(np.abs(np.diff(losses))) / np.sqrt(2)
+    error = noise * np.sqrt(1 + 1 / _window(losses))
+    change = _end(losses) - losses[0]
+    if abs(change) <= max(TOLERANCE * losses[0], NOISE * error):
+        return 0
+    return 1 if change > 0 else -1
 
 
-def _ends(values: np.ndarray) -> tuple[float, float]:
-    """The means over the first and the last tenth."""
-    window = _window(values)
-    return float(values[:window].mean()), float(values[-window:].mean())
+def _end(values: np.ndarray) -> float:
+    """The mean over the last tenth."""
+    return float(values[-_window(values) :].mean())
 
 
 def _window(values: np.ndarray) -> int:
