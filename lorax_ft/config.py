@@ -271,8 +271,8 @@ class DataConfig:
     or a Hub id ("owner/name" or "owner/name:subset")."""
     validation: tuple[str, ...] = ()
     """Validation data: files, a folder or a Hub id.
-    "name=path" makes named sets, such as easy=a.jsonl hard=b.jsonl, with a loss of each;
-    the first set picks the best checkpoint and asks the questions.
+    "name=path" makes sets with losses of their own, such as easy=a.jsonl hard=b.jsonl;
+    the first one picks the best checkpoint, and its questions are answered.
     If empty: data.validation_split of the training folder if it exists,
     else held-out training rows."""
     split: str = "train"
@@ -406,16 +406,17 @@ class TrainConfig:
     """Save the adapter of the step with the lowest validation loss, not of the last step.
     The last step stays in its checkpoint. Needs train.eval_every."""
     patience: int = 0
-    """Early stopping: end after N evaluations in a row without a new lowest validation loss;
-    0: never. Needs train.eval_every."""
+    """Early stopping: end after N evaluations in a row without a new lowest loss; 0: never.
+    Needs train.eval_every."""
     save_every: int | Literal["epoch"] = 0
     """Save a checkpoint every N steps, or at the end of each epoch;
     0 saves only at the end or on Ctrl-C."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep; train.load_best keeps the best one too."""
     profile: int = 0
-    """Record a jax.profiler trace of N steps, after the first two, in the folder profile
-    of the output; XProf, TensorBoard and Perfetto show it. 0: none."""
+    """Record N steps, after the first two, with jax.profiler; 0: none.
+    XProf, TensorBoard and Perfetto show the trace, which lies in the folder profile of the output.
+    """
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Trackers to log to; wandb needs pip install "lorax_ft[wandb]"."""
 

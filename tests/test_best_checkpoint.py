@@ -166,7 +166,7 @@ def test_named_validation_sets(folder: Path, tmp_path: Path, capsys: Any) -> Non
     said = " ".join(capsys.readouterr().out.split())
     for part in (
         "Validation: hard 7 rows, easy 3 rows.",
-        "rows of 64 tokens",
+        "rows of 32 tokens",
         "step 3: validation loss hard ",
         "validation loss easy",
         "tokens/s",

@@ -41,7 +41,7 @@ class Trained(NamedTuple):
     ended_early: str
     """Why the training ended before its last step; empty if it did not."""
     tokens_per_second: float
-    """Of this process's training, without padding; 0 if no step was made."""
+    """Over all devices and without padding, since the run started or was resumed; else 0."""
 
 
 class StepOutput(NamedTuple):
