@@ -275,6 +275,8 @@ class DataConfig:
     "PATH=0.5" half of them."""
     validation: tuple[str, ...] = ()
     """Validation data: files, a folder or a Hub id.
+    "name=path" makes sets with losses of their own, such as easy=a.jsonl hard=b.jsonl;
+    the first one picks the best checkpoint, and its questions are answered.
     If empty: data.validation_split of the training folder if it exists,
     else held-out training rows."""
     split: str = "train"
@@ -301,8 +303,9 @@ class DataConfig:
     """JSON file of tools, a list of function schemas, for conversations that have none."""
     template_args: tuple[str, ...] = ()
     """Variables of the chat template, each as "name=value", such as "enable_thinking=false"."""
-    max_length: int = 256
-    """Tokens per row; longer samples are truncated."""
+    max_length: int | Literal["auto"] = 256
+    """Tokens per row; longer samples are truncated.
+    auto: as long as the longest sample, rounded up, and at most the model's positions."""
     pack: bool = False
     """Pack several samples into each row; samples do not attend to one another.
     Plain texts without a prompt then fill rows to the end, and go on in the next one."""
@@ -320,8 +323,8 @@ class DataConfig:
         check_types(self)
         check(bool(self.train), "data.train is empty; give a file or a hub id")
         check(
-            self.max_length >= 8,
-            f"data.max_length is {self.max_length}; it must be at least 8 tokens",
+            self.max_length == "auto" or self.max_length >= 8,
+            f"data.max_length is {self.max_length}; it must be at least 8 tokens, or auto",
         )
         check(
             self.validation_rows >= 0,
@@ -423,8 +426,11 @@ class TrainConfig:
     """Resume from the latest checkpoint in the output folder."""
     steps: int | None = None
     """Number of optimizer steps; None computes it from train.epochs."""
-    epochs: float = 1.0
-    """Passes over the training rows; ignored if train.steps is given."""
+    epochs: float | None = None
+    """Passes over the training rows; None: one. train.steps wins if both are given."""
+    max_minutes: float | None = None
+    """End the training after so many minutes, with the evaluation and the adapter of a full run.
+    train.resume with more minutes continues it; the schedule stays that of all steps."""
     batch_size: int = 16
     """Global batch size: rows per optimizer step, over all devices."""
     microbatches: int = 1
@@ -436,20 +442,33 @@ class TrainConfig:
     """Random seed for adapter initialization, row order, dropout and NEFTune noise."""
     log_every: int = 1
     """Log every N steps."""
-    eval_every: int = 0
-    """Evaluate every N steps; 0 evaluates only at the start and the end."""
-    save_every: int = 0
-    """Save a checkpoint every N steps; 0 saves only at the end or on Ctrl-C."""
+    eval_every: int | Literal["epoch"] = 0
+    """Evaluate every N steps, or at the end of each epoch;
+    0 evaluates only at the start and the end."""
+    load_best: bool = False
+    """Save the adapter of the step with the lowest validation loss, not of the last step.
+    The last step stays in its checkpoint. Needs train.eval_every."""
+    patience: int = 0
+    """Early stopping: end after N evaluations in a row without a new lowest loss; 0: never.
+    Needs train.eval_every."""
+    save_every: int | Literal["epoch"] = 0
+    """Save a checkpoint every N steps, or at the end of each epoch;
+    0 saves only at the end or on Ctrl-C."""
     keep_checkpoints: int = 2
-    """Number of latest checkpoints to keep."""
+    """Number of latest checkpoints to keep; train.load_best keeps the best one too."""
+    profile: int = 0
+    """Record N steps, after the first two, with jax.profiler; 0: none.
+    XProf, TensorBoard and Perfetto show the trace, which lies in the folder profile of the output.
+    """
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Trackers to log to; wandb needs pip install "lorax_ft[wandb]"."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_positive(
-            self, "epochs", "batch_size", "microbatches", "log_every", "keep_checkpoints"
-        )
+        check_positive(self, "batch_size", "microbatches", "log_every", "keep_checkpoints")
+        for field in ("epochs", "max_minutes"):
+            if getattr(self, field) is not None:
+                check_positive(self, field)
         check(
             self.steps is None or 0 < self.steps < 2**31,
             f"train.steps is {self.steps}; it must be above 0 and below 2^31",
@@ -463,10 +482,14 @@ class TrainConfig:
             f"train.batch_size {self.batch_size} does not divide into "
             f"train.microbatches {self.microbatches}",
         )
-        for field in ("neftune_alpha", "eval_every", "save_every"):
+        for field in ("neftune_alpha", "eval_every", "save_every", "patience", "profile"):
+            value = getattr(self, field)
+            check(value == "epoch" or value >= 0, f"train.{field} is {value}; it must be 0 or more")
+        for field in ("load_best", "patience"):
             check(
-                getattr(self, field) >= 0,
-                f"train.{field} is {getattr(self, field)}; it must be 0 or more",
+                not getattr(self, field) or self.eval_every != 0,
+                f"train.{field} compares evaluations, but train.eval_every is 0; "
+                "give train.eval_every N, or epoch",
             )
         check(
             not (self.resume and self.overwrite),

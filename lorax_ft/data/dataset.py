@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -56,13 +58,21 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Both splits of a run's data.
+    """The splits of a run's data.
 
     Validation rows are never packed, so each of them is one example.
     """
 
     train: Split
-    validation: Split
+    validation_sets: Mapping[str, Split]
+    """The validation sets by name, at least one; "" is the name of the one without a name."""
+    max_length: int
+    """Tokens per row: data.max_length, or what auto has found."""
+
+    @property
+    def validation(self) -> Split:
+        """The first validation set, whose loss picks the best checkpoint."""
+        return next(iter(self.validation_sets.values()))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -83,39 +93,82 @@ class _Seen:
     """The examples, if they are kept."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """A split that is read and tokenized; how long its rows become is not yet known."""
+
+    samples: StoredSamples
+    seen: _Seen
+    endless: int
+    unused: Mapping[str, int]
+
+
 NumberedRows = Iterable[tuple[int, Row]]
 """Rows, each with the number of its set."""
 
 
-def load_data(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Dataset:
+def load_data(
+    config: DataConfig, tokenizer: Tokenizer, *, seed: int, positions: int | None = None
+) -> Dataset:
     """Reads, converts and tokenizes the data of a run, a part at a time.
 
     Without validation files, the validation rows come from the validation split of the training
     folder if it has one; otherwise they are held out of the training rows by the seed.
 
+    Args:
+      config: the data.
+      tokenizer: the model's.
+      seed: of the choice of held-out rows.
+      positions: the longest sample that the model takes, for `max_length` auto; None: any length.
+
     Raises:
       ValueError: a source or a row cannot be used (see `read_rows`, `to_example`, `encode`),
         or no sample keeps a label.
     """
-    weights = [source.weight for source in parse_sources(config.train)]
     held_out: list[tuple[int, Row]] = []
     chosen: set[int] = set()
-    validation: NumberedRows = held_out
+    validation: dict[str, NumberedRows] = {"": held_out}
     if config.validation:
-        validation = _rows(config.validation, config.validation_split, config)
+        validation = {}
+        for name, paths in name_sets(config.validation).items():
+            validation[name] = _rows(paths, config.validation_split, config)
     elif _has_validation_split(config):
-        validation = _rows(_paths(config), config.validation_split, config)
+        validation = {"": _rows(_paths(config), config.validation_split, config)}
     elif config.validation_rows:
         chosen = _choose_held_out(config, seed)
     rows = _rows(_paths(config), config.split, config, limit=config.limit)
     # The rows that are held out are collected while the others are read.
-    train = _prepare(
-        _without(rows, chosen, held_out), config, tokenizer, weights=weights, packed=config.pack
-    )
+    train = _read(_without(rows, chosen, held_out), config, tokenizer)
+    validation_sets = {}
+    for name, its_rows in validation.items():
+        validation_sets[name] = _read(its_rows, config, tokenizer, keep=True)
+    max_length = config.max_length
+    if max_length == "auto":
+        max_length = _row_length([train, *validation_sets.values()], positions)
+    weights = [source.weight for source in parse_sources(config.train)]
     return Dataset(
-        train=train,
-        validation=_prepare(validation, config, tokenizer, packed=False, keep=True),
+        train=_make_split(train, max_length, weights=weights, packed=config.pack),
+        validation_sets={
+            name: _make_split(read, max_length, weights=(), packed=False)
+            for name, read in validation_sets.items()
+        },
+        max_length=max_length,
     )
+
+
+def name_sets(entries: Sequence[str]) -> dict[str, list[str]]:
+    """The paths of each validation set, from entries "path" or "name=path", in their order.
+
+    Entries of the same name are one set. A path that contains "=" and exists is a path.
+    """
+    sets: dict[str, list[str]] = {}
+    for entry in entries:
+        named = re.fullmatch(r"([\w.-]+)=(.+)", entry)
+        if named is None or Path(entry).exists():
+            sets.setdefault("", []).append(entry)
+        else:
+            sets.setdefault(named[1], []).append(named[2])
+    return sets
 
 
 def check_sources(config: DataConfig) -> None:
@@ -125,7 +178,8 @@ def check_sources(config: DataConfig) -> None:
       ValueError: as `read_rows` and `to_example`.
     """
     splits = [(path, config.split) for path in _paths(config)]
-    splits += [(path, config.validation_split) for path in config.validation]
+    for paths in name_sets(config.validation).values():
+        splits += [(path, config.validation_split) for path in paths]
     for path, split in splits:
         first = itertools.islice(_rows([path], split, config), 1)
         for _ in _examples(first, config, _Seen()):
@@ -177,25 +231,32 @@ def _without(
             yield row
 
 
-def _prepare(
-    rows: NumberedRows,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    packed: bool,
-    weights: Sequence[float] = (),
-    keep: bool = False,
-) -> Split:
-    """Converts, tokenizes and packs the rows of a split."""
+def _read(
+    rows: NumberedRows, config: DataConfig, tokenizer: Tokenizer, *, keep: bool = False
+) -> _Read:
+    """Converts and tokenizes the rows of a split; `keep` keeps the examples."""
     seen = _Seen(examples=[] if keep else None)
-    examples = _examples(rows, config, seen)
     encoder = Encoder(
         tokenizer,
         loss_on=config.loss_on,
         reasoning_loss=config.reasoning_loss,
         append_end=config.append_end,
     )
-    samples = store_samples(encoder.samples(examples))
+    samples = store_samples(encoder.samples(_examples(rows, config, seen)))
+    return _Read(samples, seen, encoder.endless, _unused(seen, encoder, tokenizer))
+
+
+def _row_length(splits: Sequence[_Read], positions: int | None) -> int:
+    """The length of rows that hold the longest sample: a multiple of 32, of 128 above 1024."""
+    longest = max(int(read.samples.lengths.max(initial=1)) for read in splits)
+    multiple = 32 if longest <= 1024 else 128
+    length = math.ceil(longest / multiple) * multiple
+    return length if positions is None else min(length, positions)
+
+
+def _make_split(read: _Read, max_length: int, *, weights: Sequence[float], packed: bool) -> Split:
+    """Cuts and packs the samples of a split into rows."""
+    samples, seen = read.samples, read.seen
     documents = np.array(seen.documents, np.bool_) & packed
     numbers = np.array(seen.sets, np.int64)
     if all(weight == 1 for weight in weights):
@@ -204,14 +265,13 @@ def _prepare(
         weights = (1.0,)
     made: list[list[Piece]] = []
     sets = []
-    length = config.max_length
     for number, weight in enumerate(weights):
-        ours = _make_rows(samples, numbers == number, documents, length, packed=packed)
+        ours = _make_rows(samples, numbers == number, documents, max_length, packed=packed)
         made.extend(ours)
         sets.append((len(ours), weight))
     if len(samples) and not made:
         raise ValueError(
-            f"none of the {len(samples)} samples keeps a label within {length} tokens; "
+            f"none of the {len(samples)} samples keeps a label within {max_length} tokens; "
             "raise data.max_length"
         )
     pieces = list(itertools.chain.from_iterable(made))
@@ -220,14 +280,14 @@ def _prepare(
         rows=store_rows(samples, made),
         sets=tuple(sets),
         count=count,
-        cut=int((lengths[~documents] > length).sum()),
+        cut=int((lengths[~documents] > max_length).sum()),
         dropped=count - len({piece.sample for piece in pieces}),
         usual_length=int(np.quantile(lengths, 0.95, method="higher")) if len(lengths) else 0,
         tokens=sum(piece.stop - piece.start for piece in pieces),
         labels=sum(map(samples.labels, pieces)),
         examples=seen.examples or [],
-        unused=_unused(seen, encoder, tokenizer),
-        endless=encoder.endless,
+        unused=read.unused,
+        endless=read.endless,
     )
 
 

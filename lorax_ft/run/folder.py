@@ -12,7 +12,9 @@ from jax.experimental import multihost_utils
 
 from lorax_ft.config import Config
 from lorax_ft.interop.bucket import check_bucket, delete, is_remote, output_path
+from lorax_ft.run.checkpoints import FOLDER as CHECKPOINTS
 from lorax_ft.run.log import LOG, PLOT
+from lorax_ft.run.trace import PROFILE
 
 CONFIG = "config.json"
 # Prefix of the empty folder, on a bucket the object, that `check_folder` makes and deletes again.
@@ -24,9 +26,10 @@ RUN_FILES = (
     "adapter",
     "nf4_base",
     "model",
-    "checkpoints",
+    CHECKPOINTS,
     "tensorboard",
     "wandb",
+    PROFILE,
     LOG,
     PLOT,
 )

@@ -9,8 +9,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lorax_ft import sharding
-from lorax_ft.config import AdapterConfig, Config
-from lorax_ft.data.dataset import Dataset, check_sources, load_data
+from lorax_ft.config import AdapterConfig, Config, DataConfig
+from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, read_config
 from lorax_ft.interop.peft_methods import method_name
@@ -54,16 +54,59 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
 
 
 def load_dataset(config: Config, model: Model) -> Dataset:
-    """The data of the run, checked against the model's vocabulary."""
-    data = load_data(config.data, model.tokenizer, seed=config.train.seed)
-    # JAX does not raise at an index out of bounds, so training would go wrong in silence.
-    largest = max(int(sample.tokens.max()) for row in data.train.rows for sample in row)
-    if largest >= model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer produced token {largest}, but the model's vocabulary has "
-            f"{model.config.vocab_size} tokens: the tokenizer does not belong to this checkpoint"
-        )
+    """The data of the run, checked against the model's vocabulary and positions.
+
+    Raises:
+      ValueError: as `load_data`, or a row does not fit the model, or there are no validation rows
+        although the run chooses the best checkpoint by them.
+    """
+    positions = model.config.max_positions
+    _check_length(config.data, positions)
+    data = load_data(config.data, model.tokenizer, seed=config.train.seed, positions=positions)
+    _check_samples(data.train, model, "training rows")
+    for name, split in data.validation_sets.items():
+        _check_samples(split, model, f"validation rows {name}".rstrip())
+    for option in ("load_best", "patience"):
+        value = getattr(config.train, option)
+        if value and not data.validation.rows:
+            raise ValueError(
+                f"train.{option} is {value}, but there are no validation rows to compare "
+                "checkpoints by; give data.validation or data.validation_rows"
+            )
     return data
+
+
+def _check_length(data: DataConfig, positions: int) -> None:
+    """Raise if a row is longer than the model's positions."""
+    # The positions of a packed row start anew in each sample, so `_check_samples` checks those.
+    if data.max_length == "auto" or data.pack or data.max_length <= positions:
+        return
+    raise ValueError(
+        f"data.max_length is {data.max_length}, but the model has {positions} positions; "
+        f"give {positions} or less, or auto"
+    )
+
+
+def _check_samples(split: Split, model: Model, rows: str) -> None:
+    """Raise if a sample has a token or a position that the model does not have."""
+    positions, vocabulary = model.config.max_positions, model.config.vocab_size
+    # One row at a time: all samples may be more than memory holds.
+    longest = largest = 0
+    for row in split.rows:
+        for sample in row:
+            longest = max(longest, len(sample))
+            largest = max(largest, int(sample.tokens.max()))
+    if longest > positions:
+        raise ValueError(
+            f"a sample of the {rows} has {longest} tokens, but the model has {positions} "
+            f"positions; give data.max_length {positions}, or leave the sample out"
+        )
+    # JAX does not raise at an index out of bounds, so training would go wrong in silence.
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer produced token {largest} in the {rows}, but the model's vocabulary "
+            f"has {vocabulary} tokens: the tokenizer does not belong to this checkpoint"
+        )
 
 
 def _load_adapter(model: LoadedModel, folder: Path, config: Config) -> LoadedModel:

@@ -1,19 +1,23 @@
-"""What a run writes while it trains: trainer_log.jsonl, the trackers and training_loss.png."""
+"""What a run writes while it trains: trainer_log.jsonl, the trackers and training_loss.png.
+
+`pandas.read_json(file, lines=True)` reads the log: a column for each metric, and a row for each
+step and for each evaluation.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from lorax_ft.interop.bucket import is_remote, upload
+from lorax_ft.run.plot import plot_lines
 
 LOG = "trainer_log.jsonl"
 PLOT = "training_loss.png"
@@ -70,7 +74,11 @@ class Log:
         """Add a line for `step`."""
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step} | dict(metrics)) + "\n")
+        line: dict[str, float | None] = {"step": step}
+        for name, value in metrics.items():
+            # JSON has neither NaN nor infinity, and some readers refuse them.
+            line[name] = value if math.isfinite(value) else None
+        self._file.write(json.dumps(line) + "\n")
         # A run that is killed keeps every line.
         self._file.flush()
         if self._tensorboard is not None:
@@ -78,6 +86,11 @@ class Log:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
+
+    @property
+    def local(self) -> Path | None:
+        """The local folder of the files; None if this process does not write."""
+        return self._local if self._writes else None
 
     def upload(self) -> None:
         """Copy the files to the run's folder if it is on a bucket.
@@ -146,60 +159,16 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(folder: Path) -> Path | None:
-    """Draw a run's training_loss.png from its log.
-
-    It shows the training loss, raw and smoothed, and the validation loss.
+    """Draw a run's training_loss.png from its log (`plot_lines`).
 
     Returns:
       The file, or None if the log has no training loss.
     """
-    lines = read_log(folder)
-    training = _curve(lines, "loss")
-    validation = _curve(lines, "validation_loss")
-    if not len(training):
+    figure = plot_lines(read_log(folder), title=folder.name)
+    if figure is None:
         return None
-    # Slow to import. Without pyplot, because its global state would change the caller's figures.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    values = np.concatenate([training[:, 1], validation[:, 1]])
-    # A linear axis would flatten everything after the first steps of a steep curve.
-    log_scale = values.min() > 0 and values.max() > 20 * values.min()
-    steps, losses = training.T
-    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss")
-    if len(losses) >= 40:
-        smoothed = np.exp(smooth(np.log(losses))) if log_scale else smooth(losses)
-        axes.plot(steps, smoothed, color="#08519c", linewidth=2, label="training loss, smoothed")
-    if len(validation):
-        style: dict[str, Any] = {"color": "#d94801", "markersize": 5, "linewidth": 1}
-        axes.plot(*validation.T, "o-", label="validation loss", **style)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
-    if log_scale:
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
     figure.savefig(folder / PLOT)
     return folder / PLOT
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """The moving average over a twentieth of the values, at most 21; over fewer at both ends."""
-    window = np.ones(2 * min(len(values) // 40, 10) + 1)
-    # At the ends the window covers fewer values, so their number is counted the same way.
-    counts = np.convolve(np.ones(len(values)), window, "same")
-    return np.convolve(values, window, "same") / counts
-
-
-def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """Steps and values of a metric, `[points, 2]`."""
-    points = [(line["step"], line[name]) for line in lines if name in line]
-    # The shape holds without any points too.
-    return np.array(points, np.float64).reshape(-1, 2)
 
 
 def _drop_lines(folder: Path, local: Path, *, after: int) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import Array
 from jax.experimental import multihost_utils
 from rich.console import Console
 
@@ -20,23 +17,18 @@ from lorax_ft.evaluation.exact_match import evaluate_answers
 from lorax_ft.interop.bucket import output_path
 from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_model, save_quantized
-from lorax_ft.lowrank.groups import adapter_leaves_of, partition
+from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.run import report, summary
 from lorax_ft.run.folder import check_folder, make_folder
 from lorax_ft.run.log import Log, check_trackers
-from lorax_ft.run.progress import Progress
-from lorax_ft.run.setup import Job, set_up, step_key
-from lorax_ft.run.stop_signal import StopSignal
+from lorax_ft.run.setup import Job, set_up
+from lorax_ft.run.steps import Trained, run_steps
 from lorax_ft.run.summary import Result
-from lorax_ft.run.validation import Evaluation, choose_questions, validation_loss
-from lorax_ft.training import contract
+from lorax_ft.run.validation import Evaluation, choose_questions, validation_losses
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
-from lorax_ft.tree import Tree, combine, modules
-
-CHECKED_UPDATES = 2
-"""After so many updates, every leaf that trains must have moved (`contract.check_moved`)."""
+from lorax_ft.tree import combine, modules
 
 
 def train(config: Config, *, dry_run: bool = False) -> Result | None:
@@ -78,116 +70,37 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
             log.write(0, summary.metrics(before))
         base = _save_base(job, folder)
         with contextlib.closing(job.checkpoints):
-            state = _train(job, log, console)
-        after = _evaluate(job, state, console, before=False)
-        log.write(job.steps, summary.metrics(after))
-    saved = _save(job, state, folder, base=base)
+            end = run_steps(job, log, console)
+            trained = _load_best(job, end)
+        after = _evaluate(job, trained.state, console, before=False, losses=trained.losses)
+        log.write(end.step, summary.final_metrics(job, end.step, trained, after))
+    saved = _save(job, trained.state, folder, base=base)
 
     result = Result(
         folder=folder,
         saved=saved,
-        steps=job.steps,
+        steps=end.step,
+        saved_step=trained.step,
+        ended_early=end.ended_early,
         before=before,
         after=after,
         seconds=time.perf_counter() - start_time,
+        tokens_per_second=end.tokens_per_second,
+        warnings=summary.find_warnings(job, folder, before=before, after=after),
     )
     summary.print_result(console, job, result)
     return result
 
 
-class StepOutput(NamedTuple):
-    """The output of a training step. The device may still be computing its metrics."""
-
-    step: int
-    metrics: dict[str, Array]
-    tokens: int
-
-
-def _train(job: Job, log: Log, console: Console) -> TrainState:
-    """The training loop. Returns the state after the last step."""
-    config, state = job.config.train, job.state
-    key = step_key(job.config)
-    pending: StepOutput | None = None
-    with (
-        Progress(console, first=job.first_step, steps=job.steps) as progress,
-        StopSignal() as stop_signal,
-    ):
-        for step in range(job.first_step + 1, job.steps + 1):
-            batch, tokens = job.batch(step - 1)
-            checking = step <= CHECKED_UPDATES
-            adapters = _copy_adapters(state.trained) if checking else {}
-            state, metrics = job.step(state, job.frozen, batch, key)
-            # JAX computes in the background, and fetching metrics waits for it. So the metrics of
-            # the previous step are fetched while this one runs.
-            if pending is not None:
-                _record(pending, log, progress, log_every=config.log_every)
-            pending = StepOutput(step, metrics, tokens)
-
-            # With several processes, all must ask after every step, the last one included.
-            stop_requested = stop_signal.requested(step)
-            last = step == job.steps
-            stopping = stop_requested and not last
-            saving = last or stopping or _is_due(step, config.save_every)
-            evaluating = not last and _is_due(step, config.eval_every)
-            # No checkpoint is saved of a step whose loss was not checked.
-            if checking or saving or evaluating:
-                _record(pending, log, progress, log_every=config.log_every)
-                pending = None
-            if checking:
-                _check_moved(adapters, state.trained, metrics, updates=step)
-            if saving:
-                job.checkpoints.save(step, state, owned_leaves(state.trained, job.frozen))
-            if stopping:
-                # Wait for orbax: if it cannot write the checkpoint, that is the error to raise.
-                job.checkpoints.close()
-                raise KeyboardInterrupt(
-                    f"interrupted after step {step}; continue with --train.resume"
-                )
-            if evaluating:
-                _log_validation_loss(step, job, state, log, progress)
-            if saving or evaluating:
-                log.upload()
-                progress.skip()
-    return state
-
-
-def _is_due(step: int, every: int) -> bool:
-    """Whether this step is a multiple of `every`; with 0 no step is."""
-    return every > 0 and step % every == 0
-
-
-def _record(output: StepOutput, log: Log, progress: Progress, *, log_every: int) -> None:
-    """Wait for a step's metrics, check that they are finite, show and log them."""
-    step, tokens = output.step, output.tokens
-    metrics = {name: float(value) for name, value in jax.device_get(output.metrics).items()}
-    metrics["tokens"] = metrics.pop("weight")  # the weight of this loss is its labeled tokens
-    if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-        raise ValueError(
-            f"the loss at step {step} is {metrics['loss']} (gradient norm {metrics['grad_norm']}); "
-            "lower optim.learning_rate and start again; earlier checkpoints (train.save_every) "
-            "are kept"
-        )
-    tokens_per_second = progress.advance(step, metrics, tokens)
-    if _is_due(step, log_every):
-        log.write(step, metrics | {"tokens_per_second": tokens_per_second})
-
-
-def _copy_adapters(trained: Tree) -> Tree:
-    """A copy of the trained leaves of adapters, since the step donates the originals."""
-    return jax.tree.map(jnp.copy, _adapters(trained))
-
-
-def _check_moved(before: Tree, trained: Tree, metrics: dict[str, Array], *, updates: int) -> None:
-    """Raise if an adapter did not move in the first updates of a run."""
-    # Each group of leaves has a learning rate; the smallest allows the smallest update.
-    rates = [value for name, value in metrics.items() if name.startswith("learning_rate")]
-    moved = jax.jit(contract.moved)(before, _adapters(trained), rate=min(rates))
-    contract.check_moved(jax.device_get(moved), updates=updates)
-
-
-def _adapters(trained: Tree) -> Tree:
-    """The trained leaves of adapters, without those of fully trained modules."""
-    return adapter_leaves_of(trained)
+def _load_best(job: Job, trained: Trained) -> Trained:
+    """The weights of the best step, if train.load_best asks for them and another one is better."""
+    best = trained.standing.best_step
+    if not job.config.train.load_best or best in (None, trained.step):
+        return trained
+    owned = owned_leaves(trained.state.trained, job.frozen)
+    # The frozen leaves of the adapters are the same in all checkpoints.
+    state, _ = job.checkpoints.restore(trained.state, owned, step=best)
+    return trained._replace(state=state, step=best, losses=None)
 
 
 def _open_log(job: Job, folder: Path) -> Log:
@@ -201,7 +114,14 @@ def _open_log(job: Job, folder: Path) -> Log:
     )
 
 
-def _evaluate(job: Job, state: TrainState, console: Console, *, before: bool) -> Evaluation:
+def _evaluate(
+    job: Job,
+    state: TrainState,
+    console: Console,
+    *,
+    before: bool,
+    losses: Mapping[str, float] | None = None,
+) -> Evaluation:
     """Measure loss and exact match on the validation rows, generate sample answers, and print.
 
     Args:
@@ -209,11 +129,13 @@ def _evaluate(job: Job, state: TrainState, console: Console, *, before: bool) ->
       state: the state to evaluate.
       console: where to print.
       before: whether this is the evaluation before training, or the one after it.
+      losses: the validation losses of this state, if they were measured already.
     """
-    loss = validation_loss(job, state)
+    if losses is None:
+        losses = validation_losses(job, state)
     questions, skipped = choose_questions(job)
     if not questions:
-        return Evaluation(loss=loss, exact_match=None, answered=None)
+        return Evaluation(losses=losses, exact_match=None, answered=None)
     when = "before training" if before else "after training"
     config = job.config.eval
     with console.status(f"Answering {len(questions)} questions {when} …"):
@@ -226,23 +148,13 @@ def _evaluate(job: Job, state: TrainState, console: Console, *, before: bool) ->
             pattern=config.answer_pattern,
         )
     exact_match = answered.match.fraction if answered.match else None
-    evaluation = Evaluation(loss=loss, exact_match=exact_match, answered=answered)
+    evaluation = Evaluation(losses=losses, exact_match=exact_match, answered=answered)
     heading = when.capitalize()
     # A resumed run has trained before, so its first evaluation is not the one before training.
     if before and job.first_step > 0:
         heading = f"At step {job.first_step}"
     summary.print_evaluation(console, evaluation, when=heading, skipped=skipped)
     return evaluation
-
-
-def _log_validation_loss(
-    step: int, job: Job, state: TrainState, log: Log, progress: Progress
-) -> None:
-    """Evaluate during training: the loss only, because generating answers takes long."""
-    loss = validation_loss(job, state)
-    if loss is not None:
-        log.write(step, {"validation_loss": loss})
-        progress.note(f"step {step}: validation loss {loss:.4f}")
 
 
 def _save_base(job: Job, folder: Path) -> Path | None:

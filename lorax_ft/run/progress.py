@@ -38,6 +38,8 @@ class Progress:
         self._task = self._bar.add_task("compiled", total=steps, completed=first)
         self._last = time.perf_counter()
         self._tokens_per_second = 0.0  # smoothed
+        self._tokens = 0
+        self._seconds = 0.0
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -54,7 +56,10 @@ class Progress:
     def advance(self, step: int, metrics: Mapping[str, float], tokens: int) -> float:
         """Show that `step` is done. Returns the tokens per second since the last step."""
         now = time.perf_counter()
-        tokens_per_second = tokens / max(now - self._last, 1e-9)
+        seconds = max(now - self._last, 1e-9)
+        tokens_per_second = tokens / seconds
+        self._tokens += tokens
+        self._seconds += seconds
         self._last = now
         if step <= self._first + 2:
             # The first step warms up, so the average starts anew with the second.
@@ -72,6 +77,11 @@ class Progress:
             seconds_left = (self._steps - step) * tokens / max(self._tokens_per_second, 1e-9)
             self._console.print(f"step {step}/{self._steps}  {text}  {seconds_left:.0f} s left")
         return tokens_per_second
+
+    @property
+    def mean_tokens_per_second(self) -> float:
+        """Over all steps so far, without evaluations and checkpoints; 0 before the first step."""
+        return self._tokens / self._seconds if self._seconds else 0.0
 
     def skip(self) -> None:
         """Exclude the time since the last step (an evaluation, a checkpoint) from the next one."""

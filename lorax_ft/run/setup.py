@@ -15,16 +15,17 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lorax_ft import sharding
-from lorax_ft.config import Config
+from lorax_ft.config import Config, TrainConfig
 from lorax_ft.data.batches import Batches
 from lorax_ft.data.dataset import Dataset
 from lorax_ft.interop.peft_experts import check_fused
 from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.models.model import LoadedModel, Model
-from lorax_ft.run.checkpoints import Checkpoints
+from lorax_ft.run.checkpoints import FOLDER, Checkpoints
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset
 from lorax_ft.run.progress import progress_bar
 from lorax_ft.run.report import make_console
+from lorax_ft.run.standing import Standing
 from lorax_ft.schema import init_schema
 from lorax_ft.training import contract
 from lorax_ft.training.calibration import calibrate
@@ -57,12 +58,28 @@ class Job:
     checkpoints: Checkpoints
     first_step: int
     """Steps that are already done: 0 for a new run."""
+    standing: Standing
+    """How the run stood after those steps."""
     seconds: Mapping[str, float]
     """How long each part of the setup took."""
 
     def batch(self, step: int) -> tuple[dict[str, Array], int]:
         """Training batch number `step`, from 0, on the mesh, and its tokens without padding."""
         return _training_batch(self.batches, step, self.config, self.mesh)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training rows after `step` steps."""
+        return step / self.batches.steps_per_epoch
+
+    def is_due(self, step: int, every: int | str) -> bool:
+        """Whether what happens every N steps, or every "epoch", happens after this step.
+
+        The end of an epoch is the step that takes its last row. With 0 no step is due.
+        """
+        if every == "epoch":
+            rows, size = len(self.batches), self.batches.batch_size
+            return step * size // rows > (step - 1) * size // rows
+        return int(every) > 0 and step % int(every) == 0
 
 
 def set_up(config: Config, *, folder: Path) -> Job:
@@ -84,9 +101,9 @@ def set_up(config: Config, *, folder: Path) -> Job:
     timer.lap("model and data")
 
     batches = _make_batches(config, data)
-    steps = config.train.steps or max(round(config.train.epochs * batches.steps_per_epoch), 1)
+    steps = count_steps(config.train, batches)
     tx = make_optimizer(config.optim, steps=steps)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints)
+    checkpoints = Checkpoints(folder / FOLDER, keep=config.train.keep_checkpoints)
     if config.train.resume:
         state, frozen = _resumed_state(model, tx, config, checkpoints, mesh=mesh, steps=steps)
     else:
@@ -101,6 +118,9 @@ def set_up(config: Config, *, folder: Path) -> Job:
     timer.lap("adapters")
 
     first_step = int(state.step)
+    standing = Standing()
+    if config.train.resume:
+        standing = checkpoints.standing(keeps_best=config.train.load_best)
     batch, _ = _training_batch(batches, first_step, config, mesh)
     _check_contract(functions, state, frozen, batch=batch, packed=config.data.pack)
     step = compile_step(functions, tx, config, state=state, frozen=frozen, batch=batch, mesh=mesh)
@@ -118,8 +138,17 @@ def set_up(config: Config, *, folder: Path) -> Job:
         evaluate=_evaluation(functions),
         checkpoints=checkpoints,
         first_step=first_step,
+        standing=standing,
         seconds=timer.seconds,
     )
+
+
+def count_steps(config: TrainConfig, batches: Batches) -> int:
+    """The steps of a run: train.steps, or those of train.epochs."""
+    if config.steps is not None:
+        return config.steps
+    epochs = 1.0 if config.epochs is None else config.epochs
+    return max(round(epochs * batches.steps_per_epoch), 1)
 
 
 def compile_step(
@@ -180,7 +209,7 @@ def _make_batches(config: Config, data: Dataset) -> Batches:
         rows=data.train.rows,
         sets=data.train.sets,
         batch_size=config.train.batch_size,
-        max_length=config.data.max_length,
+        max_length=data.max_length,
         seed=config.train.seed,
     )
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from lorax_ft.config import Config
-from lorax_ft.data.dataset import Dataset
+from lorax_ft.data.dataset import Dataset, Split
 from lorax_ft.interop.bucket import is_remote
 from lorax_ft.interop.peft import BASE
 from lorax_ft.run import report
+from lorax_ft.run.diagnosis import diagnose
 from lorax_ft.run.log import LOG, PLOT, read_log
-from lorax_ft.run.setup import Job
-from lorax_ft.run.validation import Evaluation
+from lorax_ft.run.memory import peak_memory
+from lorax_ft.run.setup import Job, count_steps
+from lorax_ft.run.steps import Trained
+from lorax_ft.run.trace import PROFILE
+from lorax_ft.run.validation import Evaluation, describe_losses
 from lorax_ft.tree import combine
 
 OWN_RUN = (
     "--config configs/own.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
 )
+
+MUCH_PADDING = 0.5
+"""A batch with a larger fraction of padding is warned of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +40,19 @@ class Result:
     saved: Path
     """The adapter's folder, or the model's after full fine-tuning."""
     steps: int
+    """The last step of the training."""
+    saved_step: int
+    """The step whose weights were saved: the best one with train.load_best, else the last."""
+    ended_early: str
+    """Why the training ended before its last step; empty if it did not."""
     before: Evaluation
     after: Evaluation
+    """Of the saved weights."""
     seconds: float
+    tokens_per_second: float
+    """Training tokens without padding, evaluations and checkpoints left out."""
+    warnings: list[str]
+    """What went wrong, such as a loss that rose; each a sentence with what to do."""
 
 
 def print_setup(console: Console, job: Job, *, dry_run: bool) -> None:
@@ -41,8 +60,16 @@ def print_setup(console: Console, job: Job, *, dry_run: bool) -> None:
 
     A dry run also prints the memory and the first batch.
     """
-    _print_data(console, job.data, max_length=job.config.data.max_length)
-    console.print(f"{job.steps:,} steps of {job.config.train.batch_size} rows.\n")
+    _print_data(console, job.data, packed=job.config.data.pack)
+    config = job.config.train
+    console.print(f"{job.steps:,} steps of {config.batch_size} rows.\n")
+    if config.steps is not None and config.epochs is not None:
+        console.print(
+            f"train.steps {config.steps} and train.epochs {config.epochs:g} are both given: "
+            f"train.steps wins, which is {job.epoch(job.steps):.3g} epochs "
+            "(--train.steps None counts epochs).\n",
+            style="yellow",
+        )
     params = combine(job.state.trained, job.frozen)
     report.print_modules(console, params, job.state.trained, layout=job.model.layout)
     if dry_run:
@@ -58,10 +85,14 @@ def print_resumed(console: Console, job: Job, previous: Config) -> None:
     console.print(f"Resuming from step {job.first_step} of {job.steps}.")
     if job.first_step == job.steps:
         console.print("All steps are done; give more --train.steps to train longer.")
-    old = (previous.train.steps, previous.train.epochs)
-    new = (job.config.train.steps, job.config.train.epochs)
+    best = job.standing.best_step
+    if job.config.train.load_best and best is not None:
+        console.print(f"The best step so far is {best}, with loss {job.standing.best_loss:.4f}.")
     # The rate depends on the number of steps, so more steps change the rate of the next one too.
-    if old != new and job.config.optim.schedule != "constant":
+    if (
+        count_steps(previous.train, job.batches) != job.steps
+        and job.config.optim.schedule != "constant"
+    ):
         console.print(
             f"The number of steps has changed: the learning rate continues on the schedule for "
             f"{job.steps} steps."
@@ -80,8 +111,8 @@ def print_evaluation(
       skipped: questions left out because they are too long.
     """
     parts = []
-    if evaluation.loss is not None:
-        parts.append(f"validation loss {evaluation.loss:.4f}")
+    if evaluation.losses:
+        parts.append(describe_losses(evaluation.losses))
     if evaluation.answered is not None and evaluation.answered.match is not None:
         match = evaluation.answered.match
         parts.append(f"exact match {match.fraction:.1%} of {match.total} answers")
@@ -105,6 +136,8 @@ def print_result(console: Console, job: Job, result: Result) -> None:
         report.print_answers(console, "Answers", questions, columns)
     console.print()
     report.print_summary(console, _summary_rows(job, result), title="Done")
+    for warning in result.warnings:
+        console.print(f"Warning: {warning}.\n", style="yellow")
     if is_remote(result.folder):
         # PEFT, transformers and our scripts read local folders.
         console.print(f"To use it, copy {result.folder} to a local folder.", soft_wrap=True)
@@ -128,32 +161,89 @@ def print_result(console: Console, job: Job, result: Result) -> None:
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:
     """The metrics that were measured, under their names in the log."""
-    measured = {}
-    if evaluation.loss is not None:
-        measured["validation_loss"] = evaluation.loss
+    measured = dict(evaluation.losses)
     if evaluation.exact_match is not None:
         measured["exact_match"] = evaluation.exact_match
     return measured
 
 
-def _print_data(console: Console, data: Dataset, *, max_length: int) -> None:
-    """Print the size of the data, and a warning if much of it is truncated."""
-    train, validation = data.train, data.validation
+def final_metrics(
+    job: Job, last_step: int, trained: Trained, evaluation: Evaluation
+) -> dict[str, float]:
+    """The metrics for the last line of the log, which has the last step.
+
+    Losses of other weights, those of the best step, have names of their own.
+    """
+    if trained.step == last_step:
+        return metrics(evaluation)
+    named = {f"best_{name}": value for name, value in metrics(evaluation).items()}
+    return {"best_step": trained.step} | named
+
+
+def find_warnings(job: Job, folder: Path, *, before: Evaluation, after: Evaluation) -> list[str]:
+    """What went wrong in the run, by its log."""
+    first = _first_metrics(job, folder, before)
+    name = next(iter(after.losses), "")
+    return diagnose(
+        read_log(folder),
+        before=first.get(name),
+        after=after.loss,
+        learning_rate=job.config.optim.learning_rate,
+    )
+
+
+def _first_metrics(job: Job, folder: Path, before: Evaluation) -> dict[str, float]:
+    """The metrics before the very first step; a resumed run finds them in its log."""
+    if job.first_step:
+        return next(iter(read_log(folder)), {})
+    return metrics(before)
+
+
+def _print_data(console: Console, data: Dataset, *, packed: bool) -> None:
+    """Print the size of the data, and warnings if much of it is truncated or much is padding."""
+    train = data.train
+    padding = 1 - train.tokens / (len(train.rows) * data.max_length)
     console.print(
-        f"Training: {train.count:,} samples in {len(train.rows):,} rows, "
-        f"{train.tokens:,} tokens ({train.labels:,} labeled); "
+        f"Training: {train.count:,} samples in {len(train.rows):,} rows of "
+        f"{data.max_length:,} tokens, {train.tokens:,} tokens ({train.labels:,} labeled), "
+        f"{padding:.0%} padding; "
         f"{train.cut:,} samples truncated, {train.dropped:,} dropped (no label left)."
     )
-    console.print(f"Validation: {len(validation.rows):,} rows.")
+    sizes = []
+    for name, split in data.validation_sets.items():
+        sizes.append(f"{name} {len(split.rows):,} rows".strip())
+    console.print(f"Validation: {', '.join(sizes)}.")
     if train.unused:
         parts = [f"{name} ({count:,} times)" for name, count in train.unused.items()]
         console.print(f"Not used: {', '.join(parts)}.", style="yellow")
+    if train.endless:
+        console.print(
+            f"{train.endless:,} answers end without an end-of-turn token, so the model does not "
+            "learn where to stop; --data.append_end appends the end-of-sequence token to the last "
+            "answer of a conversation.",
+            style="yellow",
+        )
     if train.cut > 0.1 * train.count:
         console.print(
-            f"Many samples are truncated: --data.max_length is {max_length}, and 95% of the "
+            f"Many samples are truncated: --data.max_length is {data.max_length}, and 95% of the "
             f"samples would fit in {train.usual_length}.\n",
             style="yellow",
         )
+    if padding > MUCH_PADDING and not packed:
+        _print_padding(console, train, padding=padding, max_length=data.max_length)
+
+
+def _print_padding(console: Console, train: Split, *, padding: float, max_length: int) -> None:
+    """Warn that most of each batch is padding, which costs as much time as tokens do."""
+    lengths = [len(sample) for row in train.rows for sample in row]
+    packed_rows = math.ceil(train.tokens / max_length)
+    console.print(
+        f"{padding:.0%} of each batch is padding: rows have {max_length:,} tokens, samples "
+        f"{np.mean(lengths):.0f} on average and {max(lengths):,} at most. --data.pack puts several "
+        f"samples into a row (about {packed_rows:,} rows instead of {len(train.rows):,}); "
+        "--data.max_length auto makes rows as long as the longest sample.\n",
+        style="yellow",
+    )
 
 
 def _print_memory(console: Console, job: Job) -> None:
@@ -171,17 +261,19 @@ def _print_memory(console: Console, job: Job) -> None:
 
 def _summary_rows(job: Job, result: Result) -> list[tuple[str, str]]:
     """Names and values of the final table."""
-    rows = [("steps", f"{result.steps:,}"), ("time", f"{result.seconds:.0f} s")]
-    first = metrics(result.before)
-    # A resumed run compares with the evaluation before its very first step, which the log holds.
-    if job.first_step:
-        first = next(iter(read_log(result.folder)), {})
-    last = metrics(result.after)
-    formats = {"validation_loss": ".4f", "exact_match": ".1%"}
-    for name, spec in formats.items():
-        if name in first and name in last:
-            change = f"{first[name]:{spec}} → {last[name]:{spec}}"
-            rows.append((name.replace("_", " "), change))
+    rows = [("steps", _describe_steps(job, result)), ("time", f"{result.seconds:.0f} s")]
+    if result.tokens_per_second:
+        rows.append(("throughput", f"{result.tokens_per_second:,.0f} tokens/s"))
+    rows.append(("peak memory", peak_memory()))
+    if job.config.train.load_best:
+        rows.append(("best step", f"{result.saved_step:,}, whose weights were saved"))
+    first, last = _first_metrics(job, result.folder, result.before), metrics(result.after)
+    for name, value in last.items():
+        # A loss that was not finite is null in the log.
+        if first.get(name) is not None:
+            spec = ".1%" if name == "exact_match" else ".4f"
+            label = name.replace("_", " ").replace("/", " ")
+            rows.append((label, f"{first[name]:{spec}} → {value:{spec}}"))
     if job.model.base != job.model.source:
         # A base that the init changed was saved beside the adapter.
         changed_base = result.folder / BASE
@@ -190,4 +282,15 @@ def _summary_rows(job: Job, result: Result) -> list[tuple[str, str]]:
     rows.append((result.saved.name, str(result.saved)))
     rows.append(("loss plot", str(result.folder / PLOT)))
     rows.append(("log", str(result.folder / LOG)))
+    if job.config.train.profile:
+        rows.append(("profile", str(result.folder / PROFILE)))
+    if result.warnings:
+        rows.append(("warnings", f"{len(result.warnings)}, see below"))
     return rows
+
+
+def _describe_steps(job: Job, result: Result) -> str:
+    """The steps that were made, and why they are not all."""
+    if not result.ended_early:
+        return f"{result.steps:,}"
+    return f"{result.steps:,} of {job.steps:,}: {result.ended_early}"

@@ -3,40 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from lorax_ft import sharding
 from lorax_ft.data.batches import evaluation_batches
-from lorax_ft.data.chat import encode_prompt
+from lorax_ft.data.chat import Sample, encode_prompt
 from lorax_ft.data.conversation import Conversation, Message
 from lorax_ft.data.formats import has_answer, split_answer
 from lorax_ft.evaluation.exact_match import Answers
 from lorax_ft.run.setup import Job
 from lorax_ft.training.step import TrainState
-from lorax_ft.tree import combine
+from lorax_ft.tree import Tree, combine
+
+METRIC = "validation_loss"
+"""The name of the validation loss in the log."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Metrics and answers of the model on the validation rows."""
 
-    loss: float | None
+    losses: Mapping[str, float]
+    """The validation losses by metric; empty if there are no validation rows."""
     exact_match: float | None
     answered: Answers | None
 
+    @property
+    def loss(self) -> float | None:
+        """The validation loss of the first set, if there is one."""
+        return first_loss(self.losses) if self.losses else None
 
-def validation_loss(job: Job, state: TrainState) -> float | None:
-    """The mean loss per labeled token of the validation rows; None if there are no such rows."""
-    config = job.config
-    rows = job.data.validation.rows
-    if not rows:
-        return None
+
+def validation_losses(job: Job, state: TrainState) -> dict[str, float]:
+    """The mean loss per labeled token of each validation set, by metric.
+
+    The metric is "validation_loss", or "validation_loss/NAME" for a set with a name.
+    """
     params = combine(state.trained, job.frozen)
+    losses = {}
+    for name, split in job.data.validation_sets.items():
+        if split.rows:
+            metric = f"{METRIC}/{name}" if name else METRIC
+            losses[metric] = _mean_loss(job, params, split.rows)
+    return losses
+
+
+def first_loss(losses: Mapping[str, float]) -> float:
+    """The loss of the first validation set, by which the best checkpoint is chosen."""
+    return next(iter(losses.values()))
+
+
+def describe_losses(losses: Mapping[str, float]) -> str:
+    """Validation losses in words, such as "validation loss 1.2345"."""
+    parts: list[str] = []
+    for metric, loss in losses.items():
+        _, _, name = metric.partition("/")
+        words = "validation loss" if not parts else ""
+        parts.append(f"{words} {name} {loss:.4f}")
+    return " ".join(", ".join(parts).split())
+
+
+def _mean_loss(job: Job, params: Tree, rows: Sequence[Sequence[Sample]]) -> float:
+    """The mean loss per labeled token of the first `eval.rows` rows."""
+    config = job.config
     # As many rows at a time as in training, which fits in memory.
     size = config.train.batch_size // config.train.microbatches
-    max_length = config.data.max_length
+    max_length = job.data.max_length
     totals = np.zeros(2)  # summed loss, labeled tokens
     for batch in evaluation_batches(rows, size, max_length=max_length, limit=config.eval.rows):
         placed = sharding.place_batch(batch, job.mesh)

@@ -1,0 +1,78 @@
+"""What the log of a finished run says went wrong, in a sentence with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+TOLERANCE = 0.01
+"""A loss that rises by less than this fraction counts as level."""
+NOISE = 3.0
+"""A change of the training loss by more than so many standard errors is no noise."""
+
+
+def diagnose(
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    before: float | None,
+    after: float | None,
+    learning_rate: float,
+) -> list[str]:
+    """The warnings about a finished run, each with what to do; empty if all went well.
+
+    The loss of the first step is that of the model before training.
+
+    Args:
+      lines: the log, with the metrics of single steps.
+      before: the validation loss before training; None without validation rows.
+      after: the validation loss of the weights that were saved.
+      learning_rate: the peak learning rate.
+    """
+    losses = _values(lines, "loss")
+    norms = _values(lines, "grad_norm")
+    findings = []
+    training = _change(losses)
+    if training > 0:
+        findings.append(f"the training loss rose from {losses[0]:.2f} to {_end(losses):.2f}")
+    overfitted = False
+    if before is not None and after is not None and after > (1 + TOLERANCE) * before:
+        findings.append(f"the validation loss rose from {before:.2f} to {after:.2f}")
+        overfitted = training < 0
+    # No step of the last tenth had a gradient.
+    if len(norms) and not norms[-_window(norms) :].any():
+        findings.append(f"the gradient norm was 0.0 at the last {_window(norms)} steps")
+    if not findings:
+        return []
+    advice = f"lower optim.learning_rate (it was {learning_rate:g})"
+    if overfitted:
+        advice = f"the training loss fell: train for fewer steps, give train.load_best, or {advice}"
+    return [f"{', and '.join(findings)}; {advice}"]
+
+
+def _change(losses: np.ndarray) -> int:
+    """Whether the training loss rose (1), fell (-1) or did neither, as far as its noise shows."""
+    if len(losses) < 3:
+        return 0
+    # Differences of neighbors show the noise of single batches, whatever the trend. Their median
+    # is not moved by a few steps that exploded. 1.48 and √2 make it a standard deviation.
+    noise = 1.48 * np.median(np.abs(np.diff(losses))) / np.sqrt(2)
+    error = noise * np.sqrt(1 + 1 / _window(losses))
+    change = _end(losses) - losses[0]
+    if abs(change) <= max(TOLERANCE * losses[0], NOISE * error):
+        return 0
+    return 1 if change > 0 else -1
+
+
+def _end(values: np.ndarray) -> float:
+    """The mean over the last tenth."""
+    return float(values[-_window(values) :].mean())
+
+
+def _window(values: np.ndarray) -> int:
+    return max(len(values) // 10, 1)
+
+
+def _values(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    return np.array([line[name] for line in lines if line.get(name) is not None], np.float64)

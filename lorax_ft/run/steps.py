@@ -1,0 +1,254 @@
+"""The steps of a run, with their evaluations and checkpoints, until the training ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from rich.console import Console
+
+from lorax_ft.lowrank.groups import adapter_leaves_of
+from lorax_ft.run.clock import Clock
+from lorax_ft.run.log import Log
+from lorax_ft.run.progress import Progress
+from lorax_ft.run.setup import Job, step_key
+from lorax_ft.run.standing import Standing
+from lorax_ft.run.stop_signal import StopSignal
+from lorax_ft.run.trace import Trace
+from lorax_ft.run.validation import describe_losses, first_loss, validation_losses
+from lorax_ft.training import contract
+from lorax_ft.training.state import owned_leaves
+from lorax_ft.training.step import TrainState
+from lorax_ft.tree import Tree
+
+CHECKED_UPDATES = 2
+"""After so many updates, every leaf that trains must have moved (`contract.check_moved`)."""
+
+
+class Trained(NamedTuple):
+    """What the steps of a run leave behind."""
+
+    state: TrainState
+    step: int
+    """The step that `state` is of."""
+    losses: dict[str, float] | None
+    """The validation losses of `state`; None if they were not measured."""
+    standing: Standing
+    ended_early: str
+    """Why the training ended before its last step; empty if it did not."""
+    tokens_per_second: float
+    """Over all devices and without padding, since the run started or was resumed; else 0."""
+
+
+class StepOutput(NamedTuple):
+    """The output of a training step. The device may still be computing its metrics."""
+
+    step: int
+    metrics: dict[str, Array]
+    tokens: int
+
+
+def run_steps(job: Job, log: Log, console: Console) -> Trained:
+    """The training loop.
+
+    Several processes run it alike: they see the same losses, and agree on the time and on signals.
+
+    Raises:
+      ValueError: a loss is not finite, or an adapter does not move.
+      KeyboardInterrupt: a signal ended the loop, after a checkpoint.
+      OSError: the disk is full.
+    """
+    with (
+        Progress(console, first=job.first_step, steps=job.steps) as progress,
+        StopSignal() as stop_signal,
+        Trace(log.local, steps=job.config.train.profile) as trace,
+    ):
+        return _Loop(job, log, progress, stop_signal, trace).run()
+
+
+class _Loop:
+    """The training loop and its state."""
+
+    def __init__(
+        self, job: Job, log: Log, progress: Progress, stop_signal: StopSignal, trace: Trace
+    ) -> None:
+        self._job = job
+        self._config = job.config.train
+        self._key = step_key(job.config)
+        self._log = log
+        self._progress = progress
+        self._stop_signal = stop_signal
+        self._trace = trace
+        self._clock = Clock(job.standing.seconds, max_minutes=self._config.max_minutes)
+        self._step = job.first_step
+        self._state = job.state
+        self._standing = job.standing
+        # The validation losses of the current step, if it was evaluated.
+        self._losses: dict[str, float] | None = None
+        # JAX computes in the background, and fetching metrics waits for it. So the metrics of a
+        # step are fetched while the next one runs.
+        self._pending: StepOutput | None = None
+        # The adapters before a step that is checked.
+        self._before: Tree = {}
+
+    def run(self) -> Trained:
+        """Train to the end."""
+        steps, config = self._job.steps, self._config
+        if self._missed_evaluation():
+            self._evaluate()
+            self._log_losses(last=self._step == steps)
+        ended_early = self._early_end(out_of_time=self._clock.is_over())
+        while self._step < steps and not ended_early:
+            self._train_step()
+            # With several processes, all must ask after every step, the last one included.
+            stop_requested = self._stop_signal.requested(self._step)
+            out_of_time = self._clock.is_over()
+            self._check_update()
+            last = self._step == steps or out_of_time
+            if stop_requested and not last:
+                self._stop()
+            if self._due(config.eval_every) or (last and config.eval_every != 0):
+                self._evaluate()
+            ended_early = self._early_end(out_of_time=out_of_time)
+            last = last or bool(ended_early)
+            self._log_losses(last=last)
+            if last or self._due(config.save_every) or self._improved():
+                self._save()
+        return Trained(
+            state=self._state,
+            step=self._step,
+            losses=self._losses,
+            standing=self._standing,
+            ended_early=ended_early,
+            tokens_per_second=self._progress.mean_tokens_per_second,
+        )
+
+    def _train_step(self) -> None:
+        """Make a step, and record the one before it."""
+        batch, tokens = self._job.batch(self._step)
+        self._step += 1
+        self._losses = None
+        if self._step <= CHECKED_UPDATES:
+            self._before = _copy_adapters(self._state.trained)
+        self._state, metrics = self._job.step(self._state, self._job.frozen, batch, self._key)
+        self._trace.after_step(metrics)
+        self._record()
+        self._pending = StepOutput(self._step, metrics, tokens)
+
+    def _check_update(self) -> None:
+        """Raise if an adapter did not move in the first steps of a run."""
+        if self._step > CHECKED_UPDATES or self._pending is None:
+            return
+        metrics = self._pending.metrics
+        self._record()
+        _check_moved(self._before, self._state.trained, metrics, updates=self._step)
+        self._before = {}
+
+    def _record(self) -> None:
+        """Wait for the metrics of the pending step, check that they are finite, show, log them."""
+        if self._pending is None:
+            return
+        step, fetched, tokens = self._pending
+        self._pending = None
+        metrics = {name: float(value) for name, value in jax.device_get(fetched).items()}
+        metrics["tokens"] = metrics.pop("weight")  # the weight of this loss is its labeled tokens
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+            raise ValueError(
+                f"the loss at step {step} is {metrics['loss']} "
+                f"(gradient norm {metrics['grad_norm']}); "
+                "lower optim.learning_rate and start again; earlier checkpoints "
+                "(train.save_every) are kept"
+            )
+        metrics["tokens_per_second"] = self._progress.advance(step, metrics, tokens)
+        metrics["epoch"] = self._job.epoch(step)
+        if step % self._config.log_every == 0:
+            self._log.write(step, metrics)
+
+    def _evaluate(self) -> None:
+        """Measure the validation losses; generating answers takes too long during training."""
+        self._record()
+        losses = validation_losses(self._job, self._state)
+        if losses:
+            self._losses = losses
+            self._standing = self._standing.evaluated(self._step, first_loss(losses))
+            self._progress.note(f"step {self._step}: {describe_losses(losses)}")
+        self._progress.skip()
+
+    def _missed_evaluation(self) -> bool:
+        """Whether the run was interrupted at this step before it was evaluated."""
+        evaluated = self._standing.evaluated_step == self._step
+        return self._step > 0 and self._due(self._config.eval_every) and not evaluated
+
+    def _log_losses(self, *, last: bool) -> None:
+        """Log the validation losses of this step, unless the line of the run's end has them."""
+        if self._losses is None:
+            return
+        loads_other = self._config.load_best and self._standing.best_step != self._step
+        if not last or loads_other:
+            self._log.write(self._step, self._losses)
+            self._log.upload()
+
+    def _early_end(self, *, out_of_time: bool) -> str:
+        """Why the training ends after this step, before the last one; empty if it does not."""
+        config = self._config
+        if self._step == self._job.steps:
+            return ""
+        if out_of_time:
+            return f"train.max_minutes {config.max_minutes:g} are over"
+        if self._standing.out_of_patience(config.patience):
+            return (
+                f"no new lowest validation loss in {self._standing.waited} evaluations "
+                "(train.patience)"
+            )
+        return ""
+
+    def _improved(self) -> bool:
+        """Whether this step is the best one, and so needs a checkpoint."""
+        evaluated = self._losses is not None
+        return self._config.load_best and evaluated and self._standing.best_step == self._step
+
+    def _save(self) -> None:
+        """Save a checkpoint; the best one so far is kept beside the latest."""
+        # No checkpoint is saved of a step whose loss was not checked.
+        self._record()
+        checkpoints = self._job.checkpoints
+        if self._config.load_best:
+            checkpoints.keep_best(self._standing.best_step)
+        owned = owned_leaves(self._state.trained, self._job.frozen)
+        standing = dataclasses.replace(self._standing, seconds=self._clock.seconds())
+        checkpoints.save(self._step, self._state, owned, standing)
+        self._log.upload()
+        self._progress.skip()
+
+    def _stop(self) -> None:
+        """End the run with a checkpoint.
+
+        A machine that is about to shut down has no time for an evaluation, which the resumed run
+        makes up for (`_missed_evaluation`).
+        """
+        self._save()
+        # Wait for orbax: if it cannot write the checkpoint, that is the error to raise.
+        self._job.checkpoints.close()
+        raise KeyboardInterrupt(
+            f"interrupted after step {self._step}; continue with --train.resume"
+        )
+
+    def _due(self, every: int | str) -> bool:
+        return self._job.is_due(self._step, every)
+
+
+def _copy_adapters(trained: Tree) -> Tree:
+    """A copy of the trained leaves of adapters, since the step donates the originals."""
+    return jax.tree.map(jnp.copy, adapter_leaves_of(trained))
+
+
+def _check_moved(before: Tree, trained: Tree, metrics: dict[str, Array], *, updates: int) -> None:
+    """Raise if an adapter did not move in the first updates of a run."""
+    # Each group of leaves has a learning rate; the smallest allows the smallest update.
+    rates = [value for name, value in metrics.items() if name.startswith("learning_rate")]
+    moved = jax.jit(contract.moved)(before, adapter_leaves_of(trained), rate=min(rates))
+    contract.check_moved(jax.device_get(moved), updates=updates)
