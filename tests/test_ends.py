@@ -8,7 +8,7 @@ import pytest
 from data_cases import CHATML, make_tokenizer
 
 from lorax_ft.data.ends import end_to_append, missing_end
-from lorax_ft.interop.end_tokens import end_of_turn, stop_ids
+from lorax_ft.interop.end_tokens import end_of_turn, ids_that_stop
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
 ALWAYS_OPENS = "<|im_start|>assistant\n"
@@ -96,6 +96,6 @@ def test_end_to_append() -> None:
 def test_stop_ids() -> None:
     tokenizer = tokenizer_of(TURNS + "<|end|>{% endfor %}")
     end, eos = tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>"])
-    assert stop_ids(tokenizer) == tuple(sorted((end, eos)))
-    assert stop_ids(None, {"eos_token_id": [7, 5]}, {"eos_token_id": 6}, {}) == (5, 6, 7)
-    assert stop_ids(None, {"eos_token_id": None}) == ()
+    assert ids_that_stop(tokenizer) == tuple(sorted((end, eos)))
+    assert ids_that_stop(None, {"eos_token_id": [7, 5]}, {"eos_token_id": 6}, {}) == (5, 6, 7)
+    assert ids_that_stop(None, {"eos_token_id": None}) == ()

@@ -10,7 +10,7 @@ from typing import Any
 QUESTION, ANSWER = "question-6f1c", "answer-2b9e"
 
 
-def stop_ids(tokenizer: Any, *configs: Mapping[str, Any]) -> tuple[int, ...]:
+def ids_that_stop(tokenizer: Any, *configs: Mapping[str, Any]) -> tuple[int, ...]:
     """Returns the ids of the tokens that end a text, sorted.
 
     These are the eos_token_id of the configs and of the tokenizer, and the token that ends an
@@ -42,8 +42,8 @@ def end_of_turn(
 
     It renders a question with its answer and looks behind the answer. Templates that write
     several special tokens there (Phi 3: `<|end|>`, then `<|endoftext|>`) end the answer with the
-    first. Some write another token after answers in the middle of a conversation (gpt-oss: `<|end|>`
-    instead of `<|return|>`); that one may also end a part of an answer, so it does not count.
+    first. Some write another token after earlier answers (gpt-oss: `<|end|>` rather than
+    `<|return|>`); that one may also end a part of an answer, so it does not count.
 
     Args:
       tokenizer: a transformers tokenizer.
