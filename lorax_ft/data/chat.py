@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
-from lorax_ft.data.formats import Message
+from lorax_ft.data.conversation import Conversation, Message
 
 LossOn = Literal["assistant", "all"]
 Tokenizer = Any
@@ -112,7 +113,7 @@ def encode_all(
 
 
 def encode_prompt(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "prompt"
+    conversation: Conversation | Sequence[Message], tokenizer: Tokenizer, *, where: str = "prompt"
 ) -> np.ndarray:
     """Converts a conversation to token ids, int32 [N], ready for the assistant's next turn.
 
@@ -122,7 +123,16 @@ def encode_prompt(
       ValueError: the tokenizer has no chat template, or the template rejects the conversation.
     """
     _check_tokenizer(tokenizer)
-    text = _apply_template(messages, tokenizer, prompt=True, where=where)
+    if not isinstance(conversation, Conversation):
+        conversation = Conversation(messages=list(conversation))
+    variables = {
+        "tools": conversation.tools,
+        "documents": conversation.documents,
+        **conversation.template_args,
+    }
+    text = _apply_template(
+        conversation.messages, tokenizer, prompt=True, where=where, variables=variables
+    )
     # The template writes the special tokens, the beginning-of-sequence token included.
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     return np.asarray(encoded["input_ids"], np.int32)
@@ -230,12 +240,17 @@ def _assistant_spans(
 
 
 def _apply_template(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, prompt: bool, where: str
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    prompt: bool,
+    where: str,
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Renders a conversation, with the generation prompt at its end if `prompt`."""
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt
+            list(messages), tokenize=False, add_generation_prompt=prompt, **variables
         )
     # A template is a program of its own, and may raise anything about this conversation.
     except Exception as error:

@@ -51,9 +51,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     Raises:
       OSError: they cannot be written.
     """
-    source = Path(tokenizer.name_or_path or "")
-    if _is_untouched(tokenizer, source):
-        _copy(source, folder)
+    if _is_untouched(tokenizer):
+        _copy(Path(tokenizer.name_or_path), folder)
         return
     try:
         tokenizer.save_pretrained(folder)
@@ -62,10 +61,12 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     _make_readable_by_transformers_4(folder / "tokenizer_config.json")
 
 
-def _is_untouched(tokenizer: Any, source: Path) -> bool:
-    """Whether loading the folder again gives the same tokenizer."""
+def _is_untouched(tokenizer: Any) -> bool:
+    """Whether loading the tokenizer's folder again gives the same tokenizer."""
+    if not tokenizer.name_or_path:
+        return False
     try:
-        again = load_tokenizer(source)
+        again = load_tokenizer(tokenizer.name_or_path)
     except ValueError:  # the files are no longer what they were
         return False
     return again is not None and _state(tokenizer) == _state(again)
