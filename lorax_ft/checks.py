@@ -121,3 +121,26 @@ def _describe(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(map(_describe, args))
     return TYPE_NAMES.get(annotation, annotation.__name__)
+
+
+def parse_template_args(entries: Sequence[str], option: str) -> dict[str, Any]:
+    """The variables of a chat template, each "name=value"; a value that is no JSON is text.
+
+    Raises:
+      ValueError: an entry has another form.
+
+    >>> parse_template_args(["enable_thinking=false", "effort=low"], "template_args")
+    {'enable_thinking': False, 'effort': 'low'}
+    """
+    parsed: dict[str, Any] = {}
+    for entry in entries:
+        if re.fullmatch(r"\w+=.+", entry) is None:
+            raise ValueError(f'{option}: {entry!r} is not of the form "name=value"')
+        name, text = entry.split("=", 1)
+        # As Python writes them.
+        literal = {"True": "true", "False": "false", "None": "null"}.get(text, text)
+        try:
+            parsed[name] = json.loads(literal)
+        except ValueError:
+            parsed[name] = text
+    return parsed

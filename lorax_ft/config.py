@@ -24,6 +24,7 @@ from lorax_ft.checks import (
     check_types,
     compile_pattern,
     parse_pattern,
+    parse_template_args,
 )
 from lorax_ft.schema import INITS, METHODS, AdapterMethod, Factor, InitName
 
@@ -338,11 +339,6 @@ class DataConfig:
                 re.fullmatch(r"\w+=.+", entry) is not None,
                 f'data.fields: {entry!r} is not of the form "expected=actual"',
             )
-        for entry in self.template_args:
-            check(
-                re.fullmatch(r"\w+=.+", entry) is not None,
-                f'data.template_args: {entry!r} is not of the form "name=value"',
-            )
         for name in self.parsed_template_args():
             check(
                 name not in _RENDERED,
@@ -350,17 +346,8 @@ class DataConfig:
             )
 
     def parsed_template_args(self) -> dict[str, Any]:
-        """The variables of the chat template; what is not JSON, such as a word, is text."""
-        parsed: dict[str, Any] = {}
-        for entry in self.template_args:
-            name, text = entry.split("=", 1)
-            # As Python and the command line write it too.
-            literal = {"True": "true", "False": "false", "None": "null"}.get(text, text)
-            try:
-                parsed[name] = json.loads(literal)
-            except ValueError:
-                parsed[name] = text
-        return parsed
+        """The variables of the chat template, by name."""
+        return parse_template_args(self.template_args, "data.template_args")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

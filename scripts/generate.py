@@ -4,6 +4,8 @@
     python scripts/generate.py --run out/pissa --file questions.txt > answers.jsonl
     python scripts/generate.py --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter my/adapter
 
+    python scripts/generate.py --run out/pissa "Why?" --template_args enable_thinking=false
+
 Without a question or a file, it reads questions from standard input, one per line.
 """
 
@@ -14,11 +16,13 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from lorax_ft import cli
+from lorax_ft.data.conversation import Conversation
+from lorax_ft.inference.questions import ask, read_questions
 from lorax_ft.run.model_args import ChatArgs, load_with_adapter
 
 if TYPE_CHECKING:
@@ -33,7 +37,8 @@ class Args(ChatArgs):
     question: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION")] = None
     """One question; without it or --file, questions are read from standard input, one per line."""
     file: str | None = None
-    """Text file with one question per line; the answers are printed as JSON lines."""
+    """Text file with one question per line, or a line {"messages": [...], "tools": [...]} for a
+    conversation; the answers are printed as JSON lines."""
     batch_size: int = 8
     """Number of questions in --file that are answered at once."""
     max_new_tokens: int = 256
@@ -56,42 +61,48 @@ class Args(ChatArgs):
 def main(args: Args) -> None:
     """Loads the model and prints the answers."""
     # Before the model, which takes long to load: a bad file should fail at once.
-    questions = {}
+    opening = args.opening()
     if args.file is not None:
-        questions = _read(Path(args.file))
+        asked = read_questions(Path(args.file), opening)
     model, params = load_with_adapter(args)
     if args.file is not None:
-        where, texts = list(questions), list(questions.values())
-        answers = _answers(args, model, params, texts, turn=0, where=where)
-        for question, text in zip(texts, answers, strict=True):
-            print(json.dumps({"question": question, "answer": text}, ensure_ascii=False))
+        answers = _answers(args, model, params, [*asked.values()], turn=0, where=[*asked])
+        for conversation, text in zip(asked.values(), answers, strict=True):
+            line = {**_shown(conversation, opening), "answer": text}
+            print(json.dumps(line, ensure_ascii=False))
         return
     for turn, question in enumerate(_questions(args.question)):
-        (text,) = _answers(args, model, params, [question], turn=turn)
+        conversation = ask(opening, [{"role": "user", "content": question}])
+        (text,) = _answers(args, model, params, [conversation], turn=turn)
         print(text, flush=True)
+
+
+def _shown(conversation: Conversation, opening: Conversation) -> dict[str, Any]:
+    """What was asked, beside the answer: one question, or the messages."""
+    messages = conversation.messages
+    if [*opening.messages, messages[-1]] == messages and messages[-1]["role"] == "user":
+        return {"question": messages[-1]["content"]}
+    return {"messages": messages}
 
 
 def _answers(
     args: Args,
     model: Model,
     params: Tree,
-    questions: Sequence[str],
+    conversations: Sequence[Conversation],
     *,
     turn: int,
     where: Sequence[str] | None = None,
 ) -> list[str]:
-    """The answers to independent questions, each in a conversation of its own."""
+    """The answers in independent conversations."""
     import jax
 
     from lorax_ft.inference.texts import answer
 
-    system = []
-    if args.system is not None:
-        system.append({"role": "system", "content": args.system})
     return answer(
         model,
         params,
-        [[*system, {"role": "user", "content": question}] for question in questions],
+        conversations,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
         sampling=args,
@@ -100,25 +111,6 @@ def _answers(
         key=jax.random.fold_in(jax.random.key(args.seed), turn),
         where=where,
     )
-
-
-def _read(file: Path) -> dict[str, str]:
-    """The questions of a file, by file and line number."""
-    if not file.is_file():
-        raise ValueError(f"there is no file at {file}")
-    try:
-        # -sig, as editors on Windows start a file with a byte order mark.
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from error
-    questions = {}
-    # Not splitlines(), which also splits at form feeds and U+2028.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            questions[f"{file}, line {number}"] = line.strip()
-    if not questions:
-        raise ValueError(f"{file} contains no questions")
-    return questions
 
 
 def _questions(question: str | None) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from checkpoint_cases import random_model, saved_model
+from data_cases import make_tokenizer
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
@@ -84,12 +85,15 @@ def test_an_interruption_between_the_renames_keeps_the_old_folder(
     assert len([*tmp_path.iterdir()]) == 1
 
 
-def test_a_tokenizer_that_cannot_be_written(tmp_path: Path) -> None:
-    class Full:
-        def save_pretrained(self, folder: Path) -> None:
-            raise Exception("No space left on device (os error 28)")
+def test_a_tokenizer_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> None:
+        raise Exception("No space left on device (os error 28)")
 
-    model = dataclasses.replace(random_model(), tokenizer=Full())
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    model = dataclasses.replace(random_model(), tokenizer=tokenizer)
     with pytest.raises(OSError, match=r"model cannot be written: the tokenizer: No space left"):
         save_model(tmp_path / "model", model.params, model)
     assert not [*tmp_path.iterdir()]

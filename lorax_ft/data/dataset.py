@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import re
 from array import array
@@ -24,7 +23,7 @@ from lorax_ft.data.readers import Row
 from lorax_ft.data.shapes import Shape, detect_shape, fitting_shape
 from lorax_ft.data.sources import has_split, parse_sources, read_rows
 from lorax_ft.data.store import Piece, StoredRows, StoredSamples, store_rows, store_samples
-from lorax_ft.data.tools import tool_schemas
+from lorax_ft.data.tools import read_tools
 from lorax_ft.data.usage import optional_fields, unknown_fields
 
 
@@ -359,11 +358,5 @@ def _defaults(config: DataConfig) -> Defaults:
     """What the options give to conversations that have none of their own."""
     tools = None
     if config.tools is not None:
-        try:
-            value = json.loads(Path(config.tools).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"data.tools: {config.tools} cannot be read as JSON: {error}"
-            ) from error
-        tools = tool_schemas(value, "data.tools", config.tools)
+        tools = read_tools(config.tools, "data.tools")
     return Defaults(system=config.system, tools=tools, template_args=config.parsed_template_args())

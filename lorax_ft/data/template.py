@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from lorax_ft.data.conversation import Conversation, Message
 from lorax_ft.data.marks import Span
-from lorax_ft.data.time_limit import time_limit
+from lorax_ft.time_limit import time_limit
 
 Tokenizer = Any
 """A transformers tokenizer. The type is not named, so that importing this module stays cheap."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from lorax_ft.data.fields import parse_json, type_name
@@ -117,3 +119,16 @@ def _objects(value: Any, name: str, where: str, *, example: str) -> list[dict[st
             )
         objects.append(parsed)
     return objects
+
+
+def read_tools(file: str, option: str) -> list[dict[str, Any]]:
+    """The schemas of the tools in a JSON file; `option` names it in errors.
+
+    Raises:
+      ValueError: the file cannot be read, or it holds no tools.
+    """
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}: {file} cannot be read as JSON: {error}") from error
+    return tool_schemas(value, option, file)

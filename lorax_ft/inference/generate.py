@@ -17,23 +17,13 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_ft.inference.decode import DecodeState, SamplingParams, decode, prefill
 from lorax_ft.inference.sampling import Sampling
+from lorax_ft.interop.end_tokens import ids_that_stop
 from lorax_ft.lowrank.adapters import norms
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import CausalLM, Model, decoder_layout
 from lorax_ft.tree import Tree, combine
 
 GREEDY = Sampling()
-# Some chat checkpoints do not list their end-of-turn token in eos_token_id.
-END_OF_TURN_TOKENS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "<|end_of_turn|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-)
 
 
 def generate(
@@ -135,24 +125,8 @@ def stream(
 
 
 def default_stop_ids(model: Model) -> tuple[int, ...]:
-    """The token ids that end a text.
-
-    These are the eos_token_id of config.json, of generation_config.json and of the tokenizer, and
-    all `END_OF_TURN_TOKENS` that the tokenizer knows.
-    """
-    ids: set[int | None] = set()
-    for config in (model.hf_config, model.generation_config):
-        eos = config.get("eos_token_id")
-        if isinstance(eos, list | tuple):
-            ids.update(eos)
-        else:
-            ids.add(eos)
-    if model.tokenizer is not None:
-        ids.add(model.tokenizer.eos_token_id)
-        # Added tokens only: convert_tokens_to_ids would give unk's id for an unknown token.
-        added = model.tokenizer.get_added_vocab()
-        ids.update(added.get(token) for token in END_OF_TURN_TOKENS)
-    return tuple(sorted(i for i in ids if i is not None))
+    """The token ids that end a text (see `end_tokens`); `save_model` writes the same ones."""
+    return ids_that_stop(model.tokenizer, model.hf_config, model.generation_config)
 
 
 def check_prompts(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax import Array
 
 from lorax_ft.data.chat import encode_prompt
-from lorax_ft.data.conversation import Message
+from lorax_ft.data.conversation import Conversation, Message
 from lorax_ft.inference.generate import GREEDY, check_prompts, stream, with_all_norms
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.models.model import Model
@@ -25,7 +25,7 @@ REPLACEMENT = "\ufffd"
 def answer(
     model: Model,
     params: Tree,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation | Sequence[Message]],
     *,
     max_new_tokens: int,
     batch_size: int = 32,
@@ -40,7 +40,8 @@ def answer(
     Args:
       model: also provides the tokenizer.
       params: parameters, with or without adapters.
-      conversations: messages up to the assistant's next turn.
+      conversations: messages up to the assistant's next turn, or such conversations with tools,
+        documents or template variables.
       max_new_tokens: maximum number of tokens of each answer.
       batch_size: number of answers that are generated at once.
       sampling: how the next token is chosen.
@@ -98,8 +99,9 @@ def stream_texts(
     stop_ids: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
     key: Array | None = None,
+    special: Literal["skip", "keep"] = "skip",
 ) -> Iterator[list[str]]:
-    """Like `stream`, but yields texts, without special tokens.
+    """Like `stream`, but yields texts.
 
     Each text starts with the previous one. An end that may be the start of a stop string, or an
     incomplete character, is held back until that is known.
@@ -107,6 +109,7 @@ def stream_texts(
     Args:
       model: this and the other arguments are those of `stream`.
       stop_strings: strings that end a text; the text does not include them.
+      special: whether the texts leave out special tokens, or keep those before the stop id.
     """
     if "" in stop_strings:
         raise ValueError("a stop string is empty, so every text would end before its first token")
@@ -119,7 +122,7 @@ def stream_texts(
         texts, stable, finished = [], [], []
         for row in rows:
             text = model.tokenizer.decode(
-                row, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                row, skip_special_tokens=special == "skip", clean_up_tokenization_spaces=False
             )
             end = _stop_position(text, stop_strings)
             texts.append(text[:end])
@@ -135,7 +138,7 @@ def stream_texts(
 
 def _encode_prompts(
     model: Model,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation | Sequence[Message]],
     where: Sequence[str] | None,
     *,
     max_new_tokens: int,
@@ -149,8 +152,8 @@ def _encode_prompts(
     if where is None:
         where = [f"prompt {number}" for number in range(1, len(conversations) + 1)]
     prompts = []
-    for messages, place in zip(conversations, where, strict=True):
-        prompts.append(encode_prompt(messages, model.tokenizer, where=place))
+    for conversation, place in zip(conversations, where, strict=True):
+        prompts.append(encode_prompt(conversation, model.tokenizer, where=place))
     check_prompts(prompts, max_new_tokens, model.config, where=where)
     return prompts
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorax_ft.interop.gguf_rope import ROPE_KEYS, read_rope
-from lorax_ft.interop.gguf_tokenizer import SPECIAL
+from lorax_ft.interop.gguf_tokenizer import ENDS, SPECIAL
 from lorax_ft.models.config import DecoderConfig
 
 Metadata = Mapping[str, Any]
@@ -224,6 +224,9 @@ def read_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any
     }
     for token, key in SPECIAL.items():
         config[f"{token}_id"] = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    ends = {metadata[key] for key in ENDS if key in metadata}
+    if len(ends) > 1:
+        config["eos_token_id"] = sorted(ends)
     # No key says whether projections have biases; only the tensors do.
     for field, module in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_down")):
         if f"blk.0.{module}.bias" in tensors:

@@ -14,6 +14,9 @@ from typing import Any
 from lorax_ft.interop.tokenizer import import_transformers
 
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+ENDS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
+"""Keys of the tokens that end a text, a turn and a message, of which a file may have several."""
+CHAT_TEMPLATE, CHAT_TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
 # llama.cpp's token types (`llama_token_type`).
 NORMAL = 1
 UNKNOWN = 2
@@ -113,11 +116,23 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Any:
     _surround(tokenizer, before, after)
     return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_chat_template(metadata),
         model_max_length=metadata[f"{metadata['general.architecture']}.context_length"],
         clean_up_tokenization_spaces=False,
         **special,
     )
+
+
+def _chat_template(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """Returns a file's chat template, or all of them by name if it has several."""
+    default = metadata.get(CHAT_TEMPLATE)
+    names = metadata.get(CHAT_TEMPLATES, ())
+    if not names:
+        return default
+    templates = {name: metadata[f"{CHAT_TEMPLATE}.{name}"] for name in names}
+    if default is not None:
+        templates = {"default": default} | templates
+    return templates
 
 
 def byte_level(tokens: list[str], merges: list[str], pre_tokenizer: PreTokenizer) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax_ft.interop.bitsandbytes import nf4_tensors, quantization_config
+from lorax_ft.interop.end_tokens import ids_that_stop
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import (
     INDEX,
@@ -22,7 +23,7 @@ from lorax_ft.interop.huggingface import (
     family_names,
     hf_names,
 )
-from lorax_ft.interop.tokenizer import save_tokenizer
+from lorax_ft.interop.tokenizer import ALL_FILES, save_tokenizer
 from lorax_ft.lowrank.merge import merged_leaves
 from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.models.model import HEAD, WITHOUT_START, Model, abstract_params
@@ -188,15 +189,17 @@ def _write(
         raise ValueError("saving: the model has no hf_config, so there is no config.json to write")
     if Path(folder).resolve() == Path(model.source or " ").resolve():
         raise ValueError(f"{folder} is where the model was loaded from; give another folder")
-    # The new model may have fewer shards than an old one in the folder, or no index.
-    old_weights = ("model*.safetensors", INDEX)
-    with new_folder(folder, replaces=old_weights, others=others) as new:
+    # The new model may have fewer shards than an old one in the folder, no index, or a tokenizer in
+    # other files.
+    replaces = ("model*.safetensors", INDEX, "generation_config.json", *ALL_FILES)
+    with new_folder(folder, replaces=replaces, others=others) as new:
         files, dtype = _write_shards(new, tensors, shard_bytes)
         _write_json(new / "config.json", _config(model, files, dtype) | dict(fields))
         if len(files) > 1:
             _write_json(new / INDEX, _index(files))
-        if model.generation_config:
-            _write_json(new / "generation_config.json", dict(model.generation_config))
+        generation_config = _generation_config(model)
+        if generation_config:
+            _write_json(new / "generation_config.json", generation_config)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, new)
 
@@ -211,6 +214,34 @@ def _config(model: Model, files: Files, dtype: str) -> dict[str, Any]:
     config["tie_word_embeddings"] = not any("lm_head.weight" in sizes for sizes in files.values())
     config["dtype"] = dtype
     return config
+
+
+def _generation_config(model: Model) -> dict[str, Any]:
+    """The generation_config.json: the model's own, with every token that ends an answer here.
+
+    transformers and vLLM stop at its eos_token_id only, which often lacks the end-of-turn token.
+    """
+    config = dict(model.generation_config)
+    stops = ids_that_stop(model.tokenizer, model.hf_config, config)
+    if not stops:
+        return config
+    if not config:
+        # Without this file, transformers takes these from config.json; with it, it does not.
+        for name in ("bos_token_id", "pad_token_id"):
+            if model.hf_config.get(name) is not None:
+                config[name] = model.hf_config[name]
+    config["eos_token_id"] = _eos_token_id(config.get("eos_token_id"), stops)
+    return config
+
+
+def _eos_token_id(given: Any, stops: Sequence[int]) -> int | list[int]:
+    """The stops as transformers writes them; the given ones stay first, in their order."""
+    if not isinstance(given, list | tuple):
+        given = [] if given is None else [given]
+    ids = [*given, *(i for i in stops if i not in given)]
+    if len(ids) == 1:
+        return int(ids[0])
+    return ids
 
 
 def _index(files: Files) -> dict[str, Any]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lorax_ft.interop.end_tokens import end_of_turn
 from lorax_ft.interop.gguf_tokenizer import (
     BYTE,
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATES,
     CONTROL,
     NORMAL,
     PRE_TOKENIZERS,
@@ -28,8 +32,8 @@ PROBE = "Hello  world,\n\n\tit's 1234.5 naïve 数学 кот 🦙 x_y == z   "
 def tokenizer_metadata(model: Model, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys of a model's tokenizer.
 
-    They hold the tokens and their types, merges or scores, the pre-tokenizer, the special tokens
-    and the chat template.
+    They hold the tokens and their types, merges or scores, the pre-tokenizer, the special tokens,
+    the token that ends an assistant turn, and the chat templates.
 
     Args:
       model: has the tokenizer.
@@ -45,8 +49,7 @@ def tokenizer_metadata(model: Model, metadata: Mapping[str, Any]) -> dict[str, A
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     for form in _forms(parts, model.config.vocab_size):
         keys = {f"tokenizer.ggml.{key}": value for key, value in (form | special).items()}
-        if tokenizer.chat_template:
-            keys["tokenizer.chat_template"] = tokenizer.chat_template
+        keys |= _chat_templates(tokenizer.chat_template)
         again = read_tokenizer({**metadata, **keys})
         if again(PROBE).input_ids == tokenizer(PROBE).input_ids:
             return keys
@@ -70,6 +73,33 @@ def _special_tokens(tokenizer: Any) -> dict[str, Any]:
         token_id = getattr(tokenizer, f"{name}_id")
         if token_id is not None:
             keys[f"{key}_token_id"] = token_id
+    end = end_of_turn(tokenizer)
+    if end is not None and end != tokenizer.eos_token:
+        keys["eot_token_id"] = tokenizer.convert_tokens_to_ids(end)
+    return keys
+
+
+def _chat_templates(template: str | Mapping[str, str] | None) -> dict[str, Any]:
+    """Returns the keys of a chat template, or of several by name.
+
+    llama.cpp reads the default without a name, `tool_use` for conversations with tools, and the
+    list of the names; a name has letters, digits and underscores only.
+    """
+    if not template:
+        return {}
+    if isinstance(template, str):
+        return {CHAT_TEMPLATE: template}
+    keys: dict[str, Any] = {}
+    names = []
+    for name, text in template.items():
+        if name == "default":
+            keys[CHAT_TEMPLATE] = text
+            continue
+        name = re.sub(r"[^A-Za-z0-9]", "_", name)
+        keys[f"{CHAT_TEMPLATE}.{name}"] = text
+        names.append(name)
+    if names:
+        keys[CHAT_TEMPLATES] = names
     return keys
 
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+ALL_FILES = (
+    *FILES,
+    "added_tokens.json",
+    "additional_chat_templates",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "vocab.txt",
+)
+"""Everything that transformers reads a tokenizer from; one of them is a folder."""
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -29,15 +43,74 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes a tokenizer's files into a folder.
+    """Writes a tokenizer's files into a folder, so that transformers 4 and 5 load them.
+
+    A tokenizer that is as it was loaded from a folder is copied: its files stay as they are, byte
+    for byte.
 
     Raises:
       OSError: they cannot be written.
     """
+    if _is_untouched(tokenizer):
+        _copy(Path(tokenizer.name_or_path), folder)
+        return
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises a plain Exception when the disk is full
         raise OSError(f"the tokenizer: {error}") from error
+    _make_readable_by_transformers_4(folder / "tokenizer_config.json")
+
+
+def _is_untouched(tokenizer: Any) -> bool:
+    """Whether loading the tokenizer's folder again gives the same tokenizer."""
+    if not tokenizer.name_or_path:
+        return False
+    try:
+        again = load_tokenizer(tokenizer.name_or_path)
+    except ValueError:  # the files are no longer what they were
+        return False
+    return again is not None and _state(tokenizer) == _state(again)
+
+
+def _state(tokenizer: Any) -> dict[str, Any]:
+    """Returns what a tokenizer's files hold."""
+    state: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "special": tokenizer.special_tokens_map,
+        "template": tokenizer.chat_template,
+        "length": tokenizer.model_max_length,
+        "side": tokenizer.padding_side,
+    }
+    if tokenizer.is_fast:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Calls with padding or truncation leave them here; they change no token.
+        state["parts"] = parts | {"padding": None, "truncation": None}
+    else:
+        state["vocabulary"] = tokenizer.get_vocab()
+    return state
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """Copies a tokenizer's files."""
+    for name in ALL_FILES:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _make_readable_by_transformers_4(file: Path) -> None:
+    """Rewrites what transformers 5 put into tokenizer_config.json under names that 4 knows, too."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    # How the tokenizer was loaded here says nothing about the tokenizer.
+    for name in ("is_local", "local_files_only", "backend"):
+        config.pop(name, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def import_transformers() -> Any:

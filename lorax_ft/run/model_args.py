@@ -7,8 +7,10 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorax_ft.checks import check
+from lorax_ft.checks import check, parse_template_args
 from lorax_ft.config import Config, ModelConfig, QuantConfig
+from lorax_ft.data.conversation import Conversation, Message
+from lorax_ft.data.tools import read_tools
 from lorax_ft.inference.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -48,6 +50,10 @@ class ChatArgs(ModelArgs, Sampling):
 
     system: str | None = None
     """System message at the start of the conversation."""
+    tools: str | None = None
+    """JSON file with a list of function schemas, the tools that the model may call."""
+    template_args: tuple[str, ...] = ()
+    """Variables of the chat template, each as "name=value", such as "enable_thinking=false"."""
     max_new_tokens: int = 512
     """Maximum number of tokens of an answer."""
     seed: int = 0
@@ -60,6 +66,25 @@ class ChatArgs(ModelArgs, Sampling):
         check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be 0 or more and below 2^32")
         check(
             self.max_new_tokens > 0, f"max_new_tokens is {self.max_new_tokens}; it must be above 0"
+        )
+        parse_template_args(self.template_args, "--template_args")
+
+    def opening(self) -> Conversation:
+        """The start of every conversation: system message, tools and template variables.
+
+        Raises:
+          ValueError: the file with the tools cannot be read.
+        """
+        messages: list[Message] = []
+        if self.system:
+            messages.append({"role": "system", "content": self.system})
+        tools = None
+        if self.tools is not None:
+            tools = read_tools(self.tools, "--tools")
+        return Conversation(
+            messages=messages,
+            tools=tools,
+            template_args=parse_template_args(self.template_args, "--template_args"),
         )
 
 
