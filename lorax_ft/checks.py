@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 import types
+from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 TYPE_NAMES = {

@@ -163,7 +163,7 @@ def test_a_file_of_questions_and_conversations(tmp_path: Path) -> None:
         ),
         (
             '{"messages": [{"role": "user", "content": "a"}], "tools": {}}',
-            "line 2: tools: must be a list of tool schemas",
+            "line 2, tool 1 of tools: has no function with a name",
         ),
     ],
 )

@@ -121,11 +121,11 @@ def _objects(value: Any, name: str, where: str, *, example: str) -> list[dict[st
     return objects
 
 
-def read_tools(file: str, option: str) -> list[dict[str, Any]]:
-    """The schemas of the tools in a JSON file; `option` names it in errors.
+def read_tools(file: str, option: str) -> list[dict[str, Any]] | None:
+    """The schemas of the tools in a JSON file, None if there are none; `option` is for errors.
 
     Raises:
-      ValueError: the file cannot be read, or it holds no tools.
+      ValueError: the file cannot be read, or a tool has another form.
     """
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
