@@ -26,8 +26,10 @@ from lorax_ft.interop.lazy_tensor import (
     Tensors,
     lazy_tensors,
 )
+from lorax_ft.interop.text_part import text_config, text_tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.model import PART_OF
 
 Names = Mapping[str, str]
 """Our name of a path component -> the name in a family's checkpoints, where the two differ."""
@@ -40,6 +42,8 @@ LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": 
 def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """Reads a checkpoint's config.json, without its quantization_config, and its tensors.
 
+    Of a checkpoint that holds other parts, such as a vision tower, they are those of the text part.
+
     Raises:
       ValueError: a file is missing or damaged, or the folder holds something else.
     """
@@ -47,7 +51,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
         raise ValueError(
             f"{folder} holds an adapter, not a model; load its base model, then use load_peft"
         )
-    config = read_json(folder / "config.json")
+    config = text_config(read_json(folder / "config.json"))
     quantization = config.pop("quantization_config", None)
     # Before the weights: an unsupported architecture is the more useful error than a missing file.
     decoder_config(config, source=str(folder))
@@ -60,6 +64,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
         tensors |= lazy_tensors(file, dtypes=dtypes)
     if quantization is not None:
         tensors = assemble_nf4(tensors, source=str(folder))
+    if PART_OF in config:
+        return config, text_tensors(tensors)
     return config, tensors
 
 

@@ -25,7 +25,7 @@ from lorax_ft.interop.huggingface import (
 from lorax_ft.interop.tokenizer import save_tokenizer
 from lorax_ft.lowrank.merge import merged_leaves
 from lorax_ft.lowrank.requantize import is_requantized
-from lorax_ft.models.model import HEAD, WITHOUT_START, Model, abstract_params
+from lorax_ft.models.model import HEAD, PART_OF, WITHOUT_START, Model, abstract_params
 from lorax_ft.quant.double import DoubleQuantized
 from lorax_ft.quant.int8 import Int8
 from lorax_ft.quant.nf4 import NF4
@@ -208,6 +208,8 @@ def _config(model: Model, files: Files, dtype: str) -> dict[str, Any]:
     config.pop("torch_dtype", None)
     # The caller sets this mark again if it holds for the new checkpoint.
     config.pop(WITHOUT_START, None)
+    # What is written is a text model of its own.
+    config.pop(PART_OF, None)
     config["tie_word_embeddings"] = not any("lm_head.weight" in sizes for sizes in files.values())
     config["dtype"] = dtype
     return config

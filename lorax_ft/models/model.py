@@ -31,6 +31,9 @@ from lorax_ft.tree import Layer, Tree
 TABLE, HEAD = "embed_tokens", "lm_head"
 WITHOUT_START = "start_taken_out"
 """The field of config.json that marks a base from which an adapter's start was subtracted."""
+PART_OF = "text_part_of"
+"""The field of `Model.hf_config` with the architecture of the checkpoint that holds more than the
+decoder, such as a vision tower; it is in no file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,11 @@ class Model(CausalLM):
         if self.format is None:
             return self.source
         return f"{self.source} in {self.format}"
+
+    @property
+    def text_part_of(self) -> str | None:
+        """The architecture of the checkpoint whose text part the model is; None: it is all of it."""
+        return self.hf_config.get(PART_OF)
 
     @property
     def without_start(self) -> bool:
