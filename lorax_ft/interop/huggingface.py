@@ -169,8 +169,10 @@ def unstacked(path: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
         yield "/".join(logical), index
 
 
-def hf_module(path: str, names: Names) -> str:
+def hf_module(path: str, names: Names, *, place: str = "model") -> str:
     """Hugging Face's name of the module at a logical path; `names` are the family's own.
+
+    `place` is where the decoder lies: "model.language_model" beside a vision tower.
 
     >>> hf_module("layers/3/mlp/up_proj", {})
     'model.layers.3.mlp.up_proj'
@@ -181,7 +183,7 @@ def hf_module(path: str, names: Names) -> str:
     if path == "lm_head":
         return path
     components = [names.get(name, name) for name in path.split("/")]
-    return ".".join(["model", *components])
+    return ".".join([place, *components])
 
 
 def family_names(hf_config: Mapping[str, Any]) -> Names:

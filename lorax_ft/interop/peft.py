@@ -21,10 +21,12 @@ from safetensors.numpy import save_file
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, read_json, unstacked
+from lorax_ft.interop.lazy_tensor import lazy_tensors
 from lorax_ft.interop.peft_collect import collect_adapters, differ
 from lorax_ft.interop.peft_config import CONFIG, WEIGHTS, without_tensors
 from lorax_ft.interop.peft_methods import Matrix, method_of_config, method_of_matrix
 from lorax_ft.interop.peft_tensors import OWN_SUFFIXES, PREFIX, Entry, adapter_tensors
+from lorax_ft.interop.text_part import peft_place, place_in
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.spec import LayerSpec, base_kernel, base_shape, with_kernel
 from lorax_ft.lowrank.terms import magnitude
@@ -70,19 +72,20 @@ def save_peft(
     """
     adapters, whole = collect_adapters(params, model, config, base=base)
     names = family_names(model.hf_config)
+    place = peft_place(model.hf_config)
     first_matrix = next(iter(adapters.values()))
     method = method_of_matrix(first_matrix)
     tensors: dict[str, np.ndarray] = {}
     by_module: dict[str, Matrix] = {}
     for path, matrix in adapters.items():
-        module = hf_module(path, names)
+        module = hf_module(path, names, place=place)
         by_module[module] = matrix
         for suffix, value in method.tensors(matrix, path == TABLE).items():
             tensors[f"{PREFIX}{module}.{suffix}"] = np.ascontiguousarray(value)
     whole_modules = set()
     for path, weight in whole.items():
         parent, _, leaf = path.rpartition("/")
-        module = hf_module(parent, names)
+        module = hf_module(parent, names, place=place)
         whole_modules.add(module)
         tensors[f"{PREFIX}{module}.{LEAVES[leaf]}"] = np.ascontiguousarray(weight)
     peft_config = {
@@ -91,7 +94,7 @@ def save_peft(
         "inference_mode": True,
         "base_model_name_or_path": str(base or model.source) or None,
         "modules_to_save": sorted(whole_modules) or None,
-        **method.config(by_module, _known_modules(model, params)),
+        **method.config(by_module, _all_modules(model, params, place)),
     }
     if method.dropout is not None:
         peft_config[method.dropout] = config.dropout if config else 0.0
@@ -114,7 +117,8 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     folder = Path(folder)
     config = read_config(folder)
     method = method_of_config(config, folder)
-    known = _known_modules(model, model.params)
+    place_there = place_in(key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS))
+    known = _known_modules(model, model.params, place=place_there)
     _check_base(config, folder, model)
     layers = modules(model.params)
     raw: dict[Place, Matrix] = {}
@@ -207,7 +211,17 @@ def _check_complete(
         raise ValueError(f"{folder}: {WEIGHTS} holds no adapter")
 
 
-def _known_modules(model: Model, params: Tree) -> dict[str, Place]:
+def _all_modules(model: Model, params: Tree, place: str) -> list[str]:
+    """Hugging Face's names of the modules among which those of an adapter are told apart."""
+    names = list(_known_modules(model, params, place=place))
+    if place == "model":
+        return names
+    # A vision tower may have modules of the same last names, so those alone name none.
+    elsewhere = [f"vision_tower.{name.rpartition('.')[2]}" for name in names]
+    return names + elsewhere
+
+
+def _known_modules(model: Model, params: Tree, *, place: str) -> dict[str, Place]:
     """Where the modules of the model stand, by Hugging Face's names."""
     experts = 1
     if model.config.experts:
@@ -218,7 +232,7 @@ def _known_modules(model: Model, params: Tree) -> dict[str, Place]:
     # A tied head is not in the tree, but a folder may untie it.
     for path in {HEAD: {}} | modules(params):
         for logical, index in unstacked(path, stack):
-            known[hf_module(logical, names)] = (path, index)
+            known[hf_module(logical, names, place=place)] = (path, index)
     return known
 
 

@@ -7,7 +7,7 @@ tower. Both become those of a text model, so that nothing else has to know of ot
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorax_ft.interop.families import FAMILIES
@@ -15,7 +15,6 @@ from lorax_ft.interop.lazy_tensor import LazyTensor, Tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.model import PART_OF
 
-TABLE = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 # Fields that checkpoints have beside `text_config`, where the text part has none of its own.
 SHARED = (
@@ -47,7 +46,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def text_tensors(tensors: Tensors) -> Tensors:
     """The tensors of the text part, under the names that a text model has."""
-    prefix = _prefix(tensors)
+    prefix = place_in(tensors) + "."
     found: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(prefix):
@@ -57,15 +56,41 @@ def text_tensors(tensors: Tensors) -> Tensors:
     return found
 
 
+def peft_place(config: Mapping[str, Any]) -> str:
+    """Where the decoder lies in what AutoModelForCausalLM makes of the checkpoint, for PEFT.
+
+    Of some checkpoints that is the text model, of others the whole with its vision tower.
+    """
+    whole = config.get(PART_OF)
+    if whole is None or causal_lm(whole).endswith("ForCausalLM"):
+        return "model"
+    return "model.language_model"
+
+
+def place_in(modules: Iterable[str]) -> str:
+    """Where the decoder lies in the model whose modules have these names.
+
+    >>> place_in(["model.language_model.layers.0.mlp.up_proj"])
+    'model.language_model'
+    """
+    names = list(modules)
+    for place in LANGUAGE_MODELS:
+        if any(name.startswith(f"{place}.") for name in names):
+            return place
+    return "model"
+
+
 def notice(config: Mapping[str, Any], *, source: str) -> str:
     """What a person should know of a text part, in one line.
 
-    >>> notice({"model_type": "gemma3_text", "text_part_of": "gemma3"}, source="gemma-3-4b-it")
-    'gemma-3-4b-it is a gemma3 checkpoint: its text part (gemma3_text) is loaded, other parts are not'
+    >>> notice({"model_type": "gemma3_text", "text_part_of": "gemma3"}, source="out/gemma")
+    'out/gemma is a gemma3 checkpoint: its text part (gemma3_text) is loaded, other parts are not'
     """
     whole = config[PART_OF]
     text = config["model_type"]
-    return f"{source} is a {whole} checkpoint: its text part ({text}) is loaded, other parts are not"
+    return (
+        f"{source} is a {whole} checkpoint: its text part ({text}) is loaded, other parts are not"
+    )
 
 
 def causal_lm(model_type: str) -> str:
@@ -74,11 +99,3 @@ def causal_lm(model_type: str) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-
-
-def _prefix(tensors: Tensors) -> str:
-    """What precedes the names of the decoder's modules."""
-    for place in LANGUAGE_MODELS:
-        if f"{place}.{TABLE}" in tensors:
-            return f"{place}."
-    return "model."

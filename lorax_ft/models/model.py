@@ -128,7 +128,7 @@ class Model(CausalLM):
 
     @property
     def text_part_of(self) -> str | None:
-        """The architecture of the checkpoint whose text part the model is; None: it is all of it."""
+        """The architecture of the checkpoint whose text part this is; None: it is all of it."""
         return self.hf_config.get(PART_OF)
 
     @property
