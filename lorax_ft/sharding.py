@@ -38,9 +38,12 @@ DECODER_RULES: Rules = (
     (r"layers/.*/experts/down_proj/kernel", (None, None, "tensor", "fsdp")),
     (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", (None, "fsdp", "tensor")),
     (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)_proj/bias", (None, "tensor")),
-    (r"layers/.*/(o|down)_proj/kernel", (None, "tensor", "fsdp")),
+    (r"layers/.*/in_proj_(qkv|z)/kernel", (None, "fsdp", "tensor")),
+    (r"layers/.*/in_proj_(a|b)/kernel", (None, "fsdp", None)),
+    (r"layers/.*/(o|out|down)_proj/kernel", (None, "tensor", "fsdp")),
     (r"layers/.*/(o|down)_proj/bias", ()),
-    (r"layers/mlp/gate/kernel", ()),
+    (r"layers/(.*/)?mlp/gate/kernel", ()),
+    (r"layers/(.*/)?linear_attn/(conv1d/kernel|A_log|dt_bias)", ()),
     (r"(.*/)?\w*norm/scale", ()),
 )
 

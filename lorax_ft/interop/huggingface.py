@@ -30,13 +30,22 @@ from lorax_ft.interop.text_part import text_config, text_tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import PART_OF
+from lorax_ft.tree import with_layer_numbers
 
 Names = Mapping[str, str]
 """Our name of a path component -> the name in a family's checkpoints, where the two differ."""
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+LEAVES = {
+    "kernel": "weight",
+    "embedding": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "A_log": "A_log",
+    "dt_bias": "dt_bias",
+}
+"""Our name of a leaf -> the name of its tensor."""
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
@@ -154,6 +163,8 @@ def unstacked(path: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
 
     >>> list(unstacked("layers/mlp/up_proj", (2, 8, 16)))
     [('layers/0/mlp/up_proj', (0,)), ('layers/1/mlp/up_proj', (1,))]
+    >>> list(unstacked("layers/1_of_2/mlp/up_proj", (2, 8, 16)))
+    [('layers/1/mlp/up_proj', (0,)), ('layers/3/mlp/up_proj', (1,))]
     >>> list(unstacked("layers/mlp/experts/up_proj", (1, 2, 8, 16)))
     [('layers/0/mlp/experts/0/up_proj', (0, 0)), ('layers/0/mlp/experts/1/up_proj', (0, 1))]
     """
@@ -166,7 +177,7 @@ def unstacked(path: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
             logical.append(name)
             if name in numbers:
                 logical.append(str(numbers[name]))
-        yield "/".join(logical), index
+        yield with_layer_numbers("/".join(logical)), index
 
 
 def hf_module(path: str, names: Names, *, place: str = "model") -> str:

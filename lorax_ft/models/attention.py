@@ -18,7 +18,7 @@ from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.parts import dense, norm, projections, softcap
 from lorax_ft.models.rope import rotary, rotate
 
-Cache = dict[str, Array]
+KeysAndValues = dict[str, Array]
 # Blocks of queries. Four leave 5/8 of the products; infinitely many would leave a half.
 BLOCKS = 4
 # Below this, blocks are too small to be worth their overhead.
@@ -47,8 +47,8 @@ class Attention(nn.Module):
         x: Array,
         rope_and_mask: RopeAndMask,
         positions: Array,
-        cache: Cache | None,
-    ) -> tuple[Array, Cache | None]:
+        cache: KeysAndValues | None,
+    ) -> tuple[Array, KeysAndValues | None]:
         """`[B, T, D]` to `[B, T, D]`, and the cache with the new keys and values.
 
         Args:
@@ -61,9 +61,15 @@ class Attention(nn.Module):
         cos, sin, mask = rope_and_mask
         q_width = c.heads * c.head_dim
         kv_width = c.kv_heads * c.head_dim
-        widths = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
+        with_gate = 2 * q_width if c.attention_gate else q_width
+        widths = {"q_proj": with_gate, "k_proj": kv_width, "v_proj": kv_width}
         q, k, v = projections(c, x, widths, fused="qkv_proj")
 
+        gate = None
+        if c.attention_gate:
+            # Each head's queries and its gate stand beside one another.
+            q, gate = jnp.split(_split_heads(q, 2 * c.head_dim), 2, axis=-1)
+            q = q.reshape(*x.shape[:2], q_width)
         if c.qk_norm == "whole":
             q = norm(c, "q_norm")(q)
             k = norm(c, "k_norm")(k)
@@ -81,6 +87,8 @@ class Attention(nn.Module):
             v = _write(cache["v"], v, positions)
             cache = {"k": k, "v": v}
         y = attend(c, q, k, v, mask)
+        if gate is not None:
+            y = y * jax.nn.sigmoid(gate)
         y = y.reshape(*x.shape[:2], q_width)
         return dense(c, c.width, "o_proj")(y), cache
 
@@ -108,13 +116,15 @@ def make_rope_and_mask(
       slots: the number of slots of the cache; None: no cache.
       length: `[B]`, the length that each text may grow to; None: its present length.
     """
-    layer_types = config.layer_types
-    if len(layer_types) == 1:
-        layer_types = layer_types * config.layers
-    distinct = tuple(dict.fromkeys(layer_types))
+    layer_types = config.each_layer
+    attending = [layer_type for layer_type in layer_types if layer_type.linear is None]
+    distinct = tuple(dict.fromkeys(attending))
     cos, sin = _rope_by_type(distinct, positions, length)
     mask = _mask_by_type(distinct, positions, segment_ids, slots)
-    indices = [distinct.index(layer_type) for layer_type in layer_types]
+    indices = []
+    for layer_type in layer_types:
+        # Linear attention reads neither, so its index has no meaning.
+        indices.append(0 if layer_type.linear else distinct.index(layer_type))
     return RopeAndMask(cos, sin, mask), jnp.array(indices)
 
 
@@ -293,9 +303,9 @@ def _attend_one_block(
     return y.reshape(b, kv_heads, groups, t, c)
 
 
-def empty_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:
-    """A cache without content: keys and values `[L, B, S, K, C]` of zeros."""
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+def empty_keys_and_values(config: DecoderConfig, batch: int, slots: int) -> KeysAndValues:
+    """A layer's cache without content: keys and values `[B, S, K, C]` of zeros."""
+    shape = (batch, slots, config.kv_heads, config.head_dim)
     return {
         "k": jnp.zeros(shape, config.dtype),
         "v": jnp.zeros(shape, config.dtype),

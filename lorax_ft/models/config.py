@@ -9,6 +9,25 @@ from lorax_ft.models.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearAttention:
+    """The sizes of gated linear attention (2412.06464)."""
+
+    # Each key head serves value_heads / key_heads value heads.
+    key_heads: int
+    value_heads: int
+    # The channels of a head.
+    key_dim: int
+    value_dim: int
+    # How many tokens the convolution before it sees, the present one included.
+    conv_width: int
+
+    @property
+    def mixed(self) -> int:
+        """The channels of all queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerType:
     """In what the layers of one decoder may differ."""
 
@@ -16,6 +35,8 @@ class LayerType:
     rope: Rope | None
     # How many tokens a token sees, itself included. None: all tokens before it.
     window: int | None = None
+    # What the layer has in place of attention. None: it has attention.
+    linear: LinearAttention | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +81,8 @@ class DecoderConfig:
     # None: the MLP is dense.
     experts: Experts | None = None
     embedding_scale: float = 1.0
+    # Whether q_proj also projects to a gate for each channel of attention's output.
+    attention_gate: bool = False
     # Multiplies the product of queries and keys. None: 1 / √head_dim.
     attention_scale: float | None = None
     # The c of c · tanh(x / c), on attention scores before the mask.
@@ -73,3 +96,19 @@ class DecoderConfig:
     # What the backward pass recomputes: nothing (none), all but dot products (dots), all but the
     # MLP's gate and up (mlp), or everything (full).
     remat: Literal["none", "dots", "mlp", "full"] = "full"
+
+    @property
+    def each_layer(self) -> tuple[LayerType, ...]:
+        """The type of each layer."""
+        if len(self.layer_types) == 1:
+            return self.layer_types * self.layers
+        return self.layer_types
+
+    @property
+    def period(self) -> int:
+        """After how many layers the kinds of parameters that layers have repeat."""
+        kinds = [layer.linear for layer in self.each_layer]
+        for period in range(1, self.layers):
+            if self.layers % period == 0 and kinds == kinds[:period] * (self.layers // period):
+                return period
+        return self.layers

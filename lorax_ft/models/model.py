@@ -20,7 +20,7 @@ from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.spec import LayerSpec, with_kernel
 from lorax_ft.lowrank.terms import check_layer, magnitude
-from lorax_ft.models.attention import Cache
+from lorax_ft.models.cache import Cache
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.parts import rows_dot_general, softcap
@@ -62,6 +62,7 @@ class CausalLM:
         noise: Array | None = None,
         cache: Cache | None = None,
         length: Array | None = None,
+        counts: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Features `[B, T, D]` before the head, and the cache.
 
@@ -70,7 +71,14 @@ class CausalLM:
         apply = adapt(self.module.apply, gather=gathered)
         variables = {"params": params}
         return apply(
-            variables, tokens, positions, segment_ids, noise=noise, cache=cache, length=length
+            variables,
+            tokens,
+            positions,
+            segment_ids,
+            noise=noise,
+            cache=cache,
+            length=length,
+            counts=counts,
         )
 
     def head(self, params: Tree) -> Layer:

@@ -51,6 +51,14 @@ LONGROPE = {
     "partial_rotary_factor": 0.75,
 }
 GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24, "num_hidden_layers": 4}
+QWEN3_5 = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+}
 CASES: dict[str, dict[str, Any]] = {
     "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
     "llama_untied": {"model_type": "llama", "num_key_value_heads": 4},
@@ -85,6 +93,21 @@ CASES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "norm_topk_prob": True,
         "head_dim": 16,
+    },
+    "qwen3_5": {"model_type": "qwen3_5_text", **QWEN3_5},
+    "qwen3_5_grouped_values": {
+        "model_type": "qwen3_5_text",
+        **QWEN3_5,
+        "num_hidden_layers": 8,
+        "linear_num_value_heads": 6,
+        "linear_value_head_dim": 8,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_5_no_period": {
+        "model_type": "qwen3_5_text",
+        **QWEN3_5,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "num_hidden_layers": 3,
     },
     "mixtral": {
         "model_type": "mixtral",
@@ -132,6 +155,8 @@ def checkpoint(
     for name, weight in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             weight.data.normal_(float("norm" in name), 0.3)
+        if name.endswith("A_log"):
+            weight.data.normal_(0, 0.5)
     model.save_pretrained(folder, **options)
     return model
 
