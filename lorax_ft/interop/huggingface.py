@@ -37,15 +37,8 @@ Names = Mapping[str, str]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LEAVES = {
-    "kernel": "weight",
-    "embedding": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "A_log": "A_log",
-    "dt_bias": "dt_bias",
-}
-"""Our name of a leaf -> the name of its tensor."""
+LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+"""Our leaf -> the end of its tensor's name; a leaf that is not here has its own name."""
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
@@ -146,7 +139,7 @@ def hf_names(path: str, shape: Shape, names: Names) -> Iterator[tuple[str, Any]]
     [('lm_head.weight', ())]
     """
     module, _, leaf = path.rpartition("/")
-    suffix = LEAVES[leaf]
+    suffix = LEAVES.get(leaf, leaf)
     for logical, index in unstacked(module, shape):
         hf_path = hf_module(logical, names)
         yield f"{hf_path}.{suffix}", index

@@ -87,7 +87,7 @@ def save_peft(
         parent, _, leaf = path.rpartition("/")
         module = hf_module(parent, names, place=place)
         whole_modules.add(module)
-        tensors[f"{PREFIX}{module}.{LEAVES[leaf]}"] = np.ascontiguousarray(weight)
+        tensors[f"{PREFIX}{module}.{LEAVES.get(leaf, leaf)}"] = np.ascontiguousarray(weight)
     peft_config = {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
@@ -226,7 +226,8 @@ def _known_modules(model: Model, params: Tree, *, place: str) -> dict[str, Place
     experts = 1
     if model.config.experts:
         experts = model.config.experts.count
-    stack = (model.config.layers, experts)
+    layers = model.config.layers // model.config.period
+    stack = (layers, experts)
     names = family_names(model.hf_config)
     known = {}
     # A tied head is not in the tree, but a folder may untie it.

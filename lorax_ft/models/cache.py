@@ -16,7 +16,7 @@ from lorax_ft.models.linear_attention import empty_state
 from lorax_ft.tree import flatten, member
 
 Cache = dict[str, Any]
-"""A layer's arrays, stacked over the layers; where their kinds alternate, by place in the period."""
+"""A layer's arrays, stacked over layers; where their kinds alternate, by place in the period."""
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:

@@ -3,8 +3,8 @@
 A step of the scan computes one layer or, where layers with other kinds of parameters alternate, one
 period of P layers: `layers/2_of_4` stacks the third of every four layers.
 
-Shapes: B batch, T tokens, D width, L layers, N distinct layer types. Kernels are `[L / P, in, out]`.
-Modules have the names of Hugging Face's checkpoints.
+Shapes: B batch, T tokens, D width, L layers, N distinct layer types. Kernels are
+`[L / P, in, out]`. Modules have the names of Hugging Face's checkpoints.
 """
 
 from __future__ import annotations

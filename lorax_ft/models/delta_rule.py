@@ -5,8 +5,8 @@ holds for the token's key k by the value v, in part β:
 
     S ← α S + β k (v − α Sᵀ k)ᵀ,    o = Sᵀ q
 
-Within a chunk, all tokens' corrections Δ = v − α Sᵀ k follow from one triangular system (2406.06484),
-so that only the state at the borders of chunks is computed in turn.
+Within a chunk, all tokens' corrections Δ = v − α Sᵀ k follow from one triangular system
+(2406.06484), so that only the state at the borders of chunks is computed in turn.
 
 Letters: B batch, T tokens, H heads, Cₖ channels of a key, Cᵥ of a value, n chunks, c tokens of a
 chunk.

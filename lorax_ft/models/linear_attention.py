@@ -107,7 +107,7 @@ class GatedDeltaNet(nn.Module):
         return y, {"recurrent": recurrent, "inputs": inputs}
 
     def _heads(self, mixed: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys `[B, T, H, Cₖ]` and values `[B, T, H, Cᵥ]` of mixed channels `[B, T, M]`."""
+        """Queries, keys `[B, T, H, Cₖ]` and values `[B, T, H, Cᵥ]` of channels `[B, T, M]`."""
         linear = self.linear
         keys = linear.key_heads * linear.key_dim
         q, k, v = jnp.split(mixed, [keys, 2 * keys], axis=-1)

@@ -24,6 +24,8 @@ FAMILIES = [
     "mistral",
     "qwen3",
     "qwen3_moe",
+    "qwen3_5",
+    "qwen3_5_grouped_values",
     "gemma2",
     "gemma3",
     "phi4_mini",

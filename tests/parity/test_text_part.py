@@ -53,6 +53,22 @@ WHOLES: dict[str, dict[str, Any]] = {
         "eoi_token_index": 60,
         "mm_tokens_per_image": 4,
     },
+    "qwen3_5": {
+        "text_config": TEXT
+        | {
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+        },
+    },
 }
 
 

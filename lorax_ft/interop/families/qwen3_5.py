@@ -34,4 +34,6 @@ def describe(c: Any) -> Fields:
     }
 
 
-FAMILY = Family(describe=describe)
+FAMILY = Family(
+    keys=frozenset({"attention_bias", "layer_types"}), partial_rotary=True, describe=describe
+)
