@@ -26,6 +26,7 @@ from lorax_ft.interop.lazy_tensor import (
     Tensors,
     lazy_tensors,
 )
+from lorax_ft.interop.mxfp4 import assemble_mxfp4
 from lorax_ft.interop.text_part import text_config, text_tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
@@ -58,13 +59,17 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
     # Before the weights: an unsupported architecture is the more useful error than a missing file.
     decoder_config(config, source=str(folder))
     dtypes = FLOATS
+    is_mxfp4 = isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
     if quantization is not None:
-        check_quantization_config(quantization, source=str(folder))
+        if not is_mxfp4:
+            check_quantization_config(quantization, source=str(folder))
         dtypes = FLOATS_AND_BYTES
     tensors: dict[str, LazyTensor] = {}
     for file in _shards(folder):
         tensors |= lazy_tensors(file, dtypes=dtypes)
-    if quantization is not None:
+    if is_mxfp4:
+        tensors = assemble_mxfp4(tensors, source=str(folder))
+    elif quantization is not None:
         tensors = assemble_nf4(tensors, source=str(folder))
     if PART_OF in config:
         return config, text_tensors(tensors)
@@ -145,6 +150,15 @@ def hf_names(path: str, shape: Shape, names: Names) -> Iterator[tuple[str, Any]]
         yield f"{hf_path}.{suffix}", index
 
 
+def hf_tensors(path: str, leaf: np.ndarray, names: Names) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a leaf under the checkpoint's names, in PyTorch's `[out, in]`."""
+    for name, index in hf_names(path, leaf.shape, names):
+        tensor = leaf[index]
+        if path.endswith("/kernel"):
+            tensor = tensor.T
+        yield name, tensor
+
+
 def unstacked(path: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
     """Yields the logical paths of the modules that a module stacks, each with its index.
 
@@ -197,6 +211,12 @@ def family_names(hf_config: Mapping[str, Any]) -> Names:
         return {}
     family = FAMILIES[model_type]
     return family.names
+
+
+def stacks_experts(hf_config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of this family holds the experts of a layer in one tensor."""
+    family = FAMILIES.get(str(hf_config.get("model_type")))
+    return family is not None and family.stacks_experts
 
 
 def read_json(file: Path) -> dict[str, Any]:

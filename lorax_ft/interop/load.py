@@ -16,12 +16,14 @@ from jax.sharding import SingleDeviceSharding
 
 from lorax_ft.config import ModelConfig, QuantConfig
 from lorax_ft.interop.bitsandbytes import NF4Tensor
+from lorax_ft.interop.expert_stacks import split_experts
 from lorax_ft.interop.gguf import read_gguf
 from lorax_ft.interop.huggingface import (
     decoder_config,
     family_names,
     read_folder,
     read_json,
+    stacks_experts,
 )
 from lorax_ft.interop.lazy_tensor import Index, Read, Shape, Tensors
 from lorax_ft.interop.params import Parts, head_is_table, load_params
@@ -131,6 +133,8 @@ def _read(location: Path) -> tuple[dict[str, Any], Tensors, Any]:
     if location.suffix == ".gguf":
         return read_gguf(location)
     hf_config, tensors = read_folder(location)
+    if stacks_experts(hf_config):
+        tensors = split_experts(tensors)
     return hf_config, tensors, load_tokenizer(location)
 
 

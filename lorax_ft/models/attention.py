@@ -86,7 +86,10 @@ class Attention(nn.Module):
             k = _write(cache["k"], k, positions)
             v = _write(cache["v"], v, positions)
             cache = {"k": k, "v": v}
-        y = attend(c, q, k, v, mask)
+        sinks = None
+        if c.sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (c.heads,))
+        y = attend(c, q, k, v, mask, sinks=sinks)
         if gate is not None:
             y = y * jax.nn.sigmoid(gate)
         y = y.reshape(*x.shape[:2], q_width)
@@ -199,6 +202,8 @@ def attend(
     k: Array,
     v: Array,
     mask: Array | None,
+    *,
+    sinks: Array | None = None,
 ) -> Array:
     """softmax(scale · Q Kᵀ) V.
 
@@ -208,6 +213,7 @@ def attend(
       k: keys `[B, S, K, C]`.
       v: values `[B, S, K, C]`.
       mask: `[B, 1, T, S]`; None: causal.
+      sinks: a score of each head `[H]` beside those of its keys, whose value is 0; None: none.
     """
     scale = config.attention_scale
     if scale is None:
@@ -217,9 +223,9 @@ def attend(
     keys = k.shape[1]
     masked = mask is not None
     implementation = _implementation(config, queries=queries, keys=keys, masked=masked)
-    # jax.nn.dot_product_attention has no soft cap.
-    if implementation == "blocks" or cap is not None:
-        return _attend_in_blocks(q, k, v, mask, scale=scale, cap=cap)
+    # jax.nn.dot_product_attention has neither a soft cap nor sinks.
+    if implementation == "blocks" or cap is not None or sinks is not None:
+        return _attend_in_blocks(q, k, v, mask, scale=scale, cap=cap, sinks=sinks)
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -240,6 +246,7 @@ def _attend_in_blocks(
     *,
     scale: float,
     cap: float | None,
+    sinks: Array | None,
 ) -> Array:
     """`attend`, with heads before tokens, and in blocks of queries that leave out all later keys.
 
@@ -252,6 +259,8 @@ def _attend_in_blocks(
     q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, C]
     k = k.transpose(0, 2, 1, 3)  # [B, K, S, C]
     v = v.transpose(0, 2, 1, 3)
+    if sinks is not None:
+        sinks = sinks.reshape(kv_heads, h // kv_heads, 1)  # [K, G, 1]
 
     without_cache = t == s
     n = t  # queries in a block
@@ -269,7 +278,13 @@ def _attend_in_blocks(
             visible = mask[:, :, None, start:stop, :keys]
         rows = q[:, :, :, start:stop]
         block = _attend_one_block(
-            rows, k[:, :, :keys], v[:, :, :keys], visible, scale=scale, cap=cap
+            rows,
+            k[:, :, :keys],
+            v[:, :, :keys],
+            visible,
+            scale=scale,
+            cap=cap,
+            sinks=sinks,
         )
         blocks.append(block)
     y = jnp.concatenate(blocks, axis=3)
@@ -285,8 +300,12 @@ def _attend_one_block(
     *,
     scale: float,
     cap: float | None,
+    sinks: Array | None,
 ) -> Array:
-    """softmax(cap(scale · Q Kᵀ)) V of queries `[B, K, G, T, C]` and keys, values `[B, K, S, C]`."""
+    """softmax(cap(scale · Q Kᵀ)) V of queries `[B, K, G, T, C]` and keys, values `[B, K, S, C]`.
+
+    Sinks are `[K, G, 1]`.
+    """
     b, kv_heads, groups, t, c = q.shape
     s = k.shape[2]
     # The queries of a key are the rows of one matrix.
@@ -297,7 +316,13 @@ def _attend_one_block(
     # Not −inf: a row in which nothing is visible would become NaN.
     smallest = jnp.finfo(jnp.float32).min
     scores = jnp.where(visible, scores, smallest)
-    p = jax.nn.softmax(scores).astype(v.dtype)
+    p = jax.nn.softmax(scores)
+    if sinks is not None:
+        # What the sink leaves to the keys: Σ exp(score) / (Σ exp(score) + exp(sink)).
+        total = jax.nn.logsumexp(scores, axis=-1)  # [B, K, G, T]
+        left = jax.nn.sigmoid(total - sinks.astype(jnp.float32))
+        p = p * left[..., None]
+    p = p.astype(v.dtype)
     p = p.reshape(b, kv_heads, groups * t, s)
     y = jnp.einsum("bkrs,bksc->bkrc", p, v)
     return y.reshape(b, kv_heads, groups, t, c)
@@ -366,6 +391,8 @@ def _missing_for_cudnn(
         return "model.dtype bfloat16"
     if config.attention_softcap is not None:
         return "a model without a soft cap on attention scores"
+    if config.sinks:
+        return "a model without attention sinks"
     widest = 128
     if generation >= 9:
         widest = 256

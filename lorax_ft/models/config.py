@@ -51,6 +51,16 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ClampedGate:
+    """The hidden activations (up + 1) · gate · σ(α · gate) of an MLP, in place of act(gate) · up."""
+
+    # The α of the sigmoid.
+    alpha: float
+    # Gates are at most this, and ups within plus and minus this.
+    limit: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The sizes of a decoder, the choices of its family, and how to compute it."""
 
@@ -68,6 +78,8 @@ class DecoderConfig:
     tied: bool
     max_positions: int
     activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    # None: the MLP's hidden activations are act(gate) · up.
+    clamped_gate: ClampedGate | None = None
     # Whether norms are at the input of attention and MLP, at their output, or at both.
     norms: Literal["before", "after", "around"] = "before"
     # Added to the scale of every norm.
@@ -89,6 +101,8 @@ class DecoderConfig:
     attention_softcap: float | None = None
     # The same on the logits.
     logit_softcap: float | None = None
+    # Whether each head has a learned score without a value, which takes part in every softmax.
+    sinks: bool = False
     # The dtype of the activations.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # The implementation of attention.

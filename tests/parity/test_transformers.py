@@ -59,6 +59,15 @@ QWEN3_5 = {
     "linear_key_head_dim": 12,
     "linear_value_head_dim": 20,
 }
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "rope_parameters": YARN | {"truncate": False},
+    "swiglu_limit": 2.0,
+}
 CASES: dict[str, dict[str, Any]] = {
     "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
     "llama_untied": {"model_type": "llama", "num_key_value_heads": 4},
@@ -127,6 +136,18 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         **GEMMA,
     },
+    "gpt_oss": GPT_OSS,
+    "gpt_oss_options": {
+        **GPT_OSS,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        "swiglu_alpha": 1.2,
+        "swiglu_limit": 1.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "num_experts_per_tok": 1,
+        "rms_norm_eps": 1e-3,
+    },
     "phi3": {"model_type": "phi3", "sliding_window": 8},
     "phi4_mini": {
         "model_type": "phi3",
@@ -153,7 +174,7 @@ def checkpoint(
         config, attn_implementation="eager"
     ).eval()
     for name, weight in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
+        if "norm" in name or name.endswith(("bias", "sinks")):
             weight.data.normal_(float("norm" in name), 0.3)
         if name.endswith("A_log"):
             weight.data.normal_(0, 0.5)

@@ -49,6 +49,8 @@ class Family:
     """Whether partial_rotary_factor, the part of each head that is rotated, is heeded too."""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Our name of a path component -> the checkpoint's, where the two differ."""
+    stacks_experts: bool = False
+    """Whether a checkpoint holds the experts of a layer in one tensor, as gpt-oss's do."""
 
 
 def without_ignored(hf_config: Mapping[str, Any], family: Family) -> dict[str, Any]:
