@@ -52,7 +52,7 @@ class Experts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClampedGate:
-    """The hidden activations (up + 1) · gate · σ(α · gate) of an MLP, in place of act(gate) · up."""
+    """An MLP whose hidden activations are (up + 1) · gate · σ(α · gate)."""
 
     # The α of the sigmoid.
     alpha: float
