@@ -70,7 +70,7 @@ def _dequantizing(blocks: LazyTensor, scales: LazyTensor) -> LazyTensor:
 
 
 def dequantized(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The values `[..., I]` of blocks `[..., I / 32, 16]` and scales `[..., I / 32]`, in float32."""
+    """Float32 values `[..., I]` of blocks `[..., I / 32, 16]` and scales `[..., I / 32]`."""
     values = PAIRS[blocks].reshape(*scales.shape, BLOCK)
     values *= POWERS[scales][..., None]
     return values.reshape(*scales.shape[:-1], -1)

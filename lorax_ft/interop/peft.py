@@ -20,11 +20,27 @@ from safetensors.numpy import save_file
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, read_json, unstacked
+from lorax_ft.interop.huggingface import (
+    LEAVES,
+    family_names,
+    hf_module,
+    read_json,
+    stacks_experts,
+    unstacked,
+)
 from lorax_ft.interop.lazy_tensor import lazy_tensors
 from lorax_ft.interop.peft_collect import collect_adapters, differ
 from lorax_ft.interop.peft_config import CONFIG, WEIGHTS, without_tensors
 from lorax_ft.interop.peft_methods import Matrix, method_of_config, method_of_matrix
+from lorax_ft.interop.peft_stacks import (
+    every_stack,
+    one_expert,
+    stack_tensors,
+    stacked,
+    target_parameters,
+    without_experts,
+    wrappers,
+)
 from lorax_ft.interop.peft_tensors import OWN_SUFFIXES, PREFIX, Entry, adapter_tensors
 from lorax_ft.interop.text_part import peft_place, place_in
 from lorax_ft.lowrank.layout import Layout
@@ -77,9 +93,23 @@ def save_peft(
     method = method_of_matrix(first_matrix)
     tensors: dict[str, np.ndarray] = {}
     by_module: dict[str, Matrix] = {}
+    stacks: dict[str, Matrix] = {}
+    parameters: set[str] = set()
+    if stacks_experts(model.hf_config):
+        adapters, stacks = _with_stacks(adapters, model, place)
+        by_module |= {name: one_expert(stack) for name, stack in stacks.items()}
+        parameters |= stacks.keys()
+    for name, wrapper in wrappers(stacks).items():
+        for suffix, value in stack_tensors(stacks[name]).items():
+            tensors[f"{PREFIX}{wrapper}.{suffix}"] = np.ascontiguousarray(value)
     for path, matrix in adapters.items():
         module = hf_module(path, names, place=place)
-        by_module[module] = matrix
+        name = module
+        if path.endswith("mlp/gate") and stacks_experts(model.hf_config):
+            # This router is no linear module in transformers.
+            name = f"{module}.weight"
+            parameters.add(name)
+        by_module[name] = matrix
         for suffix, value in method.tensors(matrix, path == TABLE).items():
             tensors[f"{PREFIX}{module}.{suffix}"] = np.ascontiguousarray(value)
     whole_modules = set()
@@ -88,19 +118,38 @@ def save_peft(
         module = hf_module(parent, names, place=place)
         whole_modules.add(module)
         tensors[f"{PREFIX}{module}.{LEAVES.get(leaf, leaf)}"] = np.ascontiguousarray(weight)
+    all_modules = _all_modules(model, params, place)
     peft_config = {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "base_model_name_or_path": str(base or model.source) or None,
         "modules_to_save": sorted(whole_modules) or None,
-        **method.config(by_module, _all_modules(model, params, place)),
+        **target_parameters(method.config(by_module, all_modules), parameters),
     }
     if method.dropout is not None:
-        peft_config[method.dropout] = config.dropout if config else 0.0
+        # PEFT has no dropout for stacks of experts.
+        peft_config[method.dropout] = config.dropout if config and not stacks else 0.0
     with new_folder(folder, others=others) as new:
         (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+
+
+def _with_stacks(
+    adapters: Mapping[str, Matrix],
+    model: Model,
+    place: str,
+) -> tuple[dict[str, Matrix], dict[str, Matrix]]:
+    """The adapters that are not on experts, and those of stacks by the parameter's full name."""
+    assert model.config.experts
+    names = family_names(model.hf_config)
+    others, by_stack = without_experts(adapters)
+    stacks = {}
+    for path, experts in by_stack.items():
+        module, _, stack = path.rpartition("/")
+        parameter = f"{hf_module(module, names, place=place)}.{stack}"
+        stacks[parameter] = stacked(path, experts, model.config.experts.count)
+    return others, stacks
 
 
 def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
@@ -214,6 +263,8 @@ def _check_complete(
 def _all_modules(model: Model, params: Tree, place: str) -> list[str]:
     """Hugging Face's names of the modules among which those of an adapter are told apart."""
     names = list(_known_modules(model, params, place=place))
+    if stacks_experts(model.hf_config):
+        names += every_stack(names)
     if place == "model":
         return names
     # A vision tower may have modules of the same last names, so those alone name none.
