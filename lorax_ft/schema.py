@@ -55,6 +55,8 @@ LEAVES: Mapping[str, LeafSchema] = {
     "kernel": LeafSchema(("stack", "in", "out"), BASE, Group.WEIGHT),
     "embedding": LeafSchema(("stack", "in", "out"), BASE, Group.WEIGHT),
     "bias": LeafSchema(("stack", "out"), BASE, Group.VECTOR),
+    # A number that multiplies a layer's output, which transformers does not train either.
+    "layer_scalar": LeafSchema(("stack", "out"), BASE),
     # LoRA: A, B and the scale s = alpha / r, or alpha / √r for rsLoRA.
     "lora_a": LeafSchema(("stack", "in", "rank"), ADAPTER, Group.LORA_A),
     "lora_b": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.LORA_B),

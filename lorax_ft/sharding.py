@@ -45,7 +45,7 @@ DECODER_RULES: Rules = (
     (r"layers/.*/(o|out|down)_proj/kernel", (None, "tensor", "fsdp")),
     (r"layers/.*/(o|down)_proj/bias", ()),
     (r"layers/(.*/)?mlp/gate/(kernel|bias)", ()),
-    (r"layers/(.*/)?self_attn/sinks", ()),
+    (r"layers/(.*/)?(self_attn/sinks|layer_scalar)", ()),
     (r"layers/(.*/)?linear_attn/(conv1d/kernel|A_log|dt_bias)", ()),
     (r"(.*/)?\w*norm/scale", ()),
 )

@@ -117,6 +117,8 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
         values = copy.deepcopy(without_ignored(hf_config, family))
         config_class = import_transformers().CONFIG_MAPPING[model_type]
         config = config_class.from_dict(values)
+        # Where layers differ in a value, such as head_dim, the config's own is read, too.
+        config.allow_global_per_layer_attribute_access = True
         # Models do so once more, and then heed an original_max_position_embeddings beside the rope.
         config.standardize_rope_params()
         if not family.partial_rotary:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lorax_ft.models.config import DecoderConfig, LayerType
-from lorax_ft.models.parts import dense, norm, projections, softcap
+from lorax_ft.models.config import DecoderConfig, Heads, LayerType
+from lorax_ft.models.parts import dense, norm, normalized, projections, softcap
 from lorax_ft.models.rope import rotary, rotate
 
 KeysAndValues = dict[str, Array]
@@ -40,6 +40,8 @@ class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (2305.13245)."""
 
     config: DecoderConfig
+    # Of this layer.
+    heads: Heads
 
     @nn.compact
     def __call__(
@@ -59,27 +61,37 @@ class Attention(nn.Module):
         """
         c = self.config
         cos, sin, mask = rope_and_mask
-        q_width = c.heads * c.head_dim
-        kv_width = c.kv_heads * c.head_dim
+        dim = self.heads.dim
+        q_width = c.heads * dim
+        kv_width = self.heads.count * dim
         with_gate = 2 * q_width if c.attention_gate else q_width
         widths = {"q_proj": with_gate, "k_proj": kv_width, "v_proj": kv_width}
-        q, k, v = projections(c, x, widths, fused="qkv_proj")
+        if self.heads.keys_are_values:
+            del widths["v_proj"]
+        q, k, *values = projections(c, x, widths, fused="qkv_proj")
+        v = values[0] if values else k
 
         gate = None
         if c.attention_gate:
             # Each head's queries and its gate stand beside one another.
-            q, gate = jnp.split(_split_heads(q, 2 * c.head_dim), 2, axis=-1)
+            q, gate = jnp.split(_split_heads(q, 2 * dim), 2, axis=-1)
             q = q.reshape(*x.shape[:2], q_width)
         if c.qk_norm == "whole":
             q = norm(c, "q_norm")(q)
             k = norm(c, "k_norm")(k)
-        q = _split_heads(q, c.head_dim)
-        k = _split_heads(k, c.head_dim)
-        v = _split_heads(v, c.head_dim)
+        q = _split_heads(q, dim)
+        k = _split_heads(k, dim)
+        v = _split_heads(v, dim)
         if c.qk_norm == "head":
             q = norm(c, "q_norm")(q)
             k = norm(c, "k_norm")(k)
 
+        if c.value_norm:
+            v = normalized(v, c.norm_eps)
+
+        # A table of several types has the pairs of the widest heads.
+        cos = cos[..., : dim // 2]
+        sin = sin[..., : dim // 2]
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if cache is not None:
@@ -138,18 +150,23 @@ def _rope_by_type(
 ) -> tuple[Array, Array]:
     """Cosines and sines `[N, B, T, 1, C/2]`."""
     ropes = [layer_type.rope for layer_type in layer_types]
-    dims = next((rope.dims for rope in ropes if rope), 2)
-    shape = (*positions.shape, 1, dims // 2)
+    pairs = max([rope.dims // 2 for rope in ropes if rope], default=1)
+    still = (*positions.shape, 1)
     cosines = []
     sines = []
     for rope in ropes:
+        own_pairs = 0
+        parts_cos, parts_sin = [], []
         if rope:
             cos, sin = rotary(rope, positions, length=length)
-        else:  # a rotation by 0
-            cos = jnp.ones(shape)
-            sin = jnp.zeros(shape)
-        cosines.append(cos)
-        sines.append(sin)
+            parts_cos.append(cos)
+            parts_sin.append(sin)
+            own_pairs = rope.dims // 2
+        # A rotation by 0, of all pairs in a layer that does not encode positions.
+        parts_cos.append(jnp.ones((*still, pairs - own_pairs)))
+        parts_sin.append(jnp.zeros((*still, pairs - own_pairs)))
+        cosines.append(jnp.concatenate(parts_cos, axis=-1))
+        sines.append(jnp.concatenate(parts_sin, axis=-1))
     return jnp.stack(cosines), jnp.stack(sines)
 
 
@@ -217,7 +234,7 @@ def attend(
     """
     scale = config.attention_scale
     if scale is None:
-        scale = config.head_dim**-0.5
+        scale = q.shape[-1] ** -0.5
     cap = config.attention_softcap
     queries = q.shape[1]
     keys = k.shape[1]
@@ -328,9 +345,11 @@ def _attend_one_block(
     return y.reshape(b, kv_heads, groups, t, c)
 
 
-def empty_keys_and_values(config: DecoderConfig, batch: int, slots: int) -> KeysAndValues:
+def empty_keys_and_values(
+    config: DecoderConfig, heads: Heads, batch: int, slots: int
+) -> KeysAndValues:
     """A layer's cache without content: keys and values `[B, S, K, C]` of zeros."""
-    shape = (batch, slots, config.kv_heads, config.head_dim)
+    shape = (batch, slots, heads.count, heads.dim)
     return {
         "k": jnp.zeros(shape, config.dtype),
         "v": jnp.zeros(shape, config.dtype),

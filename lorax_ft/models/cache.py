@@ -46,7 +46,7 @@ def _empty_layer(config: DecoderConfig, layer_type: LayerType, batch: int, slots
     """The cache of one layer."""
     if layer_type.linear:
         return empty_state(config, layer_type.linear, batch)
-    return empty_keys_and_values(config, batch, slots)
+    return empty_keys_and_values(config, config.heads_of(layer_type), batch, slots)
 
 
 def _repeated(layer: Cache, count: int) -> Cache:

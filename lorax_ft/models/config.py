@@ -28,6 +28,18 @@ class LinearAttention:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The sizes of attention's keys and values."""
+
+    # The number of key/value heads.
+    count: int
+    # The channels of a head, of queries too.
+    dim: int
+    # Whether the values are the keys before norm and rotation, so that there is no v_proj.
+    keys_are_values: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerType:
     """In what the layers of one decoder may differ."""
 
@@ -37,6 +49,8 @@ class LayerType:
     window: int | None = None
     # What the layer has in place of attention. None: it has attention.
     linear: LinearAttention | None = None
+    # Where the layer's keys and values differ from the config's. None: they do not.
+    heads: Heads | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +100,10 @@ class DecoderConfig:
     norm_offset: float = 0.0
     # Whether queries and keys are normalized, and if so each head by itself or all heads together.
     qk_norm: Literal["none", "head", "whole"] = "none"
+    # Whether each value head is normalized, without a scale.
+    value_norm: bool = False
+    # Whether a learned number multiplies the output of each layer.
+    layer_scalar: bool = False
     # The names of the projections that have a bias.
     biases: frozenset[str] = frozenset()
     # Whether q, k and v are one projection, and gate and up another.
@@ -118,10 +136,14 @@ class DecoderConfig:
             return self.layer_types * self.layers
         return self.layer_types
 
+    def heads_of(self, layer_type: LayerType) -> Heads:
+        """The sizes of a layer's keys and values."""
+        return layer_type.heads or Heads(count=self.kv_heads, dim=self.head_dim)
+
     @property
     def period(self) -> int:
         """After how many layers the kinds of parameters that layers have repeat."""
-        kinds = [layer.linear for layer in self.each_layer]
+        kinds = [(layer.linear, layer.heads) for layer in self.each_layer]
         for period in range(1, self.layers):
             if self.layers % period == 0 and kinds == kinds[:period] * (self.layers // period):
                 return period

@@ -78,7 +78,7 @@ class Block(nn.Module):
             y, cache = GatedDeltaNet(c, linear, name="linear_attn")(y, shared.rows, cache)
         else:
             rope_and_mask = _of_type(shared.rope_and_mask, type_index)
-            attention = Attention(c, name="self_attn")
+            attention = Attention(c, c.heads_of(self.layer_type), name="self_attn")
             y, cache = attention(y, rope_and_mask, shared.positions, cache)
         if norm_after:
             y = norm(c, "post_attention_layernorm")(y)
@@ -94,7 +94,11 @@ class Block(nn.Module):
         y = mlp(c, name="mlp")(y)
         if norm_after:
             y = norm(c, "post_feedforward_layernorm")(y)
-        return x + y, cache
+        x = x + y
+        if c.layer_scalar:
+            scalar = self.param("layer_scalar", nn.initializers.ones, (1,))
+            x = x * scalar.astype(x.dtype)
+        return x, cache
 
 
 def _of_type(rope_and_mask: RopeAndMask, type_index: Array) -> RopeAndMask:

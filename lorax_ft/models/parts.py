@@ -36,15 +36,21 @@ class RMSNorm(nn.Module):
         """`[..., D]` to `[..., D]`."""
         width = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (width,))
-        full = x.astype(jnp.float32)
-        mean_square = jnp.mean(full**2, axis=-1, keepdims=True)
-        full = full * lax.rsqrt(mean_square + self.eps)
+        full = normalized(x.astype(jnp.float32), self.eps)
         # As in transformers: Gemma multiplies in float32, the others in the activations' dtype.
         if self.offset:
             scale = scale.astype(jnp.float32)
             y = full * (self.offset + scale)
             return y.astype(x.dtype)
         return full.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def normalized(x: Array, eps: float) -> Array:
+    """x / rms(x) over the last axis, computed in float32."""
+    full = x.astype(jnp.float32)
+    mean_square = jnp.mean(full**2, axis=-1, keepdims=True)
+    full = full * lax.rsqrt(mean_square + eps)
+    return full.astype(x.dtype)
 
 
 def projections(

@@ -59,6 +59,26 @@ QWEN3_5 = {
     "linear_key_head_dim": 12,
     "linear_value_head_dim": 20,
 }
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 1e4,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
 GPT_OSS = {
     "model_type": "gpt_oss",
     "num_local_experts": 6,
@@ -136,6 +156,21 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         **GEMMA,
     },
+    "gemma4": GEMMA4,
+    "gemma4_options": {
+        **GEMMA4,
+        "attention_k_eq_v": False,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": "vision",
+        "layer_types": ["full_attention"] + ["sliding_attention"] * 4 + ["full_attention"],
+        "hidden_activation": "gelu",
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
     "gpt_oss": GPT_OSS,
     "gpt_oss_options": {
         **GPT_OSS,
@@ -178,6 +213,9 @@ def checkpoint(
             weight.data.normal_(float("norm" in name), 0.3)
         if name.endswith("A_log"):
             weight.data.normal_(0, 0.5)
+    for name, number in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            number.uniform_(0.5, 1.5)
     model.save_pretrained(folder, **options)
     return model
 
