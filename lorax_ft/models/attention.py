@@ -239,7 +239,9 @@ def attend(
     queries = q.shape[1]
     keys = k.shape[1]
     masked = mask is not None
-    implementation = _implementation(config, queries=queries, keys=keys, masked=masked)
+    implementation = _implementation(
+        config, dim=q.shape[-1], queries=queries, keys=keys, masked=masked
+    )
     # jax.nn.dot_product_attention has neither a soft cap nor sinks.
     if implementation == "blocks" or cap is not None or sinks is not None:
         return _attend_in_blocks(q, k, v, mask, scale=scale, cap=cap, sinks=sinks)
@@ -369,14 +371,15 @@ def _write(cache: Array, new: Array, positions: Array) -> Array:
 def _implementation(
     config: DecoderConfig,
     *,
+    dim: int,
     queries: int,
     keys: int,
     masked: bool,
 ) -> Literal["xla", "cudnn", "blocks"]:
-    """The implementation of attention for so many queries and keys."""
+    """The implementation for so many queries and keys, with heads of `dim` channels."""
     if config.attention == "xla":
         return "xla"
-    missing = _missing_for_cudnn(config, queries=queries, keys=keys, masked=masked)
+    missing = _missing_for_cudnn(config, dim=dim, queries=queries, keys=keys, masked=masked)
     if missing is None:
         return "cudnn"
     if config.attention == "cudnn":
@@ -389,6 +392,7 @@ def _implementation(
 def _missing_for_cudnn(
     config: DecoderConfig,
     *,
+    dim: int,
     queries: int,
     keys: int,
     masked: bool,
@@ -415,7 +419,7 @@ def _missing_for_cudnn(
     widest = 128
     if generation >= 9:
         widest = 256
-    if config.head_dim > widest or config.head_dim % 8:
+    if dim > widest or dim % 8:
         return f"a head_dim of at most {widest} that is a multiple of 8"
     with_cache = queries != keys
     if masked and not with_cache and queries % 2:

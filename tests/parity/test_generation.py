@@ -28,6 +28,7 @@ FAMILIES = [
     "qwen3_5_grouped_values",
     "gemma2",
     "gemma3",
+    "gemma4",
     "gpt_oss",
     "phi4_mini",
     "smollm3",

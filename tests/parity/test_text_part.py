@@ -53,6 +53,28 @@ WHOLES: dict[str, dict[str, Any]] = {
         "eoi_token_index": 60,
         "mm_tokens_per_image": 4,
     },
+    "gemma4": {
+        "text_config": TEXT
+        | {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 8,
+            "hidden_size_per_layer_input": 0,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "use_bidirectional_attention": "vision",
+        },
+        "vision_config": VISION
+        | {
+            "head_dim": 8,
+            "num_key_value_heads": 2,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 32,
+        },
+        "image_token_id": 58,
+        "boi_token_id": 59,
+        "eoi_token_id": 60,
+    },
     "qwen3_5": {
         "text_config": TEXT
         | {
