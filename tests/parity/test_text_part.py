@@ -60,8 +60,8 @@ WHOLES: dict[str, dict[str, Any]] = {
             "initializer_range": 0.1,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 12,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
         },
         "vision_config": {
             "depth": 1,
@@ -104,7 +104,7 @@ def with_random_adapters(model: LoadedModel) -> Tree:
             if factor in layer:
                 used = (layer["lora_a"] != 0).any(-2)
                 used = used[..., None, :] if factor == "lora_a" else used[..., None]
-                random = rng.normal(0, 0.2, layer[factor].shape)
+                random = rng.normal(0, 0.1, layer[factor].shape)
                 layer[factor] = jnp.where(used, jnp.asarray(random, jnp.float32), 0)
     return from_modules(layers)
 
