@@ -117,6 +117,9 @@ class InitSchema(NamedTuple):
     change both."""
     fits_quantized: bool = False
     """Whether it can fit A and B to what quantizing the base loses (`quant.rounds`)."""
+    any_rank: bool = False
+    """Whether a rank may be above the smaller side of a matrix, as in PEFT: a model may have small
+    projections beside large ones."""
     on_host: bool = False
     """Whether it computes on the host, outside jit, unless `svd_iterations` is set."""
 
@@ -136,8 +139,8 @@ InitName = Literal[
 ]
 
 INITS: Mapping[str, InitSchema] = {
-    "kaiming": InitSchema("random:kaiming"),
-    "gaussian": InitSchema("random:gaussian"),
+    "kaiming": InitSchema("random:kaiming", any_rank=True),
+    "gaussian": InitSchema("random:gaussian", any_rank=True),
     "orthogonal": InitSchema("orthogonal:orthogonal"),
     "pissa": InitSchema(
         "pissa:pissa",
