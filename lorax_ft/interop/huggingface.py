@@ -50,7 +50,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
     Raises:
       ValueError: a file is missing or damaged, or the folder holds something else.
     """
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    is_adapter = any(folder.glob("adapter_*"))
+    if is_adapter and not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds an adapter, not a model; load its base model, then use load_peft"
         )

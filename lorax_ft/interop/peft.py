@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,8 @@ from lorax_ft.interop.huggingface import (
 )
 from lorax_ft.interop.lazy_tensor import lazy_tensors
 from lorax_ft.interop.peft_collect import collect_adapters, differ
-from lorax_ft.interop.peft_config import CONFIG, WEIGHTS, without_tensors
+from lorax_ft.interop.peft_config import BIN, CONFIG, WEIGHTS, is_fused, without_tensors
+from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
 from lorax_ft.interop.peft_methods import Matrix, method_of_config, method_of_matrix
 from lorax_ft.interop.peft_stacks import (
     every_stack,
@@ -52,6 +53,8 @@ from lorax_ft.schema import leaf_schema
 from lorax_ft.tree import Layer, Tree, from_modules, modules
 
 BASE = "nf4_base"  # the folder beside a run's adapter with its base, if no other checkpoint is it
+BIASES = ("none", "lora_only", "all")
+"""PEFT's values of `bias`: which biases train beside the adapters, from none to all."""
 Place = tuple[str, tuple[int, ...]]
 """The path of a module, and the index of one matrix in its stack."""
 
@@ -67,8 +70,9 @@ def save_peft(
 ) -> None:
     """Writes the adapters in `params` as a folder that PEFT loads on the original checkpoint.
 
-    Fully trained modules are written too. A start (PiSSA) becomes plain LoRA of twice the rank on
-    the original, and nothing on `base`. Alpha is the scale times the rank.
+    Fully trained modules are written too, and biases beside a LoRA adapter. A start (PiSSA) becomes
+    plain LoRA of twice the rank on the original, and nothing on `base`. Alpha is the scale times
+    the rank. Experts and routers all get one rank and one alpha, since PEFT fuses them.
 
     Args:
       folder: on a disk or a bucket (gs://, s3://); written to a temporary folder first, then
@@ -87,10 +91,37 @@ def save_peft(
         needed, or the folder holds other files.
     """
     adapters, whole = collect_adapters(params, model, config, base=base)
+    fully_trained = {path.rpartition("/")[0]: {"kernel": weight} for path, weight in whole.items()}
+    check_fused({**fully_trained, **adapters})
+    write_adapter(
+        folder,
+        adapters if stacks_experts(model.hf_config) else fit_fused(adapters, model),
+        whole,
+        known=all_modules(model, params),
+        model=model,
+        base=base,
+        dropout=config.dropout if config else 0.0,
+        others=others,
+    )
+
+
+def write_adapter(
+    folder: str | Path,
+    adapters: Mapping[str, Matrix],
+    whole: Mapping[str, np.ndarray],
+    *,
+    known: Iterable[str],
+    model: Model,
+    base: str | Path | None = None,
+    dropout: float = 0.0,
+    others: Literal["refuse", "keep"] = "refuse",
+) -> None:
+    """Writes what `collect_adapters` returns; `known` are Hugging Face's names of all modules."""
     names = family_names(model.hf_config)
     place = peft_place(model.hf_config)
     first_matrix = next(iter(adapters.values()))
     method = method_of_matrix(first_matrix)
+    has_fused = any(map(is_fused, adapters))
     tensors: dict[str, np.ndarray] = {}
     by_module: dict[str, Matrix] = {}
     stacks: dict[str, Matrix] = {}
@@ -113,23 +144,31 @@ def save_peft(
         for suffix, value in method.tensors(matrix, path == TABLE).items():
             tensors[f"{PREFIX}{module}.{suffix}"] = np.ascontiguousarray(value)
     whole_modules = set()
+    trained_biases = "none"
     for path, weight in whole.items():
         parent, _, leaf = path.rpartition("/")
         module = hf_module(parent, names, place=place)
-        whole_modules.add(module)
+        if parent in adapters:
+            module = f"{module}.base_layer"
+            trained_biases = max("lora_only", trained_biases, key=BIASES.index)
+        elif leaf == "bias" and f"{parent}/kernel" not in whole:
+            trained_biases = "all"
+        else:
+            whole_modules.add(module)
         tensors[f"{PREFIX}{module}.{LEAVES.get(leaf, leaf)}"] = np.ascontiguousarray(weight)
-    all_modules = _all_modules(model, params, place)
     peft_config = {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "base_model_name_or_path": str(base or model.source) or None,
         "modules_to_save": sorted(whole_modules) or None,
-        **target_parameters(method.config(by_module, all_modules), parameters),
+        **target_parameters(method.config(by_module, known), parameters),
     }
+    if trained_biases != "none":
+        peft_config["bias"] = trained_biases
     if method.dropout is not None:
-        # PEFT has no dropout for stacks of experts.
-        peft_config[method.dropout] = config.dropout if config and not stacks else 0.0
+        # PEFT has no dropout for experts, and refuses the folder. It only acts in training.
+        peft_config[method.dropout] = 0.0 if has_fused else dropout
     with new_folder(folder, others=others) as new:
         (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
@@ -167,14 +206,14 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     config = read_config(folder)
     method = method_of_config(config, folder)
     place_there = place_in(key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS))
-    known = _known_modules(model, model.params, place=place_there)
+    known = known_modules(model, model.params, place=place_there)
     _check_base(config, folder, model)
     layers = modules(model.params)
     raw: dict[Place, Matrix] = {}
     targets: dict[Place, Entry] = {}
     for entry in adapter_tensors(folder, config, method, model):
         place = _place(entry.module, known, where=folder)
-        if entry.leaf != "base":
+        if entry.leaf not in ("base", "bias"):
             targets[place] = entry
         if entry.leaf in OWN_SUFFIXES.values():
             layers |= _with_own_weight(layers, place, entry, model.layout, where=folder)
@@ -191,6 +230,8 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
         entry = targets[path, index]
         where = f"{folder}: {entry.module}"
         complete = method.complete(matrix, config, entry.target, where)
+        if is_fused(path) and "lora_a" in complete and is_filled(complete):
+            continue
         stacks.setdefault(path, {})[index] = complete
     for path, matrices in stacks.items():
         layers[path] = layers.get(path, {}) | _stacked(
@@ -203,9 +244,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The adapter_config.json of a folder.
 
     Raises:
-      ValueError: it is missing, its type is not supported, or it has an option that changes numbers
+      ValueError: it is missing, the weights are only there as a pickle, its type is not supported, or it has an option that changes numbers
         and is not supported.
     """
+    if (folder / BIN).is_file() and not (folder / WEIGHTS).is_file():
+        raise ValueError(
+            f"{folder} holds an adapter as {BIN}, a pickle that could run code and is not read; "
+            f"load it in PEFT and save it again, which writes {WEIGHTS}"
+        )
     config = read_json(folder / CONFIG)
     method_of_config(config, folder).check_config(config, folder)
     return config
@@ -260,9 +306,10 @@ def _check_complete(
         raise ValueError(f"{folder}: {WEIGHTS} holds no adapter")
 
 
-def _all_modules(model: Model, params: Tree, place: str) -> list[str]:
+def all_modules(model: Model, params: Tree) -> list[str]:
     """Hugging Face's names of the modules among which those of an adapter are told apart."""
-    names = list(_known_modules(model, params, place=place))
+    place = peft_place(model.hf_config)
+    names = list(known_modules(model, params, place=place))
     if stacks_experts(model.hf_config):
         names += every_stack(names)
     if place == "model":
@@ -272,7 +319,7 @@ def _all_modules(model: Model, params: Tree, place: str) -> list[str]:
     return names + elsewhere
 
 
-def _known_modules(model: Model, params: Tree, *, place: str) -> dict[str, Place]:
+def known_modules(model: Model, params: Tree, *, place: str = "model") -> dict[str, Place]:
     """Where the modules of the model stand, by Hugging Face's names."""
     experts = 1
     if model.config.experts:
@@ -323,13 +370,15 @@ def _with_own_weight(
             "quant.format none"
         )
     value = entry.value
+    expected = old[index].shape
+    if name == "kernel":
+        expected = expected[::-1]  # torch's Linear has [out, in]
+    if expected != value.shape:
+        raise ValueError(
+            f"{where}: {entry.key} has the shape {value.shape}; the model's is {expected}"
+        )
     if name == "kernel":
         value = value.T
-    if old[index].shape != value.shape:
-        raise ValueError(
-            f"{where}: {entry.key} has the shape {value.shape}; the model's is "
-            f"{old[index].shape} (in, out)"
-        )
     dtype = jnp.promote_types(old.dtype, value.dtype)
     replaced = jnp.asarray(old, dtype).at[index].set(jnp.asarray(value, dtype))
     new = {path: layer | {name: replaced}}
@@ -399,8 +448,14 @@ def _check_fits(
 ) -> None:
     """Raise where a leaf has another size than the model's module, apart from its rank."""
     axes = leaf_schema(name).axes[1:]
-    for axis, size, wanted in zip(axes, value.shape, expected, strict=True):
-        if axis != "rank" and size != wanted:
-            raise ValueError(
-                f"{where}: {name} of {path} has the shape {value.shape}; the model needs {expected}"
-            )
+    rank_as_given = [
+        size if axis == "rank" else wanted
+        for axis, size, wanted in zip(axes, value.shape, expected, strict=True)
+    ]
+    needed = tuple(rank_as_given)
+    if value.shape == needed:
+        return
+    given = value.shape
+    if name in ("lora_a", "lora_b"):  # in the file they stand the other way round
+        given, needed = given[::-1], needed[::-1]
+    raise ValueError(f"{where}: {name} of {path} has the shape {given}; the model needs {needed}")

@@ -49,15 +49,18 @@ def collect_adapters(
     for path, layer in layers.items():
         check_layer(layer, path)
         changed = _changed_weights(path, layer, model, config)
-        if not is_adapted(layer):
+        # PEFT trains the biases of adapted modules too, if asked to (bias="lora_only").
+        has_biases_alone = "lora_a" in layer and all(name.endswith("/bias") for name in changed)
+        if not is_adapted(layer) or has_biases_alone:
             whole |= changed
-        elif changed:
+        if not is_adapted(layer):
+            continue
+        if changed and not has_biases_alone:
             raise ValueError(
                 f"save_peft: {path} is adapted and its own weights changed too; PEFT supports one "
                 "of the two"
             )
-        else:
-            adapters |= _adapters_of_stack(path, layer, base_without_start=base is not None)
+        adapters |= _adapters_of_stack(path, layer, base_without_start=base is not None)
     has_own_head = "kernel" in layers.get(HEAD, {})
     if f"{TABLE}/embedding" in whole and model.config.tied and not has_own_head:
         # PEFT unties a table that it trains in full.
@@ -93,16 +96,23 @@ def _changed_weights(
             "save_peft: without config= the weights are compared with the model's own; give a "
             "model from load_model, or the config that the adapters were made from"
         )
-    changed = {}
+    own = {}
     for name, leaf in layer.items():
-        if not is_base(name) or isinstance(leaf, Quantized):  # quantized weights never train
-            continue
-        for logical, index in unstacked(path, leaf.shape):
+        if is_base(name) and not isinstance(leaf, Quantized):  # quantized weights never train
+            own[name] = leaf
+    changed = {}
+    for logical, index in unstacked(path, next(iter(own.values())).shape) if own else ():
+        names = []
+        for name, leaf in own.items():
             if config is not None or differ(leaf, _original(path, name, model), index):
-                value = np.asarray(leaf[index])
-                if name == "kernel":
-                    value = value.T  # torch's Linear has [out, in]
-                changed[f"{logical}/{name}"] = value
+                names.append(name)
+        # PEFT knows biases that train alone, and modules of which all trains.
+        saved = names if names in ([], ["bias"]) else own
+        for name in saved:
+            value = np.asarray(own[name][index])
+            if name == "kernel":
+                value = value.T  # torch's Linear has [out, in]
+            changed[f"{logical}/{name}"] = value
     return changed
 
 
@@ -137,7 +147,9 @@ def _check(adapters: dict[str, Matrix], whole: dict[str, np.ndarray]) -> None:
             "save_peft: the parameters hold no adapter; save_model writes whole models"
         )
     for path in sorted(whole):
-        if path.rpartition("/")[0] in adapters:
+        parent, _, leaf = path.rpartition("/")
+        has_lora = "lora_a" in adapters.get(parent, {})
+        if parent in adapters and not (leaf == "bias" and has_lora):
             raise ValueError(
                 f"save_peft: {path} is trained in full and its module is adapted; PEFT supports "
                 "one of the two"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BIN = "adapter_model.bin"  # what PEFT wrote before version 0.7
 
 
 def without_tensors(
-    config: Mapping[str, Any], names: Iterable[str], modules: Iterable[str]
+    config: Mapping[str, Any], names: Iterable[str], modules: Collection[str]
 ) -> list[str]:
     """The targets, and the model's modules that they mean, for which there are no tensors.
 
@@ -29,24 +30,45 @@ def without_tensors(
     if not isinstance(targets, list):
         targets = []
     parameters = config.get("target_parameters") or []
+    excluded = config.get("exclude_modules")
+    left_out = {module for module in modules if is_excluded(module, excluded)}
     unmet = []
     for target in [*targets, *parameters]:
-        if not any(is_target(name, [target]) for name in with_tensors):
+        met = any(is_target(name, [target]) for name in with_tensors)
+        # With "all-linear", PEFT lists what exclude_modules leaves out among the targets.
+        if not met and not any(is_target(module, [target]) for module in left_out):
             unmet.append(target)
-    excluded = config.get("exclude_modules")
-    layers = config.get("layers_to_transform")
-    if excluded is not None or layers is not None:
-        # These options leave out modules that the targets match.
+    if config.get("layers_to_transform") is not None:  # leaves out modules that targets match
         return unmet
     for module in modules:
-        if is_target(module, targets) and module not in with_tensors:
+        is_adapted = module in with_tensors or module in left_out
+        if is_target(module, targets) and not is_adapted:
             unmet.append(module)
     return unmet
+
+
+def is_excluded(name: str, excluded: str | Iterable[str] | None) -> bool:
+    """Whether `exclude_modules`, a regular expression or names, leave out the module."""
+    if isinstance(excluded, str):
+        return bool(excluded) and re.fullmatch(excluded, name) is not None
+    return is_target(name, excluded)
 
 
 def is_target(name: str, targets: Iterable[str] | None) -> bool:
     """Whether the targets match the module, or the parameter, of this full name."""
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+
+def is_fused(name: str) -> bool:
+    """Whether PEFT fuses the module, an expert's projection or a router, with others.
+
+    >>> is_fused("layers/0/mlp/experts/3/up_proj"), is_fused("model.layers.0.mlp.gate")
+    (True, True)
+    >>> is_fused("model.layers.0.mlp.gate_proj")
+    False
+    """
+    components = re.split(r"[./]", name)
+    return "experts" in components or components[-1] == "gate"
 
 
 def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, np.float32]:
@@ -111,6 +133,8 @@ def check_values(config: Mapping[str, Any], folder: Path) -> None:
         valid[name] = _is_pattern_table(table)
     parameters = config.get("target_parameters") or []
     valid["target_parameters"] = _is_name_list(parameters)
+    excluded = config.get("exclude_modules") or []
+    valid["exclude_modules"] = _is_pattern(excluded) or _is_name_list(excluded)
     for name, is_valid in valid.items():
         if not is_valid:
             value = config.get(name)
@@ -128,18 +152,22 @@ def _is_name_list(names: Any) -> bool:
     return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
+def _is_pattern(pattern: Any) -> bool:
+    """Whether a value is a regular expression."""
+    if not isinstance(pattern, str):
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 def _is_pattern_table(patterns: Any) -> bool:
     """Whether a value is a dict of regular expressions and positive numbers."""
     if not isinstance(patterns, dict):
         return False
-    if not all(map(_is_positive, patterns.values())):
-        return False
-    try:
-        for pattern in patterns:
-            re.compile(pattern)
-    except re.error:
-        return False
-    return True
+    return all(map(_is_positive, patterns.values())) and all(map(_is_pattern, patterns))
 
 
 def _matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -21,6 +21,7 @@ from lorax_ft.interop.peft_config import (
     WEIGHTS,
     alpha_of,
     check_values,
+    is_fused,
     rank_and_scale,
     shortened,
 )
@@ -127,8 +128,10 @@ def lora_config(adapters: Matrices, modules: Iterable[str]) -> dict[str, Any]:
         _, ranks[name] = matrix["lora_a"].shape
         scale = matrix["lora_scale"].item()
         alphas[name] = alpha_of(scale, ranks[name])
-    rank = _most_common(ranks)
-    alpha = _most_common(alphas)
+    # PEFT matches no pattern with experts that it fuses: they need the default.
+    fused = [name for name in adapters if is_fused(name)]
+    rank = _most_common({name: ranks[name] for name in fused or ranks})
+    alpha = _most_common({name: alphas[name] for name in fused or alphas})
     other_ranks = {name: value for name, value in ranks.items() if value != rank}
     other_alphas = {name: value for name, value in alphas.items() if value != alpha}
     return {

@@ -95,6 +95,8 @@ def wrappers(parameters: Iterable[str]) -> dict[str, str]:
 
 def target_parameters(config: dict[str, Any], parameters: Set[str]) -> dict[str, Any]:
     """An adapter_config.json whose targets are told apart by what they are, module or parameter."""
+    if not parameters:
+        return config
     names = {name.rpartition(".")[2] for name in parameters} | set(parameters)
     targets = config["target_modules"]
     return config | {

@@ -29,6 +29,8 @@ PREFIX = "base_model.model."
 OWN_SUFFIXES = {
     # The weight under an adapted embedding, which PEFT saves beside the adapter.
     ".base_layer.weight": "base",
+    # The bias of an adapted module that trains beside the adapter: bias="lora_only" or "all".
+    ".base_layer.bias": "bias",
     ".weight": "whole",
     ".bias": "bias",
 }

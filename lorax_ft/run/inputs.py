@@ -18,6 +18,7 @@ from lorax_ft.lowrank.groups import fully_trained
 from lorax_ft.models.model import HEAD, LoadedModel, Model
 from lorax_ft.schema import METHODS, init_schema
 from lorax_ft.sharding import DECODER_RULES
+from lorax_ft.tree import flatten
 
 
 def check_inputs(config: Config) -> None:
@@ -79,6 +80,15 @@ def _load_adapter(model: LoadedModel, folder: Path, config: Config) -> LoadedMod
             raise ValueError(
                 f"{folder} holds a fully trained {path}; give --adapter.train_whole {path} to "
                 "continue training it"
+            )
+    before = flatten(model.params)
+    for path, leaf in flatten(params).items():
+        module = path.removesuffix("/bias")
+        is_trained = path != module and leaf is not before[path]
+        if is_trained and not fully_trained(module, config.adapter.train_whole):
+            raise ValueError(
+                f"{folder} holds trained biases (bias {peft_config.get('bias')!r}), which do not "
+                "train here; export it merged (scripts/export.py --target hf) and train on that"
             )
     return dataclasses.replace(model, params=params)
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.data.batches import Batches, Dataset
+from lorax_ft.interop.peft_experts import check_fused
 from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.checkpoints import Checkpoints
@@ -30,7 +31,7 @@ from lorax_ft.training.losses import batch_loss, supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.state import fresh_state, owned_leaves, resumed_state
 from lorax_ft.training.step import TrainState, make_eval_step, make_train_step
-from lorax_ft.tree import Tree, combine
+from lorax_ft.tree import Tree, combine, modules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ def set_up(config: Config, *, folder: Path) -> Job:
         state, frozen = _resumed_state(model, tx, config, checkpoints, mesh=mesh, steps=steps)
     else:
         state, frozen = _new_state(model, tx, config, batches=batches, mesh=mesh, timer=timer)
+    if config.adapter.targets:
+        check_fused(modules(state.trained))
     checkpoints.check_room(state, owned_leaves(state.trained, frozen))
     # From here on `frozen` holds the base. Without this the original base would stay in memory
     # beside the one that an init changed.

@@ -152,6 +152,16 @@ def test_peft_loads_our_whole_modules(checkpoint: Path, tmp_path: Path, changed:
 IMPORTED = {
     "lora": {"r": 4, "lora_alpha": 9, "target_modules": ALL_LINEAR},
     "all_linear": {"r": 4, "target_modules": "all-linear"},
+    "all_linear_but_names": {
+        "r": 4,
+        "target_modules": "all-linear",
+        "exclude_modules": ["down_proj", "layers.1.self_attn.q_proj"],
+    },
+    "all_linear_but_a_pattern": {
+        "r": 4,
+        "target_modules": "all-linear",
+        "exclude_modules": r".*\.0\.(self_attn|mlp)\.(k|up)_proj",
+    },
     "rslora": {"r": 3, "lora_alpha": 16, "use_rslora": True, "target_modules": ALL_LINEAR},
     "dora": {"r": 4, "use_dora": True, "target_modules": ALL_LINEAR},
     "some_layers": {

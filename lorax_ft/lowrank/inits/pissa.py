@@ -5,7 +5,10 @@
 The base becomes W − s A B, and a quantized one q(W − s A B). More rounds fit A and B to what
 quantizing then loses (QPiSSA):
 
-    A B ← SVD_r(W − q(W − A B))
+    Q ← q(W − A B),   A B ← SVD_r(W − Q)
+
+The paper ends its rounds on quantizing. Here they end on the decomposition, so that A and B are the
+best for the base Q that they are trained on.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from lorax_ft.lowrank.inits.svd import product
 def pissa(context: InitContext) -> InitResult:
     """A and B from the largest singular values of W."""
     w = context.weight
-    a, b = context.truncated_svd(w)
-    if context.quantize is not None:
-        for _ in range(context.rounds - 1):
-            quantized = context.quantize(w - product(a, b))
-            a, b = context.truncated_svd(w - quantized)
-    factors = context.divided_by_scale((a, b))
-    return InitResult(factors, removed=factors)
+    removed = context.truncated_svd(w)
+    latest = removed
+    if context.quantize is not None and context.rounds > 1:
+        for _ in range(context.rounds):
+            removed = latest
+            quantized = context.quantize(w - product(*removed))
+            latest = context.truncated_svd(w - quantized)
+    factors = context.divided_by_scale(latest)
+    return InitResult(factors, removed=context.divided_by_scale(removed))
