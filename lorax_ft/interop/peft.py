@@ -91,7 +91,10 @@ def save_peft(
         needed, or the folder holds other files.
     """
     adapters, whole = collect_adapters(params, model, config, base=base)
-    fully_trained = {path.rpartition("/")[0]: {"kernel": weight} for path, weight in whole.items()}
+    fully_trained: dict[str, Matrix] = {}
+    for path, weight in whole.items():
+        parent, _, leaf = path.rpartition("/")
+        fully_trained.setdefault(parent, {})[leaf] = weight
     check_fused({**fully_trained, **adapters})
     write_adapter(
         folder,
