@@ -10,22 +10,22 @@ QLoRA's error (PiSSA, 2404.02948, table 8).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax import Array
-from lorax_ft.lowrank.loftq import loftq
-from lorax_ft.lowrank.pissa import pissa
 from rich.console import Console
 from rich.progress import track
 from threadpoolctl import threadpool_limits
 
 import lorax_ft as lft
 from lorax_ft import cli
-from lorax_ft.lowrank.inits.svd import product, svd
+from lorax_ft.lowrank.inits.context import InitContext
+from lorax_ft.lowrank.inits.loftq import loftq
+from lorax_ft.lowrank.inits.pissa import pissa
+from lorax_ft.lowrank.inits.svd import product
 from lorax_ft.quant.kernels import dense, quantize
 from lorax_ft.tree import modules
 
@@ -68,13 +68,18 @@ def main(args: Args) -> None:
 def reduction(w: Array, start: str, rank: int, rounds: int) -> float:
     """The reduction of QLoRA's error in percent."""
     stack = w[None]
-    decomposed = functools.partial(
-        svd, rank=rank, iterations=None, keys=jax.random.split(jax.random.key(0), 1)
+    context = InitContext(
+        kernel=stack,
+        rank=rank,
+        ranks=np.array([rank]),
+        scales=np.ones(1),
+        keys=jax.random.split(jax.random.key(0), 1),
+        quantize=rounded,
+        rounds=rounds,
     )
-    if start == "QPiSSA":
-        last = taken = pissa(stack, svd=decomposed, rounded=rounded, rounds=rounds)
-    else:
-        last, taken = loftq(stack, rank=rank, svd=decomposed, rounded=rounded, rounds=rounds)
+    init = pissa if start == "QPiSSA" else loftq
+    last, taken = init(context)
+    assert taken is not None
     base = rounded(stack - product(*taken))
     return 100 * (1 - nuclear(stack - base - product(*last)) / nuclear(stack - rounded(stack)))
 

@@ -37,7 +37,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], Tensors] | int, str]] = {
     "wider": (
         "adapter/adapter_model",
         wider,
-        "lora_a of layers/self_attn/q_proj has the shape (256, 2); the model needs (128, 2)",
+        "lora_a of layers/self_attn/q_proj has the shape (2, 256); the model needs (2, 128)",
     ),
     "deeper": (
         "adapter/adapter_model",

@@ -203,7 +203,7 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(wider))
     with pytest.raises(
         ValueError,
-        match=r"lora_b of layers/self_attn/q_proj has the shape \(2, 32\); .* needs \(2, 16\)",
+        match=r"lora_b of layers/self_attn/q_proj has the shape \(32, 2\); .* needs \(16, 2\)",
     ):
         load_peft(tmp_path / "adapter", LoadedModel(config=wider, params=params))
     file = tmp_path / "adapter/adapter_model.safetensors"
@@ -260,4 +260,53 @@ def test_an_adapter_file_without_tensors_is_no_adapter(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": "q_proj"}))
     save_file({}, tmp_path / "adapter/adapter_model.safetensors")
     with pytest.raises(ValueError, match="holds no adapter"):
+        load_peft(tmp_path / "adapter", model)
+
+
+def test_an_adapter_of_pickles_alone(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_model.bin").write_bytes(b"pickle")
+    for text in (None, json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2})):
+        if text is not None:
+            (tmp_path / "adapter/adapter_config.json").write_text(text)
+        said = "adapter as adapter_model.bin.*load it in PEFT and save it again"
+        with pytest.raises(ValueError, match=said) as error:
+            load_peft(tmp_path / "adapter", model)
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match="holds an adapter, not a model"):
+            load_model(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("targets", [("embed_tokens", "q_proj"), ("lm_head",)])
+def test_sizes_are_printed_as_the_file_has_them(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    model = saved_model(tmp_path / "model", tied=False)
+    config = AdapterConfig(rank=2, targets=targets)
+    params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    save_peft(tmp_path / "adapter", params, model)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    names = {"lora_embedding_A": (2, 41), "lm_head.lora_B.weight": (41, 2)}
+    tensors = load_file(file)
+    for key in tensors:
+        for name, shape in names.items():
+            if key.endswith(name):
+                tensors[key] = np.ones(shape, np.float32)
+    save_file(tensors, file)
+    shape = r"\(2, 41\); the model needs \(2, 40\)"
+    if targets == ("lm_head",):
+        shape = r"\(41, 2\); the model needs \(40, 2\)"
+    with pytest.raises(ValueError, match=f"has the shape {shape}"):
+        load_peft(tmp_path / "adapter", model)
+
+
+def test_a_whole_head_of_another_size(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model", tied=False)
+    config = AdapterConfig(rank=2, targets=("q_proj",), train_whole=("lm_head",))
+    params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    save_peft(tmp_path / "adapter", params, model, config=config)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.weight"] = np.ones((41, 16), np.float32)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"the shape \(41, 16\); the model's is \(40, 16\)"):
         load_peft(tmp_path / "adapter", model)

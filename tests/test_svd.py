@@ -11,7 +11,9 @@ import pytest
 from method_cases import KEY, distance
 
 from lorax_ft import AdapterConfig, add_adapters, merged_kernel
-from lorax_ft.lowrank.inits.svd import exact, randomized, svd
+from lorax_ft.lowrank.inits.context import InitContext
+from lorax_ft.lowrank.inits.pissa import pissa
+from lorax_ft.lowrank.inits.svd import exact, product, randomized, svd
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -69,3 +71,35 @@ def test_pissa_of_bfloat16_keeps_the_bases_type(decoder: Any) -> None:
     assert layer["kernel"].dtype == jnp.bfloat16
     assert {str(layer[name].dtype) for name in ("lora_a", "lora_b0", "magnitude")} == {"float32"}
     assert distance(merged_kernel(layer), params["layers"]["mlp"]["up_proj"]["kernel"]) < 1e-2
+
+
+def test_qpissa_ends_on_the_decomposition() -> None:
+    """A and B are the best of their rank for the base that they are trained on."""
+    w = jax.random.normal(jax.random.key(0), (1, 24, 16))
+
+    def start(rounds: int) -> tuple[float, float]:
+        """‖W − Q − A B‖, and the same with what was taken out of Q in place of A B."""
+        context = InitContext(
+            kernel=w,
+            rank=4,
+            ranks=np.array([4]),
+            scales=np.ones(1, np.float32),
+            keys=jax.random.split(jax.random.key(1), 1),
+            quantize=coarse,
+            rounds=rounds,
+        )
+        factors, removed = pissa(context)
+        assert removed is not None
+        left = w - coarse(w - product(*removed))
+        losses = [np.linalg.norm(left - product(*pair)) for pair in (factors, removed)]
+        best = np.linalg.svd(np.asarray(left[0]), compute_uv=False)[4:]
+        assert rounds == 1 or losses[0] == pytest.approx(np.linalg.norm(best), rel=1e-4)
+        return losses[0], losses[1]
+
+    def coarse(w: jax.Array) -> jax.Array:
+        return jnp.round(2 * w) / 2
+
+    one, taken = start(1)
+    assert one == taken
+    fitted, taken = start(2)
+    assert fitted < 0.99 * taken

@@ -247,8 +247,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The adapter_config.json of a folder.
 
     Raises:
-      ValueError: it is missing, the weights are only there as a pickle, its type is not supported, or it has an option that changes numbers
-        and is not supported.
+      ValueError: it is missing, the weights are only there as a pickle, its type is not supported,
+        or it has an option that changes numbers and is not supported.
     """
     if (folder / BIN).is_file() and not (folder / WEIGHTS).is_file():
         raise ValueError(

@@ -29,7 +29,8 @@ def merge_adapters(params: Tree, *, layout: Layout) -> Tree:
       layout: the layers of the model.
 
     A tied output head whose adapter, or whose embedding's adapter, makes the two differ is untied:
-    the result then has a kernel of its own there.
+    the result then has a kernel of its own there. PEFT 0.21's merge_and_unload leaves the two
+    tied, and its logits are off by up to 30 (docs/PEFT.md).
 
     Raises:
       ValueError: factors do not fit their kernel, or leaves that belong together are missing.
