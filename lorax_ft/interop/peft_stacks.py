@@ -37,15 +37,6 @@ def without_experts(adapters: Mapping[str, Matrix]) -> tuple[dict[str, Matrix], 
     return others, stacks
 
 
-def check_stackable(path: str, matrix: Matrix) -> None:
-    """Raise where PEFT has no form for an adapter on one expert of a stack."""
-    if set(matrix) != {"lora_a", "lora_b", "lora_scale"}:
-        raise ValueError(
-            f"save_peft: {path} is in a stack of experts of the checkpoint, which PEFT adapts "
-            "by LoRA alone, without a DoRA magnitude; exclude experts, or write a merged model"
-        )
-
-
 def stacked(path: str, experts: Experts, count: int) -> Matrix:
     """One stack's A `[E, R, I]`, B `[E, O, R]` and scale.
 
@@ -57,9 +48,6 @@ def stacked(path: str, experts: Experts, count: int) -> Matrix:
       count: E.
     """
     projections = STACKS[path.rpartition("/")[2]]
-    for number, members in experts.items():
-        for projection, matrix in members.items():
-            check_stackable(f"{path}: expert {number}'s {projection}", matrix)
     some = next(iter(next(iter(experts.values())).values()))
     scale = some["lora_scale"]
     shares_a = all(_same_a(list(members.values())) for members in experts.values())
