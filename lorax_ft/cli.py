@@ -71,17 +71,24 @@ def parse(
     return args
 
 
+def _show_warning(message: Warning | str, *place: object, **options: object) -> None:
+    """Print a warning in one line, without the line of code that it comes from."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process if the block raises: with status 2 on bad input, 130 on an interrupt.
 
     The error takes one line, or the whole traceback if LORAX_FT_DEBUG=1 is set in the environment.
-    Libraries that are imported inside the block are quiet.
+    Warnings take one line each. Libraries that are imported inside the block are quiet.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
     except (ValueError, OSError) as error:
         if os.environ.get("LORAX_FT_DEBUG"):
             raise

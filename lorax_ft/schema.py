@@ -55,6 +55,8 @@ LEAVES: Mapping[str, LeafSchema] = {
     "kernel": LeafSchema(("stack", "in", "out"), BASE, Group.WEIGHT),
     "embedding": LeafSchema(("stack", "in", "out"), BASE, Group.WEIGHT),
     "bias": LeafSchema(("stack", "out"), BASE, Group.VECTOR),
+    # A number that multiplies a layer's output, which transformers does not train either.
+    "layer_scalar": LeafSchema(("stack", "out"), BASE),
     # LoRA: A, B and the scale s = alpha / r, or alpha / √r for rsLoRA.
     "lora_a": LeafSchema(("stack", "in", "rank"), ADAPTER, Group.LORA_A),
     "lora_b": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.LORA_B),
@@ -115,6 +117,9 @@ class InitSchema(NamedTuple):
     change both."""
     fits_quantized: bool = False
     """Whether it can fit A and B to what quantizing the base loses (`quant.rounds`)."""
+    any_rank: bool = False
+    """Whether a rank may be above the smaller side of a matrix, as in PEFT: a model may have small
+    projections beside large ones."""
     on_host: bool = False
     """Whether it computes on the host, outside jit, unless `svd_iterations` is set."""
 
@@ -134,8 +139,8 @@ InitName = Literal[
 ]
 
 INITS: Mapping[str, InitSchema] = {
-    "kaiming": InitSchema("random:kaiming"),
-    "gaussian": InitSchema("random:gaussian"),
+    "kaiming": InitSchema("random:kaiming", any_rank=True),
+    "gaussian": InitSchema("random:gaussian", any_rank=True),
     "orthogonal": InitSchema("orthogonal:orthogonal"),
     "pissa": InitSchema(
         "pissa:pissa",

@@ -103,6 +103,31 @@ def _check_no_leaf_above(flat: Mapping[str, Any]) -> None:
             parent, _, _ = parent.rpartition("/")
 
 
+def member(place: int, period: int) -> str:
+    """The name of a layer in a scan whose step computes several: its place among them.
+
+    >>> member(2, 4)
+    '2_of_4'
+    """
+    return f"{place}_of_{period}"
+
+
+def with_layer_numbers(path: str) -> str:
+    """A path with the number of its layer, where a scan's step computes several.
+
+    >>> with_layer_numbers("layers/3/2_of_4/mlp/up_proj")
+    'layers/14/mlp/up_proj'
+    >>> with_layer_numbers("layers/3/mlp/up_proj")
+    'layers/3/mlp/up_proj'
+    """
+
+    def number(found: re.Match[str]) -> str:
+        step, place, period = map(int, found.groups())
+        return str(step * period + place)
+
+    return re.sub(r"(?<![^/])(\d+)/(\d+)_of_(\d+)(?![^/])", number, path)
+
+
 def first_match(rules: Iterable[tuple[str, T]], path: str) -> T | None:
     """The value of the first (regular expression, value) rule that matches the whole path."""
     for pattern, value in rules:

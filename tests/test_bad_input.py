@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
     [
         (["--adapter.rnk", "4"], "did you mean --adapter.rank"),
         (["--adapter.rank", "0"], "adapter.rank is 0"),
-        (["--adapter.rank", "1000"], "rank 1000 is above the smaller side"),
+        (["--adapter.rank", "1000"], "rank 1000 is above the larger side"),
         (["--adapter.targets", "q_porj"], "did you mean 'q_proj'"),
         (["--adapter.layers", "99"], "there is no layer 99"),
         (["--model.path", "/no/such/model"], "/no/such/model"),

@@ -60,6 +60,20 @@ def test_there_and_back(tmp_path: Path, case: str) -> None:
         np.testing.assert_allclose(theirs, ours, atol=1e-4, rtol=1e-4)
 
 
+def test_the_tensors_of_gpt_oss_have_llama_cpps_names(tmp_path: Path) -> None:
+    model = random_model(FAMILIES["gpt_oss"])
+    save_gguf(tmp_path / "model.gguf", model.params, model, kind="Q8_0")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    known = set()
+    for tensor in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GPT_OSS]:
+        name = gguf.TENSOR_NAMES[tensor]
+        known |= {name.format(bid=layer) for layer in range(3)}
+    assert {name.rpartition(".")[0] for name in tensors} == known
+    # Vectors are exact, the biases of several experts too.
+    exact = {name for name, tensor in tensors.items() if tensor.tensor_type.name == "F32"}
+    assert {"blk.0.ffn_up_exps.bias", "blk.0.attn_sinks.weight", "blk.0.attn_q.bias"} <= exact
+
+
 def test_llama3_is_recognized(tmp_path: Path) -> None:
     model = random_model(FAMILIES["llama3"])
     save_gguf(tmp_path / "model.gguf", model.params, model)
@@ -78,6 +92,12 @@ def test_llama3_is_recognized(tmp_path: Path) -> None:
             "(gemma2) has attention_scale = 0.204",
         ),
         (FAMILIES["qwen3_moe"] | {"norm_topk_prob": False}, "(qwen3_moe) has experts = "),
+        (FAMILIES["gpt_oss"] | {"attention_bias": False}, "(gpt_oss) has biases = "),
+        (FAMILIES["gpt_oss"] | {"swiglu_limit": 3.0}, "(gpt_oss) has clamped_gate = "),
+        (
+            FAMILIES["gpt_oss"] | {"layer_types": ["full_attention"] * 3},
+            "(gpt_oss) has layer_types = ",
+        ),
         (
             {"model_type": "qwen2", "rope_parameters": FAMILIES["llama3"]["rope_parameters"]},
             "(qwen2) has layer_types = ",

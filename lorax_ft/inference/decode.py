@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax_ft.models.attention import Cache, empty_cache
+from lorax_ft.models.cache import Cache, empty_cache
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import CausalLM
 from lorax_ft.sharding import ROW_AXES
@@ -87,7 +87,9 @@ def prefill(
     tokens, lengths = _shard_rows(tokens, mesh), _shard_rows(lengths, mesh)
     batch, padded = tokens.shape
     cache: Cache | None = empty_cache(config, batch, padded + max_new_tokens)
-    features, cache = model.features(params, tokens, cache=cache, length=sampling_params.max_length)
+    features, cache = model.features(
+        params, tokens, cache=cache, length=sampling_params.max_length, counts=lengths
+    )
     assert cache is not None
     # Prompts are padded on the right, so the last token of each row is at a different column.
     last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]

@@ -53,7 +53,7 @@ def check_quantization_config(config: Any, *, source: str) -> None:
     if method != "bitsandbytes nf4":
         raise ValueError(
             f"{source} has a quantization_config of {method!r}; "
-            f"only bitsandbytes nf4 is supported: {WAY_OUT}"
+            f"only bitsandbytes nf4 and mxfp4 are supported: {WAY_OUT}"
         )
 
 

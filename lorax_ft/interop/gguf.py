@@ -108,6 +108,8 @@ def _hf_name(
     *block, module, leaf = name.rsplit(".", 3 if in_layer else 1)
     if module not in modules:
         return name
+    if module == "attn_sinks":
+        return hf_module(f"layers/{block[1]}/{modules[module]}", names)
     path = modules[module].replace("experts", f"experts/{expert}")
     if in_layer:
         path = f"layers/{block[1]}/{path}"

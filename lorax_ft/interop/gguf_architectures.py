@@ -38,6 +38,8 @@ class Architecture:
     """Every n-th layer has full attention, the others a sliding window; 0: no `layer_types`."""
     local_theta: float | None = None
     """Rotary base of the layers with a sliding window, where they have their own."""
+    rounded_yarn: bool = True
+    """Whether the model rounds yarn's borders to whole channels, as llama.cpp always does."""
     width_scaled_layers: int = 0
     """The number of layers of the one size whose attention scale is 1 / √(width / heads).
 
@@ -116,6 +118,18 @@ ARCHITECTURES = {
     "smollm3": Architecture(
         model_type="smollm3", model_class="SmolLM3ForCausalLM", interleaved=True
     ),
+    "gpt-oss with experts": Architecture(
+        model_type="gpt_oss",
+        model_class="GptOssForCausalLM",
+        fields=WINDOW
+        | EXPERTS_USED
+        | {
+            "expert_count": ("num_local_experts", int),
+            "expert_feed_forward_length": ("intermediate_size", int),
+        },
+        full_every=2,
+        rounded_yarn=False,
+    ),
     "olmo2": Architecture(model_type="olmo2", model_class="Olmo2ForCausalLM"),
 }
 
@@ -125,6 +139,7 @@ MODULES = {
     "attn_v": "self_attn/v_proj",
     "attn_qkv": "self_attn/qkv_proj",
     "attn_output": "self_attn/o_proj",
+    "attn_sinks": "self_attn/sinks",
     "attn_q_norm": "self_attn/q_norm",
     "attn_k_norm": "self_attn/k_norm",
     "ffn_gate": "mlp/gate_proj",
@@ -143,6 +158,8 @@ MODULES = {
     "output": "lm_head",
 }
 """GGUF's names of modules, and their paths in a layer or in the decoder.
+
+`self_attn/sinks` is a leaf, which GGUF names as the weight of a module.
 
 `module_names` has the exceptions.
 """
@@ -184,7 +201,10 @@ def module_names(config: DecoderConfig) -> dict[str, str]:
     names = dict(MODULES)
     # `ffn_norm` is the norm before the MLP. Hugging Face calls it post_attention_layernorm, unless
     # the layer has norms around the MLP, as in Gemma 2.
-    if config.norms == "before":
+    # gpt-oss's files, whose layers alone have sinks, keep Hugging Face's name.
+    if config.sinks:
+        del names["ffn_norm"]
+    elif config.norms == "before":
         names["ffn_norm"] = "post_attention_layernorm"
     # Phi 3's gate and up are one matrix, which llama.cpp names `ffn_up`.
     if config.fused:
@@ -251,6 +271,8 @@ def _layer_config(
         pattern = metadata.get(f"{name}.attention.sliding_window_pattern", architecture.full_every)
         layers = config["num_hidden_layers"]
         found["layer_types"] = _layer_types(pattern, layers, window=found.get("sliding_window"))
+    if not architecture.rounded_yarn and config["rope_parameters"]["rope_type"] == "yarn":
+        found["rope_parameters"] = config["rope_parameters"] | {"truncate": False}
     if architecture.local_theta:
         theta = metadata.get(f"{name}.rope.freq_base_swa", architecture.local_theta)
         found["rope_parameters"] = {

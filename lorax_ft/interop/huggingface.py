@@ -26,8 +26,12 @@ from lorax_ft.interop.lazy_tensor import (
     Tensors,
     lazy_tensors,
 )
+from lorax_ft.interop.mxfp4 import assemble_mxfp4
+from lorax_ft.interop.text_part import text_config, text_tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.model import PART_OF
+from lorax_ft.tree import with_layer_numbers
 
 Names = Mapping[str, str]
 """Our name of a path component -> the name in a family's checkpoints, where the two differ."""
@@ -35,10 +39,13 @@ Names = Mapping[str, str]
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+"""Our leaf -> the end of its tensor's name; a leaf that is not here has its own name."""
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """Reads a checkpoint's config.json, without its quantization_config, and its tensors.
+
+    Of a checkpoint that holds other parts, such as a vision tower, they are those of the text part.
 
     Raises:
       ValueError: a file is missing or damaged, or the folder holds something else.
@@ -48,19 +55,25 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
         raise ValueError(
             f"{folder} holds an adapter, not a model; load its base model, then use load_peft"
         )
-    config = read_json(folder / "config.json")
+    config = text_config(read_json(folder / "config.json"))
     quantization = config.pop("quantization_config", None)
     # Before the weights: an unsupported architecture is the more useful error than a missing file.
     decoder_config(config, source=str(folder))
     dtypes = FLOATS
+    is_mxfp4 = isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
     if quantization is not None:
-        check_quantization_config(quantization, source=str(folder))
+        if not is_mxfp4:
+            check_quantization_config(quantization, source=str(folder))
         dtypes = FLOATS_AND_BYTES
     tensors: dict[str, LazyTensor] = {}
     for file in _shards(folder):
         tensors |= lazy_tensors(file, dtypes=dtypes)
-    if quantization is not None:
+    if is_mxfp4:
+        tensors = assemble_mxfp4(tensors, source=str(folder))
+    elif quantization is not None:
         tensors = assemble_nf4(tensors, source=str(folder))
+    if PART_OF in config:
+        return config, text_tensors(tensors)
     return config, tensors
 
 
@@ -105,6 +118,8 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
         values = copy.deepcopy(without_ignored(hf_config, family))
         config_class = import_transformers().CONFIG_MAPPING[model_type]
         config = config_class.from_dict(values)
+        # Where layers differ in a value, such as head_dim, the config's own is read, too.
+        config.allow_global_per_layer_attribute_access = True
         # Models do so once more, and then heed an original_max_position_embeddings beside the rope.
         config.standardize_rope_params()
         if not family.partial_rotary:
@@ -132,10 +147,19 @@ def hf_names(path: str, shape: Shape, names: Names) -> Iterator[tuple[str, Any]]
     [('lm_head.weight', ())]
     """
     module, _, leaf = path.rpartition("/")
-    suffix = LEAVES[leaf]
+    suffix = LEAVES.get(leaf, leaf)
     for logical, index in unstacked(module, shape):
         hf_path = hf_module(logical, names)
         yield f"{hf_path}.{suffix}", index
+
+
+def hf_tensors(path: str, leaf: np.ndarray, names: Names) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a leaf under the checkpoint's names, in PyTorch's `[out, in]`."""
+    for name, index in hf_names(path, leaf.shape, names):
+        tensor = leaf[index]
+        if path.endswith("/kernel"):
+            tensor = tensor.T
+        yield name, tensor
 
 
 def unstacked(path: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
@@ -149,6 +173,8 @@ def unstacked(path: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
 
     >>> list(unstacked("layers/mlp/up_proj", (2, 8, 16)))
     [('layers/0/mlp/up_proj', (0,)), ('layers/1/mlp/up_proj', (1,))]
+    >>> list(unstacked("layers/1_of_2/mlp/up_proj", (2, 8, 16)))
+    [('layers/1/mlp/up_proj', (0,)), ('layers/3/mlp/up_proj', (1,))]
     >>> list(unstacked("layers/mlp/experts/up_proj", (1, 2, 8, 16)))
     [('layers/0/mlp/experts/0/up_proj', (0, 0)), ('layers/0/mlp/experts/1/up_proj', (0, 1))]
     """
@@ -161,11 +187,13 @@ def unstacked(path: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
             logical.append(name)
             if name in numbers:
                 logical.append(str(numbers[name]))
-        yield "/".join(logical), index
+        yield with_layer_numbers("/".join(logical)), index
 
 
-def hf_module(path: str, names: Names) -> str:
+def hf_module(path: str, names: Names, *, place: str = "model") -> str:
     """Hugging Face's name of the module at a logical path; `names` are the family's own.
+
+    `place` is where the decoder lies: "model.language_model" beside a vision tower.
 
     >>> hf_module("layers/3/mlp/up_proj", {})
     'model.layers.3.mlp.up_proj'
@@ -176,7 +204,7 @@ def hf_module(path: str, names: Names) -> str:
     if path == "lm_head":
         return path
     components = [names.get(name, name) for name in path.split("/")]
-    return ".".join(["model", *components])
+    return ".".join([place, *components])
 
 
 def family_names(hf_config: Mapping[str, Any]) -> Names:
@@ -186,6 +214,12 @@ def family_names(hf_config: Mapping[str, Any]) -> Names:
         return {}
     family = FAMILIES[model_type]
     return family.names
+
+
+def stacks_experts(hf_config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of this family holds the experts of a layer in one tensor."""
+    family = FAMILIES.get(str(hf_config.get("model_type")))
+    return family is not None and family.stacks_experts
 
 
 def read_json(file: Path) -> dict[str, Any]:

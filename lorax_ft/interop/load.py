@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
@@ -15,19 +16,22 @@ from jax.sharding import SingleDeviceSharding
 
 from lorax_ft.config import ModelConfig, QuantConfig
 from lorax_ft.interop.bitsandbytes import NF4Tensor
+from lorax_ft.interop.expert_stacks import split_experts
 from lorax_ft.interop.gguf import read_gguf
 from lorax_ft.interop.huggingface import (
     decoder_config,
     family_names,
     read_folder,
     read_json,
+    stacks_experts,
 )
 from lorax_ft.interop.lazy_tensor import Index, Read, Shape, Tensors
 from lorax_ft.interop.params import Parts, head_is_table, load_params
+from lorax_ft.interop.text_part import notice
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.model import LoadedModel, decoder_layout
+from lorax_ft.models.model import PART_OF, LoadedModel, decoder_layout
 from lorax_ft.quant.kernels import Format, Quantized, format_of, quantize
 from lorax_ft.quant.stream import streamed
 from lorax_ft.tree import Tree, flatten
@@ -52,6 +56,8 @@ def load_model(
 ) -> LoadedModel:
     """Loads a decoder with its parameters and tokenizer.
 
+    Of a checkpoint with a `text_config`, which sees images too, it loads the text part and warns.
+
     Args:
       path: a Hugging Face folder, a .gguf file, or a hub id such as "HuggingFaceTB/SmolLM2-135M".
       revision: branch, tag or commit of a hub id.
@@ -73,6 +79,8 @@ def load_model(
     location, source = _locate(path, revision), str(path)
     hf_config, tensors, tokenizer = _read(location)
     config = decoder_config(hf_config, source=source, dtype=dtype, attention=attention, remat=remat)
+    if PART_OF in hf_config:
+        warnings.warn(notice(hf_config, source=source), stacklevel=2)
     if config.tied and not head_is_table(tensors):
         config = dataclasses.replace(config, tied=False)
         hf_config = {**hf_config, "tie_word_embeddings": False}
@@ -125,6 +133,8 @@ def _read(location: Path) -> tuple[dict[str, Any], Tensors, Any]:
     if location.suffix == ".gguf":
         return read_gguf(location)
     hf_config, tensors = read_folder(location)
+    if stacks_experts(hf_config):
+        tensors = split_experts(tensors)
     return hf_config, tensors, load_tokenizer(location)
 
 

@@ -20,12 +20,30 @@ from safetensors.numpy import save_file
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, read_json, unstacked
+from lorax_ft.interop.huggingface import (
+    LEAVES,
+    family_names,
+    hf_module,
+    read_json,
+    stacks_experts,
+    unstacked,
+)
+from lorax_ft.interop.lazy_tensor import lazy_tensors
 from lorax_ft.interop.peft_collect import collect_adapters, differ
 from lorax_ft.interop.peft_config import BIN, CONFIG, WEIGHTS, is_fused, without_tensors
 from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
 from lorax_ft.interop.peft_methods import Matrix, method_of_config, method_of_matrix
+from lorax_ft.interop.peft_stacks import (
+    every_stack,
+    one_expert,
+    stack_tensors,
+    stacked,
+    target_parameters,
+    without_experts,
+    wrappers,
+)
 from lorax_ft.interop.peft_tensors import OWN_SUFFIXES, PREFIX, Entry, adapter_tensors
+from lorax_ft.interop.text_part import peft_place, place_in
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.spec import LayerSpec, base_kernel, base_shape, with_kernel
 from lorax_ft.lowrank.terms import magnitude
@@ -73,13 +91,16 @@ def save_peft(
         needed, or the folder holds other files.
     """
     adapters, whole = collect_adapters(params, model, config, base=base)
-    fully_trained = {path.rpartition("/")[0]: {"kernel": weight} for path, weight in whole.items()}
+    fully_trained: dict[str, Matrix] = {}
+    for path, weight in whole.items():
+        parent, _, leaf = path.rpartition("/")
+        fully_trained.setdefault(parent, {})[leaf] = weight
     check_fused({**fully_trained, **adapters})
     write_adapter(
         folder,
-        fit_fused(adapters, model),
+        adapters if stacks_experts(model.hf_config) else fit_fused(adapters, model),
         whole,
-        known=known_modules(model, params),
+        known=all_modules(model, params),
         model=model,
         base=base,
         dropout=config.dropout if config else 0.0,
@@ -100,20 +121,36 @@ def write_adapter(
 ) -> None:
     """Writes what `collect_adapters` returns; `known` are Hugging Face's names of all modules."""
     names = family_names(model.hf_config)
+    place = peft_place(model.hf_config)
     first_matrix = next(iter(adapters.values()))
     method = method_of_matrix(first_matrix)
+    has_fused = any(map(is_fused, adapters))
     tensors: dict[str, np.ndarray] = {}
     by_module: dict[str, Matrix] = {}
+    stacks: dict[str, Matrix] = {}
+    parameters: set[str] = set()
+    if stacks_experts(model.hf_config):
+        adapters, stacks = _with_stacks(adapters, model, place)
+        by_module |= {name: one_expert(stack) for name, stack in stacks.items()}
+        parameters |= stacks.keys()
+    for name, wrapper in wrappers(stacks).items():
+        for suffix, value in stack_tensors(stacks[name]).items():
+            tensors[f"{PREFIX}{wrapper}.{suffix}"] = np.ascontiguousarray(value)
     for path, matrix in adapters.items():
-        module = hf_module(path, names)
-        by_module[module] = matrix
+        module = hf_module(path, names, place=place)
+        name = module
+        if path.endswith("mlp/gate") and stacks_experts(model.hf_config):
+            # This router is no linear module in transformers.
+            name = f"{module}.weight"
+            parameters.add(name)
+        by_module[name] = matrix
         for suffix, value in method.tensors(matrix, path == TABLE).items():
             tensors[f"{PREFIX}{module}.{suffix}"] = np.ascontiguousarray(value)
     whole_modules = set()
     trained_biases = "none"
     for path, weight in whole.items():
         parent, _, leaf = path.rpartition("/")
-        module = hf_module(parent, names)
+        module = hf_module(parent, names, place=place)
         if parent in adapters:
             module = f"{module}.base_layer"
             trained_biases = max("lora_only", trained_biases, key=BIASES.index)
@@ -121,24 +158,40 @@ def write_adapter(
             trained_biases = "all"
         else:
             whole_modules.add(module)
-        tensors[f"{PREFIX}{module}.{LEAVES[leaf]}"] = np.ascontiguousarray(weight)
+        tensors[f"{PREFIX}{module}.{LEAVES.get(leaf, leaf)}"] = np.ascontiguousarray(weight)
     peft_config = {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "base_model_name_or_path": str(base or model.source) or None,
         "modules_to_save": sorted(whole_modules) or None,
-        **method.config(by_module, known),
+        **target_parameters(method.config(by_module, known), parameters),
     }
     if trained_biases != "none":
         peft_config["bias"] = trained_biases
     if method.dropout is not None:
         # PEFT has no dropout for experts, and refuses the folder. It only acts in training.
-        has_fused = any(map(is_fused, adapters))
         peft_config[method.dropout] = 0.0 if has_fused else dropout
     with new_folder(folder, others=others) as new:
         (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+
+
+def _with_stacks(
+    adapters: Mapping[str, Matrix],
+    model: Model,
+    place: str,
+) -> tuple[dict[str, Matrix], dict[str, Matrix]]:
+    """The adapters that are not on experts, and those of stacks by the parameter's full name."""
+    assert model.config.experts
+    names = family_names(model.hf_config)
+    others, by_stack = without_experts(adapters)
+    stacks = {}
+    for path, experts in by_stack.items():
+        module, _, stack = path.rpartition("/")
+        parameter = f"{hf_module(module, names, place=place)}.{stack}"
+        stacks[parameter] = stacked(path, experts, model.config.experts.count)
+    return others, stacks
 
 
 def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
@@ -155,7 +208,8 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     folder = Path(folder)
     config = read_config(folder)
     method = method_of_config(config, folder)
-    known = known_modules(model, model.params)
+    place_there = place_in(key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS))
+    known = known_modules(model, model.params, place=place_there)
     _check_base(config, folder, model)
     layers = modules(model.params)
     raw: dict[Place, Matrix] = {}
@@ -255,18 +309,32 @@ def _check_complete(
         raise ValueError(f"{folder}: {WEIGHTS} holds no adapter")
 
 
-def known_modules(model: Model, params: Tree) -> dict[str, Place]:
+def all_modules(model: Model, params: Tree) -> list[str]:
+    """Hugging Face's names of the modules among which those of an adapter are told apart."""
+    place = peft_place(model.hf_config)
+    names = list(known_modules(model, params, place=place))
+    if stacks_experts(model.hf_config):
+        names += every_stack(names)
+    if place == "model":
+        return names
+    # A vision tower may have modules of the same last names, so those alone name none.
+    elsewhere = [f"vision_tower.{name.rpartition('.')[2]}" for name in names]
+    return names + elsewhere
+
+
+def known_modules(model: Model, params: Tree, *, place: str = "model") -> dict[str, Place]:
     """Where the modules of the model stand, by Hugging Face's names."""
     experts = 1
     if model.config.experts:
         experts = model.config.experts.count
-    stack = (model.config.layers, experts)
+    layers = model.config.layers // model.config.period
+    stack = (layers, experts)
     names = family_names(model.hf_config)
     known = {}
     # A tied head is not in the tree, but a folder may untie it.
     for path in {HEAD: {}} | modules(params):
         for logical, index in unstacked(path, stack):
-            known[hf_module(logical, names)] = (path, index)
+            known[hf_module(logical, names, place=place)] = (path, index)
     return known
 
 

@@ -26,12 +26,17 @@ EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
 
 
 def check_fused(layers: Mapping[str, Layer]) -> None:
-    """Raise where an expert or a router is trained in a way that PEFT has only for other modules.
+    """Raise where PEFT has no form for what is trained: sinks, or experts other than by LoRA.
 
     Args:
       layers: the trained leaves by module; those of plain LoRA may have others beside them.
     """
     for path, layer in layers.items():
+        if "sinks" in layer:
+            raise ValueError(
+                f"{path}: PEFT has no form for trained sinks, so they could not be saved; name "
+                "single projections in train_whole, such as q_proj"
+            )
         if not is_fused(path):
             continue
         if "magnitude" in layer:

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from lorax_ft.interop.huggingface import family_names, hf_module
+from lorax_ft.interop.expert_stacks import STACKS
+from lorax_ft.interop.huggingface import family_names, hf_module, stacks_experts
 from lorax_ft.interop.lazy_tensor import lazy_tensors
 from lorax_ft.interop.peft_config import WEIGHTS, is_target
 from lorax_ft.interop.peft_methods import LORA, PeftMethod
@@ -34,8 +35,6 @@ OWN_SUFFIXES = {
     ".bias": "bias",
 }
 """A module's own tensors, which are trained in full."""
-STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""The parameters of stacked experts, in their order, and our modules in each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,13 @@ def _expert_entries(
         yield dataclasses.replace(entry, module=hf_module(path, names))
         return
     parameter = adapted[-1 - wrappers]
-    stacks = _split_stack(entry, model.config.experts.count, STACKS[parameter], where=where)
+    stacks = _split_stack(
+        entry,
+        model.config.experts.count,
+        STACKS[parameter],
+        alternating=stacks_experts(model.hf_config),
+        where=where,
+    )
     for name, values in stacks.items():
         for i, value in enumerate(values):
             expert = hf_module(f"{path}/{i}/{name}", names)
@@ -134,9 +139,13 @@ def _split_stack(
     count: int,
     names: tuple[str, ...],
     *,
+    alternating: bool,
     where: Path,
 ) -> dict[str, np.ndarray]:
-    """A `[E, R, I]` or B `[E, O, R]` of each of the modules in one parameter."""
+    """A `[E, R, I]` or B `[E, O, R]` of each of the modules in one parameter.
+
+    Their rows of B alternate, or stand one module's after the other's.
+    """
     *_, rows, columns = entry.value.shape
     if entry.leaf == "lora_a" and rows % count == 0:
         a = entry.value.reshape(count, -1, columns)  # [E, R, I]
@@ -146,6 +155,8 @@ def _split_stack(
         b = entry.value.reshape(rows, -1, count)  # [O, R, E]
         b = b.transpose(2, 0, 1)  # [E, O, R]
         parts = np.split(b, len(names), axis=1)
+        if alternating:
+            parts = [b[:, first :: len(names)] for first in range(len(names))]
         return dict(zip(names, parts, strict=True))
     raise ValueError(
         f"{where}: {entry.key} has the shape {entry.value.shape}, which does not fit {count} "

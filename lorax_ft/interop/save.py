@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,18 +16,20 @@ from safetensors.numpy import save_file
 
 from lorax_ft.interop.bitsandbytes import nf4_tensors, quantization_config
 from lorax_ft.interop.end_tokens import ids_that_stop
+from lorax_ft.interop.expert_stacks import joined_experts
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import (
     INDEX,
     WEIGHTS,
-    Names,
     family_names,
     hf_names,
+    hf_tensors,
+    stacks_experts,
 )
 from lorax_ft.interop.tokenizer import ALL_FILES, save_tokenizer
 from lorax_ft.lowrank.merge import merged_leaves
 from lorax_ft.lowrank.requantize import is_requantized
-from lorax_ft.models.model import HEAD, WITHOUT_START, Model, abstract_params
+from lorax_ft.models.model import HEAD, PART_OF, WITHOUT_START, Model, abstract_params
 from lorax_ft.quant.double import DoubleQuantized
 from lorax_ft.quant.int8 import Int8
 from lorax_ft.quant.nf4 import NF4
@@ -125,24 +128,20 @@ def _skipped_modules(leaves: Mapping[str, Any], model: Model) -> list[str]:
     return sorted(skipped)
 
 
-def hf_tensors(path: str, leaf: np.ndarray, names: Names) -> Iterator[Tensor]:
-    """Yields the tensors of a leaf under the checkpoint's names, in PyTorch's `[out, in]`."""
-    for name, index in hf_names(path, leaf.shape, names):
-        tensor = leaf[index]
-        if path.endswith("/kernel"):
-            tensor = tensor.T
-        yield name, tensor
-
-
 def _tensors(params: Tree, model: Model, dtype: str | None) -> Iterator[Tensor]:
     """Yields the checkpoint's tensors one at a time."""
     names = family_names(model.hf_config)
     found = set()
-    for path, leaf in merged_leaves(params, layout=model.layout):
-        found.add(path)
-        host = np.asarray(leaf)
-        for name, tensor in hf_tensors(path, host, names):
-            yield name, np.ascontiguousarray(tensor, dtype)
+
+    def leaves() -> Iterator[Tensor]:
+        for path, leaf in merged_leaves(params, layout=model.layout):
+            found.add(path)
+            yield path, np.asarray(leaf)
+
+    single = itertools.chain.from_iterable(hf_tensors(*leaf, names) for leaf in leaves())
+    joined = joined_experts(leaves(), names)
+    for name, tensor in joined if stacks_experts(model.hf_config) else single:
+        yield name, np.ascontiguousarray(tensor, dtype)
     # At the end, because merging decides whether there is a head; the folder is not renamed yet.
     _check_leaves(found, model)
 
@@ -211,6 +210,8 @@ def _config(model: Model, files: Files, dtype: str) -> dict[str, Any]:
     config.pop("torch_dtype", None)
     # The caller sets this mark again if it holds for the new checkpoint.
     config.pop(WITHOUT_START, None)
+    # What is written is a text model of its own.
+    config.pop(PART_OF, None)
     config["tie_word_embeddings"] = not any("lm_head.weight" in sizes for sizes in files.values())
     config["dtype"] = dtype
     return config

@@ -223,7 +223,7 @@ def _add_tensors(writer: Any, params: Tree, model: Model, kind: str) -> None:
     import gguf
 
     matrix_type = gguf.GGMLQuantizationType[kind]
-    supported = gguf.MODEL_TENSORS[gguf.MODEL_ARCH[writer.arch.upper()]]
+    supported = gguf.MODEL_TENSORS[gguf.MODEL_ARCH[writer.arch.upper().replace("-", "_")]]
     for name, value in _tensors(params, model):
         if name == "output.weight" and gguf.MODEL_TENSOR.OUTPUT not in supported:
             raise ValueError(
@@ -231,7 +231,8 @@ def _add_tensors(writer: Any, params: Tree, model: Model, kind: str) -> None:
                 "table; write a folder instead (--target hf)"
             )
         # Routers stay in float32, since rounding could change which experts they choose.
-        if value.ndim == 1 or "ffn_gate_inp" in name:
+        # So do the biases of all experts, which are a matrix.
+        if value.ndim == 1 or name.endswith(".bias") or "ffn_gate_inp" in name:
             writer.add_tensor(name, value)
             continue
         packed = gguf.quants.quantize(value, matrix_type)
@@ -247,7 +248,7 @@ def _tensors(params: Tree, model: Model) -> Iterator[tuple[str, np.ndarray]]:
         permuted_heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
     for path, leaf in merged_leaves(params, layout=model.layout):
         module, _, leaf_name = path.removeprefix("layers/").rpartition("/")
-        name = names[module]
+        name = names.get(f"{module}/{leaf_name}") or names[module]
         array = np.asarray(leaf)
         blocks = {"": array}
         if path.startswith("layers/"):
@@ -261,7 +262,7 @@ def _tensors(params: Tree, model: Model) -> Iterator[tuple[str, np.ndarray]]:
             # Gemma multiplies by 1 + scale; llama.cpp's files hold the sum.
             if name.endswith("norm"):
                 value = value + np.float32(config.norm_offset)
-            yield f"{block}{name}.{LEAVES[leaf_name]}", np.ascontiguousarray(value)
+            yield f"{block}{name}.{LEAVES.get(leaf_name, 'weight')}", np.ascontiguousarray(value)
 
 
 def _interleave(value: np.ndarray, heads: int) -> np.ndarray:

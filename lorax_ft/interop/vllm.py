@@ -8,8 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lorax_ft.interop.peft import known_modules, write_adapter
+from lorax_ft.interop.huggingface import stacks_experts
+from lorax_ft.interop.peft import all_modules, write_adapter
 from lorax_ft.interop.peft_collect import collect_adapters
+from lorax_ft.interop.peft_config import is_fused
 from lorax_ft.interop.peft_experts import fit_fused, unified
 from lorax_ft.interop.save import save_model
 from lorax_ft.models.model import Model
@@ -28,7 +30,7 @@ def save_for_vllm(
 
     Only plain LoRA on linear layers stays an adapter, with one rank and one alpha: smaller ranks
     are padded, and scales that differ go into B. DoRA, IA3, MiSS, fully trained modules, and
-    adapters on embeddings or the output head are merged.
+    adapters on embeddings, the output head or gpt-oss's experts are merged.
 
     Args:
       folder: the place; the files are written next to it and then renamed.
@@ -49,7 +51,9 @@ def save_for_vllm(
         )
     adapters, modules_to_save = collect_adapters(params, model, None)
     is_plain_lora = all(matrix.keys() == PLAIN_LORA for matrix in adapters.values())
-    if modules_to_save or not is_plain_lora or TABLES & adapters.keys():
+    # vLLM's form of adapters on experts that a checkpoint stacks is another than PEFT's.
+    has_stacks = stacks_experts(model.hf_config) and any(map(is_fused, adapters))
+    if modules_to_save or not is_plain_lora or has_stacks or TABLES & adapters.keys():
         save_model(folder, params, model)
         return "model"
     rank = max(matrix["lora_a"].shape[1] for matrix in adapters.values())
@@ -60,7 +64,7 @@ def save_for_vllm(
         )
     # Older servers read no patterns.
     fitted = unified(fit_fused(adapters, model))
-    write_adapter(folder, fitted, {}, known=known_modules(model, params), model=model)
+    write_adapter(folder, fitted, {}, known=all_modules(model, params), model=model)
     return "adapter"
 
 

@@ -72,8 +72,8 @@ def add_adapters(
       base, and not with `keep_base`.
 
     Raises:
-      ValueError: a pattern matches no module, a rank is above a matrix's smaller side, a statistic
-        is missing, or the init computes on the host and `params` are being traced.
+      ValueError: a pattern matches no module, a matrix is too small for its rank, a statistic is
+        missing, or the init computes on the host and `params` are being traced.
 
     A custom init needs no change to this library:
 

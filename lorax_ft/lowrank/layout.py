@@ -16,7 +16,7 @@ import jax
 from lorax_ft.lowrank import intercept
 from lorax_ft.lowrank.spec import LayerSpec
 from lorax_ft.schema import is_base
-from lorax_ft.tree import Layer, flatten, modules, unflatten
+from lorax_ft.tree import Layer, flatten, modules, unflatten, with_layer_numbers
 
 Layout = dict[str, LayerSpec]
 Views = dict[str, list[dict[str, int]]]
@@ -107,7 +107,7 @@ def logical_paths(path: str, spec: LayerSpec, shape: tuple[int, ...]) -> list[st
         # From the last, so that an insertion does not move the places of the others.
         for place, i in sorted(zip(spec.scanned, index, strict=True), reverse=True):
             parts.insert(place, str(i))
-        paths += ["/".join(parts)] * experts
+        paths += [with_layer_numbers("/".join(parts))] * experts
     return paths
 
 

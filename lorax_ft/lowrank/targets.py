@@ -40,7 +40,7 @@ def plan_adapters(
 
     Raises:
       ValueError: a pattern matches no module, everything that targets match is excluded, or a rank
-        is above a matrix's smaller side.
+        is above a matrix's smaller side, or its larger one for a random init.
     """
     if changes_base is None:
         changes_base = init_schema(config.init).changes_base
@@ -100,11 +100,23 @@ def _plan(
         start=start,
     )
     has_rank = any("rank" in leaf_schema(name).axes for name in planned_leaves(plan))
-    if has_rank and largest > min(rows, columns):
-        raise ValueError(
-            f"{path}: rank {largest} is above the smaller side of its matrix, {rows} × {columns}"
-        )
+    if has_rank:
+        _check_rank(config, path, largest, rows, columns)
     return plan
+
+
+def _check_rank(config: AdapterConfig, path: str, rank: int, rows: int, columns: int) -> None:
+    """Raise where a module's matrices are too small for its largest rank."""
+    if config.method == "lora" and init_schema(config.init).any_rank:
+        side, most = "larger", max(rows, columns)
+    else:
+        side, most = "smaller", min(rows, columns)
+    if rank > most:
+        _, _, name = path.rpartition("/")
+        raise ValueError(
+            f"{path}: rank {rank} is above the {side} side of its matrix, {rows} × {columns}; "
+            f"lower adapter.rank, or give --adapter.rank_pattern {name}={most}"
+        )
 
 
 def _start(

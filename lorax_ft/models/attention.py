@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lorax_ft.models.config import DecoderConfig, LayerType
-from lorax_ft.models.parts import dense, norm, projections, softcap
+from lorax_ft.models.config import DecoderConfig, Heads, LayerType
+from lorax_ft.models.parts import dense, norm, normalized, projections, softcap
 from lorax_ft.models.rope import rotary, rotate
 
-Cache = dict[str, Array]
+KeysAndValues = dict[str, Array]
 # Blocks of queries. Four leave 5/8 of the products; infinitely many would leave a half.
 BLOCKS = 4
 # Below this, blocks are too small to be worth their overhead.
@@ -40,6 +40,8 @@ class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (2305.13245)."""
 
     config: DecoderConfig
+    # Of this layer.
+    heads: Heads
 
     @nn.compact
     def __call__(
@@ -47,8 +49,8 @@ class Attention(nn.Module):
         x: Array,
         rope_and_mask: RopeAndMask,
         positions: Array,
-        cache: Cache | None,
-    ) -> tuple[Array, Cache | None]:
+        cache: KeysAndValues | None,
+    ) -> tuple[Array, KeysAndValues | None]:
         """`[B, T, D]` to `[B, T, D]`, and the cache with the new keys and values.
 
         Args:
@@ -59,28 +61,49 @@ class Attention(nn.Module):
         """
         c = self.config
         cos, sin, mask = rope_and_mask
-        q_width = c.heads * c.head_dim
-        kv_width = c.kv_heads * c.head_dim
-        widths = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
-        q, k, v = projections(c, x, widths, fused="qkv_proj")
+        dim = self.heads.dim
+        q_width = c.heads * dim
+        kv_width = self.heads.count * dim
+        with_gate = 2 * q_width if c.attention_gate else q_width
+        widths = {"q_proj": with_gate, "k_proj": kv_width, "v_proj": kv_width}
+        if self.heads.keys_are_values:
+            del widths["v_proj"]
+        q, k, *values = projections(c, x, widths, fused="qkv_proj")
+        v = values[0] if values else k
 
+        gate = None
+        if c.attention_gate:
+            # Each head's queries and its gate stand beside one another.
+            q, gate = jnp.split(_split_heads(q, 2 * dim), 2, axis=-1)
+            q = q.reshape(*x.shape[:2], q_width)
         if c.qk_norm == "whole":
             q = norm(c, "q_norm")(q)
             k = norm(c, "k_norm")(k)
-        q = _split_heads(q, c.head_dim)
-        k = _split_heads(k, c.head_dim)
-        v = _split_heads(v, c.head_dim)
+        q = _split_heads(q, dim)
+        k = _split_heads(k, dim)
+        v = _split_heads(v, dim)
         if c.qk_norm == "head":
             q = norm(c, "q_norm")(q)
             k = norm(c, "k_norm")(k)
 
+        if c.value_norm:
+            v = normalized(v, c.norm_eps)
+
+        # A table of several types has the pairs of the widest heads.
+        cos = cos[..., : dim // 2]
+        sin = sin[..., : dim // 2]
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if cache is not None:
             k = _write(cache["k"], k, positions)
             v = _write(cache["v"], v, positions)
             cache = {"k": k, "v": v}
-        y = attend(c, q, k, v, mask)
+        sinks = None
+        if c.sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (c.heads,))
+        y = attend(c, q, k, v, mask, sinks=sinks)
+        if gate is not None:
+            y = y * jax.nn.sigmoid(gate)
         y = y.reshape(*x.shape[:2], q_width)
         return dense(c, c.width, "o_proj")(y), cache
 
@@ -108,13 +131,15 @@ def make_rope_and_mask(
       slots: the number of slots of the cache; None: no cache.
       length: `[B]`, the length that each text may grow to; None: its present length.
     """
-    layer_types = config.layer_types
-    if len(layer_types) == 1:
-        layer_types = layer_types * config.layers
-    distinct = tuple(dict.fromkeys(layer_types))
+    layer_types = config.each_layer
+    attending = [layer_type for layer_type in layer_types if layer_type.linear is None]
+    distinct = tuple(dict.fromkeys(attending))
     cos, sin = _rope_by_type(distinct, positions, length)
     mask = _mask_by_type(distinct, positions, segment_ids, slots)
-    indices = [distinct.index(layer_type) for layer_type in layer_types]
+    indices = []
+    for layer_type in layer_types:
+        # Linear attention reads neither, so its index has no meaning.
+        indices.append(0 if layer_type.linear else distinct.index(layer_type))
     return RopeAndMask(cos, sin, mask), jnp.array(indices)
 
 
@@ -125,18 +150,23 @@ def _rope_by_type(
 ) -> tuple[Array, Array]:
     """Cosines and sines `[N, B, T, 1, C/2]`."""
     ropes = [layer_type.rope for layer_type in layer_types]
-    dims = next((rope.dims for rope in ropes if rope), 2)
-    shape = (*positions.shape, 1, dims // 2)
+    pairs = max([rope.dims // 2 for rope in ropes if rope], default=1)
+    still = (*positions.shape, 1)
     cosines = []
     sines = []
     for rope in ropes:
+        own_pairs = 0
+        parts_cos, parts_sin = [], []
         if rope:
             cos, sin = rotary(rope, positions, length=length)
-        else:  # a rotation by 0
-            cos = jnp.ones(shape)
-            sin = jnp.zeros(shape)
-        cosines.append(cos)
-        sines.append(sin)
+            parts_cos.append(cos)
+            parts_sin.append(sin)
+            own_pairs = rope.dims // 2
+        # A rotation by 0, of all pairs in a layer that does not encode positions.
+        parts_cos.append(jnp.ones((*still, pairs - own_pairs)))
+        parts_sin.append(jnp.zeros((*still, pairs - own_pairs)))
+        cosines.append(jnp.concatenate(parts_cos, axis=-1))
+        sines.append(jnp.concatenate(parts_sin, axis=-1))
     return jnp.stack(cosines), jnp.stack(sines)
 
 
@@ -189,6 +219,8 @@ def attend(
     k: Array,
     v: Array,
     mask: Array | None,
+    *,
+    sinks: Array | None = None,
 ) -> Array:
     """softmax(scale · Q Kᵀ) V.
 
@@ -198,18 +230,21 @@ def attend(
       k: keys `[B, S, K, C]`.
       v: values `[B, S, K, C]`.
       mask: `[B, 1, T, S]`; None: causal.
+      sinks: a score of each head `[H]` beside those of its keys, whose value is 0; None: none.
     """
     scale = config.attention_scale
     if scale is None:
-        scale = config.head_dim**-0.5
+        scale = q.shape[-1] ** -0.5
     cap = config.attention_softcap
     queries = q.shape[1]
     keys = k.shape[1]
     masked = mask is not None
-    implementation = _implementation(config, queries=queries, keys=keys, masked=masked)
-    # jax.nn.dot_product_attention has no soft cap.
-    if implementation == "blocks" or cap is not None:
-        return _attend_in_blocks(q, k, v, mask, scale=scale, cap=cap)
+    implementation = _implementation(
+        config, dim=q.shape[-1], queries=queries, keys=keys, masked=masked
+    )
+    # jax.nn.dot_product_attention has neither a soft cap nor sinks.
+    if implementation == "blocks" or cap is not None or sinks is not None:
+        return _attend_in_blocks(q, k, v, mask, scale=scale, cap=cap, sinks=sinks)
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -230,6 +265,7 @@ def _attend_in_blocks(
     *,
     scale: float,
     cap: float | None,
+    sinks: Array | None,
 ) -> Array:
     """`attend`, with heads before tokens, and in blocks of queries that leave out all later keys.
 
@@ -242,6 +278,8 @@ def _attend_in_blocks(
     q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, C]
     k = k.transpose(0, 2, 1, 3)  # [B, K, S, C]
     v = v.transpose(0, 2, 1, 3)
+    if sinks is not None:
+        sinks = sinks.reshape(kv_heads, h // kv_heads, 1)  # [K, G, 1]
 
     without_cache = t == s
     n = t  # queries in a block
@@ -259,7 +297,13 @@ def _attend_in_blocks(
             visible = mask[:, :, None, start:stop, :keys]
         rows = q[:, :, :, start:stop]
         block = _attend_one_block(
-            rows, k[:, :, :keys], v[:, :, :keys], visible, scale=scale, cap=cap
+            rows,
+            k[:, :, :keys],
+            v[:, :, :keys],
+            visible,
+            scale=scale,
+            cap=cap,
+            sinks=sinks,
         )
         blocks.append(block)
     y = jnp.concatenate(blocks, axis=3)
@@ -275,8 +319,12 @@ def _attend_one_block(
     *,
     scale: float,
     cap: float | None,
+    sinks: Array | None,
 ) -> Array:
-    """softmax(cap(scale · Q Kᵀ)) V of queries `[B, K, G, T, C]` and keys, values `[B, K, S, C]`."""
+    """softmax(cap(scale · Q Kᵀ)) V of queries `[B, K, G, T, C]` and keys, values `[B, K, S, C]`.
+
+    Sinks are `[K, G, 1]`.
+    """
     b, kv_heads, groups, t, c = q.shape
     s = k.shape[2]
     # The queries of a key are the rows of one matrix.
@@ -287,15 +335,23 @@ def _attend_one_block(
     # Not −inf: a row in which nothing is visible would become NaN.
     smallest = jnp.finfo(jnp.float32).min
     scores = jnp.where(visible, scores, smallest)
-    p = jax.nn.softmax(scores).astype(v.dtype)
+    p = jax.nn.softmax(scores)
+    if sinks is not None:
+        # What the sink leaves to the keys: Σ exp(score) / (Σ exp(score) + exp(sink)).
+        total = jax.nn.logsumexp(scores, axis=-1)  # [B, K, G, T]
+        left = jax.nn.sigmoid(total - sinks.astype(jnp.float32))
+        p = p * left[..., None]
+    p = p.astype(v.dtype)
     p = p.reshape(b, kv_heads, groups * t, s)
     y = jnp.einsum("bkrs,bksc->bkrc", p, v)
     return y.reshape(b, kv_heads, groups, t, c)
 
 
-def empty_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:
-    """A cache without content: keys and values `[L, B, S, K, C]` of zeros."""
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+def empty_keys_and_values(
+    config: DecoderConfig, heads: Heads, batch: int, slots: int
+) -> KeysAndValues:
+    """A layer's cache without content: keys and values `[B, S, K, C]` of zeros."""
+    shape = (batch, slots, heads.count, heads.dim)
     return {
         "k": jnp.zeros(shape, config.dtype),
         "v": jnp.zeros(shape, config.dtype),
@@ -315,14 +371,15 @@ def _write(cache: Array, new: Array, positions: Array) -> Array:
 def _implementation(
     config: DecoderConfig,
     *,
+    dim: int,
     queries: int,
     keys: int,
     masked: bool,
 ) -> Literal["xla", "cudnn", "blocks"]:
-    """The implementation of attention for so many queries and keys."""
+    """The implementation for so many queries and keys, with heads of `dim` channels."""
     if config.attention == "xla":
         return "xla"
-    missing = _missing_for_cudnn(config, queries=queries, keys=keys, masked=masked)
+    missing = _missing_for_cudnn(config, dim=dim, queries=queries, keys=keys, masked=masked)
     if missing is None:
         return "cudnn"
     if config.attention == "cudnn":
@@ -335,6 +392,7 @@ def _implementation(
 def _missing_for_cudnn(
     config: DecoderConfig,
     *,
+    dim: int,
     queries: int,
     keys: int,
     masked: bool,
@@ -356,10 +414,12 @@ def _missing_for_cudnn(
         return "model.dtype bfloat16"
     if config.attention_softcap is not None:
         return "a model without a soft cap on attention scores"
+    if config.sinks:
+        return "a model without attention sinks"
     widest = 128
     if generation >= 9:
         widest = 256
-    if config.head_dim > widest or config.head_dim % 8:
+    if dim > widest or dim % 8:
         return f"a head_dim of at most {widest} that is a multiple of 8"
     with_cache = queries != keys
     if masked and not with_cache and queries % 2:

@@ -1,24 +1,29 @@
 """One decoder in plain linen for all families. Its layers are stacked, scanned and rematerialized.
 
-Shapes: B batch, T tokens, S slots of the cache, D width, K key/value heads, C channels of a head,
-L layers, N distinct layer types. Kernels are `[L, in, out]`. Modules have the names of Hugging
-Face's checkpoints.
+A step of the scan computes one layer or, where layers with other kinds of parameters alternate, one
+period of P layers: `layers/2_of_4` stacks the third of every four layers.
+
+Shapes: B batch, T tokens, D width, L layers, N distinct layer types. Kernels are
+`[L / P, in, out]`. Modules have the names of Hugging Face's checkpoints.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_ft.models.attention import Attention, Cache, RopeAndMask, make_rope_and_mask
-from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.attention import Attention, RopeAndMask, make_rope_and_mask
+from lorax_ft.models.cache import Cache, slots_of
+from lorax_ft.models.config import DecoderConfig, LayerType
+from lorax_ft.models.linear_attention import GatedDeltaNet, Rows, make_rows
 from lorax_ft.models.mlp import MLP, MoE
 from lorax_ft.models.parts import norm
 from lorax_ft.sharding import split_rows
+from lorax_ft.tree import member
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -27,39 +32,54 @@ REMAT_POLICIES = {
 }
 
 
+class Shared(NamedTuple):
+    """What all layers share."""
+
+    # Of all N layer types.
+    rope_and_mask: RopeAndMask
+    # [B, T]
+    positions: Array
+    rows: Rows
+
+
 class Block(nn.Module):
     """One layer: attention and MLP with residual connections, and the norms of its family."""
 
     config: DecoderConfig
+    # Its parameters depend on it. What else layers of one scan differ in, `type_index` says.
+    layer_type: LayerType
 
     @nn.compact
     def __call__(
         self,
         x: Array,
-        rope_and_mask: RopeAndMask,
-        positions: Array,
+        shared: Shared,
         type_index: Array,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
-        """`[B, T, D]` to `[B, T, D]`, and the cache with the layer's keys and values.
+        """`[B, T, D]` to `[B, T, D]`, and the cache with the layer's tokens.
 
         Args:
           x: `[B, T, D]`.
-          rope_and_mask: of all N layer types.
-          positions: `[B, T]`.
+          shared: what all layers share.
           type_index: this layer's type, an index into the axis N.
-          cache: keys and values `[B, S, K, C]`.
+          cache: of this layer.
         """
         c = self.config
         norm_before = c.norms in ("before", "around")
         norm_after = c.norms in ("after", "around")
-        rope_and_mask = _of_type(rope_and_mask, type_index)
 
         x = split_rows(x)
         y = x
         if norm_before:
             y = norm(c, "input_layernorm")(y)
-        y, cache = Attention(c, name="self_attn")(y, rope_and_mask, positions, cache)
+        linear = self.layer_type.linear
+        if linear:
+            y, cache = GatedDeltaNet(c, linear, name="linear_attn")(y, shared.rows, cache)
+        else:
+            rope_and_mask = _of_type(shared.rope_and_mask, type_index)
+            attention = Attention(c, c.heads_of(self.layer_type), name="self_attn")
+            y, cache = attention(y, rope_and_mask, shared.positions, cache)
         if norm_after:
             y = norm(c, "post_attention_layernorm")(y)
         x = x + y
@@ -74,7 +94,11 @@ class Block(nn.Module):
         y = mlp(c, name="mlp")(y)
         if norm_after:
             y = norm(c, "post_feedforward_layernorm")(y)
-        return x + y, cache
+        x = x + y
+        if c.layer_scalar:
+            scalar = self.param("layer_scalar", nn.initializers.ones, (1,))
+            x = x * scalar.astype(x.dtype)
+        return x, cache
 
 
 def _of_type(rope_and_mask: RopeAndMask, type_index: Array) -> RopeAndMask:
@@ -86,6 +110,32 @@ def _of_type(rope_and_mask: RopeAndMask, type_index: Array) -> RopeAndMask:
         return stacked[type_index]
 
     return jax.tree.map(select, rope_and_mask)
+
+
+class Period(nn.Module):
+    """Successive layers, of which some have other kinds of parameters."""
+
+    config: DecoderConfig
+    # The module of a layer.
+    block: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        shared: Shared,
+        type_indices: Array,
+        cache: Cache | None,
+    ) -> tuple[Array, Cache | None]:
+        """As `Block`, with types `[P]`, and the cache of each layer by its name."""
+        c = self.config
+        caches = {}
+        for place, layer_type in enumerate(c.each_layer[: c.period]):
+            name = member(place, c.period)
+            block = self.block(c, layer_type, name=name)
+            own = cache and cache[name]
+            x, caches[name] = block(x, shared, type_indices[place], own)
+        return x, caches if cache else None
 
 
 class Decoder(nn.Module):
@@ -103,6 +153,7 @@ class Decoder(nn.Module):
         noise: Array | None = None,
         cache: Cache | None = None,
         length: Array | None = None,
+        counts: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Features `[B, T, D]` before the head, and the cache with the tokens written to it.
 
@@ -111,8 +162,10 @@ class Decoder(nn.Module):
           positions: `[B, T]`, from 0; None: 0 to T − 1. With a cache, the slots to write.
           segment_ids: `[B, T]`; a token sees only its segment. None: one segment for each row.
           noise: `[B, T, D]`, added to the embeddings.
-          cache: keys and values `[L, B, S, K, C]` (`empty_cache`); None: no cache.
+          cache: as `empty_cache` makes it; None: no cache.
           length: `[B]`, the length that each text may grow to; None: its present length.
+          counts: `[B]`, the tokens of each row before its padding, which the states of linear
+            attention leave out; None: all.
         """
         c = self.config
         if positions is None:
@@ -120,10 +173,11 @@ class Decoder(nn.Module):
             positions = jnp.broadcast_to(places, tokens.shape)
         slots = None
         if cache:
-            slots = cache["k"].shape[2]
+            slots = slots_of(cache)
         rope_and_mask, type_indices = make_rope_and_mask(
             c, positions, segment_ids, slots=slots, length=length
         )
+        shared = Shared(rope_and_mask, positions, make_rows(segment_ids, counts))
 
         x = nn.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed_tokens")(tokens)
         if noise is not None:
@@ -136,12 +190,16 @@ class Decoder(nn.Module):
             policy = REMAT_POLICIES[c.remat]
             # XLA does not look for common subexpressions across a scan's forward and backward loop.
             block = nn.remat(Block, prevent_cse=False, policy=policy)
+        step, fields = block, (c, c.each_layer[0])
+        if c.period > 1:
+            step, fields = Period, (c, block)
+            type_indices = type_indices.reshape(-1, c.period)
         layers = nn.scan(
-            block,
+            step,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, 0),
-            length=c.layers,
+            in_axes=(nn.broadcast, 0, 0),
+            length=c.layers // c.period,
         )
-        x, cache = layers(c, name="layers")(x, rope_and_mask, positions, type_indices, cache)
+        x, cache = layers(*fields, name="layers")(x, shared, type_indices, cache)
         return split_rows(norm(c, "norm")(x)), cache

@@ -9,14 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.parts import ACTIVATIONS, dense, projections
+from lorax_ft.models.parts import dense, hidden_activations, projections
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) · up(x)) (2002.05202)."""
+    """down(act(gate(x)) · up(x)), or with another product of gate and up (2002.05202)."""
 
     config: DecoderConfig
 
@@ -26,11 +25,7 @@ class MLP(nn.Module):
         c = self.config
         widths = {"gate_proj": c.mlp_width, "up_proj": c.mlp_width}
         gate, up = projections(c, x, widths, fused="gate_up_proj")
-        # The names that the "mlp" policy of rematerialization saves.
-        gate = checkpoint_name(gate, "mlp")
-        up = checkpoint_name(up, "mlp")
-        activation = ACTIVATIONS[c.activation]
-        hidden = activation(gate) * up
+        hidden = hidden_activations(c, gate, up)
         return dense(c, c.width, "down_proj")(hidden)
 
 
@@ -79,10 +74,7 @@ class ExpertMLP(nn.Module):
         c = self.config
         gate = _expert_projection(c, x, c.mlp_width, "gate_proj")
         up = _expert_projection(c, x, c.mlp_width, "up_proj")
-        gate = checkpoint_name(gate, "mlp")
-        up = checkpoint_name(up, "mlp")
-        activation = ACTIVATIONS[c.activation]
-        hidden = activation(gate) * up
+        hidden = hidden_activations(c, gate, up)
         return _expert_projection(c, hidden, c.width, "down_proj")
 
 
@@ -92,7 +84,7 @@ def _expert_projection(config: DecoderConfig, x: Array, features: int, name: str
     projection = nn.Einsum(
         (experts, ins, features),
         "eni,eio->eno",
-        use_bias=False,
+        use_bias=name in config.biases,
         dtype=config.dtype,
         name=name,
     )

@@ -20,7 +20,7 @@ from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.spec import LayerSpec, with_kernel
 from lorax_ft.lowrank.terms import check_layer, magnitude
-from lorax_ft.models.attention import Cache
+from lorax_ft.models.cache import Cache
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.parts import rows_dot_general, softcap
@@ -31,6 +31,9 @@ from lorax_ft.tree import Layer, Tree
 TABLE, HEAD = "embed_tokens", "lm_head"
 WITHOUT_START = "start_taken_out"
 """The field of config.json that marks a base from which an adapter's start was subtracted."""
+PART_OF = "text_part_of"
+"""The field of `Model.hf_config` with the architecture of the checkpoint that holds more than the
+decoder, such as a vision tower; it is in no file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ class CausalLM:
         noise: Array | None = None,
         cache: Cache | None = None,
         length: Array | None = None,
+        counts: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Features `[B, T, D]` before the head, and the cache.
 
@@ -67,7 +71,14 @@ class CausalLM:
         apply = adapt(self.module.apply, gather=gathered)
         variables = {"params": params}
         return apply(
-            variables, tokens, positions, segment_ids, noise=noise, cache=cache, length=length
+            variables,
+            tokens,
+            positions,
+            segment_ids,
+            noise=noise,
+            cache=cache,
+            length=length,
+            counts=counts,
         )
 
     def head(self, params: Tree) -> Layer:
@@ -122,6 +133,11 @@ class Model(CausalLM):
         if self.format is None:
             return self.source
         return f"{self.source} in {self.format}"
+
+    @property
+    def text_part_of(self) -> str | None:
+        """The architecture of the checkpoint whose text part this is; None: it is all of it."""
+        return self.hf_config.get(PART_OF)
 
     @property
     def without_start(self) -> bool:

@@ -1,4 +1,7 @@
-"""Parts of attention and MLP: projections, norms, activations."""
+"""Parts of attention and MLP: projections, norms, activations.
+
+Shapes: B batch, T tokens, D width, F mlp width.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lorax_ft.models.config import DecoderConfig
 
@@ -31,15 +36,21 @@ class RMSNorm(nn.Module):
         """`[..., D]` to `[..., D]`."""
         width = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (width,))
-        full = x.astype(jnp.float32)
-        mean_square = jnp.mean(full**2, axis=-1, keepdims=True)
-        full = full * lax.rsqrt(mean_square + self.eps)
+        full = normalized(x.astype(jnp.float32), self.eps)
         # As in transformers: Gemma multiplies in float32, the others in the activations' dtype.
         if self.offset:
             scale = scale.astype(jnp.float32)
             y = full * (self.offset + scale)
             return y.astype(x.dtype)
         return full.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def normalized(x: Array, eps: float) -> Array:
+    """x / rms(x) over the last axis, computed in float32."""
+    full = x.astype(jnp.float32)
+    mean_square = jnp.mean(full**2, axis=-1, keepdims=True)
+    full = full * lax.rsqrt(mean_square + eps)
+    return full.astype(x.dtype)
 
 
 def projections(
@@ -74,6 +85,20 @@ def dense(config: DecoderConfig, features: int, name: str) -> nn.Dense:
         dot_general=rows_dot_general,
         name=name,
     )
+
+
+def hidden_activations(config: DecoderConfig, gate: Array, up: Array) -> Array:
+    """What an MLP projects down, `[..., F]`, from its gate and up `[..., F]` (2002.05202)."""
+    # The name that the "mlp" policy of rematerialization saves.
+    gate = checkpoint_name(gate, "mlp")
+    up = checkpoint_name(up, "mlp")
+    clamped = config.clamped_gate
+    if clamped is None:
+        activation = ACTIVATIONS[config.activation]
+        return activation(gate) * up
+    gate = jnp.minimum(gate, clamped.limit)
+    up = jnp.clip(up, -clamped.limit, clamped.limit)
+    return (up + 1) * gate * jax.nn.sigmoid(clamped.alpha * gate)
 
 
 def norm(config: DecoderConfig, name: str) -> RMSNorm:

@@ -23,8 +23,8 @@ class Rope:
     # The base: frequency = theta^(−channel / dims), before scaling.
     theta: float
     # How frequencies are scaled for texts longer than those of pretraining.
-    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
-    # How many times longer the texts became (linear, llama3, yarn).
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope", "proportional"] = "none"
+    # How many times longer the texts became (linear, llama3, yarn, proportional).
     factor: float = 1.0
     # The longest text before scaling (llama3, yarn, longrope).
     original_positions: int = 0
@@ -34,6 +34,9 @@ class Rope:
     # factor, one that makes more than `high` is kept, and one between is a mixture (llama3, yarn).
     low: float = 1.0
     high: float = 1.0
+    # How many pairs of channels rotate, the first ones; the others have the frequency 0
+    # (proportional).
+    rotating_pairs: int = 0
     # Whether yarn rounds these two borders to whole channels.
     rounded: bool = True
     # Divisors of the frequencies, for texts within the original positions and for longer ones
@@ -108,6 +111,9 @@ def frequencies(
         return _longrope(rope, plain, positions, length)
     if rope.scaling == "linear":
         plain = plain / rope.factor
+    elif rope.scaling == "proportional":
+        rotates = np.arange(len(plain)) < rope.rotating_pairs
+        plain = np.where(rotates, plain, 0) / rope.factor
     elif rope.scaling == "llama3":
         kept = _llama3_kept(rope, plain)
         plain = _interpolated(plain, rope.factor, kept)

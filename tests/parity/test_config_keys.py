@@ -53,7 +53,8 @@ def others_keys(case: str) -> dict[str, Any]:
     own = config_class().to_dict()
     # With a scaling, transformers fails on a part of a head, and so do we.
     rope = CASES[case].get("rope_parameters", {})
-    if rope.get("rope_type", "default") != "default":
+    of_types = [value for value in rope.values() if isinstance(value, dict)]
+    if any(one.get("rope_type", "default") != "default" for one in [rope, *of_types]):
         own["partial_rotary_factor"] = None
     # There it asks for the window of a Ministral.
     if case == "mistral_without_window":

@@ -51,6 +51,43 @@ LONGROPE = {
     "partial_rotary_factor": 0.75,
 }
 GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24, "num_hidden_layers": 4}
+QWEN3_5 = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+}
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 1e4,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "rope_parameters": YARN | {"truncate": False},
+    "swiglu_limit": 2.0,
+}
 CASES: dict[str, dict[str, Any]] = {
     "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
     "llama_untied": {"model_type": "llama", "num_key_value_heads": 4},
@@ -86,6 +123,21 @@ CASES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "head_dim": 16,
     },
+    "qwen3_5": {"model_type": "qwen3_5_text", **QWEN3_5},
+    "qwen3_5_grouped_values": {
+        "model_type": "qwen3_5_text",
+        **QWEN3_5,
+        "num_hidden_layers": 8,
+        "linear_num_value_heads": 6,
+        "linear_value_head_dim": 8,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_5_no_period": {
+        "model_type": "qwen3_5_text",
+        **QWEN3_5,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+    },
     "mixtral": {
         "model_type": "mixtral",
         "num_local_experts": 4,
@@ -103,6 +155,33 @@ CASES: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text",
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         **GEMMA,
+    },
+    "gemma4": GEMMA4,
+    "gemma4_options": {
+        **GEMMA4,
+        "attention_k_eq_v": False,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": "vision",
+        "layer_types": ["full_attention"] + ["sliding_attention"] * 4 + ["full_attention"],
+        "hidden_activation": "gelu",
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "gpt_oss": GPT_OSS,
+    "gpt_oss_options": {
+        **GPT_OSS,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        "swiglu_alpha": 1.2,
+        "swiglu_limit": 1.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "num_experts_per_tok": 1,
+        "rms_norm_eps": 1e-3,
     },
     "phi3": {"model_type": "phi3", "sliding_window": 8},
     "phi4_mini": {
@@ -130,8 +209,13 @@ def checkpoint(
         config, attn_implementation="eager"
     ).eval()
     for name, weight in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
+        if "norm" in name or name.endswith(("bias", "sinks")):
             weight.data.normal_(float("norm" in name), 0.3)
+        if name.endswith("A_log"):
+            weight.data.normal_(0, 0.5)
+    for name, number in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            number.uniform_(0.5, 1.5)
     model.save_pretrained(folder, **options)
     return model
 

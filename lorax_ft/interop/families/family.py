@@ -24,6 +24,9 @@ ACTIVATIONS = {
 }
 
 
+ROPE_TYPES = ("default", "proportional", "linear", "llama3", "yarn", "longrope")
+
+
 # Keys of config.json that transformers heeds in some families and ignores in others.
 OPTIONAL_KEYS = frozenset(
     {
@@ -49,6 +52,8 @@ class Family:
     """Whether partial_rotary_factor, the part of each head that is rotated, is heeded too."""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Our name of a path component -> the checkpoint's, where the two differ."""
+    stacks_experts: bool = False
+    """Whether a checkpoint holds the experts of a layer in one tensor, as gpt-oss's do."""
 
 
 def without_ignored(hf_config: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -95,8 +100,10 @@ def describe_common(c: Any) -> Fields:
     act = getattr(c, "hidden_activation", None) or c.hidden_act
     if act not in ACTIVATIONS:
         raise ValueError(f"hidden_act {act!r}; supported: {', '.join(ACTIVATIONS)}")
-    if getattr(c, "use_bidirectional_attention", False):
-        raise ValueError("use_bidirectional_attention True; supported: False")
+    # With "vision", only the tokens of images see one another.
+    bidirectional = getattr(c, "use_bidirectional_attention", False)
+    if bidirectional and bidirectional != "vision":
+        raise ValueError(f"use_bidirectional_attention {bidirectional}; supported: False")
     # transformers heeds it in all families.
     if not getattr(c, "is_causal", True):
         raise ValueError("is_causal False; supported: True")
@@ -158,6 +165,14 @@ def make_rope(parameters: Mapping[str, Any], c: Any) -> Rope:
     factor = float(p.get("factor") or growth)
     if rope_type == "default":
         return rope
+    if rope_type == "proportional":  # the channels of all pairs have a place, rotated or not
+        return Rope(
+            theta=rope.theta,
+            dims=head_dim(c),
+            scaling="proportional",
+            factor=float(p.get("factor") or 1),
+            rotating_pairs=dims // 2,
+        )
     if rope_type == "linear":
         return dataclasses.replace(rope, scaling="linear", factor=factor)
     rope = dataclasses.replace(rope, factor=factor, original_positions=original)
@@ -184,7 +199,7 @@ def make_rope(parameters: Mapping[str, Any], c: Any) -> Rope:
             short_factors=tuple(p["short_factor"]),
             long_factors=tuple(p["long_factor"]),
         )
-    raise ValueError(f"rope_type {rope_type!r}; supported: default, linear, llama3, yarn, longrope")
+    raise ValueError(f"rope_type {rope_type!r}; supported: {', '.join(ROPE_TYPES)}")
 
 
 def _yarn_attention_factor(p: Mapping[str, Any], factor: float) -> float:

@@ -1,0 +1,144 @@
+"""The gated delta rule (2412.06464), in chunks of tokens.
+
+A state S `[Cₖ, Cᵥ]` of each head maps keys to values. A token decays it by α, and replaces what it
+holds for the token's key k by the value v, in part β:
+
+    S ← α S + β k (v − α Sᵀ k)ᵀ,    o = Sᵀ q
+
+Within a chunk, all tokens' corrections Δ = v − α Sᵀ k follow from one triangular system
+(2406.06484), so that only the state at the borders of chunks is computed in turn.
+
+Letters: B batch, T tokens, H heads, Cₖ channels of a key, Cᵥ of a value, n chunks, c tokens of a
+chunk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.scipy.linalg import solve_triangular
+
+# Tokens of a chunk, as in the paper's own kernels.
+CHUNK = 64
+
+
+class Chunks(NamedTuple):
+    """What does not depend on the state, for each chunk: leaves `[n, B, H, c, ...]`."""
+
+    q: Array
+    """Queries, decayed from the chunk's start on: they read the state before the chunk."""
+    k: Array
+    """Keys, decayed up to the chunk's end: they write to the state after it."""
+    scores: Array
+    """Of each query with the keys up to its own, decayed in between, `[n, B, H, c, c]`."""
+    values: Array
+    """Corrections if the state before the chunk were 0, `[n, B, H, c, Cᵥ]`."""
+    reads: Array
+    """Their change with that state, `[n, B, H, c, Cₖ]`."""
+    decay: Array
+    """Of the state by the whole chunk, `[n, B, H, 1, 1]`; 0 where another text starts in it."""
+
+
+def gated_delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    log_decay: Array,
+    beta: Array,
+    state: Array,
+    runs: Array | None = None,
+) -> tuple[Array, Array]:
+    """The outputs o `[B, T, H, Cᵥ]`, and the state after the last token, both in float32.
+
+    Args:
+      q: queries `[B, T, H, Cₖ]`.
+      k: keys, as the queries, of length 1.
+      v: values `[B, T, H, Cᵥ]`.
+      log_decay: ln α `[B, T, H]`, at most 0.
+      beta: β `[B, T, H]`; a token with β = 0 and ln α = 0 leaves the state as it is.
+      state: `[B, H, Cₖ, Cᵥ]` before the first token, which belongs to the first token's text.
+      runs: `[B, T]`, numbers the texts of a row from 0; each starts with a state of 0. None: the
+        row is one text.
+    """
+    tokens = q.shape[1]
+    if runs is None:
+        runs = jnp.zeros(q.shape[:2], jnp.int32)
+    size = min(CHUNK, tokens)
+    q, k, v = (_chunked(x, size) for x in (q, k, v))
+    log_decay, beta = (_chunked(x, size) for x in (log_decay, beta))
+    runs = _chunked(runs[..., None], size, mode="edge")[:, :, 0]  # [n, B, c]
+    chunks = _prepared(q, k, v, log_decay, beta, runs)
+
+    def step(state: Array, chunk: Chunks) -> tuple[Array, Array]:
+        delta = chunk.values - chunk.reads @ state
+        o = chunk.q @ state + chunk.scores @ delta
+        return chunk.decay * state + chunk.k.mT @ delta, o
+
+    state, o = lax.scan(step, state.astype(jnp.float32), chunks)
+    n, b, h, c, width = o.shape
+    o = o.transpose(1, 0, 3, 2, 4).reshape(b, n * c, h, width)
+    return o[:, :tokens], state
+
+
+def _chunked(x: Array, size: int, *, mode: str = "constant") -> Array:
+    """`[B, T, H, ...]` to `[n, B, H, c, ...]` in float32, or in integers as they are.
+
+    Tokens that fill up the last chunk are 0 or, with the mode "edge", as the last token.
+    """
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.float32)
+    b, t, *rest = x.shape
+    missing = -t % size
+    widths = [(0, 0), (0, missing), *[(0, 0)] * len(rest)]
+    x = jnp.pad(x, widths, mode=mode)
+    x = x.reshape(b, -1, size, *rest)  # [B, n, c, H, ...]
+    return jnp.moveaxis(x, (1, 3), (0, 2))
+
+
+def _prepared(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    beta: Array,
+    runs: Array,
+) -> Chunks:
+    """The chunks, from leaves `[n, B, H, c, ...]` and runs `[n, B, c]`."""
+    runs = runs[:, :, None]  # [n, B, 1, c], for all heads
+    beta = beta[..., None]
+    total = jnp.cumsum(log_decay, axis=-1)  # ln of the decay from the chunk's start
+    # The text before a chunk is that of the token before it, and for the first chunk of its first.
+    before = jnp.concatenate([runs[:1, ..., :1], runs[:-1, ..., -1:]])
+    continues = runs == before
+    to_end = runs == runs[..., -1:]
+
+    between = total[..., :, None] - total[..., None, :]  # [n, B, H, c, c]
+    earlier = jnp.tril(runs[..., :, None] == runs[..., None, :])
+    # The differences of later tokens, and of other texts, may overflow.
+    between = jnp.exp(jnp.where(earlier, between, -jnp.inf))
+    from_start = jnp.where(continues, jnp.exp(total), 0)[..., None]
+    until_end = jnp.where(to_end, jnp.exp(total[..., -1:] - total), 0)[..., None]
+
+    written = beta * k
+    system = jnp.tril((written @ k.mT) * between, -1)
+    right = jnp.concatenate([beta * v, written * from_start], axis=-1)
+    solved = _solved(system, right)
+    values, reads = jnp.split(solved, [v.shape[-1]], axis=-1)
+    return Chunks(
+        q=q * from_start,
+        k=k * until_end,
+        scores=(q @ k.mT) * between,
+        values=values,
+        reads=reads,
+        decay=from_start[..., -1:, :],
+    )
+
+
+def _solved(system: Array, right: Array) -> Array:
+    """(I + system)⁻¹ right, for a strictly lower triangular system."""
+    if system.shape[-1] == 1:  # a step of generation
+        return right
+    return solve_triangular(system, right, lower=True, unit_diagonal=True)
