@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.scipy.linalg import solve_triangular
 
-# Tokens of a chunk, as in the paper's own kernels.
+# The most tokens of a chunk, a power of 2.
 CHUNK = 64
 
 
@@ -66,7 +65,8 @@ def gated_delta_rule(
     tokens = q.shape[1]
     if runs is None:
         runs = jnp.zeros(q.shape[:2], jnp.int32)
-    size = min(CHUNK, tokens)
+    power_of_2 = 1 << (tokens - 1).bit_length()
+    size = min(CHUNK, power_of_2)
     q, k, v = (_chunked(x, size) for x in (q, k, v))
     log_decay, beta = (_chunked(x, size) for x in (log_decay, beta))
     runs = _chunked(runs[..., None], size, mode="edge")[:, :, 0]  # [n, B, c]
@@ -125,7 +125,7 @@ def _prepared(
     written = beta * k
     system = jnp.tril((written @ k.mT) * between, -1)
     right = jnp.concatenate([beta * v, written * from_start], axis=-1)
-    solved = _solved(system, right)
+    solved = _inverse(system) @ right
     values, reads = jnp.split(solved, [v.shape[-1]], axis=-1)
     return Chunks(
         q=q * from_start,
@@ -137,8 +137,26 @@ def _prepared(
     )
 
 
-def _solved(system: Array, right: Array) -> Array:
-    """(I + system)⁻¹ right, for a strictly lower triangular system."""
-    if system.shape[-1] == 1:  # a step of generation
-        return right
-    return solve_triangular(system, right, lower=True, unit_diagonal=True)
+def _inverse(system: Array) -> Array:
+    """(I + system)⁻¹ of strictly lower triangular systems `[..., c, c]`, c a power of 2.
+
+    From blocks of 1 × 1 on, two inverses and the block below the first give one of twice the size.
+    jax.scipy's solve_triangular can hang on a CPU (jaxlib 0.10.2): its batches wait for threads of
+    the pool that they themselves hold.
+    """
+    *leading, c, _ = system.shape
+    inverse = jnp.ones((*leading, c, 1, 1), system.dtype)
+    size = 1
+    while size < c:
+        first = inverse[..., ::2, :, :]
+        second = inverse[..., 1::2, :, :]
+        pairs = c // (2 * size)
+        blocks = system.reshape(*leading, pairs, 2 * size, pairs, 2 * size)
+        diagonal = jnp.diagonal(blocks, axis1=-4, axis2=-2)  # [..., 2 size, 2 size, pairs]
+        below = jnp.moveaxis(diagonal, -1, -3)[..., size:, :size]
+        corner = -second @ below @ first
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        lower = jnp.concatenate([corner, second], axis=-1)
+        inverse = jnp.concatenate([upper, lower], axis=-2)
+        size *= 2
+    return inverse[..., 0, :, :]
