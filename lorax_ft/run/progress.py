@@ -16,7 +16,7 @@ LINES = 20
 WIDE = 80
 """Columns from which on a bar shows the learning rate."""
 NARROW = 60
-"""Columns from which on a bar shows the tokens per second."""
+"""Columns from which on there is a bar, with the tokens per second."""
 
 
 class Progress:
@@ -32,11 +32,15 @@ class Progress:
         self._console = console
         self._first = first
         self._steps = steps
-        self._bar = rich_progress.Progress(
+        columns: list[rich_progress.ProgressColumn] = [
             rich_progress.TextColumn("step {task.completed}/{task.total}"),
-            rich_progress.BarColumn(bar_width=None),
             rich_progress.TextColumn("{task.description}"),
             rich_progress.TimeRemainingColumn(),
+        ]
+        if console.width >= NARROW:
+            columns.insert(1, rich_progress.BarColumn(bar_width=None))
+        self._bar = rich_progress.Progress(
+            *columns,
             console=console,
             disable=not console.is_terminal,
         )
