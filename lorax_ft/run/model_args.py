@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +27,8 @@ class ModelArgs:
     """Output folder of a training run, such as out/pissa."""
     model: str | None = None
     """Hugging Face folder, .gguf file or hub id, instead of a run."""
+    checkpoint: str | None = None
+    """Checkpoint of --run to use instead of its saved adapter: latest, best or a step."""
     adapter: str | None = None
     """PEFT adapter folder to load on top of --model."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -36,6 +39,8 @@ class ModelArgs:
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
             raise ValueError("give either --run FOLDER or --model PATH")
+        if self.checkpoint is not None and self.run is None:
+            raise ValueError("--checkpoint goes with --run; a model has no checkpoints of a run")
         if self.adapter is not None and self.model is None:
             raise ValueError("--adapter goes with --model; a run has its own adapter")
         if self.quant != "none" and self.model is None:
@@ -92,11 +97,19 @@ def load_with_adapter(args: ModelArgs) -> tuple[LoadedModel, Tree]:
     """Loads the model; returns it with its parameters, which include the adapter if there is one.
 
     Raises:
-      ValueError: the run, the model or the adapter does not exist, the run has not finished, or the
-        adapter does not fit the model.
+      ValueError: the run, the model, the adapter or the checkpoint does not exist, the run has not
+        finished and no checkpoint is given, or the adapter does not fit the model.
     """
     config, adapter = locate(args)
     # JAX takes seconds to import: --help and errors in the arguments should not wait for it.
+    if args.run is not None and args.checkpoint is not None:
+        from lorax_ft.run.checkpoints import resolve_checkpoint
+        from lorax_ft.run.restored import load_checkpoint
+
+        run = Path(args.run)
+        step = resolve_checkpoint(run, args.checkpoint)
+        print(f"checkpoint of step {step} of {run}", file=sys.stderr)
+        return load_checkpoint(run, config, step=step)
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft
 
@@ -116,14 +129,16 @@ def locate(args: ModelArgs) -> tuple[Config, Path | None]:
     """Finds the model without loading it.
 
     Returns:
-      A config that says which checkpoint to load and how to quantize it, and the folder of the
-      adapter, or None if the checkpoint is the whole model.
+      A config that says which model to load and how to quantize it, and the folder of the adapter,
+      or None if the model is whole. With --checkpoint, the folder of the run's checkpoints stands
+      for that of the adapter.
 
     Raises:
-      ValueError: the run or the adapter does not exist, or the run has not finished.
+      ValueError: the run or the adapter does not exist, or the run has not finished and no
+        checkpoint is given.
     """
     if args.run is not None:
-        return _locate_run(Path(args.run), dtype=args.dtype)
+        return _locate_run(Path(args.run), dtype=args.dtype, checkpoint=args.checkpoint)
     assert args.model is not None
     adapter = None
     if args.adapter is not None:
@@ -133,7 +148,7 @@ def locate(args: ModelArgs) -> tuple[Config, Path | None]:
 
 
 def _locate_run(
-    run: Path, *, dtype: Literal["float32", "bfloat16"] | None
+    run: Path, *, dtype: Literal["float32", "bfloat16"] | None, checkpoint: str | None
 ) -> tuple[Config, Path | None]:
     """The config and the adapter of a run."""
     config_file = _existing(run, "run", "config.json") / "config.json"
@@ -146,6 +161,10 @@ def _locate_run(
             f"--model {run}"
         ) from error
     model = dataclasses.replace(config.model, dtype=dtype or config.model.dtype)
+    if checkpoint is not None:
+        trains_adapter = bool(config.adapter.targets) or "all" not in config.adapter.train_whole
+        checkpoints = run / "checkpoints"
+        return dataclasses.replace(config, model=model), checkpoints if trains_adapter else None
     adapter = run / "adapter"
     if adapter.is_dir():
         # Some inits (PiSSA, LoftQ) subtract the initial adapter from the base and quantize the
@@ -157,9 +176,26 @@ def _locate_run(
     # Full fine-tuning saves a whole model instead of an adapter.
     whole = run / "model"
     if not whole.is_dir():
-        raise ValueError(f"{run} has neither an adapter nor a model: its training has not finished")
+        raise ValueError(
+            f"{run} has neither an adapter nor a model: its training has not finished"
+            f"{_checkpoint_hint(run)}"
+        )
     model = dataclasses.replace(model, path=str(whole), revision=None)
     return dataclasses.replace(config, model=model), None
+
+
+def _checkpoint_hint(run: Path) -> str:
+    """What to do with a run that was interrupted, for an error."""
+    from lorax_ft.run.checkpoints import resolve_checkpoint  # JAX: only if there is an error
+
+    try:
+        step = resolve_checkpoint(run, "latest")
+    except ValueError:
+        return ", and it has saved no checkpoint; start it again with --train.overwrite"
+    return (
+        f"; give --checkpoint latest to use its state at step {step}, or continue it with "
+        "--train.resume"
+    )
 
 
 def _existing(folder: Path, content: str, marker: str) -> Path:

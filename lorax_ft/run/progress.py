@@ -13,6 +13,11 @@ from rich.console import Console
 LINES = 20
 """How many lines a run prints if its output is not a terminal."""
 
+WIDE = 80
+"""Columns from which on a bar shows the learning rate."""
+NARROW = 60
+"""Columns from which on there is a bar, with the tokens per second."""
+
 
 class Progress:
     """Shows the loss, the learning rate, tokens per second and the time left.
@@ -27,11 +32,15 @@ class Progress:
         self._console = console
         self._first = first
         self._steps = steps
-        self._bar = rich_progress.Progress(
+        columns: list[rich_progress.ProgressColumn] = [
             rich_progress.TextColumn("step {task.completed}/{task.total}"),
-            rich_progress.BarColumn(bar_width=None),
             rich_progress.TextColumn("{task.description}"),
             rich_progress.TimeRemainingColumn(),
+        ]
+        if console.width >= NARROW:
+            columns.insert(1, rich_progress.BarColumn(bar_width=None))
+        self._bar = rich_progress.Progress(
+            *columns,
             console=console,
             disable=not console.is_terminal,
         )
@@ -68,10 +77,13 @@ class Progress:
             self._tokens_per_second = 0.9 * self._tokens_per_second + 0.1 * tokens_per_second
         # Groups of leaves have learning rates of their own (LoRA+); the largest stands for all.
         learning_rate = max(v for name, v in metrics.items() if name.startswith("learning_rate"))
-        text = (
-            f"loss {metrics['loss']:.4f}  lr {learning_rate:.2e}  "
-            f"{self._tokens_per_second:,.0f} tokens/s"
-        )
+        parts = [f"loss {metrics['loss']:.4f}"]
+        # rich would cut the numbers that do not fit beside the bar.
+        if self._console.width >= WIDE:
+            parts.append(f"lr {learning_rate:.2e}")
+        if self._console.width >= NARROW:
+            parts.append(f"{self._tokens_per_second:,.0f} tokens/s")
+        text = "  ".join(parts)
         self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal and self._prints_line(step):
             seconds_left = (self._steps - step) * tokens / max(self._tokens_per_second, 1e-9)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,10 +23,17 @@ from lorax_ft.tree import Tree
 
 FILE_WIDTH = 120
 """Columns of output that goes to a file."""
-WIDE = 100
-"""Columns that the whole table of modules needs; a narrower terminal gets fewer columns."""
-WIDE_ONLY = ("matrices", "dtype", "sharding")
-"""Columns of the table of modules that a narrow terminal leaves out."""
+TEXT_COLUMNS = ("module", "dtype", "sharding")
+"""Columns of the table of modules that are aligned to the left; numbers are aligned to the right.
+"""
+LEFT_OUT = ("sharding", "dtype", "matrices", "scale", "shape")
+"""Columns of the table of modules that a narrow terminal leaves out, the first one first."""
+SHARDING_WIDTH = 20
+"""The least width of the column of shardings, whose cells wrap."""
+GAP = 2
+"""Spaces between the columns of a table."""
+EDGES = 2
+"""Spaces at the left and the right of a table."""
 
 
 def make_console() -> Console:
@@ -32,24 +41,27 @@ def make_console() -> Console:
     console = Console(highlight=False, quiet=jax.process_index() != 0)
     if console.is_terminal:
         return console
+    if os.environ.get("COLUMNS"):
+        return console
     # rich assumes 80 columns for a file, which breaks the tables.
     return Console(highlight=False, quiet=console.quiet, width=FILE_WIDTH)
 
 
 def print_config(console: Console, config: Config) -> None:
     """Print the resolved config by section, with the values that are not defaults in bold."""
-    grid = Table.grid(padding=(0, 2))
-    for section in dataclasses.fields(config):
+    sections = dataclasses.fields(config)
+    title_width = max(len(section.name) for section in sections)
+    grid = Table.grid(padding=(0, GAP))
+    for section in sections:
         options = getattr(config, section.name)
-        text = Text()
+        pairs = []
         for field in dataclasses.fields(options):
             if field.metadata.get("deprecated"):
                 continue
             value = getattr(options, field.name)
             style = "dim" if value == field.default else "bold"
-            text.append(f"{field.name} ", style="dim")
-            text.append(_option(value), style=style)
-            text.append("   ")
+            pairs.append(Text.assemble((f"{field.name} ", "dim"), (_option(value), style)))
+        text = _flowed(pairs, width=console.width - title_width - GAP)
         grid.add_row(Text(section.name, style="cyan"), text)
     console.print(grid)
 
@@ -57,23 +69,46 @@ def print_config(console: Console, config: Config) -> None:
 def print_modules(console: Console, params: Tree, trained: Tree, *, layout: Layout) -> None:
     """Print the trainable modules, and what fraction of the parameters is trainable."""
     rows = module_rows(params, trained, layout=layout)
+    columns = module_columns(rows, width=console.width)
     table = _make_table("Trainable modules")
-    names = list(ModuleRow._fields)
-    if console.width < WIDE:
-        names = [name for name in names if name not in WIDE_ONLY]
-    for name in names:
-        # Text is aligned to the left, numbers to the right.
-        justify: Any = "left" if name in ("module", "dtype", "sharding") else "right"
-        table.add_column(name, justify=justify, no_wrap=name != "sharding", overflow="fold")
-    for row in rows:
-        cells = row._asdict() | {"parameters": f"{row.parameters:,}"}
-        table.add_row(*(cells[name] for name in names))
+    for name, cells in columns.items():
+        if name in TEXT_COLUMNS:
+            table.add_column(name, overflow="fold", no_wrap=name != "sharding")
+        else:
+            _add_numbers(table, name, cells)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     console.print(table)
     count = sum(row.parameters for row in rows)
     base = base_count(params)
     percent = 100 * count / base
     console.print(f"{count:,} trainable parameters, {percent:.3g}% of the base's {base:,}.")
     console.print(f"The base takes {describe_bytes(params)}.\n")
+
+
+def module_columns(rows: Sequence[ModuleRow], *, width: int) -> dict[str, list[str]]:
+    """The columns of the table of modules that fit into `width`, by their headers.
+
+    No number is cut: columns are left out, then the names of modules are broken at their slashes.
+    """
+    columns: dict[str, list[str]] = {}
+    for name in ModuleRow._fields:
+        columns[name] = [_cell(getattr(row, name)) for row in rows]
+
+    def needed() -> int:
+        """The width of the table."""
+        widths = {name: _column_width(name, cells) for name, cells in columns.items()}
+        if "sharding" in widths:
+            widths["sharding"] = min(widths["sharding"], SHARDING_WIDTH)
+        return sum(widths.values()) + GAP * (len(widths) - 1) + EDGES
+
+    for name in LEFT_OUT:
+        if needed() > width:
+            del columns[name]
+    # A terminal of a few columns gets a few letters a line.
+    left = max(width - needed() + _column_width("module", columns["module"]), 8)
+    columns["module"] = [_broken(name, width=left) for name in columns["module"]]
+    return columns
 
 
 def print_memory(console: Console, parts: Mapping[str, Any], *, temporaries: int) -> None:
@@ -91,9 +126,10 @@ def print_memory(console: Console, parts: Mapping[str, Any], *, temporaries: int
     sizes["total"] = sum(sizes.values())
     table = _make_table("Memory per device")
     table.add_column("part")
-    table.add_column("MB", justify="right")
-    for name, size in sizes.items():
-        table.add_row(name, f"{size / 1e6:,.1f}")
+    megabytes = [f"{size / 1e6:,.1f}" for size in sizes.values()]
+    _add_numbers(table, "MB", megabytes)
+    for row in zip(sizes, megabytes, strict=True):
+        table.add_row(*row)
     console.print(table)
 
 
@@ -124,9 +160,9 @@ def print_answers(
 ) -> None:
     """Print questions beside their answers."""
     table = _make_table(title, show_lines=True)
-    table.add_column("question", ratio=3)
+    table.add_column("question", ratio=3, overflow="fold")
     for name in columns:
-        table.add_column(name, ratio=2)
+        table.add_column(name, ratio=2, overflow="fold")
     for i, question in enumerate(questions):
         # Text, because rich would read square brackets in an answer as markup.
         cells = [Text(question)]
@@ -154,9 +190,49 @@ def _make_table(title: str, *, show_header: bool = True, show_lines: bool = Fals
         title_justify="left",
         title_style="bold",
         pad_edge=False,
+        collapse_padding=True,
         show_header=show_header,
         show_lines=show_lines,
     )
+
+
+def _add_numbers(table: Table, name: str, cells: Sequence[str]) -> None:
+    """Add a column of numbers, which a narrow terminal does not cut."""
+    width = _column_width(name, cells)
+    table.add_column(name, justify="right", no_wrap=True, min_width=width)
+
+
+def _column_width(name: str, cells: Sequence[str]) -> int:
+    """The width of the header and the cells of a column."""
+    return max(map(len, [name, *cells]))
+
+
+def _cell(value: str | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def _broken(path: str, *, width: int) -> str:
+    """A slash path in lines of at most `width`, which end at slashes where they can."""
+    lines = [""]
+    for component in re.findall(rf"[^/]{{1,{width - 1}}}/?", path):
+        if lines[-1] and len(lines[-1]) + len(component) > width:
+            lines.append("")
+        lines[-1] += component
+    return "\n".join(lines)
+
+
+def _flowed(pairs: Sequence[Text], *, width: int) -> Text:
+    """Names with their values, three spaces apart, without a line break inside a pair."""
+    lines = [Text()]
+    for pair in pairs:
+        if lines[-1] and lines[-1].cell_len + 3 + pair.cell_len > width:
+            lines.append(Text())
+        if lines[-1]:
+            lines[-1].append("   ")
+        lines[-1].append_text(pair)
+    joined = Text("\n").join(lines)
+    joined.overflow = "fold"
+    return joined
 
 
 def _option(value: object) -> str:
