@@ -12,7 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from lorax_ft.data.conversation import Conversation, Example, Message, PlainText
+from lorax_ft.data.conversation import (
+    Conversation,
+    Example,
+    Message,
+    PlainText,
+    as_conversation,
+)
 from lorax_ft.data.marks import Span
 from lorax_ft.data.masks import LossOn, ReasoningLoss, TurnFinder
 from lorax_ft.data.template import (
@@ -163,9 +169,7 @@ def encode_prompt(
       ValueError: the tokenizer has no chat template, or the template rejects the conversation.
     """
     check_tokenizer(tokenizer)
-    example = _as_example(conversation)
-    assert isinstance(example, Conversation)
-    text = TurnFinder(tokenizer).prompt(example, where=where)
+    text = TurnFinder(tokenizer).prompt(as_conversation(conversation), where=where)
     # The template writes the special tokens, the beginning-of-sequence token included.
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     return np.asarray(encoded["input_ids"], np.int32)
@@ -254,9 +258,7 @@ class Encoder:
 
 def _as_example(example: Example | Sequence[Message]) -> Example:
     """The example; a list of messages is a conversation without anything else."""
-    if isinstance(example, Conversation | PlainText):
-        return example
-    return Conversation(messages=list(example))
+    return example if isinstance(example, PlainText) else as_conversation(example)
 
 
 def _overlap(spans: Sequence[Span], others: Sequence[Span]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = dict[str, Any]
@@ -41,3 +41,10 @@ class PlainText:
 
 Example = Conversation | PlainText
 """One row of a dataset."""
+
+
+def as_conversation(given: Conversation | Sequence[Message]) -> Conversation:
+    """The conversation itself, or one of the given messages and nothing else."""
+    if isinstance(given, Conversation):
+        return given
+    return Conversation(messages=list(given))

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from lorax_ft.data.conversation import Message
+from lorax_ft.data.conversation import Conversation, Message, as_conversation
 from lorax_ft.data.formats import split_answer
 from lorax_ft.inference.texts import answer
 from lorax_ft.models.model import Model
@@ -88,7 +88,7 @@ def exact_match(
 def evaluate_answers(
     model: Model,
     params: Tree,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation | Sequence[Message]],
     *,
     max_new_tokens: int,
     compared: int | None = None,
@@ -100,8 +100,8 @@ def evaluate_answers(
     Args:
       model: the model; its tokenizer is used too.
       params: parameters, with or without adapters.
-      conversations: conversations with an assistant turn each; turns after the last one are
-        ignored.
+      conversations: conversations (or their messages) with an assistant turn each; turns after
+        the last one are ignored.
       max_new_tokens: the largest number of tokens in an answer.
       compared: how many answers to compare, counted from the first; None compares all.
       pattern: see `exact_match`.
@@ -111,19 +111,23 @@ def evaluate_answers(
       ValueError: as `exact_match` and `answer`, or a conversation has no assistant turn.
     """
     prompts = []
+    questions = []
     references = []
-    for number, messages in enumerate(conversations, 1):
+    for number, given in enumerate(conversations, 1):
+        conversation = as_conversation(given)
+        messages = conversation.messages
         if all(message["role"] != "assistant" for message in messages):
             raise ValueError(
                 f"conversation {number} has no assistant turn to compare an answer with"
             )
         prompt, reference = split_answer(messages)
         prompts.append(prompt)
+        questions.append(dataclasses.replace(conversation, messages=prompt))
         references.append(reference)
     expected = references[:compared]
     # A pattern that does not fit must fail now, not after minutes of generation.
     extract_references(expected, pattern=pattern)
-    answers = answer(model, params, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    answers = answer(model, params, questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
     match = None
     if expected:
         match = exact_match(answers[: len(expected)], expected, pattern=pattern)

@@ -11,7 +11,7 @@ import numpy as np
 from lorax_ft import sharding
 from lorax_ft.data.batches import evaluation_batches
 from lorax_ft.data.chat import Sample, encode_prompt
-from lorax_ft.data.conversation import Conversation, Message
+from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.formats import has_answer, split_answer
 from lorax_ft.evaluation.exact_match import Answers
 from lorax_ft.run.setup import Job
@@ -81,24 +81,24 @@ def _mean_loss(job: Job, params: Tree, rows: Sequence[Sequence[Sample]]) -> floa
     return float(loss / tokens)
 
 
-def choose_questions(job: Job) -> tuple[list[list[Message]], int]:
+def choose_questions(job: Job) -> tuple[list[Conversation], int]:
     """The first validation conversations to answer, and how many were skipped as too long."""
     config, model = job.config.eval, job.model
     wanted = max(config.exact_match_rows, config.samples)
     skipped = 0
-    chosen: list[list[Message]] = []
+    chosen: list[Conversation] = []
     for example in job.data.validation.examples:
         if len(chosen) == wanted:
             break
         # A plain text asks nothing, and a conversation may end with the call of a tool.
         if not isinstance(example, Conversation) or not has_answer(example.messages):
             continue
-        messages = example.messages
-        question, _ = split_answer(messages)
+        messages, _ = split_answer(example.messages)
+        question = dataclasses.replace(example, messages=messages)
         prompt = encode_prompt(question, model.tokenizer)
         # `generate` refuses a prompt that leaves no room for the longest answer.
         if len(prompt) + config.max_new_tokens <= model.config.max_positions:
-            chosen.append(messages)
+            chosen.append(example)
         else:
             skipped += 1
     return chosen, skipped
