@@ -62,6 +62,30 @@ class Attention(nn.Module):
         c = self.config
         cos, sin, mask = rope_and_mask
         dim = self.heads.dim
+        q, k, v, gate = self._projected(x)
+
+        # A table of several types has the pairs of the widest heads.
+        cos = cos[..., : dim // 2]
+        sin = sin[..., : dim // 2]
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        if cache is not None:
+            k = _write(cache["k"], k, positions)
+            v = _write(cache["v"], v, positions)
+            cache = {"k": k, "v": v}
+        sinks = None
+        if c.sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (c.heads,))
+        y = attend(c, q, k, v, mask, sinks=sinks)
+        if gate is not None:
+            y = y * jax.nn.sigmoid(gate)
+        y = y.reshape(*x.shape[:2], c.heads * dim)
+        return dense(c, c.width, "o_proj")(y), cache
+
+    def _projected(self, x: Array) -> tuple[Array, Array, Array, Array | None]:
+        """Queries, keys and values `[B, T, heads, C]` before rotation, and the output's gate."""
+        c = self.config
+        dim = self.heads.dim
         q_width = c.heads * dim
         kv_width = self.heads.count * dim
         with_gate = 2 * q_width if c.attention_gate else q_width
@@ -85,27 +109,9 @@ class Attention(nn.Module):
         if c.qk_norm == "head":
             q = norm(c, "q_norm")(q)
             k = norm(c, "k_norm")(k)
-
         if c.value_norm:
             v = normalized(v, c.norm_eps)
-
-        # A table of several types has the pairs of the widest heads.
-        cos = cos[..., : dim // 2]
-        sin = sin[..., : dim // 2]
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
-        if cache is not None:
-            k = _write(cache["k"], k, positions)
-            v = _write(cache["v"], v, positions)
-            cache = {"k": k, "v": v}
-        sinks = None
-        if c.sinks:
-            sinks = self.param("sinks", nn.initializers.zeros, (c.heads,))
-        y = attend(c, q, k, v, mask, sinks=sinks)
-        if gate is not None:
-            y = y * jax.nn.sigmoid(gate)
-        y = y.reshape(*x.shape[:2], q_width)
-        return dense(c, c.width, "o_proj")(y), cache
+        return q, k, v, gate
 
 
 def _split_heads(x: Array, head_dim: int) -> Array:

@@ -104,8 +104,10 @@ def set_up(config: Config, *, folder: Path) -> Job:
     steps = count_steps(config.train, batches)
     tx = make_optimizer(config.optim, steps=steps)
     checkpoints = Checkpoints(folder / FOLDER, keep=config.train.keep_checkpoints)
+    standing = Standing()
     if config.train.resume:
         state, frozen = _resumed_state(model, tx, config, checkpoints, mesh=mesh, steps=steps)
+        standing = checkpoints.standing(keeps_best=config.train.load_best)
     else:
         state, frozen = _new_state(model, tx, config, batches=batches, mesh=mesh, timer=timer)
     if config.adapter.targets:
@@ -118,9 +120,6 @@ def set_up(config: Config, *, folder: Path) -> Job:
     timer.lap("adapters")
 
     first_step = int(state.step)
-    standing = Standing()
-    if config.train.resume:
-        standing = checkpoints.standing(keeps_best=config.train.load_best)
     batch, _ = _training_batch(batches, first_step, config, mesh)
     _check_contract(functions, state, frozen, batch=batch, packed=config.data.pack)
     step = compile_step(functions, tx, config, state=state, frozen=frozen, batch=batch, mesh=mesh)

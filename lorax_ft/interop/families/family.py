@@ -163,43 +163,50 @@ def make_rope(parameters: Mapping[str, Any], c: Any) -> Rope:
     # Phi 3 gives no factor for longrope: it is the growth of the context.
     growth = c.max_position_embeddings / original if original else 1
     factor = float(p.get("factor") or growth)
-    if rope_type == "default":
-        return rope
-    if rope_type == "proportional":  # the channels of all pairs have a place, rotated or not
-        return Rope(
-            theta=rope.theta,
-            dims=head_dim(c),
-            scaling="proportional",
-            factor=float(p.get("factor") or 1),
-            rotating_pairs=dims // 2,
-        )
-    if rope_type == "linear":
-        return dataclasses.replace(rope, scaling="linear", factor=factor)
+    match rope_type:
+        case "default":
+            return rope
+        case "linear":
+            return dataclasses.replace(rope, scaling="linear", factor=factor)
+        case "proportional":
+            # The channels of all pairs have a place, rotated or not.
+            factor = float(p.get("factor") or 1)
+            rope = dataclasses.replace(rope, dims=head_dim(c), rotating_pairs=dims // 2)
+            return dataclasses.replace(rope, scaling="proportional", factor=factor)
     rope = dataclasses.replace(rope, factor=factor, original_positions=original)
-    if rope_type == "llama3":
-        low, high = p["low_freq_factor"], p["high_freq_factor"]
-        return dataclasses.replace(rope, scaling="llama3", low=low, high=high)
-    if rope_type == "yarn":
-        return dataclasses.replace(
-            rope,
-            scaling="yarn",
-            magnitude=_yarn_attention_factor(p, factor),
-            low=p.get("beta_slow") or 1,
-            high=p.get("beta_fast") or 32,
-            rounded=p.get("truncate", True),
-        )
-    if rope_type == "longrope":
-        magnitude = p.get("attention_factor")
-        if magnitude is None:
-            magnitude = longrope_magnitude(factor, original)
-        return dataclasses.replace(
-            rope,
-            scaling="longrope",
-            magnitude=magnitude,
-            short_factors=tuple(p["short_factor"]),
-            long_factors=tuple(p["long_factor"]),
-        )
+    match rope_type:
+        case "llama3":
+            low, high = p["low_freq_factor"], p["high_freq_factor"]
+            return dataclasses.replace(rope, scaling="llama3", low=low, high=high)
+        case "yarn":
+            return _yarn(rope, p)
+        case "longrope":
+            return _longrope(rope, p)
     raise ValueError(f"rope_type {rope_type!r}; supported: {', '.join(ROPE_TYPES)}")
+
+
+def _yarn(rope: Rope, p: Mapping[str, Any]) -> Rope:
+    return dataclasses.replace(
+        rope,
+        scaling="yarn",
+        magnitude=_yarn_attention_factor(p, rope.factor),
+        low=p.get("beta_slow") or 1,
+        high=p.get("beta_fast") or 32,
+        rounded=p.get("truncate", True),
+    )
+
+
+def _longrope(rope: Rope, p: Mapping[str, Any]) -> Rope:
+    magnitude = p.get("attention_factor")
+    if magnitude is None:
+        magnitude = longrope_magnitude(rope.factor, rope.original_positions)
+    return dataclasses.replace(
+        rope,
+        scaling="longrope",
+        magnitude=magnitude,
+        short_factors=tuple(p["short_factor"]),
+        long_factors=tuple(p["long_factor"]),
+    )
 
 
 def _yarn_attention_factor(p: Mapping[str, Any], factor: float) -> float:
