@@ -38,10 +38,13 @@ pytestmark = pytest.mark.usefixtures("strict")
         ({"layers": (0, 3)}, r"adapter\.layers: there is no layer 3; the model has layers 0 to 2"),
         ({"targets": ("q_proj",), "exclude": ("self_attn/.*", "q_proj")}, "adapter.exclude"),
         (
-            {"rank": 17, "targets": ("k_proj",)},
+            {"rank": 17, "init": "pissa", "targets": ("k_proj",)},
             r"layers/self_attn/k_proj: rank 17 is above .* 32 × 16",
         ),
-        ({"rank_pattern": ("layers/1/.*k_proj=17",)}, r"layers/self_attn/k_proj: rank 17 is above"),
+        (
+            {"init": "pissa", "rank_pattern": ("layers/1/.*k_proj=17",)},
+            r"layers/self_attn/k_proj: rank 17 is above",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_line(

@@ -17,7 +17,8 @@ from lorax_ft.config import MeshConfig
 from lorax_ft.lowrank.inits.eva import redistributed
 from lorax_ft.lowrank.intercept import adapt
 from lorax_ft.models.attention import make_rope_and_mask
-from lorax_ft.models.decoder import Block
+from lorax_ft.models.decoder import Block, Shared
+from lorax_ft.models.linear_attention import make_rows
 from lorax_ft.models.model import Model
 from lorax_ft.models.parts import norm
 from lorax_ft.quant.kernels import quantize
@@ -47,12 +48,14 @@ def inputs_of(model: Model, batch: dict[str, np.ndarray]) -> dict[str, Array]:
 
     tokens = jnp.asarray(batch["tokens"])
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    shared, types = make_rope_and_mask(c, positions, None, slots=None, length=None)
+    rope_and_mask, types = make_rope_and_mask(c, positions, None, slots=None, length=None)
+    shared = Shared(rope_and_mask, positions, make_rows(None, None))
     x = params["embed_tokens"]["embedding"][tokens]
     with nn.intercept_methods(record):
         for i in range(c.layers):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-            x, _ = Block(c).apply({"params": layer}, x, shared, positions, types[i], None)
+            block = Block(c, c.each_layer[i])
+            x, _ = block.apply({"params": layer}, x, shared, types[i], None)
     features = norm(c, "norm").apply({"params": params["norm"]}, x)
     stacked = {path: np.stack(xs) for path, xs in seen.items()} | {"lm_head": np.float64(features)}
     inside = batch["segment_ids"].reshape(-1) > 0
