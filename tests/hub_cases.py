@@ -29,6 +29,12 @@ class Hub:
         self.fails = ""
         """A path that the hub answers with a server error, which the client does not retry."""
         self.url = ""
+        self.commits = 0
+
+    @property
+    def commit(self) -> str:
+        """The hash of the newest commit, by which the client caches files."""
+        return f"{self.commits:040x}"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -85,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"transfer": "basic", "objects": objects})
         elif "/commit/main" in self.path and not hub.fails:
             repo = self.path.split("/commit/")[0].removeprefix("/api/models/")
-            self._commit(hub.repos[repo], body)
+            self._commit(repo, body)
         else:
             self._answer({"error": "the disk of the hub is full"}, 400)
 
@@ -103,7 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.private.add(repo)
         self._answer(url)
 
-    def _commit(self, files: dict[str, bytes], body: bytes) -> None:
+    def _commit(self, repo: str, body: bytes) -> None:
+        files = self.hub.repos[repo]
         for line in body.splitlines():
             operation = json.loads(line)
             value = operation["value"]
@@ -113,7 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.blobs[value["oid"]]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
-        self._answer({"commitUrl": f"{self.hub.url}/commit/1", "commitOid": "1" * 40})
+        self.hub.commits += 1
+        url = f"{self.hub.url}/{repo}/commit/{self.hub.commit}"
+        self._answer({"commitUrl": url, "commitOid": self.hub.commit})
 
     def _answer_file(self, *, with_body: bool) -> None:
         repo, _, name = self.path.removeprefix("/").partition("/resolve/main/")
@@ -122,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self.send_header("X-Error-Code", "EntryNotFound")
             content = b""
-        self.send_header("X-Repo-Commit", "1" * 40)
+        self.send_header("X-Repo-Commit", self.hub.commit)
         self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

@@ -69,6 +69,7 @@ def test_a_card_on_the_hub_that_a_person_wrote_is_kept(hub: Hub, tmp_path: Path)
     lft.save_peft(URL, params, model, training_notes="second")
     assert b"second" in hub.repos[ID]["README.md"]
     hub.repos[ID]["README.md"] = b"mine"
+    hub.commits += 1
     lft.save_peft(URL, params, model, training_notes="third")
     assert hub.repos[ID]["README.md"] == b"mine"
     folder = tmp_path / "adapter"

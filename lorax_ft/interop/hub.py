@@ -101,6 +101,10 @@ def _hub_errors(path: str | Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The type and the message of an error, and of its cause where the message says little."""
+    """What the hub answered, or the type and the message of the first error."""
+    answer = getattr(error, "server_message", None)
+    if answer:
+        return str(answer)
+    # "Error while uploading" says little.
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
