@@ -447,6 +447,9 @@ class TrainConfig:
     """Record N steps, after the first two, with jax.profiler; 0: none.
     XProf, TensorBoard and Perfetto show the trace, which lies in the folder profile of the output.
     """
+    push_to_hub: str | None = None
+    """Hub repository, as owner/name, to upload the adapter to at the end; a new one is private.
+    Needs a token: run hf auth login, or set HF_TOKEN."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Trackers to log to; wandb needs pip install "lorax_ft[wandb]"."""
 
@@ -478,6 +481,16 @@ class TrainConfig:
                 f"train.{field} compares evaluations, but train.eval_every is 0; "
                 "give train.eval_every N, or epoch",
             )
+        check(
+            self.push_to_hub is None
+            or re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+", self.push_to_hub) is not None,
+            f"train.push_to_hub is {self.push_to_hub}; it must be owner/name",
+        )
+        check(
+            not self.output.startswith("hf://"),
+            f"train.output {self.output}: a run writes to a folder, local or on gs://; "
+            f"use train.push_to_hub {self.output.removeprefix('hf://')} to upload its adapter",
+        )
         check(
             not (self.resume and self.overwrite),
             "train.resume and train.overwrite are mutually exclusive; give one of them",
@@ -551,6 +564,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._check_push()
         quant, adapter = self.quant, self.adapter
         if quant.rounds == 1 or adapter.continue_from is not None:
             return
@@ -562,6 +576,17 @@ class Config:
             alternates,
             f"quant.rounds is {quant.rounds}, which has no effect here; "
             "set quant.format nf4 and adapter.init pissa or loftq, without adapter.keep_base",
+        )
+
+    def _check_push(self) -> None:
+        adapter = self.adapter
+        keeps_base = adapter.continue_from is not None or adapter.keep_base
+        changes_base = INITS[adapter.init].changes_base and not keeps_base
+        check(
+            self.train.push_to_hub is None or not changes_base or self.quant.format == "none",
+            f"train.push_to_hub: adapter.init {adapter.init} changes the quantized base, which is "
+            "not uploaded, so nobody could use the adapter; use another adapter.init, or upload "
+            "the merged model with scripts/merge.py --output hf://owner/name",
         )
 
     def to_json(self) -> str:

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 from lorax_ft import cli
-from lorax_ft.interop.bucket import output_path
+from lorax_ft.interop.bucket import is_hub, output_path
 from lorax_ft.run.model_args import ModelArgs, load_with_adapter, locate
 
 
@@ -23,8 +23,8 @@ class Args(ModelArgs):
     """Merge an adapter into its base model, or several adapters with weights."""
 
     output: str
-    """Folder, local or on a bucket (gs://, s3://), to save the merged model to, as a Hugging Face
-    checkpoint."""
+    """Folder, local or on a bucket (gs://, s3://), or repository on the hub (hf://owner/name), to
+    save the merged model to, as a Hugging Face checkpoint."""
     also: tuple[str, ...] = ()
     """PEFT folders of more adapters of the same model."""
     weights: tuple[float, ...] = ()
@@ -51,7 +51,12 @@ def main(args: Args) -> None:
     config, adapter = locate(args)
     if adapter is None:
         raise ValueError(f"there is no adapter to merge: {config.model.path} is a whole model")
+    if is_hub(output):
+        from lorax_ft.interop.hub import prepare_repo
+
+        prepare_repo(output)
     model, params = load_with_adapter(args)
+    from lorax_ft.interop.model_card import training_notes_of
     from lorax_ft.interop.peft import load_peft
     from lorax_ft.interop.save import save_model
     from lorax_ft.lowrank.merge import merge_weighted
@@ -66,7 +71,7 @@ def main(args: Args) -> None:
                 f"must add up to 1, not {sum(weights):g}"
             )
         params = merge_weighted(model.params, adapted, weights, layout=model.layout)
-    save_model(output, params, model)
+    save_model(output, params, model, training_notes=training_notes_of(adapter))
     base = model.base
     if model.base != model.source:
         base += ", dequantized"
@@ -75,6 +80,8 @@ def main(args: Args) -> None:
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
     """Raises ValueError if the output folder cannot be written."""
+    if is_hub(output):
+        return
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give a folder to write to")
     if output.is_dir() and any(output.iterdir()) and not overwrite:

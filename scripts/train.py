@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
+import sys
 from typing import Any
 
 from lorax_ft import cli
@@ -45,7 +47,8 @@ def main() -> None:
         # It must also not look for devices before the processes are joined.
         from lorax_ft.run.loop import train
 
-        train(Config(**_values(args)), dry_run=args.dry_run)
+        command = shlex.join(["python", *sys.argv])
+        train(Config(**_values(args)), dry_run=args.dry_run, command=command)
 
 
 def _join_processes() -> None:

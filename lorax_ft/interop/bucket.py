@@ -1,12 +1,16 @@
-"""Output paths on buckets: gs:// and s3://."""
+"""Output paths on buckets, gs:// and s3://, and on the hub, hf://."""
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 from etils import epath
 
+HUB = "hf://"
 EXTRAS = {"gs": "gcs", "s3": "s3"}
 """The schemes of buckets, and the extra of this package that installs the client of each."""
 MARKERS = ("config.json", "adapter_config.json")
@@ -14,24 +18,53 @@ MARKERS = ("config.json", "adapter_config.json")
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path is the URL of a bucket."""
+    """Whether a path is the URL of a bucket or of a repository on the hub."""
     return "://" in str(path)
 
 
-def output_path(path: str | Path) -> Path:
-    """The path to write to: an `epath.Path` on a bucket, a `pathlib.Path` on a disk.
+def is_hub(path: str | Path) -> bool:
+    """Whether a path is a repository on the hub."""
+    return str(path).startswith(HUB)
 
-    An `epath.Path` has the methods of pathlib.
+
+def repo_id(path: str | Path) -> str:
+    """The id, owner/name, in hf://owner/name.
 
     Raises:
-      ValueError: the scheme is not supported, or its client is not installed.
+      ValueError: it is not of that form.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    name = str(path).removeprefix(HUB).rstrip("/")
+    if name.count("/") != 1:
+        raise ValueError(f"{path} is not a repository on the hub; give {HUB}owner/name")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return name
+
+
+def output_path(path: str | Path) -> Path:
+    """The path to write to: an `epath.Path` on a bucket or the hub, else a `pathlib.Path`.
+
+    An `epath.Path` has the methods of pathlib, which on the hub are not to be used.
+
+    Raises:
+      ValueError: the scheme is not supported, its client is not installed, or the path is no
+        repository on the hub.
     """
     # Not epath for all: its local paths do not resolve links, for example.
     if not is_remote(path):
         return Path(path)
+    if is_hub(path):
+        repo_id(path)
+        return epath.Path(str(path))
     scheme, _, _ = str(path).partition("://")
     if scheme not in EXTRAS:
-        raise ValueError(f"{path}: {scheme}:// is not supported; use a local path, gs:// or s3://")
+        raise ValueError(
+            f"{path}: {scheme}:// is not supported; use a local path, gs://, s3:// or hf://"
+        )
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:
@@ -54,6 +87,21 @@ def upload(local: Path, remote: Path) -> None:
             epath.Path(str(file)).copy(remote / str(file.relative_to(local)), overwrite=True)
     except Exception as error:  # the clients of buckets have exceptions of their own
         raise OSError(f"{remote} cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def local_copy(folder: Path) -> Iterator[Path]:
+    """Yields a local folder with the files of `folder`: itself, or a copy if it is on a bucket."""
+    if not is_remote(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in folder.rglob("*"):
+            if file.is_file():
+                copy = Path(scratch) / file.relative_to(folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(file.read_bytes())
+        yield Path(scratch)
 
 
 def check_bucket(folder: Path, *, probe: str) -> None:

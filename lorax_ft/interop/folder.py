@@ -17,7 +17,8 @@ from typing import Literal
 
 import safetensors
 
-from lorax_ft.interop.bucket import MARKERS, is_remote, output_path, upload
+from lorax_ft.interop.bucket import MARKERS, is_hub, is_remote, output_path, upload
+from lorax_ft.interop.hub import push_folder
 
 
 @contextlib.contextmanager
@@ -30,13 +31,19 @@ def new_folder(
     """Yields an empty local folder that replaces `folder` when the block ends without an error.
 
     Args:
-      folder: the place, on a disk or a bucket; a link stays, and its target is replaced.
+      folder: the place, on a disk, a bucket or the hub; a link stays, and its target is replaced.
       replaces: patterns of old files to delete, besides those whose names the new folder has.
-      others: whether other old files are an error or are kept.
+      others: whether other old files are an error or are kept. The hub keeps them.
 
     Raises:
       ValueError: `folder` is a file, or holds files that the new folder would not replace.
     """
+    if is_hub(folder):
+        with tempfile.TemporaryDirectory() as scratch:
+            with _write_errors(folder):
+                yield Path(scratch)
+            push_folder(Path(scratch), folder, replaces=replaces)
+        return
     if is_remote(folder):
         with _new_remote_folder(output_path(folder), replaces=replaces, others=others) as fresh:
             yield fresh

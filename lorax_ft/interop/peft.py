@@ -29,6 +29,7 @@ from lorax_ft.interop.huggingface import (
     unstacked,
 )
 from lorax_ft.interop.lazy_tensor import lazy_tensors
+from lorax_ft.interop.model_card import adapter_card, write_card
 from lorax_ft.interop.peft_collect import collect_adapters, differ
 from lorax_ft.interop.peft_config import BIN, CONFIG, WEIGHTS, is_fused, without_tensors
 from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
@@ -44,6 +45,7 @@ from lorax_ft.interop.peft_stacks import (
 )
 from lorax_ft.interop.peft_tensors import OWN_SUFFIXES, PREFIX, Entry, adapter_tensors
 from lorax_ft.interop.text_part import peft_place, place_in
+from lorax_ft.interop.tokenizer import ALL_FILES, save_tokenizer
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.spec import LayerSpec, base_kernel, base_shape, with_kernel
 from lorax_ft.lowrank.terms import magnitude
@@ -67,16 +69,18 @@ def save_peft(
     config: AdapterConfig | None = None,
     base: str | Path | None = None,
     others: Literal["refuse", "keep"] = "refuse",
+    training_notes: str = "",
 ) -> None:
     """Writes the adapters in `params` as a folder that PEFT loads on the original checkpoint.
 
     Fully trained modules are written too, and biases beside a LoRA adapter. A start (PiSSA) becomes
     plain LoRA of twice the rank on the original, and nothing on `base`. Alpha is the scale times
     the rank. Experts and routers all get one rank and one alpha, since PEFT fuses them.
+    The model's tokenizer and a model card, README.md, lie beside the adapter.
 
     Args:
-      folder: on a disk or a bucket (gs://, s3://); written to a temporary folder first, then
-        renamed or uploaded.
+      folder: on a disk, a bucket (gs://, s3://) or the hub (hf://owner/name); written to a
+        temporary folder first, then renamed or uploaded.
       params: base and adapters together.
       model: the model as it was loaded; its source is named as the adapter's base.
       config: what the adapters were made from: says which modules were trained in full, and the
@@ -85,6 +89,8 @@ def save_peft(
         which PEFT is to load the adapter. Needed where an init changed a quantized base, since no
         adapter on the original is equal to that.
       others: whether files of other names in the folder are kept, or refused.
+      training_notes: Markdown about the training, for the model card. A card that a person wrote
+        is kept as it is.
 
     Raises:
       ValueError: there is no adapter, a module is both adapted and trained in full, `base` is
@@ -104,7 +110,9 @@ def save_peft(
         model=model,
         base=base,
         dropout=config.dropout if config else 0.0,
+        init=config.init if config else None,
         others=others,
+        training_notes=training_notes,
     )
 
 
@@ -117,7 +125,9 @@ def write_adapter(
     model: Model,
     base: str | Path | None = None,
     dropout: float = 0.0,
+    init: str | None = None,
     others: Literal["refuse", "keep"] = "refuse",
+    training_notes: str = "",
 ) -> None:
     """Writes what `collect_adapters` returns; `known` are Hugging Face's names of all modules."""
     names = family_names(model.hf_config)
@@ -172,9 +182,14 @@ def write_adapter(
     if method.dropout is not None:
         # PEFT has no dropout for experts, and refuses the folder. It only acts in training.
         peft_config[method.dropout] = 0.0 if has_fused else dropout
-    with new_folder(folder, others=others) as new:
+    card = adapter_card(peft_config, init=init, training_notes=training_notes)
+    replaces = ALL_FILES if model.tokenizer is not None else ()
+    with new_folder(folder, replaces=replaces, others=others) as new:
         (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        write_card(new, card, target=folder)
+        if model.tokenizer is not None:
+            save_tokenizer(model.tokenizer, new)
 
 
 def _with_stacks(

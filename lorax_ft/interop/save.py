@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax_ft.interop.bitsandbytes import nf4_tensors, quantization_config
+from lorax_ft.interop.bucket import is_hub, repo_id
 from lorax_ft.interop.end_tokens import ids_that_stop
 from lorax_ft.interop.expert_stacks import joined_experts
 from lorax_ft.interop.folder import new_folder
@@ -26,6 +27,7 @@ from lorax_ft.interop.huggingface import (
     hf_tensors,
     stacks_experts,
 )
+from lorax_ft.interop.model_card import model_card, write_card
 from lorax_ft.interop.tokenizer import ALL_FILES, save_tokenizer
 from lorax_ft.lowrank.merge import merged_leaves
 from lorax_ft.lowrank.requantize import is_requantized
@@ -51,28 +53,33 @@ def save_model(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     others: Literal["refuse", "keep"] = "refuse",
+    training_notes: str = "",
 ) -> None:
-    """Writes `params` as a checkpoint for transformers, with the model's config and tokenizer.
+    """Writes `params` as a checkpoint for transformers: config, tokenizer and model card, too.
 
     Adapters in `params` are merged one leaf at a time. If the output head then differs from the
     embedding table, it is written too, and the config unties the two.
 
     Args:
-      folder: where to write, on a disk or a bucket (gs://, s3://); the files appear there once all
-        of them are complete.
+      folder: where to write, on a disk, a bucket (gs://, s3://) or the hub (hf://owner/name); the
+        files appear there once all of them are complete.
       params: parameters, with or without adapters.
       model: provides the config and the tokenizer.
       dtype: of the tensors written; None keeps the dtype of each.
       shard_bytes: the largest size of a file; a larger checkpoint is split and gets an index.
       others: what to do if the folder holds files other than a model's: refuse to write, or keep
         them.
+      training_notes: Markdown about the training, for the model card. A card that a person wrote
+        is kept as it is.
 
     Raises:
       ValueError: `params` are not the model's, the model has no `hf_config`, or the folder holds
         other files or is where the model was loaded from.
       OSError: the disk is full or not writable.
     """
-    _write(folder, _tensors(params, model, dtype), model, shard_bytes=shard_bytes, others=others)
+    card = model_card(model, training_notes=training_notes)
+    tensors = _tensors(params, model, dtype)
+    _write(folder, tensors, model, shard_bytes=shard_bytes, others=others, card=card)
 
 
 def save_quantized(
@@ -182,11 +189,12 @@ def _write(
     shard_bytes: int,
     others: Literal["refuse", "keep"] = "refuse",
     fields: Mapping[str, Any] = MappingProxyType({}),
+    card: str | None = None,
 ) -> None:
     """Writes the folder; `fields` are added to the model's own config.json."""
     if not model.hf_config:
         raise ValueError("saving: the model has no hf_config, so there is no config.json to write")
-    if Path(folder).resolve() == Path(model.source or " ").resolve():
+    if _is_source(folder, model):
         raise ValueError(f"{folder} is where the model was loaded from; give another folder")
     # The new model may have fewer shards than an old one in the folder, no index, or a tokenizer in
     # other files.
@@ -201,6 +209,15 @@ def _write(
             _write_json(new / "generation_config.json", generation_config)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, new)
+        if card is not None:
+            write_card(new, card, target=folder)
+
+
+def _is_source(folder: str | Path, model: Model) -> bool:
+    """Whether the model was loaded from there."""
+    if is_hub(folder):
+        return repo_id(folder) == model.source
+    return Path(folder).resolve() == Path(model.source or " ").resolve()
 
 
 def _config(model: Model, files: Files, dtype: str) -> dict[str, Any]:

@@ -46,19 +46,27 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes a tokenizer's files into a folder, so that transformers 4 and 5 load them.
 
     A tokenizer that is as it was loaded from a folder is copied: its files stay as they are, byte
-    for byte.
+    for byte, unless only the config.json of the model names its class and `folder` holds none.
 
     Raises:
       OSError: they cannot be written.
     """
     if _is_untouched(tokenizer):
         _copy(Path(tokenizer.name_or_path), folder)
-        return
+        # An adapter's folder has no config.json.
+        if (folder / "config.json").is_file() or _names_its_class(folder):
+            return
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises a plain Exception when the disk is full
         raise OSError(f"the tokenizer: {error}") from error
     _make_readable_by_transformers_4(folder / "tokenizer_config.json")
+
+
+def _names_its_class(folder: Path) -> bool:
+    """Whether AutoTokenizer finds the class without the config.json of the model."""
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and "tokenizer_class" in json.loads(file.read_text(encoding="utf-8"))
 
 
 def _is_untouched(tokenizer: Any) -> bool:

@@ -24,7 +24,12 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in v
 
 
 def save_for_vllm(
-    folder: str | Path, params: Tree, model: Model, *, max_lora_rank: int = 16
+    folder: str | Path,
+    params: Tree,
+    model: Model,
+    *,
+    max_lora_rank: int = 16,
+    training_notes: str = "",
 ) -> Literal["adapter", "model"]:
     """Writes an adapter that vLLM's loader accepts, or the merged model if it has no form for it.
 
@@ -37,6 +42,7 @@ def save_for_vllm(
       params: base and adapters together.
       model: the model as it was loaded.
       max_lora_rank: the rank that vLLM is started with; its default is 16.
+      training_notes: as in `save_peft`.
 
     Returns:
       What was written.
@@ -54,7 +60,7 @@ def save_for_vllm(
     # vLLM's form of adapters on experts that a checkpoint stacks is another than PEFT's.
     has_stacks = stacks_experts(model.hf_config) and any(map(is_fused, adapters))
     if modules_to_save or not is_plain_lora or has_stacks or TABLES & adapters.keys():
-        save_model(folder, params, model)
+        save_model(folder, params, model, training_notes=training_notes)
         return "model"
     rank = max(matrix["lora_a"].shape[1] for matrix in adapters.values())
     if rank > max_lora_rank:
@@ -64,7 +70,8 @@ def save_for_vllm(
         )
     # Older servers read no patterns.
     fitted = unified(fit_fused(adapters, model))
-    write_adapter(folder, fitted, {}, known=all_modules(model, params), model=model)
+    known = all_modules(model, params)
+    write_adapter(folder, fitted, {}, known=known, model=model, training_notes=training_notes)
     return "adapter"
 
 

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from lorax_ft.config import Config
 from lorax_ft.evaluation.exact_match import evaluate_answers
-from lorax_ft.interop.bucket import output_path
+from lorax_ft.interop.bucket import HUB, local_copy, output_path
+from lorax_ft.interop.hub import prepare_repo, push_folder
 from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_model, save_quantized
 from lorax_ft.lowrank.groups import partition
@@ -25,31 +26,35 @@ from lorax_ft.run.log import Log, check_trackers
 from lorax_ft.run.setup import Job, set_up
 from lorax_ft.run.steps import Trained, run_steps
 from lorax_ft.run.summary import Result
+from lorax_ft.run.training_notes import training_notes
 from lorax_ft.run.validation import Evaluation, choose_questions, validation_losses
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import combine, modules
 
 
-def train(config: Config, *, dry_run: bool = False) -> Result | None:
+def train(config: Config, *, dry_run: bool = False, command: str | None = None) -> Result | None:
     """Run a fine-tuning, from the config to the saved adapter, the log and the plot.
 
     Args:
       config: the run.
       dry_run: print what would train, the memory it takes and the first batch, and write nothing.
+      command: the command line that started the run, for the model card.
 
     Returns:
       The result of the run; None for a dry run.
 
     Raises:
       ValueError: bad input, or a loss that is not finite; files on disk are kept.
-      OSError: the disk is full.
+      OSError: the disk is full, or the hub cannot be written.
     """
     start_time = time.perf_counter()
     console = report.make_console()
     folder = output_path(config.train.output)
     check_trackers(config.train.report_to)
     previous = check_folder(config)
+    if config.train.push_to_hub and not dry_run and jax.process_index() == 0:
+        prepare_repo(_repository(config))
     report.print_config(console, config)
 
     devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
@@ -74,7 +79,13 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
             trained = _load_best(job, end)
         after = _evaluate(job, trained.state, console, before=False, losses=trained.losses)
         log.write(end.step, summary.final_metrics(job, end.step, trained, after))
-    saved = _save(job, trained.state, folder, base=base)
+    notes = training_notes(
+        job,
+        steps=summary.describe_steps(job, end.step, ended_early=end.ended_early),
+        results=summary.describe_changes(job, folder, before=before, after=after),
+        command=command,
+    )
+    saved = _save(job, trained.state, folder, base=base, notes=notes)
 
     result = Result(
         folder=folder,
@@ -89,7 +100,24 @@ def train(config: Config, *, dry_run: bool = False) -> Result | None:
         warnings=summary.find_warnings(job, folder, before=before, after=after),
     )
     summary.print_result(console, job, result)
+    if config.train.push_to_hub and jax.process_index() == 0:
+        _push(saved, config, console)
     return result
+
+
+def _repository(config: Config) -> str:
+    """train.push_to_hub as a path: hf://owner/name."""
+    return f"{HUB}{str(config.train.push_to_hub).removeprefix(HUB)}"
+
+
+def _push(saved: Path, config: Config, console: Console) -> None:
+    """Upload the adapter or the model of a run to the hub."""
+    try:
+        with local_copy(saved) as local:
+            url = push_folder(local, _repository(config))
+    except OSError as error:
+        raise OSError(f"{error}; the run has ended well, and {saved} holds its result") from error
+    console.print(f"Uploaded {saved} to {url}")
 
 
 def _load_best(job: Job, trained: Trained) -> Trained:
@@ -175,7 +203,7 @@ def _save_base(job: Job, folder: Path) -> Path | None:
     return base
 
 
-def _save(job: Job, state: TrainState, folder: Path, *, base: Path | None) -> Path:
+def _save(job: Job, state: TrainState, folder: Path, *, base: Path | None, notes: str) -> Path:
     """Save the adapter as a PEFT folder, or the model as a Hugging Face folder after full tuning.
 
     Returns:
@@ -193,9 +221,17 @@ def _save(job: Job, state: TrainState, folder: Path, *, base: Path | None) -> Pa
     # others="keep": files that a user has put into the folder stay when a run is resumed.
     if jax.process_index() == 0:
         if full_fine_tuning:
-            save_model(saved, params, job.model, others="keep")
+            save_model(saved, params, job.model, others="keep", training_notes=notes)
         else:
-            save_peft(saved, params, job.model, config=config, base=base, others="keep")
+            save_peft(
+                saved,
+                params,
+                job.model,
+                config=config,
+                base=base,
+                others="keep",
+                training_notes=notes,
+            )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("saved")
     return saved

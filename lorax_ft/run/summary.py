@@ -261,19 +261,15 @@ def _print_memory(console: Console, job: Job) -> None:
 
 def _summary_rows(job: Job, result: Result) -> list[tuple[str, str]]:
     """Names and values of the final table."""
-    rows = [("steps", _describe_steps(job, result)), ("time", f"{result.seconds:.0f} s")]
+    steps = describe_steps(job, result.steps, ended_early=result.ended_early)
+    rows = [("steps", steps), ("time", f"{result.seconds:.0f} s")]
     if result.tokens_per_second:
         rows.append(("throughput", f"{result.tokens_per_second:,.0f} tokens/s"))
     rows.append(("peak memory", peak_memory()))
     if job.config.train.load_best:
         rows.append(("best step", f"{result.saved_step:,}, whose weights were saved"))
-    first, last = _first_metrics(job, result.folder, result.before), metrics(result.after)
-    for name, value in last.items():
-        # A loss that was not finite is null in the log.
-        if first.get(name) is not None:
-            spec = ".1%" if name == "exact_match" else ".4f"
-            label = name.replace("_", " ").replace("/", " ")
-            rows.append((label, f"{first[name]:{spec}} → {value:{spec}}"))
+    changes = describe_changes(job, result.folder, before=result.before, after=result.after)
+    rows.extend(changes.items())
     if job.model.base != job.model.source:
         # A base that the init changed was saved beside the adapter.
         changed_base = result.folder / BASE
@@ -289,8 +285,23 @@ def _summary_rows(job: Job, result: Result) -> list[tuple[str, str]]:
     return rows
 
 
-def _describe_steps(job: Job, result: Result) -> str:
+def describe_changes(
+    job: Job, folder: Path, *, before: Evaluation, after: Evaluation
+) -> dict[str, str]:
+    """The metrics before and after training, by name, such as "5.2000 → 0.3000"."""
+    first = _first_metrics(job, folder, before)
+    changes = {}
+    for name, value in metrics(after).items():
+        # A loss that was not finite is null in the log.
+        if first.get(name) is not None:
+            spec = ".1%" if name == "exact_match" else ".4f"
+            label = name.replace("_", " ").replace("/", " ")
+            changes[label] = f"{first[name]:{spec}} → {value:{spec}}"
+    return changes
+
+
+def describe_steps(job: Job, steps: int, *, ended_early: str) -> str:
     """The steps that were made, and why they are not all."""
-    if not result.ended_early:
-        return f"{result.steps:,}"
-    return f"{result.steps:,} of {job.steps:,}: {result.ended_early}"
+    if not ended_early:
+        return f"{steps:,}"
+    return f"{steps:,} of {job.steps:,}: {ended_early}"
