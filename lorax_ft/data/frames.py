@@ -8,11 +8,12 @@ import itertools
 import re
 
 from lorax_ft.data.conversation import Conversation
-from lorax_ft.data.marks import OPENS
+from lorax_ft.data.marks import CLOSES, OPENS
 from lorax_ft.data.rendering import Renderer
 from lorax_ft.data.template import Form, Tokenizer
 
 _OPENING = re.compile(rf"(?:{OPENS})\s*$")
+_TAGS = re.compile(rf"{OPENS}|{CLOSES}")
 _ROLES = ("user", "assistant", "user", "assistant")
 
 
@@ -98,12 +99,21 @@ class Frame:
             return len(before)
         return len(gap)
 
+    def start_of_calls(self, gap: str) -> int | None:
+        """As `start`, for a gap that contains the beginning of a call; None if it is not known."""
+        if self.headers:
+            return self.start(gap)
+        before = self.before_answer.rstrip()
+        if before and gap.startswith(before):
+            return common_prefix(gap, self.before_answer)
+        return None
+
     def end(self, tail: str) -> tuple[int, bool]:
         """Length of the end of a turn, and whether it is a token; `tail` follows its last text."""
         space = _space(tail, 0)
         for end in self.ends or ():
             if end.strip() and tail.startswith(end.lstrip(), space):
-                return space + len(end.lstrip()), True
+                return space + len(end.lstrip()), self.tokens.at_end(end)
             if tail.startswith(end):
                 return len(end), False
         # A turn that ends otherwise than those of the short conversation.
@@ -118,7 +128,7 @@ class Frame:
         places = [(tail.find(end), end) for end in self.ends or () if end.strip() and end in tail]
         if places:
             place, end = min(places)
-            return place + len(end), True
+            return place + len(end), self.tokens.at_end(end)
         # Otherwise a token ends the calls, but not one that stands inside them, as quotes do.
         inside = set(self.tokens.pattern.findall(calls))
         for token in self.tokens.pattern.finditer(tail):
@@ -145,7 +155,7 @@ def find_frame(
     headers = set()
     # Before an answer, only a part of the generation prompt may stand.
     for head in (prompt[0], first_head, last_head):
-        header = prompt[0][shared : common_prefix(prompt[0], head)]
+        header = _shared_header(prompt[0], head, shared)
         if header.strip():
             headers.add(header)
     if not headers:
@@ -160,6 +170,18 @@ def find_frame(
     return Frame(tokens, headers=_longest_first(headers), ends=_longest_first(ends))
 
 
+def _shared_header(prompt: str, head: str, start: int) -> str:
+    """What a generation prompt, from `start` on, and the text before an answer have in common."""
+    same = common_prefix(prompt, head)
+    rest, other = prompt[same:], head[same:]
+    # A header may contain a number or a name, and go on as the prompt does.
+    after = common_prefix(rest[::-1], other[::-1])
+    last = rest[len(rest) - after :]
+    if _TAGS.sub("", last).strip():
+        return last
+    return prompt[start:same]
+
+
 def _ends(between: str, last: str, opening: set[str], tokens: SpecialTokens) -> set[str]:
     """What ends the turns, from the texts after the first and the last answer.
 
@@ -169,8 +191,11 @@ def _ends(between: str, last: str, opening: set[str], tokens: SpecialTokens) -> 
     last_end = tokens.run(last, opening)
     if last_end:
         return {tokens.run(both, opening) or tokens.run(between, opening), last_end}
-    # Templates without such a token may end a turn with a line break.
-    return {both} if both.isspace() else set()
+    token = tokens.pattern.search(both)
+    if token and token.group() not in opening:
+        return {both[: token.end()]}  # such as the quote after a text that is written as JSON
+    # Templates without such a token may end a turn with text or a line break.
+    return {both if both.isspace() else both.rstrip()}
 
 
 def _gaps(

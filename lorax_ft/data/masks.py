@@ -120,7 +120,6 @@ class TurnFinder:
     ) -> Iterator[Turn]:
         """The turns around the assistant's texts."""
         text = written.rendered.text
-        frame = self._frame(conversation, written.form)
         by_message = itertools.groupby(pieces, key=lambda piece: piece.message)
         runs = [list(run) for _, run in by_message]
         # Between these lie the turns: the end of the run before, and the start of the run after.
@@ -136,8 +135,9 @@ class TurnFinder:
             if spans and _covers(spans, run):
                 has_end = self._tokens.at_end(text[: spans[-1][1]])
             else:
-                span, has_end = _around(run, text, left, right, frame)
-                spans = [span]
+                start = self._start(conversation, written, run, left)
+                end, has_end = self._end(conversation, written, run, right)
+                spans = [(start, end)]
             start = spans[0][0]
             yield Turn(
                 index,
@@ -146,6 +146,55 @@ class TurnFinder:
                 thought=_thought(text, start, run),
                 empty_thought=_empty_thought(text[: run[0].start], start, message["content"]),
             )
+
+    def _start(
+        self, conversation: Conversation, written: Written, run: Sequence[Piece], left: int
+    ) -> int:
+        """Where the turn around texts of the assistant starts; other texts end at `left`."""
+        frame = self._frame(conversation, written.form)
+        first = run[0]
+        gap = written.rendered.text[left : first.start]
+        if first.part != "tool_call":
+            return left + frame.start(gap)
+        length = frame.start_of_calls(gap)
+        if length is not None:
+            return left + length
+        place = self._length(conversation, written, first.message)
+        if place is not None and left <= place <= first.start:
+            return place
+        return left + frame.start(gap)
+
+    def _end(
+        self, conversation: Conversation, written: Written, run: Sequence[Piece], right: int
+    ) -> tuple[int, bool]:
+        """Where the turn around texts of the assistant ends, and whether a token ends it.
+
+        Other texts start at `right`.
+        """
+        frame = self._frame(conversation, written.form)
+        text = written.rendered.text
+        last = run[-1].end
+        if any(piece.part == "tool_call" for piece in run):
+            length, has_end = frame.end_of_calls(text[last:right], text[run[0].start : last])
+            # Results may follow in the same turn; what closes the calls stands before them.
+            place = None if length else self._length(conversation, written, run[0].message + 1)
+            if place is not None and last <= place <= right:
+                return place, False
+            return last + length, has_end
+        if run[-1].part == "reasoning":
+            # A turn that only thinks.
+            closing = _CLOSING.match(text, last, right)
+            last = closing.end() if closing else last
+        length, has_end = frame.end(text[last:right])
+        return last + length, has_end
+
+    def _length(self, conversation: Conversation, written: Written, count: int) -> int | None:
+        """Length of what the template writes for the first messages; None if it is not known."""
+        try:
+            prefix = self._prefix(conversation, written.form, count, prompt=False, where="")
+        except ValueError:
+            return None
+        return len(prefix) if written.rendered.text.startswith(prefix) else None
 
     def _frame(self, conversation: Conversation, form: Form) -> Frame:
         """What the template writes around the turns of such a conversation."""
@@ -190,20 +239,6 @@ class TurnFinder:
         """The rendered first messages of a conversation."""
         first = dataclasses.replace(conversation, messages=conversation.messages[:count])
         return self._renderer.write_in(form, first, prompt=prompt, where=where).rendered.text
-
-
-def _around(
-    run: Sequence[Piece], text: str, left: int, right: int, frame: Frame
-) -> tuple[Span, bool]:
-    """The turn around texts of the assistant, and whether it ends with an end-of-turn token."""
-    first, last = run[0].start, run[-1].end
-    tail = text[last:right]
-    if any(piece.part == "tool_call" for piece in run):
-        length, has_end = frame.end_of_calls(tail, text[first:last])
-    else:
-        length, has_end = frame.end(tail)
-    start = left + frame.start(text[left:first])
-    return (start, last + length), has_end
 
 
 def _check_all_found(conversation: Conversation, turns: Sequence[Turn], where: str) -> None:
