@@ -101,7 +101,7 @@ class Frame:
 
     def start_of_calls(self, gap: str) -> int | None:
         """As `start`, for a gap that contains the beginning of a call; None if it is not known."""
-        if self.headers:
+        if any(header in gap for header in self.headers):
             return self.start(gap)
         before = self.before_answer.rstrip()
         if before and gap.startswith(before):
