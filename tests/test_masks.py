@@ -267,3 +267,6 @@ def test_calls_without_a_header_and_results_in_the_turn_of_the_assistant() -> No
     )
     call = '<call>sum{"x": "1", "n": 2}</call>'
     assert labels(inside, talk) == [call, call, ENDED[1]]
+    # A token that opens the results does not end the calls.
+    marked = inside.replace("<r>", "<|im_start|>")
+    assert labels(marked, talk) == [call, call, ENDED[1]]
