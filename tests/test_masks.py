@@ -126,6 +126,12 @@ def test_turns_with_weights() -> None:
     assert "one?" in kept
 
 
+def test_reasoning_does_not_count_where_all_else_does() -> None:
+    talk = [user("one?"), assistant("<think>hm</think>two")]
+    kept = labels(CHATML, talk, loss_on="all", reasoning_loss="none")
+    assert kept == ["<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n", "two<|im_end|>\n"]
+
+
 def test_tool_calls_are_part_of_the_turn() -> None:
     called = Conversation(
         messages=[
