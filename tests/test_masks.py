@@ -126,6 +126,12 @@ def test_turns_with_weights() -> None:
     assert "one?" in kept
 
 
+def test_reasoning_does_not_count_where_all_else_does() -> None:
+    talk = [user("one?"), assistant("<think>hm</think>two")]
+    kept = labels(CHATML, talk, loss_on="all", reasoning_loss="none")
+    assert kept == ["<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n", "two<|im_end|>\n"]
+
+
 def test_tool_calls_are_part_of_the_turn() -> None:
     called = Conversation(
         messages=[
@@ -204,3 +210,69 @@ def test_templates_that_do_not_end(
     monkeypatch.setattr(template_room, "LONGEST_TEXT", 1_000_000)
     with pytest.raises(ValueError, match=message):
         labels(template, TALK, where="a.jsonl, line 3")
+
+
+def test_a_turn_that_only_thinks_ends_too() -> None:
+    thinks = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    thought = "<think>\nhm\n</think>\n\n"
+    assert labels(THINKING, [user("one?"), thinks]) == [thought + "<|im_end|>"]
+    assert labels(THINKING, [user("one?"), thinks], reasoning_loss="none") == ["<|im_end|>"]
+    only = [user("one?"), assistant("<think>hm</think>")]
+    assert labels(CHATML, only) == ["<think>hm</think><|im_end|>"]
+
+
+def test_headers_that_differ_from_turn_to_turn() -> None:
+    numbered = (
+        "{% for m in messages %}"
+        "{{ '[Round ' ~ loop.index0 // 2 ~ '] ' ~ m.role ~ ': ' ~ m.content ~ '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}"
+        "{{ '[Round ' ~ (messages | length) // 2 ~ '] assistant: ' }}{% endif %}"
+    )
+    system = {"role": "system", "content": "Be brief."}
+    assert labels(numbered, TALK) == ENDED
+    assert labels(numbered, [system, *TALK]) == ENDED
+
+
+def test_ends_of_turns_that_are_text_or_follow_text() -> None:
+    as_json = CHATML.replace("m['content']", "(m['content'] | tojson)")
+    assert labels(as_json, TALK) == ['"two"<|im_end|>', '"four"<|im_end|>']
+    as_text = CHATML.replace("<|im_end|>", "<|end of turn|>")
+    assert labels(as_text, TALK) == ["two<|end of turn|>", "four<|end of turn|>"]
+    # It is no token, so generation does not stop at it.
+    encoded = encode_all([TALK], make_tokenizer(as_text), max_length=99, where=["1"])
+    assert encoded.endless == 2
+
+
+def test_calls_without_a_header_and_results_in_the_turn_of_the_assistant() -> None:
+    talk = [
+        user("one?"),
+        {**assistant(""), "tool_calls": CALLS},
+        {"role": "tool", "content": "3"},
+        {**assistant(""), "tool_calls": CALLS},
+        {"role": "tool", "content": "3"},
+        assistant("four"),
+    ]
+    bare = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+        "{% elif m.role == 'tool' %}{{ '[RESULT]' + m.content + '[/RESULT]' }}"
+        "{% elif m.tool_calls %}{{ '[CALLS]' + m.tool_calls[0].function.name }}"
+        "{{ (m.tool_calls[0].function.arguments | tojson) + '<|im_end|>' }}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    call = '[CALLS]sum{"x": "1", "n": 2}<|im_end|>'
+    assert labels(bare, talk) == [call, call, ENDED[1]]
+    inside = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ '<r>' + m.content + '</r>' }}"
+        "{% else %}{% if loop.first or loop.previtem.role != 'tool' %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}{% endif %}{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}"
+        "{{ '<call>' + call.function.name + (call.function.arguments | tojson) + '</call>' }}"
+        "{% endfor %}{% if not m.tool_calls %}{{ '<|im_end|>\n' }}{% endif %}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    call = '<call>sum{"x": "1", "n": 2}</call>'
+    assert labels(inside, talk) == [call, call, ENDED[1]]
+    # A token that opens the results does not end the calls.
+    marked = inside.replace("<r>", "<|im_start|>")
+    assert labels(marked, talk) == [call, call, ENDED[1]]

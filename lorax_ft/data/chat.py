@@ -240,8 +240,8 @@ class Encoder:
         if self._finder is None:
             check_tokenizer(self._tokenizer)
             self._finder = TurnFinder(self._tokenizer)
-        all_count = all(message.get("train", True) for message in conversation.messages)
-        if self._loss_on == "all" and all_count:
+        all_count = self._loss_on == "all" and self._reasoning_loss != "none"
+        if all_count and all(message.get("train", True) for message in conversation.messages):
             located = self._finder.text(conversation, where=where)
         else:
             located = self._finder.locate(conversation, where=where)

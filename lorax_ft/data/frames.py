@@ -101,7 +101,7 @@ class Frame:
 
     def start_of_calls(self, gap: str) -> int | None:
         """As `start`, for a gap that contains the beginning of a call; None if it is not known."""
-        if self.headers:
+        if any(header in gap for header in self.headers):
             return self.start(gap)
         before = self.before_answer.rstrip()
         if before and gap.startswith(before):
@@ -122,14 +122,18 @@ class Frame:
             return token.end(), True
         return 0, False
 
-    def end_of_calls(self, tail: str, calls: str) -> tuple[int, bool]:
-        """As `end`, for a turn with tool calls, of which the template wrote `calls`."""
+    def end_of_calls(self, tail: str) -> tuple[int, bool] | None:
+        """As `end`, for a turn with tool calls; None if it does not end as other turns do."""
         # Text of the template follows the last argument of a call.
         places = [(tail.find(end), end) for end in self.ends or () if end.strip() and end in tail]
-        if places:
-            place, end = min(places)
-            return place + len(end), self.tokens.at_end(end)
-        # Otherwise a token ends the calls, but not one that stands inside them, as quotes do.
+        if not places:
+            return None
+        place, end = min(places)
+        return place + len(end), self.tokens.at_end(end)
+
+    def token_after_calls(self, tail: str, calls: str) -> tuple[int, bool]:
+        """As `end`, for a turn that ends with another token; the template wrote `calls`."""
+        # Not a token that stands inside the calls, as quotes do.
         inside = set(self.tokens.pattern.findall(calls))
         for token in self.tokens.pattern.finditer(tail):
             if token.group() in self.tokens.control - inside:

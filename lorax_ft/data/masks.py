@@ -171,21 +171,36 @@ class TurnFinder:
 
         Other texts start at `right`.
         """
-        frame = self._frame(conversation, written.form)
+        if any(piece.part == "tool_call" for piece in run):
+            return self._end_of_calls(conversation, written, run, right)
         text = written.rendered.text
         last = run[-1].end
-        if any(piece.part == "tool_call" for piece in run):
-            length, has_end = frame.end_of_calls(text[last:right], text[run[0].start : last])
-            # Results may follow in the same turn; what closes the calls stands before them.
-            place = None if length else self._length(conversation, written, run[0].message + 1)
-            if place is not None and last <= place <= right:
-                return place, False
-            return last + length, has_end
         if run[-1].part == "reasoning":
             # A turn that only thinks.
             closing = _CLOSING.match(text, last, right)
             last = closing.end() if closing else last
+        frame = self._frame(conversation, written.form)
         length, has_end = frame.end(text[last:right])
+        return last + length, has_end
+
+    def _end_of_calls(
+        self, conversation: Conversation, written: Written, run: Sequence[Piece], right: int
+    ) -> tuple[int, bool]:
+        """As `_end`, for a turn with tool calls."""
+        frame = self._frame(conversation, written.form)
+        text = written.rendered.text
+        last = run[-1].end
+        found = frame.end_of_calls(text[last:right])
+        if found:
+            length, has_end = found
+            return last + length, has_end
+        # Results may follow in the same turn; what closes the calls stands before them.
+        place = self._length(conversation, written, run[0].message + 1)
+        if place is not None and last <= place <= right:
+            turn = text[:place]
+            has_end = self._tokens.at_end(turn)
+            return len(turn.rstrip()) if has_end else place, has_end
+        length, has_end = frame.token_after_calls(text[last:right], text[run[0].start : last])
         return last + length, has_end
 
     def _length(self, conversation: Conversation, written: Written, count: int) -> int | None:
