@@ -19,8 +19,9 @@ from lorax_ft.data.conversation import (
     PlainText,
     as_conversation,
 )
+from lorax_ft.data.located import LossOn, ReasoningLoss
 from lorax_ft.data.marks import Span
-from lorax_ft.data.masks import LossOn, ReasoningLoss, TurnFinder
+from lorax_ft.data.masks import TurnFinder
 from lorax_ft.data.template import (
     Tokenizer,
     check_tokenizer,

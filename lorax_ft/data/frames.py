@@ -125,11 +125,12 @@ class Frame:
     def end_of_calls(self, tail: str) -> tuple[int, bool] | None:
         """As `end`, for a turn with tool calls; None if it does not end as other turns do."""
         # Text of the template follows the last argument of a call.
-        places = [(tail.find(end), end) for end in self.ends or () if end.strip() and end in tail]
-        if not places:
+        visible = [end for end in self.ends or () if end.strip()]
+        written = [end for end in visible if end in tail]
+        if not written:
             return None
-        place, end = min(places)
-        return place + len(end), self.tokens.at_end(end)
+        first = min(written, key=tail.find)
+        return tail.find(first) + len(first), self.tokens.at_end(first)
 
     def token_after_calls(self, tail: str, calls: str) -> tuple[int, bool]:
         """As `end`, for a turn that ends with another token; the template wrote `calls`."""

@@ -11,68 +11,18 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.frames import Frame, SpecialTokens, common_prefix, find_frame
+from lorax_ft.data.located import Located, Turn
 from lorax_ft.data.marks import CLOSES, OPENS, THOUGHT, Piece, Span
 from lorax_ft.data.rendering import Renderer, Written
 from lorax_ft.data.template import Form, Tokenizer
 
-LossOn = Literal["assistant", "last", "all"]
-ReasoningLoss = Literal["data", "all", "none"]
-
 _EMPTY_THOUGHT = re.compile(rf"\s*(?:{OPENS})?\s*(?:{CLOSES})\s*")
 _OPENING = re.compile(rf"(?:{OPENS})\s*$")
 _CLOSING = re.compile(rf"\s*(?:{CLOSES})\s*")
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """One turn of the assistant in the rendered conversation."""
-
-    message: int
-    """Its index in the conversation."""
-    spans: list[Span]
-    """What the assistant generates: its text and its end-of-turn token."""
-    has_end: bool
-    """Whether it ends with an end-of-turn token."""
-    thought: Span | None = None
-    """Its reasoning with the tags, if it has any."""
-    empty_thought: Span | None = None
-    """An empty thought that the template wrote, as Qwen3's does."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Located:
-    """A rendered conversation, and the turns of the assistant in it."""
-
-    text: str
-    turns: list[Turn]
-    unwritten: list[str]
-    """What the template did not write, such as "tool calls"."""
-    form: Form
-    """The form of the messages that the template took."""
-
-    def label_spans(
-        self, conversation: Conversation, *, loss_on: LossOn, reasoning: ReasoningLoss
-    ) -> list[Span]:
-        """The characters whose tokens count in the loss."""
-        trained, excluded = [], []
-        for turn in self.turns:
-            is_last = turn is self.turns[-1]
-            wanted = conversation.messages[turn.message].get("train", True)
-            if not wanted or (loss_on == "last" and not is_last):
-                excluded += turn.spans
-                continue
-            trained += turn.spans
-            if turn.thought and reasoning == "none":
-                excluded.append(turn.thought)
-            if turn.empty_thought and reasoning != "all":
-                excluded.append(turn.empty_thought)
-        if loss_on == "all":
-            trained = [(0, len(self.text))]
-        return _subtract(trained, excluded)
 
 
 class TurnFinder:
@@ -122,9 +72,11 @@ class TurnFinder:
         text = written.rendered.text
         by_message = itertools.groupby(pieces, key=lambda piece: piece.message)
         runs = [list(run) for _, run in by_message]
+        starts = [run[0].start for run in runs]
+        ends = [run[-1].end for run in runs]
         # Between these lie the turns: the end of the run before, and the start of the run after.
-        lefts = [0, *(run[-1].end for run in runs[:-1])]
-        rights = [*(run[0].start for run in runs[1:]), len(text)]
+        lefts = [0, *ends[:-1]]
+        rights = [*starts[1:], len(text)]
         for run, left, right in zip(runs, lefts, rights, strict=True):
             index = run[0].message
             message = conversation.messages[index]
@@ -308,17 +260,8 @@ def _within(spans: Sequence[Span], left: int, right: int) -> list[Span]:
 
 
 def _covers(spans: Sequence[Span], run: Sequence[Piece]) -> bool:
-    return all(
-        any(start <= piece.start and piece.end <= end for start, end in spans) for piece in run
-    )
-
-
-def _subtract(spans: Sequence[Span], excluded: Sequence[Span]) -> list[Span]:
-    """The spans without the excluded ones."""
-    left = list(spans)
-    for low, high in excluded:
-        pieces = []
-        for start, end in left:
-            pieces += [(start, min(end, low)), (max(start, high), end)]
-        left = [(start, end) for start, end in pieces if start < end]
-    return left
+    """Whether each text lies in one of the spans."""
+    for piece in run:
+        if not any(start <= piece.start and piece.end <= end for start, end in spans):
+            return False
+    return True

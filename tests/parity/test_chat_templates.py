@@ -19,7 +19,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from lorax_ft.data.chat import describe_row, encode
 from lorax_ft.data.conversation import Conversation, Message
-from lorax_ft.data.masks import Located, TurnFinder
+from lorax_ft.data.located import Located
+from lorax_ft.data.masks import TurnFinder
 from lorax_ft.data.template import render
 
 DOCS = Path(__file__).parents[2] / "docs" / "CHAT_TEMPLATES.md"
