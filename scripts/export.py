@@ -52,6 +52,12 @@ def main(args: Args) -> None:
         prepare_repo(output)
     model, params = load_with_adapter(args)
     exported = _export(output, model, params, args)
+    if is_hub(output) and exported == "adapter":
+        from lorax_ft.interop.hub import missing_base
+
+        warning = missing_base(model.source)
+        if warning:
+            print(warning)
     # What the user must know about the base, where it is quantized.
     if model.base == model.source:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -74,9 +75,9 @@ def test_a_card_on_the_hub_that_a_person_wrote_is_kept(hub: Hub, tmp_path: Path)
     assert hub.repos[ID]["README.md"] == b"mine"
     folder = tmp_path / "adapter"
     lft.save_peft(folder, params, model)
-    (folder / "README.md").write_bytes(b"newer, and mine")
+    (folder / "README.md").write_bytes(b"---\nlicense: mit\n---\nnewer, and mine")
     push_folder(folder, URL)
-    assert hub.repos[ID]["README.md"] == b"newer, and mine"
+    assert hub.repos[ID]["README.md"].endswith(b"newer, and mine")
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -118,6 +119,7 @@ def test_scripts_write_to_the_hub(hub: Hub, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert f"hf://owner/{script}" in done.stdout
+        assert ("which others do not have" in done.stdout) == (script == "export")
     assert hub.repos["owner/export"] == files(folder)
     lft.save_model(tmp_path / "merged", params, model, training_notes="- **Steps:** 7")
     assert hub.repos["owner/merge"] == files(tmp_path / "merged")
@@ -175,8 +177,6 @@ def test_what_is_no_repository(main: Main, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_model_is_not_pushed_over_its_base(hub: Hub, tmp_path: Path) -> None:
-    import dataclasses
-
     model, params = adapted(tmp_path / "base")
     model = dataclasses.replace(model, source=ID)
     with pytest.raises(ValueError, match="is where the model was loaded from"):

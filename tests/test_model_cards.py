@@ -40,6 +40,7 @@ def test_the_metadata_of_an_adapter() -> None:
         "pipeline_tag": "text-generation",
         "tags": ["base_model:adapter:owner/base", "lora", "dora", "pissa", "lorax_ft"],
     }
+    assert "# LoRA adapter of base\n" in card.text
     assert "[owner/base](https://huggingface.co/owner/base)" in card.text
     assert "## Training\n\n- **A:** b\n" in card.text
 

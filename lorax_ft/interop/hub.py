@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorax_ft.interop.bucket import repo_id
-from lorax_ft.interop.model_card import CARD, is_generated
+from lorax_ft.interop.model_card import CARD, hub_id, is_generated
 
 LOGIN = "run `hf auth login` or set HF_TOKEN"
 
@@ -61,6 +61,16 @@ def push_folder(folder: Path, path: str | Path, *, replaces: Sequence[str] = ())
             delete_patterns=[*replaces, *within] or None,
         )
     return f"{api.endpoint}/{name}"
+
+
+def missing_base(source: str) -> str | None:
+    """A warning for an adapter on the hub whose base is on this machine only; None if it is not."""
+    if hub_id(source):
+        return None
+    return (
+        f"The adapter's base is {source}, which others do not have: name the base by its hub id, "
+        "or upload the merged model (scripts/merge.py --output hf://owner/name)."
+    )
 
 
 def _kept_card(folder: Path, name: str) -> list[str]:

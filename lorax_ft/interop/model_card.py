@@ -20,6 +20,8 @@ TRAINING = "## Training\n"
 """The heading of the section with the facts of a run, which is the last one."""
 MARK = "<!-- Written by lorax_ft, which replaces this card unless you change it. {} -->\n"
 
+TITLES = {"lora": "LoRA", "ia3": "IA3", "miss": "MiSS"}
+
 USE_ADAPTER = """
 ## Use
 
@@ -67,7 +69,8 @@ def adapter_card(
     base_id = hub_id(base)
     if base_id:
         tags.insert(0, f"base_model:adapter:{base_id}")
-    text = f"# {method.upper()} adapter of {Path(base).name}\n\nBase model: {_link(base)}\n"
+    title = f"{TITLES.get(method, method)} adapter of {Path(base).name}"
+    text = f"# {title}\n\nBase model: {_link(base)}\n"
     text += USE_ADAPTER.format(base=base)
     return _card(text, base_id, library="peft", tags=tags, training_notes=training_notes)
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from lorax_ft.config import Config
 from lorax_ft.evaluation.exact_match import evaluate_answers
 from lorax_ft.interop.bucket import HUB, local_copy, output_path
-from lorax_ft.interop.hub import prepare_repo, push_folder
+from lorax_ft.interop.hub import missing_base, prepare_repo, push_folder
 from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_model, save_quantized
 from lorax_ft.lowrank.groups import partition
@@ -101,7 +101,7 @@ def train(config: Config, *, dry_run: bool = False, command: str | None = None) 
     )
     summary.print_result(console, job, result)
     if config.train.push_to_hub and jax.process_index() == 0:
-        _push(saved, config, console)
+        _push(saved, job, console)
     return result
 
 
@@ -110,14 +110,17 @@ def _repository(config: Config) -> str:
     return f"{HUB}{str(config.train.push_to_hub).removeprefix(HUB)}"
 
 
-def _push(saved: Path, config: Config, console: Console) -> None:
+def _push(saved: Path, job: Job, console: Console) -> None:
     """Upload the adapter or the model of a run to the hub."""
     try:
         with local_copy(saved) as local:
-            url = push_folder(local, _repository(config))
+            url = push_folder(local, _repository(job.config))
     except OSError as error:
         raise OSError(f"{error}; the run has ended well, and {saved} holds its result") from error
     console.print(f"Uploaded {saved} to {url}")
+    warning = missing_base(job.model.source)
+    if warning and job.config.adapter.targets:
+        console.print(warning, style="yellow")
 
 
 def _load_best(job: Job, trained: Trained) -> Trained:
