@@ -32,16 +32,22 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     {'model_type': 'gemma3_text', 'architectures': ['Gemma3ForCausalLM'], 'text_part_of': 'gemma3'}
     """
     part = config.get("text_config")
-    if config.get("model_type") in FAMILIES or not isinstance(part, dict):
+    if _is_known(config) or not isinstance(part, dict):
         return dict(config)
-    if part.get("model_type") not in FAMILIES:  # the error is to name the whole's architecture
+    if not _is_known(part):  # the error is to name the whole's architecture
         return dict(config)
     text = copy.deepcopy(part)
     for name in SHARED:
         if name in config:
             text.setdefault(name, config[name])
     architecture = causal_lm(part["model_type"])
-    return text | {"architectures": [architecture], PART_OF: config["model_type"]}
+    return text | {"architectures": [architecture], PART_OF: config.get("model_type")}
+
+
+def _is_known(config: Mapping[str, Any]) -> bool:
+    """Whether the model is of a family here; a damaged config may hold anything."""
+    model_type = config.get("model_type")
+    return isinstance(model_type, str) and model_type in FAMILIES
 
 
 def text_tensors(tensors: Tensors) -> Tensors:
