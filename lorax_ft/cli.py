@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import tyro
 
+from lorax_ft.options import advice, check_given_once, flag_with_value
+
 Args = TypeVar("Args")
 
 QUIET = {
@@ -50,9 +52,12 @@ def parse(
       argv: the arguments; None uses those of the process.
 
     Raises:
-      ValueError: an option is unknown (the error names the closest one), lacks its value or has the
-        wrong type, or a value is invalid.
+      ValueError: an option is unknown (the error names the closest one, or ours for the name that
+        another trainer has for it), is given twice, lacks its value or has the wrong type, or a
+        value is invalid.
     """
+    given = sys.argv[1:] if argv is None else argv
+    check_given_once(given, args_type)
     captured = io.StringIO()
     defaults = tyro.MISSING_NONPROP if default is None else default
     try:
@@ -64,7 +69,9 @@ def parse(
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        raise ValueError(_unbox(captured.getvalue())) from None
+        # A name of another trainer comes first: tyro would suggest nothing, or the wrong option.
+        message = advice(given, args_type) or flag_with_value(given, args_type)
+        raise ValueError(message or _unbox(captured.getvalue())) from None
     # tyro may build a section several times.
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {message}", file=sys.stderr)

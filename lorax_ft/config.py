@@ -451,7 +451,7 @@ class TrainConfig:
     """Hub repository, as owner/name, to upload the adapter to at the end; a new one is private.
     Needs a token: run hf auth login, or set HF_TOKEN."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Trackers to log to; wandb needs pip install "lorax_ft[wandb]"."""
+    """Trackers to log to; none without a value. wandb needs pip install "lorax_ft[wandb]"."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,0 +1,158 @@
+"""The options of a dataclass on a command line: which are given twice, and what an unknown one is.
+
+Imports no JAX. tyro names the option of a nested field "--section.field", and takes dashes for
+underscores; here names have underscores and no leading dashes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Union
+
+from lorax_ft.option_names import INFERENCE, TRAINING
+
+
+def options(args_type: type) -> dict[str, Any]:
+    """The type of each option of a dataclass, by its name, such as "optim.learning_rate"."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(args_type)
+    for field in dataclasses.fields(args_type):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            section = options(typing.cast(type, hint))
+            found |= {f"{field.name}.{name}": inner for name, inner in section.items()}
+        else:
+            found[field.name] = hint
+    return found
+
+
+def check_given_once(argv: Sequence[str], args_type: type) -> None:
+    """Raises ValueError if an option is given twice; the last one would win without a word."""
+    known = options(args_type)
+    given: dict[str, str] = {}
+    for name, values in _given(argv):
+        option = _positive(name, known)
+        if option not in known:
+            continue
+        shown = shlex.join(values)
+        if option != name:
+            shown = "no"  # --section.no-flag
+        if option in given:
+            raise ValueError(_twice(option, given[option], shown, known[option]))
+        given[option] = shown
+
+
+def advice(argv: Sequence[str], args_type: type) -> str | None:
+    """What to give instead of unknown options whose names are familiar; None if there are none.
+
+    A familiar name is that of another trainer (see `option_names`) or the last part of one of ours.
+    """
+    known = options(args_type)
+    unknown: list[str] = []
+    replaced: list[str] = []
+    for name, _ in _given(argv):
+        if _positive(name, known) in known or name == "help":
+            continue
+        unknown.append(f"--{name}")
+        replacement = _replacement(name, known)
+        if replacement is None:
+            continue
+        option, _, note = replacement.partition("; ")
+        line = f"{option} for --{name}"
+        if note:
+            line += f" ({note})"
+        replaced.append(line)
+    if not replaced:
+        return None
+    plural = "s" if len(unknown) > 1 else ""
+    return f"Unrecognized option{plural}: {', '.join(unknown)}; use {', '.join(replaced)}"
+
+
+def flag_with_value(argv: Sequence[str], args_type: type) -> str | None:
+    """The error of a flag that got a value, such as "--train.resume True"; None if there is none.
+
+    Raises no error itself, as tyro may have found another mistake.
+    """
+    known = options(args_type)
+    for name, values in _given(argv):
+        if known.get(name) is bool and len(values) == 1 and _is_boolean(values[0]):
+            section, dot, flag = name.rpartition(".")
+            opposite = f"--{section}{dot}no-{flag}"
+            return f"--{name} takes no value; give --{name} to turn it on, {opposite} for off"
+    return None
+
+
+def _given(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The options on a command line in their order, each with its values."""
+    given: list[tuple[str, list[str]]] = []
+    for argument in argv:
+        option = re.match(r"--([A-Za-z][\w.-]*)(=|$)", argument)
+        if option is None:
+            if given:
+                given[-1][1].append(argument)
+            continue
+        name = option[1].replace("-", "_")
+        values = []
+        if option[2]:
+            values.append(argument[option.end() :])
+        given.append((name, values))
+    return given
+
+
+def _positive(name: str, known: Mapping[str, Any]) -> str:
+    """The flag that "no_flag" switches off; every other name as it is."""
+    section, dot, last = name.rpartition(".")
+    flag = section + dot + last.removeprefix("no_")
+    if name not in known and known.get(flag) is bool:
+        return flag
+    return name
+
+
+def _twice(option: str, first: str, second: str, hint: Any) -> str:
+    """The error of an option that is given twice."""
+    if hint is bool and first == second:
+        return f"--{option} is given twice; give it once"
+    if hint is bool:
+        return f"--{option} is given twice, once with no-; give one of them"
+    values = f"first {first or 'without a value'}, then {second or 'without a value'}"
+    if _takes_several(hint):
+        together = " ".join(part for part in (first, second) if part)
+        return (
+            f"--{option} is given twice: {values}; "
+            f"all its values follow one name: --{option} {together}"
+        )
+    return f"--{option} is given twice: {values}; give it once"
+
+
+def _takes_several(hint: Any) -> bool:
+    """Whether an option of this type takes any number of values."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return any(_takes_several(choice) for choice in typing.get_args(hint))
+    return typing.get_origin(hint) is tuple
+
+
+def _replacement(name: str, known: Mapping[str, Any]) -> str | None:
+    """Options of ours, with a note perhaps, for an unknown name; None if the name says nothing."""
+    last = name.rpartition(".")[2]
+    for table in (TRAINING, INFERENCE):
+        for familiar in (name, last):
+            line = table.get(familiar)
+            if line is not None and _option(line) in known:
+                return line
+    namesakes = [f"--{option}" for option in known if option.rpartition(".")[2] == last]
+    return " or ".join(namesakes) or None
+
+
+def _option(line: str) -> str:
+    """The name of the first option of a line of the tables."""
+    first = line.partition(";")[0].split()[0]
+    return first.removeprefix("--")
+
+
+def _is_boolean(value: str) -> bool:
+    return value.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0")

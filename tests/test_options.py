@@ -1,0 +1,144 @@
+"""Options under the names of other trainers, and options that are given twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Literal
+
+import pytest
+
+from lorax_ft import cli
+from lorax_ft.config import Config
+from lorax_ft.inference.sampling import Sampling
+from lorax_ft.option_names import INFERENCE, TRAINING
+from lorax_ft.options import options
+from lorax_ft.run.model_args import ChatArgs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllArgs(Sampling):
+    """The options of generate.py and export.py."""
+
+    model: str = "model"
+    adapter: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    quant: Literal["none", "nf4", "int8"] = "none"
+    max_new_tokens: int = 1
+    system: str = ""
+    template_args: tuple[str, ...] = ()
+    file: str = ""
+    stop: tuple[str, ...] = ()
+    output: str = ""
+    gguf_type: str = ""
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_tables_name_our_options_in_training(name: str) -> None:
+    _check_line(name, TRAINING[name], Config)
+
+
+@pytest.mark.parametrize("name", INFERENCE)
+def test_the_tables_name_our_options_in_the_other_scripts(name: str) -> None:
+    _check_line(name, INFERENCE[name], AllArgs)
+
+
+def _check_line(name: str, line: str, args_type: type) -> None:
+    known = options(args_type)
+    assert name not in known
+    argv = line.partition(";")[0].split()
+    (first, *others) = argv
+    assert first.removeprefix("--") in known
+    if others:  # options with values; without, the value of the other trainer's option follows
+        cli.parse(args_type, argv=argv)
+    with pytest.raises(ValueError, match="Unrecognized") as error:
+        cli.parse(args_type, argv=[f"--{name}", "value"])
+    assert f"use {' '.join(argv)} for --{name}" in str(error.value)
+
+
+def test_options_are_those_of_tyro() -> None:
+    known = options(Config)
+    assert known["optim.learning_rate"] is float
+    assert known["train.resume"] is bool
+    argv = [f"--{name}=1" for name in ("optim.learning_rate", "adapter.rank", "train.steps")]
+    assert cli.parse(Config, argv=argv).adapter.rank == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--learning_rate 1e-3", "use --optim.learning_rate for --learning_rate"),
+        ("--learning-rate=1e-3", "use --optim.learning_rate for --learning_rate"),
+        ("--adapter.lora_alpha 8", "use --adapter.alpha for --adapter.lora_alpha"),
+        ("--rank 8", "use --adapter.rank for --rank"),
+        (
+            "--revision main",
+            "use --model.revision or --data.revision for --revision",
+        ),
+        (
+            "--lora_r 8 --nonsense --use_dora",
+            "Unrecognized options: --lora_r, --nonsense, --use_dora; "
+            "use --adapter.rank for --lora_r, --adapter.dora for --use_dora",
+        ),
+        (
+            "--gradient_accumulation_steps 4",
+            "use --train.microbatches for --gradient_accumulation_steps (batch_size is global: "
+            "per-device size x devices x accumulation steps)",
+        ),
+        ("--report_to none", "--report_to (without a value it turns all trackers off)"),
+        # The other mistake is found first by tyro, but a foreign name explains it.
+        ("--load_in_4bit --adapter.rank x", "use --quant.format nf4 for --load_in_4bit"),
+        (
+            "--train.resume True",
+            "--train.resume takes no value; give --train.resume to turn it on, "
+            "--train.no-resume for off",
+        ),
+    ],
+)
+def test_familiar_names(argv: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        cli.parse(Config, argv=argv.split())
+    assert "\n" not in str(error.value)
+
+
+def test_familiar_names_of_the_other_scripts() -> None:
+    message = "use --model for --model_name_or_path, --adapter for --lora_path"
+    with pytest.raises(ValueError, match=message):
+        cli.parse(ChatArgs, argv=["--model_name_or_path", "m", "--lora-path=a"])
+    assert cli.parse(Config, argv=["--train.report_to"]).train.report_to == ()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            "--optim.learning_rate 1 --train.steps 2 --optim.learning-rate=3",
+            "--optim.learning_rate is given twice: first 1, then 3; give it once",
+        ),
+        (
+            "--data.train a.jsonl b.jsonl --data.train c.jsonl",
+            "--data.train is given twice: first a.jsonl b.jsonl, then c.jsonl; "
+            "all its values follow one name: --data.train a.jsonl b.jsonl c.jsonl",
+        ),
+        (
+            "--train.report_to --train.report_to wandb",
+            "--train.report_to is given twice: first without a value, then wandb",
+        ),
+        ("--train.resume --train.resume", "--train.resume is given twice; give it once"),
+        ("--train.resume --train.no-resume", "--train.resume is given twice, once with no-"),
+        (
+            "--adapter.svd_iterations 1 --adapter.svd_iterations None",
+            "--adapter.svd_iterations is given twice: first 1, then None; give it once",
+        ),
+    ],
+)
+def test_options_given_twice(argv: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cli.parse(Config, argv=argv.split())
+
+
+def test_two_adapters() -> None:
+    argv = ["--model", "m", "--adapter", "a b", "--adapter", "c"]
+    message = "--adapter is given twice: first 'a b', then c; give it once"
+    with pytest.raises(ValueError, match=message):
+        cli.parse(ChatArgs, argv=argv)
