@@ -35,7 +35,7 @@ RUNS = {
     "miss": [],
     "full": [],
     "lora_fa": ["--adapter.train_whole", "embed_tokens", "norm"],
-    "olora": ["--adapter.keep_base", "True"],
+    "olora": ["--adapter.keep_base"],
     "rslora": ["--model.dtype", "bfloat16"],
 }
 
