@@ -14,6 +14,9 @@ import lorax_ft as lft
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.adapters import add_adapters
 
+# PEFT uses what transformers deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
 CONFIGS = {
     "lora": AdapterConfig(rank=2),
     "dora": AdapterConfig(rank=2, dora=True),
