@@ -14,6 +14,9 @@ import lorax_ft as lft
 from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.adapters import add_adapters
 
+# PEFT uses what transformers deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
 CONFIGS = {
     "lora": AdapterConfig(rank=2),
     "dora": AdapterConfig(rank=2, dora=True),
@@ -34,6 +37,7 @@ def test_the_folder_of_an_adapter(tmp_path: Path, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.chat_template == model.tokenizer.chat_template
     assert tokenizer("3 + 4").input_ids == model.tokenizer("3 + 4").input_ids
+    assert name in ModelCard((tmp_path / "README.md").read_text()).data.tags
 
     # PEFT adds to a card. What it added is a change, and stays when we save again.
     peft_model.save_pretrained(tmp_path)
@@ -41,5 +45,4 @@ def test_the_folder_of_an_adapter(tmp_path: Path, name: str) -> None:
     card = ModelCard((tmp_path / "README.md").read_text())
     assert "- PEFT " in card.text
     assert "- **Steps:** 3" in card.text
-    assert {name if name != "dora" else "lora"} < set(card.data.tags)
     assert card.data.pipeline_tag == "text-generation"
