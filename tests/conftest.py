@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.pop("COLUMNS", None)  # tables would have the width of this terminal
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Keep compiled programs between runs: these tests spend most of their time in XLA.
@@ -50,7 +51,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import generation_cases
 import nf4_cases
 from method_cases import KEY, Adapted, adapter_config, random_statistics
-from run_cases import ROOT, Main
+from run_cases import ROOT, Main, last_of_each
 from zoo import TINY, Case, built_case, built_decoder
 
 Randomize = Callable[..., Tree]
@@ -241,7 +242,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Main:
     spec.loader.exec_module(module)
 
     def call(*argv: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        monkeypatch.setattr(sys, "argv", ["train.py", *last_of_each(argv)])
         try:
             module.main()
         except SystemExit as end:

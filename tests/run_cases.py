@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lorax_ft as lft
@@ -30,6 +30,22 @@ CONFIGS = [
 ]
 
 Main = Callable[..., int]
+
+
+def last_of_each(argv: Sequence[object]) -> list[str]:
+    """The command line without options that a later one of the same name replaces.
+
+    Tests change one of a list of usual options by giving it again, which the scripts refuse.
+    """
+    groups: dict[str, list[str]] = {}
+    name = ""
+    for argument in map(str, argv):
+        if argument.startswith("--"):
+            name = argument.partition("=")[0]
+            # Last, as the position of what was repeated does not matter.
+            groups.pop(name, None)
+        groups.setdefault(name, []).append(argument)
+    return [argument for group in groups.values() for argument in group]
 
 
 def config(name: str) -> tuple[str, str]:

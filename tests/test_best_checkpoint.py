@@ -81,7 +81,7 @@ def test_the_best_step_is_saved_and_patience_ends_the_run(
     out = tmp_path / "run"
     result = run(folder, out)
     assert (result.steps, result.saved_step) == (8, 4)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())  # cells of the table wrap
     assert "8 of 12: no new lowest validation loss in 2 evaluations (train.patience)" in said
     assert "best step" in said
     kept = sorted(int(path.name) for path in (out / "checkpoints").iterdir())

@@ -162,7 +162,7 @@ def restated(**fields: Any) -> Callable[[dict], None]:
     [
         (
             {"bnb_4bit_quant_type": "fp4"},
-            "quantization_config of 'bitsandbytes fp4'; only bitsandbytes nf4 is supported",
+            "of 'bitsandbytes fp4'; only bitsandbytes nf4 and mxfp4 are supported",
         ),
         (
             {"load_in_4bit": False, "load_in_8bit": True},
