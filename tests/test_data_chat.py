@@ -10,7 +10,7 @@ from data_cases import BYTES, assistant, make_tokenizer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax_ft.data.chat import describe_row, encode, encode_all, encode_prompt
+from lorax_ft.data.chat import describe_row, encode, encode_prompt
 from lorax_ft.data.formats import Message, split_answer
 
 LLAMA2 = (  # no generation prompt; answers start with a space and end with EOS
@@ -99,23 +99,3 @@ def test_templates_that_cannot_be_used(template: str | None, message: str) -> No
     tokenizer = make_tokenizer(template)
     with pytest.raises(ValueError, match=message):
         encode([user("a"), assistant("b")], tokenizer, max_length=50, where="a.jsonl, line 3")
-
-
-def test_cut_and_dropped_are_counted() -> None:
-    conversations = [
-        [user("a"), assistant("b")],
-        [user("a"), assistant("b" * 50)],
-        [user("a" * 90), assistant("b")],
-    ]
-    where = ["1", "2", "3"]
-    encoded = encode_all(conversations, BYTES, max_length=50, where=where)
-    assert (len(encoded.samples), encoded.cut, encoded.dropped) == (2, 2, 1)
-    assert len(encoded.samples[1]) == 50
-    assert encoded.samples[1].mask[-1]
-    with pytest.raises(ValueError, match="none of the 3 samples keeps a label within 8 tokens"):
-        encode_all(conversations, BYTES, max_length=8, where=where)
-    # The first token is never a target.
-    with pytest.raises(ValueError, match="none of the 1 samples"):
-        encode_all(
-            [[assistant("b")]], make_tokenizer("x"), max_length=8, loss_on="all", where=["1"]
-        )

@@ -203,6 +203,20 @@ def test_the_first_row_of_every_source_is_checked(tmp_path: Path, questions: str
     check_sources(DataConfig(train=(f"{questions}=2",)))
 
 
+def test_conversations_that_are_too_long(tmp_path: Path) -> None:
+    rows = [{"question": q, "answer": a} for q, a in (("a", "b"), ("a", "b" * 50), ("a" * 90, "b"))]
+    train = load(lines(tmp_path / "a.jsonl", rows), max_length=50).train
+    assert (train.count, len(train.rows), train.cut, train.dropped) == (3, 2, 2, 1)
+    (sample,) = train.rows[1]
+    assert len(sample) == 50
+    assert sample.mask[-1]
+    # The first token is never a target.
+    path = lines(tmp_path / "b.jsonl", rows[:1])
+    config = DataConfig(train=(path,), validation_rows=0, loss_on="all")
+    with pytest.raises(ValueError, match="none of the 1 samples keeps a label"):
+        load_data(config, make_tokenizer("x"), seed=0)
+
+
 def test_no_label_within_the_length(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", [{"question": "a" * 30, "answer": "b"}] * 3)
     with pytest.raises(ValueError, match="none of the 3 samples keeps a label within 16 tokens"):

@@ -8,7 +8,7 @@ import pytest
 from data_cases import CHATML, assistant, make_tokenizer, user
 
 from lorax_ft.data import template as template_room
-from lorax_ft.data.chat import describe_row, encode, encode_all, encode_prompt
+from lorax_ft.data.chat import Encoder, describe_row, encode, encode_prompt
 from lorax_ft.data.conversation import Conversation, Message, PlainText
 
 TALK = [user("one?"), assistant("two"), user("and?"), assistant("four")]
@@ -55,6 +55,13 @@ def labels(template: str, messages: list[Message] | Conversation, **options: Any
     tokenizer = make_tokenizer(template)
     sample = encode(messages, tokenizer, **{"max_length": 1000, **options})
     return [text for text, counts in describe_row(tokenizer, sample) if counts]
+
+
+def counted(tokenizer: Any, *talks: list[Message]) -> Encoder:
+    """The encoder of these conversations, with its counts."""
+    encoder = Encoder(tokenizer)
+    assert list(encoder.samples((Conversation(messages=talk), "") for talk in talks))
+    return encoder
 
 
 @pytest.mark.parametrize("template", [CHATML, NEVER, ALWAYS, "{{ messages|length }}" + CHATML])
@@ -163,7 +170,7 @@ def test_texts_that_a_template_does_not_write_are_counted() -> None:
         "{% if m.role == 'system' %}{% continue %}{% endif %}{{ '<|im_start|>' + m['role']",
     )
     with_system = [{"role": "system", "content": "Be brief."}, *TALK]
-    encoded = encode_all([with_system, TALK], make_tokenizer(silent), max_length=99, where="12")
+    encoded = counted(make_tokenizer(silent), with_system, TALK)
     assert encoded.unwritten == {"messages of the role system": 1}
 
 
@@ -173,7 +180,7 @@ def test_a_template_without_an_end_of_turn_token() -> None:
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     tokenizer = make_tokenizer(endless)
-    encoded = encode_all([TALK], tokenizer, max_length=99, where=["1"])
+    encoded = counted(tokenizer, TALK)
     assert encoded.endless == 2
     assert labels(endless, TALK) == ["two\n", "four\n"]
     assert labels(endless, TALK, append_end=True) == ["two\n", "four\n<|im_end|>"]
@@ -239,7 +246,7 @@ def test_ends_of_turns_that_are_text_or_follow_text() -> None:
     as_text = CHATML.replace("<|im_end|>", "<|end of turn|>")
     assert labels(as_text, TALK) == ["two<|end of turn|>", "four<|end of turn|>"]
     # It is no token, so generation does not stop at it.
-    encoded = encode_all([TALK], make_tokenizer(as_text), max_length=99, where=["1"])
+    encoded = counted(make_tokenizer(as_text), TALK)
     assert encoded.endless == 2
 
 

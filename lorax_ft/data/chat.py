@@ -22,10 +22,7 @@ from lorax_ft.data.conversation import (
 from lorax_ft.data.located import LossOn, ReasoningLoss
 from lorax_ft.data.marks import Span
 from lorax_ft.data.masks import TurnFinder
-from lorax_ft.data.template import (
-    Tokenizer,
-    check_tokenizer,
-)
+from lorax_ft.data.template import Tokenizer, check_tokenizer
 
 # Examples per tokenizer call: enough to keep all cores busy, few enough to keep the
 # character offsets, which take far more memory than the tokens, small.
@@ -43,23 +40,6 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """The samples of many examples, and what became of the others."""
-
-    samples: list[Sample]
-    cut: int
-    """Examples longer than `max_length`."""
-    dropped: int
-    """Examples without a label, usually because it was truncated; they have no sample."""
-    usual_length: int
-    """Length in tokens that 95 % of the examples do not exceed."""
-    endless: int
-    """Trained turns that end without an end-of-turn token: the model would not learn to stop."""
-    unwritten: dict[str, int]
-    """Texts that the chat template does not write, with the number of examples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,53 +90,10 @@ def encode(
     encoder = Encoder(
         tokenizer, loss_on=loss_on, reasoning_loss=reasoning_loss, append_end=append_end
     )
-    (sample,) = encoder.samples([(_as_example(example), where)])
-    return _truncate(sample, max_length)
-
-
-def encode_all(
-    examples: Sequence[Example | Sequence[Message]],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    loss_on: LossOn = "assistant",
-    reasoning_loss: ReasoningLoss = "data",
-    append_end: bool = False,
-    where: Sequence[str],
-) -> Encoded:
-    """Converts examples to samples, in order; `where` names each one's place in errors.
-
-    Raises:
-      ValueError: as `encode`, or no sample keeps a label.
-    """
-    encoder = Encoder(
-        tokenizer, loss_on=loss_on, reasoning_loss=reasoning_loss, append_end=append_end
-    )
-    pairs = zip(map(_as_example, examples), where, strict=True)
-    samples: list[Sample] = []
-    lengths: list[int] = []
-    for sample in encoder.samples(pairs):
-        lengths.append(len(sample))
-        truncated = _truncate(sample, max_length)
-        # The first token is never a target: no token before it predicts it.
-        if truncated.mask[1:].any():
-            samples.append(truncated)
-    if examples and not samples:
-        raise ValueError(
-            f"none of the {len(examples)} samples keeps a label within {max_length} tokens; "
-            "raise data.max_length"
-        )
-    usual_length = 0
-    if lengths:
-        usual_length = int(np.quantile(lengths, 0.95, method="higher"))
-    return Encoded(
-        samples=samples,
-        cut=sum(length > max_length for length in lengths),
-        dropped=len(examples) - len(samples),
-        usual_length=usual_length,
-        endless=encoder.endless,
-        unwritten=dict(encoder.unwritten),
-    )
+    if not isinstance(example, PlainText):
+        example = as_conversation(example)
+    (sample,) = encoder.samples([(example, where)])
+    return Sample(sample.tokens[:max_length], sample.mask[:max_length])
 
 
 def encode_prompt(
@@ -257,11 +194,6 @@ class Encoder:
         return _Text(located.text, spans, ends=ends)
 
 
-def _as_example(example: Example | Sequence[Message]) -> Example:
-    """The example; a list of messages is a conversation without anything else."""
-    return example if isinstance(example, PlainText) else as_conversation(example)
-
-
 def _overlap(spans: Sequence[Span], others: Sequence[Span]) -> bool:
     return any(
         start < other_end and other_start < end
@@ -322,7 +254,3 @@ def _overlaps(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     for start, end in spans:
         mask |= (ends > start) & (starts < end)
     return mask
-
-
-def _truncate(sample: Sample, max_length: int) -> Sample:
-    return Sample(sample.tokens[:max_length], sample.mask[:max_length])

@@ -1,7 +1,7 @@
-"""Renders conversations with a tokenizer's chat template, which is a program of a stranger.
+"""Renders a conversation with a tokenizer's chat template, which is a program of a stranger.
 
-Templates differ in the forms of a message that they take. `render` keeps one form for a whole
-tokenizer where it can, and reports what the template rejects with the place of the conversation.
+Templates differ in the forms of a message that they take (`Form`). Their errors get the place of
+the conversation, and their time and the length of their text have a bound.
 """
 
 from __future__ import annotations

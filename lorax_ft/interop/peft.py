@@ -21,7 +21,6 @@ from safetensors.numpy import save_file
 from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import (
-    LEAVES,
     family_names,
     hf_module,
     read_json,
@@ -33,16 +32,9 @@ from lorax_ft.interop.model_card import adapter_card, write_card
 from lorax_ft.interop.peft_collect import collect_adapters, differ
 from lorax_ft.interop.peft_config import BIN, CONFIG, WEIGHTS, is_fused, without_tensors
 from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
-from lorax_ft.interop.peft_methods import Matrix, method_of_config, method_of_matrix
-from lorax_ft.interop.peft_stacks import (
-    every_stack,
-    one_expert,
-    stack_tensors,
-    stacked,
-    target_parameters,
-    without_experts,
-    wrappers,
-)
+from lorax_ft.interop.peft_folder import folder_contents
+from lorax_ft.interop.peft_methods import Matrix, method_of_config
+from lorax_ft.interop.peft_stacks import every_stack
 from lorax_ft.interop.peft_tensors import OWN_SUFFIXES, PREFIX, Entry, adapter_tensors
 from lorax_ft.interop.text_part import peft_place, place_in
 from lorax_ft.interop.tokenizer import ALL_FILES, save_tokenizer
@@ -55,8 +47,6 @@ from lorax_ft.schema import leaf_schema
 from lorax_ft.tree import Layer, Tree, from_modules, modules
 
 BASE = "nf4_base"  # the folder beside a run's adapter with its base, if no other checkpoint is it
-BIASES = ("none", "lora_only", "all")
-"""PEFT's values of `bias`: which biases train beside the adapters, from none to all."""
 Place = tuple[str, tuple[int, ...]]
 """The path of a module, and the index of one matrix in its stack."""
 
@@ -130,58 +120,9 @@ def write_adapter(
     training_notes: str = "",
 ) -> None:
     """Writes what `collect_adapters` returns; `known` are Hugging Face's names of all modules."""
-    names = family_names(model.hf_config)
-    place = peft_place(model.hf_config)
-    first_matrix = next(iter(adapters.values()))
-    method = method_of_matrix(first_matrix)
-    has_fused = any(map(is_fused, adapters))
-    tensors: dict[str, np.ndarray] = {}
-    by_module: dict[str, Matrix] = {}
-    stacks: dict[str, Matrix] = {}
-    parameters: set[str] = set()
-    if stacks_experts(model.hf_config):
-        adapters, stacks = _with_stacks(adapters, model, place)
-        by_module |= {name: one_expert(stack) for name, stack in stacks.items()}
-        parameters |= stacks.keys()
-    for name, wrapper in wrappers(stacks).items():
-        for suffix, value in stack_tensors(stacks[name]).items():
-            tensors[f"{PREFIX}{wrapper}.{suffix}"] = np.ascontiguousarray(value)
-    for path, matrix in adapters.items():
-        module = hf_module(path, names, place=place)
-        name = module
-        if path.endswith("mlp/gate") and stacks_experts(model.hf_config):
-            # This router is no linear module in transformers.
-            name = f"{module}.weight"
-            parameters.add(name)
-        by_module[name] = matrix
-        for suffix, value in method.tensors(matrix, path == TABLE).items():
-            tensors[f"{PREFIX}{module}.{suffix}"] = np.ascontiguousarray(value)
-    whole_modules = set()
-    trained_biases = "none"
-    for path, weight in whole.items():
-        parent, _, leaf = path.rpartition("/")
-        module = hf_module(parent, names, place=place)
-        if parent in adapters:
-            module = f"{module}.base_layer"
-            trained_biases = max("lora_only", trained_biases, key=BIASES.index)
-        elif leaf == "bias" and f"{parent}/kernel" not in whole:
-            trained_biases = "all"
-        else:
-            whole_modules.add(module)
-        tensors[f"{PREFIX}{module}.{LEAVES.get(leaf, leaf)}"] = np.ascontiguousarray(weight)
-    peft_config = {
-        "peft_type": method.peft_type,
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "base_model_name_or_path": str(base or model.source) or None,
-        "modules_to_save": sorted(whole_modules) or None,
-        **target_parameters(method.config(by_module, known), parameters),
-    }
-    if trained_biases != "none":
-        peft_config["bias"] = trained_biases
-    if method.dropout is not None:
-        # PEFT has no dropout for experts, and refuses the folder. It only acts in training.
-        peft_config[method.dropout] = 0.0 if has_fused else dropout
+    tensors, peft_config = folder_contents(
+        adapters, whole, known=known, model=model, base=base, dropout=dropout
+    )
     card = adapter_card(peft_config, init=init, training_notes=training_notes)
     replaces = ALL_FILES if model.tokenizer is not None else ()
     with new_folder(folder, replaces=replaces, others=others) as new:
@@ -190,23 +131,6 @@ def write_adapter(
         write_card(new, card, target=folder)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, new)
-
-
-def _with_stacks(
-    adapters: Mapping[str, Matrix],
-    model: Model,
-    place: str,
-) -> tuple[dict[str, Matrix], dict[str, Matrix]]:
-    """The adapters that are not on experts, and those of stacks by the parameter's full name."""
-    assert model.config.experts
-    names = family_names(model.hf_config)
-    others, by_stack = without_experts(adapters)
-    stacks = {}
-    for path, experts in by_stack.items():
-        module, _, stack = path.rpartition("/")
-        parameter = f"{hf_module(module, names, place=place)}.{stack}"
-        stacks[parameter] = stacked(path, experts, model.config.experts.count)
-    return others, stacks
 
 
 def load_peft(folder: str | Path, model: LoadedModel) -> Tree:

@@ -66,10 +66,21 @@ def train(config: Config, *, dry_run: bool = False, command: str | None = None) 
     if previous is not None:
         summary.print_resumed(console, job, previous)
 
+    result = _run(job, console, folder, command=command, start_time=start_time)
+    summary.print_result(console, job, result)
+    if config.train.push_to_hub and jax.process_index() == 0:
+        _push(result.saved, job, console)
+    return result
+
+
+def _run(
+    job: Job, console: Console, folder: Path, *, command: str | None, start_time: float
+) -> Result:
+    """Train between two evaluations, and save what was trained."""
     # Evaluate before make_folder: a wrong eval.answer_pattern fails here, and must not delete the
     # run to overwrite.
     before = _evaluate(job, job.state, console, before=True)
-    make_folder(config)
+    make_folder(job.config)
     with _open_log(job, folder) as log:
         if job.first_step == 0:
             log.write(0, summary.metrics(before))
@@ -87,7 +98,7 @@ def train(config: Config, *, dry_run: bool = False, command: str | None = None) 
     )
     saved = _save(job, trained.state, folder, base=base, notes=notes)
 
-    result = Result(
+    return Result(
         folder=folder,
         saved=saved,
         steps=end.step,
@@ -99,10 +110,6 @@ def train(config: Config, *, dry_run: bool = False, command: str | None = None) 
         tokens_per_second=end.tokens_per_second,
         warnings=summary.find_warnings(job, folder, before=before, after=after),
     )
-    summary.print_result(console, job, result)
-    if config.train.push_to_hub and jax.process_index() == 0:
-        _push(saved, job, console)
-    return result
 
 
 def _repository(config: Config) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+from peft_logits import check_gradients, train_a_little  # noqa: E402
 from test_transformers import TOKENS, checkpoint, reference  # noqa: E402
 
 from lorax_ft.config import AdapterConfig  # noqa: E402
@@ -19,7 +20,6 @@ from lorax_ft.interop.load import load_model  # noqa: E402
 from lorax_ft.interop.peft import load_peft, save_peft  # noqa: E402
 from lorax_ft.interop.save_gguf import save_gguf  # noqa: E402
 from lorax_ft.lowrank.adapters import add_adapters  # noqa: E402
-from lorax_ft.lowrank.merge import merge_adapters  # noqa: E402
 from lorax_ft.models.model import LoadedModel  # noqa: E402
 from lorax_ft.tree import Tree, flatten, unflatten  # noqa: E402
 
@@ -74,10 +74,7 @@ def test_we_load_what_peft_writes(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "model", "gemma4")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear")
     theirs = peft.get_peft_model(base, config)
-    torch.manual_seed(1)
-    for parameter in theirs.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.2 * torch.randn_like(parameter)
+    train_a_little(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
     expected = reference(theirs, TOKENS)
     model = load_model(tmp_path / "model")
@@ -93,27 +90,9 @@ def test_gradients_are_those_of_merged_kernels(tmp_path: Path) -> None:
     added = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
     params = random_factors(added)
 
-    def loss(params: Tree) -> jax.Array:
-        return jnp.sum(jax.nn.log_softmax(model.apply({"params": params}, TOKENS))[..., 5])
-
-    ours = flatten(jax.jit(jax.grad(loss))(params))
-    merged = merge_adapters(params, layout=model.layout)
-    dense = flatten(jax.jit(jax.grad(loss))(merged))
-    leaves = flatten(params)
-    adapted = [path.removesuffix("/lora_a") for path in leaves if path.endswith("/lora_a")]
+    adapted = check_gradients(model, params, scale=1.5)
     # Three places of a period, with 7 projections each but for the values that are keys.
     assert len(adapted) == 20
-    for path in adapted:
-        gradient = dense[f"{path}/kernel"]
-        a, b = leaves[f"{path}/lora_a"], leaves[f"{path}/lora_b"]
-        for name, expected in (
-            ("lora_b", 1.5 * jnp.swapaxes(a, -1, -2) @ gradient),
-            ("lora_a", 1.5 * gradient @ jnp.swapaxes(b, -1, -2)),
-        ):
-            size = float(jnp.abs(expected).max())
-            assert size > 0
-            found = ours[f"{path}/{name}"]
-            np.testing.assert_allclose(found, expected, atol=2e-4 * size, err_msg=path)
 
 
 @pytest.mark.parametrize(

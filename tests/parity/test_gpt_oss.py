@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 import transformers  # noqa: E402
+from peft_logits import check_gradients, train_a_little  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_transformers import CASES, SIZES, TOKENS, checkpoint, reference  # noqa: E402
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # noqa: E402
@@ -23,7 +24,6 @@ from lorax_ft.interop.mxfp4 import dequantized  # noqa: E402
 from lorax_ft.interop.peft import load_peft, save_peft  # noqa: E402
 from lorax_ft.interop.save import save_model  # noqa: E402
 from lorax_ft.lowrank.adapters import add_adapters  # noqa: E402
-from lorax_ft.lowrank.merge import merge_adapters  # noqa: E402
 from lorax_ft.models.model import LoadedModel  # noqa: E402
 from lorax_ft.tree import Tree, flatten, unflatten  # noqa: E402
 
@@ -172,10 +172,7 @@ def test_we_load_what_peft_writes(tmp_path: Path, name: str) -> None:
     base = checkpoint(tmp_path / "model", "gpt_oss")
     fields = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]} | STACKED[name]
     theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
-    torch.manual_seed(1)
-    for parameter in theirs.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.2 * torch.randn_like(parameter)
+    train_a_little(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
     expected = reference(theirs, TOKENS)
     model = load_model(tmp_path / "model")
@@ -225,23 +222,5 @@ def test_gradients_are_those_of_merged_kernels(tmp_path: Path) -> None:
     added = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
     params = random_factors(added)
 
-    def loss(params: Tree) -> jax.Array:
-        return jnp.sum(jax.nn.log_softmax(model.apply({"params": params}, TOKENS))[..., 5])
-
-    ours = flatten(jax.jit(jax.grad(loss))(params))
-    merged = merge_adapters(params, layout=model.layout)
-    dense = flatten(jax.jit(jax.grad(loss))(merged))
-    leaves = flatten(params)
-    for path, gradient in dense.items():
-        module = path.removesuffix("/kernel")
-        if f"{module}/lora_a" not in leaves:
-            continue
-        a, b = leaves[f"{module}/lora_a"], leaves[f"{module}/lora_b"]
-        for name, expected in (
-            ("lora_b", 1.5 * jnp.swapaxes(a, -1, -2) @ gradient),
-            ("lora_a", 1.5 * gradient @ jnp.swapaxes(b, -1, -2)),
-        ):
-            size = float(jnp.abs(expected).max())
-            assert size > 0
-            found = ours[f"{module}/{name}"]
-            np.testing.assert_allclose(found, expected, atol=2e-4 * size, err_msg=path)
+    adapted = check_gradients(model, params, scale=1.5)
+    assert adapted

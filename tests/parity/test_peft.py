@@ -16,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 import transformers  # noqa: E402
-from peft_logits import our_logits, their_logits  # noqa: E402
+from peft_logits import our_logits, sparse_checkpoint, their_logits, train_a_little  # noqa: E402
 
 from lorax_ft.config import AdapterConfig  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
@@ -197,10 +197,7 @@ def test_we_load_what_peft_writes(checkpoint: Path, tmp_path: Path, name: str) -
     plain = their_logits(base)
     config = peft.LoraConfig(task_type="CAUSAL_LM", **IMPORTED[name])
     theirs = peft.get_peft_model(base, config)
-    torch.manual_seed(1)
-    for parameter in theirs.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.2 * torch.randn_like(parameter)
+    train_a_little(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
     model = load_model(checkpoint)
     assert_same_adapter(
@@ -285,26 +282,7 @@ def test_the_orthogonal_start_is_pefts_in_distribution(checkpoint: Path) -> None
 
 @pytest.fixture(params=["mixtral", "qwen3_moe"])
 def sparse(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = transformers.CONFIG_MAPPING[request.param](
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        **{"num_experts" if request.param == "qwen3_moe" else "num_local_experts": 4},
-        num_experts_per_tok=2,
-        initializer_range=0.2,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for name, weight in model.named_parameters():
-        if name.endswith("gate.weight"):
-            weight.data.normal_(0, 0.5)
-    model.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return sparse_checkpoint(tmp_path / "model", request.param)
 
 
 @pytest.mark.parametrize(
@@ -350,10 +328,7 @@ def test_we_load_stacked_experts_that_peft_writes(sparse: Path, tmp_path: Path, 
     plain = their_logits(base)
     fields = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]} | STACKED[name]
     theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
-    torch.manual_seed(1)
-    for parameter in theirs.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.2 * torch.randn_like(parameter)
+    train_a_little(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
     model = load_model(sparse)
     params = load_peft(tmp_path / "adapter", model)

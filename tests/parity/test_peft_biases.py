@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 import transformers  # noqa: E402
-from peft_logits import our_logits, their_logits  # noqa: E402
+from peft_logits import our_logits, qwen2_with_biases, their_logits, train_a_little  # noqa: E402
 
 from lorax_ft.interop.load import load_model  # noqa: E402
 from lorax_ft.interop.peft import load_peft, save_peft  # noqa: E402
@@ -34,34 +34,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen 2, whose q, k and v have biases."""
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    model = transformers.Qwen2ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    return folder
+    return qwen2_with_biases(tmp_path_factory.mktemp("checkpoint"), layers=2)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_trained_biases(checkpoint: Path, tmp_path: Path, name: str) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=3, **CASES[name]))
-    torch.manual_seed(1)
-    for parameter in theirs.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.2 * torch.randn_like(parameter)
+    train_a_little(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     expected = their_logits(theirs)
 

@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 import transformers  # noqa: E402
-from peft_logits import our_logits, their_logits  # noqa: E402
+from peft_logits import our_logits, sparse_checkpoint, their_logits  # noqa: E402
 
 from lorax_ft.config import AdapterConfig  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
@@ -96,28 +96,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
 def sparse(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    count = "num_experts" if request.param == "qwen3_moe" else "num_local_experts"
-    config = transformers.CONFIG_MAPPING[request.param](
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts_per_tok=2,
-        initializer_range=0.2,
-        **{count: 4},
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for name, weight in model.named_parameters():
-        if name.endswith("gate.weight"):
-            weight.data.normal_(0, 0.5)
-    folder = tmp_path_factory.mktemp("sparse")
-    model.save_pretrained(folder)
-    return folder
+    return sparse_checkpoint(tmp_path_factory.mktemp("sparse"), request.param)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 import transformers  # noqa: E402
-from peft_logits import our_logits, their_logits  # noqa: E402
+from peft_logits import our_logits, qwen2_with_biases, their_logits  # noqa: E402
 
 import lorax_ft as lft  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
@@ -49,23 +49,7 @@ THEIRS = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen 2, since IA3 scales biases too, and its q, k and v have some."""
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    model = transformers.Qwen2ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    return folder
+    return qwen2_with_biases(tmp_path_factory.mktemp("checkpoint"), layers=3)
 
 
 @pytest.fixture(scope="module")
