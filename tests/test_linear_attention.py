@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_ft import adapt, add_adapters
-from lorax_ft.config import AdapterConfig
+from lorax_ft import adapt, add_adapters, partition
+from lorax_ft.config import AdapterConfig, MeshConfig
 from lorax_ft.inference.generate import generate
 from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.delta_rule import CHUNK, gated_delta_rule
 from lorax_ft.models.model import Model, abstract_params
-from lorax_ft.tree import Tree, flatten, unflatten
+from lorax_ft.sharding import DECODER_RULES, batch_sharding, make_mesh, param_shardings
+from lorax_ft.tree import Tree, combine, flatten, unflatten
 
 HF_CONFIG = {
     "model_type": "qwen3_5_text",
@@ -78,6 +79,20 @@ def test_chunks_equal_the_recurrence(tokens: int) -> None:
     expected, last = recurrence(inputs, np.zeros(tokens, bool))
     np.testing.assert_allclose(o, expected, atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(state, last, atol=1e-5, rtol=1e-4)
+
+
+def test_all_products_are_in_full_precision() -> None:
+    """Also on accelerators, and in the backward pass."""
+
+    def total(**values: jax.Array) -> jax.Array:
+        o, state = gated_delta_rule(**values)
+        return jnp.sum(o**2) + jnp.sum(state)
+
+    inputs = in_float32(random_inputs(CHUNK))
+    program = jax.jit(jax.grad(lambda values: total(**values))).lower(inputs).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
 BORDERS = {
@@ -233,3 +248,32 @@ def test_gradients_do_not_depend_on_what_is_recomputed(model: tuple[Model, Tree]
     for path, leaf in gradients("full").items():
         size = float(jnp.abs(theirs[path]).max())
         np.testing.assert_allclose(leaf, theirs[path], atol=1e-4 * size + 1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_sharded_loss_and_its_gradients_do_not_depend_on_the_mesh(tensor: int) -> None:
+    config = dataclasses.replace(CONFIG, remat="full")
+    model = Model(config=config, hf_config=HF_CONFIG)
+    params = add_adapters(
+        random_params(config), AdapterConfig(rank=2), layout=model.layout, key=jax.random.key(0)
+    )
+    tokens = np.random.default_rng(0).integers(0, 61, (8, 70))
+    segments = np.broadcast_to(np.arange(70) // 33, (8, 70))
+
+    def loss(trained: Tree, frozen: Tree, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        params = combine(trained, frozen)
+        y = adapt(model.apply)({"params": params}, tokens, None, segments)
+        return jnp.mean(y**2)
+
+    alone = jax.jit(jax.value_and_grad(loss))(*partition(params), tokens, segments)
+    mesh = make_mesh(MeshConfig(data=4 // tensor, fsdp=2, tensor=tensor))
+    shardings = param_shardings(params, DECODER_RULES, layout=model.layout, mesh=mesh)
+    parts = partition(jax.device_put(params, shardings))
+    batch = jax.device_put((tokens, segments), batch_sharding(mesh, microbatched=False))
+    with jax.set_mesh(mesh):
+        together = jax.jit(jax.value_and_grad(loss))(*parts, *batch)
+    np.testing.assert_allclose(together[0], alone[0], rtol=1e-6)
+    for path, expected in flatten(alone[1]).items():
+        size = float(jnp.abs(expected).max()) + 1e-9
+        found = flatten(together[1])[path]
+        np.testing.assert_allclose(found, expected, atol=1e-4 * size, err_msg=path)

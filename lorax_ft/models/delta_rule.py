@@ -16,11 +16,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 # The most tokens of a chunk, a power of 2.
 CHUNK = 64
+# Accelerators multiply float32 in fewer bits by default, which the inverse of a system and a state
+# that sums over a whole text do not bear.
+PRECISION = "highest"
 
 
 class Chunks(NamedTuple):
@@ -40,6 +44,7 @@ class Chunks(NamedTuple):
     """Of the state by the whole chunk, `[n, B, H, 1, 1]`; 0 where another text starts in it."""
 
 
+@jax.default_matmul_precision(PRECISION)
 def gated_delta_rule(
     q: Array,
     k: Array,
