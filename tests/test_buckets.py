@@ -223,3 +223,9 @@ def test_a_client_that_is_missing(scheme: str, extra: str, monkeypatch: pytest.M
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
     with pytest.raises(ValueError, match=rf'run pip install "lorax_ft\[{extra}\]"'):
         output_path(f"{scheme}://bucket/run")
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3", "hf"])
+def test_one_slash_is_no_local_folder(scheme: str) -> None:
+    with pytest.raises(ValueError, match=f"did you mean {scheme}://bucket/run"):
+        output_path(f"{scheme}:/bucket/run")

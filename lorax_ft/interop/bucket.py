@@ -56,6 +56,7 @@ def output_path(path: str | Path) -> Path:
     """
     # Not epath for all: its local paths do not resolve links, for example.
     if not is_remote(path):
+        _check_slashes(str(path))
         return Path(path)
     if is_hub(path):
         repo_id(path)
@@ -71,6 +72,13 @@ def output_path(path: str | Path) -> Path:
         extra = EXTRAS[scheme]
         raise ValueError(f'{path}: {error}; run pip install "lorax_ft[{extra}]"') from error
     return epath.Path(str(path))
+
+
+def _check_slashes(path: str) -> None:
+    """Raise for "gs:/bucket", which would be a local folder."""
+    scheme, colon, rest = path.partition(":/")
+    if colon and scheme in (*EXTRAS, HUB.removesuffix("://")):
+        raise ValueError(f"{path} has one slash after {scheme}:; did you mean {scheme}://{rest}?")
 
 
 def upload(local: Path, remote: Path) -> None:
