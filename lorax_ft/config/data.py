@@ -1,0 +1,99 @@
+"""The data, and how it becomes token rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+from lorax_ft.checks import check, check_types, parse_template_args
+from lorax_ft.config.model import ASSETS
+
+EMBEDDED_DATA = str(ASSETS / "questions")
+# What rendering a conversation passes to its chat template.
+_RENDERED = ("messages", "tools", "documents", "add_generation_prompt", "tokenize")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The training and validation data, and how they become token rows."""
+
+    train: tuple[str, ...] = (EMBEDDED_DATA,)
+    """Training data: files (.jsonl, .json, .csv, .parquet; also .gz, .zst), patterns ("d/*.jsonl"),
+    a folder with a file per split or saved by datasets.save_to_disk, or a Hub id ("owner/name" or
+    "owner/name:subset"). Several are mixed; "PATH=2" takes the rows of PATH twice in an epoch,
+    "PATH=0.5" half of them."""
+    validation: tuple[str, ...] = ()
+    """Validation data: files, a folder or a Hub id.
+    "name=path" makes sets with losses of their own, such as easy=a.jsonl hard=b.jsonl;
+    the first one picks the best checkpoint, and its questions are answered.
+    If empty: data.validation_split of the training folder if it exists,
+    else held-out training rows."""
+    split: str = "train"
+    """Split to read if data.train is a folder or Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit, if data.train or data.validation is a Hub id."""
+    validation_split: str = "test"
+    """Split to read if the validation data is a folder or Hub id."""
+    validation_rows: int = 200
+    """Training rows to hold out if there is no validation data, at most a tenth; 0: none."""
+    limit: int | None = None
+    """Maximum number of training rows to read; None reads all."""
+    shape: Literal[
+        "auto", "messages", "alpaca", "sharegpt", "question_answer", "prompt_completion", "text"
+    ] = "auto"
+    """Format of a row; auto detects it from the fields of the first row of each source.
+    prompt_completion and text are trained without a chat template, unless prompt and completion
+    are messages."""
+    fields: tuple[str, ...] = ()
+    """Field names in the data, each as "expected=actual", such as "question=prompt"."""
+    system: str | None = None
+    """System message for conversations that have none."""
+    tools: str | None = None
+    """JSON file of tools, a list of function schemas, for conversations that have none."""
+    template_args: tuple[str, ...] = ()
+    """Variables of the chat template, each as "name=value", such as "enable_thinking=false"."""
+    max_length: int | Literal["auto"] = 256
+    """Tokens per row; longer samples are truncated.
+    auto: as long as the longest sample, rounded up, and at most the model's positions."""
+    pack: bool = False
+    """Pack several samples into each row; samples do not attend to one another.
+    Plain texts without a prompt then fill rows to the end, and go on in the next one."""
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens that contribute to the loss: the assistant's turns (assistant), only the last of
+    them (last), or all. Turns with "train": false or "weight": 0 never contribute."""
+    reasoning_loss: Literal["data", "all", "none"] = "data"
+    """Reasoning that contributes to the loss.
+    data: what the data has; all: also an empty thought that the chat template writes, such as
+    Qwen3's; none: no reasoning."""
+    append_end: bool = False
+    """Append the end-of-sequence token where the chat template ends a conversation without one."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check(bool(self.train), "data.train is empty; give a file or a hub id")
+        check(
+            self.max_length == "auto" or self.max_length >= 8,
+            f"data.max_length is {self.max_length}; it must be at least 8 tokens, or auto",
+        )
+        check(
+            self.validation_rows >= 0,
+            f"data.validation_rows is {self.validation_rows}; it must be 0 or more",
+        )
+        check(
+            self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be above 0"
+        )
+        for entry in self.fields:
+            check(
+                re.fullmatch(r"\w+=.+", entry) is not None,
+                f'data.fields: {entry!r} is not of the form "expected=actual"',
+            )
+        for name in self.parsed_template_args():
+            check(
+                name not in _RENDERED,
+                f"data.template_args: {name} is not a variable to set: it comes from the data",
+            )
+
+    def parsed_template_args(self) -> dict[str, Any]:
+        """The variables of the chat template, by name."""
+        return parse_template_args(self.template_args, "data.template_args")

@@ -1,0 +1,70 @@
+"""The base model, its quantization and the mesh of devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from lorax_ft.checks import check, check_positive, check_types
+
+ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED_MODEL = str(ASSETS / "tiny")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model to load, and how to run it."""
+
+    path: str = EMBEDDED_MODEL
+    """Base model to fine-tune: a Hugging Face folder, a .gguf file or a Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit, if model.path is a Hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of base weights and activations; adapters and optimizer state are always float32."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """Attention implementation.
+    auto: cuDNN on a GPU in bfloat16, blockwise causal attention on a CPU, XLA otherwise."""
+    remat: Literal["none", "dots", "mlp", "full"] = "full"
+    """Gradient checkpointing: what the backward pass recomputes.
+    none: nothing; dots: all but matrix products; mlp: all but the MLP's wide activations;
+    full: everything."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Quantization of the frozen base weights, as in QLoRA."""
+
+    format: Literal["none", "nf4", "int8"] = "none"
+    """Format of linear weights: none, nf4 (4-bit NormalFloat in blocks of 64) or int8."""
+    double: bool = True
+    """Double quantization of NF4's absmax values: 4.13 instead of 4.5 bits per parameter."""
+    rounds: int = 1
+    """Alternating rounds of quantization and SVD, for adapter.init pissa and loftq."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_positive(self, "rounds")
+        check(self.rounds <= 100, f"quant.rounds is {self.rounds}; it must be at most 100")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Shape of the device mesh: the number of devices along each axis."""
+
+    data: int = -1
+    """Data parallelism: number of replicas of the weights; -1 uses all remaining devices."""
+    fsdp: int = 1
+    """FSDP: number of devices that shard both the rows of a batch and the weights."""
+    tensor: int = 1
+    """Tensor parallelism: number of devices that shard each matrix."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check(
+            self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1"
+        )
+        check_positive(self, "fsdp", "tensor")

@@ -1,0 +1,120 @@
+"""The complete configuration of a run, and the files it is read from."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from lorax_ft.checks import check, check_types
+from lorax_ft.config.adapter import AdapterConfig
+from lorax_ft.config.data import DataConfig
+from lorax_ft.config.model import MeshConfig, ModelConfig, QuantConfig
+from lorax_ft.config.training import EvalConfig, OptimConfig, TrainConfig
+from lorax_ft.schema import INITS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The complete configuration of a run."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self._check_push()
+        quant, adapter = self.quant, self.adapter
+        if quant.rounds == 1 or adapter.continue_from is not None:
+            return
+        # Each round quantizes what A B does not explain; keep_base forbids that change of the base.
+        alternates = (
+            INITS[adapter.init].fits_quantized and quant.format != "none" and not adapter.keep_base
+        )
+        check(
+            alternates,
+            f"quant.rounds is {quant.rounds}, which has no effect here; "
+            "set quant.format nf4 and adapter.init pissa or loftq, without adapter.keep_base",
+        )
+
+    def _check_push(self) -> None:
+        adapter = self.adapter
+        keeps_base = adapter.continue_from is not None or adapter.keep_base
+        changes_base = INITS[adapter.init].changes_base and not keeps_base
+        check(
+            self.train.push_to_hub is None or not changes_base or self.quant.format == "none",
+            f"train.push_to_hub: adapter.init {adapter.init} changes the quantized base, which is "
+            "not uploaded, so nobody could use the adapter; use another adapter.init, or upload "
+            "the merged model with scripts/merge.py --output hf://owner/name",
+        )
+
+    def to_json(self) -> str:
+        """The config as JSON, with the value of every field."""
+        sections = dataclasses.asdict(self)
+        del sections["adapter"]["start_from"]  # deprecated; its value is in continue_from
+        return json.dumps(sections, indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Config:
+        """The config that `to_json` wrote.
+
+        Raises:
+          ValueError: a section or a field is unknown, or a value is invalid.
+        """
+        section_types: dict[str, Any] = {}
+        for field in dataclasses.fields(Config):
+            section_types[field.name] = field.default_factory
+        sections: dict[str, Any] = {}
+        for name, values in json.loads(text).items():
+            check(
+                name in section_types,
+                f"unknown section {name!r} of the config; known: {', '.join(section_types)}",
+            )
+            for key, value in values.items():
+                if isinstance(value, list):  # JSON has no tuples
+                    values[key] = tuple(value)
+            try:
+                sections[name] = section_types[name](**values)
+            except TypeError as error:  # an unknown field
+                raise ValueError(f"section {name!r} of the config: {error}") from error
+        return Config(**sections)
+
+
+def load_config(path: str | Path) -> Config:
+    """The config that `get_config()` of a Python file returns.
+
+    Raises:
+      ValueError: the file is missing, raises an exception, or does not return a `Config`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        siblings = sorted(p.name for p in path.parent.glob("*.py"))
+        message = f"there is no config file {path}"
+        if siblings:
+            message += f"; files in {path.parent}: {', '.join(siblings)}"
+        raise ValueError(message)
+    # importlib returns no loader for other suffixes.
+    check(path.suffix == ".py", f"{path} is not a .py file with get_config()")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    # The file is user code: it may raise anything.
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    check(
+        isinstance(config, Config),
+        f"{path}: get_config() returned {type(config).__name__}, not a Config",
+    )
+    return config
