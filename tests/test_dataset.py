@@ -13,7 +13,7 @@ import pytest
 from data_cases import BYTES, assistant, make_tokenizer, user, write
 
 from lorax_ft.config import DataConfig
-from lorax_ft.data import dataset
+from lorax_ft.data import examples
 from lorax_ft.data.batches import Batches
 from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
@@ -240,7 +240,7 @@ def test_rows_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
             most = max(most, living)
             yield row
 
-    monkeypatch.setattr(dataset, "read_rows", watched)
+    monkeypatch.setattr(examples, "read_rows", watched)
     split = load(path).train
     assert len(split.rows) == 6000
     assert most < 3000

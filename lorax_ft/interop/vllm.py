@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from lorax_ft.interop.huggingface import stacks_experts
-from lorax_ft.interop.peft import all_modules, write_adapter
+from lorax_ft.interop.peft import write_adapter
 from lorax_ft.interop.peft_collect import collect_adapters
 from lorax_ft.interop.peft_config import is_fused
 from lorax_ft.interop.peft_experts import fit_fused, unified
+from lorax_ft.interop.peft_names import all_modules
 from lorax_ft.interop.save import save_model
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree

@@ -104,15 +104,11 @@ def set_up(config: Config, *, folder: Path) -> Job:
     steps = count_steps(config.train, batches)
     tx = make_optimizer(config.optim, steps=steps)
     checkpoints = Checkpoints(folder / FOLDER, keep=config.train.keep_checkpoints)
-    standing = Standing()
     if config.train.resume:
         state, frozen = _resumed_state(model, tx, config, checkpoints, mesh=mesh, steps=steps)
-        standing = checkpoints.standing(keeps_best=config.train.load_best)
     else:
         state, frozen = _new_state(model, tx, config, batches=batches, mesh=mesh, timer=timer)
-    if config.adapter.targets:
-        check_fused(modules(state.trained))
-    checkpoints.check_room(state, owned_leaves(state.trained, frozen))
+    _check_state(state, frozen, config, checkpoints)
     # From here on `frozen` holds the base. Without this the original base would stay in memory
     # beside the one that an init changed.
     functions = model.without_params()
@@ -121,7 +117,6 @@ def set_up(config: Config, *, folder: Path) -> Job:
 
     first_step = int(state.step)
     batch, _ = _training_batch(batches, first_step, config, mesh)
-    _check_contract(functions, state, frozen, batch=batch, packed=config.data.pack)
     step = compile_step(functions, tx, config, state=state, frozen=frozen, batch=batch, mesh=mesh)
     timer.lap("tracing and compiling the step")
     return Job(
@@ -137,7 +132,7 @@ def set_up(config: Config, *, folder: Path) -> Job:
         evaluate=_evaluation(functions),
         checkpoints=checkpoints,
         first_step=first_step,
-        standing=standing,
+        standing=_standing(config, checkpoints),
         seconds=timer.seconds,
     )
 
@@ -160,7 +155,12 @@ def compile_step(
     batch: dict[str, Array],
     mesh: Mesh,
 ) -> Any:
-    """The training step, compiled for this state and for batches of this shape."""
+    """The training step, compiled for this state and for batches of this shape.
+
+    Raises:
+      ValueError: the loss does not read a leaf that trains.
+    """
+    _check_contract(model, state, frozen, batch=batch, packed=config.data.pack)
     loss = supervised_loss(
         model,
         packed=config.data.pack,
@@ -270,6 +270,20 @@ def _resumed_state(
             f"give --train.steps {done} or more, or another --train.output"
         )
     return state, frozen
+
+
+def _standing(config: Config, checkpoints: Checkpoints) -> Standing:
+    """How the run stood at its last checkpoint; the start of a new run."""
+    if not config.train.resume:
+        return Standing()
+    return checkpoints.standing(keeps_best=config.train.load_best)
+
+
+def _check_state(state: TrainState, frozen: Tree, config: Config, checkpoints: Checkpoints) -> None:
+    """Raise where PEFT could not hold the adapters, or the disk their checkpoints."""
+    if config.adapter.targets:
+        check_fused(modules(state.trained))
+    checkpoints.check_room(state, owned_leaves(state.trained, frozen))
 
 
 def _calibration(

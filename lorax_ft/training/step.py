@@ -91,10 +91,7 @@ def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, layout: Lay
         metrics = {name: value / divisor for name, value in sums["metrics"].items()}
         metrics["weight"] = weight
         metrics["grad_norm"] = optax.tree.norm(grads)
-        labels = label(state.trained, whole=("all",))
-        groups = set(flatten(labels).values())
-        for group, rate in learning_rates(opt_state, groups).items():
-            metrics[f"learning_rate/{group}"] = rate
+        metrics |= _rates(state.trained, opt_state)
         return TrainState(state.step + 1, trained, opt_state), metrics
 
     return train_step
@@ -110,6 +107,14 @@ def make_eval_step(loss: Loss, *, layout: Layout) -> Callable[[Tree, Batch], tup
         return value, weight
 
     return eval_step
+
+
+def _rates(trained: Tree, opt_state: Any) -> Metrics:
+    """The learning rate of each group of leaves at this step."""
+    labels = label(trained, whole=("all",))
+    groups = set(flatten(labels).values())
+    rates = learning_rates(opt_state, groups)
+    return {f"learning_rate/{group}": rate for group, rate in rates.items()}
 
 
 def _summed(microbatch: Callable[[Any, Batch], Any], batch: Batch) -> Any:

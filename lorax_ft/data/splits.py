@@ -1,0 +1,155 @@
+"""The splits of a dataset: examples that are tokenized, then cut and packed into rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lorax_ft.config import DataConfig
+from lorax_ft.data.batches import Sets
+from lorax_ft.data.chat import Encoder, Tokenizer
+from lorax_ft.data.conversation import Example
+from lorax_ft.data.examples import NumberedRows, Seen, examples_of
+from lorax_ft.data.packing import cut, pack
+from lorax_ft.data.store import Piece, StoredRows, StoredSamples, store_rows, store_samples
+from lorax_ft.data.usage import unknown_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadSplit:
+    """A split that is read and tokenized; how long its rows become is not yet known."""
+
+    samples: StoredSamples
+    seen: Seen
+    endless: int
+    unused: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """The training or the validation split of a dataset."""
+
+    rows: StoredRows
+    """What the model sees: one sample per row, or several if they are packed."""
+    sets: Sets
+    """How the rows of several sets are mixed."""
+    count: int
+    """Examples that were read, including dropped ones."""
+    cut: int
+    """Examples truncated to `max_length`."""
+    dropped: int
+    """Examples without a label, usually because it was truncated; they are in no row."""
+    usual_length: int
+    """Length in tokens that 95 % of the examples do not exceed."""
+    tokens: int
+    """Tokens in all rows, without padding."""
+    labels: int
+    """Tokens that count in the loss, over all rows."""
+    examples: list[Example]
+    """The examples themselves, of the validation split only: its questions are answered."""
+    unused: Mapping[str, int]
+    """What the data has and the model never sees, with the number of rows or messages."""
+    endless: int
+    """Trained turns that end without an end-of-turn token: the model would not learn to stop."""
+
+
+def read_split(
+    rows: NumberedRows, config: DataConfig, tokenizer: Tokenizer, *, keep: bool = False
+) -> ReadSplit:
+    """Converts and tokenizes the rows of a split; `keep` keeps the examples."""
+    seen = Seen(examples=[] if keep else None)
+    encoder = Encoder(
+        tokenizer,
+        loss_on=config.loss_on,
+        reasoning_loss=config.reasoning_loss,
+        append_end=config.append_end,
+    )
+    samples = store_samples(encoder.samples(examples_of(rows, config, seen)))
+    return ReadSplit(samples, seen, encoder.endless, _unused(seen, encoder, tokenizer))
+
+
+def row_length(splits: Sequence[ReadSplit], positions: int | None) -> int:
+    """The length of rows that hold the longest sample: a multiple of 32, of 128 above 1024."""
+    longest = max(int(read.samples.lengths.max(initial=1)) for read in splits)
+    multiple = 32 if longest <= 1024 else 128
+    length = math.ceil(longest / multiple) * multiple
+    return length if positions is None else min(length, positions)
+
+
+def make_split(
+    read: ReadSplit, max_length: int, *, weights: Sequence[float], packed: bool
+) -> Split:
+    """Cuts and packs the samples of a split into rows."""
+    samples, seen = read.samples, read.seen
+    documents = np.array(seen.documents, np.bool_) & packed
+    numbers = np.array(seen.sets, np.int64)
+    if all(weight == 1 for weight in weights):
+        # Rows that are mixed evenly may share a row of the model.
+        numbers[:] = 0
+        weights = (1.0,)
+    made: list[list[Piece]] = []
+    sets = []
+    for number, weight in enumerate(weights):
+        ours = _make_rows(samples, numbers == number, documents, max_length, packed=packed)
+        made.extend(ours)
+        sets.append((len(ours), weight))
+    if len(samples) and not made:
+        raise ValueError(
+            f"none of the {len(samples)} samples keeps a label within {max_length} tokens; "
+            "raise data.max_length"
+        )
+    pieces = list(itertools.chain.from_iterable(made))
+    lengths, count = samples.lengths, len(samples) + seen.empty
+    return Split(
+        rows=store_rows(samples, made),
+        sets=tuple(sets),
+        count=count,
+        cut=int((lengths[~documents] > max_length).sum()),
+        dropped=count - len({piece.sample for piece in pieces}),
+        usual_length=int(np.quantile(lengths, 0.95, method="higher")) if len(lengths) else 0,
+        tokens=sum(piece.stop - piece.start for piece in pieces),
+        labels=sum(map(samples.labels, pieces)),
+        examples=seen.examples or [],
+        unused=read.unused,
+        endless=read.endless,
+    )
+
+
+def _make_rows(
+    samples: StoredSamples,
+    ours: np.ndarray,
+    documents: np.ndarray,
+    max_length: int,
+    *,
+    packed: bool,
+) -> list[list[Piece]]:
+    """Makes the rows of a set: `ours` and `documents` tell which samples are of it and are cut."""
+    lengths = samples.lengths
+    whole = []
+    for sample in np.flatnonzero(ours & ~documents).tolist():
+        piece = Piece(sample, 0, min(int(lengths[sample]), max_length))
+        if samples.labels(piece):
+            whole.append(piece)
+    rows = [[piece] for piece in whole]
+    if packed:
+        packs = pack([piece.stop for piece in whole], max_length)
+        rows = [[whole[i] for i in row] for row in packs]
+    # Documents are cut across rows, so none of their text is lost.
+    texts = np.flatnonzero(ours & documents)
+    for row in cut(lengths[texts].tolist(), max_length):
+        pieces = [Piece(int(texts[piece.sample]), piece.start, piece.stop) for piece in row]
+        if any(map(samples.labels, pieces)):
+            rows.append(pieces)
+    return rows
+
+
+def _unused(seen: Seen, encoder: Encoder, tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns what the model never sees, with how often it occurs."""
+    unused = {**seen.unused, **unknown_fields(seen.fields, tokenizer)}
+    for text, count in encoder.unwritten.items():
+        unused[f"{text} (not written by the chat template)"] = count
+    return unused
