@@ -121,16 +121,9 @@ def render(
                 return_assistant_tokens_mask=marked,
                 **variables,
             )
-    except TimeoutError as error:
-        raise ValueError(
-            f"{where}: the chat template did not finish within {SECONDS:g} seconds; "
-            "it may loop forever: use another chat template"
-        ) from error
     # A template is a program of its own, and may raise anything about this conversation.
     except Exception as error:
-        raise ValueError(
-            f"{where}: the chat template rejects this conversation: {_first_line(error)}"
-        ) from error
+        raise _rejection(error, where) from error
     text = str(texts[0])
     if len(text) > LONGEST_TEXT:
         raise ValueError(
@@ -138,6 +131,16 @@ def render(
             "it may loop: use another chat template"
         )
     return Rendered(text, list(generated[0]) if marked else [])
+
+
+def _rejection(error: Exception, where: str) -> ValueError:
+    """The error to raise where a template raised `error`, or did not finish."""
+    if isinstance(error, TimeoutError):
+        return ValueError(
+            f"{where}: the chat template did not finish within {SECONDS:g} seconds; "
+            "it may loop forever: use another chat template"
+        )
+    return ValueError(f"{where}: the chat template rejects this conversation: {_first_line(error)}")
 
 
 def _in_form(message: Message, form: Form) -> Message:

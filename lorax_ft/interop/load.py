@@ -76,14 +76,13 @@ def load_model(
     # Its constructor validates these values.
     ModelConfig(path=str(path), revision=revision, dtype=dtype, attention=attention, remat=remat)
     _check_quant(quant)
+
     location, source = _locate(path, revision), str(path)
     hf_config, tensors, tokenizer = _read(location)
     config = decoder_config(hf_config, source=source, dtype=dtype, attention=attention, remat=remat)
+    config, hf_config = _with_own_head(config, hf_config, tensors)
     if PART_OF in hf_config:
         warnings.warn(notice(hf_config, source=source), stacklevel=2)
-    if config.tied and not head_is_table(tensors):
-        config = dataclasses.replace(config, tied=False)
-        hf_config = {**hf_config, "tie_word_embeddings": False}
 
     quant = _quantization(quant, tensors, source)
     loader = Loader(
@@ -92,8 +91,9 @@ def load_model(
         shardings=shardings or _default_device,
         quantizable=_quantizable(config),
     )
-    names = family_names(hf_config)
-    params = load_params(config, tensors, names=names, source=source, place=loader.place)
+    params = load_params(
+        config, tensors, names=family_names(hf_config), source=source, place=loader.place
+    )
     return LoadedModel(
         config=config,
         format=_format(params),
@@ -105,6 +105,16 @@ def load_model(
         source=source,
         generation_config=_generation_config(location),
     )
+
+
+def _with_own_head(
+    config: DecoderConfig, hf_config: dict[str, Any], tensors: Mapping[str, Any]
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """The configs without the tie, where the checkpoint's head differs from its table."""
+    if not config.tied or head_is_table(tensors):
+        return config, hf_config
+    untied = dataclasses.replace(config, tied=False)
+    return untied, {**hf_config, "tie_word_embeddings": False}
 
 
 def _check_quant(quant: Any) -> None:

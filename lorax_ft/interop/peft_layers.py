@@ -35,18 +35,8 @@ def with_own_weight(
     layer = layers.get(path)
     if layer is None:  # a tied head, which the folder unties
         layer = {"kernel": base_kernel(layers, path, layout[path])}
-    if entry.leaf == "bias":
-        name = "bias"
-    else:
-        name = next(name for name in ("kernel", "embedding", "scale") if name in layer)
-    if name not in layer:
-        raise ValueError(f"{where}: {entry.key}: the model's module has no bias")
+    name = _own_leaf(layer, entry, where=where)
     old = layer[name]
-    if isinstance(old, Quantized):
-        raise ValueError(
-            f"{where}: {entry.key} was trained in full, but the model is quantized: load it with "
-            "quant.format none"
-        )
     value = entry.value
     expected = old[index].shape
     if name == "kernel":
@@ -64,6 +54,22 @@ def with_own_weight(
         # PEFT trains a copy of the table, so a tied head keeps the original.
         new[HEAD] = {"kernel": base_kernel(layers, HEAD, layout[HEAD])}
     return new
+
+
+def _own_leaf(layer: Layer, entry: Entry, *, where: Path) -> str:
+    """The name of the layer's leaf that the tensor replaces."""
+    if entry.leaf == "bias":
+        name = "bias"
+    else:
+        name = next(name for name in ("kernel", "embedding", "scale") if name in layer)
+    if name not in layer:
+        raise ValueError(f"{where}: {entry.key}: the model's module has no bias")
+    if isinstance(layer[name], Quantized):
+        raise ValueError(
+            f"{where}: {entry.key} was trained in full, but the model is quantized: load it with "
+            "quant.format none"
+        )
+    return name
 
 
 def stacked_leaves(

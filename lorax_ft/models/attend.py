@@ -100,23 +100,14 @@ def _attend_in_blocks(
     if sinks is not None:
         sinks = sinks.reshape(kv_heads, h // kv_heads, 1)  # [K, G, 1]
 
-    without_cache = t == s
-    n = t  # queries in a block
-    if without_cache and t % BLOCKS == 0 and t >= SMALLEST_BLOCK * BLOCKS:
-        n = t // BLOCKS
     blocks = []
-    for start in range(0, t, n):
-        stop = start + n
-        keys = s
-        if without_cache:
-            keys = stop  # later keys are hidden from all queries of the block
+    for start, stop, keys in _blocks(t, s):
         if mask is None:
-            visible = causal(start + jnp.arange(n), keys)
+            visible = causal(jnp.arange(start, stop), keys)
         else:
             visible = mask[:, :, None, start:stop, :keys]
-        rows = q[:, :, :, start:stop]
         block = _attend_one_block(
-            rows,
+            q[:, :, :, start:stop],
             k[:, :, :keys],
             v[:, :, :keys],
             visible,
@@ -128,6 +119,18 @@ def _attend_in_blocks(
     y = jnp.concatenate(blocks, axis=3)
     y = y.transpose(0, 3, 1, 2, 4)  # [B, T, K, G, C]
     return y.reshape(b, t, h, c)
+
+
+def _blocks(queries: int, keys: int) -> list[tuple[int, int, int]]:
+    """Blocks of queries: the first, the one after the last, and the keys that the block needs."""
+    # With a cache there are more keys than queries, and a block may see any of them.
+    if queries != keys:
+        return [(0, queries, keys)]
+    if queries % BLOCKS or queries < SMALLEST_BLOCK * BLOCKS:
+        return [(0, queries, keys)]
+    size = queries // BLOCKS
+    # Keys after a block are hidden from all of its queries.
+    return [(stop - size, stop, stop) for stop in range(size, queries + 1, size)]
 
 
 def _attend_one_block(

@@ -138,6 +138,30 @@ class Period(nn.Module):
         return x, caches if cache else None
 
 
+def _scanned_layers(config: DecoderConfig, *, recompute: bool) -> Any:
+    """The submodule `layers`: all blocks, or periods of blocks, as one scan.
+
+    With `recompute`, the backward pass computes again what the config's remat names.
+    """
+    block: Any = Block
+    if recompute and config.remat != "none":
+        policy = REMAT_POLICIES[config.remat]
+        # XLA does not look for common subexpressions across a scan's forward and backward loop.
+        block = nn.remat(Block, prevent_cse=False, policy=policy)
+    body: Any = block
+    fields: tuple[Any, ...] = (config, config.each_layer[0])
+    if config.period > 1:
+        body, fields = Period, (config, block)
+    scanned = nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0, 0),
+        length=config.layers // config.period,
+    )
+    return scanned(*fields, name="layers")
+
+
 class Decoder(nn.Module):
     """Tokens to features. `Model.head` is applied outside, so that a loss can chunk it."""
 
@@ -185,21 +209,8 @@ class Decoder(nn.Module):
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
 
-        block: Any = Block
-        if c.remat != "none" and cache is None:
-            policy = REMAT_POLICIES[c.remat]
-            # XLA does not look for common subexpressions across a scan's forward and backward loop.
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
-        step, fields = block, (c, c.each_layer[0])
         if c.period > 1:
-            step, fields = Period, (c, block)
             type_indices = type_indices.reshape(-1, c.period)
-        layers = nn.scan(
-            step,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, 0),
-            length=c.layers // c.period,
-        )
-        x, cache = layers(*fields, name="layers")(x, shared, type_indices, cache)
+        layers = _scanned_layers(c, recompute=cache is None)
+        x, cache = layers(x, shared, type_indices, cache)
         return split_rows(norm(c, "norm")(x)), cache
