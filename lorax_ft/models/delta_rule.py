@@ -70,22 +70,34 @@ def gated_delta_rule(
     tokens = q.shape[1]
     if runs is None:
         runs = jnp.zeros(q.shape[:2], jnp.int32)
+    # A short text is one chunk; the inverse of its system needs a power of 2.
     power_of_2 = 1 << (tokens - 1).bit_length()
     size = min(CHUNK, power_of_2)
-    q, k, v = (_chunked(x, size) for x in (q, k, v))
-    log_decay, beta = (_chunked(x, size) for x in (log_decay, beta))
-    runs = _chunked(runs[..., None], size, mode="edge")[:, :, 0]  # [n, B, c]
-    chunks = _prepared(q, k, v, log_decay, beta, runs)
-
-    def step(state: Array, chunk: Chunks) -> tuple[Array, Array]:
-        delta = chunk.values - chunk.reads @ state
-        o = chunk.q @ state + chunk.scores @ delta
-        return chunk.decay * state + chunk.k.mT @ delta, o
-
-    state, o = lax.scan(step, state.astype(jnp.float32), chunks)
+    # The tokens that fill up the last chunk belong to its last text.
+    runs = _chunked(runs[..., None], size, mode="edge")  # [n, B, 1, c]
+    chunks = _prepared(
+        _chunked(q, size),
+        _chunked(k, size),
+        _chunked(v, size),
+        _chunked(log_decay, size),
+        _chunked(beta, size),
+        runs,
+    )
+    state, o = lax.scan(_step, state.astype(jnp.float32), chunks)
     n, b, h, c, width = o.shape
-    o = o.transpose(1, 0, 3, 2, 4).reshape(b, n * c, h, width)
+    o = o.transpose(1, 0, 3, 2, 4)  # [B, n, c, H, Cᵥ]
+    o = o.reshape(b, n * c, h, width)
     return o[:, :tokens], state
+
+
+def _step(state: Array, chunk: Chunks) -> tuple[Array, Array]:
+    """The state after a chunk, and the chunk's outputs `[B, H, c, Cᵥ]`."""
+    delta = chunk.values - chunk.reads @ state
+    from_before = chunk.q @ state
+    from_chunk = chunk.scores @ delta
+    decayed = chunk.decay * state
+    written = chunk.k.mT @ delta
+    return decayed + written, from_before + from_chunk
 
 
 def _chunked(x: Array, size: int, *, mode: str = "constant") -> Array:
@@ -97,7 +109,10 @@ def _chunked(x: Array, size: int, *, mode: str = "constant") -> Array:
         x = x.astype(jnp.float32)
     b, t, *rest = x.shape
     missing = -t % size
-    widths = [(0, 0), (0, missing), *[(0, 0)] * len(rest)]
+    whole = (0, 0)
+    widths = [whole, (0, missing)]
+    for _ in rest:
+        widths.append(whole)
     x = jnp.pad(x, widths, mode=mode)
     x = x.reshape(b, -1, size, *rest)  # [B, n, c, H, ...]
     return jnp.moveaxis(x, (1, 3), (0, 2))
@@ -111,22 +126,22 @@ def _prepared(
     beta: Array,
     runs: Array,
 ) -> Chunks:
-    """The chunks, from leaves `[n, B, H, c, ...]` and runs `[n, B, c]`."""
-    runs = runs[:, :, None]  # [n, B, 1, c], for all heads
+    """The chunks, from leaves `[n, B, H, c, ...]` and runs `[n, B, 1, c]` for all heads."""
     beta = beta[..., None]
     total = jnp.cumsum(log_decay, axis=-1)  # ln of the decay from the chunk's start
     # The text before a chunk is that of the token before it, and for the first chunk of its first.
-    before = jnp.concatenate([runs[:1, ..., :1], runs[:-1, ..., -1:]])
+    first = runs[:1, ..., :1]
+    last = runs[..., -1:]
+    before = jnp.concatenate([first, last[:-1]])
     continues = runs == before
-    to_end = runs == runs[..., -1:]
+    to_end = runs == last
 
-    between = total[..., :, None] - total[..., None, :]  # [n, B, H, c, c]
-    earlier = jnp.tril(runs[..., :, None] == runs[..., None, :])
-    # The differences of later tokens, and of other texts, may overflow.
-    between = jnp.exp(jnp.where(earlier, between, -jnp.inf))
     from_start = jnp.where(continues, jnp.exp(total), 0)[..., None]
-    until_end = jnp.where(to_end, jnp.exp(total[..., -1:] - total), 0)[..., None]
+    left = total[..., -1:] - total
+    until_end = jnp.where(to_end, jnp.exp(left), 0)[..., None]
+    between = _decay_between(total, runs)
 
+    # Δ + tril(β k kᵀ · decay) Δ = β v − β k · decay · S, row by row of the chunk.
     written = beta * k
     system = jnp.tril((written @ k.mT) * between, -1)
     right = jnp.concatenate([beta * v, written * from_start], axis=-1)
@@ -140,6 +155,21 @@ def _prepared(
         reads=reads,
         decay=from_start[..., -1:, :],
     )
+
+
+def _decay_between(total: Array, runs: Array) -> Array:
+    """The decay from each earlier token to each token of its text, `[n, B, H, c, c]`; else 0.
+
+    Args:
+      total: ln of the decay from the chunk's start, `[n, B, H, c]`.
+      runs: `[n, B, 1, c]`.
+    """
+    between = total[..., :, None] - total[..., None, :]
+    same_text = runs[..., :, None] == runs[..., None, :]
+    earlier = jnp.tril(same_text)
+    # The differences of later tokens, and of other texts, may overflow.
+    masked = jnp.where(earlier, between, -jnp.inf)
+    return jnp.exp(masked)
 
 
 def _inverse(system: Array) -> Array:
@@ -159,8 +189,10 @@ def _inverse(system: Array) -> Array:
         blocks = system.reshape(*leading, pairs, 2 * size, pairs, 2 * size)
         diagonal = jnp.diagonal(blocks, axis1=-4, axis2=-2)  # [..., 2 size, 2 size, pairs]
         below = jnp.moveaxis(diagonal, -1, -3)[..., size:, :size]
+        # [[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ C A⁻¹, B⁻¹]]
         corner = -second @ below @ first
-        upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        zeros = jnp.zeros_like(first)
+        upper = jnp.concatenate([first, zeros], axis=-1)
         lower = jnp.concatenate([corner, second], axis=-1)
         inverse = jnp.concatenate([upper, lower], axis=-2)
         size *= 2

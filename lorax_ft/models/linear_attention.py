@@ -35,9 +35,13 @@ def make_rows(segment_ids: Array | None, counts: Array | None) -> Rows:
     """The texts of rows `[B, T]`: a new one starts wherever the segment's id changes."""
     if segment_ids is None:
         return Rows(None, counts)
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    ids_before = segment_ids[:, :-1]
+    changes = segment_ids[:, 1:] != ids_before  # [B, T - 1]
     later = jnp.cumsum(changes, axis=1, dtype=jnp.int32)
-    return Rows(jnp.pad(later, ((0, 0), (1, 0))), counts)
+    # The first token has none before it, and belongs to text 0.
+    first = (1, 0)
+    runs = jnp.pad(later, ((0, 0), first))
+    return Rows(runs, counts)
 
 
 def empty_state(config: DecoderConfig, linear: LinearAttention, batch: int) -> State:
@@ -80,13 +84,12 @@ class GatedDeltaNet(nn.Module):
 
         rate = self.param("A_log", nn.initializers.zeros, (heads,))
         bias = self.param("dt_bias", nn.initializers.ones, (heads,))
-        step = jax.nn.softplus(a.astype(jnp.float32) + bias)
-        log_decay = -jnp.exp(rate.astype(jnp.float32)) * step
+        log_decay = _log_decay(a, rate, bias)
         beta = jax.nn.sigmoid(b).astype(jnp.float32)
-        if rows.counts is not None:  # padding leaves the state as it is
-            is_text = jnp.arange(x.shape[1]) < rows.counts[:, None]
-            log_decay = jnp.where(is_text[..., None], log_decay, 0)
-            beta = jnp.where(is_text[..., None], beta, 0)
+        if rows.counts is not None:
+            # A token with ln α = 0 and β = 0 leaves the state as it is.
+            log_decay = _zero_padding(log_decay, rows.counts)
+            beta = _zero_padding(beta, rows.counts)
         y, recurrent = gated_delta_rule(
             q,
             k,
@@ -97,9 +100,8 @@ class GatedDeltaNet(nn.Module):
             runs=rows.runs,
         )
 
-        y = RMSNorm(c.norm_eps, name="norm")(y.astype(x.dtype))
-        gate = jax.nn.silu(z.astype(jnp.float32)).reshape(y.shape)
-        y = (y * gate).astype(x.dtype).reshape(z.shape)
+        norm = RMSNorm(c.norm_eps, name="norm")
+        y = _gated(norm(y.astype(x.dtype)), z)
         y = dense(c, c.width, "out_proj")(y)
         if state is None:
             return y, None
@@ -111,12 +113,14 @@ class GatedDeltaNet(nn.Module):
         linear = self.linear
         keys = linear.key_heads * linear.key_dim
         q, k, v = jnp.split(mixed, [keys, 2 * keys], axis=-1)
-        q = _unit(q.reshape(*q.shape[:2], -1, linear.key_dim)) * linear.key_dim**-0.5
-        k = _unit(k.reshape(*k.shape[:2], -1, linear.key_dim))
-        v = v.reshape(*v.shape[:2], -1, linear.value_dim)
+        scale = linear.key_dim**-0.5
+        q = _unit(_split_heads(q, linear.key_dim)) * scale
+        k = _unit(_split_heads(k, linear.key_dim))
+        v = _split_heads(v, linear.value_dim)
         # A key head serves successive value heads.
         groups = linear.value_heads // linear.key_heads
-        q, k = (jnp.repeat(x, groups, axis=2) for x in (q, k))
+        q = jnp.repeat(q, groups, axis=2)
+        k = jnp.repeat(k, groups, axis=2)
         return q, k, v
 
 
@@ -141,13 +145,45 @@ class CausalConv(nn.Module):
         padded = jnp.concatenate([before.astype(x.dtype), x], axis=1)
         y = jnp.zeros_like(x)
         for tap in range(self.width):
-            part = padded[:, tap : tap + tokens]
+            # The last tap reads the token itself, and the one before it the token before.
             back = self.width - 1 - tap
+            part = padded[:, tap : tap + tokens]
             if runs is not None and back:
+                # What precedes the row counts as its first text's.
                 earlier = jnp.pad(runs, ((0, 0), (back, 0)))[:, :tokens]
-                part = jnp.where((runs == earlier)[..., None], part, 0)
-            y = y + part * kernel[tap, 0].astype(x.dtype)
+                same_text = (runs == earlier)[..., None]
+                part = jnp.where(same_text, part, 0)
+            weights = kernel[tap, 0].astype(x.dtype)
+            y = y + part * weights
         return y
+
+
+def _log_decay(a: Array, rate: Array, bias: Array) -> Array:
+    """ln α = −exp(rate) · softplus(a + bias), `[B, T, H]` in float32."""
+    step = jax.nn.softplus(a.astype(jnp.float32) + bias)
+    speed = jnp.exp(rate.astype(jnp.float32))
+    return -speed * step
+
+
+def _zero_padding(x: Array, counts: Array) -> Array:
+    """`[B, T, H]` with zeros at the tokens of a row after its first `counts` ones."""
+    tokens = x.shape[1]
+    is_text = jnp.arange(tokens) < counts[:, None]
+    return jnp.where(is_text[..., None], x, 0)
+
+
+def _gated(y: Array, z: Array) -> Array:
+    """y · silu(z), in the shape `[B, T, H · Cᵥ]` of z; y is `[B, T, H, Cᵥ]`."""
+    gate = jax.nn.silu(z.astype(jnp.float32))
+    # The product is in float32, as the gate is.
+    product = y * gate.reshape(y.shape)
+    return product.astype(y.dtype).reshape(z.shape)
+
+
+def _split_heads(x: Array, channels: int) -> Array:
+    """`[B, T, heads · channels]` to `[B, T, heads, channels]`."""
+    batch, tokens, _ = x.shape
+    return x.reshape(batch, tokens, -1, channels)
 
 
 def _last_inputs(before: Array, x: Array, counts: Array | None) -> Array:
@@ -155,7 +191,10 @@ def _last_inputs(before: Array, x: Array, counts: Array | None) -> Array:
     width = before.shape[1]
     inputs = jnp.concatenate([before, x.astype(before.dtype)], axis=1)
     if counts is None:
-        return inputs[:, inputs.shape[1] - width :]
+        # From the front: with a width of 0, a slice from -0 would be all of them.
+        first = inputs.shape[1] - width
+        return inputs[:, first:]
+    # `inputs` starts W − 1 tokens before x, so the last ones before the padding start at `counts`.
     places = counts[:, None] + jnp.arange(width)
     return jnp.take_along_axis(inputs, places[..., None], axis=1)
 
