@@ -25,7 +25,8 @@ def options(args_type: type) -> dict[str, Any]:
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             section = options(typing.cast(type, hint))
-            found |= {f"{field.name}.{name}": inner for name, inner in section.items()}
+            for name, inner in section.items():
+                found[f"{field.name}.{name}"] = inner
         else:
             found[field.name] = hint
     return found
@@ -56,6 +57,7 @@ def advice(argv: Sequence[str], args_type: type) -> str | None:
     unknown: list[str] = []
     replaced: list[str] = []
     for name, _ in _given(argv):
+        # tyro answers --help itself.
         if _positive(name, known) in known or name == "help":
             continue
         unknown.append(f"--{name}")
@@ -70,7 +72,9 @@ def advice(argv: Sequence[str], args_type: type) -> str | None:
     if not replaced:
         return None
     plural = "s" if len(unknown) > 1 else ""
-    return f"Unrecognized option{plural}: {', '.join(unknown)}; use {', '.join(replaced)}"
+    names = ", ".join(unknown)
+    instead = ", ".join(replaced)
+    return f"Unrecognized option{plural}: {names}; use {instead}"
 
 
 def flag_with_value(argv: Sequence[str], args_type: type) -> str | None:
@@ -80,7 +84,10 @@ def flag_with_value(argv: Sequence[str], args_type: type) -> str | None:
     """
     known = options(args_type)
     for name, values in _given(argv):
-        if known.get(name) is bool and len(values) == 1 and _is_boolean(values[0]):
+        if known.get(name) is not bool or len(values) != 1:
+            continue
+        # Another value may be a positional argument that follows the flag.
+        if _is_boolean(values[0]):
             section, dot, flag = name.rpartition(".")
             opposite = f"--{section}{dot}no-{flag}"
             return f"--{name} takes no value; give --{name} to turn it on, {opposite} for off"
@@ -93,12 +100,15 @@ def _given(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     for argument in argv:
         option = re.match(r"--([A-Za-z][\w.-]*)(=|$)", argument)
         if option is None:
+            # A value of the option before it.
             if given:
-                given[-1][1].append(argument)
+                _, values = given[-1]
+                values.append(argument)
             continue
-        name = option[1].replace("-", "_")
+        written, equals = option.groups()
+        name = written.replace("-", "_")
         values = []
-        if option[2]:
+        if equals:
             values.append(argument[option.end() :])
         given.append((name, values))
     return given
@@ -119,9 +129,10 @@ def _twice(option: str, first: str, second: str, hint: Any) -> str:
         return f"--{option} is given twice; give it once"
     if hint is bool:
         return f"--{option} is given twice, once with no-; give one of them"
-    values = f"first {first or 'without a value'}, then {second or 'without a value'}"
+    nothing = "without a value"
+    values = f"first {first or nothing}, then {second or nothing}"
     if _takes_several(hint):
-        together = " ".join(part for part in (first, second) if part)
+        together = f"{first} {second}".strip()
         return (
             f"--{option} is given twice: {values}; "
             f"all its values follow one name: --{option} {together}"
@@ -138,19 +149,25 @@ def _takes_several(hint: Any) -> bool:
 
 def _replacement(name: str, known: Mapping[str, Any]) -> str | None:
     """Options of ours, with a note perhaps, for an unknown name; None if the name says nothing."""
-    last = name.rpartition(".")[2]
+    _, _, last = name.rpartition(".")
     for table in (TRAINING, INFERENCE):
         for familiar in (name, last):
             line = table.get(familiar)
+            # Scripts have different options.
             if line is not None and _option(line) in known:
                 return line
-    namesakes = [f"--{option}" for option in known if option.rpartition(".")[2] == last]
+    namesakes = []
+    for option in known:
+        _, _, own_last = option.rpartition(".")
+        if own_last == last:
+            namesakes.append(f"--{option}")
     return " or ".join(namesakes) or None
 
 
 def _option(line: str) -> str:
     """The name of the first option of a line of the tables."""
-    first = line.partition(";")[0].split()[0]
+    options_of_line, _, _ = line.partition(";")
+    first, *_ = options_of_line.split()
     return first.removeprefix("--")
 
 

@@ -21,7 +21,7 @@ from lorax_ft.config import MeshConfig
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import is_adapter, leaf_schema
-from lorax_ft.tree import Tree, first_match, flatten, join, unflatten
+from lorax_ft.tree import Shape, Tree, first_match, flatten, join, unflatten
 
 MeshAxis = str | tuple[str, ...] | None
 """The mesh axis, or axes, that an array's axis is split over."""
@@ -243,7 +243,7 @@ def gathered(path: str, kernel: Quantized) -> Quantized:
     return jax.tree.map(constrained, kernel, part_axes)
 
 
-def fitted(axes: tuple[MeshAxis, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
+def fitted(axes: tuple[MeshAxis, ...], shape: Shape, sizes: Mapping[str, int]) -> P:
     """The mesh axes of an array's axes, without those that do not divide them."""
     kept = []
     # JAX shards an axis only into equal parts.

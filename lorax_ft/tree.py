@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from flax import traverse_util
 
+Shape = tuple[int, ...]
 Tree = dict[str, Any]
 Layer = dict[str, Any]
 """The leaves of one module, by name."""

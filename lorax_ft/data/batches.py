@@ -40,7 +40,8 @@ class Batches:
 
     def batch(self, step: int) -> Batch:
         """Returns the batch of a step, counted from 0; see `indices`."""
-        return collate([self.rows[i] for i in self.indices(step)], self.max_length)
+        rows = [self.rows[i] for i in self.indices(step)]
+        return collate(rows, self.max_length)
 
     def indices(self, step: int) -> list[int]:
         """Returns the indices of the rows in the batch of a step.
@@ -53,7 +54,8 @@ class Batches:
         chosen = []
         for position in range(first, first + self.batch_size):
             epoch, place = divmod(position, n)
-            chosen.append(int(_epoch(self._sets, self.seed, epoch)[place]))
+            order = _epoch(self._sets, self.seed, epoch)
+            chosen.append(int(order[place]))
         return chosen
 
     @property
@@ -69,18 +71,24 @@ def evaluation_batches(
     The last batch is filled up with empty rows, so that all batches have one shape and the
     evaluation step compiles once.
     """
-    stop = min(limit, len(rows)) if limit else len(rows)
+    stop = len(rows)
+    if limit:
+        stop = min(limit, stop)
     for start in range(0, stop, batch_size):
-        chosen = list(rows[start : min(start + batch_size, stop)])
-        padding: list[list[Sample]] = [[]] * (batch_size - len(chosen))
-        yield collate([*chosen, *padding], max_length)
+        end = min(start + batch_size, stop)
+        chosen = list(rows[start:end])
+        missing = batch_size - len(chosen)
+        empty: list[Sample] = []
+        yield collate([*chosen, *[empty] * missing], max_length)
 
 
 def _rows_in_epoch(count: int, weight: float) -> int:
     """How many rows of a set an epoch has."""
     if count == 0:
         return 0
-    return max(round(count * weight), 1)
+    rows = round(count * weight)
+    # A set with a small weight still takes part.
+    return max(rows, 1)
 
 
 # Two entries, because a batch may span the end of one epoch and the start of the next.
@@ -88,13 +96,15 @@ def _rows_in_epoch(count: int, weight: float) -> int:
 def _epoch(sets: Sets, seed: int, epoch: int) -> np.ndarray:
     """Returns the indices of the rows of an epoch, in its order."""
     parts = []
-    first = 0
+    first = 0  # index of the set's first row
     for number, (count, weight) in enumerate(sets):
-        parts.append(first + _part(count, weight, (seed, number), epoch))
+        part = _part(count, weight, (seed, number), epoch)
+        parts.append(first + part)
         first += count
     rows = np.concatenate(parts)
     # Seeding by the epoch makes any epoch's order available without those before it.
-    return rows[np.random.default_rng((seed, epoch)).permutation(len(rows))]
+    order = _shuffled(len(rows), (seed, epoch))
+    return rows[order]
 
 
 def _part(count: int, weight: float, key: tuple[int, int], epoch: int) -> np.ndarray:
@@ -106,11 +116,23 @@ def _part(count: int, weight: float, key: tuple[int, int], epoch: int) -> np.nda
     if weight == 1:
         return np.arange(count)
     size = _rows_in_epoch(count, weight)
-    start, stop = epoch * size, (epoch + 1) * size
     if size == 0:
         return np.arange(0)
-    passes = range(start // count, (stop - 1) // count + 1)
-    # Three numbers, so that this shuffles otherwise than the order of any epoch.
-    orders = [np.random.default_rng((*key, each)).permutation(count) for each in passes]
-    skipped = start - passes[0] * count
-    return np.concatenate(orders)[skipped : skipped + size]
+    # The places of the part in the stream, and the passes that it touches.
+    start = epoch * size
+    last = start + size - 1
+    first_pass = start // count
+    last_pass = last // count
+    orders = []
+    for each in range(first_pass, last_pass + 1):
+        # Three numbers, so that this shuffles otherwise than the order of any epoch.
+        orders.append(_shuffled(count, (*key, each)))
+    stream = np.concatenate(orders)
+    skipped = start - first_pass * count
+    return stream[skipped : skipped + size]
+
+
+def _shuffled(count: int, seed: tuple[int, ...]) -> np.ndarray:
+    """The numbers below `count`, in an order that depends on the seed alone."""
+    generator = np.random.default_rng(seed)
+    return generator.permutation(count)

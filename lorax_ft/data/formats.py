@@ -80,7 +80,10 @@ def to_example(
 
 def has_answer(messages: Sequence[Message]) -> bool:
     """Whether an assistant turn has a text."""
-    return any(m["role"] == "assistant" and m["content"].strip() for m in messages)
+    for message in messages:
+        if message["role"] == "assistant" and message["content"].strip():
+            return True
+    return False
 
 
 def split_answer(messages: Sequence[Message]) -> tuple[list[Message], str]:
@@ -95,7 +98,8 @@ def split_answer(messages: Sequence[Message]) -> tuple[list[Message], str]:
     if not answers:
         raise ValueError("the conversation has no assistant turn with a text")
     last = answers[-1]
-    return list(messages[:last]), messages[last]["content"]
+    before = list(messages[:last])
+    return before, messages[last]["content"]
 
 
 def _messages(view: Fields, shape: Shape, renames: Mapping[str, str]) -> list[Message]:
@@ -109,13 +113,15 @@ def _messages(view: Fields, shape: Shape, renames: Mapping[str, str]) -> list[Me
             return _alpaca(view)
         case "prompt_completion":
             return _prompt_messages(view, renames)
-    question = _said("user", view.text("question"))
-    return [question, _said("assistant", view.text("answer"))]
+    question = view.text("question")
+    answer = view.text("answer")
+    return [_said("user", question), _said("assistant", answer)]
 
 
 def _conversation(messages: list[Message], view: Fields, defaults: Defaults) -> Conversation:
     """The conversation with what the row has beside the messages."""
     where = view.where
+    # What the row has wins over the defaults.
     system = view.optional_text("system") or defaults.system
     tools = tool_schemas(view.get("tools"), "tools", where) or defaults.tools
     documents = document_list(view.get("documents"), "documents", where)
@@ -154,19 +160,21 @@ def _alpaca(view: Fields) -> list[Message]:
             raise ValueError(
                 f"{place}: must be a list of two texts, the user's and the assistant's"
             )
-        messages.append(_said("user", check_text(pair[0], "user", place)))
-        messages.append(_said("assistant", check_text(pair[1], "assistant", place)))
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append(_said(role, check_text(text, role, place)))
     prompt = view.text("instruction")
     context = view.optional_text("input")
     # An empty instruction or input must not leave a stray line break in the prompt.
-    messages.append(_said("user", "\n".join(filter(None, [prompt, context]))))
+    question = "\n".join(filter(None, [prompt, context]))
+    messages.append(_said("user", question))
     messages.append(_said("assistant", view.text("output")))
     return messages
 
 
 def _is_text(view: Fields) -> bool:
     """Whether both prompt and completion are text, and not the JSON text of messages."""
-    return all(_as_messages(view.require(name)) is None for name in ("prompt", "completion"))
+    values = [view.require(name) for name in ("prompt", "completion")]
+    return all(_as_messages(value) is None for value in values)
 
 
 def _prompt_completion(view: Fields) -> PlainText:
@@ -183,11 +191,13 @@ def _prompt_messages(view: Fields, renames: Mapping[str, str]) -> list[Message]:
         value = view.require(name)
         turns = _as_messages(value)
         if turns is None:
-            turns = [{"role": role, "content": check_text(value, name, view.where)}]
+            text = check_text(value, name, view.where)
+            turns = [_said(role, text)]
         for number, turn in enumerate(turns, 1):
             place = f"{view.where}, turn {number} of the {name}"
             message = to_message(turn, renames=renames, where=place)
             if name == "prompt":
+                # The loss is on the completion, whatever turns of the assistant come before.
                 message["train"] = False
             messages.append(message)
     return messages
@@ -202,7 +212,9 @@ def _as_messages(value: Any) -> list[Any] | None:
             return None
     if isinstance(value, dict):
         return [value]
-    return value if isinstance(value, list) else None
+    if isinstance(value, list):
+        return value
+    return None
 
 
 def _check_answers(messages: Sequence[Message], where: str) -> None:
@@ -238,7 +250,9 @@ def _with_system(messages: list[Message], system: str | None) -> list[Message]:
 def _unused(example: Example, view: Fields, defaults: Defaults) -> Iterator[str]:
     """Names what the example does not contain of the row and of the options."""
     for name, value in view.values.items():
-        if name not in view.used and value is not None and value != "":
+        # Columns of another format's rows are often present and empty.
+        is_empty = value is None or value == ""
+        if name not in view.used and not is_empty:
             yield f"column {name}"
     if isinstance(example, PlainText) and defaults.system:
         yield "--data.system"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import re
 
 from lorax_ft.data.conversation import Conversation
@@ -30,9 +29,10 @@ class SpecialTokens:
         # Some checkpoints declare their end-of-turn token in the vocabulary only.
         for token in self._tokenizer.added_tokens_decoder.values():
             tokens.add(str(token))
-        tokens.discard("")
-        longest_first = sorted(tokens, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # Of two tokens that start alike, the longer one must match.
+        alternatives = map(re.escape, _longest_first(tokens))
+        never = "(?!)"
+        return re.compile("|".join(alternatives) or never)
 
     @property
     def end(self) -> str | None:
@@ -66,7 +66,8 @@ class SpecialTokens:
         """Whether a text ends with one of them, perhaps before white space."""
         longest = 64  # characters of a token
         last = text.rstrip()[-longest:]
-        return any(token.end() == len(last) for token in self.pattern.finditer(last))
+        length = len(last)
+        return any(token.end() == length for token in self.pattern.finditer(last))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +96,10 @@ class Frame:
         if opening:
             gap = gap[: opening.start()]
         before = self.before_answer
-        if before and gap.startswith(before) and not gap[len(before) :].strip():
-            return len(before)
+        if before and gap.startswith(before):
+            rest = gap[len(before) :]
+            if not rest.strip():
+                return len(before)
         return len(gap)
 
     def start_of_calls(self, gap: str) -> int | None:
@@ -112,8 +115,9 @@ class Frame:
         """Length of the end of a turn, and whether it is a token; `tail` follows its last text."""
         space = _space(tail, 0)
         for end in self.ends or ():
-            if end.strip() and tail.startswith(end.lstrip(), space):
-                return space + len(end.lstrip()), self.tokens.at_end(end)
+            visible = end.lstrip()
+            if visible and tail.startswith(visible, space):
+                return space + len(visible), self.tokens.at_end(end)
             if tail.startswith(end):
                 return len(end), False
         # A turn that ends otherwise than those of the short conversation.
@@ -124,20 +128,24 @@ class Frame:
 
     def end_of_calls(self, tail: str) -> tuple[int, bool] | None:
         """As `end`, for a turn with tool calls; None if it does not end as other turns do."""
-        # Text of the template follows the last argument of a call.
-        visible = [end for end in self.ends or () if end.strip()]
-        written = [end for end in visible if end in tail]
+        # Text of the template follows the last argument of a call, so an end may stand anywhere.
+        written = []
+        for end in self.ends or ():
+            if end.strip() and end in tail:
+                written.append(end)
         if not written:
             return None
         first = min(written, key=tail.find)
-        return tail.find(first) + len(first), self.tokens.at_end(first)
+        length = tail.find(first) + len(first)
+        return length, self.tokens.at_end(first)
 
     def token_after_calls(self, tail: str, calls: str) -> tuple[int, bool]:
         """As `end`, for a turn that ends with another token; the template wrote `calls`."""
         # Not a token that stands inside the calls, as quotes do.
         inside = set(self.tokens.pattern.findall(calls))
+        ending = self.tokens.control - inside
         for token in self.tokens.pattern.finditer(tail):
-            if token.group() in self.tokens.control - inside:
+            if token.group() in ending:
                 return token.end(), True
         return 0, False
 
@@ -149,39 +157,54 @@ def find_frame(
 
     The frame is empty if the template does not take the short conversation.
     """
-    # The last of the texts between: what follows the user's.
-    prompt = _gaps(conversation, form, renderer, turns=1, prompt=True)[-1:]
-    plain = _gaps(conversation, form, renderer, turns=1, prompt=False)[-1:]
+    with_prompt = _gaps(conversation, form, renderer, turns=1, prompt=True)
+    without_prompt = _gaps(conversation, form, renderer, turns=1, prompt=False)
     gaps = _gaps(conversation, form, renderer, turns=len(_ROLES), prompt=False)
-    if not (prompt and plain and gaps):
+    if not (with_prompt and without_prompt and gaps):
         return Frame(tokens)
+    # The last of the texts between: what follows the user's.
+    prompt = with_prompt[-1]
+    plain = without_prompt[-1]
     _, first_head, between, last_head, last = gaps
-    shared = tokens.whole(prompt[0], common_prefix(prompt[0], plain[0]))
+    # What ends the user's turn stands with and without the generation prompt.
+    shared = tokens.whole(prompt, common_prefix(prompt, plain))
     headers = set()
     # Before an answer, only a part of the generation prompt may stand.
-    for head in (prompt[0], first_head, last_head):
-        header = _shared_header(prompt[0], head, shared)
+    for head in (prompt, first_head, last_head):
+        header = _shared_header(prompt, head, shared)
         if header.strip():
             headers.add(header)
     if not headers:
-        # Then what follows an answer may open the next turn: only what both answers have in common
-        # belongs to them.
-        both = last[: common_prefix(between, last)]
-        token = tokens.pattern.search(both)
-        end = both[: token.end()] if token else both
-        return Frame(tokens, before_answer=plain[0], ends=_longest_first({end}))
-    opening = set(tokens.pattern.findall(prompt[0][shared:]))
+        end = _shared_end(between, last, tokens)
+        return Frame(tokens, before_answer=plain, ends=_longest_first({end}))
+    generation_prompt = prompt[shared:]
+    opening = set(tokens.pattern.findall(generation_prompt))
     ends = _ends(between, last, opening, tokens)
     return Frame(tokens, headers=_longest_first(headers), ends=_longest_first(ends))
+
+
+def _shared_end(between: str, last: str, tokens: SpecialTokens) -> str:
+    """What follows both answers, up to its first token.
+
+    Without headers, what follows an answer may open the next turn: only what both answers have in
+    common belongs to them.
+    """
+    both = last[: common_prefix(between, last)]
+    token = tokens.pattern.search(both)
+    if token:
+        return both[: token.end()]
+    return both
 
 
 def _shared_header(prompt: str, head: str, start: int) -> str:
     """What a generation prompt, from `start` on, and the text before an answer have in common."""
     same = common_prefix(prompt, head)
-    rest, other = prompt[same:], head[same:]
+    rest = prompt[same:]
+    other = head[same:]
     # A header may contain a number or a name, and go on as the prompt does.
     after = common_prefix(rest[::-1], other[::-1])
     last = rest[len(rest) - after :]
+    # A tag of reasoning is not yet a header.
     if _TAGS.sub("", last).strip():
         return last
     return prompt[start:same]
@@ -192,15 +215,19 @@ def _ends(between: str, last: str, opening: set[str], tokens: SpecialTokens) -> 
 
     `opening` are the tokens that open a turn.
     """
-    both = between[: tokens.whole(between, common_prefix(between, last))]
+    shared = tokens.whole(between, common_prefix(between, last))
+    both = between[:shared]
     last_end = tokens.run(last, opening)
     if last_end:
-        return {tokens.run(both, opening) or tokens.run(between, opening), last_end}
+        earlier_end = tokens.run(both, opening) or tokens.run(between, opening)
+        return {earlier_end, last_end}
     token = tokens.pattern.search(both)
     if token and token.group() not in opening:
         return {both[: token.end()]}  # such as the quote after a text that is written as JSON
     # Templates without such a token may end a turn with text or a line break.
-    return {both if both.isspace() else both.rstrip()}
+    if both.isspace():
+        return {both}
+    return {both.rstrip()}
 
 
 def _gaps(
@@ -219,24 +246,31 @@ def _gaps(
     if written.pieces is None or len(written.pieces) != turns:
         return []
     text = written.rendered.text
-    inner = itertools.chain.from_iterable((piece.start, piece.end) for piece in written.pieces)
-    borders = [0, *inner, len(text)]
-    return [text[start:end] for start, end in zip(borders[::2], borders[1::2], strict=True)]
+    gaps = []
+    end = 0  # of the text before
+    for piece in written.pieces:
+        gaps.append(text[end : piece.start])
+        end = piece.end
+    gaps.append(text[end:])
+    return gaps
 
 
 def common_prefix(one: str, other: str) -> int:
     """The number of characters that two texts share at their start."""
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
+    shorter = min(len(one), len(other))
+    for place in range(shorter):
+        if one[place] != other[place]:
             return place
-    return min(len(one), len(other))
+    return shorter
 
 
 def _longest_first(texts: set[str]) -> tuple[str, ...]:
-    return tuple(sorted(texts - {""}, key=len, reverse=True))
+    visible = texts - {""}
+    return tuple(sorted(visible, key=len, reverse=True))
 
 
 def _space(text: str, position: int) -> int:
     """The first position from `position` on that is no white space."""
     rest = text[position:]
-    return position + len(rest) - len(rest.lstrip())
+    space = len(rest) - len(rest.lstrip())
+    return position + space

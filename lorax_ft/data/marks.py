@@ -73,38 +73,43 @@ class Marks:
 
     def around(self, text: str, message: int, part: Part) -> str:
         """The text with two new marks, inside the white space around it."""
+        # Text n has the marks 2 n and 2 n + 1.
         code = self.first + 2 * len(self.texts)
         if code + 1 > self.first + _PLANE_SIZE:
             raise _TooManyTextsError
+        opening = chr(code)
+        closing = chr(code + 1)
         start, end = _core(text)
-        self.texts.append(_Text(message, part, before=text[:start], after=text[end:]))
-        marked = f"{chr(code)}{text[start:end]}{chr(code + 1)}"
-        return f"{text[:start]}{marked}{text[end:]}"
+        before = text[:start]
+        core = text[start:end]
+        after = text[end:]
+        self.texts.append(_Text(message, part, before, after))
+        return f"{before}{opening}{core}{closing}{after}"
 
     def find(self, marked: str) -> tuple[str, list[Piece] | None]:
         """The text without its marks, and the pieces that it contains, in order.
 
         There are no pieces if a text has lost one of its marks.
         """
+        first_mark = chr(self.first)
+        last_mark = chr(self.first + _PLANE_SIZE)
+        pattern = re.compile(f"[{first_mark}-{last_mark}]")
+        written = pattern.sub("", marked)
         starts: dict[int, int] = {}
         ends: dict[int, int] = {}
-        clean = []
-        last = 0
-        last_mark = chr(self.first + _PLANE_SIZE)
-        pattern = re.compile(f"[{chr(self.first)}-{last_mark}]")
         for count, match in enumerate(pattern.finditer(marked)):
-            clean.append(marked[last : match.start()])
-            last = match.end()
+            # Each mark before this one is a character that the clean text lacks.
+            place = match.start() - count
             number, is_end = divmod(ord(match.group()) - self.first, 2)
+            places = ends if is_end else starts
             # Where a template writes a text twice, the first place counts.
-            (ends if is_end else starts).setdefault(number, match.start() - count)
-        clean.append(marked[last:])
-        written = "".join(clean)
+            places.setdefault(number, place)
         pieces = []
         for number, text in enumerate(self.texts):
             if number not in starts and number not in ends:
-                continue
-            start, end = starts.get(number, -1), ends.get(number, -1)
+                continue  # the template left the text out
+            start = starts.get(number, -1)
+            end = ends.get(number, -1)
             if not 0 <= start <= end:
                 return written, None
             start, end = _with_space(written, start, end, text)
@@ -120,21 +125,22 @@ def mark(
 
     Returns None if the conversation contains characters of both planes, or too many texts.
     """
-    used = {_plane(text) for message in conversation.messages for text in _strings(message)}
+    used: set[int] = set()
+    for message in conversation.messages:
+        used |= {_plane(text) for text in _strings(message)}
     for plane in _PLANES:
         if plane in used:
             continue
         marks = Marks(plane)
+        messages = []
         try:
-            messages = []
             for index, message in enumerate(conversation.messages):
                 if message["role"] == "assistant":
-                    messages.append(_mark_answer(message, index, marks))
-                elif only_assistant:
-                    messages.append(message)
-                else:
+                    message = _mark_answer(message, index, marks)
+                elif not only_assistant:
                     content = marks.around(message["content"], index, "content")
-                    messages.append({**message, "content": content})
+                    message = {**message, "content": content}
+                messages.append(message)
         except _TooManyTextsError:
             return None
         return dataclasses.replace(conversation, messages=messages), marks
@@ -143,15 +149,17 @@ def mark(
 
 def _mark_answer(message: Message, index: int, marks: Marks) -> Message:
     marked = dict(message)
-    if message.get("reasoning_content", "").strip():
-        marked["reasoning_content"] = marks.around(message["reasoning_content"], index, "reasoning")
+    reasoning = message.get("reasoning_content", "")
+    if reasoning.strip():
+        marked["reasoning_content"] = marks.around(reasoning, index, "reasoning")
     # Templates ask whether there is a text beside reasoning or calls; marks would make one.
     content = message["content"]
-    has_more = "reasoning_content" in message or bool(message.get("tool_calls"))
+    calls = message.get("tool_calls")
+    has_more = "reasoning_content" in message or bool(calls)
     if content.strip() or not has_more:
         marked["content"] = _mark_content(content, index, marks)
-    if message.get("tool_calls"):
-        marked["tool_calls"] = [_mark_call(call, index, marks) for call in message["tool_calls"]]
+    if calls:
+        marked["tool_calls"] = [_mark_call(call, index, marks) for call in calls]
     return marked
 
 
@@ -173,7 +181,8 @@ def _mark_call(call: Any, index: int, marks: Marks) -> Any:
     if not isinstance(call, dict):
         return call
     if "function" in call:
-        return {**call, "function": _mark_call(call["function"], index, marks)}
+        function = _mark_call(call["function"], index, marks)
+        return {**call, "function": function}
     marked = dict(call)
     if isinstance(call.get("name"), str):
         marked["name"] = marks.around(call["name"], index, "tool_call")
@@ -183,6 +192,7 @@ def _mark_call(call: Any, index: int, marks: Marks) -> Any:
 
 
 def _mark_value(value: Any, index: int, marks: Marks) -> Any:
+    """A value of a call's arguments, with marks around the texts in it; numbers get none."""
     if isinstance(value, str) and value.strip():
         return marks.around(value, index, "tool_call")
     if isinstance(value, dict):
@@ -227,6 +237,9 @@ def _plane(text: str) -> int:
     if text.isascii():
         return 0
     largest = ord(max(text))
-    if largest >= _PLANES[1]:
-        return _PLANES[1]
-    return largest & 0xF0000 if largest >= _PLANES[0] else 0
+    first, second = _PLANES
+    if largest >= second:
+        return second
+    if largest >= first:
+        return first
+    return 0

@@ -78,26 +78,46 @@ class TurnFinder:
         lefts = [0, *ends[:-1]]
         rights = [*starts[1:], len(text)]
         for run, left, right in zip(runs, lefts, rights, strict=True):
-            index = run[0].message
-            message = conversation.messages[index]
+            first = run[0]
+            message = conversation.messages[first.message]
             if message["role"] != "assistant":
                 continue
-            spans = _within(written.rendered.generated, left, right)
-            # The template may say what the assistant generates.
-            if spans and _covers(spans, run):
-                has_end = self._tokens.at_end(text[: spans[-1][1]])
-            else:
-                start = self._start(conversation, written, run, left)
-                end, has_end = self._end(conversation, written, run, right)
-                spans = [(start, end)]
-            start = spans[0][0]
+            spans, has_end = self._spans(conversation, written, run, left, right)
+            start, _ = spans[0]
+            before_texts = text[: first.start]
             yield Turn(
-                index,
+                first.message,
                 spans,
                 has_end,
                 thought=_thought(text, start, run),
-                empty_thought=_empty_thought(text[: run[0].start], start, message["content"]),
+                empty_thought=_empty_thought(before_texts, start, message["content"]),
             )
+
+    def _spans(
+        self,
+        conversation: Conversation,
+        written: Written,
+        run: Sequence[Piece],
+        left: int,
+        right: int,
+    ) -> tuple[list[Span], bool]:
+        """The spans of a turn of the assistant, and whether a token ends it.
+
+        Args:
+          conversation: the conversation.
+          written: what the template wrote for it.
+          run: the turn's texts.
+          left: where the texts before them end.
+          right: where the texts after them start.
+        """
+        # The template may say what the assistant generates.
+        marked = _within(written.rendered.generated, left, right)
+        if marked and _covers(marked, run):
+            _, end = marked[-1]
+            return marked, self._tokens.at_end(written.rendered.text[:end])
+        start = self._start(conversation, written, run, left)
+        end, has_end = self._end(conversation, written, run, right)
+        return [(start, end)], has_end
 
     def _start(
         self, conversation: Conversation, written: Written, run: Sequence[Piece], left: int
@@ -111,6 +131,7 @@ class TurnFinder:
         length = frame.start_of_calls(gap)
         if length is not None:
             return left + length
+        # The header is not in the gap, so the turn starts where the messages before it end.
         place = self._length(conversation, written, first.message)
         if place is not None and left <= place <= first.start:
             return place
@@ -130,7 +151,8 @@ class TurnFinder:
         if run[-1].part == "reasoning":
             # A turn that only thinks.
             closing = _CLOSING.match(text, last, right)
-            last = closing.end() if closing else last
+            if closing:
+                last = closing.end()
         frame = self._frame(conversation, written.form)
         length, has_end = frame.end(text[last:right])
         return last + length, has_end
@@ -149,11 +171,17 @@ class TurnFinder:
         # Results may follow in the same turn; what closes the calls stands before them.
         place = self._length(conversation, written, run[0].message + 1)
         if place is not None and last <= place <= right:
-            turn = text[:place]
-            has_end = self._tokens.at_end(turn)
-            return len(turn.rstrip()) if has_end else place, has_end
-        length, has_end = frame.token_after_calls(text[last:right], text[run[0].start : last])
+            return self._without_space(text[:place])
+        calls = text[run[0].start : last]
+        length, has_end = frame.token_after_calls(text[last:right], calls)
         return last + length, has_end
+
+    def _without_space(self, turn: str) -> tuple[int, bool]:
+        """Where a turn ends, without white space after its token; and whether a token ends it."""
+        has_end = self._tokens.at_end(turn)
+        if has_end:
+            turn = turn.rstrip()
+        return len(turn), has_end
 
     def _length(self, conversation: Conversation, written: Written, count: int) -> int | None:
         """Length of what the template writes for the first messages; None if it is not known."""
@@ -161,11 +189,15 @@ class TurnFinder:
             prefix = self._prefix(conversation, written.form, count, prompt=False, where="")
         except ValueError:
             return None
-        return len(prefix) if written.rendered.text.startswith(prefix) else None
+        if not written.rendered.text.startswith(prefix):
+            return None
+        return len(prefix)
 
     def _frame(self, conversation: Conversation, form: Form) -> Frame:
         """What the template writes around the turns of such a conversation."""
-        has_tools, has_documents = bool(conversation.tools), bool(conversation.documents)
+        # What a template may write differently by; finding a frame renders several conversations.
+        has_tools = bool(conversation.tools)
+        has_documents = bool(conversation.documents)
         variables = repr(sorted(conversation.template_args.items()))
         key = (has_tools, has_documents, form, variables)
         if key not in self._frames:
@@ -190,14 +222,15 @@ class TurnFinder:
                 through = self._prefix(
                     conversation, written.form, index + 1, prompt=False, where=where
                 )
+            # Each rendering must go on as the one before it.
             if not (through.startswith(before) and text.startswith(through)):
-                place = min(common_prefix(text, before), common_prefix(text, through))
+                same_before = common_prefix(text, before)
+                same_through = common_prefix(text, through)
+                place = min(same_before, same_through)
                 raise _unlocated(text, place, index, where)
-            end = len(through)
-            has_end = self._tokens.at_end(through)
-            if has_end:
-                end = len(through.rstrip())
-            turns.append(Turn(index, [(len(before), end)], has_end))
+            start = len(before)
+            end, has_end = self._without_space(through)
+            turns.append(Turn(index, [(start, end)], has_end))
         return turns
 
     def _prefix(
@@ -205,7 +238,8 @@ class TurnFinder:
     ) -> str:
         """The rendered first messages of a conversation."""
         first = dataclasses.replace(conversation, messages=conversation.messages[:count])
-        return self._renderer.write_in(form, first, prompt=prompt, where=where).rendered.text
+        written = self._renderer.write_in(form, first, prompt=prompt, where=where)
+        return written.rendered.text
 
 
 def _check_all_found(conversation: Conversation, turns: Sequence[Turn], where: str) -> None:
@@ -224,7 +258,8 @@ def _check_all_found(conversation: Conversation, turns: Sequence[Turn], where: s
 
 
 def _unlocated(text: str, place: int, index: int, where: str) -> ValueError:
-    around = text[max(0, place - 60) : place + 60]
+    first = max(0, place - 60)
+    around = text[first : place + 60]
     return ValueError(
         f"{where}, turn {index + 1}: the chat template changes the texts, and renders this turn "
         "differently when more turns follow, so the assistant's tokens cannot be located; around "
@@ -237,12 +272,15 @@ def _thought(text: str, start: int, run: Sequence[Piece]) -> Span | None:
     reasoning = [piece for piece in run if piece.part == "reasoning"]
     if not reasoning:
         return None
-    opening = _OPENING.search(text, start, reasoning[0].start)
-    closing = _CLOSING.match(text, reasoning[-1].end)
-    return (
-        opening.start() if opening else reasoning[0].start,
-        closing.end() if closing else reasoning[-1].end,
-    )
+    first = reasoning[0].start
+    last = reasoning[-1].end
+    opening = _OPENING.search(text, start, first)
+    if opening:
+        first = opening.start()
+    closing = _CLOSING.match(text, last)
+    if closing:
+        last = closing.end()
+    return first, last
 
 
 def _empty_thought(text: str, start: int, content: str) -> Span | None:
@@ -252,16 +290,25 @@ def _empty_thought(text: str, start: int, content: str) -> Span | None:
     if found and not found.group("thought").strip():
         return None
     empty = _EMPTY_THOUGHT.search(text, start)
-    return empty.span() if empty else None
+    if empty is None:
+        return None
+    return empty.span()
 
 
 def _within(spans: Sequence[Span], left: int, right: int) -> list[Span]:
-    return [span for span in spans if left <= span[0] < span[1] and span[0] < right]
+    """The spans that start between two places and are not empty."""
+    found = []
+    for start, end in spans:
+        if left <= start < right and start < end:
+            found.append((start, end))
+    return found
 
 
 def _covers(spans: Sequence[Span], run: Sequence[Piece]) -> bool:
     """Whether each text lies in one of the spans."""
-    for piece in run:
-        if not any(start <= piece.start and piece.end <= end for start, end in spans):
-            return False
-    return True
+    return all(_lies_in(piece, spans) for piece in run)
+
+
+def _lies_in(piece: Piece, spans: Sequence[Span]) -> bool:
+    """Whether one of the spans contains the whole text."""
+    return any(start <= piece.start and piece.end <= end for start, end in spans)

@@ -57,7 +57,8 @@ def detect_shape(row: Row, *, fields: Sequence[str] = ()) -> Shape:
     for shape, required in REQUIRED.items():
         if set(required) & set(renames):
             candidates.append(shape)
-    candidates = candidates or list(REQUIRED)
+    if not candidates:
+        candidates = list(REQUIRED)
     # Many data sets have a column of all the text beside the ones that it was made of.
     conversational = [shape for shape in candidates if shape != "text"]
     for shape in conversational:
@@ -65,6 +66,7 @@ def detect_shape(row: Row, *, fields: Sequence[str] = ()) -> Shape:
             if shape == "prompt_completion" and not renames:
                 refuse_label(row)
             return shape
+    # A rename may say that one of the two answers is the one to train on.
     if not {"chosen", "rejected"} & set(renames.values()):
         refuse_preference(row)
     for shape in conversational:
@@ -100,11 +102,14 @@ def _has_required(row: Row, shape: Shape, renames: Mapping[str, str], *, synonym
     view = Fields(row.fields, row.where, renames=renames, synonyms=known)
     for name in REQUIRED[shape]:
         actual = view.find(name)
+        if actual is None:
+            return False
+        value = row.fields[actual]
         # A CSV file has an empty text where another row has a conversation.
-        if actual is None or (row.fields[actual] == "" and shape in ("messages", "sharegpt")):
+        if value == "" and shape in ("messages", "sharegpt"):
             return False
         # Messages with an answer beside them are a prompt and its completion.
-        if shape == "question_answer" and isinstance(row.fields[actual], list):
+        if shape == "question_answer" and isinstance(value, list):
             return False
     return True
 
@@ -115,8 +120,6 @@ def _check_clear(row: Row, shape: Shape, renames: Mapping[str, str]) -> None:
     for name in REQUIRED[shape]:
         found = [actual for actual in view.names(name) if row.fields.get(actual) is not None]
         if len(found) > 1:
-            options = [f"--data.fields {name}={actual}" for actual in found]
-            raise ValueError(
-                f"{row.where}: {' and '.join(found)} could both be the {name}; "
-                f"give {' or '.join(options)}"
-            )
+            columns = " and ".join(found)
+            options = " or ".join(f"--data.fields {name}={actual}" for actual in found)
+            raise ValueError(f"{row.where}: {columns} could both be the {name}; give {options}")

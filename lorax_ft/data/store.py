@@ -48,7 +48,9 @@ class StoredSamples:
         """Returns a piece of a sample."""
         first = int(self.borders[piece.sample])
         place = slice(first + piece.start, first + piece.stop)
-        return Sample(np.asarray(self.tokens[place]), np.asarray(self.mask[place]))
+        tokens = np.asarray(self.tokens[place])
+        mask = np.asarray(self.mask[place])
+        return Sample(tokens, mask)
 
     def labels(self, piece: Piece) -> int:
         """Returns how many tokens of a piece count in the loss."""
@@ -74,13 +76,20 @@ class StoredRows(Sequence[list[Sample]]):
     @overload
     def __getitem__(self, index: slice) -> list[list[Sample]]: ...
     def __getitem__(self, index: int | slice) -> list[Sample] | list[list[Sample]]:
+        count = len(self)
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        row = index % len(self)
-        pieces = self.pieces[self.borders[row] : self.borders[row + 1]]
-        return [self.samples.read(Piece(*map(int, piece))) for piece in pieces]
+            places = range(*index.indices(count))
+            return [self[i] for i in places]
+        if not -count <= index < count:
+            raise IndexError(f"row {index} of {count}")
+        row = index % count  # a negative index counts from the end
+        first = self.borders[row]
+        stop = self.borders[row + 1]
+        samples = []
+        for numbers in self.pieces[first:stop]:
+            piece = Piece(*map(int, numbers))
+            samples.append(self.samples.read(piece))
+        return samples
 
 
 def store_samples(samples: Iterable[Sample]) -> StoredSamples:
@@ -88,8 +97,10 @@ def store_samples(samples: Iterable[Sample]) -> StoredSamples:
     borders = array("q", [0])
     with tempfile.TemporaryFile() as tokens, tempfile.TemporaryFile() as mask:
         for sample in samples:
-            tokens.write(np.asarray(sample.tokens, np.int32).tobytes())
-            mask.write(np.asarray(sample.mask, np.bool_).tobytes())
+            sample_tokens = np.asarray(sample.tokens, np.int32)
+            sample_mask = np.asarray(sample.mask, np.bool_)
+            tokens.write(sample_tokens.tobytes())
+            mask.write(sample_mask.tobytes())
             borders.append(borders[-1] + len(sample))
         return StoredSamples(
             tokens=_mapped(tokens, np.int32),
@@ -100,6 +111,7 @@ def store_samples(samples: Iterable[Sample]) -> StoredSamples:
 
 def store_rows(samples: StoredSamples, rows: Iterable[Sequence[Piece]]) -> StoredRows:
     """Returns the rows that these pieces make up."""
+    # Arrays of 8 bytes a number, as there may be millions of pieces.
     pieces = array("q")
     borders = array("q", [0])
     for row in rows:

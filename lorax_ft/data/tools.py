@@ -8,7 +8,9 @@ from typing import Any
 
 from lorax_ft.data.fields import parse_json, type_name
 
+_FIELDS_OF_CALL = ("function", "name", "arguments", "parameters")
 _CALL_EXAMPLE = '{"name": "f", "arguments": {"x": 1}}'
+_DOCUMENT_EXAMPLE = '{"title": "...", "text": "..."}'
 _TOOL_EXAMPLE = '{"type": "function", "function": {"name": "f", "parameters": {...}}}'
 
 
@@ -49,24 +51,30 @@ def tool_schemas(value: Any, name: str, where: str) -> list[dict[str, Any]] | No
     if value is None or value == "":
         return None
     tools = []
-    for number, tool in enumerate(_objects(value, name, where, example=_TOOL_EXAMPLE), 1):
+    given = _objects(value, name, where, example=_TOOL_EXAMPLE)
+    for number, tool in enumerate(given, 1):
         place = f"{where}, tool {number}"
-        function = parse_json(tool.get("function", tool), "function", place)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            # Servers have tools of their own, such as {"type": "web_search"}.
-            raise ValueError(
-                f"{place} of {name}: has no function with a name; give {_TOOL_EXAMPLE}"
-            )
-        function = dict(function)
-        # Arguments of many kinds do not fit into one Arrow column, so people store them as text.
-        if isinstance(function.get("parameters"), str):
-            function["parameters"] = parse_json(function["parameters"], "parameters", place)
-        if "function" not in tool:
-            function.pop("type", None)
-            tools.append({"type": "function", "function": function})
-        else:
-            tools.append({"type": "function", **tool, "function": function})
+        tools.append(_tool_schema(tool, name, place))
     return tools or None
+
+
+def _tool_schema(tool: dict[str, Any], name: str, place: str) -> dict[str, Any]:
+    """A tool with its type and its function, whose parameters are an object."""
+    nested = "function" in tool
+    function = parse_json(tool.get("function", tool), "function", place)
+    if not _has_name(function):
+        # Servers have tools of their own, such as {"type": "web_search"}.
+        raise ValueError(f"{place} of {name}: has no function with a name; give {_TOOL_EXAMPLE}")
+    function = dict(function)
+    # Arguments of many kinds do not fit into one Arrow column, so people store them as text.
+    parameters = function.get("parameters")
+    if isinstance(parameters, str):
+        function["parameters"] = parse_json(parameters, "parameters", place)
+    if nested:
+        # Further fields, such as `strict`, stay beside the function.
+        return {"type": "function", **tool, "function": function}
+    function.pop("type", None)
+    return {"type": "function", "function": function}
 
 
 def document_list(value: Any, name: str, where: str) -> list[dict[str, Any]] | None:
@@ -77,13 +85,15 @@ def document_list(value: Any, name: str, where: str) -> list[dict[str, Any]] | N
     """
     if value is None or value == "":
         return None
-    return _objects(value, name, where, example='{"title": "...", "text": "..."}') or None
+    documents = _objects(value, name, where, example=_DOCUMENT_EXAMPLE)
+    return documents or None
 
 
 def _tool_call(call: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    nested = "function" in call
-    function = parse_json(call["function"], "function", where) if nested else call
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    function = call
+    if "function" in call:
+        function = parse_json(call["function"], "function", where)
+    if not _has_name(function):
         raise ValueError(f"{where}: {name} has no function name; give {_CALL_EXAMPLE}")
     arguments = function.get("arguments", function.get("parameters"))
     if arguments is None or arguments == "":
@@ -97,10 +107,16 @@ def _tool_call(call: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     # An id or further fields of the call stay beside its function.
     others = {}
     for key, value in call.items():
-        if key not in ("function", "name", "arguments", "parameters") and value is not None:
-            others[key] = value
+        if key in _FIELDS_OF_CALL or value is None:
+            continue
+        others[key] = value
     called = {"name": function["name"], "arguments": arguments}
     return {**others, "type": "function", "function": called}
+
+
+def _has_name(function: Any) -> bool:
+    """Whether a value is the object of a function with a name."""
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _objects(value: Any, name: str, where: str, *, example: str) -> list[dict[str, Any]]:

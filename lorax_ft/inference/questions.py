@@ -35,10 +35,11 @@ def read_questions(file: Path, asked: Conversation) -> dict[str, Conversation]:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
     questions = {}
     # Not splitlines(), which also splits at form feeds and U+2028.
-    for number, line in enumerate(text.split("\n"), 1):
+    lines = text.split("\n")
+    is_json = file.suffix == ".jsonl"
+    for number, line in enumerate(lines, 1):
         if line.strip():
             place = f"{file}, line {number}"
-            is_json = file.suffix == ".jsonl"
             questions[place] = _conversation(line.strip(), asked, place, is_json=is_json)
     if not questions:
         raise ValueError(f"{file} contains no questions")
@@ -60,14 +61,23 @@ def _conversation(line: str, asked: Conversation, place: str, *, is_json: bool) 
     """Converts a line of a file."""
     fields = _fields(line, place, is_json=is_json)
     if fields is None:
-        return ask(asked, [{"role": "user", "content": line}])
-    if "messages" not in fields and isinstance(fields.get("question"), str):
-        return ask(asked, [{"role": "user", "content": fields["question"]}])
+        return _ask_text(asked, line)
+    question = fields.get("question")
+    if "messages" not in fields and isinstance(question, str):
+        return _ask_text(asked, question)
     messages = _messages(fields.get("messages"), place)
     conversation = ask(asked, messages)
-    if fields.get("tools") is None:
+    given_tools = fields.get("tools")
+    if given_tools is None:
         return conversation
-    return dataclasses.replace(conversation, tools=tool_schemas(fields["tools"], "tools", place))
+    tools = tool_schemas(given_tools, "tools", place)
+    return dataclasses.replace(conversation, tools=tools)
+
+
+def _ask_text(asked: Conversation, question: str) -> Conversation:
+    """The conversation `asked`, continued by a question of the user."""
+    message = {"role": "user", "content": question}
+    return ask(asked, [message])
 
 
 def _fields(line: str, place: str, *, is_json: bool) -> dict[str, Any] | None:
@@ -91,13 +101,15 @@ def _messages(value: Any, place: str) -> list[Message]:
     _check_objects(value, f"{place}: messages", "messages")
     messages = []
     for number, given in enumerate(value, 1):
+        where = f"{place}, message {number}"
         if not isinstance(given.get("role"), str):
-            raise ValueError(f"{place}, message {number}: role must be a text, such as user")
+            raise ValueError(f"{where}: role must be a text, such as user")
         message = {name: field for name, field in given.items() if field is not None}
+        # Templates expect a text beside tool calls.
         message.setdefault("content", "")
-        if "tool_calls" in message:
-            where = f"{place}, message {number}"
-            message["tool_calls"] = tool_calls_of(message["tool_calls"], "tool_calls", where)
+        calls = message.get("tool_calls")
+        if calls is not None:
+            message["tool_calls"] = tool_calls_of(calls, "tool_calls", where)
         messages.append(message)
     if messages[-1]["role"] == "assistant":
         raise ValueError(

@@ -13,7 +13,7 @@ where other families have `experts.3.gate_proj.weight` `[F, I]` and so on for ea
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,7 +22,8 @@ from lorax_ft.interop.lazy_tensor import Index, LazyTensor, Tensors
 
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """By the name of a stack, the projections whose columns alternate in it."""
-STACK = re.compile(rf"(.*\.experts)\.({'|'.join(STACKS)})(_bias)?")
+_ANY_STACK = "|".join(STACKS)
+STACK = re.compile(rf"(.*\.experts)\.({_ANY_STACK})(_bias)?")
 
 
 def split_experts(tensors: Tensors) -> dict[str, LazyTensor]:
@@ -36,20 +37,33 @@ def split_experts(tensors: Tensors) -> dict[str, LazyTensor]:
         experts, stack, bias = match.groups()
         projections = STACKS[stack]
         leaf = "bias" if bias else "weight"
+        count = tensor.shape[0]
         for first, projection in enumerate(projections):
             columns = slice(first, None, len(projections))
-            for i in range(tensor.shape[0]):
-                split[f"{experts}.{i}.{projection}.{leaf}"] = _single(tensor, i, columns)
+            for i in range(count):
+                name_of_one = f"{experts}.{i}.{projection}.{leaf}"
+                split[name_of_one] = _single(tensor, i, columns)
     return split
+
+
+def stack_of(projection: str) -> str | None:
+    """The name of the stack that holds a projection of experts; None: none does."""
+    for stack, members in STACKS.items():
+        if projection in members:
+            return stack
+    return None
 
 
 def _single(stack: LazyTensor, i: int, columns: slice) -> LazyTensor:
     """The columns of expert i, as `[out, in]` or, of a bias, `[out]`."""
     _, *ins, outs = stack.shape
     own_outs = len(range(outs)[columns])
-    whole = (slice(i, i + 1), *[slice(None)] * len(ins), columns)
+    expert = slice(i, i + 1)
+    all_ins = [slice(None)] * len(ins)  # a bias has no inputs
+    whole = (expert, *all_ins, columns)
 
     def read(index: Index) -> np.ndarray:
+        # The columns alternate in the file, so a matrix is read whole.
         matrix = stack.read(whole)[0]
         return matrix.T[index]
 
@@ -74,14 +88,23 @@ def joined_experts(
             yield from hf_tensors(path, leaf, names)
             continue
         waiting[path] = leaf
-        stack = next(stack for stack, members in STACKS.items() if projection in members)
+        stack = stack_of(projection)
+        if stack is None:
+            raise ValueError(f"{path}: no stack of experts holds {projection}")
         paths = [f"{experts}/{member}/{name}" for member in STACKS[stack]]
         if not waiting.keys() >= set(paths):  # gate waits for up
             continue
         parts = [waiting.pop(member) for member in paths]
         end = "_bias" if name == "bias" else ""
-        for logical, index in unstacked(experts.removesuffix("/experts"), leaf.shape):
-            columns = np.stack([part[index] for part in parts], axis=-1)
-            *leading, outs, count = columns.shape
-            tensor = columns.reshape(*leading, outs * count)
-            yield f"{hf_module(logical, names)}.experts.{stack}{end}", tensor
+        mlp = experts.removesuffix("/experts")
+        for logical, index in unstacked(mlp, leaf.shape):
+            matrices = [part[index] for part in parts]
+            module = hf_module(logical, names)
+            yield f"{module}.experts.{stack}{end}", _alternating(matrices)
+
+
+def _alternating(matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """Matrices `[..., O]` as one, whose columns are theirs in turn."""
+    columns = np.stack(matrices, axis=-1)  # [..., O, matrices]
+    *leading, outs, count = columns.shape
+    return columns.reshape(*leading, outs * count)

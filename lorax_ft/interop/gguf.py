@@ -39,7 +39,8 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
         parts = metadata.get("split.count", 1)
         if parts > 1:
             raise ValueError(f"is one of {parts} files; join them with llama-gguf-split --merge")
-        config = read_config(metadata, {tensor.name: tensor.data for tensor in reader.tensors})
+        data = {tensor.name: tensor.data for tensor in reader.tensors}
+        config = read_config(metadata, data)
         tokenizer = read_tokenizer(metadata)
     except KeyError as error:
         raise ValueError(f"{file} lacks {error} in its metadata") from error
@@ -78,11 +79,13 @@ def _lazy_tensors(
     """Yields a file's tensor under its Hugging Face name; for a stack of experts, one for each."""
     # gguf lists the dimensions with the fastest one first, numpy with the slowest.
     shape = tuple(map(int, tensor.shape[::-1]))
-    module = tensor.name.rpartition(".")[0].rpartition(".")[2]
+    path, _, _ = tensor.name.rpartition(".")
+    _, _, module = path.rpartition(".")
     modules = module_names(config)
     if module.endswith("_exps"):
         for expert in range(shape[0]):
             name = _hf_name(tensor.name, modules, names, expert=expert)
+            # No expert's rows are permuted, and none has an offset.
             data = tensor.data[expert]
             read_expert = functools.partial(_read, data, tensor.tensor_type, None, 0.0)
             yield name, LazyTensor(shape[1:], read_expert)
@@ -127,8 +130,10 @@ def _read(
 
     array = gguf.quants.dequantize(data, ggml_type)
     if heads is not None:
-        pairs = array.reshape(heads, -1, 2, *array.shape[1:])  # [H, C / 2, 2, ...]
-        array = pairs.swapaxes(1, 2).reshape(array.shape)
+        rows, *rest = array.shape
+        pairs = array.reshape(heads, -1, 2, *rest)  # [H, C / 2, 2, ...]
+        halves = pairs.swapaxes(1, 2)
+        array = halves.reshape(rows, *rest)
     if offset:
         return array[index] - np.float32(offset)
     return array[index]

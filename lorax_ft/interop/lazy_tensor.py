@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from lorax_ft.tree import Shape
+
 # safetensors' name -> NumPy dtype.
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 FLOATS_AND_BYTES = FLOATS | {"U8": np.uint8}
 
-Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 Read = Callable[[Index], np.ndarray]
 """Returns the slice of an array at an index, or all of it for (). It may be a view of a file."""

@@ -14,13 +14,18 @@ import numpy as np
 
 from lorax_ft.interop.lazy_tensor import Index, LazyTensor, Tensors
 
-BLOCKS, SCALES = "_blocks", "_scales"
+BLOCKS = "_blocks"
+SCALES = "_scales"
 BLOCK = 32  # values with one exponent
 BIAS = 127  # of the exponents
 POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-VALUES = np.array([*POSITIVE, *(-value for value in POSITIVE)], np.float32)
+# The highest of a code's four bits is its sign.
+NEGATIVE = tuple(-value for value in POSITIVE)
+VALUES = np.array(POSITIVE + NEGATIVE, np.float32)
 BYTES = np.arange(256)
-PAIRS = np.stack([VALUES[BYTES & 0x0F], VALUES[BYTES >> 4]], axis=-1)
+LOWER = BYTES & 0x0F
+UPPER = BYTES >> 4
+PAIRS = np.stack([VALUES[LOWER], VALUES[UPPER]], axis=-1)
 """The two values of a byte of codes, `[256, 2]`."""
 with np.errstate(over="ignore"):  # the last is infinite; the format calls it no number
     POWERS = np.ldexp(np.float32(1), BYTES - BIAS)
@@ -44,7 +49,8 @@ def assemble_mxfp4(tensors: Tensors, *, source: str) -> dict[str, LazyTensor]:
         if scales is None:
             raise ValueError(f"{source}: {name} lacks its {weight}{SCALES}")
         blocks = assembled.pop(name)
-        if blocks.shape != (*scales.shape, BLOCK // 2) or len(scales.shape) != 3:
+        fitting = (*scales.shape, BLOCK // 2)
+        if blocks.shape != fitting or len(scales.shape) != 3:
             raise ValueError(
                 f"{source}: {name} has the shape {blocks.shape} and its scales {scales.shape}; "
                 f"expected (experts, out, in / {BLOCK}, {BLOCK // 2}) and (experts, out, "
@@ -60,17 +66,23 @@ def _dequantizing(blocks: LazyTensor, scales: LazyTensor) -> LazyTensor:
     shape = (experts, blocks_of_row * BLOCK, outs)
 
     def read(index: Index) -> np.ndarray:
-        all_of_it = slice(None)
-        of_experts, of_ins, of_outs = (*index, all_of_it, all_of_it, all_of_it)[:3]
+        # An index may name the first axes only.
+        unnamed = [slice(None)] * (3 - len(index))
+        of_experts, of_ins, of_outs = (*index, *unnamed)
+        # The stored axes are E, O, I: experts and outputs are sliced before they are dequantized.
         rows = (of_experts, of_outs)
-        values = dequantized(blocks.read(rows), scales.read(rows))  # [E, O, I]
-        return values[:, :, of_ins].swapaxes(1, 2)
+        values = dequantized(blocks.read(rows), scales.read(rows))
+        values = values[:, :, of_ins]
+        return values.swapaxes(1, 2)
 
     return LazyTensor(shape, read)
 
 
 def dequantized(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Float32 values `[..., I]` of blocks `[..., I / 32, 16]` and scales `[..., I / 32]`."""
-    values = PAIRS[blocks].reshape(*scales.shape, BLOCK)
-    values *= POWERS[scales][..., None]
-    return values.reshape(*scales.shape[:-1], -1)
+    pairs = PAIRS[blocks]  # [..., I / 32, 16, 2]
+    values = pairs.reshape(*scales.shape, BLOCK)
+    powers = POWERS[scales]
+    values *= powers[..., None]
+    *leading, _ = scales.shape
+    return values.reshape(*leading, -1)

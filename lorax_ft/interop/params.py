@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from lorax_ft.interop.huggingface import Names, hf_names
-from lorax_ft.interop.lazy_tensor import Index, LazyTensor, Read, Shape, Tensors
+from lorax_ft.interop.lazy_tensor import Index, LazyTensor, Read, Tensors
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import abstract_params
-from lorax_ft.tree import Tree, flatten, unflatten
+from lorax_ft.tree import Shape, Tree, flatten, unflatten
 
 Parts = Mapping[Shape, LazyTensor]
 """The tensors that a leaf stacks, by their index in the stack."""
@@ -56,10 +56,13 @@ def load_params(
 
     params = {}
     for path, leaf in abstract.items():
-        parts = {index: tensors[name] for name, index in stacked[path]}
-        views = parts
-        if path.endswith("/kernel"):
-            views = {index: _transposed(part) for index, part in parts.items()}
+        parts = {}
+        views = {}
+        for name, index in stacked[path]:
+            parts[index] = tensors[name]
+            views[index] = tensors[name]
+            if path.endswith("/kernel"):
+                views[index] = _transposed(tensors[name])
         read = functools.partial(_read_leaf, views, leaf.shape, config.dtype)
         params[path] = place(path, leaf.shape, read, parts)
     return unflatten(params)
@@ -129,12 +132,15 @@ def _transposed(tensor: LazyTensor) -> LazyTensor:
 
 def _read_leaf(parts: Parts, shape: Shape, dtype: str, index: Index) -> np.ndarray:
     """Reads the slice `index` of a leaf `[*stack, in, out]` that stacks `parts`."""
-    n_stack = len(next(iter(parts)))
+    some_place = next(iter(parts))
+    n_stack = len(some_place)
     matrix = index[n_stack:]
+    # The places along each axis that the slice covers.
     ranges = []
     for size, part in zip(shape, index, strict=True):
         ranges.append(range(size)[part])
-    leaf = _aligned_empty([len(r) for r in ranges], np.dtype(dtype))
+    leaf_shape = [len(places) for places in ranges]
+    leaf = _aligned_empty(leaf_shape, np.dtype(dtype))
     # Where the matrices of the slice go in `leaf`, and where they are in the whole stack.
     targets = np.ndindex(*leaf.shape[:n_stack])
     sources = itertools.product(*ranges[:n_stack])
@@ -152,6 +158,7 @@ def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """An uninitialized array that JAX can use on a CPU without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
+    # Bytes to the next address that is a multiple.
     start = -raw.ctypes.data % ALIGNMENT
     end = start + size
     aligned = raw[start:end]

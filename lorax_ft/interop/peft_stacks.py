@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax_ft.interop.expert_stacks import STACKS
+from lorax_ft.interop.expert_stacks import STACKS, stack_of
 from lorax_ft.interop.peft_methods import Matrix
 
 Experts = dict[int, dict[str, Matrix]]
@@ -31,9 +31,10 @@ def without_experts(adapters: Mapping[str, Matrix]) -> tuple[dict[str, Matrix], 
             others[path] = matrix
             continue
         number, _, projection = rest.partition("/")
-        stack = next(stack for stack, members in STACKS.items() if projection in members)
-        by_expert = stacks.setdefault(f"{experts}/experts/{stack}", {})
-        by_expert.setdefault(int(number), {})[projection] = matrix
+        stack = f"{experts}/experts/{stack_of(projection)}"
+        by_expert = stacks.setdefault(stack, {})
+        by_projection = by_expert.setdefault(int(number), {})
+        by_projection[projection] = matrix
     return others, stacks
 
 
@@ -47,18 +48,25 @@ def stacked(path: str, experts: Experts, count: int) -> Matrix:
       experts: its adapters.
       count: E.
     """
-    projections = STACKS[path.rpartition("/")[2]]
-    some = next(iter(next(iter(experts.values())).values()))
-    scale = some["lora_scale"]
-    shares_a = all(_same_a(list(members.values())) for members in experts.values())
-    joined = {i: _joined(experts[i], projections, scale, shares_a=shares_a) for i in experts}
-    rank = max(a.shape[1] for a, _ in joined.values())
-    ins, outs = next((a.shape[0], b.shape[1]) for a, b in joined.values())
+    _, _, stack = path.rpartition("/")
+    projections = STACKS[stack]
+    scale = _any_matrix(experts)["lora_scale"]
+    shares_a = all(_same_a(members) for members in experts.values())
+    joined = {}
+    rank = 0
+    for i, members in experts.items():
+        a, b = _joined(members, projections, scale, shares_a=shares_a)
+        joined[i] = (a, b)
+        rank = max(rank, len(b))
+        ins = len(a)
+        outs = b.shape[1]
+    # Experts without an adapter, and ranks that an expert lacks, stay 0.
     stacked_a = np.zeros((count, rank, ins), np.float32)
     stacked_b = np.zeros((count, outs, rank), np.float32)
     for i, (a, b) in joined.items():
-        stacked_a[i, : a.shape[1]] = a.T
-        stacked_b[i, :, : b.shape[0]] = b.T
+        own_rank = len(b)
+        stacked_a[i, :own_rank] = a.T
+        stacked_b[i, :, :own_rank] = b.T
     return {"lora_a": stacked_a, "lora_b": stacked_b, "lora_scale": scale}
 
 
@@ -75,9 +83,13 @@ def wrappers(parameters: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         module, _, stack = name.rpartition(".")
-        later = order[order.index(stack) + 1 :]
-        outside = [other for other in later if f"{module}.{other}" in names]
-        found[name] = module + ".base_layer" * len(outside)
+        place = order.index(stack)
+        # Each wrapper outside has the ones inside it as its base layer.
+        holder = module
+        for later in order[place + 1 :]:
+            if f"{module}.{later}" in names:
+                holder += ".base_layer"
+        found[name] = holder
     return found
 
 
@@ -85,12 +97,19 @@ def target_parameters(config: dict[str, Any], parameters: Set[str]) -> dict[str,
     """An adapter_config.json whose targets are told apart by what they are, module or parameter."""
     if not parameters:
         return config
-    names = {name.rpartition(".")[2] for name in parameters} | set(parameters)
-    targets = config["target_modules"]
-    return config | {
-        "target_modules": [target for target in targets if target not in names],
-        "target_parameters": [target for target in targets if target in names],
-    }
+    # A target is a full name or the last part of one.
+    names = set(parameters)
+    for parameter in parameters:
+        _, _, last = parameter.rpartition(".")
+        names.add(last)
+    of_modules = []
+    of_parameters = []
+    for target in config["target_modules"]:
+        if target in names:
+            of_parameters.append(target)
+        else:
+            of_modules.append(target)
+    return config | {"target_modules": of_modules, "target_parameters": of_parameters}
 
 
 def every_stack(modules: Iterable[str]) -> list[str]:
@@ -99,16 +118,16 @@ def every_stack(modules: Iterable[str]) -> list[str]:
     >>> every_stack(["mlp.experts.0.gate_proj", "mlp.experts.1.gate_proj", "norm"])
     ['mlp.experts.gate_up_proj', 'norm.weight']
     """
-    found = {}
+    found = []
     for module in modules:
         experts, inside, rest = module.partition(".experts.")
         name = f"{module}.weight"
         if inside:
-            projection = rest.rpartition(".")[2]
-            stack = next((s for s, members in STACKS.items() if projection in members), None)
-            name = f"{experts}.experts.{stack}"
-        found[name] = True
-    return list(found)
+            _, _, projection = rest.rpartition(".")
+            name = f"{experts}.experts.{stack_of(projection)}"
+        found.append(name)
+    # The modules of all experts give the same name; a dict keeps the order.
+    return list(dict.fromkeys(found))
 
 
 def one_expert(stack: Matrix) -> Matrix:
@@ -122,18 +141,27 @@ def one_expert(stack: Matrix) -> Matrix:
 
 def stack_tensors(matrix: Matrix) -> dict[str, np.ndarray]:
     """A `[E·R, I]` and B `[O, R·E]`, as PEFT has them."""
-    a, b = matrix["lora_a"], matrix["lora_b"]
+    a = matrix["lora_a"]  # [E, R, I]
+    b = matrix["lora_b"]  # [E, O, R]
+    _, _, ins = a.shape
+    _, outs, _ = b.shape
     b = b.transpose(1, 2, 0)  # [O, R, E]
     return {
-        "lora_A.weight": a.reshape(-1, a.shape[-1]),
-        "lora_B.weight": b.reshape(b.shape[0], -1),
+        "lora_A.weight": a.reshape(-1, ins),
+        "lora_B.weight": b.reshape(outs, -1),
     }
 
 
-def _same_a(matrices: list[Matrix]) -> bool:
+def _any_matrix(experts: Experts) -> Matrix:
+    """The adapter of the first projection of the first expert that has any."""
+    by_projection = next(iter(experts.values()))
+    return next(iter(by_projection.values()))
+
+
+def _same_a(members: Mapping[str, Matrix]) -> bool:
     """Whether the projections of an expert have one A, as those that PEFT trained do."""
-    first = matrices[0]["lora_a"]
-    return all(np.array_equal(first, matrix["lora_a"]) for matrix in matrices)
+    first, *others = [matrix["lora_a"] for matrix in members.values()]
+    return all(np.array_equal(first, other) for other in others)
 
 
 def _joined(
@@ -145,15 +173,22 @@ def _joined(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A `[I, R]` and B `[R, O]` of an expert's projections together."""
     factors_a = [matrix["lora_a"] for matrix in members.values()]
-    a = factors_a[0] if shares_a else np.concatenate(factors_a, axis=1)
+    a = factors_a[0]
+    if not shares_a:
+        # The ranks of the projections stand side by side.
+        a = np.concatenate(factors_a, axis=1)
+    _, rank = a.shape
     some = next(iter(members.values()))
-    outs = some["lora_b"].shape[1]
-    b = np.zeros((a.shape[1], outs, len(projections)), np.float32)
+    _, outs = some["lora_b"].shape
+    # The columns of the projections alternate, as in the stack.
+    b = np.zeros((rank, outs, len(projections)), np.float32)
     row = 0
     for projection, matrix in members.items():
-        own = matrix["lora_b"] * (matrix["lora_scale"] / scale)
+        own_scale = matrix["lora_scale"] / scale
+        own = matrix["lora_b"] * own_scale
         end = row + len(own)
-        b[row:end, :, projections.index(projection)] = own
+        column = projections.index(projection)
+        b[row:end, :, column] = own
         if not shares_a:
             row = end
-    return a, b.reshape(len(b), -1)
+    return a, b.reshape(rank, -1)

@@ -24,7 +24,7 @@ from lorax_ft.interop.huggingface import LEAVES, decoder_config
 from lorax_ft.interop.save_gguf_tokenizer import tokenizer_metadata
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.lowrank.merge import merged_leaves
-from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.model import Model
 from lorax_ft.models.rope import Rope
 from lorax_ft.tree import Tree
@@ -54,15 +54,18 @@ def save_gguf(
     """
     import gguf
 
-    given, file = file, Path(file).resolve()  # a link stays, and its target is replaced
+    given = file
+    file = Path(file).resolve()  # a link stays, and its target is replaced
     if model.source and file == Path(model.source).resolve():
         raise ValueError(f"{given} is where the model was loaded from; give another file")
     _check_block_size(model.config, kind)
     metadata, factors = _metadata(model)
     metadata |= tokenizer_metadata(model, metadata)
+    architecture = metadata.pop("general.architecture")
     with scratch_beside(file, given=given) as scratch:
         new = scratch / file.name
-        writer = gguf.GGUFWriter(new, metadata.pop("general.architecture"), use_temp_file=True)
+        # The tensors wait in a temporary file, not in memory.
+        writer = gguf.GGUFWriter(new, architecture, use_temp_file=True)
         writer.add_name(model.source or "lorax_ft")
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
         for key, value in metadata.items():
@@ -79,7 +82,8 @@ def save_gguf(
 
 def _check_block_size(config: DecoderConfig, kind: str) -> None:
     """Raises if the rows of a matrix are not whole blocks; Q8_0 has one scale for 32 values."""
-    row_sizes = (config.width, config.mlp_width, config.heads * config.head_dim)
+    attention_width = config.heads * config.head_dim
+    row_sizes = (config.width, config.mlp_width, attention_width)
     if kind == "Q8_0" and any(size % 32 for size in row_sizes):
         raise ValueError(
             f"Q8_0 needs matrix rows of a multiple of 32 values, but this model has {row_sizes}; "
@@ -101,12 +105,14 @@ def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"{source} ({model_type}) cannot be written as GGUF; supported: {supported}; "
             "write a folder instead (--target hf), which llama.cpp's own converter reads"
         )
-    architecture = ARCHITECTURES[ARCHITECTURE_OF[model_type]]
+    key_of_ours = ARCHITECTURE_OF[model_type]
     # " with experts" is this library's addition; llama.cpp's name ends before it.
-    name, _, _ = ARCHITECTURE_OF[model_type].partition(" ")
-    keys, factors = _keys(model, architecture)
+    name, _, _ = key_of_ours.partition(" ")
+    keys, factors = _keys(model, ARCHITECTURES[key_of_ours])
     metadata = {"general.architecture": name}
-    metadata |= {f"{name}.{key}": value for key, value in keys.items()}
+    for key, value in keys.items():
+        metadata[f"{name}.{key}"] = value
+    # What is read back must be the same decoder, so that no property is lost without a word.
     tensors = factors | _stand_ins(model.config)
     again = decoder_config(read_config(metadata, tensors), source=source)
     lost = _difference(model.config, again)
@@ -126,9 +132,11 @@ def _keys(model: Model, architecture: Architecture) -> tuple[dict[str, Any], dic
     config = model.config
     # transformers' class supplies the defaults that config.json leaves out.
     hf_class = import_transformers().CONFIG_MAPPING[model.hf_config["model_type"]]
+    # `from_dict` may change the dicts that it is given.
     hf = hf_class.from_dict(copy.deepcopy(dict(model.hf_config)))
     keys: dict[str, Any] = {}
-    for key, (field, type_) in {**FIELDS, **architecture.fields}.items():
+    fields = {**FIELDS, **architecture.fields}
+    for key, (field, type_) in fields.items():
         value = getattr(hf, field, None)
         if value is not None:
             keys[key] = type_(value)
@@ -138,6 +146,7 @@ def _keys(model: Model, architecture: Architecture) -> tuple[dict[str, Any], dic
     # GGUF has one rotary embedding for all layers, except for Gemma 3's base in layers with a
     # window; `_metadata` refuses the models for which that is not enough.
     ropes = {kind.window: kind.rope for kind in config.layer_types if kind.rope}
+    # Of the layers without a window, where there are some.
     main_rope = ropes.get(None) or next(iter(ropes.values()))
     rope_keys, factors = write_rope(main_rope)
     keys |= rope_keys
@@ -149,11 +158,13 @@ def _keys(model: Model, architecture: Architecture) -> tuple[dict[str, Any], dic
 
 def _stand_ins(config: DecoderConfig) -> dict[str, Any]:
     """Returns placeholders for those tensors whose presence or shape `read_config` looks at."""
-    tensors: dict[str, Any] = {"token_embd.weight": SimpleNamespace(shape=(config.vocab_size,))}
+    table = SimpleNamespace(shape=(config.vocab_size,))
+    tensors: dict[str, Any] = {"token_embd.weight": table}
     if not config.tied:
         tensors["output.weight"] = None
     for name, path in module_names(config).items():
-        if path.rpartition("/")[2] in config.biases:
+        _, _, module = path.rpartition("/")
+        if module in config.biases:
             tensors[f"blk.0.{name}.bias"] = None
     return tensors
 
@@ -162,25 +173,30 @@ def _difference(ours: DecoderConfig, again: DecoderConfig) -> str | None:
     """Returns the first field in which two decoders differ, or None."""
     for field in dataclasses.fields(DecoderConfig):
         name = field.name
+        if name in COMPUTING:
+            continue
         if name == "layer_types":
-            if not _same_layers(ours, again):
-                return name
-        elif name not in COMPUTING and getattr(ours, name) != getattr(again, name):
+            same = _same_layers(ours, again)
+        else:
+            same = getattr(ours, name) == getattr(again, name)
+        if not same:
             return name
     return None
 
 
 def _same_layers(ours: DecoderConfig, again: DecoderConfig) -> bool:
     """Whether all layers of two decoders have the same window and rotary embedding."""
-    layers = []
-    for config in (ours, again):
-        # One entry may stand for all layers.
-        repeats = config.layers if len(config.layer_types) == 1 else 1
-        layers.append(config.layer_types * repeats)
-    for a, b in zip(*layers, strict=True):
+    for a, b in zip(_every_layer(ours), _every_layer(again), strict=True):
         if a.window != b.window or not _same_rope(a.rope, b.rope):
             return False
     return True
+
+
+def _every_layer(config: DecoderConfig) -> tuple[LayerType, ...]:
+    """The type of each layer; in a config, one entry may stand for all of them."""
+    if len(config.layer_types) == 1:
+        return config.layer_types * config.layers
+    return config.layer_types
 
 
 def _same_rope(a: Rope | None, b: Rope | None) -> bool:
@@ -189,13 +205,16 @@ def _same_rope(a: Rope | None, b: Rope | None) -> bool:
     Files store llama3 as the divisors that follow from its parameters, and reading them may give
     longrope with these divisors. So these two are compared by what they compute.
     """
-    if a is None or b is None or not {a.scaling, b.scaling} <= {"llama3", "longrope"}:
+    if a is None or b is None:
+        return a == b
+    if not {a.scaling, b.scaling} <= {"llama3", "longrope"}:
         return a == b
     if (a.dims, a.theta, a.magnitude) != (b.dims, b.theta, b.magnitude):
         return False
     # longrope has one set of divisors for short texts and another for long ones.
     for position in (0, FAR):
-        first, second = divisors(a, position=position), divisors(b, position=position)
+        first = divisors(a, position=position)
+        second = divisors(b, position=position)
         if not np.allclose(first, second, rtol=1e-4):
             return False
     return True
@@ -223,7 +242,8 @@ def _add_tensors(writer: Any, params: Tree, model: Model, kind: str) -> None:
     import gguf
 
     matrix_type = gguf.GGMLQuantizationType[kind]
-    supported = gguf.MODEL_TENSORS[gguf.MODEL_ARCH[writer.arch.upper().replace("-", "_")]]
+    enum_name = writer.arch.upper().replace("-", "_")
+    supported = gguf.MODEL_TENSORS[gguf.MODEL_ARCH[enum_name]]
     for name, value in _tensors(params, model):
         if name == "output.weight" and gguf.MODEL_TENSOR.OUTPUT not in supported:
             raise ValueError(
@@ -243,12 +263,15 @@ def _tensors(params: Tree, model: Model) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors under llama.cpp's names and with its order of rows, in float32."""
     config = model.config
     names = {path: name for name, path in module_names(config).items()}
+    architecture = ARCHITECTURES[ARCHITECTURE_OF[model.hf_config["model_type"]]]
     permuted_heads = {}
-    if ARCHITECTURES[ARCHITECTURE_OF[model.hf_config["model_type"]]].interleaved:
+    if architecture.interleaved:
         permuted_heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
     for path, leaf in merged_leaves(params, layout=model.layout):
         module, _, leaf_name = path.removeprefix("layers/").rpartition("/")
+        # Some leaves have names of their own, such as the sinks of attention.
         name = names.get(f"{module}/{leaf_name}") or names[module]
+        suffix = LEAVES.get(leaf_name, "weight")
         array = np.asarray(leaf)
         blocks = {"": array}
         if path.startswith("layers/"):
@@ -262,10 +285,12 @@ def _tensors(params: Tree, model: Model) -> Iterator[tuple[str, np.ndarray]]:
             # Gemma multiplies by 1 + scale; llama.cpp's files hold the sum.
             if name.endswith("norm"):
                 value = value + np.float32(config.norm_offset)
-            yield f"{block}{name}.{LEAVES.get(leaf_name, 'weight')}", np.ascontiguousarray(value)
+            yield f"{block}{name}.{suffix}", np.ascontiguousarray(value)
 
 
 def _interleave(value: np.ndarray, heads: int) -> np.ndarray:
     """Permutes rows from Hugging Face's half-split rotary order to interleaved pairs."""
-    halves = value.reshape(heads, 2, -1, *value.shape[1:])  # [H, 2, C / 2, ...]
-    return halves.swapaxes(1, 2).reshape(value.shape)
+    _, *rest = value.shape
+    halves = value.reshape(heads, 2, -1, *rest)  # [H, 2, C / 2, ...]
+    pairs = halves.swapaxes(1, 2)
+    return pairs.reshape(value.shape)

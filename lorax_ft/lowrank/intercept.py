@@ -20,7 +20,7 @@ from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.spec import LayerSpec, Module, as_canonical
 from lorax_ft.lowrank.terms import bias, check_layer, is_adapted, magnitude
 from lorax_ft.quant.kernels import Quantized, dense
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Shape
 
 Gather = Callable[[str, Quantized], Quantized]
 Run = Callable[[dict[str, Any], Any, Array], Array]
@@ -41,7 +41,7 @@ class Traced:
     """What a trace sees of a layer inside its scans."""
 
     spec: LayerSpec
-    shape: tuple[int, ...]
+    shape: Shape
     """The kernel's."""
     einsum: tuple[str, str, str] | None = None
     """The letters of the input, the kernel and the output."""
@@ -174,7 +174,7 @@ def _adapted_einsum(
     layer: Layer,
     x: Array,
     run: Run,
-    in_shape: tuple[int, ...],
+    in_shape: Shape,
 ) -> Array:
     """`linear` with output axes (rest, batch, out), put in the equation's order at the end."""
     assert traced.einsum is not None
@@ -241,7 +241,7 @@ def _run_module(
 
 def _trace_einsum(
     module: nn.Module,
-    shape: tuple[int, ...],
+    shape: Shape,
     args: Any,
     kwargs: Mapping[str, Any],
 ) -> Traced | None:

@@ -16,7 +16,7 @@ import jax
 from lorax_ft.lowrank import intercept
 from lorax_ft.lowrank.spec import LayerSpec
 from lorax_ft.schema import is_base
-from lorax_ft.tree import Layer, flatten, modules, unflatten, with_layer_numbers
+from lorax_ft.tree import Layer, Shape, Tree, flatten, modules, unflatten, with_layer_numbers
 
 Layout = dict[str, LayerSpec]
 Views = dict[str, list[dict[str, int]]]
@@ -45,13 +45,7 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
     >>> layout(model.apply, params, jax.numpy.ones((1, 2)))[""].module
     'dense'
     """
-    # Shapes are enough, and quantized kernels have them too.
-    leaves = flatten(nn.meta.unbox(params))
-    shapes = {}
-    for path, leaf in leaves.items():
-        if is_base(path):
-            shapes[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    base = unflatten(shapes)
+    base = _base_shapes(params)
     traced: dict[str, intercept.Traced] = {}
     attended: set[str] = set()
     views: Views = {}
@@ -68,9 +62,7 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
             # The table is an output head too, which an adapter on the lookup would not change.
             attended.add(path)
         if context.method_name == "__call__":
-            leaves = flatten(nn.meta.unbox(module.variables.get("params", {})))
-            view = {name: leaf.ndim for name, leaf in leaves.items()}
-            views.setdefault(path, []).append(view)
+            views.setdefault(path, []).append(_axes_in_view(module))
             if found := intercept.trace(module, args, kwargs):
                 traced[path] = found
         return next_fun(*args, **kwargs)
@@ -81,14 +73,31 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
 
     jax.eval_shape(run, base, *example)
     layers = modules(base)
-    return {
-        path: _stacked_spec(path, found, layers[path], views)
-        for path, found in traced.items()
-        if path not in attended
-    }
+    specs = {}
+    for path, found in traced.items():
+        if path not in attended:
+            specs[path] = _stacked_spec(path, found, layers[path], views)
+    return specs
 
 
-def logical_paths(path: str, spec: LayerSpec, shape: tuple[int, ...]) -> list[str]:
+def _base_shapes(params: Mapping[str, Any]) -> Tree:
+    """The shapes of the base's leaves; quantized kernels have those of the kernels."""
+    leaves = flatten(nn.meta.unbox(params))
+    shapes = {}
+    for path, leaf in leaves.items():
+        if is_base(path):
+            shapes[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return unflatten(shapes)
+
+
+def _axes_in_view(module: nn.Module) -> dict[str, int]:
+    """The number of axes of each leaf that a module sees while it is traced."""
+    params = module.variables.get("params", {})
+    leaves = flatten(nn.meta.unbox(params))
+    return {name: leaf.ndim for name, leaf in leaves.items()}
+
+
+def logical_paths(path: str, spec: LayerSpec, shape: Shape) -> list[str]:
     """The paths of a stack's matrices, `layers/3/mlp` for `layers/mlp`.
 
     A layer on its own has its own path, and experts share one.
@@ -102,12 +111,15 @@ def logical_paths(path: str, spec: LayerSpec, shape: tuple[int, ...]) -> list[st
     scans = len(spec.scanned)
     experts = math.prod(stack[scans:])
     paths = []
-    for index in itertools.product(*map(range, stack[:scans])):
+    indices_of_scans = [range(size) for size in stack[:scans]]
+    for index in itertools.product(*indices_of_scans):
         parts = path.split("/")
+        insertions = zip(spec.scanned, index, strict=True)
         # From the last, so that an insertion does not move the places of the others.
-        for place, i in sorted(zip(spec.scanned, index, strict=True), reverse=True):
+        for place, i in sorted(insertions, reverse=True):
             parts.insert(place, str(i))
-        paths += [with_layer_numbers("/".join(parts))] * experts
+        matrix = with_layer_numbers("/".join(parts))
+        paths += [matrix] * experts
     return paths
 
 
@@ -119,8 +131,9 @@ def _stacked_spec(
 ) -> LayerSpec:
     """The spec of the whole leaf, from that of the slice which the model sees inside its scans."""
     name = traced.spec.weight
-    shape, local = layer[name].shape, traced.shape
-    n = len(shape) - len(local)
+    shape = layer[name].shape
+    local = traced.shape
+    n = len(shape) - len(local)  # scans that contain the module
     if shape[n:] != local:
         raise ValueError(
             f"{path}: its kernel {shape} is seen as {local} inside the model; lift modules over "
@@ -128,6 +141,7 @@ def _stacked_spec(
         )
     scanned = []
     for scan in range(n):
+        # Each scan hides one axis of the leaf from what is inside it, the outermost first.
         axes_inside = len(shape) - 1 - scan
         scanned.append(_scan_place(path, name, axes_inside, views))
     return traced.spec.inside_scans(tuple(scanned))

@@ -21,7 +21,7 @@ from lorax_ft.lowrank.matrices import matrices_of, over_stack
 from lorax_ft.lowrank.terms import magnitude, terms_of
 from lorax_ft.lowrank.terms.term import Dot, Product, Term
 from lorax_ft.quant.kernels import dense
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Shape
 
 
 def linear(
@@ -30,7 +30,7 @@ def linear(
     dot: Dot,
     *,
     precision: lax.PrecisionLike = None,
-    in_shape: tuple[int, ...] | None = None,
+    in_shape: Shape | None = None,
 ) -> Array:
     """y = l ⊙ (b + (m / n) · (x W + s · x̃ A B)), with the terms whose leaves the layer has.
 

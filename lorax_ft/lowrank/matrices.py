@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from lorax_ft.quant.kernels import Quantized, matrices
 from lorax_ft.schema import leaf_schema
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Shape
 
 
 def matrices_of(layer: Layer) -> Layer:
@@ -29,7 +29,7 @@ def matrices_of(layer: Layer) -> Layer:
     kernel = layer["kernel"]
     n_stack, n_out = _axis_counts(layer)
     first_out = kernel.ndim - n_out
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: dict[str, Shape] = {
         "stack": kernel.shape[:n_stack],
         "in": kernel.shape[n_stack:first_out],
         "out": kernel.shape[first_out:],
@@ -42,7 +42,7 @@ def matrices_of(layer: Layer) -> Layer:
             flat[name] = matrices(leaf, stack=stack, rows=rows)
             continue
         shapes["rank"] = (_rank(name, leaf, n_stack),)
-        expected: tuple[int, ...] = ()
+        expected: Shape = ()
         flat_shape = []
         for axis in leaf_schema(name).axes:
             expected += shapes[axis]

@@ -35,7 +35,8 @@ def merge_adapters(params: Tree, *, layout: Layout) -> Tree:
     Raises:
       ValueError: factors do not fit their kernel, or leaves that belong together are missing.
     """
-    return unflatten(dict(merged_leaves(params, layout=layout)))
+    flat = dict(merged_leaves(params, layout=layout))
+    return unflatten(flat)
 
 
 def merged_leaves(
@@ -94,6 +95,7 @@ def merge_weighted(
     merged = {}
     for path, leaf in flat.items():
         if path in change:
+            # Rounded once, after all adapters were added.
             changed = dense(leaf, jnp.float32) + change[path]
             leaf = changed.astype(leaf.dtype)
         merged[path] = leaf
@@ -116,13 +118,16 @@ def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout) -> Tree:
     for path, layer in modules(params).items():
         if not is_adapted(layer):
             continue
-        if "kernel" not in layer or any(term.multiplies for term in terms_of(layer)):
+        terms = terms_of(layer)
+        multiplied = any(term.multiplies for term in terms)
+        if "kernel" not in layer or multiplied:
             raise ValueError(
                 f"{path}: the base cannot be recovered from the merged weights of DoRA, IA3, an "
                 "embedding or a tied head"
             )
+        # Merging the negative of what was added takes it away.
         inverse = layer | {"kernel": layers[path]["kernel"]}
-        for term in terms_of(layer):
+        for term in terms:
             for name in term.negated:
                 if name in layer:
                     inverse[name] = -layer[name]
@@ -139,7 +144,10 @@ def _merged(layer: Layer, spec: LayerSpec, dtype: Any) -> Layer:
         if BIAS in canonical:
             canonical[BIAS] = canonical[BIAS].astype(dtype)
     merged = merged_layer(canonical)
-    restored = {name: spec.restored(name, leaf) for name, leaf in merged.items()}
+    restored = {}
+    for name, leaf in merged.items():
+        restored[name] = spec.restored(name, leaf)
+    # The canonical layer calls an embedding's table "kernel" too.
     restored[spec.weight] = restored.pop("kernel")
     return restored
 
@@ -153,12 +161,15 @@ def _untied(params: Tree, layout: Layout, *, also: Sequence[Tree] = ()) -> dict[
       also: trees whose adapters, or own kernels of heads, count as well.
     """
     layers = modules(params)
-    trees = [layers, *map(modules, also)]
+    trees = [layers]
+    for tree in also:
+        trees.append(modules(tree))
     for path, spec in layout.items():
         layer = layers.get(path, {})
         if spec.tied_to is None or spec.weight in layer:
             continue
         if any(_differs_from_table(tree, path, spec) for tree in trees):
+            # A copy of the table, to which the head's adapter is then added.
             kernel = base_kernel(layers, path, spec)
             layers[path] = layer | {spec.weight: kernel}
     return layers
@@ -183,7 +194,8 @@ def _with_heads(
     merged = dict(merged_leaves(params, layout=layout, dtype=jnp.float32))
     for path, spec in layout.items():
         own = join(path, spec.weight)
-        untied_in_base = spec.tied_to is not None and spec.weight in base.get(path, {})
+        base_layer = base.get(path, {})
+        untied_in_base = spec.tied_to is not None and spec.weight in base_layer
         if untied_in_base and own not in merged:
             layers = modules(unflatten(merged))
             kernel = base_kernel(layers, path, spec)

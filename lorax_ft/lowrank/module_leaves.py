@@ -25,10 +25,10 @@ from lorax_ft.lowrank.requantize import Original, Quantize, requantized
 from lorax_ft.lowrank.spec import LayerSpec, as_canonical
 from lorax_ft.lowrank.terms import TERMS, kept_start, low_rank, planned_leaves
 from lorax_ft.quant.kernels import Quantized, matrices
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Shape
 
 
-def leaf_shapes(plan: Plan, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def leaf_shapes(plan: Plan, kernel: Shape) -> dict[str, Shape]:
     """The shapes, in canonical order, of the leaves that a module with this plan gets.
 
     Args:

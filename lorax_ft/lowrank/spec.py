@@ -11,10 +11,13 @@ from jax import Array
 
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import leaf_schema
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Shape
 
 Module = Literal["dense", "general", "einsum", "conv", "embed"]
-KERNEL, EMBEDDING, BIAS = "kernel", "embedding", "bias"
+Axes = tuple[int, ...]
+KERNEL = "kernel"
+EMBEDDING = "embedding"
+BIAS = "bias"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,11 +26,11 @@ class LayerSpec:
 
     module: Module
     """The linen module: Dense, DenseGeneral, Einsum, Conv or Embed."""
-    stack: tuple[int, ...]
+    stack: Axes
     """Axes that count layers of a scan, then experts."""
-    ins: tuple[int, ...]
+    ins: Axes
     """Axes that are contracted with the input."""
-    outs: tuple[int, ...]
+    outs: Axes
     """Axes of the output."""
     experts: int = 0
     """How many of the stack axes count experts."""
@@ -38,7 +41,7 @@ class LayerSpec:
     tied_to: str | None = None
     """The path of the embedding whose table, transposed, is this layer's kernel, where it has none
     of its own."""
-    bias_axes: tuple[int, ...] | None = None
+    bias_axes: Axes | None = None
     """For each axis of the bias, the kernel's axis of the same meaning; None: stack, then out."""
 
     @property
@@ -66,7 +69,8 @@ class LayerSpec:
         if isinstance(leaf, Quantized) or axes is None:
             return leaf
         stored, canonical = axes
-        return leaf.transpose([stored.index(axis) for axis in canonical])
+        order = _places(canonical, among=stored)
+        return leaf.transpose(order)
 
     def restored(self, name: str, leaf: Any) -> Any:
         """The inverse of `canonical`."""
@@ -74,22 +78,23 @@ class LayerSpec:
         if isinstance(leaf, Quantized) or axes is None:
             return leaf
         stored, canonical = axes
-        return leaf.transpose([canonical.index(axis) for axis in stored])
+        order = _places(stored, among=canonical)
+        return leaf.transpose(order)
 
-    def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
+    def sizes(self, shape: Shape) -> tuple[Shape, int, int]:
         """The stack's shape, and the rows and columns of each matrix, of a kernel of `shape`."""
         stack = _picked(shape, self.stack)
         rows = math.prod(_picked(shape, self.ins))
         columns = math.prod(_picked(shape, self.outs))
         return stack, rows, columns
 
-    def leaf_shape(self, name: str, kernel: tuple[int, ...], *, rank: int) -> tuple[int, ...]:
+    def leaf_shape(self, name: str, kernel: Shape, *, rank: int) -> Shape:
         """The shape, in canonical order, of a leaf beside a kernel whose own shape is `kernel`."""
         axes = self.stack + self.ins + self.outs
         canonical = _picked(kernel, axes)
         return self.canonical_shape(name, canonical, rank=rank)
 
-    def canonical_shape(self, name: str, kernel: tuple[int, ...], *, rank: int) -> tuple[int, ...]:
+    def canonical_shape(self, name: str, kernel: Shape, *, rank: int) -> Shape:
         """The same beside a kernel whose shape is given in canonical order."""
         first_in = len(self.stack)
         first_out = first_in + len(self.ins)
@@ -99,39 +104,42 @@ class LayerSpec:
             "out": kernel[first_out:],
             "rank": (rank,),
         }
-        shape: tuple[int, ...] = ()
+        shape: Shape = ()
         for axis in leaf_schema(name).axes:
             shape += sizes[axis]
         return shape
 
-    def stored_shape(self, name: str, canonical: tuple[int, ...]) -> tuple[int, ...]:
+    def stored_shape(self, name: str, canonical: Shape) -> Shape:
         """The shape that `restored` gives to a leaf of this canonical shape."""
         axes = self._stored_axes(name)
         if axes is None:
             return canonical
-        stored, order = axes
-        return tuple(canonical[order.index(axis)] for axis in stored)
+        stored, canonical_axes = axes
+        order = _places(stored, among=canonical_axes)
+        return _picked(canonical, order)
 
     def inside_scans(self, scanned: tuple[int, ...]) -> LayerSpec:
         """The spec of the stacked kernel; `self` is that of the slice that the scans see."""
         n = len(scanned)
+        # Each scan stacks its slices along a new first axis.
+        scans = tuple(range(n))
 
-        def behind_scans(axes: tuple[int, ...]) -> tuple[int, ...]:
+        def behind_scans(axes: Axes) -> Axes:
             return tuple(n + axis for axis in axes)
 
         bias_axes = None
         if self.bias_axes is not None:
-            bias_axes = (*range(n), *behind_scans(self.bias_axes))
+            bias_axes = scans + behind_scans(self.bias_axes)
         return dataclasses.replace(
             self,
-            stack=(*range(n), *behind_scans(self.stack)),
+            stack=scans + behind_scans(self.stack),
             ins=behind_scans(self.ins),
             outs=behind_scans(self.outs),
             bias_axes=bias_axes,
             scanned=scanned,
         )
 
-    def _stored_axes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    def _stored_axes(self, name: str) -> tuple[Axes, Axes] | None:
         """The kernel's axes that a leaf's stand for, as they are stored and in canonical order.
 
         None for a leaf that is stored in canonical order.
@@ -141,9 +149,10 @@ class LayerSpec:
         if not _keeps_kernel_order(name):
             return None
         canonical = self._kernel_axes(name)
-        return tuple(sorted(canonical)), canonical
+        stored = tuple(sorted(canonical))
+        return stored, canonical
 
-    def _kernel_axes(self, name: str) -> tuple[int, ...]:
+    def _kernel_axes(self, name: str) -> Axes:
         """For each axis of the leaf, the axis of the kernel whose place it takes.
 
         The rank takes the place of the first of the axes that it replaces.
@@ -152,20 +161,29 @@ class LayerSpec:
         ins = self.ins
         outs = self.outs
         if "in" not in axes:
+            # Such as B: its rank stands where the first input axis does.
             ins = ins[:1]
         if "out" not in axes:
+            # Such as A.
             outs = outs[:1]
         return self.stack + ins + outs
 
 
-def _picked(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+def _picked(shape: Shape, axes: Axes) -> Shape:
     """The sizes of some axes of a shape."""
     return tuple(shape[axis] for axis in axes)
 
 
+def _places(axes: Axes, *, among: Axes) -> Axes:
+    """The places that some axes have in another order of the same axes."""
+    return tuple(among.index(axis) for axis in axes)
+
+
 def _keeps_kernel_order(name: str) -> bool:
     """Whether the axes of a leaf follow its kernel's order: those of matrices do."""
-    return len(leaf_schema(name).axes) == 3
+    axes = leaf_schema(name).axes
+    # A matrix has stack, in or rank, and out or rank; a vector lacks one of them.
+    return len(axes) == 3
 
 
 def as_canonical(layer: Layer, spec: LayerSpec) -> Layer:
@@ -200,11 +218,12 @@ def base_kernel(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> Arra
     return table.T
 
 
-def base_shape(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> tuple[int, ...]:
+def base_shape(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> Shape:
     """The shape of `base_kernel`, also where `layers` hold shapes only."""
     layer = layers.get(path, {})
     if spec.weight not in layer and spec.tied_to is not None:
         table = layers[spec.tied_to][EMBEDDING]
+        # The head's kernel is the table transposed.
         return table.shape[::-1]
     return layer[spec.weight].shape
 

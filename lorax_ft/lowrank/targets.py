@@ -20,7 +20,7 @@ from lorax_ft.lowrank.plan import Plan, Start
 from lorax_ft.lowrank.spec import LayerSpec, base_shape
 from lorax_ft.lowrank.terms import planned_leaves
 from lorax_ft.schema import init_schema, leaf_schema
-from lorax_ft.tree import Layer, Tree, modules
+from lorax_ft.tree import Layer, Shape, Tree, modules
 
 
 def plan_adapters(
@@ -72,7 +72,7 @@ def _plan(
     spec: LayerSpec,
     paths: list[str],
     ranks: np.ndarray,
-    shape: tuple[int, ...],
+    shape: Shape,
     start: Start,
 ) -> Plan:
     """The plan of one module, of whose matrices some have ranks above 0."""

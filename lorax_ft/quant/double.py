@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_ft.tree import Shape
+
 BLOCK = 256
 
 
@@ -74,7 +76,7 @@ class DoubleQuantized:
     offset: Array
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """The shape of the absmax values."""
         return self.codes.shape
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_ft.tree import Shape
+
 LARGEST = 127
 
 
@@ -31,7 +33,7 @@ class Int8:
     dtype: str = dataclasses.field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """The kernel's shape."""
         return self.codes.shape
 

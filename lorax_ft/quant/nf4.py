@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 
 from lorax_ft.quant.double import DoubleQuantized
+from lorax_ft.tree import Shape
 
 BLOCK = 64
 # Quantiles of a normal distribution, scaled to [−1, 1], with an exact 0.
@@ -67,7 +68,7 @@ class NF4:
     dtype: str = dataclasses.field(metadata=STATIC)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """The kernel's shape."""
         stack = self.codes.shape[:-2]
         return (*stack, *self.ins, *self.outs)

@@ -13,12 +13,13 @@ import numpy as np
 from jax import Array
 
 from lorax_ft.quant.kernels import Quantized
+from lorax_ft.tree import Shape
 
 
 def streamed(
     matrix: Callable[[tuple[int, ...]], Quantized],
     *,
-    stack: tuple[int, ...],
+    stack: Shape,
     like: Quantized,
     on: Quantized,
 ) -> Quantized:
@@ -58,7 +59,7 @@ def streamed(
     return jax.tree.unflatten(treedef, arrays)
 
 
-def _with_stack_axes(shard: Array, stack: tuple[int, ...]) -> Array:
+def _with_stack_axes(shard: Array, stack: Shape) -> Array:
     """A shard whose first axis counts matrices, with the axes of the stack in its place."""
     matrix_shape = shard.shape[1:]
     return shard.reshape(*stack, *matrix_shape)

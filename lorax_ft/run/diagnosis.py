@@ -37,18 +37,25 @@ def diagnose(
     if training > 0:
         findings.append(f"the training loss rose from {losses[0]:.2f} to {_end(losses):.2f}")
     overfitted = False
-    if before is not None and after is not None and after > (1 + TOLERANCE) * before:
+    if before is not None and after is not None and _rose(before, after):
         findings.append(f"the validation loss rose from {before:.2f} to {after:.2f}")
         overfitted = training < 0
-    # No step of the last tenth had a gradient.
-    if len(norms) and not norms[-_window(norms) :].any():
-        findings.append(f"the gradient norm was 0.0 at the last {_window(norms)} steps")
+    last = _last_tenth(norms)
+    if len(last) and not last.any():
+        findings.append(f"the gradient norm was 0.0 at the last {len(last)} steps")
     if not findings:
         return []
     advice = f"lower optim.learning_rate (it was {learning_rate:g})"
     if overfitted:
         advice = f"the training loss fell: train for fewer steps, give train.load_best, or {advice}"
-    return [f"{', and '.join(findings)}; {advice}"]
+    found = ", and ".join(findings)
+    return [f"{found}; {advice}"]
+
+
+def _rose(before: float, after: float) -> bool:
+    """Whether a loss rose by more than what counts as level."""
+    level = (1 + TOLERANCE) * before
+    return after > level
 
 
 def _change(losses: np.ndarray) -> int:
@@ -57,22 +64,35 @@ def _change(losses: np.ndarray) -> int:
         return 0
     # Differences of neighbors show the noise of single batches, whatever the trend. Their median
     # is not moved by a few steps that exploded. 1.48 and √2 make it a standard deviation.
-    noise = 1.48 * np.median(np.abs(np.diff(losses))) / np.sqrt(2)
-    error = noise * np.sqrt(1 + 1 / _window(losses))
+    differences = np.abs(np.diff(losses))
+    noise = 1.48 * np.median(differences) / np.sqrt(2)
+    # Of a difference between one loss and the mean of several.
+    several = len(_last_tenth(losses))
+    error = noise * np.sqrt(1 + 1 / several)
     change = _end(losses) - losses[0]
-    if abs(change) <= max(TOLERANCE * losses[0], NOISE * error):
+    smallest = max(TOLERANCE * losses[0], NOISE * error)
+    if abs(change) <= smallest:
         return 0
-    return 1 if change > 0 else -1
+    if change > 0:
+        return 1
+    return -1
 
 
 def _end(values: np.ndarray) -> float:
     """The mean over the last tenth."""
-    return float(values[-_window(values) :].mean())
+    return float(_last_tenth(values).mean())
 
 
-def _window(values: np.ndarray) -> int:
-    return max(len(values) // 10, 1)
+def _last_tenth(values: np.ndarray) -> np.ndarray:
+    """At least one of them, if there are any."""
+    count = max(len(values) // 10, 1)
+    return values[-count:]
 
 
 def _values(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    return np.array([line[name] for line in lines if line.get(name) is not None], np.float64)
+    """A metric's values, without those that were not finite, which the log has as null."""
+    values = []
+    for line in lines:
+        if line.get(name) is not None:
+            values.append(line[name])
+    return np.array(values, np.float64)

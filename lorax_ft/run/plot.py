@@ -44,27 +44,36 @@ def plot_lines(lines: Lines, *, title: str) -> Figure | None:
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """The moving average over a twentieth of the values, at most 21; over fewer at both ends."""
-    window = np.ones(2 * min(len(values) // 40, 10) + 1)
+    each_side = min(len(values) // 40, 10)
+    window = np.ones(2 * each_side + 1)
+    sums = np.convolve(values, window, "same")
     # At the ends the window covers fewer values, so their number is counted the same way.
     counts = np.convolve(np.ones(len(values)), window, "same")
-    return np.convolve(values, window, "same") / counts
+    return sums / counts
 
 
 def _plot_losses(axes: Axes, lines: Lines) -> None:
     training = _curve(lines, "loss")
     validation = _validation_curves(lines)
-    values = np.concatenate([training[:, 1], *(curve[:, 1] for curve in validation.values())])
-    # A linear axis would flatten everything after the first steps of a steep curve.
-    log_scale = values.min() > 0 and values.max() > 20 * values.min()
+    points = np.concatenate([training, *validation.values()])
+    log_scale = _is_steep(points[:, 1])
     _plot_raw_and_smooth(axes, training, "training loss", log_scale=log_scale)
-    style: dict[str, Any] = {"markersize": 5, "linewidth": 1}
-    for (label, curve), color in zip(
-        validation.items(), itertools.cycle(VALIDATION_COLORS), strict=False
-    ):
-        axes.plot(*curve.T, "o-", label=label, color=color, **style)
+    colors = itertools.cycle(VALIDATION_COLORS)
+    for label, curve in validation.items():
+        steps, losses = curve.T
+        axes.plot(
+            steps,
+            losses,
+            "o-",
+            label=label,
+            color=next(colors),
+            markersize=5,
+            linewidth=1,
+        )
     best = [line["best_step"] for line in lines if "best_step" in line]
     if best:
-        axes.axvline(best[-1], color="gray", linestyle=":", label=f"best step, {best[-1]}")
+        step = best[-1]
+        axes.axvline(step, color="gray", linestyle=":", label=f"best step, {step}")
     axes.set_ylabel("loss (nats per token)")
     if log_scale:
         axes.set_yscale("log")
@@ -74,9 +83,16 @@ def _plot_losses(axes: Axes, lines: Lines) -> None:
     axes.legend(frameon=False)
 
 
+def _is_steep(losses: np.ndarray) -> bool:
+    """Whether a linear axis would flatten everything after the first steps of a loss."""
+    lowest = losses.min()
+    return lowest > 0 and losses.max() > 20 * lowest
+
+
 def _plot_norms_and_rates(axes: Axes, lines: Lines) -> None:
     """The gradient norm on the left axis, the learning rate on the right one."""
     norms = _curve(lines, "grad_norm")
+    # A norm of 0 has no logarithm.
     positive = bool(len(norms)) and norms[:, 1].min() > 0
     _plot_raw_and_smooth(axes, norms, "gradient norm", log_scale=positive)
     if positive:
@@ -84,28 +100,38 @@ def _plot_norms_and_rates(axes: Axes, lines: Lines) -> None:
     axes.set_ylabel("gradient norm")
     axes.grid(alpha=0.3)
     right = axes.twinx()
-    right.plot(*_learning_rates(lines).T, color="#d94801", linewidth=1.5, label="learning rate")
+    steps, rates = _learning_rates(lines).T
+    right.plot(steps, rates, color="#d94801", linewidth=1.5, label="learning rate")
     right.set_ylabel("learning rate")
     right.set_ylim(bottom=0)
-    handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, frameon=False)
+    # One legend for both axes; each would make its own, one above the other.
+    of_norms, _ = axes.get_legend_handles_labels()
+    of_rates, _ = right.get_legend_handles_labels()
+    axes.legend(handles=of_norms + of_rates, frameon=False)
 
 
 def _plot_raw_and_smooth(axes: Axes, curve: np.ndarray, label: str, *, log_scale: bool) -> None:
     steps, values = curve.T
     axes.plot(steps, values, color="#9ecae1", linewidth=1, label=label)
     if len(values) >= 40:
-        smoothed = np.exp(smooth(np.log(values))) if log_scale else smooth(values)
+        smoothed = smooth(values)
+        if log_scale:
+            # On a logarithmic axis, the mean of the logarithms lies in the middle of the points.
+            smoothed = np.exp(smooth(np.log(values)))
         axes.plot(steps, smoothed, color="#08519c", linewidth=2, label=f"{label}, smoothed")
 
 
 def _validation_curves(lines: Lines) -> dict[str, np.ndarray]:
     """The curve of each validation set, by its label."""
-    names = {name: None for line in lines for name in line if name.startswith("validation_loss")}
-    curves = {}
-    for name in names:
-        _, _, set_name = name.partition("/")
-        curves[f"validation loss {set_name}".rstrip()] = _curve(lines, name)
+    curves: dict[str, np.ndarray] = {}
+    for line in lines:
+        for name in line:
+            if not name.startswith("validation_loss"):
+                continue
+            _, _, set_name = name.partition("/")
+            label = f"validation loss {set_name}".rstrip()
+            if label not in curves:
+                curves[label] = _curve(lines, name)
     return curves
 
 
@@ -121,6 +147,9 @@ def _learning_rates(lines: Lines) -> np.ndarray:
 
 def _curve(lines: Lines, name: str) -> np.ndarray:
     """Steps and values of a metric, `[points, 2]`, without those that were not finite."""
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    points = []
+    for line in lines:
+        if line.get(name) is not None:
+            points.append((line["step"], line[name]))
     # The shape holds without any points too.
     return np.array(points, np.float64).reshape(-1, 2)

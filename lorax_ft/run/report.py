@@ -53,17 +53,23 @@ def print_config(console: Console, config: Config) -> None:
     title_width = max(len(section.name) for section in sections)
     grid = Table.grid(padding=(0, GAP))
     for section in sections:
-        options = getattr(config, section.name)
-        pairs = []
-        for field in dataclasses.fields(options):
-            if field.metadata.get("deprecated"):
-                continue
-            value = getattr(options, field.name)
-            style = "dim" if value == field.default else "bold"
-            pairs.append(Text.assemble((f"{field.name} ", "dim"), (_option(value), style)))
+        pairs = _named_values(getattr(config, section.name))
         text = _flowed(pairs, width=console.width - title_width - GAP)
         grid.add_row(Text(section.name, style="cyan"), text)
     console.print(grid)
+
+
+def _named_values(options: Any) -> list[Text]:
+    """The names and values of a section's options, those that are not defaults in bold."""
+    pairs = []
+    for field in dataclasses.fields(options):
+        if field.metadata.get("deprecated"):
+            continue
+        value = getattr(options, field.name)
+        style = "dim" if value == field.default else "bold"
+        name = (f"{field.name} ", "dim")
+        pairs.append(Text.assemble(name, (_option(value), style)))
+    return pairs
 
 
 def print_modules(console: Console, params: Tree, trained: Tree, *, layout: Layout) -> None:
@@ -73,6 +79,7 @@ def print_modules(console: Console, params: Tree, trained: Tree, *, layout: Layo
     table = _make_table("Trainable modules")
     for name, cells in columns.items():
         if name in TEXT_COLUMNS:
+            # The names of modules are broken already (see `module_columns`).
             table.add_column(name, overflow="fold", no_wrap=name != "sharding")
         else:
             _add_numbers(table, name, cells)
@@ -100,14 +107,17 @@ def module_columns(rows: Sequence[ModuleRow], *, width: int) -> dict[str, list[s
         widths = {name: _column_width(name, cells) for name, cells in columns.items()}
         if "sharding" in widths:
             widths["sharding"] = min(widths["sharding"], SHARDING_WIDTH)
-        return sum(widths.values()) + GAP * (len(widths) - 1) + EDGES
+        gaps = GAP * (len(widths) - 1)
+        return sum(widths.values()) + gaps + EDGES
 
     for name in LEFT_OUT:
         if needed() > width:
             del columns[name]
     # A terminal of a few columns gets a few letters a line.
-    left = max(width - needed() + _column_width("module", columns["module"]), 8)
-    columns["module"] = [_broken(name, width=left) for name in columns["module"]]
+    names = columns["module"]
+    others = needed() - _column_width("module", names)
+    left = max(width - others, 8)
+    columns["module"] = [_broken(name, width=left) for name in names]
     return columns
 
 
@@ -121,7 +131,8 @@ def print_memory(console: Console, parts: Mapping[str, Any], *, temporaries: int
     """
     sizes = {}
     for name, tree in parts.items():
-        sizes[name] = sum(map(_device_bytes, jax.tree.leaves(tree)))
+        leaves = jax.tree.leaves(tree)
+        sizes[name] = sum(map(_device_bytes, leaves))
     sizes["activations, gradients and other temporaries"] = temporaries
     sizes["total"] = sum(sizes.values())
     table = _make_table("Memory per device")
@@ -208,14 +219,20 @@ def _column_width(name: str, cells: Sequence[str]) -> int:
 
 
 def _cell(value: str | int) -> str:
-    return f"{value:,}" if isinstance(value, int) else value
+    """A cell's text; large numbers are read in groups of three digits."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value
 
 
 def _broken(path: str, *, width: int) -> str:
     """A slash path in lines of at most `width`, which end at slashes where they can."""
     lines = [""]
-    for component in re.findall(rf"[^/]{{1,{width - 1}}}/?", path):
-        if lines[-1] and len(lines[-1]) + len(component) > width:
+    # A component with its slash; one that is wider than a line comes in parts.
+    components = re.findall(rf"[^/]{{1,{width - 1}}}/?", path)
+    for component in components:
+        length = len(lines[-1]) + len(component)
+        if lines[-1] and length > width:
             lines.append("")
         lines[-1] += component
     return "\n".join(lines)

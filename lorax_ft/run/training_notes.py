@@ -29,15 +29,17 @@ def training_notes(job: Job, *, steps: str, results: Mapping[str, str], command:
     facts = {
         "Base": _code(job.model.base),
         "Method": _method(config),
-        **_data(config, job.data),
-        "Steps": f"{steps}, {config.train.batch_size} rows each",
-        "Optimizer": f"{config.optim.optimizer}, learning rate {config.optim.learning_rate:g}, "
-        f"schedule {config.optim.schedule}, seed {config.train.seed}",
-        **{name.capitalize(): value for name, value in results.items()},
-        "Devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "Versions": _versions(),
     }
-    text = "".join(f"- **{name}:** {value}\n" for name, value in facts.items())
+    facts |= _data(config, job.data)
+    facts["Steps"] = f"{steps}, {config.train.batch_size} rows each"
+    facts["Optimizer"] = _optimizer(config)
+    for name, value in results.items():
+        facts[name.capitalize()] = value
+    facts["Devices"] = _devices()
+    facts["Versions"] = _versions()
+    text = ""
+    for name, value in facts.items():
+        text += f"- **{name}:** {value}\n"
     if command is not None:
         text += f"\nCommand:\n\n```bash\n{command}\n```\n"
     return text
@@ -68,21 +70,44 @@ def _method(config: Config) -> str:
 def _data(config: Config, data: Dataset) -> dict[str, str]:
     """The paths of the data, and their sizes."""
     train = data.train
-    described = {
-        "Data": f"{_codes(config.data.train)}: {train.count:,} samples in {len(train.rows):,} rows "
-        f"of {data.max_length:,} tokens, {train.tokens:,} tokens ({train.labels:,} with loss)"
-    }
-    sizes = [f"{name} {len(s.rows):,} rows".strip() for name, s in data.validation_sets.items()]
-    paths = f"{_codes(config.data.validation)}: " if config.data.validation else ""
+    size = (
+        f"{train.count:,} samples in {len(train.rows):,} rows of {data.max_length:,} tokens, "
+        f"{train.tokens:,} tokens ({train.labels:,} with loss)"
+    )
+    described = {"Data": f"{_codes(config.data.train)}: {size}"}
+    sizes = []
+    for name, split in data.validation_sets.items():
+        # A single set has no name.
+        sizes.append(f"{name} {len(split.rows):,} rows".strip())
     if sizes:
-        described["Validation"] = f"{paths}{', '.join(sizes)}"
+        rows = ", ".join(sizes)
+        paths = _codes(config.data.validation)
+        # Without paths, the rows were split off the training data.
+        described["Validation"] = f"{paths}: {rows}" if paths else rows
     return described
+
+
+def _optimizer(config: Config) -> str:
+    """The optimizer and what its steps depend on."""
+    optim = config.optim
+    rate = f"learning rate {optim.learning_rate:g}"
+    return f"{optim.optimizer}, {rate}, schedule {optim.schedule}, seed {config.train.seed}"
+
+
+def _devices() -> str:
+    """The number and the kind of the devices."""
+    devices = jax.devices()
+    return f"{len(devices)} × {devices[0].device_kind}"
 
 
 def _versions() -> str:
     """The versions of the packages that the result depends on."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    return ", ".join([*versions, f"Python {platform.python_version()}"])
+    versions = []
+    for name in PACKAGES:
+        version = importlib.metadata.version(name)
+        versions.append(f"{name} {version}")
+    versions.append(f"Python {platform.python_version()}")
+    return ", ".join(versions)
 
 
 def _codes(values: tuple[str, ...]) -> str:

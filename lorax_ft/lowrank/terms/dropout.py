@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_ft.lowrank.terms.term import Term
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Shape
 
 KEY, RATE = "dropout_key", "dropout_rate"
 
@@ -40,7 +40,7 @@ def fold_in(layer: Layer, data: Array) -> Layer:
     return layer | {KEY: key}
 
 
-def leaves(key: Array, rate: float, *, stack: tuple[int, ...]) -> Layer:
+def leaves(key: Array, rate: float, *, stack: Shape) -> Layer:
     """The dropout leaves of a layer: a key for each matrix of its stack."""
     if stack:
         key = jax.random.split(key, stack)

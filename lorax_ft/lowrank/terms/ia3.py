@@ -14,7 +14,7 @@ from lorax_ft.lowrank.patterns import is_target
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.low_rank import expanded_to
 from lorax_ft.lowrank.terms.term import Product, Term
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Shape
 
 INPUT, OUTPUT, ACTIVE = "ia3_in", "ia3_out", "ia3_active"
 
@@ -47,7 +47,7 @@ def planned(plan: Plan) -> tuple[str, ...]:
     return (INPUT, ACTIVE)
 
 
-def initial(layer: Layer, plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Layer:
+def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape]) -> Layer:
     """l = 1, so that the base is unchanged at first."""
     leaves: Layer = {}
     for name in (INPUT, OUTPUT):

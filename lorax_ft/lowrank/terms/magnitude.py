@@ -20,7 +20,7 @@ from lorax_ft.lowrank.terms.dropout import dropped
 from lorax_ft.lowrank.terms.term import Product, Term
 from lorax_ft.quant.kernels import dense
 from lorax_ft.schema import leaf_schema
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Shape
 
 MAGNITUDE, NORM = "magnitude", "norm"
 NORM_BLOCK = 2**22  # elements of W + s A B that the norm holds at once
@@ -33,7 +33,7 @@ def planned(plan: Plan) -> tuple[str, ...]:
     return (MAGNITUDE,) if plan.config.dora else ()
 
 
-def initial(layer: Layer, plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Layer:
+def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape]) -> Layer:
     """m = ‖W + s A B‖, so that m / n = 1."""
     return {MAGNITUDE: column_norm(layer)} if plan.config.dora else {}
 

@@ -16,7 +16,7 @@ from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.dropout import dropped
 from lorax_ft.lowrank.terms.low_rank import expand
 from lorax_ft.lowrank.terms.term import Product, Term, highest_matmul
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Shape
 
 D, RANK = "miss_block", "miss_rank"
 
@@ -30,7 +30,7 @@ def planned(plan: Plan) -> tuple[str, ...]:
     return (D, RANK)
 
 
-def initial(layer: Layer, plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Layer:
+def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape]) -> Layer:
     """D = 0, so that the base is unchanged at first."""
     if D not in shapes:
         return {}
@@ -67,7 +67,7 @@ def merge(layer: Layer, base: Layer) -> Layer:
     return base | {"kernel": kernel + highest_matmul(p, d)}
 
 
-def shards(rank: Array, in_shape: tuple[int, ...], *, width: int) -> Array:
+def shards(rank: Array, in_shape: Shape, *, width: int) -> Array:
     """P `[*E, *in, R]` for ranks `[*E]`; all 0 for a matrix that is not adapted."""
     inputs = int(np.prod(in_shape))
     whole = rank.astype(jnp.int32)[..., None]

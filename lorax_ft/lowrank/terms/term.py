@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from lorax_ft.lowrank.plan import Plan
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Shape
 
 Dot = Callable[[Array, Any], Array]
 """`dot(x, k)`: the layer's product of its input with a kernel that has W's in axes."""
@@ -23,7 +23,7 @@ class Product(NamedTuple):
     """How the layer multiplies."""
 
     dot: Dot
-    in_shape: tuple[int, ...]
+    in_shape: Shape
     """The sizes of W's in axes."""
     precision: lax.PrecisionLike = None
     """Of the product with B, as the layer has it."""
@@ -71,7 +71,7 @@ class Term(NamedTuple):
     """Whether its input is dropped out in training."""
     planned: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
     """The leaves that a layer with this plan gets."""
-    initial: Callable[[Layer, Plan, dict[str, tuple[int, ...]]], Layer] = _nothing
+    initial: Callable[[Layer, Plan, dict[str, Shape]], Layer] = _nothing
     """Their values where no init gives them: (layer in canonical order, plan, shapes) -> leaves."""
     before: Callable[[Layer, Array], Array] = _unchanged_input
     """What it does to the layer's input."""
