@@ -136,10 +136,10 @@ def _prepared(
     continues = runs == before
     to_end = runs == last
 
+    between = _decay_between(total, runs)
     from_start = jnp.where(continues, jnp.exp(total), 0)[..., None]
     left = total[..., -1:] - total
     until_end = jnp.where(to_end, jnp.exp(left), 0)[..., None]
-    between = _decay_between(total, runs)
 
     # Δ + tril(β k kᵀ · decay) Δ = β v − β k · decay · S, row by row of the chunk.
     written = beta * k
