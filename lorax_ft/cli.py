@@ -42,7 +42,10 @@ def run(main: Callable[[Args], None], args_type: type[Args]) -> None:
 
 
 def parse(
-    args_type: type[Args], *, default: Args | None = None, argv: Sequence[str] | None = None
+    args_type: type[Args],
+    *,
+    default: Args | None = None,
+    argv: Sequence[str] | None = None,
 ) -> Args:
     """Parse the command line into `args_type`; `--help` prints the help and ends the process.
 

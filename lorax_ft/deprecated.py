@@ -49,7 +49,11 @@ def switched_off(params: Tree, base: Tree, *, layout: Layout | None = None) -> T
 
 @functools.wraps(step.make_train_step)
 def make_train_step(
-    loss: Any = None, tx: Any = None, *, layout: Layout | None = None, **options: Any
+    loss: Any = None,
+    tx: Any = None,
+    *,
+    layout: Layout | None = None,
+    **options: Any,
 ) -> Any:
     """The step of a loss; of a model, as before, with its supervised loss."""
     loss = options.pop("model", loss)  # its old name

@@ -186,7 +186,10 @@ def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def place_batch(
-    batch: Mapping[str, np.ndarray], mesh: Mesh, *, microbatches: int = 0
+    batch: Mapping[str, np.ndarray],
+    mesh: Mesh,
+    *,
+    microbatches: int = 0,
 ) -> dict[str, jax.Array]:
     """A batch `[B, T]` on the mesh, as `[M, B / M, T]` where `microbatches` is given."""
     sharding = batch_sharding(mesh, microbatched=microbatches > 0)
@@ -248,6 +251,7 @@ def fitted(axes: tuple[MeshAxis, ...], shape: Shape, sizes: Mapping[str, int]) -
     kept = []
     # JAX shards an axis only into equal parts.
     for axis, size in zip(axes, shape, strict=True):
+        # None is an axis that is whole.
         names = axis if isinstance(axis, tuple) else (axis,)
         devices = math.prod(sizes[name] for name in names if name)
         kept.append(axis if size % devices == 0 else None)
@@ -267,8 +271,9 @@ def _adapter_axes(path: str, rules: Rules, layout: Layout) -> tuple[MeshAxis, ..
         if axis == "rank":
             # Ranks are small, and splitting them would add a sum over devices.
             axes.append(None)
-        else:
-            axes += [kernel[i] for i in meanings[axis]]
+            continue
+        for place in meanings[axis]:
+            axes.append(kernel[place])
     return tuple(axes)
 
 
@@ -278,5 +283,5 @@ def _rule(path: str, ndim: int, rules: Rules) -> tuple[str | None, ...]:
     if axes is None:
         raise ValueError(f"no sharding rule matches the parameter {path}; add one to DECODER_RULES")
     # Axes that the rule does not name are whole on every device.
-    missing = ndim - len(axes)
-    return (*axes, *[None] * missing)
+    whole = (None,) * (ndim - len(axes))
+    return axes + whole

@@ -64,7 +64,11 @@ class Batches:
 
 
 def evaluation_batches(
-    rows: Sequence[Sequence[Sample]], batch_size: int, *, max_length: int, limit: int = 0
+    rows: Sequence[Sequence[Sample]],
+    batch_size: int,
+    *,
+    max_length: int,
+    limit: int = 0,
 ) -> Iterator[Batch]:
     """Yields the first `limit` rows (0 means all) as batches, in order.
 

@@ -97,7 +97,10 @@ def encode(
 
 
 def encode_prompt(
-    conversation: Conversation | Sequence[Message], tokenizer: Tokenizer, *, where: str = "prompt"
+    conversation: Conversation | Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    where: str = "prompt",
 ) -> np.ndarray:
     """Converts a conversation to token ids, int32 [N], ready for the assistant's next turn.
 

@@ -151,7 +151,10 @@ class Frame:
 
 
 def find_frame(
-    conversation: Conversation, form: Form, renderer: Renderer, tokens: SpecialTokens
+    conversation: Conversation,
+    form: Form,
+    renderer: Renderer,
+    tokens: SpecialTokens,
 ) -> Frame:
     """Finds the frame with a short conversation that has the tools and variables of another.
 
@@ -231,7 +234,12 @@ def _ends(between: str, last: str, opening: set[str], tokens: SpecialTokens) -> 
 
 
 def _gaps(
-    conversation: Conversation, form: Form, renderer: Renderer, *, turns: int, prompt: bool
+    conversation: Conversation,
+    form: Form,
+    renderer: Renderer,
+    *,
+    turns: int,
+    prompt: bool,
 ) -> list[str]:
     """What the template writes before, between and after the texts of a short conversation.
 

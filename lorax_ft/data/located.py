@@ -42,7 +42,11 @@ class Located:
     """The form of the messages that the template took."""
 
     def label_spans(
-        self, conversation: Conversation, *, loss_on: LossOn, reasoning: ReasoningLoss
+        self,
+        conversation: Conversation,
+        *,
+        loss_on: LossOn,
+        reasoning: ReasoningLoss,
     ) -> list[Span]:
         """The characters whose tokens count in the loss."""
         trained, excluded = [], []

@@ -119,7 +119,9 @@ class Marks:
 
 
 def mark(
-    conversation: Conversation, *, only_assistant: bool = False
+    conversation: Conversation,
+    *,
+    only_assistant: bool = False,
 ) -> tuple[Conversation, Marks] | None:
     """Puts marks around the texts of all messages, or of the assistant's alone.
 

@@ -66,7 +66,10 @@ class TurnFinder:
         return Located(written.rendered.text, turns, written.unwritten, written.form)
 
     def _turns(
-        self, conversation: Conversation, written: Written, pieces: list[Piece]
+        self,
+        conversation: Conversation,
+        written: Written,
+        pieces: list[Piece],
     ) -> Iterator[Turn]:
         """The turns around the assistant's texts."""
         text = written.rendered.text
@@ -120,7 +123,11 @@ class TurnFinder:
         return [(start, end)], has_end
 
     def _start(
-        self, conversation: Conversation, written: Written, run: Sequence[Piece], left: int
+        self,
+        conversation: Conversation,
+        written: Written,
+        run: Sequence[Piece],
+        left: int,
     ) -> int:
         """Where the turn around texts of the assistant starts; other texts end at `left`."""
         frame = self._frame(conversation, written.form)
@@ -138,7 +145,11 @@ class TurnFinder:
         return left + frame.start(gap)
 
     def _end(
-        self, conversation: Conversation, written: Written, run: Sequence[Piece], right: int
+        self,
+        conversation: Conversation,
+        written: Written,
+        run: Sequence[Piece],
+        right: int,
     ) -> tuple[int, bool]:
         """Where the turn around texts of the assistant ends, and whether a token ends it.
 
@@ -158,7 +169,11 @@ class TurnFinder:
         return last + length, has_end
 
     def _end_of_calls(
-        self, conversation: Conversation, written: Written, run: Sequence[Piece], right: int
+        self,
+        conversation: Conversation,
+        written: Written,
+        run: Sequence[Piece],
+        right: int,
     ) -> tuple[int, bool]:
         """As `_end`, for a turn with tool calls."""
         frame = self._frame(conversation, written.form)
@@ -205,7 +220,10 @@ class TurnFinder:
         return self._frames[key]
 
     def _turns_by_prefixes(
-        self, conversation: Conversation, written: Written, where: str
+        self,
+        conversation: Conversation,
+        written: Written,
+        where: str,
     ) -> list[Turn]:
         """Finds the turns by rendering the conversation up to each of them.
 
@@ -234,7 +252,13 @@ class TurnFinder:
         return turns
 
     def _prefix(
-        self, conversation: Conversation, form: Form, count: int, *, prompt: bool, where: str
+        self,
+        conversation: Conversation,
+        form: Form,
+        count: int,
+        *,
+        prompt: bool,
+        where: str,
     ) -> str:
         """The rendered first messages of a conversation."""
         first = dataclasses.replace(conversation, messages=conversation.messages[:count])

@@ -34,7 +34,9 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row index), sorted for the bisection
-    for sample in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    # The longest first, in their given order where they are equal.
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for sample in longest_first:
         length = lengths[sample]
         if length > max_length:
             raise ValueError(
@@ -67,7 +69,7 @@ def cut(lengths: Sequence[int], max_length: int) -> list[list[Piece]]:
       The pieces of documents in each row.
     """
     rows: list[list[Piece]] = []
-    room = 0
+    room = 0  # tokens that the last row still takes
     for document, length in enumerate(lengths):
         start = 0
         while start < length:

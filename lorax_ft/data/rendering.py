@@ -61,7 +61,12 @@ class Renderer:
         return best
 
     def write_in(
-        self, form: Form, conversation: Conversation, *, prompt: bool, where: str
+        self,
+        form: Form,
+        conversation: Conversation,
+        *,
+        prompt: bool,
+        where: str,
     ) -> Written:
         """Renders in this form.
 
@@ -117,7 +122,9 @@ def _forms(conversation: Conversation, *, first: Form) -> Iterator[Form]:
 
 
 def _unwritten(
-    conversation: Conversation, pieces: Sequence[Piece], roles: Container[str]
+    conversation: Conversation,
+    pieces: Sequence[Piece],
+    roles: Container[str],
 ) -> list[str]:
     """The roles (of those given) and calls whose texts the template did not write."""
     written = {(piece.message, piece.part) for piece in pieces}

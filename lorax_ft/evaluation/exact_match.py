@@ -54,7 +54,10 @@ class Answers:
 
 
 def exact_match(
-    answers: Sequence[str], references: Sequence[str], *, pattern: str | None = None
+    answers: Sequence[str],
+    references: Sequence[str],
+    *,
+    pattern: str | None = None,
 ) -> ExactMatch:
     r"""Compares answers with their references.
 

@@ -84,7 +84,8 @@ def prefill(
       mesh: the mesh that the parameters are sharded over, or None.
     """
     model = CausalLM(config=config)
-    tokens, lengths = _shard_rows(tokens, mesh), _shard_rows(lengths, mesh)
+    tokens = _shard_rows(tokens, mesh)
+    lengths = _shard_rows(lengths, mesh)
     batch, padded = tokens.shape
     cache: Cache | None = empty_cache(config, batch, padded + max_new_tokens)
     features, cache = model.features(
@@ -92,7 +93,9 @@ def prefill(
     )
     assert cache is not None
     # Prompts are padded on the right, so the last token of each row is at a different column.
-    last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    columns = (lengths - 1)[:, None, None]
+    last = jnp.take_along_axis(features, columns, axis=1)  # [B, 1, D]
+    last = last[:, 0]
     zeros = jnp.zeros(batch, jnp.int32)
     seen = _tokens_of_prompts(tokens, lengths, config.vocab_size)
     state = DecodeState(
@@ -105,7 +108,8 @@ def prefill(
         seen=seen,
         cache=cache,
     )
-    return _append_token(state, model.logits(params, last), sampling_params, greedy=greedy)
+    logits = model.logits(params, last)
+    return _append_token(state, logits, sampling_params, greedy=greedy)
 
 
 # The state is donated: its cache, the largest array here, is updated in place, not copied.
@@ -164,7 +168,8 @@ def sample_token(logits: Array, key: Array | None, sampling_params: SamplingPara
     if key is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     order = jnp.argsort(logits, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1) / sampling_params.temperature
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    ranked = ranked / sampling_params.temperature
     rank = jnp.arange(logits.shape[-1])
     ranked = jnp.where(rank < sampling_params.top_k, ranked, -jnp.inf)
     p = jax.nn.softmax(ranked)
@@ -174,11 +179,17 @@ def sample_token(logits: Array, key: Array | None, sampling_params: SamplingPara
     # One key per row, so that a row's sample does not depend on the other rows.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits)))
     sampled = jax.vmap(jax.random.categorical)(keys, ranked)
-    return jnp.take_along_axis(order, sampled[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    # From places in the order back to token ids.
+    tokens = jnp.take_along_axis(order, sampled[:, None], axis=-1)
+    return tokens[:, 0].astype(jnp.int32)
 
 
 def _append_token(
-    state: DecodeState, logits: Array, sampling_params: SamplingParams, *, greedy: bool
+    state: DecodeState,
+    logits: Array,
+    sampling_params: SamplingParams,
+    *,
+    greedy: bool,
 ) -> DecodeState:
     """The state with one more token, chosen by logits `[B, V]`."""
     logits = logits.astype(jnp.float32)
@@ -187,17 +198,24 @@ def _append_token(
     # transformers, those are multiplied.
     penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
     logits = jnp.where(state.seen, penalized, logits)
-    key = None if greedy else jax.random.fold_in(sampling_params.key, state.step)
+    key = None
+    if not greedy:
+        key = jax.random.fold_in(sampling_params.key, state.step)
     token = sample_token(logits, key, sampling_params)
-    stopped = state.stopped | jnp.any(token[:, None] == sampling_params.stop_ids, axis=1)
+    column = token[:, None]
+    stops = jnp.any(column == sampling_params.stop_ids, axis=1)
+    stopped = state.stopped | stops
+    # The stop id itself does not count.
+    counted = (~stopped).astype(jnp.int32)
+    rows = jnp.arange(len(token))
     return DecodeState(
         step=state.step + 1,
-        new_tokens=lax.dynamic_update_slice(state.new_tokens, token[:, None], (0, state.step)),
+        new_tokens=lax.dynamic_update_slice(state.new_tokens, column, (0, state.step)),
         last_token=token,
         position=state.position + 1,
-        counts=state.counts + (~stopped).astype(jnp.int32),
+        counts=state.counts + counted,
         stopped=stopped,
-        seen=state.seen.at[jnp.arange(len(token)), token].set(True),
+        seen=state.seen.at[rows, token].set(True),
         cache=state.cache,
     )
 

@@ -44,7 +44,10 @@ def opened_reasoning(prompt: str) -> int | None:
 
 
 def split_reasoning(
-    text: str, *, opened: int | None = None, complete: bool = True
+    text: str,
+    *,
+    opened: int | None = None,
+    complete: bool = True,
 ) -> tuple[str, str]:
     """Splits an answer after its reasoning; both parts keep what marks them.
 
@@ -74,8 +77,9 @@ def assistant_message(text: str, *, opened: int | None = None) -> Message:
     reasoning, content = split_reasoning(text, opened=opened)
     message: Message = {"role": "assistant", "content": content.strip()}
     thoughts = reasoning
-    for marker in filter(None, (part for row in REASONING for part in row)):
-        thoughts = thoughts.replace(marker, "")
+    for markers in REASONING:
+        for marker in markers:
+            thoughts = thoughts.replace(marker, "")
     if thoughts.strip():
         message["reasoning_content"] = thoughts.strip()
     calls = _tool_calls(content)
@@ -90,8 +94,10 @@ def describe_call(call: Mapping[str, Any]) -> str:
     function = call["function"]
     arguments = []
     for name, value in function["arguments"].items():
-        arguments.append(f"{name}={json.dumps(value, ensure_ascii=False)}")
-    return f"{function['name']}({', '.join(arguments)})"
+        written = json.dumps(value, ensure_ascii=False)
+        arguments.append(f"{name}={written}")
+    listed = ", ".join(arguments)
+    return f"{function['name']}({listed})"
 
 
 def thinking_variable(template: str | Mapping[str, str] | None) -> str | None:
@@ -102,12 +108,17 @@ def thinking_variable(template: str | Mapping[str, str] | None) -> str | None:
         template = "\n".join(template.values())
     # Tags that transformers adds to Jinja; they change no variable.
     text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template or "")
+    # `break` and `continue`, which transformers allows in templates.
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+        parsed = environment.parse(text)
     except jinja2.TemplateSyntaxError:
         return None
     variables = jinja2.meta.find_undeclared_variables(parsed)
-    return next((name for name in _SWITCHES if name in variables), None)
+    for name in _SWITCHES:
+        if name in variables:
+            return name
+    return None
 
 
 def markers_are_special(tokenizer: Any) -> bool:
@@ -127,9 +138,12 @@ def _through(text: str, index: int, start: int) -> tuple[str, str]:
         return text, ""
     end += len(closer)
     rest = text[end:].lstrip()
-    # While streaming, only a part of the header may be there.
-    if header and (rest.startswith(header) or header.startswith(rest)):
-        end = len(text) - len(rest.removeprefix(header if rest.startswith(header) else rest))
+    if header and rest.startswith(header):
+        answer = rest.removeprefix(header)
+        end = len(text) - len(answer)
+    elif header and header.startswith(rest):
+        # While streaming, only a part of the header may be there.
+        end = len(text)
     return text[:end], text[end:]
 
 
@@ -141,9 +155,10 @@ def _tool_calls(content: str) -> list[dict[str, Any]]:
             call = json.loads(written)
         except ValueError:  # the model made a mistake; the text stays
             return []
+        name = call.get("name")
         arguments = call.get("arguments", {})
-        if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
+        if not isinstance(name, str) or not isinstance(arguments, dict):
             return []
-        function = {"name": call["name"], "arguments": arguments}
+        function = {"name": name, "arguments": arguments}
         calls.append({"type": "function", "function": function})
     return calls

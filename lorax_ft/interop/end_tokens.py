@@ -40,7 +40,8 @@ def ids_that_stop(tokenizer: Any, *configs: Mapping[str, Any]) -> tuple[int, ...
 
 
 def end_of_turn(
-    tokenizer: Any, template_args: Mapping[str, Any] = MappingProxyType({})
+    tokenizer: Any,
+    template_args: Mapping[str, Any] = MappingProxyType({}),
 ) -> str | None:
     """Returns the token that the chat template writes after the assistant's last answer.
 

@@ -71,7 +71,8 @@ def _single(stack: LazyTensor, i: int, columns: slice) -> LazyTensor:
 
 
 def joined_experts(
-    leaves: Iterable[tuple[str, np.ndarray]], names: Names
+    leaves: Iterable[tuple[str, np.ndarray]],
+    names: Names,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of leaves under the checkpoint's names, with experts in stacks.
 

@@ -73,7 +73,10 @@ def new_folder(
 
 @contextlib.contextmanager
 def _new_remote_folder(
-    target: Path, *, replaces: Sequence[str], others: Literal["refuse", "keep"]
+    target: Path,
+    *,
+    replaces: Sequence[str],
+    others: Literal["refuse", "keep"],
 ) -> Iterator[Path]:
     """`new_folder` on a bucket."""
     if target.exists() and not target.is_dir():

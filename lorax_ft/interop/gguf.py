@@ -74,7 +74,10 @@ def _check_rotated(decoder: DecoderConfig, config: Mapping[str, Any], file: Path
 
 
 def _lazy_tensors(
-    tensor: Any, config: DecoderConfig, permuted_heads: Mapping[str, int], names: Names
+    tensor: Any,
+    config: DecoderConfig,
+    permuted_heads: Mapping[str, int],
+    names: Names,
 ) -> Iterator[tuple[str, LazyTensor]]:
     """Yields a file's tensor under its Hugging Face name; for a stack of experts, one for each."""
     # gguf lists the dimensions with the fastest one first, numpy with the slowest.
@@ -100,7 +103,11 @@ def _lazy_tensors(
 
 
 def _hf_name(
-    name: str, modules: Mapping[str, str], names: Names, *, expert: int | None = None
+    name: str,
+    modules: Mapping[str, str],
+    names: Names,
+    *,
+    expert: int | None = None,
 ) -> str:
     """Translates a tensor's name to Hugging Face's.
 
@@ -120,7 +127,11 @@ def _hf_name(
 
 
 def _read(
-    data: np.ndarray, ggml_type: Any, heads: int | None, offset: float, index: Index
+    data: np.ndarray,
+    ggml_type: Any,
+    heads: int | None,
+    offset: float,
+    index: Index,
 ) -> np.ndarray:
     """Decodes a tensor and returns the part in `index`.
 

@@ -256,7 +256,9 @@ def read_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any
 
 
 def _layer_config(
-    architecture: Architecture, config: Metadata, metadata: Metadata
+    architecture: Architecture,
+    config: Metadata,
+    metadata: Metadata,
 ) -> dict[str, Any]:
     """Returns config.json's windows, rotary bases and attention scale.
 

@@ -128,7 +128,10 @@ def _from_divisors(theta: float, factors: np.ndarray, original: int) -> dict[str
 
 
 def _longrope(
-    short: np.ndarray, long: np.ndarray, attention_factor: float, original: int
+    short: np.ndarray,
+    long: np.ndarray,
+    attention_factor: float,
+    original: int,
 ) -> dict[str, Any]:
     return {
         "rope_type": "longrope",

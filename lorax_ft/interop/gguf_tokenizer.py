@@ -171,7 +171,11 @@ def build_pre_tokenizer(pre_tokenizer: PreTokenizer) -> Any:
 
 
 def sentencepiece(
-    tokens: list[str], scores: list[float], types: list[int], unknown: str, add_prefix: bool
+    tokens: list[str],
+    scores: list[float],
+    types: list[int],
+    unknown: str,
+    add_prefix: bool,
 ) -> Any:
     """Builds the tokenizer that llama.cpp calls llama.
 

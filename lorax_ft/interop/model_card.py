@@ -49,7 +49,10 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 
 
 def adapter_card(
-    peft_config: Mapping[str, Any], *, init: str | None = None, training_notes: str = ""
+    peft_config: Mapping[str, Any],
+    *,
+    init: str | None = None,
+    training_notes: str = "",
 ) -> str:
     """The card of a PEFT folder.
 
@@ -123,7 +126,12 @@ def hub_id(source: str) -> str | None:
 
 
 def _card(
-    text: str, base_id: str | None, *, library: str, tags: Sequence[str], training_notes: str
+    text: str,
+    base_id: str | None,
+    *,
+    library: str,
+    tags: Sequence[str],
+    training_notes: str,
 ) -> str:
     """The metadata, the text, the training and the mark."""
     from huggingface_hub import ModelCard, ModelCardData

@@ -32,7 +32,12 @@ ALIGNMENT = 64
 
 
 def load_params(
-    config: DecoderConfig, tensors: Tensors, *, names: Names, source: str, place: Place
+    config: DecoderConfig,
+    tensors: Tensors,
+    *,
+    names: Names,
+    source: str,
+    place: Place,
 ) -> Tree:
     """Reads the parameters of a decoder, tensor by tensor, in the dtype of its config.
 
@@ -69,7 +74,11 @@ def load_params(
 
 
 def _check_names(
-    tensors: Tensors, expected: set[str], config: DecoderConfig, *, source: str
+    tensors: Tensors,
+    expected: set[str],
+    config: DecoderConfig,
+    *,
+    source: str,
 ) -> None:
     """Raises a `ValueError` if a tensor is missing or unexpected."""
     missing = sorted(expected - tensors.keys())

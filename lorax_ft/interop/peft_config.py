@@ -16,7 +16,9 @@ BIN = "adapter_model.bin"  # what PEFT wrote before version 0.7
 
 
 def without_tensors(
-    config: Mapping[str, Any], names: Iterable[str], modules: Collection[str]
+    config: Mapping[str, Any],
+    names: Iterable[str],
+    modules: Collection[str],
 ) -> list[str]:
     """The targets, and the model's modules that they mean, for which there are no tensors.
 

@@ -39,15 +39,8 @@ def check_fused(layers: Mapping[str, Layer]) -> None:
             )
         if not is_fused(path):
             continue
-        if "magnitude" in layer:
-            what = "DoRA"
-        elif any(name.startswith("ia3") for name in layer):
-            what = "IA3"
-        elif any(name.startswith("miss") for name in layer):
-            what = "MiSS"
-        elif any(map(is_base, layer)):
-            what = "full training"
-        else:
+        what = _unsupported(layer)
+        if what is None:
             continue
         pattern = ".*experts.*" if "experts" in path else "mlp/gate"
         raise ValueError(
@@ -55,6 +48,20 @@ def check_fused(layers: Mapping[str, Layer]) -> None:
             f"not be saved; leave them out (adapter.exclude {pattern!r}, or train_whole without "
             "them)"
         )
+
+
+def _unsupported(layer: Layer) -> str | None:
+    """What of an expert's or a router's trained leaves PEFT has no form for; None for LoRA's."""
+    if "magnitude" in layer:
+        return "DoRA"
+    for name in layer:
+        if name.startswith("ia3"):
+            return "IA3"
+        if name.startswith("miss"):
+            return "MiSS"
+    if any(map(is_base, layer)):
+        return "full training"
+    return None
 
 
 def fit_fused(adapters: Mapping[str, Matrix], model: Model) -> dict[str, Matrix]:
@@ -71,7 +78,8 @@ def fit_fused(adapters: Mapping[str, Matrix], model: Model) -> dict[str, Matrix]
         # PEFT finds down_proj's factors outside of gate_up_proj's, and those only inside of others.
         last_names |= set(EXPERT_MODULES)
     for path, (ins, outs) in _fused_shapes(model):
-        if path.rpartition("/")[2] in last_names and path not in fused:
+        _, _, last = path.rpartition("/")
+        if last in last_names and path not in fused:
             fused[path] = {
                 "lora_a": np.zeros((ins, 1), np.float32),
                 "lora_b": np.zeros((1, outs), np.float32),
@@ -99,17 +107,21 @@ def unified(adapters: Mapping[str, Matrix]) -> dict[str, Matrix]:
            [0., 0., 0., 0.]])
     """
     rank = max(len(matrix["lora_b"]) for matrix in adapters.values())
-    scales = collections.Counter(
-        matrix["lora_scale"].item() for matrix in adapters.values() if not is_filled(matrix)
-    )
+    scales: collections.Counter[float] = collections.Counter()
+    for matrix in adapters.values():
+        # One that was filled up has the scale 1, which says nothing.
+        if not is_filled(matrix):
+            scales[matrix["lora_scale"].item()] += 1
     [(scale, _)] = scales.most_common(1)
     fitted = {}
     for path, matrix in adapters.items():
-        a, b = matrix["lora_a"], matrix["lora_b"]
+        a = matrix["lora_a"]
+        b = matrix["lora_b"]
         missing = rank - len(b)
         own = matrix["lora_scale"].item()
         if own != scale:
             b = b * np.asarray(own / scale, b.dtype)
+        # Ranks of zeros, in both factors, add nothing.
         fitted[path] = matrix | {
             "lora_a": np.pad(a, ((0, 0), (0, missing))),
             "lora_b": np.pad(b, ((0, missing), (0, 0))),
@@ -122,10 +134,12 @@ def _fused_shapes(model: Model) -> Iterator[tuple[str, tuple[int, int]]]:
     """The logical paths of all experts' projections and routers, with the sizes I and O of each."""
     c = model.config
     assert c.experts is not None
-    sizes: dict[str, Any] = {"mlp/gate": (c.width, c.experts.count)}
+    count = c.experts.count
+    sizes: dict[str, Any] = {"mlp/gate": (c.width, count)}
     for name in EXPERT_MODULES:
         sizes[f"mlp/experts/{name}"] = (c.width, c.mlp_width)
     sizes["mlp/experts/down_proj"] = (c.mlp_width, c.width)
+    stack = (c.layers, count)
     for path, shape in sizes.items():
-        for logical, _ in unstacked(f"layers/{path}", (c.layers, c.experts.count)):
+        for logical, _ in unstacked(f"layers/{path}", stack):
             yield logical, shape

@@ -87,7 +87,10 @@ def folder_contents(
 
 
 def _adapted(
-    adapters: Mapping[str, Matrix], stacks: Mapping[str, Matrix], method: PeftMethod, model: Model
+    adapters: Mapping[str, Matrix],
+    stacks: Mapping[str, Matrix],
+    method: PeftMethod,
+    model: Model,
 ) -> _Adapted:
     """The adapters of modules by their paths, and those of stacks of experts by their names."""
     names = family_names(model.hf_config)

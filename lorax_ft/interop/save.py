@@ -83,7 +83,11 @@ def save_model(
 
 
 def save_quantized(
-    folder: str | Path, params: Tree, model: Model, *, shard_bytes: int = SHARD_BYTES
+    folder: str | Path,
+    params: Tree,
+    model: Model,
+    *,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes the base in `params`, with its NF4 kernels, as a checkpoint for bitsandbytes.
 

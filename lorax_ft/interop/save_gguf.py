@@ -37,7 +37,11 @@ FAR = 10**9  # a position beyond every text's end, where longrope's long factors
 
 
 def save_gguf(
-    file: str | Path, params: Tree, model: Model, *, kind: Literal["F16", "Q8_0"] = "Q8_0"
+    file: str | Path,
+    params: Tree,
+    model: Model,
+    *,
+    kind: Literal["F16", "Q8_0"] = "Q8_0",
 ) -> None:
     """Writes `params`, with their adapters merged, as one .gguf file that includes the tokenizer.
 

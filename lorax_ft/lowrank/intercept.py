@@ -48,7 +48,9 @@ class Traced:
 
 
 def adapt(
-    apply: Callable[..., Any], *, gather: Gather = lambda path, kernel: kernel
+    apply: Callable[..., Any],
+    *,
+    gather: Gather = lambda path, kernel: kernel,
 ) -> Callable[..., Any]:
     """A function like `apply` that sees the adapters in the parameters it is given.
 

@@ -40,7 +40,10 @@ def merge_adapters(params: Tree, *, layout: Layout) -> Tree:
 
 
 def merged_leaves(
-    params: Tree, *, layout: Layout, dtype: Any = None
+    params: Tree,
+    *,
+    layout: Layout,
+    dtype: Any = None,
 ) -> Iterator[tuple[str, Array]]:
     """The leaves of `merge_adapters` by slash path, merged one module at a time to save memory.
 
@@ -184,7 +187,9 @@ def _differs_from_table(layers: Mapping[str, Layer], path: str, spec: LayerSpec)
 
 
 def _with_heads(
-    params: Tree, base: dict[str, Layer], layout: Layout
+    params: Tree,
+    base: dict[str, Layer],
+    layout: Layout,
 ) -> Iterator[tuple[str, Array]]:
     """The merged leaves in float32, with a kernel for each head that is untied in `base`.
 

@@ -17,7 +17,10 @@ from lorax_ft.tree import Tree, from_modules, modules
 
 
 def quantize_base(
-    params: Tree, config: QuantConfig, *, layout: Layout
+    params: Tree,
+    config: QuantConfig,
+    *,
+    layout: Layout,
 ) -> tuple[Tree, dict[str, Original]]:
     """The parameters with quantized kernels, and by path what reads the kernels as they were.
 

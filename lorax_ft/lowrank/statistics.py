@@ -22,7 +22,10 @@ from lorax_ft.tree import Tree, modules
 
 
 def needed_statistics(
-    config: AdapterConfig, params: Tree, *, layout: Layout
+    config: AdapterConfig,
+    params: Tree,
+    *,
+    layout: Layout,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of the statistics that the init needs, by module path; empty if it needs no data.
 

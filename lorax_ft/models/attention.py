@@ -206,7 +206,10 @@ def _mask_by_type(
 
 
 def empty_keys_and_values(
-    config: DecoderConfig, heads: Heads, batch: int, slots: int
+    config: DecoderConfig,
+    heads: Heads,
+    batch: int,
+    slots: int,
 ) -> KeysAndValues:
     """A layer's cache without content: keys and values `[B, S, K, C]` of zeros."""
     shape = (batch, slots, heads.count, heads.dim)

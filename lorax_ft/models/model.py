@@ -101,7 +101,11 @@ class CausalLM:
         return self.score(self.head(params), features)
 
     def apply(
-        self, variables: Mapping[str, Any], tokens: Array, *args: Any, **kwargs: Any
+        self,
+        variables: Mapping[str, Any],
+        tokens: Array,
+        *args: Any,
+        **kwargs: Any,
     ) -> Array:
         """Logits `[B, T, V]` of tokens `[B, T]`.
 

@@ -192,7 +192,11 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(
-        self, state: TrainState, owned: Tree, *, step: int | None = None
+        self,
+        state: TrainState,
+        owned: Tree,
+        *,
+        step: int | None = None,
     ) -> tuple[TrainState, Tree]:
         """A checkpoint.
 

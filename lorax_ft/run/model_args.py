@@ -148,7 +148,10 @@ def locate(args: ModelArgs) -> tuple[Config, Path | None]:
 
 
 def _locate_run(
-    run: Path, *, dtype: Literal["float32", "bfloat16"] | None, checkpoint: str | None
+    run: Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None,
+    checkpoint: str | None,
 ) -> tuple[Config, Path | None]:
     """The config and the adapter of a run."""
     config_file = _existing(run, "run", "config.json") / "config.json"

@@ -38,7 +38,9 @@ def module_rows(params: Tree, trained: Tree, *, layout: Layout) -> list[ModuleRo
     for path, leaves in modules(trained).items():
         layer = layers[path]
         if is_adapted(layer):
-            _, inputs, outputs = layout[path].sizes(base_shape(layers, path, layout[path]))
+            spec = layout[path]
+            shape = base_shape(layers, path, spec)
+            _, inputs, outputs = spec.sizes(shape)
             rows.append(_adapter_row(path, layer, leaves, inputs=inputs, outputs=outputs))
         else:
             rows.append(_full_row(path, leaves))
@@ -77,7 +79,12 @@ def describe_bytes(params: Tree) -> str:
 
 
 def _adapter_row(
-    path: str, layer: Layer, trained: Layer, *, inputs: int, outputs: int
+    path: str,
+    layer: Layer,
+    trained: Layer,
+    *,
+    inputs: int,
+    outputs: int,
 ) -> ModuleRow:
     """The row of a module with an adapter."""
     # In a stack of layers, this leaf is 0 for those that are not adapted.
@@ -90,9 +97,10 @@ def _adapter_row(
     sizes = {"in": inputs * count, "out": outputs * count}
     parameters = 0
     for name in trained:
-        axes = leaf_schema(name).axes[1:]  # of one matrix
+        _, *axes = leaf_schema(name).axes  # of one matrix
         if "rank" in axes:
-            parameters += int(ranks.sum()) * (inputs if "in" in axes else outputs)
+            other_side = inputs if "in" in axes else outputs
+            parameters += int(ranks.sum()) * other_side
         else:
             parameters += sizes[axes[0]]
     rank = _span(ranks) if ranks.any() else "–"
@@ -112,10 +120,13 @@ def _adapter_row(
 
 def _full_row(path: str, trained: Mapping[str, Any]) -> ModuleRow:
     """The row of a module whose own weights train."""
+    shapes = []
+    for leaf in trained.values():
+        shapes.append(" × ".join(map(str, leaf.shape)))
     return ModuleRow(
         module=path,
         matrices="",
-        shape=", ".join(" × ".join(map(str, leaf.shape)) for leaf in trained.values()),
+        shape=", ".join(shapes),
         rank="full",
         scale="",
         dtype=_dtypes(trained),
@@ -140,7 +151,9 @@ def _bytes(tree: Any) -> int:
 
 
 def _dtypes(leaves: Mapping[str, Any]) -> str:
-    return ", ".join(sorted({str(leaf.dtype) for leaf in leaves.values()}))
+    """The dtypes of some leaves, each once."""
+    names = {str(leaf.dtype) for leaf in leaves.values()}
+    return ", ".join(sorted(names))
 
 
 def _sharding(leaves: Mapping[str, Any]) -> str:
@@ -154,7 +167,9 @@ def _sharding(leaves: Mapping[str, Any]) -> str:
 
 def _span(values: np.ndarray) -> str:
     """The smallest and the largest value, or the value that all share."""
-    low, high = f"{values.min():.4g}", f"{values.max():.4g}"
+    # As they are shown: values that differ in later digits are one.
+    low = f"{values.min():.4g}"
+    high = f"{values.max():.4g}"
     if low == high:
         return low
     return f"{low}–{high}"

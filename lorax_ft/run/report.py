@@ -145,7 +145,11 @@ def print_memory(console: Console, parts: Mapping[str, Any], *, temporaries: int
 
 
 def print_batch(
-    console: Console, tokenizer: Any, rows: Sequence[Sequence[Sample]], *, most: int = 2
+    console: Console,
+    tokenizer: Any,
+    rows: Sequence[Sequence[Sample]],
+    *,
+    most: int = 2,
 ) -> None:
     """Print the first rows of a batch as the model sees them, with the labeled tokens in green."""
     title = Text("First batch", style="bold")
@@ -167,7 +171,10 @@ def print_batch(
 
 
 def print_answers(
-    console: Console, title: str, questions: Sequence[str], columns: Mapping[str, Sequence[str]]
+    console: Console,
+    title: str,
+    questions: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
 ) -> None:
     """Print questions beside their answers."""
     table = _make_table(title, show_lines=True)

@@ -57,7 +57,12 @@ def load_checkpoint(run: Path, config: Config, *, step: int) -> tuple[LoadedMode
 
 
 def _params(
-    model: LoadedModel, config: Config, checkpoints: Checkpoints, *, step: int, own_base: bool
+    model: LoadedModel,
+    config: Config,
+    checkpoints: Checkpoints,
+    *,
+    step: int,
+    own_base: bool,
 ) -> Tree:
     """The parameters of the model with the trained leaves of a checkpoint."""
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])

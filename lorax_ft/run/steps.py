@@ -74,7 +74,12 @@ class _Loop:
     """The training loop and its state."""
 
     def __init__(
-        self, job: Job, log: Log, progress: Progress, stop_signal: StopSignal, trace: Trace
+        self,
+        job: Job,
+        log: Log,
+        progress: Progress,
+        stop_signal: StopSignal,
+        trace: Trace,
     ) -> None:
         self._job = job
         self._config = job.config.train

@@ -74,7 +74,9 @@ def print_setup(console: Console, job: Job, *, dry_run: bool) -> None:
     report.print_modules(console, params, job.state.trained, layout=job.model.layout)
     if dry_run:
         _print_memory(console, job)
-        rows = [job.data.train.rows[i] for i in job.batches.indices(job.first_step)]
+        # Of the first step that the run would make.
+        indices = job.batches.indices(job.first_step)
+        rows = [job.data.train.rows[i] for i in indices]
         report.print_batch(console, job.model.tokenizer, rows)
     times = [f"{name} {seconds:.1f} s" for name, seconds in job.seconds.items()]
     console.print(f"Ready: {', '.join(times)}.")
@@ -89,10 +91,8 @@ def print_resumed(console: Console, job: Job, previous: Config) -> None:
     if job.config.train.load_best and best is not None:
         console.print(f"The best step so far is {best}, with loss {job.standing.best_loss:.4f}.")
     # The rate depends on the number of steps, so more steps change the rate of the next one too.
-    if (
-        count_steps(previous.train, job.batches) != job.steps
-        and job.config.optim.schedule != "constant"
-    ):
+    has_changed = count_steps(previous.train, job.batches) != job.steps
+    if has_changed and job.config.optim.schedule != "constant":
         console.print(
             f"The number of steps has changed: the learning rate continues on the schedule for "
             f"{job.steps} steps."
@@ -100,7 +100,11 @@ def print_resumed(console: Console, job: Job, previous: Config) -> None:
 
 
 def print_evaluation(
-    console: Console, evaluation: Evaluation, *, when: str, skipped: int = 0
+    console: Console,
+    evaluation: Evaluation,
+    *,
+    when: str,
+    skipped: int = 0,
 ) -> None:
     """Print the metrics of an evaluation.
 
@@ -113,8 +117,9 @@ def print_evaluation(
     parts = []
     if evaluation.losses:
         parts.append(describe_losses(evaluation.losses))
-    if evaluation.answered is not None and evaluation.answered.match is not None:
-        match = evaluation.answered.match
+    answered = evaluation.answered
+    if answered is not None and answered.match is not None:
+        match = answered.match
         parts.append(f"exact match {match.fraction:.1%} of {match.total} answers")
     if skipped:
         parts.append(f"{skipped} questions skipped, too long to leave room for an answer")
@@ -123,17 +128,7 @@ def print_evaluation(
 
 def print_result(console: Console, job: Job, result: Result) -> None:
     """Print answers before and after training, metrics, files and the next commands."""
-    before, after = result.before.answered, result.after.answered
-    samples = job.config.eval.samples
-    if before and after and samples:
-        questions = [prompt[-1]["content"] for prompt in after.prompts[:samples]]
-        columns = {
-            "reference": after.references,
-            "before": before.answers,
-            "after": after.answers,
-        }
-        console.print()
-        report.print_answers(console, "Answers", questions, columns)
+    _print_samples(console, job, result)
     console.print()
     report.print_summary(console, _summary_rows(job, result), title="Done")
     for warning in result.warnings:
@@ -159,6 +154,24 @@ def print_result(console: Console, job: Job, result: Result) -> None:
         console.print(f"  python scripts/{command}", soft_wrap=True)
 
 
+def _print_samples(console: Console, job: Job, result: Result) -> None:
+    """Print some questions with the answers before and after training, if there are any."""
+    before = result.before.answered
+    after = result.after.answered
+    samples = job.config.eval.samples
+    if before is None or after is None or not samples:
+        return
+    # The last message of a prompt is the question.
+    questions = [prompt[-1]["content"] for prompt in after.prompts[:samples]]
+    columns = {
+        "reference": after.references,
+        "before": before.answers,
+        "after": after.answers,
+    }
+    console.print()
+    report.print_answers(console, "Answers", questions, columns)
+
+
 def metrics(evaluation: Evaluation) -> dict[str, float]:
     """The metrics that were measured, under their names in the log."""
     measured = dict(evaluation.losses)
@@ -168,7 +181,10 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
 
 
 def final_metrics(
-    job: Job, last_step: int, trained: Trained, evaluation: Evaluation
+    job: Job,
+    last_step: int,
+    trained: Trained,
+    evaluation: Evaluation,
 ) -> dict[str, float]:
     """The metrics for the last line of the log, which has the last step.
 
@@ -183,6 +199,7 @@ def final_metrics(
 def find_warnings(job: Job, folder: Path, *, before: Evaluation, after: Evaluation) -> list[str]:
     """What went wrong in the run, by its log."""
     first = _first_metrics(job, folder, before)
+    # The first set's, as `after.loss` is.
     name = next(iter(after.losses), "")
     return diagnose(
         read_log(folder),
@@ -202,7 +219,8 @@ def _first_metrics(job: Job, folder: Path, before: Evaluation) -> dict[str, floa
 def _print_data(console: Console, data: Dataset, *, packed: bool) -> None:
     """Print the size of the data, and warnings if much of it is truncated or much is padding."""
     train = data.train
-    padding = 1 - train.tokens / (len(train.rows) * data.max_length)
+    room = len(train.rows) * data.max_length
+    padding = 1 - train.tokens / room
     console.print(
         f"Training: {train.count:,} samples in {len(train.rows):,} rows of "
         f"{data.max_length:,} tokens, {train.tokens:,} tokens ({train.labels:,} labeled), "
@@ -211,6 +229,7 @@ def _print_data(console: Console, data: Dataset, *, packed: bool) -> None:
     )
     sizes = []
     for name, split in data.validation_sets.items():
+        # A single set has no name.
         sizes.append(f"{name} {len(split.rows):,} rows".strip())
     console.print(f"Validation: {', '.join(sizes)}.")
     if train.unused:
@@ -286,17 +305,23 @@ def _summary_rows(job: Job, result: Result) -> list[tuple[str, str]]:
 
 
 def describe_changes(
-    job: Job, folder: Path, *, before: Evaluation, after: Evaluation
+    job: Job,
+    folder: Path,
+    *,
+    before: Evaluation,
+    after: Evaluation,
 ) -> dict[str, str]:
     """The metrics before and after training, by name, such as "5.2000 → 0.3000"."""
     first = _first_metrics(job, folder, before)
     changes = {}
     for name, value in metrics(after).items():
         # A loss that was not finite is null in the log.
-        if first.get(name) is not None:
-            spec = ".1%" if name == "exact_match" else ".4f"
-            label = name.replace("_", " ").replace("/", " ")
-            changes[label] = f"{first[name]:{spec}} → {value:{spec}}"
+        if first.get(name) is None:
+            continue
+        spec = ".1%" if name == "exact_match" else ".4f"
+        # "validation_loss/NAME" of a set with a name.
+        label = name.replace("_", " ").replace("/", " ")
+        changes[label] = f"{first[name]:{spec}} → {value:{spec}}"
     return changes
 
 

@@ -92,7 +92,9 @@ def scale_by_rate(peak: float, unit: optax.Schedule) -> optax.GradientTransforma
         )
 
     def update(
-        updates: optax.Updates, state: RateState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: RateState,
+        params: optax.Params | None = None,
     ) -> tuple[optax.Updates, RateState]:
         rate = (state.peak * unit(state.step)).astype(jnp.float32)
         scaled = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
@@ -118,7 +120,9 @@ def _labels(trained: Tree) -> Tree:
 
 
 def _group_transform(
-    config: OptimConfig, group: Group, unit: optax.Schedule
+    config: OptimConfig,
+    group: Group,
+    unit: optax.Schedule,
 ) -> optax.GradientTransformation:
     """The optimizer of one group."""
     decay = config.weight_decay if group in DECAYED else 0.0

@@ -87,7 +87,10 @@ def principal_directions(c: Array, pair: Factors) -> tuple[Array, Array]:
 
 
 def redistributed(
-    ranks: Mapping[str, np.ndarray], explained: Mapping[str, np.ndarray], *, rho: float
+    ranks: Mapping[str, np.ndarray],
+    explained: Mapping[str, np.ndarray],
+    *,
+    rho: float,
 ) -> dict[str, np.ndarray]:
     """The ranks of all matrices by the variance that their directions explain.
 

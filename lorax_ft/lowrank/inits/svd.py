@@ -139,7 +139,9 @@ def exact_matrix(matrix: np.ndarray, *, rank: int, last: bool = False) -> HostFa
 
 
 def smallest_first(
-    u: np.ndarray, s: np.ndarray, vt: np.ndarray
+    u: np.ndarray,
+    s: np.ndarray,
+    vt: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The triples U, S and Vᵀ of an SVD in reverse order."""
     return u[:, ::-1], s[::-1], vt[::-1]
