@@ -81,6 +81,7 @@ def combine(*trees: Mapping[str, Any]) -> Tree:
     >>> combine({"a": {"kernel": 1}}, {"a": {"bias": 2}})
     {'a': {'kernel': 1, 'bias': 2}}
     """
+    # Not by updating one dict with another, in which the last leaf would win without a word.
     flat: dict[str, Any] = {}
     for tree in trees:
         for path, leaf in flatten(tree).items():
@@ -98,6 +99,7 @@ def _check_no_leaf_above(flat: Mapping[str, Any]) -> None:
     """Raise where a leaf's path continues that of another leaf."""
     for path in flat:
         parent, _, _ = path.rpartition("/")
+        # From the nearest module up to the root, whose path is empty.
         while parent:
             if parent in flat:
                 raise ValueError(f"{parent!r} is a leaf in one tree and holds {path!r} in another")
@@ -124,8 +126,11 @@ def with_layer_numbers(path: str) -> str:
 
     def number(found: re.Match[str]) -> str:
         step, place, period = map(int, found.groups())
-        return str(step * period + place)
+        # Each step of the scan before this one computed a whole period of layers.
+        layer = step * period + place
+        return str(layer)
 
+    # Whole path components only.
     return re.sub(r"(?<![^/])(\d+)/(\d+)_of_(\d+)(?![^/])", number, path)
 
 

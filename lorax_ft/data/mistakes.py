@@ -49,8 +49,11 @@ def refuse_label(row: Row) -> None:
       ValueError: the row has a label that is true or false.
     """
     label = row.fields.get("label")
-    is_judgment = label in (0, 1) or str(label).lower() in ("true", "false", "0", "1")
-    if label is None or not is_judgment:
+    if label is None:
+        return
+    # A CSV file has them as text.
+    word = str(label).lower()
+    if label not in (0, 1) and word not in ("true", "false", "0", "1"):
         return
     raise ValueError(
         f"{row.where}: a completion with a label of good or bad (prompt, completion, label), as "
@@ -72,7 +75,11 @@ def unknown_shape(row: Row, required: Mapping[Any, tuple[str, ...]]) -> ValueErr
             f"{row.where}: the row is a single turn (role, content); a row must hold a whole "
             'conversation: {"messages": [{"role": "user", "content": "..."}, ...]}'
         )
-    known = "; ".join(f"{shape} ({', '.join(names)})" for shape, names in required.items())
+    shapes = []
+    for shape, names in required.items():
+        listed = ", ".join(names)
+        shapes.append(f"{shape} ({listed})")
+    known = "; ".join(shapes)
     return ValueError(
         f"{row.where}: the fields ({list_names(fields)}) match no known shape; known: {known}; "
         f"name the fields of your data with {_proposal(fields)}"
@@ -85,9 +92,11 @@ def _proposal(fields: Mapping[str, Any]) -> str:
     question = _named_like(texts, QUESTION_WORDS)
     answer = _named_like(texts, ANSWER_WORDS)
     for name, value in fields.items():
-        if _first_role(value) == "user" and name == "prompt" and answer:
+        role = _first_role(value)
+        # A prompt of messages, whose completion has another name.
+        if role == "user" and name == "prompt" and answer:
             return f"--data.fields completion={answer}"
-        if _first_role(value) is not None:
+        if role is not None:
             return f"--data.fields messages={name}"
     if texts == ["prompt"]:
         return "--data.fields, after adding the answers: a prompt alone has nothing to train on"
@@ -95,7 +104,9 @@ def _proposal(fields: Mapping[str, Any]) -> str:
         return f"--data.fields question={question} answer={answer}"
     others = [name for name in texts if not re.search(_LABEL_WORDS, name, re.IGNORECASE)]
     if len(others) >= 2:
-        return f"--data.fields, for example --data.fields question={others[0]} answer={others[1]}"
+        # Questions mostly come first.
+        first, second, *_ = others
+        return f"--data.fields, for example --data.fields question={first} answer={second}"
     if others:
         return f"--data.fields, for example --data.fields text={others[0]} for plain text"
     return "--data.fields, for example --data.fields question=Q answer=A"
@@ -112,7 +123,13 @@ def _named_like(names: Sequence[str], words: Sequence[str]) -> str | None:
 
 def _first_role(value: Any) -> str | None:
     """The role of the first turn; None if the value is no list of turns."""
-    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+    if not isinstance(value, list) or not value:
         return None
-    role = value[0].get("role", value[0].get("from"))
-    return role if isinstance(role, str) else None
+    first = value[0]
+    if not isinstance(first, dict):
+        return None
+    # ShareGPT's turns say "from".
+    role = first.get("role", first.get("from"))
+    if not isinstance(role, str):
+        return None
+    return role

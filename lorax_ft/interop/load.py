@@ -182,12 +182,7 @@ class Loader:
     """
 
     def __init__(
-        self,
-        *,
-        dtype: str,
-        quant: QuantConfig,
-        shardings: Shardings,
-        quantizable: Set[str],
+        self, *, dtype: str, quant: QuantConfig, shardings: Shardings, quantizable: Set[str]
     ) -> None:
         self._dtype = dtype
         self._quant = quant

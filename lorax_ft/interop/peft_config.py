@@ -30,21 +30,23 @@ def without_tensors(
     with_tensors = set(names)
     targets = config.get("target_modules")
     if not isinstance(targets, list):
+        # A regular expression does not say which modules must be there.
         targets = []
     parameters = config.get("target_parameters") or []
     excluded = config.get("exclude_modules")
     left_out = {module for module in modules if is_excluded(module, excluded)}
     unmet = []
     for target in [*targets, *parameters]:
-        met = any(is_target(name, [target]) for name in with_tensors)
         # With "all-linear", PEFT lists what exclude_modules leaves out among the targets.
-        if not met and not any(is_target(module, [target]) for module in left_out):
+        candidates = with_tensors | left_out
+        if not any(is_target(name, [target]) for name in candidates):
             unmet.append(target)
     if config.get("layers_to_transform") is not None:  # leaves out modules that targets match
         return unmet
     for module in modules:
-        is_adapted = module in with_tensors or module in left_out
-        if is_target(module, targets) and not is_adapted:
+        if module in with_tensors or module in left_out:
+            continue
+        if is_target(module, targets):
             unmet.append(module)
     return unmet
 
@@ -58,6 +60,7 @@ def is_excluded(name: str, excluded: str | Iterable[str] | None) -> bool:
 
 def is_target(name: str, targets: Iterable[str] | None) -> bool:
     """Whether the targets match the module, or the parameter, of this full name."""
+    # A target is a full name, or its last parts.
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
 
 
@@ -92,6 +95,7 @@ def alpha_of(scale: float, rank: int) -> float:
         if np.float32(alpha / rank) != np.float32(scale):
             continue
         if alpha == int(alpha):
+            # JSON then has 16, not 16.0, as PEFT writes it.
             return int(alpha)
         return alpha
     return exact
@@ -169,12 +173,18 @@ def _is_pattern_table(patterns: Any) -> bool:
     """Whether a value is a dict of regular expressions and positive numbers."""
     if not isinstance(patterns, dict):
         return False
-    return all(map(_is_positive, patterns.values())) and all(map(_is_pattern, patterns))
+    for pattern, value in patterns.items():
+        if not _is_pattern(pattern) or not _is_positive(value):
+            return False
+    return True
 
 
 def _matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the module, as PEFT matches them."""
-    for pattern, value in (patterns or {}).items():
+    if not patterns:
+        return default
+    for pattern, value in patterns.items():
+        # The pattern may leave out the first parts of the name, but not a part of one.
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default

@@ -26,6 +26,7 @@ def label(params: Tree, *, whole: Sequence[str] = (), freeze: Sequence[str] = ()
       ValueError: a pattern matches no module, or a quantized module is to train in full.
     """
     layers = modules(params)
+    # Only a module with weights of its own can train in full.
     bases = [path for path, layer in layers.items() if any(map(is_base, layer))]
     patterns = [pattern for pattern in whole if pattern != "all"]
 
@@ -37,7 +38,8 @@ def label(params: Tree, *, whole: Sequence[str] = (), freeze: Sequence[str] = ()
     for path, layer in layers.items():
         trains_whole = fully_trained(path, whole)
         labels[path] = {name: _group(name, trains_whole, freeze) for name in layer}
-        if trains_whole and any(isinstance(leaf, Quantized) for leaf in layer.values()):
+        is_quantized = any(isinstance(leaf, Quantized) for leaf in layer.values())
+        if trains_whole and is_quantized:
             raise ValueError(
                 f"{path} is quantized, so its own weights cannot train; remove it from train_whole"
             )
@@ -68,8 +70,9 @@ def partition(
     labels = flatten(label(params, whole=whole, freeze=freeze))
 
     def in_first(path: str) -> bool:
-        trains = labels[path] != FROZEN
-        return trains or (by == "ownership" and is_adapter(path))
+        if by == "ownership" and is_adapter(path):
+            return True
+        return labels[path] != FROZEN
 
     return split(params, in_first)
 
@@ -96,7 +99,10 @@ def fully_trained(path: str, whole: Sequence[str]) -> bool:
 def _group(name: str, trains_whole: bool, freeze: Sequence[str]) -> str:
     """The group of a leaf of a module whose own weights train in full, or not."""
     row = leaf_schema(name)
-    trains = trains_whole if row.owner is Owner.BASE else name not in freeze
+    trains = name not in freeze
+    if row.owner is Owner.BASE:
+        trains = trains_whole
+    # A leaf without a group, such as a scale, never trains.
     if row.group is None or not trains:
         return FROZEN
     return row.group.value

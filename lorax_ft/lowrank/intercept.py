@@ -132,6 +132,7 @@ def _adapted_call(
     """The layer's output by `linear`."""
     spec = traced.spec
     own_kernel = layer[spec.weight]
+    # DoRA's norm is computed from the kernel in canonical order.
     canonical = as_canonical(layer, spec)
     layer = magnitude.with_norm(canonical)
     first_in = len(spec.stack)
@@ -185,6 +186,7 @@ def _adapted_einsum(
     ins = _letters(letters, traced.spec.ins)
     outs = _letters(letters, traced.spec.outs)
     rest = "".join(letter for letter in result if letter not in letters)
+    # The rank's letter must not be one of the equation's.
     used = lhs + letters + result
     rank = next(letter for letter in LETTERS if letter not in used)
     own_order = f"{rest}{batch}{outs}"

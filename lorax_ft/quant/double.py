@@ -26,6 +26,7 @@ def dynamic_values() -> np.ndarray:
     equal intervals, and each code stands for the middle of an interval.
     """
     positive: list[float] = []
+    # A byte has a sign, up to 6 leading zeros, a 1 that ends them, and the bits of the interval.
     for exponent in range(7):
         edges = _decade_edges(2**exponent)
         middles = _midpoints(edges)
@@ -101,6 +102,7 @@ def double(absmax: Array) -> DoubleQuantized:
     offset = jnp.mean(absmax, axis=(-1, -2))
     centered = absmax - offset[..., None, None]
 
+    # The blocks run over the ends of rows, and the last one is filled up with zeros.
     flat = centered.reshape(*stack, size)
     no_padding = [(0, 0)] * len(stack)
     to_whole_blocks = (0, -size % BLOCK)

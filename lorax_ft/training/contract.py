@@ -29,11 +29,13 @@ def check_read(loss: Callable[[Tree], Any], trained: Tree) -> None:
     """
     jaxpr = jax.make_jaxpr(loss)(trained).jaxpr
     read = _read_variables(jaxpr)
+    # The inputs of a jaxpr are the leaves of its arguments, in the order of flattening.
     leaves, _ = jax.tree_util.tree_flatten_with_path(trained)
     unread = []
     for (keys, _), variable in zip(leaves, jaxpr.invars, strict=True):
         if variable not in read:
-            unread.append("/".join(str(key.key) for key in keys))
+            names = [str(key.key) for key in keys]
+            unread.append("/".join(names))
     if unread:
         raise ValueError(
             f"the loss never reads {_some(unread)}: these layers are called in a way that adapters "
@@ -99,7 +101,10 @@ def moved(before: Tree, after: Tree, *, rate: Array | float) -> dict[str, Array]
     for path, leaf in new.items():
         largest = jnp.max(jnp.abs(old[path]))
         resolution = jnp.finfo(jnp.float32).eps * largest
-        changed = (old[path] != leaf).any() | (rate < resolution)
+        has_moved = (old[path] != leaf).any()
+        # An update of this size is lost in the rounding of the leaf.
+        is_lost = rate < resolution
+        changed = has_moved | is_lost
         is_finite = jnp.isfinite(leaf).all()
         report[path] = jnp.stack([is_finite, changed])
     return report
@@ -118,7 +123,8 @@ def check_moved(report: Mapping[str, Any], *, updates: int) -> None:
     Raises:
       ValueError: with the paths of those leaves.
     """
-    if broken := [path for path, (finite, _) in report.items() if not finite]:
+    broken = [path for path, (finite, _) in report.items() if not finite]
+    if broken:
         raise ValueError(
             f"after update {updates}, {_some(broken)} holds values that are not finite; "
             "lower the learning rate"
@@ -168,6 +174,7 @@ def _read_variables(jaxpr: Any) -> set[Any]:
 def _inner_jaxpr(equation: Any) -> Any:
     """The jaxpr that an equation calls with its own inputs, if it calls one."""
     for value in equation.params.values():
+        # Some primitives hold a jaxpr, others one that is closed over its constants.
         inner = getattr(value, "jaxpr", value)
         if hasattr(inner, "eqns") and len(inner.invars) == len(equation.invars):
             return inner

@@ -97,7 +97,12 @@ def scale_by_rate(peak: float, unit: optax.Schedule) -> optax.GradientTransforma
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, RateState]:
         rate = (state.peak * unit(state.step)).astype(jnp.float32)
-        scaled = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
+
+        def scale(u: Array) -> Array:
+            # The product is in float32; the update keeps its own dtype.
+            return (-rate * u).astype(u.dtype)
+
+        scaled = jax.tree.map(scale, updates)
         next_step = optax.safe_increment(state.step)
         return scaled, RateState(next_step, state.peak, rate)
 
@@ -116,6 +121,7 @@ def learning_rates(opt_state: Any, groups: Set[str]) -> dict[str, Array]:
 
 
 def _labels(trained: Tree) -> Tree:
+    # Every leaf trains here, so those of the base belong to modules that train in full.
     return label(trained, whole=("all",))
 
 
@@ -131,10 +137,11 @@ def _group_transform(
         Group.MAGNITUDE: config.magnitude_ratio,
     }
 
+    peak = config.learning_rate * ratios.get(group, 1.0)
     return optax.chain(
         _direction(config),
         optax.add_decayed_weights(decay),  # decoupled: behind the moments
-        scale_by_rate(config.learning_rate * ratios.get(group, 1.0), unit),
+        scale_by_rate(peak, unit),
     )
 
 
