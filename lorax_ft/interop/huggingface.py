@@ -22,7 +22,6 @@ from lorax_ft.interop.lazy_tensor import (
     FLOATS,
     FLOATS_AND_BYTES,
     LazyTensor,
-    Shape,
     Tensors,
     lazy_tensors,
 )
@@ -31,7 +30,7 @@ from lorax_ft.interop.text_part import text_config, text_tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import PART_OF
-from lorax_ft.tree import with_layer_numbers
+from lorax_ft.tree import Shape, with_layer_numbers
 
 Names = Mapping[str, str]
 """Our name of a path component -> the name in a family's checkpoints, where the two differ."""

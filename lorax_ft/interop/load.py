@@ -25,7 +25,7 @@ from lorax_ft.interop.huggingface import (
     read_json,
     stacks_experts,
 )
-from lorax_ft.interop.lazy_tensor import Index, Read, Shape, Tensors
+from lorax_ft.interop.lazy_tensor import Index, Read, Tensors
 from lorax_ft.interop.params import Parts, head_is_table, load_params
 from lorax_ft.interop.text_part import notice
 from lorax_ft.interop.tokenizer import load_tokenizer
@@ -34,7 +34,7 @@ from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import PART_OF, LoadedModel, decoder_layout
 from lorax_ft.quant.kernels import Format, Quantized, format_of, quantize
 from lorax_ft.quant.stream import streamed
-from lorax_ft.tree import Tree, flatten
+from lorax_ft.tree import Shape, Tree, flatten
 
 Shardings = Callable[[str, Any], Any]
 """(slash path, shapes of the leaf) -> its sharding; a quantized leaf has one for each part."""
