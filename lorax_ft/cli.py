@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import tyro
 
-from lorax_ft.options import advice, check_given_once, flag_with_value
+from lorax_ft.options import advice, check_given_once, flag_with_value, wrong_value
 
 Args = TypeVar("Args")
 
@@ -73,7 +73,11 @@ def parse(
         if not end.code:  # --help
             raise
         # A name of another trainer comes first: tyro would suggest nothing, or the wrong option.
-        message = advice(given, args_type) or flag_with_value(given, args_type)
+        message = (
+            advice(given, args_type)
+            or flag_with_value(given, args_type)
+            or wrong_value(given, args_type)
+        )
         raise ValueError(message or _unbox(captured.getvalue())) from None
     # tyro may build a section several times.
     for message in dict.fromkeys(str(warning.message) for warning in caught):
@@ -134,11 +138,14 @@ def _unbox(box: str) -> str:
         return without_prefix.rstrip(".")
     message = message.rstrip(".")
     if message.startswith("Unrecognized"):
+        # tyro lists the values of unknown options among their names.
+        message = re.sub(r", [^-,][^,]*", "", message)
         # The sections after the first list similar options, the closest one first.
         for section in sections[1:]:
             for line in section:
                 if line.startswith("--"):
-                    return f"{message}; did you mean {line.split()[0]}?"
+                    option = line.split()[0][2:].replace("-", "_")
+                    return f"{message}; did you mean --{option}?"
     return f"{message}; --help lists all options"
 
 

@@ -94,6 +94,29 @@ def flag_with_value(argv: Sequence[str], args_type: type) -> str | None:
     return None
 
 
+def wrong_value(argv: Sequence[str], args_type: type) -> str | None:
+    """The error of an option that has no value, or one of the wrong type; None if there is none."""
+    known = options(args_type)
+    for name, values in _given(argv):
+        if name not in known or known[name] is bool:
+            continue
+        hint = known[name]
+        several = typing.get_origin(hint) is tuple
+        if several:
+            hint = typing.get_args(hint)[0]
+        elif not values:
+            return f"--{name} needs a value: {_takes(hint)}"
+        # What follows the value of an option may be a question (scripts/generate.py).
+        for value in values if several else values[:1]:
+            if _fits(value, hint):
+                continue
+            problem = f"--{name} is {value!r}; it takes {_takes(hint)}"
+            if several and value.lower() == "none":
+                problem += f"; give --{name} without a value for none"
+            return problem
+    return None
+
+
 def _given(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     """The options on a command line in their order, each with its values."""
     given: list[tuple[str, list[str]]] = []
@@ -169,6 +192,38 @@ def _option(line: str) -> str:
     options_of_line, _, _ = line.partition(";")
     first, *_ = options_of_line.split()
     return first.removeprefix("--")
+
+
+def _fits(value: str, hint: Any) -> bool:
+    """Whether a value on the command line has the type of its option."""
+    choices = typing.get_args(hint)
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in choices)
+    if typing.get_origin(hint) is typing.Literal:
+        return value in choices
+    if hint is types.NoneType:
+        return value == "None"
+    if hint not in (int, float):
+        return True
+    try:
+        hint(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _takes(hint: Any) -> str:
+    """What an option of this type takes, in words."""
+    choices = typing.get_args(hint)
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        # None is the default of most options that take it, so it comes last.
+        ordered = sorted(choices, key=lambda choice: choice is types.NoneType)
+        return " or ".join(map(_takes, ordered))
+    if typing.get_origin(hint) is typing.Literal:
+        *others, last = map(str, choices)
+        return f"{', '.join(others)} or {last}" if others else last
+    words = {int: "a whole number", float: "a number", types.NoneType: "None"}
+    return words.get(hint, "text")
 
 
 def _is_boolean(value: str) -> bool:

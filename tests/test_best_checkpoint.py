@@ -16,6 +16,7 @@ import pytest
 from test_distributed import byte_tokenizer, run_config, train_in_processes, write_model_and_data
 
 from lorax_ft.config import Config
+from lorax_ft.interop import load
 from lorax_ft.run import steps
 from lorax_ft.run.checkpoints import resolve_checkpoint
 from lorax_ft.run.log import LOG, PLOT, read_log
@@ -141,8 +142,8 @@ def test_a_time_limit_ends_a_run_which_can_go_on(folder: Path, tmp_path: Path, c
     out = tmp_path / "run"
     fields = {"load_best": False, "patience": 0, "eval_every": 0, "last": 4}
     result = run(folder, out, max_minutes=1e-9, **fields)
-    assert (result.steps, result.ended_early) == (0, "train.max_minutes 1e-09 are over")
-    assert "0 of 4: train.max_minutes 1e-09 are over" in capsys.readouterr().out
+    assert (result.steps, result.ended_early) == (0, "1e-09 minutes are over (train.max_minutes)")
+    assert "0 of 4: 1e-09 minutes are over (train.max_minutes)" in capsys.readouterr().out
     assert (out / ADAPTER).exists()
 
 
@@ -178,10 +179,20 @@ def test_named_validation_sets(folder: Path, tmp_path: Path, capsys: Any) -> Non
     assert all(line["epoch"] == line["step"] * 16 / 40 for line in log if "epoch" in line)
 
 
+def test_a_length_beyond_the_positions_is_refused_before_the_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_params(*args: Any, **options: Any) -> Any:
+        raise AssertionError("the weights are read")
+
+    monkeypatch.setattr(load, "load_params", load_params)
+    with pytest.raises(ValueError, match="max_length is 100000, but the model has 64 positions"):
+        run(folder, tmp_path / "run", data={"max_length": 100_000})
+
+
 @pytest.mark.parametrize(
     ("fields", "data", "problem"),
     [
-        ({}, {"max_length": 100_000}, "max_length is 100000, but the model has 64 positions"),
         ({}, {"validation_rows": 0}, "train.load_best is True, but there are no validation rows"),
         ({}, {"max_length": 4096, "pack": True, "train": ("LONG",)}, "but the model has 64 posi"),
     ],

@@ -348,7 +348,7 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     (
         {"question": "a", "answer": 4},
         (),
-        "line 7: answer is int, not text",
+        """line 7: answer is int, not text; write it as text, such as "4"$""",
     ),
     ({"question": "a", "answer": "\ud800"}, (), "answer contains an unpaired surrogate"),
     ({"prompt": "a", "solution": 4}, (), "line 7: solution is int, not text"),
@@ -494,6 +494,15 @@ def test_a_named_shape_says_which_field_is_missing() -> None:
     row = Row(fields={"question": "a", "anwser": "b"}, where="a.jsonl, line 7")
     with pytest.raises(ValueError, match=r"no field 'answer'; .*--data.fields answer=anwser"):
         to_example(row, shape="question_answer")
+    # Nothing in the row could be the missing field.
+    way_out = r"; complete or remove the row, or give another --data\.shape$"
+    alone = Row(fields={"question": "a"}, where="")
+    with pytest.raises(ValueError, match=r"no field 'answer'; it has question" + way_out):
+        to_example(alone, shape="question_answer")
+    with pytest.raises(
+        ValueError, match=r"no field 'conversations'; it has question, anwser" + way_out
+    ):
+        to_example(row, shape="sharegpt")
     # It also settles what would be refused.
     labeled = Row(fields={"prompt": "a", "completion": "b", "label": True}, where="")
     expected = PlainText(prompt="a", completion="b")

@@ -82,12 +82,15 @@ def test_json_parquet_and_limit(tmp_path: Path) -> None:
         ),
         ("a.csv", "q,q\n1,2\n", "a.csv, line 1: the header repeats q"),
         ("a.csv", 'q,a\n1,"2\n', "a.csv, line 2: not CSV"),
+        ("a.csv", "q;a\n1;2\n", "a.csv, line 1: the columns are separated by semicolons"),
+        ("a.csv", "q\ta\n1\t2\n", "a.csv, line 1: the columns are separated by tabs"),
         ("a.csv", "q,a\n", "a.csv contains no rows"),
         ("a.parquet", "no", "a.parquet cannot be read as Parquet"),
         (
             "a.txt",
             "no",
-            "a.txt has an unsupported file type; supported: .jsonl, .json, .csv, .parquet",
+            "a.txt has an unsupported file type; supported: .jsonl, .json, .csv, .parquet.*"
+            r'write each text as a line {"text": "..."} of a .jsonl file$',
         ),
     ],
 )
@@ -121,6 +124,7 @@ def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     cases = {
         f"{tmp_path}/trian.jsonl": "no file .*; the closest name in its folder is train.jsonl",
         f"{tmp_path}/none/a.jsonl": "there is no folder",
+        f"{tmp_path}/train.jsonl=two": "'two' is no weight of .*: give a number, as in .*=0.5",
         f"{tmp_path}/*.csv": r"no file matches .*/\*\.csv",
         f"{tmp_path}/other": r'to read all of its files, give ".*/other/\*\.jsonl\.gz"',
         f"{tmp_path}/bare": r"contains none of train\.jsonl, train\.json,",

@@ -40,6 +40,11 @@ def test_overfitting() -> None:
     assert "train.load_best" in warning
 
 
+def test_small_losses_are_told_apart() -> None:
+    (warning,) = diagnose(log([0.02, 0.02]), before=0.0192, after=0.0198, learning_rate=1e-4)
+    assert "the validation loss rose from 0.0192 to 0.0198" in warning
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(("start", "end"), [(2.0, 0.5), (1.0, 1.0), (1.0, 0.95)])
 def test_a_run_that_went_well_or_was_level(seed: int, start: float, end: float) -> None:

@@ -7,6 +7,7 @@ import re
 from typing import Literal
 
 import pytest
+import tyro
 
 from lorax_ft import cli
 from lorax_ft.config import Config
@@ -31,6 +32,16 @@ class AllArgs(Sampling):
     stop: tuple[str, ...] = ()
     output: str = ""
     gguf_type: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asking(Sampling):
+    """Options beside a question, as in generate.py."""
+
+    question: tyro.conf.Positional[str | None] = None
+    """A question."""
+    seed: int = 0
+    """Random seed."""
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -142,3 +153,33 @@ def test_two_adapters() -> None:
     message = "--adapter is given twice: first 'a b', then c; give it once"
     with pytest.raises(ValueError, match=message):
         cli.parse(ChatArgs, argv=argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--adapter.rank 8.5", "--adapter.rank is '8.5'; it takes a whole number"),
+        ("--optim.learning-rate abc", "--optim.learning_rate is 'abc'; it takes a number"),
+        ("--train.steps 1e3", "--train.steps is '1e3'; it takes a whole number or None"),
+        ("--train.steps", "--train.steps needs a value: a whole number or None"),
+        ("--data.max_length all", "--data.max_length is 'all'; it takes a whole number or auto"),
+        ("--adapter.layers 1 a", "--adapter.layers is 'a'; it takes a whole number"),
+        ("--adapter.freeze lora_c", "--adapter.freeze is 'lora_c'; it takes lora_a or lora_b"),
+        (
+            "--train.report_to none",
+            "--train.report_to is 'none'; it takes tensorboard or wandb; give --train.report_to "
+            "without a value for none",
+        ),
+        ("--data.maxlength 5", "--data.maxlength; did you mean --data.max_length?"),
+        ("--run_name mine", "Unrecognized options: --run_name; --help lists all options"),
+    ],
+)
+def test_values_of_the_wrong_type_name_the_option(argv: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said) + "$"):
+        cli.parse(Config, argv=argv.split())
+
+
+def test_a_question_after_an_option_is_no_value_of_it() -> None:
+    with pytest.raises(ValueError, match=r"--top_k is 'many'; it takes a whole number or None$"):
+        cli.parse(Asking, argv=["--seed", "3", "--top_k", "many", "1 + 1?"])
+    assert cli.parse(Asking, argv=["--seed", "3", "1 + 1?"]).question == "1 + 1?"

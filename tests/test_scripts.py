@@ -83,8 +83,8 @@ class Options:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--cuont", "3"], "Unrecognized options: --cuont, 3; did you mean --count?"),
-        (["--count", "three"], "invalid literal for int() with base 10: 'three'"),
+        (["--cuont", "3"], "Unrecognized options: --cuont; did you mean --count?"),
+        (["--count", "three"], "--count is 'three'; it takes a whole number"),
         (["--count", "-3"], "count is -3; it must be 0 or more"),
         (["--count"], "--count"),
     ],

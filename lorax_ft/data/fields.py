@@ -37,6 +37,8 @@ ROW_FIELDS = (
     "documents",
     "chat_template_kwargs",
 )
+LISTS = ("messages", "conversations")
+"""The fields of a row that hold turns."""
 
 
 class Renames(NamedTuple):
@@ -116,9 +118,12 @@ class Fields:
             if actual in self.values:
                 raise ValueError(f"{self.where}: {actual} is null; remove or complete the row")
         missing = self._renames.get(name, name)
+        meant = self._nearest(name, missing)
+        advice = "complete or remove the row, or give another --data.shape"
+        if meant is not None:
+            advice = f"name the right one with --data.fields {name}={meant}"
         raise ValueError(
-            f"{self.where}: no field {missing!r}; it has {list_names(self.values)}; "
-            f"name the right one with --data.fields {name}={self._nearest(missing)}"
+            f"{self.where}: no field {missing!r}; it has {list_names(self.values)}; {advice}"
         )
 
     def text(self, name: str) -> str:
@@ -140,16 +145,22 @@ class Fields:
             raise ValueError(f"{self.where}: {actual} is {type_name(value)}, not a list")
         return value
 
-    def _nearest(self, missing: str) -> str:
-        """The field that may be meant by a missing one: the closest name, or the only text left."""
+    def _nearest(self, name: str, missing: str) -> str | None:
+        """The field that may be meant by a missing one: the closest name, or the only one left.
+
+        NAME if there are several; None if there is none of the type.
+        """
         near = difflib.get_close_matches(missing, list(self.values), n=1)
-        others = [
-            name
-            for name, value in self.values.items()
-            if isinstance(value, str) and name not in self.used
-        ]
         if near:
             return near[0]
+        others = []
+        for other, value in self.values.items():
+            is_list = isinstance(value, list)
+            has_type = is_list if name in LISTS else isinstance(value, str)
+            if has_type and other not in self.used:
+                others.append(other)
+        if not others:
+            return None
         return others[0] if len(others) == 1 else "NAME"
 
     def _said_name(self, name: str) -> str:
@@ -208,7 +219,10 @@ def check_text(value: Any, name: str, where: str) -> str:
       ValueError: the value is not text, or not valid Unicode.
     """
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} is {type_name(value)}, not text")
+        hint = ""
+        if isinstance(value, int | float):
+            hint = f'; write it as text, such as "{value}"'
+        raise ValueError(f"{where}: {name} is {type_name(value)}, not text{hint}")
     try:
         # JSON can escape half of a surrogate pair ("\ud800"), which the tokenizer would reject
         # much later, without the place.

@@ -22,6 +22,8 @@ COMPRESSED = (".gz", ".zst")
 """Suffixes that may follow those of text files."""
 # A text column may hold whole documents; csv's own limit is 131,072 characters.
 _CSV_FIELD_LIMIT = 2**31 - 1
+# What spreadsheets write in place of commas.
+_OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,12 @@ def read_file(path: str) -> Iterator[Row]:
             return _read_csv(path)
         case ".parquet":
             return _read_parquet(path)
+    hint = ""
+    if Path(path).suffix.lower() in (".txt", ".md"):
+        hint = '; write each text as a line {"text": "..."} of a .jsonl file'
     raise ValueError(
         f"{path} has an unsupported file type; supported: {', '.join(SUFFIXES)} (text files also "
-        "with .gz or .zst), folders saved by datasets.save_to_disk, or a Hub id"
+        f"with .gz or .zst), folders saved by datasets.save_to_disk, or a Hub id{hint}"
     )
 
 
@@ -166,6 +171,9 @@ def _read_csv(path: str) -> Iterator[Row]:
 
 
 def _check_header(header: Sequence[str], where: str) -> None:
+    for separator, name in _OTHER_SEPARATORS.items():
+        if len(header) == 1 and separator in header[0]:
+            raise ValueError(f"{where}: the columns are separated by {name}; save it with commas")
     repeated = {name for name in header if header.count(name) > 1}
     if repeated:
         # The row is a dict, so one of two columns with the same name would be lost.

@@ -231,6 +231,9 @@ def _missing(file: Path) -> str:
     """Describes a missing file, with the closest existing name as a hint."""
     if not file.parent.is_dir():
         return f"no file {file}: there is no folder {file.parent}"
+    path, equals, weight = str(file).rpartition("=")
+    if equals and Path(path).exists():
+        return f"no file {file}; {weight!r} is no weight of {path}: give a number, as in {path}=0.5"
     names = [entry.name for entry in file.parent.iterdir()]
     near = difflib.get_close_matches(file.name, names, n=1)
     if not near:

@@ -53,6 +53,7 @@ def load_model(
     remat: Literal["none", "dots", "mlp", "full"] = "full",
     quant: QuantConfig | None = None,
     shardings: Shardings | None = None,
+    check: Callable[[DecoderConfig], None] | None = None,
 ) -> LoadedModel:
     """Loads a decoder with its parameters and tokenizer.
 
@@ -69,6 +70,7 @@ def load_model(
         checkpoint that is already in bitsandbytes' NF4 keeps its own codes.
       shardings: (slash path, shapes) -> sharding, for each leaf; for a quantized leaf, the sharding
         of each of its parts. None puts everything on the default device.
+      check: called with the decoder's config before the weights are read; it may raise.
 
     Raises:
       ValueError: there is no model at `path`, or it is damaged or not supported.
@@ -81,6 +83,8 @@ def load_model(
     hf_config, tensors, tokenizer = _read(location)
     config = decoder_config(hf_config, source=source, dtype=dtype, attention=attention, remat=remat)
     config, hf_config = _with_own_head(config, hf_config, tensors)
+    if check is not None:
+        check(config)
     if PART_OF in hf_config:
         warnings.warn(notice(hf_config, source=source), stacklevel=2)
 

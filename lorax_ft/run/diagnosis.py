@@ -35,10 +35,10 @@ def diagnose(
     findings = []
     training = _change(losses)
     if training > 0:
-        findings.append(f"the training loss rose from {losses[0]:.2f} to {_end(losses):.2f}")
+        findings.append(f"the training loss rose {_from_to(losses[0], _end(losses))}")
     overfitted = False
     if before is not None and after is not None and _rose(before, after):
-        findings.append(f"the validation loss rose from {before:.2f} to {after:.2f}")
+        findings.append(f"the validation loss rose {_from_to(before, after)}")
         overfitted = training < 0
     last = _last_tenth(norms)
     if len(last) and not last.any():
@@ -76,6 +76,14 @@ def _change(losses: np.ndarray) -> int:
     if change > 0:
         return 1
     return -1
+
+
+def _from_to(before: float, after: float) -> str:
+    """Both values with as many decimals as it takes to tell them apart, at least two."""
+    decimals = 2
+    while decimals < 8 and f"{before:.{decimals}f}" == f"{after:.{decimals}f}":
+        decimals += 2
+    return f"from {before:.{decimals}f} to {after:.{decimals}f}"
 
 
 def _end(values: np.ndarray) -> float:

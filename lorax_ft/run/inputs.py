@@ -15,6 +15,7 @@ from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, read_config
 from lorax_ft.interop.peft_methods import method_name
 from lorax_ft.lowrank.groups import fully_trained
+from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import HEAD, LoadedModel, Model
 from lorax_ft.schema import METHODS, init_schema
 from lorax_ft.sharding import DECODER_RULES
@@ -29,10 +30,17 @@ def check_inputs(config: Config) -> None:
 
 
 def load_base(config: Config, mesh: Mesh) -> LoadedModel:
-    """The model on its devices, with its adapter if the run trains an existing one."""
+    """The model on its devices, with its adapter if the run trains an existing one.
+
+    Raises:
+      ValueError: as `load_model` and `load_peft`, or a row is longer than the model's positions.
+    """
 
     def shard(path: str, leaf: Any) -> Any:
         return sharding.base_sharding(path, leaf, DECODER_RULES, mesh=mesh)
+
+    def check(decoder: DecoderConfig) -> None:
+        _check_length(config.data, decoder.max_positions)
 
     model = load_model(
         config.model.path,
@@ -42,6 +50,7 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
         remat=config.model.remat,
         quant=config.quant,
         shardings=shard,
+        check=check,
     )
     _check_prequantized(model, config)
     if model.tokenizer is None:
@@ -61,7 +70,6 @@ def load_dataset(config: Config, model: Model) -> Dataset:
         although the run chooses the best checkpoint by them.
     """
     positions = model.config.max_positions
-    _check_length(config.data, positions)
     data = load_data(config.data, model.tokenizer, seed=config.train.seed, positions=positions)
     _check_samples(data.train, model, "training rows")
     for name, split in data.validation_sets.items():

@@ -47,6 +47,12 @@ def make_console() -> Console:
     return Console(highlight=False, quiet=console.quiet, width=FILE_WIDTH)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, such as "1 row" or "2,000 rows"."""
+    plural = "" if number == 1 else "s"
+    return f"{number:,} {noun}{plural}"
+
+
 def print_config(console: Console, config: Config) -> None:
     """Print the resolved config by section, with the values that are not defaults in bold."""
     sections = dataclasses.fields(config)

@@ -15,6 +15,7 @@ from lorax_ft.lowrank.groups import adapter_leaves_of
 from lorax_ft.run.clock import Clock
 from lorax_ft.run.log import Log
 from lorax_ft.run.progress import Progress
+from lorax_ft.run.report import counted
 from lorax_ft.run.setup import Job, step_key
 from lorax_ft.run.standing import Standing
 from lorax_ft.run.stop_signal import StopSignal
@@ -203,12 +204,10 @@ class _Loop:
         if self._step == self._job.steps:
             return ""
         if out_of_time:
-            return f"train.max_minutes {config.max_minutes:g} are over"
+            return f"{config.max_minutes:g} minutes are over (train.max_minutes)"
         if self._standing.out_of_patience(config.patience):
-            return (
-                f"no new lowest validation loss in {self._standing.waited} evaluations "
-                "(train.patience)"
-            )
+            evaluations = counted(self._standing.waited, "evaluation")
+            return f"no new lowest validation loss in {evaluations} (train.patience)"
         return ""
 
     def _improved(self) -> bool:

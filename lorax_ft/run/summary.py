@@ -17,6 +17,7 @@ from lorax_ft.run import report
 from lorax_ft.run.diagnosis import diagnose
 from lorax_ft.run.log import LOG, PLOT, read_log
 from lorax_ft.run.memory import peak_memory
+from lorax_ft.run.report import counted
 from lorax_ft.run.setup import Job, count_steps
 from lorax_ft.run.steps import Trained
 from lorax_ft.run.trace import PROFILE
@@ -62,7 +63,8 @@ def print_setup(console: Console, job: Job, *, dry_run: bool) -> None:
     """
     _print_data(console, job.data, packed=job.config.data.pack)
     config = job.config.train
-    console.print(f"{job.steps:,} steps of {config.batch_size} rows.\n")
+    steps, rows = counted(job.steps, "step"), counted(config.batch_size, "row")
+    console.print(f"{steps} of {rows}.\n")
     if config.steps is not None and config.epochs is not None:
         console.print(
             f"train.steps {config.steps} and train.epochs {config.epochs:g} are both given: "
@@ -76,8 +78,8 @@ def print_setup(console: Console, job: Job, *, dry_run: bool) -> None:
         _print_memory(console, job)
         # Of the first step that the run would make.
         indices = job.batches.indices(job.first_step)
-        rows = [job.data.train.rows[i] for i in indices]
-        report.print_batch(console, job.model.tokenizer, rows)
+        batch = [job.data.train.rows[i] for i in indices]
+        report.print_batch(console, job.model.tokenizer, batch)
     times = [f"{name} {seconds:.1f} s" for name, seconds in job.seconds.items()]
     console.print(f"Ready: {', '.join(times)}.")
 
@@ -222,15 +224,15 @@ def _print_data(console: Console, data: Dataset, *, packed: bool) -> None:
     room = len(train.rows) * data.max_length
     padding = 1 - train.tokens / room
     console.print(
-        f"Training: {train.count:,} samples in {len(train.rows):,} rows of "
+        f"Training: {counted(train.count, 'sample')} in {counted(len(train.rows), 'row')} of "
         f"{data.max_length:,} tokens, {train.tokens:,} tokens ({train.labels:,} labeled), "
         f"{padding:.0%} padding; "
-        f"{train.cut:,} samples truncated, {train.dropped:,} dropped (no label left)."
+        f"{counted(train.cut, 'sample')} truncated, {train.dropped:,} dropped (no label left)."
     )
     sizes = []
     for name, split in data.validation_sets.items():
         # A single set has no name.
-        sizes.append(f"{name} {len(split.rows):,} rows".strip())
+        sizes.append(f"{name} {counted(len(split.rows), 'row')}".strip())
     console.print(f"Validation: {', '.join(sizes)}.")
     if train.unused:
         parts = [f"{name} ({count:,} times)" for name, count in train.unused.items()]
@@ -259,7 +261,8 @@ def _print_padding(console: Console, train: Split, *, padding: float, max_length
     console.print(
         f"{padding:.0%} of each batch is padding: rows have {max_length:,} tokens, samples "
         f"{np.mean(lengths):.0f} on average and {max(lengths):,} at most. --data.pack puts several "
-        f"samples into a row (about {packed_rows:,} rows instead of {len(train.rows):,}); "
+        f"samples into a row (about {counted(packed_rows, 'row')} instead of "
+        f"{len(train.rows):,}); "
         "--data.max_length auto makes rows as long as the longest sample.\n",
         style="yellow",
     )
