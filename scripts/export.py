@@ -75,8 +75,8 @@ def _check(output: Path, args: Args) -> None:
     config, adapter = locate(args)
     if adapter is None and args.target in ("peft", "vllm"):
         raise ValueError(
-            f"there is no adapter to export for {args.target}: {config.model.path} is a whole "
-            "model; use --target hf"
+            f"there is no adapter to export for {args.target}: "
+            f"{args.name_of(config.model.path)} is a whole model; use --target hf"
         )
     if args.target == "gguf":
         if is_remote(output):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lorax_ft import cli
 from lorax_ft.interop.bucket import is_hub, output_path
-from lorax_ft.run.model_args import ModelArgs, load_with_adapter, locate
+from lorax_ft.run.model_args import ModelArgs, check_contains, load_with_adapter, locate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Args(ModelArgs):
         count = 1 + len(self.also)
         if self.weights and len(self.weights) != count:
             raise ValueError(
-                f"there are {count} adapters and {len(self.weights)} weights; give one for each"
+                f"--weights has {len(self.weights)} values for {count} adapters; give one for each"
             )
         if not all(math.isfinite(weight) for weight in self.weights):
             raise ValueError(f"weights are {self.weights}; they must be finite")
@@ -49,8 +49,15 @@ def main(args: Args) -> None:
     # Check all that can be checked before loading the model, which takes long.
     _check_output(output, overwrite=args.overwrite)
     config, adapter = locate(args)
+    if adapter is None and args.run is None:
+        raise ValueError("there is no adapter to merge; give its folder with --adapter")
     if adapter is None:
-        raise ValueError(f"there is no adapter to merge: {config.model.path} is a whole model")
+        raise ValueError(
+            f"there is no adapter to merge: {args.name_of(config.model.path)} is a whole model; "
+            "save it with export.py --target hf"
+        )
+    for folder in args.also:
+        check_contains(Path(folder), "adapter", "adapter_config.json")
     if is_hub(output):
         from lorax_ft.interop.hub import prepare_repo
 
@@ -75,7 +82,7 @@ def main(args: Args) -> None:
     base = model.base
     if model.base != model.source:
         base += ", dequantized"
-    print(f"merged {', '.join([str(adapter), *args.also])} into {base}; saved to {output}")
+    print(f"merged {', '.join([args.name_of(adapter), *args.also])} into {base}; saved to {output}")
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:

@@ -22,6 +22,10 @@ pytestmark = pytest.mark.usefixtures("strict")
             r"adapter\.targets: 'q_porj' matches no module.*'q_proj'.*layers/\*/self_attn/q_proj",
         ),
         ({"targets": ("zzz",)}, r"adapter\.targets: 'zzz' matches no module; there are .*lm_head"),
+        (
+            {"targets": ("q_proj,v_proj",)},
+            r"adapter\.targets: 'q_proj,v_proj' matches .* without commas, as in q_proj v_proj$",
+        ),
         ({"exclude": ("upproj",)}, r"adapter\.exclude: 'upproj' matches no module.*'up_proj'"),
         (
             {"rank_pattern": ("q_prj=4",)},

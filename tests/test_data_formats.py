@@ -309,8 +309,10 @@ def test_columns_that_are_not_used_are_counted() -> None:
     row = {"question": "a", "answer": "b", "id": 3, "source": None, "category": ""}
     example_of(row, unused=unused)
     example_of(row, unused=unused)
-    example_of({"text": "a", "system": "b"}, unused=unused, defaults=Defaults(system="c"))
-    assert unused == {"column id": 2, "column system": 1, "--data.system": 1}
+    options = Defaults(system="c", tools=[{"name": "d"}], template_args={"e": 1})
+    example_of({"text": "a", "system": "b"}, unused=unused, defaults=options)
+    not_for_text = {"--data.system": 1, "--data.tools": 1, "--data.template_args": 1}
+    assert unused == {"column id": 2, "column system": 1, **not_for_text}
 
 
 def test_rows_of_another_format_among_the_usual() -> None:

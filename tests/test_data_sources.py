@@ -16,6 +16,7 @@ from data_cases import assistant, user, write
 from lorax_ft.data import readers, sources
 from lorax_ft.data.readers import Row
 from lorax_ft.data.sources import Source, has_split, parse_sources, read_rows
+from lorax_ft.interop.bucket import output_path
 
 QUESTIONS = [{"question": "a\u2028b"}, {"question": "c"}]
 
@@ -110,6 +111,16 @@ def test_bytes_that_are_not_text_name_the_line(tmp_path: Path) -> None:
             list(read_rows((str(path),)))
 
 
+def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data/train.jsonl", '{"q": 1}')
+    assert output_path("~/out") == tmp_path / "out"
+    for path in ("~/data", "~/data/train.jsonl", "~/data/*.jsonl"):
+        assert [row.fields for row in read_rows((path,))] == [{"q": 1}]
+    assert has_split("~/data", "train")
+
+
 def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -128,6 +139,7 @@ def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         f"{tmp_path}/*.csv": r"no file matches .*/\*\.csv",
         f"{tmp_path}/other": r'to read all of its files, give ".*/other/\*\.jsonl\.gz"',
         f"{tmp_path}/bare": r"contains none of train\.jsonl, train\.json,",
+        "s3://bucket/a.jsonl": r"^s3://bucket/a\.jsonl: data is read from local files",
         "owner/name": "no such file, and loading split 'train' .*: Couldn't reach the Hub$",
         "trian.jsonll": "no file trian.jsonll",
     }

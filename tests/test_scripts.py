@@ -208,9 +208,13 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
         assert answer(merged_model, merged_model.params, [asked("w7 w8")], max_new_tokens=8) == [
             text
         ]
+    _, _, errors = call("merge", "--model", str(base), "--output", "x")
+    assert errors == "error: there is no adapter to merge; give its folder with --adapter\n"
+    _, _, errors = call("merge", "--run", str(run), "--also", "none", "--output", "x")
+    assert errors.startswith("error: there is no adapter at none")
     status, _, errors = call("merge", "--run", str(run), "--weights", "1", "2", "--output", "x")
     assert status == 2
-    assert errors.startswith("error: there are 1 adapters and 2 weights; give one for each")
+    assert errors.startswith("error: --weights has 2 values for 1 adapters; give one for each")
 
 
 def test_export(

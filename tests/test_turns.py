@@ -183,3 +183,10 @@ def test_lines_of_a_jsonl_file(tmp_path: Path) -> None:
         file.write_text(line)
         with pytest.raises(ValueError, match=f"line 1:? {message}"):
             read_questions(file, Conversation(messages=[]))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.parquet", "a.jsonl.gz"])
+def test_tables_are_not_files_of_questions(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("question,answer\na,b\n")
+    with pytest.raises(ValueError, match=f"{name} is no text file with a question a line"):
+        read_questions(tmp_path / name, Conversation(messages=[]))

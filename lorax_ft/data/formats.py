@@ -254,5 +254,7 @@ def _unused(example: Example, view: Fields, defaults: Defaults) -> Iterator[str]
         is_empty = value is None or value == ""
         if name not in view.used and not is_empty:
             yield f"column {name}"
-    if isinstance(example, PlainText) and defaults.system:
-        yield "--data.system"
+    if isinstance(example, PlainText):
+        for option in dataclasses.fields(defaults):
+            if getattr(defaults, option.name):
+                yield f"--data.{option.name}"

@@ -11,6 +11,7 @@ import glob
 import itertools
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def read_rows(
 
 def has_split(path: str, split: str) -> bool:
     """Whether a path is a folder that holds this split."""
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         return False
     if (folder / _SAVED_SPLITS).is_file():
@@ -113,6 +114,12 @@ def _read(path: str, split: str, revision: str | None) -> Iterator[Row]:
 
 def _open(path: str, split: str, revision: str | None) -> Iterator[Row]:
     """Chooses the reader of a source."""
+    if "://" in path:
+        raise ValueError(
+            f"{path}: data is read from local files and from the Hub; download it, or give a Hub "
+            "id as owner/name"
+        )
+    path = os.path.expanduser(path)
     file = Path(path)
     if file.is_file():
         return read_file(path)

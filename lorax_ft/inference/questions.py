@@ -12,6 +12,9 @@ from typing import Any
 from lorax_ft.data.conversation import Conversation, Message
 from lorax_ft.data.tools import tool_calls_of, tool_schemas
 
+# Files whose lines are not questions.
+_TABLES = (".csv", ".json", ".parquet", ".gz", ".zst")
+
 
 def read_questions(file: Path, asked: Conversation) -> dict[str, Conversation]:
     """Reads the conversations of a file, by file and line number.
@@ -28,6 +31,11 @@ def read_questions(file: Path, asked: Conversation) -> dict[str, Conversation]:
     """
     if not file.is_file():
         raise ValueError(f"there is no file at {file}")
+    if file.suffix.lower() in _TABLES:
+        raise ValueError(
+            f"{file} is no text file with a question a line; give such a file, or a .jsonl file "
+            'with lines {"question": "..."} or {"messages": [...]}'
+        )
     try:
         # -sig, as editors on Windows start a file with a byte order mark.
         text = file.read_text(encoding="utf-8-sig")

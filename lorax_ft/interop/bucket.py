@@ -57,7 +57,7 @@ def output_path(path: str | Path) -> Path:
     # Not epath for all: its local paths do not resolve links, for example.
     if not is_remote(path):
         _check_slashes(str(path))
-        return Path(path)
+        return Path(path).expanduser()
     if is_hub(path):
         repo_id(path)
         return epath.Path(str(path))

@@ -96,6 +96,12 @@ def check_coverage(
     for pattern in patterns:
         if hit(pattern):
             continue
+        separate = pattern.replace(" ", "").split(",")
+        if len(separate) > 1 and all(map(hit, separate)):
+            raise ValueError(
+                f"{where}: {pattern!r} matches no module; give several names without commas, "
+                f"as in {' '.join(separate)}"
+            )
         known = sorted(last_parts | set(existing))
         near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}? There are" if near else "; there are"

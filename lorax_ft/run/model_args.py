@@ -48,6 +48,12 @@ class ModelArgs:
                 "--quant goes with --model; a run uses the quantization it trained with"
             )
 
+    def name_of(self, folder: str | Path) -> str:
+        """What to call the contents of `folder` (see `locate`) in messages."""
+        if self.checkpoint is None:
+            return str(folder)
+        return f"checkpoint {self.checkpoint} of {self.run}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatArgs(ModelArgs, Sampling):
@@ -142,7 +148,7 @@ def locate(args: ModelArgs) -> tuple[Config, Path | None]:
     assert args.model is not None
     adapter = None
     if args.adapter is not None:
-        adapter = _existing(Path(args.adapter), "adapter", "adapter_config.json")
+        adapter = check_contains(Path(args.adapter), "adapter", "adapter_config.json")
     model = ModelConfig(path=args.model, dtype=args.dtype or "float32")
     return Config(model=model, quant=QuantConfig(format=args.quant)), adapter
 
@@ -154,7 +160,7 @@ def _locate_run(
     checkpoint: str | None,
 ) -> tuple[Config, Path | None]:
     """The config and the adapter of a run."""
-    config_file = _existing(run, "run", "config.json") / "config.json"
+    config_file = check_contains(run, "run", "config.json") / "config.json"
     try:
         config = Config.from_json(config_file.read_text(encoding="utf-8"))
     except (ValueError, AttributeError) as error:
@@ -201,8 +207,12 @@ def _checkpoint_hint(run: Path) -> str:
     )
 
 
-def _existing(folder: Path, content: str, marker: str) -> Path:
-    """The folder, if it contains the file `marker`; else an error that suggests another folder."""
+def check_contains(folder: Path, content: str, marker: str) -> Path:
+    """Returns the folder, which must contain the file `marker`.
+
+    Raises:
+      ValueError: it does not; the message suggests another folder.
+    """
     if (folder / marker).is_file():
         return folder
     if folder.is_dir():

@@ -1,4 +1,4 @@
-"""What several tests with PEFT share: small checkpoints, logits of both sides, gradients."""
+"""What several tests with PEFT share: small checkpoints, logits and folders of both sides."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import torch
 import transformers
 
+from lorax_ft.config import AdapterConfig
+from lorax_ft.interop.load import load_model
+from lorax_ft.interop.peft import load_peft, save_peft
+from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.lowrank.merge import merge_adapters
-from lorax_ft.models.model import Model
-from lorax_ft.tree import Tree, flatten
+from lorax_ft.models.model import LoadedModel, Model
+from lorax_ft.tree import Tree, flatten, unflatten
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 15))
 
@@ -80,11 +85,55 @@ def train_a_little(model: torch.nn.Module) -> None:
             parameter.data += 0.2 * torch.randn_like(parameter)
 
 
-def check_gradients(model: Model, params: Tree, *, scale: float) -> list[str]:
+def random_factors(params: Tree) -> Tree:
+    """Adapters that change the logits; with B = 0 all would agree."""
+    rng = np.random.default_rng(1)
+    leaves = flatten(params)
+    for path, leaf in leaves.items():
+        if path.endswith(("lora_a", "lora_b")):
+            leaves[path] = jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32)
+    return unflatten(leaves)
+
+
+def check_peft_loads_ours(folder: Path, base: torch.nn.Module, config: AdapterConfig) -> None:
+    """PEFT and `load_peft` read what we save of an adapter of `folder / "model"`."""
+    plain = their_logits(base)
+    model = load_model(folder / "model")
+    params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    changes_base = config.init == "pissa"
+    if not changes_base:
+        params = random_factors(params)
+    save_peft(folder / "adapter", params, model, config=config)
+    theirs = peft.PeftModel.from_pretrained(base, folder / "adapter")
+    expected = their_logits(theirs)
+    assert changes_base or np.abs(expected - plain).max() > 0.1
+    for tree in (params, load_peft(folder / "adapter", model)):
+        np.testing.assert_allclose(our_logits(model, tree), expected, atol=1e-4, rtol=1e-4)
+
+
+def check_we_load_theirs(
+    folder: Path, base: torch.nn.Module, config: peft.LoraConfig
+) -> tuple[LoadedModel, Tree]:
+    """We read what PEFT saves of an adapter of `folder / "model"`; returns what we read."""
+    theirs = peft.get_peft_model(base, config)
+    train_a_little(theirs)
+    theirs.save_pretrained(folder / "adapter")
+    expected = their_logits(theirs)
+    model = load_model(folder / "model")
+    params = load_peft(folder / "adapter", model)
+    np.testing.assert_allclose(our_logits(model, params), expected, atol=1e-4, rtol=1e-4)
+    return model, params
+
+
+def check_gradients(folder: Path) -> list[str]:
     """Compare ∂L/∂A and ∂L/∂B with those by the chain rule from ∂L/∂W of the merged model.
 
-    Returns the paths of the adapted modules.
+    Adapts all linear modules of the model in `folder`, and returns their paths.
     """
+    model = load_model(folder)
+    config = AdapterConfig(rank=2, alpha=3, targets=("all-linear",))
+    added = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    params = random_factors(added)
 
     def loss(params: Tree) -> jax.Array:
         return jnp.sum(jax.nn.log_softmax(model.apply({"params": params}, TOKENS))[..., 5])
@@ -96,7 +145,7 @@ def check_gradients(model: Model, params: Tree, *, scale: float) -> list[str]:
     adapted = [path.removesuffix("/lora_a") for path in leaves if path.endswith("/lora_a")]
     for path in adapted:
         a, b = leaves[f"{path}/lora_a"], leaves[f"{path}/lora_b"]
-        for name, expected in _by_chain_rule(a, b, scale * dense[f"{path}/kernel"]):
+        for name, expected in _by_chain_rule(a, b, 1.5 * dense[f"{path}/kernel"]):
             size = float(jnp.abs(expected).max())
             assert size > 0
             found = ours[f"{path}/{name}"]

@@ -13,19 +13,24 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 import transformers  # noqa: E402
-from peft_logits import check_gradients, train_a_little  # noqa: E402
+from peft_logits import (  # noqa: E402
+    check_gradients,
+    check_peft_loads_ours,
+    check_we_load_theirs,
+    our_logits,
+    their_logits,
+)
 from safetensors.torch import load_file, save_file  # noqa: E402
-from test_transformers import CASES, SIZES, TOKENS, checkpoint, reference  # noqa: E402
+from test_transformers import CASES, SIZES, checkpoint  # noqa: E402
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # noqa: E402
 
 from lorax_ft.config import AdapterConfig, QuantConfig  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
 from lorax_ft.interop.mxfp4 import dequantized  # noqa: E402
-from lorax_ft.interop.peft import load_peft, save_peft  # noqa: E402
+from lorax_ft.interop.peft import save_peft  # noqa: E402
 from lorax_ft.interop.save import save_model  # noqa: E402
 from lorax_ft.lowrank.adapters import add_adapters  # noqa: E402
-from lorax_ft.models.model import LoadedModel  # noqa: E402
-from lorax_ft.tree import Tree, flatten, unflatten  # noqa: E402
+from lorax_ft.tree import flatten, unflatten  # noqa: E402
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 96}  # rows of whole blocks of 32
 
@@ -74,46 +79,28 @@ def mxfp4_checkpoint(folder: Path) -> torch.nn.Module:
     )
 
 
-def logits(model: LoadedModel) -> np.ndarray:
-    return logits_of(model, model.params)
-
-
-def logits_of(model: LoadedModel, params: Tree) -> np.ndarray:
-    return np.asarray(model.apply({"params": params}, jnp.asarray(TOKENS)))
-
-
 def test_mxfp4_checkpoint(tmp_path: Path) -> None:
     theirs = mxfp4_checkpoint(tmp_path / "model")
-    expected = reference(theirs, TOKENS)
+    expected = their_logits(theirs)
     assert np.abs(expected).max() > 1
     ours = load_model(tmp_path / "model")
-    np.testing.assert_allclose(logits(ours), expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(our_logits(ours, ours.params), expected, atol=1e-4, rtol=1e-4)
     assert not ours.prequantized
 
     save_model(tmp_path / "again", ours.params, ours)  # in full precision
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "again", attn_implementation="eager"
     )
-    np.testing.assert_allclose(reference(again, TOKENS), expected, atol=1e-6)
+    np.testing.assert_allclose(their_logits(again), expected, atol=1e-6)
 
 
 def test_quantized_anew(tmp_path: Path) -> None:
     mxfp4_checkpoint(tmp_path / "model")
     plain = load_model(tmp_path / "model")
     ours = load_model(tmp_path / "model", quant=QuantConfig(format="int8"))
-    difference = np.abs(logits(ours) - logits(plain))
+    difference = np.abs(our_logits(ours, ours.params) - our_logits(plain, plain.params))
     # The median, because rounding changes which experts a few tokens go to.
-    assert 0 < np.median(difference) < 0.02 * np.abs(logits(plain)).max()
-
-
-def random_factors(params: Tree) -> Tree:
-    """Adapters that change the logits; with B = 0 all would agree."""
-    rng = np.random.default_rng(1)
-    leaves = flatten(params)
-    for path, leaf in leaves.items():
-        if path.endswith(("lora_a", "lora_b")):
-            leaves[path] = jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32)
-    return unflatten(leaves)
+    assert 0 < np.median(difference) < 0.02 * np.abs(our_logits(plain, plain.params)).max()
 
 
 ADAPTERS = {
@@ -138,20 +125,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_peft_loads_ours(tmp_path: Path, name: str) -> None:
     base = checkpoint(tmp_path / "model", "gpt_oss")
-    plain = reference(base, TOKENS)
-    model = load_model(tmp_path / "model")
-    config = ADAPTERS[name]
-    params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
-    if config.init != "pissa":
-        params = random_factors(params)
-    save_peft(tmp_path / "adapter", params, model, config=config)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-    expected = reference(theirs, TOKENS)
-    ours = logits_of(model, params)
-    assert config.init == "pissa" or np.abs(ours - plain).max() > 0.1
-    np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)
-    again = load_peft(tmp_path / "adapter", model)
-    np.testing.assert_allclose(logits_of(model, again), expected, atol=1e-4, rtol=1e-4)
+    check_peft_loads_ours(tmp_path, base, ADAPTERS[name])
 
 
 STACKED = {
@@ -171,13 +145,9 @@ STACKED = {
 def test_we_load_what_peft_writes(tmp_path: Path, name: str) -> None:
     base = checkpoint(tmp_path / "model", "gpt_oss")
     fields = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]} | STACKED[name]
-    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
-    train_a_little(theirs)
-    theirs.save_pretrained(tmp_path / "adapter")
-    expected = reference(theirs, TOKENS)
-    model = load_model(tmp_path / "model")
-    params = load_peft(tmp_path / "adapter", model)
-    np.testing.assert_allclose(logits_of(model, params), expected, atol=1e-4, rtol=1e-4)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **fields)
+    model, params = check_we_load_theirs(tmp_path, base, config)
+    expected = our_logits(model, params)
     save_peft(tmp_path / "again", params, model)
     again = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(
@@ -191,7 +161,7 @@ def test_we_load_what_peft_writes(tmp_path: Path, name: str) -> None:
         tensors = load_file(tmp_path / folder / "adapter_model.safetensors")
         shapes.append({key: tensor.shape for key, tensor in tensors.items()})
     assert shapes[0] == shapes[1]
-    np.testing.assert_allclose(reference(again, TOKENS), expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(their_logits(again), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_peft_cannot_hold(tmp_path: Path) -> None:
@@ -217,10 +187,5 @@ def test_sinks_that_train(tmp_path: Path) -> None:
 def test_gradients_are_those_of_merged_kernels(tmp_path: Path) -> None:
     """∂L/∂B by the chain rule from ∂L/∂W of the merged model: s Aᵀ ∂L/∂W."""
     checkpoint(tmp_path / "model", "gpt_oss")
-    model = load_model(tmp_path / "model")
-    config = AdapterConfig(rank=2, alpha=3, targets=("all-linear",))
-    added = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
-    params = random_factors(added)
-
-    adapted = check_gradients(model, params, scale=1.5)
+    adapted = check_gradients(tmp_path / "model")
     assert adapted
