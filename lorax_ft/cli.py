@@ -138,6 +138,9 @@ def _unbox(box: str) -> str:
         return without_prefix.rstrip(".")
     message = message.rstrip(".")
     if message.startswith("Unrecognized"):
+        unknown = message.partition(": ")[2]
+        if not unknown.startswith("-"):
+            return f"{unknown!r} belongs to no option; put quotes around a text with spaces"
         # tyro lists the values of unknown options among their names.
         message = re.sub(r", [^-,][^,]*", "", message)
         # The sections after the first list similar options, the closest one first.

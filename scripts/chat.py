@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lorax_ft import cli
 from lorax_ft.data.conversation import Conversation, Message
-from lorax_ft.inference.questions import ask
+from lorax_ft.inference.questions import ask, warn_unused
 from lorax_ft.inference.turns import (
     assistant_message,
     describe_call,
@@ -108,6 +108,7 @@ def main(args: Args) -> None:
     # Before the model, which takes long to load: a bad file should fail at once.
     opening = args.opening()
     model, params = load_with_adapter(args)
+    warn_unused([opening], model.tokenizer)
     from lorax_ft.inference.generate import with_all_norms
 
     params = with_all_norms(model, params)

@@ -22,7 +22,7 @@ import tyro
 
 from lorax_ft import cli
 from lorax_ft.data.conversation import Conversation
-from lorax_ft.inference.questions import ask, read_questions
+from lorax_ft.inference.questions import ask, read_questions, warn_unused
 from lorax_ft.run.model_args import ChatArgs, load_with_adapter
 
 if TYPE_CHECKING:
@@ -47,6 +47,12 @@ class Args(ChatArgs):
     """Strings that end an answer; the answer does not include them."""
 
     def __post_init__(self) -> None:
+        for value in self.template_args:
+            if "=" not in value and self.question is None:
+                raise ValueError(
+                    f"--template_args has {value!r}, which is no name=value; "
+                    "a question goes before the options"
+                )
         super().__post_init__()
         if self.question is not None and self.file is not None:
             raise ValueError("give a question or --file, not both")
@@ -65,6 +71,7 @@ def main(args: Args) -> None:
     if args.file is not None:
         asked = read_questions(Path(args.file), opening)
     model, params = load_with_adapter(args)
+    warn_unused([opening] if args.file is None else asked.values(), model.tokenizer)
     if args.file is not None:
         answers = _answers(args, model, params, [*asked.values()], turn=0, where=[*asked])
         for conversation, text in zip(asked.values(), answers, strict=True):

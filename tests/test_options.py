@@ -180,6 +180,8 @@ def test_values_of_the_wrong_type_name_the_option(argv: str, said: str) -> None:
 
 
 def test_a_question_after_an_option_is_no_value_of_it() -> None:
+    with pytest.raises(ValueError, match="'is, 3\\?' belongs to no option; put quotes around"):
+        cli.parse(Asking, argv=["What", "is", "3?"])
     with pytest.raises(ValueError, match=r"--top_k is 'many'; it takes a whole number or None$"):
         cli.parse(Asking, argv=["--seed", "3", "--top_k", "many", "1 + 1?"])
     assert cli.parse(Asking, argv=["--seed", "3", "1 + 1?"]).question == "1 + 1?"

@@ -152,6 +152,8 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     assert call("merge", "--run", str(run), "--output", str(merged)) == (2, "", message)
     message = f"error: there is no run at {tmp_path / 'rum'}; did you mean {run}?\n"
     assert call("generate", "--run", str(tmp_path / "rum"), "w7") == (2, "", message)
+    _, _, errors = call("generate", "--run", str(run), "--template_args", "a=1", "w7 w8")
+    assert "has 'w7 w8', which is no name=value; a question goes before the options" in errors
     (tmp_path / "questions.txt").write_text("w7 w8\n\nw9\n")
     status, printed, _ = call(
         "generate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from lorax_ft.checks import parse_template_args
 from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.tools import read_tools
-from lorax_ft.inference.questions import read_questions
+from lorax_ft.inference.questions import read_questions, warn_unused
 from lorax_ft.inference.turns import (
     assistant_message,
     describe_call,
@@ -190,3 +191,14 @@ def test_tables_are_not_files_of_questions(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("question,answer\na,b\n")
     with pytest.raises(ValueError, match=f"{name} is no text file with a question a line"):
         read_questions(tmp_path / name, Conversation(messages=[]))
+
+
+def test_what_the_template_does_not_read_is_named() -> None:
+    tokenizer: Any = types.SimpleNamespace(chat_template="{{ messages }}{{ enable_thinking }}")
+    args = {"enable_thinking": False, "effort": "low"}
+    opening = Conversation(messages=[], tools=[TOOL], template_args=args)
+    unread = r"tools \(not in the chat template\), template variable effort \(not in the chat"
+    with pytest.warns(UserWarning, match=f"^not used: {unread}"):
+        warn_unused([opening, opening], tokenizer)
+    warn_unused([Conversation(messages=[])], tokenizer)
+    warn_unused([opening], None)

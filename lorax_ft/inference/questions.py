@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorax_ft.data.chat import Tokenizer
 from lorax_ft.data.conversation import Conversation, Message
 from lorax_ft.data.tools import tool_calls_of, tool_schemas
+from lorax_ft.data.usage import optional_fields, unknown_fields
 
 # Files whose lines are not questions.
 _TABLES = (".csv", ".json", ".parquet", ".gz", ".zst")
@@ -52,6 +56,18 @@ def read_questions(file: Path, asked: Conversation) -> dict[str, Conversation]:
     if not questions:
         raise ValueError(f"{file} contains no questions")
     return questions
+
+
+def warn_unused(conversations: Iterable[Conversation], tokenizer: Tokenizer | None) -> None:
+    """Warns of tools, documents, fields and variables that the chat template does not read."""
+    if tokenizer is None:  # an error as soon as something is asked
+        return
+    counts: Counter[tuple[str, str]] = Counter()
+    for conversation in conversations:
+        counts.update(optional_fields(conversation))
+    unused = unknown_fields(counts, tokenizer)
+    if unused:
+        warnings.warn(f"not used: {', '.join(unused)}", stacklevel=2)
 
 
 def ask(asked: Conversation, messages: Sequence[Message]) -> Conversation:
