@@ -28,6 +28,8 @@ from lorax_ft.tree import Tree, flatten, unflatten
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "architecture 'mamba'; supported: llama, mistral, "),
+        ({"model_type": None}, "its config.json has no model_type"),
+        ({"model": {}, "adapter": {}, "train": {}}, "output folder of a training run, not a model"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'; supported: silu"),
         ({"hidden_size": "wide"}, "hidden_size"),
         (

@@ -52,7 +52,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
     is_adapter = any(folder.glob("adapter_*"))
     if is_adapter and not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds an adapter, not a model; load its base model, then use load_peft"
+            f"{folder} holds an adapter, not a model; give its base model, and the adapter with "
+            "--adapter.continue_from to train it, with --adapter to use it, or with load_peft"
         )
     config = text_config(read_json(folder / "config.json"))
     quantization = config.pop("quantization_config", None)
@@ -107,6 +108,13 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
         type.
     """
     model_type = hf_config.get("model_type")
+    if {"model", "adapter", "train"} <= set(hf_config):
+        raise ValueError(
+            f"{source} is the output folder of a training run, not a model; give the run's base "
+            "model, or export the run with scripts/export.py --target hf"
+        )
+    if model_type is None:
+        raise ValueError(f"{source}: its config.json has no model_type; it describes no model")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"{source} has the architecture {model_type!r}; supported: {', '.join(FAMILIES)}"
