@@ -201,6 +201,8 @@ def test_the_first_row_of_every_source_is_checked(tmp_path: Path, questions: str
         with pytest.raises(ValueError, match=r"pairs.jsonl, line 1: a preference pair"):
             check_sources(DataConfig(**options))
     check_sources(DataConfig(train=(f"{questions}=2",)))
+    with pytest.raises(ValueError, match=r"has a.jsonl=2, but only data.train has weights; give a"):
+        check_sources(DataConfig(train=(questions,), validation=("a.jsonl=2",)))
 
 
 def test_conversations_that_are_too_long(tmp_path: Path) -> None:

@@ -220,6 +220,8 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
         load_peft(tmp_path / "adapter", model)
     with pytest.raises(ValueError, match=r"holds no adapter_config.json"):
         load_peft(tmp_path / "model", model)
+    with pytest.raises(ValueError, match=r"is the output folder of a run; its adapter is in .*/ad"):
+        load_peft(tmp_path, model)
     with pytest.raises(ValueError, match=r"holds an adapter, not a model"):
         load_model(tmp_path / "adapter")
 

@@ -90,12 +90,19 @@ def name_sets(entries: Sequence[str]) -> dict[str, list[str]]:
     """The paths of each validation set, from entries "path" or "name=path", in their order.
 
     Entries of the same name are one set. A path that contains "=" and exists is a path.
+
+    Raises:
+      ValueError: an entry has the weight of a training source.
     """
     sets: dict[str, list[str]] = {}
     for entry in entries:
         named = re.fullmatch(r"([\w.-]+)=(.+)", entry)
         if named is None or Path(entry).exists():
             sets.setdefault("", []).append(entry)
+        elif re.fullmatch(r"\d*\.?\d+", named[2]) and not Path(named[2]).exists():
+            raise ValueError(
+                f"data.validation has {entry}, but only data.train has weights; give {named[1]}"
+            )
         else:
             sets.setdefault(named[1], []).append(named[2])
     return sets

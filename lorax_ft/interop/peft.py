@@ -180,6 +180,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds an adapter as {BIN}, a pickle that could run code and is not read; "
             f"load it in PEFT and save it again, which writes {WEIGHTS}"
         )
+    in_run = folder / "adapter"
+    if (in_run / CONFIG).is_file() and not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is the output folder of a run; its adapter is in {in_run}")
     config = read_json(folder / CONFIG)
     method_of_config(config, folder).check_config(config, folder)
     return config

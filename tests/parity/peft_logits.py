@@ -27,9 +27,9 @@ def our_logits(model: Model, params: Tree) -> np.ndarray:
     return np.asarray(jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(TOKENS)))(params))
 
 
-def their_logits(model: torch.nn.Module) -> np.ndarray:
+def their_logits(model: torch.nn.Module, tokens: np.ndarray = TOKENS) -> np.ndarray:
     with torch.no_grad():
-        return model.eval()(torch.as_tensor(TOKENS)).logits.numpy()
+        return model.eval()(torch.as_tensor(tokens)).logits.numpy()
 
 
 def qwen2_with_biases(folder: Path, *, layers: int) -> Path:
@@ -95,34 +95,40 @@ def random_factors(params: Tree) -> Tree:
     return unflatten(leaves)
 
 
-def check_peft_loads_ours(folder: Path, base: torch.nn.Module, config: AdapterConfig) -> None:
+def check_peft_loads_ours(
+    folder: Path, base: torch.nn.Module, config: AdapterConfig, *, tokens: np.ndarray
+) -> None:
     """PEFT and `load_peft` read what we save of an adapter of `folder / "model"`."""
-    plain = their_logits(base)
+    plain = their_logits(base, tokens)
     model = load_model(folder / "model")
     params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
     changes_base = config.init == "pissa"
     if not changes_base:
         params = random_factors(params)
     save_peft(folder / "adapter", params, model, config=config)
-    theirs = peft.PeftModel.from_pretrained(base, folder / "adapter")
-    expected = their_logits(theirs)
+    expected = their_logits(peft.PeftModel.from_pretrained(base, folder / "adapter"), tokens)
     assert changes_base or np.abs(expected - plain).max() > 0.1
     for tree in (params, load_peft(folder / "adapter", model)):
-        np.testing.assert_allclose(our_logits(model, tree), expected, atol=1e-4, rtol=1e-4)
+        ours = model.apply({"params": tree}, jnp.asarray(tokens))
+        np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 def check_we_load_theirs(
-    folder: Path, base: torch.nn.Module, config: peft.LoraConfig
-) -> tuple[LoadedModel, Tree]:
-    """We read what PEFT saves of an adapter of `folder / "model"`; returns what we read."""
+    folder: Path, base: torch.nn.Module, config: peft.LoraConfig, *, tokens: np.ndarray
+) -> tuple[LoadedModel, Tree, np.ndarray]:
+    """We read what PEFT saves of an adapter of `folder / "model"`.
+
+    Returns the model, the parameters with the adapter, and PEFT's logits.
+    """
     theirs = peft.get_peft_model(base, config)
     train_a_little(theirs)
     theirs.save_pretrained(folder / "adapter")
-    expected = their_logits(theirs)
+    expected = their_logits(theirs, tokens)
     model = load_model(folder / "model")
     params = load_peft(folder / "adapter", model)
-    np.testing.assert_allclose(our_logits(model, params), expected, atol=1e-4, rtol=1e-4)
-    return model, params
+    ours = model.apply({"params": params}, jnp.asarray(tokens))
+    np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)
+    return model, params, expected
 
 
 def check_gradients(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ from peft_logits import (  # noqa: E402
     check_peft_loads_ours,
     check_we_load_theirs,
 )
-from test_transformers import checkpoint  # noqa: E402
+from test_transformers import TOKENS, checkpoint  # noqa: E402
 
 from lorax_ft.config import AdapterConfig  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
@@ -37,14 +37,14 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_peft_loads_ours(tmp_path: Path, name: str) -> None:
     base = checkpoint(tmp_path / "model", "gemma4")
-    check_peft_loads_ours(tmp_path, base, ADAPTERS[name])
+    check_peft_loads_ours(tmp_path, base, ADAPTERS[name], tokens=TOKENS)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_we_load_what_peft_writes(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "model", "gemma4")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear")
-    check_we_load_theirs(tmp_path, base, config)
+    check_we_load_theirs(tmp_path, base, config, tokens=TOKENS)
 
 
 def test_gradients_are_those_of_merged_kernels(tmp_path: Path) -> None:

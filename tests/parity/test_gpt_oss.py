@@ -21,7 +21,7 @@ from peft_logits import (  # noqa: E402
     their_logits,
 )
 from safetensors.torch import load_file, save_file  # noqa: E402
-from test_transformers import CASES, SIZES, checkpoint  # noqa: E402
+from test_transformers import CASES, SIZES, TOKENS, checkpoint  # noqa: E402
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # noqa: E402
 
 from lorax_ft.config import AdapterConfig, QuantConfig  # noqa: E402
@@ -125,7 +125,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_peft_loads_ours(tmp_path: Path, name: str) -> None:
     base = checkpoint(tmp_path / "model", "gpt_oss")
-    check_peft_loads_ours(tmp_path, base, ADAPTERS[name])
+    check_peft_loads_ours(tmp_path, base, ADAPTERS[name], tokens=TOKENS)
 
 
 STACKED = {
@@ -146,8 +146,7 @@ def test_we_load_what_peft_writes(tmp_path: Path, name: str) -> None:
     base = checkpoint(tmp_path / "model", "gpt_oss")
     fields = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]} | STACKED[name]
     config = peft.LoraConfig(task_type="CAUSAL_LM", **fields)
-    model, params = check_we_load_theirs(tmp_path, base, config)
-    expected = our_logits(model, params)
+    model, params, expected = check_we_load_theirs(tmp_path, base, config, tokens=TOKENS)
     save_peft(tmp_path / "again", params, model)
     again = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(
@@ -161,7 +160,7 @@ def test_we_load_what_peft_writes(tmp_path: Path, name: str) -> None:
         tensors = load_file(tmp_path / folder / "adapter_model.safetensors")
         shapes.append({key: tensor.shape for key, tensor in tensors.items()})
     assert shapes[0] == shapes[1]
-    np.testing.assert_allclose(their_logits(again), expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(their_logits(again, TOKENS), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_peft_cannot_hold(tmp_path: Path) -> None:
