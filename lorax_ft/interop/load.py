@@ -53,7 +53,7 @@ def load_model(
     remat: Literal["none", "dots", "mlp", "full"] = "full",
     quant: QuantConfig | None = None,
     shardings: Shardings | None = None,
-    check: Callable[[DecoderConfig], None] | None = None,
+    check: Callable[[DecoderConfig], None] = lambda config: None,
 ) -> LoadedModel:
     """Loads a decoder with its parameters and tokenizer.
 
@@ -83,15 +83,12 @@ def load_model(
     hf_config, tensors, tokenizer = _read(location)
     config = decoder_config(hf_config, source=source, dtype=dtype, attention=attention, remat=remat)
     config, hf_config = _with_own_head(config, hf_config, tensors)
-    if check is not None:
-        check(config)
-    if PART_OF in hf_config:
-        warnings.warn(notice(hf_config, source=source), stacklevel=2)
+    check(config)
+    _warn_of_part(hf_config, source)
 
-    quant = _quantization(quant, tensors, source)
     loader = Loader(
         dtype=dtype,
-        quant=quant,
+        quant=_quantization(quant, tensors, source),
         shardings=shardings or _default_device,
         quantizable=_quantizable(config),
     )
@@ -109,6 +106,13 @@ def load_model(
         source=source,
         generation_config=_generation_config(location),
     )
+
+
+def _warn_of_part(hf_config: dict[str, Any], source: str) -> None:
+    """Warn where only the text part of a checkpoint is loaded."""
+    if PART_OF in hf_config:
+        # Level 3 is the caller of load_model.
+        warnings.warn(notice(hf_config, source=source), stacklevel=3)
 
 
 def _with_own_head(
