@@ -100,7 +100,8 @@ def encode_benchmark(
       benchmark: the questions.
       model: provides the tokenizer and the number of positions.
       shots: questions of dev that stand before each question.
-      style: the wording: that of the benchmarks' own scripts (standard), or of lm-evaluation-harness.
+      style: the wording, that of the benchmarks' own scripts (standard) or of
+        lm-evaluation-harness (lm-eval).
       chat: whether a prompt is a user's message in the chat template, whose answer starts with the
         letter.
 

@@ -68,7 +68,7 @@ def variants_of(
         if "base" not in wanted:
             raise ValueError(f"{model.source} has no adapter to switch; give --adapter FOLDER")
         return {"base": params}
-    variants = {}
+    variants: dict[str, Tree] = {}
     for name in wanted:
         if name == "on":
             variants[name] = params
