@@ -72,14 +72,19 @@ class Job:
         return step / self.batches.steps_per_epoch
 
     def is_due(self, step: int, every: int | str) -> bool:
-        """Whether what happens every N steps, or every "epoch", happens after this step.
+        """As the function `is_due`, for the batches of this run."""
+        return is_due(self.batches, step, every)
 
-        The end of an epoch is the step that takes its last row. With 0 no step is due.
-        """
-        if every == "epoch":
-            rows, size = len(self.batches), self.batches.batch_size
-            return step * size // rows > (step - 1) * size // rows
-        return int(every) > 0 and step % int(every) == 0
+
+def is_due(batches: Batches, step: int, every: int | str) -> bool:
+    """Whether what happens every N steps, or every "epoch", happens after this step.
+
+    The end of an epoch is the step that takes its last row. With 0 no step is due.
+    """
+    if every == "epoch":
+        rows, size = len(batches), batches.batch_size
+        return step * size // rows > (step - 1) * size // rows
+    return int(every) > 0 and step % int(every) == 0
 
 
 def set_up(config: Config, *, folder: Path) -> Job:

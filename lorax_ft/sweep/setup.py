@@ -20,7 +20,6 @@ from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.data.batches import Batches, evaluation_batches
 from lorax_ft.data.dataset import Dataset, depends_on_seed
-from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset
 from lorax_ft.run.progress import progress_bar
@@ -40,7 +39,7 @@ from lorax_ft.sweep.stack import Shapes, shapes_of, stack, take, unstack
 from lorax_ft.training.optimizer import make_optimizer, peak_rates, with_peak_rates
 from lorax_ft.training.state import fresh_leaves, owned_leaves
 from lorax_ft.training.step import TrainState
-from lorax_ft.tree import Tree, combine, flatten, modules, unflatten
+from lorax_ft.tree import Tree, combine, flatten, unflatten
 
 HostBatch = dict[str, np.ndarray]
 
@@ -53,6 +52,8 @@ class Loaded:
     model: LoadedModel
     datasets: dict[int, Dataset]
     """By seed. Seeds share a dataset unless its validation rows are held out by the seed."""
+    programs: dict[Any, Program]
+    """By the number of adapters and the shapes of their leaves."""
 
     def dataset(self, config: Config) -> Dataset:
         """The data of a run, loaded at the first call for its seed."""
@@ -60,6 +61,10 @@ class Loaded:
         if seed not in self.datasets:
             self.datasets[seed] = load_dataset(config, self.model)
         return self.datasets[seed]
+
+    def steps(self, config: Config) -> int:
+        """The steps of a run."""
+        return count_steps(config.train, make_batches(config, self.dataset(config)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,8 @@ class SweepJob:
     steps: int
     keys: Array
     """The key that each step folds its number into, `[K]`."""
+    programs: dict[Any, Program]
+    """As in `Loaded`."""
 
     @property
     def config(self) -> Config:
@@ -140,20 +147,24 @@ class SweepJob:
         return evaluation_batches(rows, size, max_length=data.max_length, limit=limit)
 
     def compile(self, members: Sequence[int], state: TrainState, owned: Tree) -> Program:
-        """The program of as many adapters as there are members."""
-        batch, _ = self.batch(members, 0)
-        return compile_program(
-            self.model,
-            self.config,
-            steps=self.steps,
-            state=state,
-            owned=owned,
-            base=self.base,
-            batch=batch,
-            keys=take(self.keys, members),
-            mesh=self.mesh,
-            shares_validation=self.shares_validation,
-        )
+        """The program of as many adapters as there are members; compiled once."""
+        shapes = {**shapes_of(state.trained), **shapes_of(owned)}
+        kind = (tuple(shapes.items()), self.shares_validation)
+        if kind not in self.programs:
+            batch, _ = self.batch(members, 0)
+            self.programs[kind] = compile_program(
+                self.model,
+                self.config,
+                steps=self.steps,
+                state=state,
+                owned=owned,
+                base=self.base,
+                batch=batch,
+                keys=take(self.keys, members),
+                mesh=self.mesh,
+                shares_validation=self.shares_validation,
+            )
+        return self.programs[kind]
 
     def params(self, state: TrainState, k: int) -> Tree:
         """The parameters of adapter number k without padding, as a run of its own has them."""
@@ -169,7 +180,7 @@ def load(config: Config) -> Loaded:
     """
     mesh = run_mesh(config)
     check_inputs(config)
-    return Loaded(mesh=mesh, model=load_base(config, mesh), datasets={})
+    return Loaded(mesh=mesh, model=load_base(config, mesh), datasets={}, programs={})
 
 
 def set_up(points: Sequence[Point], loaded: Loaded) -> SweepJob:
@@ -204,6 +215,7 @@ def set_up(points: Sequence[Point], loaded: Loaded) -> SweepJob:
         batches=batches,
         steps=steps,
         keys=jax.device_put(jnp.stack(keys), sharding.replicated(mesh)),
+        programs=loaded.programs,
     )
 
 
@@ -277,12 +289,6 @@ def _shared_base(owned: Sequence[Tree], frozen: Sequence[Tree]) -> Tree:
                     "give --adapter.keep_base, or an own sweep for each"
                 )
     return bases[0]
-
-
-def requantized_base(job: SweepJob) -> bool:
-    """Whether the init changed quantized kernels, which no other checkpoint then holds."""
-    params = job.params(job.state, 0)
-    return any(is_requantized(layer) for layer in modules(params).values())
 
 
 def _check_data(points: Sequence[Point], data: Sequence[Dataset]) -> None:
