@@ -75,11 +75,13 @@ def _curves(results: Results, across: str, steps: int) -> tuple[dict[str, Curve]
         for field in results.points[0].settings
         if field not in (across, SEED) and len(_distinct(results, field)) > 1
     ]
+    has_seeds = SEED in results.points[0].settings
     curves: dict[str, Curve] = {}
     diverged = []
     for k, point in enumerate(results.points):
         loss = results.score(k, steps)
         label = describe({field: point.settings[field] for field in shown})
+        label = label or ("mean and range over seeds" if has_seeds else "validation loss")
         if k in results.diverged:
             diverged.append(point.settings[across])
         elif math.isfinite(loss):
@@ -104,7 +106,7 @@ def _plot_curve(
     x = [places[value] for value in values]
     losses = [curve[value] for value in values]
     mean = [float(np.mean(its)) for its in losses]
-    axes.plot(x, mean, color=color, marker=marker, markersize=5, label=label or "mean")
+    axes.plot(x, mean, color=color, marker=marker, markersize=5, label=label)
     low, high = [min(its) for its in losses], [max(its) for its in losses]
     if low != high:
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)

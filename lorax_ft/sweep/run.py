@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -64,7 +65,10 @@ def sweep(
         "budget": budget,
         "trials": trials,
     }
-    points = [] if trials else with_shared_base(product(config, lists))
+    # Resuming and overwriting are about the sweep's folder, and not about its points' runs.
+    train = dataclasses.replace(config.train, resume=False, overwrite=False)
+    run_config = dataclasses.replace(config, train=train)
+    points = [] if trials else with_shared_base(product(run_config, lists))
     check_sweep_folder(folder, config, options)
 
     console = report.make_console()
@@ -74,13 +78,14 @@ def sweep(
     if trials:
         make_sweep_folder(folder, config, options)
         generations = tune(
-            config,
+            run_config,
             axes,
             loaded,
             console,
             folder=folder,
             trials=trials,
             parallel=parallel,
+            resume=config.train.resume,
             command=command,
         )
         steps = loaded.steps(config)

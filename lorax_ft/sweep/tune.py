@@ -58,6 +58,7 @@ def tune(
     folder: Path,
     trials: int,
     parallel: int,
+    resume: bool,
     command: str | None,
 ) -> list[Results]:
     """Train `trials` settings, in generations, each with all seeds that are listed.
@@ -81,7 +82,7 @@ def tune(
         drawn = [study.ask() for _ in range(count)]
         points = _points(config, axes, drawn, seeds, first=asked * len(seeds))
         number = len(generations)
-        results = _known(points, folder, steps) if config.train.resume else None
+        results = _known(points, folder, steps) if resume else None
         if results is None:
             results = _train(
                 points,
@@ -90,7 +91,7 @@ def tune(
                 generations,
                 folder=folder,
                 parallel=parallel,
-                resume=config.train.resume,
+                resume=resume,
                 number=number,
                 command=command,
             )
