@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,8 @@ def test_each_curve_is_that_of_a_run_of_its_own(folder: Path, tmp_path: Path, ca
 
 
 def test_temporaries_hold_no_copy_of_the_base_for_each_adapter(folder: Path) -> None:
-    """On rows of 16 tokens, so that activations are small beside the base."""
-    config = base_config(folder, data__max_length=16, train__batch_size=1, adapter__rank=1)
+    """On rows of 32 tokens, so that activations are small beside the base."""
+    config = base_config(folder, data__max_length=32, train__batch_size=1, adapter__rank=1)
     jobs = [make_job(config, f"optim.learning_rate=1e-4..1e-2:{count}") for count in (2, 10)]
     sizes = []
     for job in jobs:
@@ -226,7 +227,8 @@ def test_an_interrupted_sweep_comes_to_the_same_end(
     config = base_config(folder, train__steps=6, train__eval_every=2)
     run_sweep(changed(config, train__output=str(whole)), *entries, **options)
 
-    for number in (3, 9, 16):  # updates of adapters after which a signal comes
+    # Updates of adapters after which a signal comes.
+    for number in (3, 9, 13):
         resume = (tmp_path / "stopped-sweep").exists()
         fields = {"train__output": str(stopped), "train__resume": resume}
         with monkeypatch.context() as patch:
@@ -359,6 +361,7 @@ def test_optuna_asks_and_a_resumed_sweep_asks_again(folder: Path, tmp_path: Path
     kept = [line for line in lines if line["point"] < 8]
     file = result.folder / "results.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    shutil.rmtree(result.folder / "checkpoints" / "2")
     again = run_sweep(changed(config, train__resume=True), *entries, trials=6, parallel=4)
     assert results_of(tmp_path / "run") == lines
     assert again.best == result.best
