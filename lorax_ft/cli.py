@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
+from lorax_ft.config import Config, load_config
 from lorax_ft.options import advice, check_given_once, flag_with_value, wrong_value
 
 Args = TypeVar("Args")
+RunArgs = TypeVar("RunArgs", bound=Config)
 
 QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it warns that PyTorch is missing
@@ -83,6 +87,34 @@ def parse(
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {message}", file=sys.stderr)
     return args
+
+
+def parse_run(args_type: type[RunArgs]) -> tuple[RunArgs, Config]:
+    """Parse the command line of a script that runs a `Config`: the file of --config, then options.
+
+    Args:
+      args_type: a subclass of `Config` with further options, among them `config`.
+
+    Returns:
+      The arguments, and the config alone.
+
+    Raises:
+      ValueError: as `load_config` and `parse`.
+    """
+    # Before the full parser, whose defaults are the values of the config file.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", nargs="?")
+    config_file = first.parse_known_args()[0].config
+    config = load_config(config_file) if config_file else Config()
+    default: Any = args_type(**_sections(config), config=config_file)  # type: ignore[call-arg]
+    args = parse(args_type, default=default)
+    return args, Config(**_sections(args))
+
+
+def _sections(config: Config) -> dict[str, Any]:
+    """The values of Config's fields, without those that a subclass adds."""
+    # Not asdict(), which would also turn the nested configs into dicts.
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
 
 
 def _show_warning(message: Warning | str, *place: object, **options: object) -> None:

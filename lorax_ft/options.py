@@ -154,7 +154,7 @@ def _twice(option: str, first: str, second: str, hint: Any) -> str:
         return f"--{option} is given twice, once with no-; give one of them"
     nothing = "without a value"
     values = f"first {first or nothing}, then {second or nothing}"
-    if _takes_several(hint):
+    if takes_several(hint):
         together = f"{first} {second}".strip()
         return (
             f"--{option} is given twice: {values}; "
@@ -163,10 +163,10 @@ def _twice(option: str, first: str, second: str, hint: Any) -> str:
     return f"--{option} is given twice: {values}; give it once"
 
 
-def _takes_several(hint: Any) -> bool:
+def takes_several(hint: Any) -> bool:
     """Whether an option of this type takes any number of values."""
     if typing.get_origin(hint) in (Union, types.UnionType):
-        return any(_takes_several(choice) for choice in typing.get_args(hint))
+        return any(takes_several(choice) for choice in typing.get_args(hint))
     return typing.get_origin(hint) is tuple
 
 

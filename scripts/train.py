@@ -7,14 +7,12 @@ python scripts/train.py --config configs/lora.py --multihost --mesh.fsdp 16  # o
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import shlex
 import sys
-from typing import Any
 
 from lorax_ft import cli
-from lorax_ft.config import Config, load_config
+from lorax_ft.config import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,14 +31,7 @@ class Args(Config):
 def main() -> None:
     """Reads the config file, then the options, then trains."""
     with cli.one_line_errors():
-        # Before the full parser, whose defaults are the values of the config file.
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        first.add_argument("--config", nargs="?")
-        config_file = first.parse_known_args()[0].config
-        config = Config()
-        if config_file:
-            config = load_config(config_file)
-        args = cli.parse(Args, default=Args(**_values(config), config=config_file))
+        args, config = cli.parse_run(Args)
         if args.multihost:
             _join_processes()
         # JAX takes seconds to import: --help and errors in the options should not wait for it.
@@ -48,7 +39,7 @@ def main() -> None:
         from lorax_ft.run.loop import train
 
         command = shlex.join(["python", *sys.argv])
-        train(Config(**_values(args)), dry_run=args.dry_run, command=command)
+        train(config, dry_run=args.dry_run, command=command)
 
 
 def _join_processes() -> None:
@@ -62,12 +53,6 @@ def _join_processes() -> None:
             f"--multihost: JAX found no other processes ({error}); it detects those of TPU pods, "
             "Slurm, Open MPI and Kubernetes"
         ) from error
-
-
-def _values(config: Config) -> dict[str, Any]:
-    """The values of Config's fields, without those that Args adds."""
-    # Not asdict(), which would also turn the nested configs into dicts.
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
 
 
 if __name__ == "__main__":

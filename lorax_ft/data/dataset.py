@@ -117,6 +117,13 @@ def load_split(
     return make_split(read, max_length, weights=(), packed=False), max_length
 
 
+def depends_on_seed(config: DataConfig) -> bool:
+    """Whether `load_data` holds out rows by its seed, so that another seed trains on others."""
+    return (
+        not config.validation and config.validation_rows > 0 and not _has_validation_split(config)
+    )
+
+
 def name_sets(entries: Sequence[str]) -> dict[str, list[str]]:
     """The paths of each validation set, from entries "path" or "name=path", in their order.
 

@@ -49,7 +49,7 @@ def check_folder(config: Config) -> Config | None:
         to resume, or that run had another config.
     """
     folder = output_path(config.train.output)
-    _check_writable(folder)
+    check_writable(folder)
     if config.train.overwrite:
         _check_inputs_outside(folder, config)
     holds_run = _is_run(folder / CONFIG)
@@ -57,9 +57,9 @@ def check_folder(config: Config) -> Config | None:
         if not holds_run:
             raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
         previous = Config.from_json((folder / CONFIG).read_text())
-        _check_same_run(config, previous)
+        check_same_run(config, previous)
         return previous
-    if _is_empty(folder):
+    if is_empty(folder):
         return None
     if not holds_run:
         raise ValueError(
@@ -91,7 +91,7 @@ def make_folder(config: Config) -> None:
         multihost_utils.sync_global_devices("output folder")
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Raise if the folder cannot be made or written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"train.output {folder} is a file; give a folder")
@@ -139,7 +139,7 @@ def _is_run(file: Path) -> bool:
     return True
 
 
-def _is_empty(folder: Path) -> bool:
+def is_empty(folder: Path) -> bool:
     """Whether the folder does not exist or holds nothing."""
     if not folder.is_dir():
         return True
@@ -161,7 +161,7 @@ def _remove_run(folder: Path) -> None:
                 (folder / name).rename(Path(trash) / name)
 
 
-def _check_same_run(config: Config, previous: Config) -> None:
+def check_same_run(config: Config, previous: Config) -> None:
     """Raise if a field that shapes the run differs from the run to resume."""
     # The number of steps, where to log and how to shard may change; these may not.
     fixed = {

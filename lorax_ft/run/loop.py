@@ -96,7 +96,9 @@ def _run(
         after = _evaluate(job, trained.state, console, before=False, losses=trained.losses)
         log.write(end.step, summary.final_metrics(job, end.step, trained, after))
     notes = training_notes(
-        job,
+        job.config,
+        job.model,
+        job.data,
         steps=summary.describe_steps(job, end.step, ended_early=end.ended_early),
         results=summary.describe_changes(job, folder, before=before, after=after),
         command=command,

@@ -82,7 +82,7 @@ def print_modules(console: Console, params: Tree, trained: Tree, *, layout: Layo
     """Print the trainable modules, and what fraction of the parameters is trainable."""
     rows = module_rows(params, trained, layout=layout)
     columns = module_columns(rows, width=console.width)
-    table = _make_table("Trainable modules")
+    table = make_table("Trainable modules")
     for name, cells in columns.items():
         if name in TEXT_COLUMNS:
             # The names of modules are broken already (see `module_columns`).
@@ -141,7 +141,7 @@ def print_memory(console: Console, parts: Mapping[str, Any], *, temporaries: int
         sizes[name] = sum(map(_device_bytes, leaves))
     sizes["activations, gradients and other temporaries"] = temporaries
     sizes["total"] = sum(sizes.values())
-    table = _make_table("Memory per device")
+    table = make_table("Memory per device")
     table.add_column("part")
     megabytes = [f"{size / 1e6:,.1f}" for size in sizes.values()]
     _add_numbers(table, "MB", megabytes)
@@ -183,7 +183,7 @@ def print_answers(
     columns: Mapping[str, Sequence[str]],
 ) -> None:
     """Print questions beside their answers."""
-    table = _make_table(title, show_lines=True)
+    table = make_table(title, show_lines=True)
     table.add_column("question", ratio=3, overflow="fold")
     for name in columns:
         table.add_column(name, ratio=2, overflow="fold")
@@ -198,7 +198,7 @@ def print_answers(
 
 def print_summary(console: Console, rows: Sequence[tuple[str, str]], *, title: str) -> None:
     """Print names and values in two columns."""
-    table = _make_table(title, show_header=False)
+    table = make_table(title, show_header=False)
     table.add_column("", style="bold")
     table.add_column("", overflow="fold")
     for name, value in rows:
@@ -206,7 +206,7 @@ def print_summary(console: Console, rows: Sequence[tuple[str, str]], *, title: s
     console.print(table)
 
 
-def _make_table(title: str, *, show_header: bool = True, show_lines: bool = False) -> Table:
+def make_table(title: str, *, show_header: bool = True, show_lines: bool = False) -> Table:
     """An empty table in the style of all tables here."""
     return Table(
         box=box.SIMPLE_HEAD,

@@ -72,14 +72,19 @@ class Job:
         return step / self.batches.steps_per_epoch
 
     def is_due(self, step: int, every: int | str) -> bool:
-        """Whether what happens every N steps, or every "epoch", happens after this step.
+        """As the function `is_due`, for the batches of this run."""
+        return is_due(self.batches, step, every)
 
-        The end of an epoch is the step that takes its last row. With 0 no step is due.
-        """
-        if every == "epoch":
-            rows, size = len(self.batches), self.batches.batch_size
-            return step * size // rows > (step - 1) * size // rows
-        return int(every) > 0 and step % int(every) == 0
+
+def is_due(batches: Batches, step: int, every: int | str) -> bool:
+    """Whether what happens every N steps, or every "epoch", happens after this step.
+
+    The end of an epoch is the step that takes its last row. With 0 no step is due.
+    """
+    if every == "epoch":
+        rows, size = len(batches), batches.batch_size
+        return step * size // rows > (step - 1) * size // rows
+    return int(every) > 0 and step % int(every) == 0
 
 
 def set_up(config: Config, *, folder: Path) -> Job:
@@ -94,13 +99,13 @@ def set_up(config: Config, *, folder: Path) -> Job:
       OSError: the disk has no room for a checkpoint.
     """
     timer = _Timer()
-    mesh = _make_mesh(config)
+    mesh = run_mesh(config)
     check_inputs(config)
     model = load_base(config, mesh)
     data = load_dataset(config, model)
     timer.lap("model and data")
 
-    batches = _make_batches(config, data)
+    batches = make_batches(config, data)
     steps = count_steps(config.train, batches)
     tx = make_optimizer(config.optim, steps=steps)
     checkpoints = Checkpoints(folder / FOLDER, keep=config.train.keep_checkpoints)
@@ -160,7 +165,7 @@ def compile_step(
     Raises:
       ValueError: the loss does not read a leaf that trains.
     """
-    _check_contract(model, state, frozen, batch=batch, packed=config.data.pack)
+    check_contract(model, state, frozen, batch=batch, packed=config.data.pack)
     loss = supervised_loss(
         model,
         packed=config.data.pack,
@@ -189,7 +194,7 @@ def step_key(config: Config) -> Array:
     return jax.random.fold_in(jax.random.key(config.train.seed), 1)
 
 
-def _make_mesh(config: Config) -> Mesh:
+def run_mesh(config: Config) -> Mesh:
     """The mesh of the config, checked against the batch size."""
     mesh = sharding.make_mesh(config.mesh)
     rows = config.train.batch_size // config.train.microbatches
@@ -203,7 +208,8 @@ def _make_mesh(config: Config) -> Mesh:
     return mesh
 
 
-def _make_batches(config: Config, data: Dataset) -> Batches:
+def make_batches(config: Config, data: Dataset) -> Batches:
+    """The training batches of a run."""
     return Batches(
         rows=data.train.rows,
         sets=data.train.sets,
@@ -234,7 +240,7 @@ def _new_state(
     timer: _Timer,
 ) -> tuple[TrainState, Tree]:
     """The state of a new run, and its frozen leaves."""
-    statistics = _calibration(model, config, batches, mesh)
+    statistics = run_statistics(model, config, batches, mesh)
     if statistics:
         timer.lap("calibration")
     # Adapters and steps (`step_key`) each have their own stream of random numbers.
@@ -286,7 +292,7 @@ def _check_state(state: TrainState, frozen: Tree, config: Config, checkpoints: C
     checkpoints.check_room(state, owned_leaves(state.trained, frozen))
 
 
-def _calibration(
+def run_statistics(
     model: LoadedModel, config: Config, batches: Batches, mesh: Mesh
 ) -> dict[str, np.ndarray]:
     """The statistics of the first training batches that a data-driven init needs, else none."""
@@ -312,7 +318,7 @@ def _calibration(
         return calibrate(model, adapter, placed, packed=config.data.pack, advance=advance)
 
 
-def _check_contract(
+def check_contract(
     model: Model, state: TrainState, frozen: Tree, *, batch: dict[str, Array], packed: bool
 ) -> None:
     """Raise if the loss does not read every trained leaf."""

@@ -10,27 +10,36 @@ import jax
 
 from lorax_ft.config import Config
 from lorax_ft.data.dataset import Dataset
-from lorax_ft.run.setup import Job
+from lorax_ft.models.model import Model
 from lorax_ft.schema import METHODS
 
 PACKAGES = ("lorax_ft", "jax", "flax", "optax", "transformers")
 
 
-def training_notes(job: Job, *, steps: str, results: Mapping[str, str], command: str | None) -> str:
+def training_notes(
+    config: Config,
+    model: Model,
+    data: Dataset,
+    *,
+    steps: str,
+    results: Mapping[str, str],
+    command: str | None,
+) -> str:
     """The facts of a run as Markdown: method, data, steps, results, versions and command.
 
     Args:
-      job: the run.
+      config: the run.
+      model: its base.
+      data: what it trained on.
       steps: the steps that were made, in words.
       results: metrics before and after training, in words.
       command: the command line; None: the run was started from Python.
     """
-    config = job.config
     facts = {
-        "Base": _code(job.model.base),
+        "Base": _code(model.base),
         "Method": _method(config),
     }
-    facts |= _data(config, job.data)
+    facts |= _data(config, data)
     facts["Steps"] = f"{steps}, {config.train.batch_size} rows each"
     facts["Optimizer"] = _optimizer(config)
     for name, value in results.items():

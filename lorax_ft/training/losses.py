@@ -40,6 +40,7 @@ def supervised_loss(
     packed: bool,
     dropout: float = 0.0,
     neftune_alpha: float = 0.0,
+    chunk_rows: int | None = None,
 ) -> Loss:
     """The cross-entropy of the next token, over the labeled tokens.
 
@@ -48,6 +49,7 @@ def supervised_loss(
       packed: whether rows hold several samples, none of which may attend to another.
       dropout: rate on the input of the adapter branch.
       neftune_alpha: strength of the noise on the embeddings.
+      chunk_rows: as in `head_loss`.
 
     Returns:
       The loss of a batch of `tokens`, `targets`, `weights`, `positions` and `segment_ids`, each
@@ -67,7 +69,7 @@ def supervised_loss(
                     alpha=neftune_alpha,
                     width=model.config.width,
                 )
-        value = batch_loss(model, params, batch, packed=packed, noise=noise)
+        value = batch_loss(model, params, batch, packed=packed, noise=noise, chunk_rows=chunk_rows)
         weight = jnp.sum(batch["weights"])
         return value, weight, {}
 
@@ -81,6 +83,7 @@ def batch_loss(
     *,
     packed: bool,
     noise: Array | None = None,
+    chunk_rows: int | None = None,
 ) -> Array:
     """Σ weights · cross-entropy over a batch `[B, T]`."""
     segments = batch["segment_ids"] if packed else None
@@ -98,6 +101,7 @@ def batch_loss(
         batch["targets"],
         batch["weights"],
         score=model.score,
+        chunk_rows=chunk_rows,
     )
 
 

@@ -9,7 +9,7 @@ times A's.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -120,6 +120,36 @@ def learning_rates(opt_state: Any, groups: Set[str]) -> dict[str, Array]:
     return rates
 
 
+def peak_rates(config: OptimConfig) -> dict[str, float]:
+    """The peak learning rate of each group."""
+    ratios = {
+        Group.LORA_B: config.lora_plus_ratio,
+        Group.MAGNITUDE: config.magnitude_ratio,
+    }
+    return {group.value: config.learning_rate * ratios.get(group, 1.0) for group in Group}
+
+
+def with_peak_rates(opt_state: Any, peaks: Mapping[str, Any]) -> Any:
+    """The optimizer's state with other peak learning rates, each an array of the old one's shape.
+
+    Args:
+      opt_state: the state of `make_optimizer`'s transformation.
+      peaks: the peak of each group (`peak_rates`).
+    """
+
+    def replaced(path: tuple[Any, ...], state: Any) -> Any:
+        if not isinstance(state, RateState):
+            return state
+        # optax.multi_transform keeps the state of each group under the group's name.
+        group = next(key.key for key in path if getattr(key, "key", None) in peaks)
+        peak = jnp.asarray(peaks[group], jnp.float32)
+        return state._replace(peak=peak)
+
+    return jax.tree_util.tree_map_with_path(
+        replaced, opt_state, is_leaf=lambda state: isinstance(state, RateState)
+    )
+
+
 def _labels(trained: Tree) -> Tree:
     # Every leaf trains here, so those of the base belong to modules that train in full.
     return label(trained, whole=("all",))
@@ -132,12 +162,7 @@ def _group_transform(
 ) -> optax.GradientTransformation:
     """The optimizer of one group."""
     decay = config.weight_decay if group in DECAYED else 0.0
-    ratios = {
-        Group.LORA_B: config.lora_plus_ratio,
-        Group.MAGNITUDE: config.magnitude_ratio,
-    }
-
-    peak = config.learning_rate * ratios.get(group, 1.0)
+    peak = peak_rates(config)[group.value]
     return optax.chain(
         _direction(config),
         optax.add_decayed_weights(decay),  # decoupled: behind the moments

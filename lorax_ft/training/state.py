@@ -55,21 +55,12 @@ def abstract_state(
       layout: the layers of the model.
       mesh: the devices.
     """
-    shapes = jax.tree.map(_shape, params)
-    if config.continue_from is None:
-        shapes = combine(shapes, abstract_adapters(config, params, layout=layout))
-    _check_targets(shapes, config)
-    trained, frozen = _partition(shapes, config)
-    trained = jax.tree.map(_float32, trained)
-    places = sharding.param_shardings(
-        combine(trained, frozen), sharding.DECODER_RULES, layout=layout, mesh=mesh
-    )
-    trained_places, frozen_places = _partition(places, config)
-    opt_places = sharding.state_shardings(tx, trained, trained_places, mesh=mesh)
+    trained, frozen = _abstract_leaves(params, config, layout=layout, mesh=mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    opt_places = sharding.state_shardings(tx, trained, places, mesh=mesh)
     opt_state = jax.tree.map(_placed, jax.eval_shape(tx.init, trained), opt_places)
     step: Any = _placed(jax.ShapeDtypeStruct((), jnp.int32), sharding.replicated(mesh))
-    trained = jax.tree.map(_placed, trained, trained_places)
-    return TrainState(step, trained, opt_state), jax.tree.map(_placed, frozen, frozen_places)
+    return TrainState(step, trained, opt_state), frozen
 
 
 def fresh_state(
@@ -86,11 +77,41 @@ def fresh_state(
     """The state of a new run, and its frozen leaves, each on its devices.
 
     Raises:
+      ValueError: as `fresh_leaves`.
+    """
+    trained, frozen = fresh_leaves(
+        model,
+        config,
+        mesh=mesh,
+        key=key,
+        rounds=rounds,
+        statistics=statistics,
+        advance=advance,
+    )
+    places = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    opt_places = sharding.state_shardings(tx, trained, places, mesh=mesh)
+    # Jitted, so that each moment is made on its devices and never whole on one.
+    opt_state = jax.jit(tx.init, out_shardings=opt_places)(trained)
+    step = sharding.place(np.zeros((), np.int32), sharding.replicated(mesh))
+    return TrainState(step, trained, opt_state), frozen
+
+
+def fresh_leaves(
+    model: LoadedModel,
+    config: AdapterConfig,
+    *,
+    mesh: Mesh,
+    key: Array,
+    rounds: int = 1,
+    statistics: Mapping[str, Any] = MappingProxyType({}),
+    advance: Callable[[float], None] = lambda share: None,
+) -> tuple[Tree, Tree]:
+    """The leaves of a new run that train, and its frozen ones, each on its devices.
+
+    Raises:
       ValueError: as `add_adapters`, or an adapter could never do anything.
     """
-    abstract, abstract_frozen = abstract_state(
-        model.params, config, tx, layout=model.layout, mesh=mesh
-    )
+    abstract = _abstract_leaves(model.params, config, layout=model.layout, mesh=mesh)
     params = model.params
     if config.continue_from is None:
         params = add_adapters(
@@ -105,13 +126,8 @@ def fresh_state(
         )
     contract.check_active(params)
     contract.check_frozen(params, config.freeze)
-    params = jax.tree.map(_moved, params, combine(abstract.trained, abstract_frozen))
-    trained, frozen = _partition(params, config)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-    # Jitted, so that each moment is made on its devices and never whole on one.
-    opt_state = jax.jit(tx.init, out_shardings=places)(trained)
-    step = sharding.place(np.zeros((), np.int32), sharding.replicated(mesh))
-    return TrainState(step, trained, opt_state), frozen
+    params = jax.tree.map(_moved, params, combine(*abstract))
+    return _partition(params, config)
 
 
 def resumed_state(
@@ -143,6 +159,24 @@ def owned_leaves(trained: Tree, frozen: Tree) -> Tree:
     owned, _ = partition(combine(trained, frozen), by="ownership")
     paths = flatten(trained)
     return split(owned, lambda path: path not in paths)[0]
+
+
+def _abstract_leaves(
+    params: Tree, config: AdapterConfig, *, layout: Layout, mesh: Mesh
+) -> tuple[Tree, Tree]:
+    """The shapes and shardings of the leaves that train, and of the frozen ones."""
+    shapes = jax.tree.map(_shape, params)
+    if config.continue_from is None:
+        shapes = combine(shapes, abstract_adapters(config, params, layout=layout))
+    _check_targets(shapes, config)
+    trained, frozen = _partition(shapes, config)
+    trained = jax.tree.map(_float32, trained)
+    places = sharding.param_shardings(
+        combine(trained, frozen), sharding.DECODER_RULES, layout=layout, mesh=mesh
+    )
+    trained_places, frozen_places = _partition(places, config)
+    trained = jax.tree.map(_placed, trained, trained_places)
+    return trained, jax.tree.map(_placed, frozen, frozen_places)
 
 
 def _partition(params: Tree, config: AdapterConfig) -> tuple[Tree, Tree]:

@@ -1,0 +1,1 @@
+"""Sweeps: many adapters over one base, trained in one compiled program."""

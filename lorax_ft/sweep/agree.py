@@ -1,0 +1,110 @@
+"""Which fields may differ between the points of a sweep, so that one program trains them all.
+
+Imports no JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from lorax_ft.config import Config
+from lorax_ft.schema import INITS
+from lorax_ft.sweep.axes import Axis, Point, Range, describe_value
+
+RATES = ("optim.learning_rate", "optim.lora_plus_ratio", "optim.magnitude_ratio")
+"""Numbers in the optimizer's state."""
+STARTS = (
+    *("adapter.rank", "adapter.alpha", "adapter.scaling", "adapter.init"),
+    *("adapter.rank_pattern", "adapter.alpha_pattern"),
+    *("adapter.targets", "adapter.exclude", "adapter.layers"),
+    *("adapter.calibration_batches", "adapter.eva_rho", "adapter.corda_mode"),
+    *("adapter.lora_ga_gamma", "adapter.lora_one_gamma", "adapter.svd_iterations"),
+)
+"""What the leaves of an adapter hold, and how many of them are not zero."""
+SEED = "train.seed"
+VARIED = (*RATES, *STARTS, SEED)
+"""The fields that may differ."""
+OTHER_LEAVES = ("adapter.method", "adapter.dora", "adapter.freeze", "adapter.train_whole")
+"""Fields that decide which leaves there are, or which of them train."""
+UNUSED = ("train.load_best", "train.patience", "train.max_minutes", "train.profile")
+"""Options of a single run that would end or judge the runs of a sweep differently."""
+
+
+def check_axes(axes: Sequence[Axis | Range]) -> None:
+    """Raise unless one program can train all points of these axes.
+
+    Raises:
+      ValueError: a field that shapes the program has several values.
+    """
+    for axis in axes:
+        if axis.field in VARIED or (isinstance(axis, Axis) and len(axis.values) == 1):
+            continue
+        reason = "it is part of the compiled program"
+        if axis.field in OTHER_LEAVES:
+            reason = "it decides which leaves an adapter has"
+        raise ValueError(
+            f"--sweep {axis.field} has {_values(axis)}, but {reason}, which all adapters of a "
+            f"sweep share; run a sweep for each value, with --{axis.field} and an own "
+            "--train.output"
+        )
+
+
+def check_config(config: Config, axes: Sequence[Axis | Range]) -> None:
+    """Raise if the config has options that a sweep does not follow.
+
+    Raises:
+      ValueError: with the option and what to do.
+    """
+    for field in UNUSED:
+        section, _, name = field.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value:
+            raise ValueError(
+                f"{field} is {value}, but a sweep trains all points for the same steps and "
+                f"compares their last ones; remove {field}"
+            )
+    if config.adapter.continue_from is None:
+        return
+    for axis in axes:
+        if axis.field in STARTS:
+            raise ValueError(
+                f"--sweep {axis.field} has no effect: the adapter of adapter.continue_from, "
+                f"{config.adapter.continue_from}, has its own; remove one of them"
+            )
+
+
+def with_shared_base(points: Sequence[Point]) -> list[Point]:
+    """The points with `adapter.keep_base` where their inits would change the base differently.
+
+    Raises:
+      ValueError: an init cannot keep the base.
+    """
+    starts = {(point.config.adapter, point.config.train.seed) for point in points}
+    # All points have the same start, and so the same base.
+    if len(starts) == 1:
+        return list(points)
+    return [_keeping_base(point) for point in points]
+
+
+def _keeping_base(point: Point) -> Point:
+    """The point with `adapter.keep_base`, if its init changes the base."""
+    adapter = point.config.adapter
+    changes_base = INITS[adapter.init].changes_base and adapter.continue_from is None
+    if not changes_base or adapter.keep_base:
+        return point
+    if adapter.init == "loftq":
+        raise ValueError(
+            "adapter.init loftq changes the quantized base, which the adapters of a sweep share; "
+            f"sweep {', '.join(RATES)} only, or run a sweep for each value"
+        )
+    adapter = dataclasses.replace(adapter, keep_base=True)
+    config = dataclasses.replace(point.config, adapter=adapter)
+    return dataclasses.replace(point, config=config)
+
+
+def _values(axis: Axis | Range) -> str:
+    """The values of an axis in words."""
+    if isinstance(axis, Range):
+        return f"values from {axis.low:g} to {axis.high:g}"
+    return f"the values {', '.join(map(describe_value, axis.values))}"

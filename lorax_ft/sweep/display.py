@@ -1,0 +1,158 @@
+"""What a sweep shows: a live table of its points on a terminal, a few lines in a file."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lorax_ft.run.progress import LINES
+from lorax_ft.run.report import make_table
+from lorax_ft.sweep.axes import describe_value
+from lorax_ft.sweep.results import Results
+
+MOST_ROWS = 24
+"""Points that the live table shows, the best ones."""
+
+
+class Display:
+    """Shows the points of a sweep while they train.
+
+    Args:
+      console: where to print.
+      results: what is shown.
+      done: updates of adapters that are done, over all points.
+      total: updates of adapters of the whole sweep.
+    """
+
+    def __init__(self, console: Console, results: Results, *, done: int, total: int) -> None:
+        self._console = console
+        self._results = results
+        self._last = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), TimeRemainingColumn()
+        )
+        self._task = self._bar.add_task("", total=total, completed=done)
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2)
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def advance(self, step: int, steps: int, members: Sequence[int], tokens: int) -> None:
+        """Show that the members have done a step."""
+        now = time.perf_counter()
+        speed = tokens / max(now - self._last, 1e-9)
+        self._last = now
+        text = f"step {step}/{steps}  {_count(members)}  {speed:,.0f} tokens/s"
+        self._bar.update(self._task, advance=len(members), description=text)
+        every = max(steps // LINES, 1)
+        if not self._console.is_terminal and (step % every == 0 or step == steps):
+            losses = [self._results.trained.get(k, math.nan) for k in members]
+            finite = [loss for loss in losses if math.isfinite(loss)]
+            if finite:
+                text += f"  loss {min(finite):.4f} to {max(finite):.4f}"
+            self._console.print(text)
+
+    def skip(self) -> None:
+        """Exclude the time since the last step from the speed of the next one."""
+        self._last = time.perf_counter()
+
+    def evaluated(self, step: int, members: Sequence[int]) -> None:
+        """Show the validation losses of the members at a step."""
+        self.skip()
+        if self._console.is_terminal:
+            return
+        scores = {k: self._results.score(k, step) for k in members}
+        best = min(scores, key=lambda k: scores[k])
+        if math.isfinite(scores[best]):
+            point = self._results.points[best]
+            self._console.print(
+                f"step {step}: lowest validation loss {scores[best]:.4f} at {point.name}"
+            )
+
+    def diverged(self, members: Sequence[int]) -> None:
+        """Print which points diverged."""
+        for k in members:
+            point, step = self._results.points[k], self._results.diverged[k]
+            self._console.print(f"{point.name}: diverged at step {step}", style="yellow")
+
+    def dropped(self, step: int, members: Sequence[int]) -> None:
+        """Print that the worse half was dropped."""
+        self._console.print(f"step {step}: {_count(members)} with the higher losses dropped")
+
+    def _render(self) -> RenderableType:
+        rows = min(MOST_ROWS, max(self._console.height - 8, 1))
+        return Group(points_table(self._results, most=rows), self._bar)
+
+
+def points_table(results: Results, *, best: int | None = None, most: int | None = None) -> Table:
+    """The table of the points, the best ones first.
+
+    Args:
+      results: what was measured so far.
+      best: the point to mark; None: the first one.
+      most: the number of rows; None: all.
+    """
+    order = sorted(range(len(results.points)), key=lambda k: _rank(results, k))
+    if best is None:
+        best = order[0]
+    table = make_table(f"{_count(order)}, the lowest validation loss first")
+    fields = list(results.points[0].settings)
+    for field in fields:
+        table.add_column(field, overflow="fold")
+    for name in ("step", "training loss", "validation loss"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for k in order[:most]:
+        settings = results.points[k].settings
+        cells = [describe_value(settings[field]) for field in fields]
+        table.add_row(*cells, *_measured(results, k), _status(results, k, best))
+    return table
+
+
+def _measured(results: Results, k: int) -> tuple[str, str, str]:
+    """The step of a point, its training loss and its validation loss."""
+    trained = results.trained.get(k)
+    train_loss = "" if trained is None else f"{trained:.4f}"
+    last = results.last(k)
+    if last is None:
+        return "", train_loss, ""
+    step, loss = last
+    return str(step), train_loss, f"{loss:.4f}"
+
+
+def _status(results: Results, k: int, best: int) -> str:
+    """What became of a point, in words."""
+    if k in results.diverged:
+        return f"diverged at {results.diverged[k]}"
+    if k in results.dropped:
+        return f"dropped at {results.dropped[k]}"
+    return "best" if k == best else ""
+
+
+def _rank(results: Results, k: int) -> tuple[bool, int, float]:
+    """The order of the table: those that trained for longer first, then by loss."""
+    step, loss = results.last(k) or (0, math.inf)
+    is_diverged = k in results.diverged or not math.isfinite(loss)
+    return is_diverged, -step, loss
+
+
+def _count(members: Sequence[int]) -> str:
+    return "1 adapter" if len(members) == 1 else f"{len(members)} adapters"

@@ -1,0 +1,325 @@
+"""Setup of a sweep: model and data loaded once, an adapter for each point, all stacked.
+
+Letters: K adapters, M microbatches, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorax_ft import sharding
+from lorax_ft.config import Config
+from lorax_ft.data.batches import Batches, evaluation_batches
+from lorax_ft.data.dataset import Dataset, depends_on_seed
+from lorax_ft.models.model import LoadedModel, Model
+from lorax_ft.run.inputs import check_inputs, load_base, load_dataset
+from lorax_ft.run.progress import progress_bar
+from lorax_ft.run.report import make_console
+from lorax_ft.run.setup import (
+    check_contract,
+    count_steps,
+    make_batches,
+    run_mesh,
+    run_statistics,
+    step_key,
+)
+from lorax_ft.run.validation import METRIC
+from lorax_ft.sweep.axes import Point
+from lorax_ft.sweep.program import Program, compile_program
+from lorax_ft.sweep.stack import Shapes, shapes_of, stack, take, unstack
+from lorax_ft.training.optimizer import make_optimizer, peak_rates, with_peak_rates
+from lorax_ft.training.state import fresh_leaves, owned_leaves
+from lorax_ft.training.step import TrainState
+from lorax_ft.tree import Tree, combine, flatten, unflatten
+
+HostBatch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """The model and the data of a sweep, which several of its generations may use."""
+
+    mesh: Mesh
+    model: LoadedModel
+    datasets: dict[int, Dataset]
+    """By seed. Seeds share a dataset unless its validation rows are held out by the seed."""
+    programs: dict[Any, Program]
+    """By the number of adapters and the shapes of their leaves."""
+
+    def dataset(self, config: Config) -> Dataset:
+        """The data of a run, loaded at the first call for its seed."""
+        seed = config.train.seed if depends_on_seed(config.data) else 0
+        if seed not in self.datasets:
+            self.datasets[seed] = load_dataset(config, self.model)
+        return self.datasets[seed]
+
+    def steps(self, config: Config) -> int:
+        """The steps of a run."""
+        return count_steps(config.train, make_batches(config, self.dataset(config)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepJob:
+    """K runs that are ready to train together."""
+
+    points: list[Point]
+    mesh: Mesh
+    model: Model
+    """The model without its parameters."""
+    base: Tree
+    """The frozen leaves that all adapters share."""
+    state: TrainState
+    """The state before the first step, each leaf `[K, ...]`."""
+    owned: Tree
+    """The frozen leaves of the adapters, `[K, ...]`."""
+    shapes: list[Shapes]
+    """The shapes of the leaves of each adapter, without padding."""
+    data: list[Dataset]
+    """Of each point; the same object where points share it."""
+    batches: list[Batches]
+    steps: int
+    keys: Array
+    """The key that each step folds its number into, `[K]`."""
+    programs: dict[Any, Program]
+    """As in `Loaded`."""
+
+    @property
+    def config(self) -> Config:
+        """The config of the first point: what is not varied is the same in all."""
+        return self.points[0].config
+
+    def batch(self, members: Sequence[int], step: int) -> tuple[dict[str, Array], int]:
+        """Training batch number `step` of some adapters, `[K, M, B, T]`, and its tokens."""
+        microbatches = self.config.train.microbatches
+        by_seed: dict[int, HostBatch] = {}
+        rows = []
+        for k in members:
+            seed = self.points[k].config.train.seed
+            if seed not in by_seed:
+                by_seed[seed] = self.batches[k].batch(step)
+            rows.append(by_seed[seed])
+        tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in rows)
+        place = NamedSharding(self.mesh, P(None, None, sharding.ROW_AXES))
+        placed = {}
+        for name in rows[0]:
+            stacked = np.stack([batch[name] for batch in rows])  # [K, B, T]
+            k, _, length = stacked.shape
+            stacked = stacked.reshape(k, microbatches, -1, length)
+            placed[name] = sharding.place(stacked, place)
+        return placed, tokens
+
+    def validation_batches(self, members: Sequence[int]) -> Iterator[tuple[str, dict[str, Array]]]:
+        """The metric and a batch of each validation set: `[B, T]`, or of each adapter its own."""
+        own = {id(self.data[k]): self.data[k] for k in members}
+        shared = self.shares_validation
+        place = sharding.batch_sharding(self.mesh, microbatched=not shared)
+        for name in self.data[members[0]].validation_sets:
+            metric = f"{METRIC}/{name}" if name else METRIC
+            streams = {key: self._evaluation_batches(data, name) for key, data in own.items()}
+            for parts in zip(*streams.values(), strict=True):
+                found = dict(zip(streams, parts, strict=True))
+                rows = [found[id(self.data[k])] for k in members]
+                batch = {}
+                for field, values in rows[0].items():
+                    stacked = values if shared else np.stack([row[field] for row in rows])
+                    batch[field] = sharding.place(stacked, place)
+                yield metric, batch
+
+    @property
+    def shares_validation(self) -> bool:
+        """Whether all points are evaluated on the same rows."""
+        return all(data is self.data[0] for data in self.data)
+
+    def _evaluation_batches(self, data: Dataset, name: str) -> Iterator[Any]:
+        train = self.config.train
+        size = train.batch_size // train.microbatches
+        rows = data.validation_sets[name].rows
+        limit = self.config.eval.rows
+        return evaluation_batches(rows, size, max_length=data.max_length, limit=limit)
+
+    def compile(self, members: Sequence[int], state: TrainState, owned: Tree) -> Program:
+        """The program of as many adapters as there are members; compiled once."""
+        shapes = {**shapes_of(state.trained), **shapes_of(owned)}
+        kind = (tuple(shapes.items()), self.shares_validation)
+        if kind not in self.programs:
+            batch, _ = self.batch(members, 0)
+            self.programs[kind] = compile_program(
+                self.model,
+                self.config,
+                steps=self.steps,
+                state=state,
+                owned=owned,
+                base=self.base,
+                batch=batch,
+                keys=take(self.keys, members),
+                mesh=self.mesh,
+                shares_validation=self.shares_validation,
+            )
+        return self.programs[kind]
+
+    def params(self, state: TrainState, k: int) -> Tree:
+        """The parameters of adapter number k without padding, as a run of its own has them."""
+        adapters = combine(state.trained, self.owned)
+        return combine(self.base, unstack(adapters, k, self.shapes[k]))
+
+
+def load(config: Config) -> Loaded:
+    """The model of a sweep.
+
+    Raises:
+      ValueError: as for a single run, before any data is read but the first row.
+    """
+    mesh = run_mesh(config)
+    check_inputs(config)
+    return Loaded(mesh=mesh, model=load_base(config, mesh), datasets={}, programs={})
+
+
+def set_up(points: Sequence[Point], loaded: Loaded) -> SweepJob:
+    """Adapters, optimizer states and data of all points.
+
+    Raises:
+      ValueError: the points cannot share a program, or one of them is not valid for the model.
+    """
+    model, mesh = loaded.model, loaded.mesh
+    data = [loaded.dataset(point.config) for point in points]
+    batches = [
+        make_batches(point.config, its_data) for point, its_data in zip(points, data, strict=True)
+    ]
+    _check_data(points, data)
+    steps = _count_steps(points, batches)
+    leaves = _make_leaves(points, model, batches, mesh)
+    trained = [own_trained for own_trained, _ in leaves]
+    owned = [owned_leaves(own_trained, frozen) for own_trained, frozen in leaves]
+    base = _shared_base(owned, [frozen for _, frozen in leaves])
+    _check_read(points[0].config, model, leaves[0], batches[0], mesh)
+    state = _make_state(points, stack(trained, mesh=mesh), steps=steps, mesh=mesh)
+    keys = [step_key(point.config) for point in points]
+    return SweepJob(
+        points=list(points),
+        mesh=mesh,
+        model=model.without_params(),
+        base=base,
+        state=state,
+        owned=stack(owned, mesh=mesh),
+        shapes=[shapes_of(combine(*pair)) for pair in zip(trained, owned, strict=True)],
+        data=data,
+        batches=batches,
+        steps=steps,
+        keys=jax.device_put(jnp.stack(keys), sharding.replicated(mesh)),
+        programs=loaded.programs,
+    )
+
+
+def _make_leaves(
+    points: Sequence[Point], model: LoadedModel, batches: Sequence[Batches], mesh: Mesh
+) -> list[tuple[Tree, Tree]]:
+    """The leaves of each point that train, and the frozen ones.
+
+    Points of the same adapter and seed, which differ in their rates only, start from the same.
+    """
+    made: dict[Any, tuple[Tree, Tree]] = {}
+    inits = ", ".join(dict.fromkeys(point.config.adapter.init for point in points))
+    with progress_bar(make_console(), f"initializing with {inits}") as advance:
+        for point, its_batches in zip(points, batches, strict=True):
+            config = point.config
+            start = (config.adapter, config.train.seed)
+            if start not in made:
+                made[start] = fresh_leaves(
+                    model,
+                    config.adapter,
+                    mesh=mesh,
+                    # The key of a run of its own.
+                    key=jax.random.fold_in(jax.random.key(config.train.seed), 0),
+                    rounds=config.quant.rounds,
+                    statistics=run_statistics(model, config, its_batches, mesh),
+                )
+            advance(1 / len(points))
+    return [made[point.config.adapter, point.config.train.seed] for point in points]
+
+
+def _make_state(points: Sequence[Point], trained: Tree, *, steps: int, mesh: Mesh) -> TrainState:
+    """The state of K adapters: moments of zeros, and each one's own rates."""
+    count = len(points)
+    tx = make_optimizer(points[0].config.optim, steps=steps)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), trained)
+    places = jax.tree.map(lambda leaf: _unstacked(leaf.sharding), trained)
+    opt_places = sharding.state_shardings(tx, one, places, mesh=mesh)
+    opt_places = jax.tree.map(lambda place: NamedSharding(mesh, P(None, *place.spec)), opt_places)
+    peaks = [peak_rates(point.config.optim) for point in points]
+    stacked_peaks = {}
+    for group in peaks[0]:
+        rates = [own[group] for own in peaks]
+        stacked_peaks[group] = np.array(rates, np.float32)
+
+    def init(trained: Tree) -> Any:
+        return with_peak_rates(jax.vmap(tx.init)(trained), stacked_peaks)
+
+    opt_state = jax.jit(init, out_shardings=opt_places)(trained)
+    step = sharding.place(np.zeros(count, np.int32), sharding.replicated(mesh))
+    return TrainState(step, trained, opt_state)
+
+
+def _unstacked(place: NamedSharding) -> NamedSharding:
+    """The sharding of one adapter's leaf."""
+    return NamedSharding(place.mesh, P(*place.spec[1:]))
+
+
+def _shared_base(owned: Sequence[Tree], frozen: Sequence[Tree]) -> Tree:
+    """The frozen leaves that belong to the model, the same in all points."""
+    bases = []
+    for own, leaves in zip(owned, frozen, strict=True):
+        flat = {path: leaf for path, leaf in flatten(leaves).items() if path not in flatten(own)}
+        bases.append(unflatten(flat))
+    first = flatten(bases[0])
+    for base in bases[1:]:
+        for path, leaf in flatten(base).items():
+            # Arrays themselves, not their values: two bases would be in memory.
+            if first.get(path) is not leaf:
+                raise ValueError(
+                    f"the points of the sweep change {path} of the base, which they share; "
+                    "give --adapter.keep_base, or an own sweep for each"
+                )
+    return bases[0]
+
+
+def _check_data(points: Sequence[Point], data: Sequence[Dataset]) -> None:
+    """Raise if points cannot be compared, or their rows have other shapes."""
+    if not data[0].validation.rows:
+        raise ValueError(
+            "a sweep compares its points by their validation loss, and there are no validation "
+            "rows; give data.validation or data.validation_rows"
+        )
+    lengths = {its.max_length: point for its, point in zip(data, points, strict=True)}
+    if len(lengths) > 1:
+        found = ", ".join(f"{length} at {point.name}" for length, point in lengths.items())
+        raise ValueError(f"data.max_length auto gives {found}; give one number")
+
+
+def _count_steps(points: Sequence[Point], batches: Sequence[Batches]) -> int:
+    """The steps of all points."""
+    counts: dict[int, Point] = {}
+    for point, its in zip(points, batches, strict=True):
+        counts.setdefault(count_steps(point.config.train, its), point)
+    if len(counts) > 1:
+        found = ", ".join(f"{steps} steps at {point.name}" for steps, point in counts.items())
+        raise ValueError(f"train.epochs gives {found}; give --train.steps")
+    return next(iter(counts))
+
+
+def _check_read(
+    config: Config, model: LoadedModel, leaves: tuple[Tree, Tree], batches: Batches, mesh: Mesh
+) -> None:
+    """Raise if the loss does not read every trained leaf of the first point."""
+    trained, frozen = leaves
+    batch = sharding.place_batch(batches.batch(0), mesh, microbatches=config.train.microbatches)
+    state = TrainState(jnp.zeros((), jnp.int32), trained, None)
+    check_contract(model, state, frozen, batch=batch, packed=config.data.pack)
