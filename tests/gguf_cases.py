@@ -37,6 +37,35 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 9.0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1e6,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+QWEN3_5 = {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -76,6 +105,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **GEMMA,
     },
     "gemma3": {"model_type": "gemma3_text", "rope_parameters": GEMMA3_ROPE, **GEMMA},
+    "gemma4": GEMMA4,
+    "gemma4_own_values": {
+        **GEMMA4,
+        "attention_k_eq_v": False,
+        "num_global_key_value_heads": None,
+        "tie_word_embeddings": False,
+        "final_logit_softcapping": None,
+        "layer_types": ["full_attention"] + ["sliding_attention"] * 4 + ["full_attention"],
+    },
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_no_period": {
+        **QWEN3_5,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+        "linear_num_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     "phi3": {"model_type": "phi3"},
     "phi4_mini": {
         "model_type": "phi3",
