@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lorax_ft.interop import gguf_tokenizer
 from lorax_ft.interop.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED
@@ -157,7 +157,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-SENTENCEPIECE = {"llama": True, "gemma": False}
+SENTENCEPIECE = {"llama": True, "gemma": False, "gemma4": False}
 """Whether the tokenizer puts a space before each text."""
 SPECIALS = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL}
 PIECES = [
@@ -189,7 +189,8 @@ def tokenizer_keys(kind: str) -> dict[str, Any]:
     """The GGUF metadata of a trained tokenizer: of a pre-tokenizer or one of `SENTENCEPIECE`."""
     keys = _sentencepiece(kind) if kind in SENTENCEPIECE else _byte_level(kind)
     keys |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": True}
-    other = {"general.architecture": "llama", "llama.context_length": 128}
+    architecture = "gemma4" if kind == "gemma4" else "llama"
+    other = {"general.architecture": architecture, f"{architecture}.context_length": 128}
     return other | {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
 
 
@@ -255,7 +256,10 @@ def _merged(symbols: list[str], ids: dict[str, int], keys: dict[str, Any]) -> li
 def _sentencepiece(kind: str) -> dict[str, Any]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(SPACE, behavior="merged_with_next")
+    words = pre_tokenizers.Split(SPACE, behavior="merged_with_next")
+    # As in Gemma 4's vocabulary, which llama.cpp relies on, no token goes beyond the end of a line.
+    lines = pre_tokenizers.Split(Regex(r"\n+"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     learned = _train(tokenizer, vocab_size=500, limit_alphabet=60)
     joined = [token for token in learned if len(token) > 1]
     letters = [token for token in learned if len(token) == 1]
@@ -268,14 +272,27 @@ def _sentencepiece(kind: str) -> dict[str, Any]:
         *[NORMAL for _ in learned],
     ]
     first = tokens.index("<0xFF>") + 1
-    return {
-        "model": "llama",
-        "pre": "default",
+    form = {"model": "llama", "pre": "default"}
+    if kind == "gemma4":
+        form = {"model": "gemma4", "merges": _all_merges(joined, learned)}
+    return form | {
         "tokens": tokens,
         "token_type": types,
         "scores": [float(min(first - i - 1, 0)) for i in range(len(tokens))],
         "add_space_prefix": SENTENCEPIECE[kind],
     }
+
+
+def _all_merges(joined: list[str], learned: list[str]) -> list[str]:
+    """Every pair that makes one of the tokens `joined`, in their order."""
+    known = set(learned)
+    merges = []
+    for token in joined:
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if {left, right} <= known:
+                merges.append(f"{left} {right}")
+    return merges
 
 
 def _byte_level(pre: str) -> dict[str, Any]:
