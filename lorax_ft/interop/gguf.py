@@ -15,13 +15,8 @@ from typing import Any
 import numpy as np
 
 from lorax_ft.interop import gguf_qwen3_5
-from lorax_ft.interop.gguf_architectures import (
-    LEAVES,
-    find_architecture,
-    is_offset_norm,
-    module_names,
-    read_config,
-)
+from lorax_ft.interop.gguf_architectures import find_architecture, read_config
+from lorax_ft.interop.gguf_modules import ENDINGS, is_offset_norm, module_names
 from lorax_ft.interop.gguf_rope import FACTORS, LONG, SHORT
 from lorax_ft.interop.gguf_tokenizer import read_tokenizer
 from lorax_ft.interop.huggingface import Names, Tensors, decoder_config, family_names, hf_module
@@ -164,9 +159,9 @@ def _hf_name(
         path = f"layers/{layer}/{path}"
     path = hf_module(path, names)
     _, _, leaf = name.rpartition(module)
-    if module in LEAVES:
+    if module in ENDINGS:
         # Any other ending is a tensor of another name, which `load_params` reports.
-        leaf = leaf.removeprefix(LEAVES[module])
+        leaf = leaf.removeprefix(ENDINGS[module])
     return path + leaf
 
 

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 
-from lorax_ft.interop import gguf_qwen3_5
 from lorax_ft.interop.folder import scratch_beside
 from lorax_ft.interop.gguf_architectures import (
     ARCHITECTURES,
     FIELDS,
     Architecture,
-    is_offset_norm,
-    module_names,
     read_config,
 )
-from lorax_ft.interop.gguf_architectures import LEAVES as OWN_LEAVES
+from lorax_ft.interop.gguf_modules import module_names
 from lorax_ft.interop.gguf_rope import FACTORS, divisors, write_rope
-from lorax_ft.interop.huggingface import LEAVES, decoder_config
+from lorax_ft.interop.huggingface import decoder_config
+from lorax_ft.interop.save_gguf_tensors import add_tensors
 from lorax_ft.interop.save_gguf_tokenizer import tokenizer_metadata
 from lorax_ft.interop.tokenizer import import_transformers
-from lorax_ft.lowrank.merge import merged_leaves
 from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.model import Model
 from lorax_ft.models.rope import Rope
-from lorax_ft.tree import Tree, with_layer_numbers
+from lorax_ft.tree import Tree
 
 ARCHITECTURE_OF = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()}
 """Keys of `ARCHITECTURES` by the `model_type` of config.json."""
@@ -79,7 +75,8 @@ def save_gguf(
             _add(writer, key, value)
         for name, value in factors.items():
             writer.add_tensor(name, value)
-        _add_tensors(writer, params, model, kind)
+        interleaved = ARCHITECTURES[ARCHITECTURE_OF[model.hf_config["model_type"]]].interleaved
+        add_tensors(writer, params, model, kind=kind, interleaved=interleaved)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -257,83 +254,3 @@ def _add(writer: Any, key: str, value: Any) -> None:
     # Not isinstance: a bool is an int too.
     add = by_type.get(type(value), writer.add_array)
     add(key, value)
-
-
-def _add_tensors(writer: Any, params: Tree, model: Model, kind: str) -> None:
-    """Adds all tensors, with the matrices quantized.
-
-    Raises:
-      ValueError: llama.cpp has no such tensor for the architecture.
-    """
-    import gguf
-
-    matrix_type = gguf.GGMLQuantizationType[kind]
-    enum_name = writer.arch.upper().replace("-", "_")
-    supported = gguf.MODEL_TENSORS[gguf.MODEL_ARCH[enum_name]]
-    for name, value in _tensors(params, model):
-        if name == "output.weight" and gguf.MODEL_TENSOR.OUTPUT not in supported:
-            raise ValueError(
-                f"the head is tuned, and llama.cpp's {writer.arch} has none beside the embedding "
-                "table; write a folder instead (--target hf)"
-            )
-        # Routers stay in float32, since rounding could change which experts they choose.
-        # So do the biases of all experts, which are a matrix.
-        # llama.cpp has the convolutions of float32 only.
-        is_vector = value.ndim == 1 or name.endswith(".bias")
-        if is_vector or "ffn_gate_inp" in name or gguf_qwen3_5.CONVOLUTION in name:
-            writer.add_tensor(name, value)
-            continue
-        packed = gguf.quants.quantize(value, matrix_type)
-        writer.add_tensor(name, packed, raw_dtype=matrix_type)
-
-
-def _tensors(params: Tree, model: Model) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors under llama.cpp's names and with its order of rows, in float32."""
-    config = model.config
-    names = {path: name for name, path in module_names(config).items()}
-    architecture = ARCHITECTURES[ARCHITECTURE_OF[model.hf_config["model_type"]]]
-    permuted_heads = {}
-    if architecture.interleaved:
-        permuted_heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
-    linear = gguf_qwen3_5.linear_of(config)
-    for path, leaf in merged_leaves(params, layout=model.layout):
-        for block, place, part in _blocks(path, np.asarray(leaf)):
-            module, _, leaf_name = place.rpartition("/")
-            # Some leaves have names of their own, such as the sinks of attention.
-            name = names.get(place) or names[module]
-            value = np.asarray(part, np.float32)
-            if leaf_name == "kernel":
-                # [..., I, O] -> [..., O, I], and [W, 1, M] -> [M, 1, W]
-                inputs = -3 if name == gguf_qwen3_5.CONVOLUTION else -2
-                value = value.swapaxes(-1, inputs)
-            if name in permuted_heads:
-                value = _interleave(value, permuted_heads[name])
-            if linear and module.startswith("linear_attn"):
-                value = gguf_qwen3_5.to_file(name, value, linear)
-            # Gemma multiplies by 1 + scale; llama.cpp's files hold the sum.
-            if is_offset_norm(name):
-                value = value + np.float32(config.norm_offset)
-            ending = OWN_LEAVES.get(name, f".{LEAVES.get(leaf_name, 'weight')}")
-            yield f"{block}{name}{ending}", np.ascontiguousarray(value)
-
-
-def _blocks(path: str, leaf: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields what a leaf stacks: GGUF's prefix for the layer, the path in it, and the array.
-
-    A leaf outside the layers is yielded as it is.
-    """
-    if not path.startswith("layers/"):
-        yield "", path, leaf
-        return
-    for i, part in enumerate(leaf):
-        numbered = with_layer_numbers(f"layers/{i}/{path.removeprefix('layers/')}")
-        _, layer, place = numbered.split("/", 2)
-        yield f"blk.{layer}.", place, part
-
-
-def _interleave(value: np.ndarray, heads: int) -> np.ndarray:
-    """Permutes rows from Hugging Face's half-split rotary order to interleaved pairs."""
-    _, *rest = value.shape
-    halves = value.reshape(heads, 2, -1, *rest)  # [H, 2, C / 2, ...]
-    pairs = halves.swapaxes(1, 2)
-    return pairs.reshape(value.shape)
