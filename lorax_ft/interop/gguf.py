@@ -134,7 +134,7 @@ def _module(name: str) -> str:
     """
     parts = name.split(".")
     if parts[0] == "blk":
-        parts = parts[2:]
+        parts = parts[2:] or parts
     return parts[0]
 
 

@@ -52,30 +52,6 @@ QWEN_7B = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 32768,
 }
-# Qwen3.5-9B: three of four layers have linear attention.
-QWEN3_5_9B = {
-    "model_type": "qwen3_5_text",
-    "vocab_size": 248320,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 1e7,
-        "partial_rotary_factor": 0.25,
-    },
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 262144,
-}
 
 
 @pytest.mark.parametrize(
@@ -128,21 +104,6 @@ def test_a_quantized_base_is_whole_in_one_layer_at_a_time(format: Any) -> None:
     # The codes are gathered, not the dequantized values.
     codes = {"nf4": [18944, 3584 // 2], "int8": [3584, 18944]}[format]
     assert codes in [shape[-2:] for shape in report["gathered"]]
-
-
-def test_linear_attention_fits_sixteen_chips() -> None:
-    """9B parameters: the delta rule's states and chunks of one layer at a time."""
-    config = Config(
-        model=ModelConfig(dtype="bfloat16"),
-        adapter=AdapterConfig(rank=16),
-        data=DataConfig(max_length=2048),
-        train=TrainConfig(batch_size=16),
-        mesh=MeshConfig(data=1, fsdp=16),
-    )
-    report = compile_for("v5e:4x4", config, QWEN3_5_9B)
-    check(report, config, split=16, width=QWEN3_5_9B["hidden_size"])
-    assert report["frozen_bytes"] > 17e9
-    assert report["temporary_bytes"] < 4e9
 
 
 def check(report: dict[str, Any], config: Config, *, split: int, width: Any) -> None:
