@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lorax_ft.interop import gguf_tokenizer
 from lorax_ft.interop.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED
@@ -36,6 +36,35 @@ GEMMA = {"head_dim": 32, "num_hidden_layers": 7, "sliding_window": 8, "query_pre
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 9.0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1e6,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+QWEN3_5 = {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
 }
 LONGROPE = {
     "rope_type": "longrope",
@@ -76,6 +105,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **GEMMA,
     },
     "gemma3": {"model_type": "gemma3_text", "rope_parameters": GEMMA3_ROPE, **GEMMA},
+    "gemma4": GEMMA4,
+    "gemma4_own_values": {
+        **GEMMA4,
+        "attention_k_eq_v": False,
+        "num_global_key_value_heads": None,
+        "tie_word_embeddings": False,
+        "final_logit_softcapping": None,
+        "layer_types": ["full_attention"] + ["sliding_attention"] * 4 + ["full_attention"],
+    },
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_no_period": {
+        **QWEN3_5,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+        "linear_num_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     "phi3": {"model_type": "phi3"},
     "phi4_mini": {
         "model_type": "phi3",
@@ -111,7 +157,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-SENTENCEPIECE = {"llama": True, "gemma": False}
+SENTENCEPIECE = {"llama": True, "gemma": False, "gemma4": False}
 """Whether the tokenizer puts a space before each text."""
 SPECIALS = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL}
 PIECES = [
@@ -143,7 +189,8 @@ def tokenizer_keys(kind: str) -> dict[str, Any]:
     """The GGUF metadata of a trained tokenizer: of a pre-tokenizer or one of `SENTENCEPIECE`."""
     keys = _sentencepiece(kind) if kind in SENTENCEPIECE else _byte_level(kind)
     keys |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": True}
-    other = {"general.architecture": "llama", "llama.context_length": 128}
+    architecture = "gemma4" if kind == "gemma4" else "llama"
+    other = {"general.architecture": architecture, f"{architecture}.context_length": 128}
     return other | {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
 
 
@@ -209,7 +256,10 @@ def _merged(symbols: list[str], ids: dict[str, int], keys: dict[str, Any]) -> li
 def _sentencepiece(kind: str) -> dict[str, Any]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(SPACE, behavior="merged_with_next")
+    words = pre_tokenizers.Split(SPACE, behavior="merged_with_next")
+    # As in Gemma 4's vocabulary, which llama.cpp relies on, no token goes beyond the end of a line.
+    lines = pre_tokenizers.Split(Regex(r"\n+"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     learned = _train(tokenizer, vocab_size=500, limit_alphabet=60)
     joined = [token for token in learned if len(token) > 1]
     letters = [token for token in learned if len(token) == 1]
@@ -222,14 +272,27 @@ def _sentencepiece(kind: str) -> dict[str, Any]:
         *[NORMAL for _ in learned],
     ]
     first = tokens.index("<0xFF>") + 1
-    return {
-        "model": "llama",
-        "pre": "default",
+    form = {"model": "llama", "pre": "default"}
+    if kind == "gemma4":
+        form = {"model": "gemma4", "merges": _all_merges(joined, learned)}
+    return form | {
         "tokens": tokens,
         "token_type": types,
         "scores": [float(min(first - i - 1, 0)) for i in range(len(tokens))],
         "add_space_prefix": SENTENCEPIECE[kind],
     }
+
+
+def _all_merges(joined: list[str], learned: list[str]) -> list[str]:
+    """Every pair that makes one of the tokens `joined`, in their order."""
+    known = set(learned)
+    merges = []
+    for token in joined:
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if {left, right} <= known:
+                merges.append(f"{left} {right}")
+    return merges
 
 
 def _byte_level(pre: str) -> dict[str, Any]:

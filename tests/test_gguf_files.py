@@ -167,7 +167,8 @@ def test_what_is_not_known_is_not_read(tmp_path: Path, key: str, value: Any, mes
 def test_sentencepiece(tmp_path: Path, kind: str) -> None:
     keys = tokenizer_keys(kind)
     tokenizer = read_tokenizer(keys)
-    model = random_model({"model_type": "llama"}, tokenizer)
+    family = "gemma4" if kind == "gemma4" else "llama"
+    model = random_model(FAMILIES[family], tokenizer)
     save_gguf(tmp_path / "model.gguf", model.params, model)
     tokenizer.save_pretrained(tmp_path / "folder")
     again, folder = (

@@ -1,8 +1,8 @@
 """Read GGUF files: their config, tensors and tokenizer, under the names that Hugging Face uses.
 
 The gguf package decodes quantized blocks. This module undoes what llama.cpp's converter changes:
-it permutes the rows of q and k for interleaved rotary pairs, adds the offset to norms, and stacks
-the experts of a layer in one tensor.
+it permutes the rows of q and k for interleaved rotary pairs, adds the offset to norms, stacks the
+experts of a layer in one tensor, and reorders the value heads of linear attention.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from lorax_ft.interop.gguf_architectures import find_architecture, module_names, read_config
+from lorax_ft.interop import gguf_qwen3_5
+from lorax_ft.interop.gguf_architectures import find_architecture, read_config
+from lorax_ft.interop.gguf_modules import ENDINGS, is_offset_norm, module_names
 from lorax_ft.interop.gguf_rope import FACTORS, LONG, SHORT
 from lorax_ft.interop.gguf_tokenizer import read_tokenizer
 from lorax_ft.interop.huggingface import Names, Tensors, decoder_config, family_names, hf_module
 from lorax_ft.interop.lazy_tensor import Index, LazyTensor
-from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.config import DecoderConfig, LinearAttention
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
@@ -53,8 +55,13 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
     if find_architecture(metadata).interleaved:
         permuted_heads = {"attn_q": decoder.heads, "attn_k": decoder.kv_heads}
     names = family_names(config)
+    blocks = metadata[f"{metadata['general.architecture']}.block_count"]
+    beyond = tuple(f"blk.{i}." for i in range(decoder.layers, blocks))
     tensors: dict[str, LazyTensor] = {}
     for tensor in reader.tensors:
+        # Blocks that predict further tokens, as in Qwen 3.5.
+        if tensor.name.startswith(beyond):
+            continue
         # These hold rotary factors, not parameters: `read_config` has put them into the config.
         if tensor.name in (FACTORS, SHORT, LONG):
             continue
@@ -82,8 +89,7 @@ def _lazy_tensors(
     """Yields a file's tensor under its Hugging Face name; for a stack of experts, one for each."""
     # gguf lists the dimensions with the fastest one first, numpy with the slowest.
     shape = tuple(map(int, tensor.shape[::-1]))
-    path, _, _ = tensor.name.rpartition(".")
-    _, _, module = path.rpartition(".")
+    module = _module(tensor.name)
     modules = module_names(config)
     if module.endswith("_exps"):
         for expert in range(shape[0]):
@@ -95,11 +101,41 @@ def _lazy_tensors(
         return
     # Gemma multiplies by 1 + scale; llama.cpp's converter stores the sum.
     offset = 0.0
-    if module.endswith("norm"):
+    if is_offset_norm(module):
         offset = config.norm_offset
     heads = permuted_heads.get(module)
     read = functools.partial(_read, tensor.data, tensor.tensor_type, heads, offset)
-    yield _hf_name(tensor.name, modules, names), LazyTensor(shape, read)
+    name = _hf_name(tensor.name, modules, names)
+    linear = gguf_qwen3_5.linear_of(config)
+    if linear and modules.get(module, "").startswith("linear_attn/"):
+        yield name, _of_linear_attention(module, LazyTensor(shape, read), linear)
+        return
+    yield name, LazyTensor(shape, read)
+
+
+def _of_linear_attention(module: str, tensor: LazyTensor, linear: LinearAttention) -> LazyTensor:
+    """A tensor of linear attention with Hugging Face's order of heads."""
+    shape = tensor.shape
+    if module == gguf_qwen3_5.CONVOLUTION:
+        shape = (shape[0], 1, *shape[1:])
+
+    def read(index: Index) -> np.ndarray:
+        value = gguf_qwen3_5.from_file(module, tensor.read(()), linear)
+        return value.reshape(shape)[index]
+
+    return LazyTensor(shape, read)
+
+
+def _module(name: str) -> str:
+    """GGUF's name of the module that a tensor belongs to.
+
+    >>> _module("blk.3.attn_q.weight"), _module("blk.3.ssm_a"), _module("output.weight")
+    ('attn_q', 'ssm_a', 'output')
+    """
+    parts = name.split(".")
+    if parts[0] == "blk":
+        parts = parts[2:] or parts
+    return parts[0]
 
 
 def _hf_name(
@@ -114,16 +150,19 @@ def _hf_name(
     `blk.3.attn_q.weight` becomes `model.layers.3.self_attn.q_proj.weight`. Unknown names stay as
     they are, and `load_params` reports them.
     """
-    in_layer = name.startswith("blk.")
-    *block, module, leaf = name.rsplit(".", 3 if in_layer else 1)
+    module = _module(name)
     if module not in modules:
         return name
-    if module == "attn_sinks":
-        return hf_module(f"layers/{block[1]}/{modules[module]}", names)
     path = modules[module].replace("experts", f"experts/{expert}")
-    if in_layer:
-        path = f"layers/{block[1]}/{path}"
-    return f"{hf_module(path, names)}.{leaf}"
+    if name.startswith("blk."):
+        layer = name.split(".")[1]
+        path = f"layers/{layer}/{path}"
+    path = hf_module(path, names)
+    _, _, leaf = name.rpartition(module)
+    if module in ENDINGS:
+        # Any other ending is a tensor of another name, which `load_params` reports.
+        leaf = leaf.removeprefix(ENDINGS[module])
+    return path + leaf
 
 
 def _read(

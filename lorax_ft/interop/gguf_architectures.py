@@ -1,4 +1,4 @@
-"""Tables of GGUF's names for architectures, config values and modules, to read and to write files.
+"""Tables of GGUF's names for architectures and config values, to read and to write files.
 
 `families` defines what each architecture computes. This module holds only the names, and what
 llama.cpp hardcodes for an architecture and therefore leaves out of its files.
@@ -7,9 +7,12 @@ llama.cpp hardcodes for an architecture and therefore leaves out of its files.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+from lorax_ft.interop import gguf_gemma4, gguf_qwen3_5
 from lorax_ft.interop.gguf_rope import ROPE_KEYS, read_rope
 from lorax_ft.interop.gguf_tokenizer import ENDS, SPECIAL
 from lorax_ft.models.config import DecoderConfig
@@ -18,6 +21,10 @@ Metadata = Mapping[str, Any]
 """GGUF's keys and values, such as `llama.block_count`: 30."""
 Field = tuple[str, type]
 """A name in config.json, and the type of its value."""
+Read = Callable[[Metadata, str, Mapping[str, Any]], dict[str, Any]]
+"""(metadata, the prefix of its keys, tensors) -> values of config.json."""
+Write = Callable[[DecoderConfig, Any], tuple[dict[str, Any], dict[str, np.ndarray]]]
+"""(decoder, transformers' config) -> GGUF keys without the prefix, and tensors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,12 @@ class Architecture:
     """The class in transformers."""
     fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
     """Optional GGUF keys, beyond those in `FIELDS`."""
+    read: Read | None = None
+    """What config.json has beyond the values that one key holds; it replaces `read_rope`."""
+    write: Write | None = None
+    """The inverse of `read`."""
+    keys: frozenset[str] = frozenset()
+    """GGUF keys that only these two handle."""
     hardcoded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Values of config.json that llama.cpp hardcodes, where transformers' default differs."""
     interleaved: bool = False
@@ -83,6 +96,14 @@ ARCHITECTURES = {
     ),
     "qwen2": Architecture(model_type="qwen2", model_class="Qwen2ForCausalLM"),
     "qwen3": Architecture(model_type="qwen3", model_class="Qwen3ForCausalLM"),
+    "qwen35": Architecture(
+        model_type="qwen3_5_text",
+        model_class="Qwen3_5ForCausalLM",
+        fields=gguf_qwen3_5.FIELDS,
+        read=gguf_qwen3_5.read,
+        write=gguf_qwen3_5.write,
+        keys=gguf_qwen3_5.KEYS,
+    ),
     "qwen3moe with experts": Architecture(
         model_type="qwen3_moe",
         model_class="Qwen3MoeForCausalLM",
@@ -109,6 +130,16 @@ ARCHITECTURES = {
         local_theta=10000.0,
         width_scaled_layers=62,
     ),
+    "gemma4": Architecture(
+        model_type="gemma4_text",
+        model_class="Gemma4ForCausalLM",
+        fields=WINDOW
+        | {"final_logit_softcapping": SOFTCAPS["final_logit_softcapping"]}
+        | gguf_gemma4.FIELDS,
+        read=gguf_gemma4.read,
+        write=gguf_gemma4.write,
+        keys=gguf_gemma4.KEYS,
+    ),
     "phi3": Architecture(
         model_type="phi3",
         model_class="Phi3ForCausalLM",
@@ -133,37 +164,6 @@ ARCHITECTURES = {
     "olmo2": Architecture(model_type="olmo2", model_class="Olmo2ForCausalLM"),
 }
 
-MODULES = {
-    "attn_q": "self_attn/q_proj",
-    "attn_k": "self_attn/k_proj",
-    "attn_v": "self_attn/v_proj",
-    "attn_qkv": "self_attn/qkv_proj",
-    "attn_output": "self_attn/o_proj",
-    "attn_sinks": "self_attn/sinks",
-    "attn_q_norm": "self_attn/q_norm",
-    "attn_k_norm": "self_attn/k_norm",
-    "ffn_gate": "mlp/gate_proj",
-    "ffn_up": "mlp/up_proj",
-    "ffn_down": "mlp/down_proj",
-    "ffn_gate_inp": "mlp/gate",
-    "ffn_gate_exps": "mlp/experts/gate_proj",
-    "ffn_up_exps": "mlp/experts/up_proj",
-    "ffn_down_exps": "mlp/experts/down_proj",
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "output": "lm_head",
-}
-"""GGUF's names of modules, and their paths in a layer or in the decoder.
-
-`self_attn/sinks` is a leaf, which GGUF names as the weight of a module.
-
-`module_names` has the exceptions.
-"""
-
 
 def find_architecture(metadata: Metadata) -> Architecture:
     """Looks up the architecture of a file by its `general.architecture`.
@@ -180,7 +180,7 @@ def find_architecture(metadata: Metadata) -> Architecture:
         supported = ", ".join(ARCHITECTURES)
         raise ValueError(f"has the architecture {full_name!r}; supported in GGUF: {supported}")
     architecture = ARCHITECTURES[full_name]
-    known = OTHER_KEYS | FIELDS.keys() | architecture.fields.keys()
+    known = OTHER_KEYS | FIELDS.keys() | architecture.fields.keys() | architecture.keys
     prefix = f"{name}."
     for key, value in metadata.items():
         if not key.startswith(prefix):
@@ -194,22 +194,6 @@ def find_architecture(metadata: Metadata) -> Architecture:
             f"has {key} = {value}, which is not supported; use the Hugging Face folder instead"
         )
     return architecture
-
-
-def module_names(config: DecoderConfig) -> dict[str, str]:
-    """Maps GGUF's name of each module to its path in a layer or in the decoder."""
-    names = dict(MODULES)
-    # `ffn_norm` is the norm before the MLP. Hugging Face calls it post_attention_layernorm, unless
-    # the layer has norms around the MLP, as in Gemma 2.
-    # gpt-oss's files, whose layers alone have sinks, keep Hugging Face's name.
-    if config.sinks:
-        del names["ffn_norm"]
-    elif config.norms == "before":
-        names["ffn_norm"] = "post_attention_layernorm"
-    # Phi 3's gate and up are one matrix, which llama.cpp names `ffn_up`.
-    if config.fused:
-        names["ffn_up"] = "mlp/gate_up_proj"
-    return names
 
 
 def read_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,7 +224,6 @@ def read_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any
         "architectures": [architecture.model_class],
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_parameters": read_rope(metadata, name, tensors),
     }
     for token, key in SPECIAL.items():
         config[f"{token}_id"] = metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -251,6 +234,10 @@ def read_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any
     for field, module in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_down")):
         if f"blk.0.{module}.bias" in tensors:
             config[field] = True
+    if architecture.read:
+        config |= architecture.read(metadata, name, tensors)
+    else:
+        config["rope_parameters"] = read_rope(metadata, name, tensors)
     config |= _layer_config(architecture, config, metadata)
     return config | dict(architecture.hardcoded)
 

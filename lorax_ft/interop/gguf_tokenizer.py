@@ -1,8 +1,9 @@
 """Rebuild the tokenizers of GGUF files with the tokenizers package, with the same ids as llama.cpp.
 
-llama.cpp has two that matter here. "gpt2" is byte-level BPE with a list of merges; the file names
+llama.cpp has three that matter here. "gpt2" is byte-level BPE with a list of merges; the file names
 the pre-tokenizer. "llama" is SentencePiece's BPE; the file has a score for each token, and of all
-neighbors whose concatenation is a token, those with the best score are merged first.
+neighbors whose concatenation is a token, those with the best score are merged first. "gemma4" is
+SentencePiece's BPE with a list of merges.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lorax_ft.interop.tokenizer import import_transformers
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 ENDS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
 """Keys of the tokens that end a text, a turn and a message, of which a file may have several."""
+GEMMA4 = "gemma4"
 CHAT_TEMPLATE, CHAT_TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
 # llama.cpp's token types (`llama_token_type`).
 NORMAL = 1
@@ -58,12 +60,18 @@ BY_CASE = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+# Of letters with their combining marks.
+WITH_MARKS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEKKEN = BY_CASE % ("", "", r"\p{N}")
 GPT_4O = BY_CASE % (ENDINGS, ENDINGS, r"\p{N}{1,3}")
 PRE_TOKENIZERS = {
     "smollm": PreTokenizer(individual_digits=True),
     "llama-bpe": PreTokenizer(THREE_DIGITS, ignore_merges=True, adds_bos=True),
     "qwen2": PreTokenizer(ONE_DIGIT),
+    "qwen35": PreTokenizer(WITH_MARKS),
     "smaug-bpe": PreTokenizer(THREE_DIGITS),  # SmolLM 3
     "dbrx": PreTokenizer(THREE_DIGITS),  # OLMo 2, Phi 4
     "tekken": PreTokenizer(TEKKEN, ignore_merges=True, adds_bos=True),  # Mistral Nemo
@@ -88,28 +96,35 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Any:
     """
     algorithm = metadata["tokenizer.ggml.model"]
     pre = metadata.get("tokenizer.ggml.pre", "")
-    if algorithm != "llama" and (algorithm != "gpt2" or pre not in PRE_TOKENIZERS):
+    is_known = algorithm in ("llama", GEMMA4) or (algorithm == "gpt2" and pre in PRE_TOKENIZERS)
+    if not is_known:
         known = ", ".join(f"gpt2/{name}" for name in PRE_TOKENIZERS)
         raise ValueError(
-            f"has the tokenizer {algorithm}/{pre}; supported: {known}, llama; "
+            f"has the tokenizer {algorithm}/{pre}; supported: {known}, llama, {GEMMA4}; "
             "use the Hugging Face folder instead"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"]
     ids = _special_ids(metadata)
+    adds_bos = True
     if algorithm == "llama":
         scores = metadata["tokenizer.ggml.scores"]
+        mergeable = {token: i for i, token in enumerate(tokens) if types[i] not in WHOLE}
         add_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-        tokenizer = sentencepiece(tokens, scores, types, tokens[ids["unk_token"]], add_prefix)
-        adds_bos = True
+        merges = _merges(mergeable, scores)
+        tokenizer = sentencepiece(tokens, merges, tokens[ids["unk_token"]], add_prefix)
+    elif algorithm == GEMMA4:
+        merges = _pairs(metadata["tokenizer.ggml.merges"])
+        tokenizer = sentencepiece(tokens, merges, tokens[ids["unk_token"]], False)
     else:
-        merges = metadata["tokenizer.ggml.merges"]
+        merges = _pairs(metadata["tokenizer.ggml.merges"])
         tokenizer = byte_level(tokens, merges, PRE_TOKENIZERS[pre])
         adds_bos = PRE_TOKENIZERS[pre].adds_bos
     tokenizer.add_tokens(_whole_tokens(tokens, types, metadata))
     special = {name: tokens[i] for name, i in ids.items()}
     before, after = [], []
-    if metadata.get("tokenizer.ggml.add_bos_token", adds_bos):
+    # llama.cpp starts Gemma 4's texts with it whatever the file says.
+    if algorithm == GEMMA4 or metadata.get("tokenizer.ggml.add_bos_token", adds_bos):
         before = [special["bos_token"]]
     if metadata.get("tokenizer.ggml.add_eos_token", False):
         after = [special["eos_token"]]
@@ -135,16 +150,14 @@ def _chat_template(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
     return templates
 
 
-def byte_level(tokens: list[str], merges: list[str], pre_tokenizer: PreTokenizer) -> Any:
+def byte_level(
+    tokens: list[str], merges: list[tuple[str, str]], pre_tokenizer: PreTokenizer
+) -> Any:
     """Builds the tokenizer that llama.cpp calls gpt2."""
     from tokenizers import Tokenizer, decoders, models
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = []
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        pairs.append((left, right))
-    model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre_tokenizer.ignore_merges)
+    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre_tokenizer.ignore_merges)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = build_pre_tokenizer(pre_tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
@@ -171,28 +184,22 @@ def build_pre_tokenizer(pre_tokenizer: PreTokenizer) -> Any:
 
 
 def sentencepiece(
-    tokens: list[str],
-    scores: list[float],
-    types: list[int],
-    unknown: str,
-    add_prefix: bool,
+    tokens: list[str], merges: list[tuple[str, str]], unknown: str, add_prefix: bool
 ) -> Any:
-    """Builds the tokenizer that llama.cpp calls llama.
+    """Builds the tokenizers that llama.cpp calls llama and gemma4.
 
     Args:
       tokens: the vocabulary, by id.
-      scores: one for each token; the best are merged first.
-      types: one for each token, as llama.cpp numbers them.
+      merges: pairs of tokens, the first ones merged first.
       unknown: the unk token.
       add_prefix: whether texts get a space in front.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    mergeable = {token: i for token, i in vocabulary.items() if types[i] not in WHOLE}
     model = models.BPE(
         vocab=vocabulary,
-        merges=_merges(mergeable, scores),
+        merges=merges,
         unk_token=unknown,
         fuse_unk=True,
         byte_fallback=True,
@@ -219,6 +226,15 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
         if token_id is not None:
             ids[name] = token_id
     return ids
+
+
+def _pairs(merges: list[str]) -> list[tuple[str, str]]:
+    """Returns the merges of a file, "left right", as pairs."""
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        pairs.append((left, right))
+    return pairs
 
 
 def _merges(vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -16,14 +15,14 @@ from lorax_ft.interop.gguf_architectures import (
     ARCHITECTURES,
     FIELDS,
     Architecture,
-    module_names,
     read_config,
 )
+from lorax_ft.interop.gguf_modules import module_names
 from lorax_ft.interop.gguf_rope import FACTORS, divisors, write_rope
-from lorax_ft.interop.huggingface import LEAVES, decoder_config
+from lorax_ft.interop.huggingface import decoder_config
+from lorax_ft.interop.save_gguf_tensors import add_tensors
 from lorax_ft.interop.save_gguf_tokenizer import tokenizer_metadata
 from lorax_ft.interop.tokenizer import import_transformers
-from lorax_ft.lowrank.merge import merged_leaves
 from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.model import Model
 from lorax_ft.models.rope import Rope
@@ -76,7 +75,8 @@ def save_gguf(
             _add(writer, key, value)
         for name, value in factors.items():
             writer.add_tensor(name, value)
-        _add_tensors(writer, params, model, kind)
+        interleaved = ARCHITECTURES[ARCHITECTURE_OF[model.hf_config["model_type"]]].interleaved
+        add_tensors(writer, params, model, kind=kind, interleaved=interleaved)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -86,11 +86,16 @@ def save_gguf(
 
 def _check_block_size(config: DecoderConfig, kind: str) -> None:
     """Raises if the rows of a matrix are not whole blocks; Q8_0 has one scale for 32 values."""
-    attention_width = config.heads * config.head_dim
-    row_sizes = (config.width, config.mlp_width, attention_width)
+    row_sizes = [config.width, config.mlp_width]
+    for layer in set(config.each_layer):
+        if layer.linear:
+            row_sizes.append(layer.linear.value_heads * layer.linear.value_dim)
+        else:
+            row_sizes.append(config.heads * config.heads_of(layer).dim)
     if kind == "Q8_0" and any(size % 32 for size in row_sizes):
         raise ValueError(
-            f"Q8_0 needs matrix rows of a multiple of 32 values, but this model has {row_sizes}; "
+            "Q8_0 needs matrix rows of a multiple of 32 values, but this model has "
+            f"{', '.join(map(str, row_sizes))}; "
             "write F16 (--gguf-type F16)"
         )
 
@@ -112,7 +117,12 @@ def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     key_of_ours = ARCHITECTURE_OF[model_type]
     # " with experts" is this library's addition; llama.cpp's name ends before it.
     name, _, _ = key_of_ours.partition(" ")
-    keys, factors = _keys(model, ARCHITECTURES[key_of_ours])
+    try:
+        keys, factors = _keys(model, ARCHITECTURES[key_of_ours])
+    except ValueError as error:
+        raise ValueError(
+            f"{source} ({model_type}) {error}; write a folder instead (--target hf)"
+        ) from error
     metadata = {"general.architecture": name}
     for key, value in keys.items():
         metadata[f"{name}.{key}"] = value
@@ -120,8 +130,8 @@ def _metadata(model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     tensors = factors | _stand_ins(model.config)
     again = decoder_config(read_config(metadata, tensors), source=source)
     lost = _difference(model.config, again)
-    # A file may have this tensor for any architecture, but llama.cpp loads it for Llama only.
-    if lost is None and FACTORS in factors and name != "llama":
+    # A file may have this tensor for any architecture, but llama.cpp loads it for these only.
+    if lost is None and FACTORS in factors and name not in ("llama", "gemma4"):
         lost = "layer_types"
     if lost:
         raise ValueError(
@@ -138,6 +148,8 @@ def _keys(model: Model, architecture: Architecture) -> tuple[dict[str, Any], dic
     hf_class = import_transformers().CONFIG_MAPPING[model.hf_config["model_type"]]
     # `from_dict` may change the dicts that it is given.
     hf = hf_class.from_dict(copy.deepcopy(dict(model.hf_config)))
+    # Where layers differ in a value, such as head_dim, the config's own is read, too.
+    hf.allow_global_per_layer_attribute_access = True
     keys: dict[str, Any] = {}
     fields = {**FIELDS, **architecture.fields}
     for key, (field, type_) in fields.items():
@@ -157,6 +169,10 @@ def _keys(model: Model, architecture: Architecture) -> tuple[dict[str, Any], dic
     if architecture.local_theta:
         windowed = [rope.theta for window, rope in ropes.items() if window]
         keys["rope.freq_base_swa"] = next(iter(windowed), main_rope.theta)
+    if architecture.write:
+        own_keys, own_tensors = architecture.write(config, hf)
+        keys |= own_keys
+        factors |= own_tensors
     return keys, factors
 
 
@@ -166,6 +182,9 @@ def _stand_ins(config: DecoderConfig) -> dict[str, Any]:
     tensors: dict[str, Any] = {"token_embd.weight": table}
     if not config.tied:
         tensors["output.weight"] = None
+    for layer, layer_type in enumerate(config.each_layer):
+        if not layer_type.linear and not config.heads_of(layer_type).keys_are_values:
+            tensors[f"blk.{layer}.attn_v.weight"] = None
     for name, path in module_names(config).items():
         _, _, module = path.rpartition("/")
         if module in config.biases:
@@ -235,66 +254,3 @@ def _add(writer: Any, key: str, value: Any) -> None:
     # Not isinstance: a bool is an int too.
     add = by_type.get(type(value), writer.add_array)
     add(key, value)
-
-
-def _add_tensors(writer: Any, params: Tree, model: Model, kind: str) -> None:
-    """Adds all tensors, with the matrices quantized.
-
-    Raises:
-      ValueError: llama.cpp has no such tensor for the architecture.
-    """
-    import gguf
-
-    matrix_type = gguf.GGMLQuantizationType[kind]
-    enum_name = writer.arch.upper().replace("-", "_")
-    supported = gguf.MODEL_TENSORS[gguf.MODEL_ARCH[enum_name]]
-    for name, value in _tensors(params, model):
-        if name == "output.weight" and gguf.MODEL_TENSOR.OUTPUT not in supported:
-            raise ValueError(
-                f"the head is tuned, and llama.cpp's {writer.arch} has none beside the embedding "
-                "table; write a folder instead (--target hf)"
-            )
-        # Routers stay in float32, since rounding could change which experts they choose.
-        # So do the biases of all experts, which are a matrix.
-        if value.ndim == 1 or name.endswith(".bias") or "ffn_gate_inp" in name:
-            writer.add_tensor(name, value)
-            continue
-        packed = gguf.quants.quantize(value, matrix_type)
-        writer.add_tensor(name, packed, raw_dtype=matrix_type)
-
-
-def _tensors(params: Tree, model: Model) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors under llama.cpp's names and with its order of rows, in float32."""
-    config = model.config
-    names = {path: name for name, path in module_names(config).items()}
-    architecture = ARCHITECTURES[ARCHITECTURE_OF[model.hf_config["model_type"]]]
-    permuted_heads = {}
-    if architecture.interleaved:
-        permuted_heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
-    for path, leaf in merged_leaves(params, layout=model.layout):
-        module, _, leaf_name = path.removeprefix("layers/").rpartition("/")
-        # Some leaves have names of their own, such as the sinks of attention.
-        name = names.get(f"{module}/{leaf_name}") or names[module]
-        suffix = LEAVES.get(leaf_name, "weight")
-        array = np.asarray(leaf)
-        blocks = {"": array}
-        if path.startswith("layers/"):
-            blocks = {f"blk.{i}.": layer for i, layer in enumerate(array)}
-        for block, part in blocks.items():
-            value = np.asarray(part, np.float32)
-            if leaf_name == "kernel":
-                value = value.swapaxes(-1, -2)  # [..., I, O] -> [..., O, I]
-            if name in permuted_heads:
-                value = _interleave(value, permuted_heads[name])
-            # Gemma multiplies by 1 + scale; llama.cpp's files hold the sum.
-            if name.endswith("norm"):
-                value = value + np.float32(config.norm_offset)
-            yield f"{block}{name}.{suffix}", np.ascontiguousarray(value)
-
-
-def _interleave(value: np.ndarray, heads: int) -> np.ndarray:
-    """Permutes rows from Hugging Face's half-split rotary order to interleaved pairs."""
-    _, *rest = value.shape
-    halves = value.reshape(heads, 2, -1, *rest)  # [H, 2, C / 2, ...]
-    pairs = halves.swapaxes(1, 2)
-    return pairs.reshape(value.shape)

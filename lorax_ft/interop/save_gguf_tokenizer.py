@@ -13,6 +13,7 @@ from lorax_ft.interop.gguf_tokenizer import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATES,
     CONTROL,
+    GEMMA4,
     NORMAL,
     PRE_TOKENIZERS,
     SPACE,
@@ -27,6 +28,13 @@ from lorax_ft.models.model import Model
 
 # Repeated spaces, digits, contractions, accents and scripts: where pre-tokenizers differ.
 PROBE = "Hello  world,\n\n\tit's 1234.5 naïve 数学 кот 🦙 x_y == z   "
+
+
+# Of Gemma 4's tokens, those that llama.cpp's parser of answers has to see in the text.
+VISIBLE = (
+    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"),
+    *("<|tool_response>", "<tool_response|>", '<|"|>'),
+)
 
 
 def tokenizer_metadata(model: Model, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,11 +55,15 @@ def tokenizer_metadata(model: Model, metadata: Mapping[str, Any]) -> dict[str, A
         raise ValueError(f"{source} has no tokenizer.json, which a GGUF file needs")
     special = _special_tokens(tokenizer)
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    for form in _forms(parts, model.config.vocab_size):
-        keys = {f"tokenizer.ggml.{key}": value for key, value in (form | special).items()}
+    architecture = metadata["general.architecture"]
+    for form in _forms(parts, model.config.vocab_size, architecture):
+        keys = {f"tokenizer.ggml.{key}": value for key, value in (special | form).items()}
         keys |= _chat_templates(tokenizer.chat_template)
         again = read_tokenizer({**metadata, **keys})
-        if again(PROBE).input_ids == tokenizer(PROBE).input_ids:
+        # Gemma 4's form says what llama.cpp puts before a text, whatever the tokenizer does.
+        adds = form["model"] != GEMMA4
+        ids, given = (t(PROBE, add_special_tokens=adds).input_ids for t in (again, tokenizer))
+        if ids == given:
             return keys
     raise ValueError(
         f"the tokenizer of {source} cannot be written as GGUF; supported: SentencePiece's BPE, and "
@@ -103,17 +115,20 @@ def _chat_templates(template: str | Mapping[str, str] | None) -> dict[str, Any]:
     return keys
 
 
-def _forms(parts: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+def _forms(parts: Mapping[str, Any], size: int, architecture: str) -> Iterator[dict[str, Any]]:
     """Yields the keys that might describe a tokenizer; the caller tries each.
 
     Args:
       parts: the contents of tokenizer.json.
       size: of the model's vocabulary, which may be larger than the tokenizer's.
+      architecture: llama.cpp's name.
     """
     bpe = parts["model"]
     if bpe["type"] != "BPE":
         return
-    if bpe.get("byte_fallback"):
+    if bpe.get("byte_fallback") and architecture == "gemma4":
+        yield _gemma4(parts, size)
+    elif bpe.get("byte_fallback"):
         yield from _sentencepiece(parts, size)
     else:
         yield from _byte_level(parts, size)
@@ -137,6 +152,22 @@ def _byte_level(parts: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]
             "token_type": types,
             "merges": merges,
         }
+
+
+def _gemma4(parts: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Returns the form of SentencePiece's BPE with a list of merges."""
+    tokens, types = _tokens(parts, size)
+    for i, token in enumerate(tokens):
+        if token in VISIBLE:
+            types[i] = USER_DEFINED
+    return {
+        "model": GEMMA4,
+        "tokens": tokens,
+        "token_type": types,
+        "merges": [" ".join(pair) for pair in _pairs(parts["model"])],
+        "add_space_prefix": False,
+        "add_bos_token": True,
+    }
 
 
 def _sentencepiece(parts: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:

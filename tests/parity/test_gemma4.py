@@ -18,7 +18,6 @@ from test_transformers import TOKENS, checkpoint  # noqa: E402
 
 from lorax_ft.config import AdapterConfig  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
-from lorax_ft.interop.save_gguf import save_gguf  # noqa: E402
 
 ADAPTERS = {
     "all-linear": AdapterConfig(rank=3, targets=("all-linear",)),
@@ -70,10 +69,3 @@ def test_refused(tmp_path: Path, key: str, value: object, said: str) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=said):
         load_model(tmp_path / "model")
-
-
-def test_no_gguf(tmp_path: Path) -> None:
-    checkpoint(tmp_path / "model", "gemma4")
-    model = load_model(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"\(gemma4_text\) cannot be written as GGUF"):
-        save_gguf(tmp_path / "model.gguf", model.params, model, kind="F16")

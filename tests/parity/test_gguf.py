@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf_cases import FAMILIES, SENTENCEPIECE, SIZES, texts, tokenizer_keys
+from gguf_cases import FAMILIES, GEMMA4, SENTENCEPIECE, SIZES, texts, tokenizer_keys
 
 from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig
 from lorax_ft.interop.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
@@ -142,9 +142,11 @@ def transformers_logits(folder: Path, fields: dict[str, Any]) -> np.ndarray:
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager"
     ).eval()
+    # These multiply by 1 + scale.
+    has_offset = fields["model_type"] in ("gemma", "gemma2", "gemma3_text", "qwen3_5_text")
     for name, weight in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            weight.data.normal_(float("norm" in name and "gemma" not in fields["model_type"]), 0.3)
+        if "norm" in name or name.endswith(("bias", "A_log")):
+            weight.data.normal_(float("norm" in name and not has_offset), 0.3)
         weight.data = weight.data.half().float()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -156,7 +158,8 @@ def transformers_logits(folder: Path, fields: dict[str, Any]) -> np.ndarray:
 def test_tokenizers(tmp_path: Path, kind: str) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     tokenizer = read_tokenizer(tokenizer_keys(kind))
-    fields = HF_CONFIG | {"vocab_size": len(tokenizer)}
+    family = SIZES | GEMMA4 if kind == "gemma4" else HF_CONFIG
+    fields = family | {"vocab_size": len(tokenizer)}
     config = decoder_config(fields, source="these tests")
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(config))
     model = LoadedModel(config=config, params=params, hf_config=fields, tokenizer=tokenizer)

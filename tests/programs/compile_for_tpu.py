@@ -101,7 +101,9 @@ def _base_leaf(path: str, leaf: Any, config: Config, model: CausalLM) -> Any:
     leaf = jax.ShapeDtypeStruct(leaf.shape, config.model.dtype)
     q = config.quant
     module, _, name = path.rpartition("/")
-    is_kernel = name == "kernel" and model.layout[module].quantizable
+    # A convolution has a kernel, but no place in the layout.
+    is_linear = name == "kernel" and module in model.layout
+    is_kernel = is_linear and model.layout[module].quantizable
     if q.format == "none" or not is_kernel:
         return leaf
     n = leaf.ndim - 2
