@@ -1,0 +1,104 @@
+"""The design of a comparison: rates, seeds, and separate rows to choose by and to judge by.
+
+The rate of a method is chosen by the loss on one half of the validation rows and judged by the loss
+on the other half, so that no method profits from having more rates to choose from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorax_ft.config import Config, DataConfig
+from lorax_ft.data.dataset import name_sets
+from lorax_ft.data.sources import has_split, parse_sources, read_rows
+from lorax_ft.sweep.axes import Point, Settings, make_point
+
+CHOOSE, TEST = "choose", "test"
+"""The names of the two validation sets."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Design:
+    """What is trained of each method."""
+
+    rates: tuple[float, ...]
+    """Learning rates to try, rising by about equal factors."""
+    common_rate: float
+    """The rate at which all methods are compared beside their own best; one of `rates`."""
+    seeds: tuple[int, ...]
+    """Seeds of the compared runs."""
+    search_seeds: int
+    """How many of the seeds are trained at every rate."""
+
+    def __post_init__(self) -> None:
+        if len(self.rates) < 3 or list(self.rates) != sorted(set(self.rates)):
+            raise ValueError("--rates must be three or more different numbers, the smallest first")
+        if self.common_rate not in self.rates:
+            listed = ", ".join(f"{rate:g}" for rate in self.rates)
+            raise ValueError(f"--common_rate {self.common_rate:g} is not one of --rates {listed}")
+        if not 1 <= self.search_seeds <= len(self.seeds):
+            raise ValueError(
+                f"--search_seeds is {self.search_seeds}; it must be 1 to {len(self.seeds)}, the "
+                "number of seeds"
+            )
+
+    @property
+    def factor(self) -> float:
+        """The mean factor between two rates."""
+        return float((self.rates[-1] / self.rates[0]) ** (1 / (len(self.rates) - 1)))
+
+
+def points(config: Config, rates: Sequence[float], seeds: Sequence[int]) -> list[Point]:
+    """A point for each rate and seed."""
+    made = []
+    for number, (rate, seed) in enumerate(itertools.product(rates, seeds)):
+        settings: Settings = {"optim.learning_rate": rate, "train.seed": seed}
+        made.append(make_point(config, settings, number=number))
+    return made
+
+
+def with_two_sets(config: Config, folder: Path) -> Config:
+    """The config with its validation rows split in two sets, to choose and to test by.
+
+    Sets that the config names itself stay: the first one chooses, all are judged.
+
+    Args:
+      config: with validation files, or with a training folder that has the validation split.
+      folder: where the two halves are written, every other row each.
+
+    Raises:
+      ValueError: there are no validation rows beside the training rows.
+    """
+    data = config.data
+    names = list(name_sets(data.validation))
+    if names and names != [""]:
+        return config
+    halves: dict[str, list[str]] = {CHOOSE: [], TEST: []}
+    for number, row in enumerate(read_rows(_validation_paths(data), split=data.validation_split)):
+        name = CHOOSE if number % 2 == 0 else TEST
+        halves[name].append(json.dumps(row.fields, ensure_ascii=False))
+    if not halves[TEST]:
+        raise ValueError("a comparison needs at least two validation rows; give data.validation")
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for name, lines in halves.items():
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(f"{line}\n" for line in lines))
+        entries.append(f"{name}={file}")
+    return dataclasses.replace(config, data=dataclasses.replace(data, validation=tuple(entries)))
+
+
+def _validation_paths(data: DataConfig) -> list[str]:
+    """The files, folders or hub ids of the validation rows."""
+    if data.validation:
+        return list(data.validation)
+    paths = [source.path for source in parse_sources(data.train)]
+    if len(paths) == 1 and has_split(paths[0], data.validation_split):
+        return paths
+    raise ValueError(
+        "a comparison needs validation rows that are not trained on; give data.validation"
+    )

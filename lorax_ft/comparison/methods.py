@@ -1,0 +1,73 @@
+"""The methods that are compared, as settings over one common config. Imports no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method: what it changes of the common config."""
+
+    label: str
+    """Its name in tables."""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Values by field, such as "adapter.dora"."""
+
+
+METHODS: Mapping[str, Method] = {
+    "full": Method(
+        label="full fine-tuning",
+        settings={"adapter.targets": (), "adapter.train_whole": ("all",)},
+    ),
+    "lora": Method(label="LoRA"),
+    "lora_plus": Method(label="LoRA+", settings={"optim.lora_plus_ratio": 16.0}),
+    "rslora": Method(label="rsLoRA", settings={"adapter.scaling": "rank_stabilized"}),
+    "dora": Method(label="DoRA", settings={"adapter.dora": True}),
+    "pissa": Method(label="PiSSA", settings={"adapter.init": "pissa"}),
+    "qlora": Method(label="QLoRA", settings={"quant.format": "nf4"}),
+    "neftune": Method(label="NEFTune", settings={"train.neftune_alpha": 5.0}),
+    "lora_fa": Method(label="LoRA-FA", settings={"adapter.freeze": ("lora_a",)}),
+    "olora": Method(label="OLoRA", settings={"adapter.init": "olora"}),
+    "milora": Method(label="MiLoRA", settings={"adapter.init": "milora"}),
+    "orthogonal": Method(label="orthogonal", settings={"adapter.init": "orthogonal"}),
+    "eva": Method(label="EVA", settings={"adapter.init": "eva"}),
+    "corda": Method(label="CorDA", settings={"adapter.init": "corda"}),
+    "lora_ga": Method(label="LoRA-GA", settings={"adapter.init": "lora_ga"}),
+    "lora_one": Method(label="LoRA-One", settings={"adapter.init": "lora_one"}),
+    "qpissa": Method(
+        label="QPiSSA",
+        settings={"quant.format": "nf4", "quant.rounds": 5, "adapter.init": "pissa"},
+    ),
+    "ia3": Method(label="IA3", settings={"adapter.method": "ia3"}),
+    "miss": Method(label="MiSS", settings={"adapter.method": "miss"}),
+}
+"""By the name that `--methods` takes."""
+DEFAULT = ("full", "lora", "lora_plus", "rslora", "dora", "pissa", "qlora", "neftune")
+REFERENCE = "lora"
+"""The method that the others are compared with."""
+
+
+def chosen_methods(names: Sequence[str]) -> dict[str, Method]:
+    """The methods of these names, "all" for every one; the reference is always among them.
+
+    Raises:
+      ValueError: a name is unknown or given twice.
+    """
+    if list(names) == ["all"]:
+        names = list(METHODS)
+    chosen: dict[str, Method] = {}
+    for name in names:
+        if name not in METHODS:
+            near = difflib.get_close_matches(name, METHODS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--methods {name}: known are {', '.join(METHODS)}, or all{hint}")
+        if name in chosen:
+            raise ValueError(f"--methods names {name} twice")
+        chosen[name] = METHODS[name]
+    if REFERENCE not in chosen:
+        chosen = {REFERENCE: METHODS[REFERENCE], **chosen}
+    return chosen

@@ -1,0 +1,160 @@
+"""A comparison from its config to the report: what `scripts/compare.py` calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from lorax_ft.comparison.design import Design, with_two_sets
+from lorax_ft.comparison.document import (
+    CURVES_PLOT,
+    HEADERS,
+    RATES_PLOT,
+    as_json,
+    markdown,
+    table_cells,
+)
+from lorax_ft.comparison.methods import chosen_methods
+from lorax_ft.comparison.plots import plot_curves, plot_rates
+from lorax_ft.comparison.runs import MethodRuns, Runner
+from lorax_ft.comparison.table import Row, rows_at_best_rates, rows_at_common_rate
+from lorax_ft.config import Config
+from lorax_ft.run.report import make_console, make_table
+from lorax_ft.sweep.axes import make_point
+
+SUFFIX = "-comparison"
+REPORT, FIGURES, DESIGN = "comparison.md", "comparison.json", "design.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The result of a comparison."""
+
+    folder: Path
+    methods: Mapping[str, MethodRuns]
+    common: Sequence[Row]
+    """At the common rate."""
+    best: Sequence[Row]
+    """Each at its best rate."""
+
+
+def compare(
+    config: Config,
+    design: Design,
+    *,
+    methods: Sequence[str],
+    parallel: int = 16,
+    command: str | None = None,
+) -> Comparison:
+    """Train each method at several rates and seeds, and say which differences are not noise.
+
+    Args:
+      config: what all methods share; train.output names the folder, with "-comparison" behind it.
+        train.resume keeps the methods that it already holds.
+      design: rates and seeds.
+      methods: names of `METHODS`.
+      parallel: runs that train together, at most.
+      command: the command line that started the comparison.
+
+    Raises:
+      ValueError: bad input, or a method that the model cannot be trained with.
+    """
+    chosen = chosen_methods(methods)
+    folder = Path(config.train.output + SUFFIX)
+    console = make_console()
+    _prepare(folder, config, design)
+    config = with_two_sets(config, folder / "data")
+    # All configs are checked before the first of them is trained.
+    for method in chosen.values():
+        make_point(config, method.settings, number=0)
+    runner = Runner(design, console, folder, parallel=parallel)
+    done: dict[str, MethodRuns] = {}
+    for number, (name, method) in enumerate(chosen.items(), 1):
+        console.print(f"\n[bold]{method.label}[/bold] ({number} of {len(chosen)})")
+        done[name] = runner.run(name, method, config)
+    common, best = rows_at_common_rate(done, design), rows_at_best_rates(done, design)
+    if jax.process_index() == 0:
+        plot_rates(done, design, folder / RATES_PLOT)
+        plot_curves(done, design, folder / CURVES_PLOT)
+        (folder / FIGURES).write_text(as_json(done, common, best))
+        text = markdown(
+            done,
+            common,
+            best,
+            design,
+            title=f"Methods compared on {Path(config.model.path).name}",
+            command=command,
+            notes=_notes(config, runner.steps),
+        )
+        (folder / REPORT).write_text(text)
+    _print(console, common, title=f"At the common rate {design.common_rate:g}")
+    _print(console, best, title="Each at its best rate")
+    console.print(f"\n{folder / REPORT} has the report, {folder / FIGURES} all figures.")
+    return Comparison(folder=folder, methods=done, common=common, best=best)
+
+
+def _prepare(folder: Path, config: Config, design: Design) -> None:
+    """Make the folder, or check that it holds the comparison to resume."""
+    text = json.dumps(
+        {"design": dataclasses.asdict(design), "config": json.loads(config.to_json())}, indent=2
+    )
+    file = folder / DESIGN
+    if config.train.resume:
+        if not file.is_file():
+            raise ValueError(f"there is no comparison to resume in {folder}")
+        if _without_resume(file.read_text()) != _without_resume(text):
+            raise ValueError(
+                f"{folder} holds a comparison with another config or other rates and seeds; give "
+                "the same, or another --train.output"
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (config.train.overwrite and file.is_file()):
+            raise ValueError(
+                f"{folder} is not empty; use --train.resume, --train.overwrite or another "
+                "--train.output"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text + "\n")
+
+
+def _without_resume(text: str) -> dict[str, Any]:
+    """What must be equal of a comparison and the one that resumes it."""
+    values: dict[str, Any] = json.loads(text)
+    for name in ("resume", "overwrite"):
+        del values["config"]["train"][name]
+    return values
+
+
+def _notes(config: Config, steps: int) -> list[str]:
+    """Facts about the runs, for the report."""
+    adapter, train = config.adapter, config.train
+    version = jax.__version__
+    return [
+        f"Model {Path(config.model.path).name}, {config.model.dtype}; data "
+        f"{', '.join(Path(path).name for path in config.data.train)}, rows of at most "
+        f"{config.data.max_length} tokens.",
+        f"{steps} steps of {train.batch_size} rows; rank {adapter.rank}, alpha {adapter.alpha:g}, "
+        f"dropout {adapter.dropout:g}, targets {' '.join(adapter.targets)}; "
+        f"{config.optim.optimizer}, {config.optim.schedule} schedule.",
+        f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, jax "
+        f"{version}.",
+    ]
+
+
+def _print(console: Console, rows: Sequence[Row], *, title: str) -> None:
+    table = make_table(title)
+    for header in HEADERS:
+        table.add_column(header)
+    for row in rows:
+        table.add_row(*table_cells(row))
+    console.print(table)

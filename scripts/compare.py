@@ -1,0 +1,63 @@
+"""Compare methods fairly: same data, order and steps, at one common rate and each at its best.
+
+python scripts/compare.py --config configs/lora.py --rates 3e-4 1e-3 3e-3 1e-2 --common_rate 1e-3
+python scripts/compare.py --config configs/lora.py --methods lora dora pissa --seeds 0 1 2 3 4
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+
+from lorax_ft import cli
+from lorax_ft.comparison.methods import DEFAULT
+from lorax_ft.config import Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(Config):
+    """Compare methods: the report goes to train.output with -comparison behind it."""
+
+    config: str | None = None
+    """Python file with get_config(); the defaults below are its values."""
+    methods: tuple[str, ...] = DEFAULT
+    """Methods to compare, or all; lora is the reference."""
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    """Learning rates to try for each method, the smallest first. Where the best one is at the edge,
+    up to three more are tried."""
+    common_rate: float = 1e-3
+    """One of the rates, at which all methods are compared."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the compared runs: initialization, order of the rows, noise."""
+    search_seeds: int = 1
+    """Seeds that are trained at every rate; the others only at the best and the common one."""
+    parallel: int = 16
+    """Runs that train together, at most."""
+
+
+def main() -> None:
+    """Reads the config file, then the options, then compares."""
+    with cli.one_line_errors():
+        args, config = cli.parse_run(Args)
+        # JAX takes seconds to import: --help and errors in the options should not wait for it.
+        from lorax_ft.comparison.design import Design
+        from lorax_ft.comparison.run import compare
+
+        design = Design(
+            rates=args.rates,
+            common_rate=args.common_rate,
+            seeds=args.seeds,
+            search_seeds=args.search_seeds,
+        )
+        compare(
+            config,
+            design,
+            methods=args.methods,
+            parallel=args.parallel,
+            command=shlex.join(["python", *sys.argv]),
+        )
+
+
+if __name__ == "__main__":
+    main()

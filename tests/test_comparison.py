@@ -1,0 +1,201 @@
+"""Comparisons of methods: intervals, choice of rates, verdicts, and a small run of the script."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_cases import ROOT, SHORT, config
+
+from lorax_ft.comparison.design import Design, with_two_sets
+from lorax_ft.comparison.document import describe_difference
+from lorax_ft.comparison.intervals import Interval, mean_interval, paired_interval
+from lorax_ft.comparison.methods import METHODS, chosen_methods
+from lorax_ft.comparison.runs import Cost, MethodRuns, Run, best_rate
+from lorax_ft.comparison.table import rows_at_best_rates, rows_at_common_rate
+from lorax_ft.config import Config, DataConfig
+from lorax_ft.sweep.axes import make_point
+
+DESIGN = Design(rates=(1e-4, 1e-3, 1e-2), common_rate=1e-3, seeds=(0, 1, 2), search_seeds=1)
+
+
+def run(rate: float, seed: int, choose: float, test: float, other: float = 1.0) -> Run:
+    return Run(
+        rate=rate,
+        seed=seed,
+        losses={"choose": choose, "test": test, "other": other},
+        first_losses={"choose": 5.0, "test": 5.0, "other": 1.0},
+        curve=((1, 2.0), (2, 1.0)),
+    )
+
+
+def method_runs(name: str, runs: list[Run]) -> MethodRuns:
+    cost = Cost(parameters=1, seconds_per_step=1.0, memory=None)
+    return MethodRuns(
+        method=METHODS[name],
+        runs=tuple(runs),
+        best_rate=best_rate(runs),
+        at_edge=False,
+        cost=cost,
+    )
+
+
+def test_the_interval_is_student_t() -> None:
+    """t of 2 degrees of freedom is 4.3027 (any table), s of 1, 2, 3 is 1."""
+    mean, half = mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2
+    assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+
+
+def test_a_paired_interval_cancels_what_the_seeds_share() -> None:
+    reference = [1.0, 5.0, 9.0]
+    difference = paired_interval([0.9, 4.9, 8.9], reference)
+    assert difference.mean == pytest.approx(-0.1)
+    assert difference.half_width == pytest.approx(0, abs=1e-12)
+    assert difference.excludes_zero
+
+
+def test_one_seed_has_no_interval() -> None:
+    difference = mean_interval([-0.5])
+    assert math.isinf(difference.half_width)
+    assert not difference.excludes_zero
+    assert describe_difference(difference) == "−0.5000"
+    assert describe_difference(Interval(0.25, 0.5)) == "+0.2500 [−0.2500, +0.7500]"
+
+
+def test_the_rate_is_chosen_on_one_set_and_judged_on_another() -> None:
+    """A rate that is better on the rows to judge by alone is not chosen."""
+    runs = []
+    for seed in DESIGN.seeds:
+        runs += [run(1e-4, seed, 3, 1), run(1e-3, seed, 2, 2 + seed / 100), run(1e-2, seed, 4, 0)]
+    lora = method_runs("lora", runs)
+    assert lora.best_rate == 1e-3
+    (row,) = rows_at_best_rates({"lora": lora}, DESIGN)
+    assert row.loss.mean == pytest.approx(2.01)
+    assert row.verdict == "reference"
+    assert row.others["other"].mean == 0
+
+
+def test_verdicts() -> None:
+    def runs_with(tests: list[float]) -> list[Run]:
+        return [run(1e-3, seed, 1, test) for seed, test in enumerate(tests)]
+
+    methods = {
+        "lora": method_runs("lora", runs_with([2.0, 2.1, 2.2])),
+        "dora": method_runs("dora", runs_with([1.9, 2.001, 2.1])),
+        "pissa": method_runs("pissa", runs_with([1.5, 2.5, 2.2])),
+        "rslora": method_runs("rslora", runs_with([2.5, 2.6, 2.7])),
+        "full": method_runs("full", runs_with([2.0, math.inf, 2.2])),
+    }
+    verdicts = {row.label: row.verdict for row in rows_at_common_rate(methods, DESIGN)}
+    assert verdicts == {
+        "LoRA": "reference",
+        "DoRA": "lower loss",
+        "PiSSA": "noise",
+        "rsLoRA": "higher loss",
+        "full fine-tuning": "diverged",
+    }
+
+
+def test_a_diverged_seed_disqualifies_a_rate() -> None:
+    runs = [run(1e-3, 0, 1, 1), run(1e-3, 1, math.inf, 1), run(1e-4, 0, 3, 3), run(1e-4, 1, 3, 3)]
+    assert best_rate(runs) == 1e-4
+
+
+def test_every_method_is_a_valid_config() -> None:
+    """Every method over the default config, and no two of them the same."""
+    configs = [make_point(Config(), its.settings, number=0).config for its in METHODS.values()]
+    assert len({each.to_json() for each in configs}) == len(METHODS)
+
+
+def test_the_reference_is_always_compared() -> None:
+    assert list(chosen_methods(["dora"])) == ["lora", "dora"]
+    assert list(chosen_methods(["all"])) == list(METHODS)
+    with pytest.raises(ValueError, match=r"--methods dorra: .* did you mean dora\?"):
+        chosen_methods(["dorra"])
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"rates": (1e-3, 1e-4, 1e-2)}, "the smallest first"),
+        ({"common_rate": 2e-3}, "--common_rate 0.002 is not one of --rates"),
+        ({"search_seeds": 4}, "it must be 1 to 3"),
+    ],
+)
+def test_a_design_that_cannot_be(values: dict[str, Any], error: str) -> None:
+    usual = {"rates": (1e-4, 1e-3, 1e-2), "common_rate": 1e-3, "seeds": (0, 1, 2)}
+    with pytest.raises(ValueError, match=error):
+        Design(**{"search_seeds": 1, **usual, **values})
+
+
+def test_validation_rows_are_split_in_two_halves(tmp_path: Path) -> None:
+    rows = [{"question": str(i), "answer": str(i)} for i in range(5)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = Config(data=DataConfig(train=(str(file),), validation=(str(file),)))
+    split = with_two_sets(whole, tmp_path / "data")
+    found = {}
+    for entry in split.data.validation:
+        name, path = entry.split("=")
+        lines = Path(path).read_text().splitlines()
+        found[name] = [json.loads(line) for line in lines]
+    assert found == {"choose": rows[::2], "test": rows[1::2]}
+    # Sets that have names stay as they are.
+    assert with_two_sets(split, tmp_path / "again") == split
+
+
+def test_without_validation_rows_there_is_no_comparison(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "1", "answer": "1"}\n')
+    with pytest.raises(ValueError, match=r"give data\.validation"):
+        with_two_sets(Config(data=DataConfig(train=(str(file),))), tmp_path / "data")
+
+
+def test_the_script_compares_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        *("compare.py", *config("lora"), *SHORT, "--train.steps", "2"),
+        *("--methods", "lora", "dora", "--rates", "1e-3", "3e-3", "1e-2", "--common_rate", "3e-3"),
+        *("--seeds", "0", "1", "--train.output", str(tmp_path / "run")),
+    ]
+    main = script_main("compare")
+    monkeypatch.setattr("sys.argv", argv)
+    main()
+    folder = tmp_path / "run-comparison"
+    report = (folder / "comparison.md").read_text()
+    assert "| DoRA |" in report
+    assert "compare.py" in report  # its command
+    figures = json.loads((folder / "comparison.json").read_text())
+    seeds = [run["seed"] for run in figures["methods"]["dora"]["runs"] if run["rate"] == 3e-3]
+    assert sorted(seeds) == [0, 1]
+    for plot in ("rates.png", "curves.png"):
+        assert (folder / plot).read_bytes().startswith(b"\x89PNG")
+    # A resumed comparison trains nothing again.
+    kept = (folder / "lora/search/results.jsonl").stat().st_mtime_ns
+    monkeypatch.setattr("sys.argv", [*argv, "--train.resume"])
+    main()
+    assert (folder / "lora/search/results.jsonl").stat().st_mtime_ns == kept
+    capsys.readouterr()
+    # Another rate is another comparison.
+    changed = [arg if arg != "1e-2" else "2e-2" for arg in argv]
+    monkeypatch.setattr("sys.argv", [*changed, "--train.resume"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "another config or other rates" in capsys.readouterr().err
+
+
+def script_main(name: str) -> Any:
+    """The main() of a script."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
