@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from lorax_ft.lowrank.merge import merge_adapters, merge_weighted, unmerge_adapters
     from lorax_ft.lowrank.quantize import quantize_base
     from lorax_ft.run.log import plot_losses
-    from lorax_ft.run.loop import train
+    from lorax_ft.sweep.rate import train
     from lorax_ft.training.calibration import calibrate
     from lorax_ft.training.losses import head_loss, supervised_loss
     from lorax_ft.training.optimizer import make_optimizer
@@ -80,7 +80,7 @@ _ROOMS = {
     "training.optimizer": ("make_optimizer",),
     "training.step": ("TrainState",),
     "run.log": ("plot_losses",),
-    "run.loop": ("train",),
+    "sweep.rate": ("train",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

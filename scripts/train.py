@@ -36,7 +36,7 @@ def main() -> None:
             _join_processes()
         # JAX takes seconds to import: --help and errors in the options should not wait for it.
         # It must also not look for devices before the processes are joined.
-        from lorax_ft.run.loop import train
+        from lorax_ft.sweep.rate import train
 
         command = shlex.join(["python", *sys.argv])
         train(config, dry_run=args.dry_run, command=command)

@@ -350,7 +350,10 @@ def test_a_rate_is_found(folder: Path) -> None:
     assert cost.steps == 20
     assert rate == min(cost.losses, key=lambda its: cost.losses[its])
     assert rate > 1e-3
-    assert len(cost.losses) == 8
+    # More rates are tried where the best one is at the edge.
+    highest = 1e-1
+    assert len(cost.losses) >= 8
+    assert rate < highest or len(cost.losses) > 8
     json.dumps(dataclasses.asdict(cost))
 
 

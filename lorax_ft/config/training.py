@@ -18,8 +18,9 @@ class OptimConfig:
     # Adafactor) would mix them.
     optimizer: Literal["adamw", "adam", "nadamw", "lion", "sgd"] = "adamw"
     """Optimizer, from optax."""
-    learning_rate: float = 2e-4
-    """Peak learning rate; the two ratios below scale it for B and for DoRA's magnitudes."""
+    learning_rate: float | Literal["find"] = 2e-4
+    """Peak learning rate; the two ratios below scale it for B and for DoRA's magnitudes.
+    find: short runs at several rates first, in one program; the run takes the best one."""
     lora_plus_ratio: float = 1.0
     """LoRA+: ratio of B's learning rate to A's; the paper recommends 16."""
     magnitude_ratio: float = 1.0
@@ -44,7 +45,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_positive(self, "learning_rate", "lora_plus_ratio", "magnitude_ratio")
+        if self.learning_rate != "find":
+            check_positive(self, "learning_rate")
+        check_positive(self, "lora_plus_ratio", "magnitude_ratio")
         check_fraction(self, "warmup_fraction", "final_fraction")
         for field in ("b1", "b2"):
             value = getattr(self, field)
@@ -59,6 +62,20 @@ class OptimConfig:
             not self.weight_decay or self.optimizer != "adam",
             f"optim.weight_decay is {self.weight_decay}, but adam has no weight decay; use adamw",
         )
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate, once it is a number.
+
+        Raises:
+          ValueError: it is still to be found.
+        """
+        if self.learning_rate == "find":
+            raise ValueError(
+                "optim.learning_rate is find, which lorax_ft.train and scripts/train.py resolve; "
+                "give a number here"
+            )
+        return self.learning_rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

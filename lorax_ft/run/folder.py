@@ -163,6 +163,11 @@ def _remove_run(folder: Path) -> None:
 
 def check_same_run(config: Config, previous: Config) -> None:
     """Raise if a field that shapes the run differs from the run to resume."""
+    # A run that found its learning rate keeps it.
+    if config.optim.learning_rate == "find":
+        found = previous.optim.learning_rate
+        optim = dataclasses.replace(config.optim, learning_rate=found)
+        config = dataclasses.replace(config, optim=optim)
     # The number of steps, where to log and how to shard may change; these may not.
     fixed = {
         "model": ["path", "revision", "dtype"],

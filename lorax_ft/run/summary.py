@@ -207,7 +207,7 @@ def find_warnings(job: Job, folder: Path, *, before: Evaluation, after: Evaluati
         read_log(folder),
         before=first.get(name),
         after=after.loss,
-        learning_rate=job.config.optim.learning_rate,
+        learning_rate=job.config.optim.peak,
     )
 
 

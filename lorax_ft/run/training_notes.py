@@ -99,7 +99,7 @@ def _data(config: Config, data: Dataset) -> dict[str, str]:
 def _optimizer(config: Config) -> str:
     """The optimizer and what its steps depend on."""
     optim = config.optim
-    rate = f"learning rate {optim.learning_rate:g}"
+    rate = f"learning rate {optim.peak:g}"
     return f"{optim.optimizer}, {rate}, schedule {optim.schedule}, seed {config.train.seed}"
 
 

@@ -21,6 +21,7 @@ from lorax_ft import cli
 from lorax_ft.config import Config
 from lorax_ft.options import advice, options, takes_several
 
+RATE = "optim.learning_rate"
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})(?::(\d+))?")
 DIGITS = 4
@@ -160,6 +161,8 @@ def _kind(field: str) -> Any:
       ValueError: there is no such field; the error names the nearest one.
     """
     known = options(Config)
+    if field == RATE:
+        return float  # a sweep has no rate to find
     if field in known:
         return known[field]
     message = advice([f"--{field}"], Config)

@@ -1,23 +1,30 @@
-"""A learning rate found by a short sweep of `optim.learning_rate`."""
+"""Runs whose learning rate is found first, by a short sweep of `optim.learning_rate`."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 
 from lorax_ft.config import Config
+from lorax_ft.run.folder import check_folder
+from lorax_ft.run.loop import Result
+from lorax_ft.run.loop import train as train_at_rate
 from lorax_ft.run.report import make_console
 from lorax_ft.sweep.agree import with_shared_base
-from lorax_ft.sweep.axes import Axis, product, rounded
+from lorax_ft.sweep.axes import RATE, Axis, product, rounded
 from lorax_ft.sweep.loop import run_points
-from lorax_ft.sweep.setup import load, set_up
+from lorax_ft.sweep.setup import Loaded, load, set_up
 
-RATE = "optim.learning_rate"
 EXPONENTS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-"""The rates that are tried: the config's own times 10 to the power of these."""
+"""The rates that are tried first: the default one times 10 to the power of these."""
+START = 2e-4
+"""The rate in the middle, where the config has none."""
+MOST_EXTENSIONS = 3
+"""How often two more rates are tried where the best one is the lowest or the highest."""
 SHARE = 0.05
 """The steps of a trial, as a share of the run's."""
 FEWEST_STEPS = 20
@@ -44,6 +51,47 @@ class RateCost:
         return f"{len(self.losses)} rates, {self.steps} steps each, {self.seconds:.0f} s"
 
 
+def train(config: Config, *, dry_run: bool = False, command: str | None = None) -> Result | None:
+    """Run a fine-tuning, from the config to the saved adapter, the log and the plot.
+
+    If `optim.learning_rate` is "find", short runs find it first. A resumed run keeps its own.
+
+    Args:
+      config: the run.
+      dry_run: print what would train, the memory it takes and the first batch, and write nothing.
+      command: the command line that started the run, for the model card.
+
+    Returns:
+      The result of the run; None for a dry run.
+
+    Raises:
+      ValueError: bad input, or a loss that is not finite; files on disk are kept.
+      OSError: the disk is full, or the hub cannot be written.
+    """
+    if config.optim.learning_rate == "find":
+        config = with_rate(config, START) if dry_run else with_found_rate(config)
+    return train_at_rate(config, dry_run=dry_run, command=command)
+
+
+def with_found_rate(config: Config) -> Config:
+    """The config with the learning rate that `find_rate` finds, or that the run to resume has."""
+    # A folder that cannot be used is an error before the search, not after it.
+    previous = check_folder(config)
+    if previous is not None:
+        return with_rate(config, previous.optim.peak)
+    console = make_console()
+    console.print("Finding the learning rate: short runs at several rates, all in one program")
+    rate, cost = find_rate(config, console=console)
+    console.print(f"optim.learning_rate {rate:g} has the lowest loss of {cost.describe()}\n")
+    return with_rate(config, rate)
+
+
+def with_rate(config: Config, rate: float) -> Config:
+    """The config at a learning rate."""
+    optim = dataclasses.replace(config.optim, learning_rate=rate)
+    return dataclasses.replace(config, optim=optim)
+
+
 def find_rate(config: Config, *, console: Console | None = None) -> tuple[float, RateCost]:
     """The learning rate with the lowest validation loss in short runs of this config.
 
@@ -51,7 +99,7 @@ def find_rate(config: Config, *, console: Console | None = None) -> tuple[float,
     best rate of a short run tends to be the higher one: where two are close, prefer the lower.
 
     Args:
-      config: the run; its own rate is the middle of those that are tried.
+      config: the run; its own rate, if it has one, is the middle of those that are tried first.
       console: where to print; None: where runs print.
 
     Raises:
@@ -60,24 +108,42 @@ def find_rate(config: Config, *, console: Console | None = None) -> tuple[float,
     start_time = time.perf_counter()
     if console is None:
         console = make_console()
-    loaded = load(config)
-    steps = max(round(SHARE * loaded.steps(config)), FEWEST_STEPS)
-    steps = min(steps, loaded.steps(config))
-    train = dataclasses.replace(
-        config.train,
-        steps=steps,
-        eval_every=0,
-        resume=False,
-        load_best=False,
-        patience=0,
-    )
     own = config.optim.learning_rate
-    rates = tuple(rounded(own * 10**exponent) for exponent in EXPONENTS)
-    axis = Axis(field=RATE, values=rates)
-    points = with_shared_base(product(dataclasses.replace(config, train=train), [axis]))
-    job = set_up(points, loaded)
-    results = run_points(job, console, folder=None, parallel=PARALLEL).results
-    losses = {rate: results.score(k, steps) for k, rate in enumerate(rates)}
+    middle = START if own == "find" else own
+    loaded = load(config)
+    whole = loaded.steps(with_rate(config, middle))
+    steps = min(max(round(SHARE * whole), FEWEST_STEPS), whole)
+    config = _short(with_rate(config, middle), steps)
+    losses = _losses(config, [middle * 10**exponent for exponent in EXPONENTS], loaded, console)
+    for _ in range(MOST_EXTENSIONS):
+        best = min(losses, key=lambda rate: losses[rate])
+        lowest, highest = min(losses), max(losses)
+        if best not in (lowest, highest):
+            break
+        factor = 10**0.5 if best == highest else 10**-0.5
+        losses |= _losses(config, [best * factor, best * factor**2], loaded, console)
     best = min(losses, key=lambda rate: losses[rate])
     seconds = time.perf_counter() - start_time
     return best, RateCost(steps=steps, seconds=seconds, losses=losses)
+
+
+def _short(config: Config, steps: int) -> Config:
+    """The config of a trial."""
+    options: dict[str, Any] = {"resume": False, "load_best": False, "patience": 0}
+    options |= {"max_minutes": None, "profile": 0}
+    train = dataclasses.replace(config.train, steps=steps, eval_every=0, **options)
+    return dataclasses.replace(config, train=train)
+
+
+def _losses(
+    config: Config,
+    rates: Sequence[float],
+    loaded: Loaded,
+    console: Console,
+) -> dict[float, float]:
+    """The validation loss of each rate, by the rate; infinite where it diverged."""
+    axis = Axis(field=RATE, values=tuple(map(rounded, rates)))
+    points = with_shared_base(product(config, [axis]))
+    job = set_up(points, loaded)
+    results = run_points(job, console, folder=None, parallel=PARALLEL).results
+    return {rate: results.score(k, job.steps) for k, rate in enumerate(axis.values)}

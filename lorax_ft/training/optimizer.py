@@ -126,7 +126,7 @@ def peak_rates(config: OptimConfig) -> dict[str, float]:
         Group.LORA_B: config.lora_plus_ratio,
         Group.MAGNITUDE: config.magnitude_ratio,
     }
-    return {group.value: config.learning_rate * ratios.get(group, 1.0) for group in Group}
+    return {group.value: config.peak * ratios.get(group, 1.0) for group in Group}
 
 
 def with_peak_rates(opt_state: Any, peaks: Mapping[str, Any]) -> Any:
