@@ -35,8 +35,7 @@ def check_types(config: Any) -> None:
         # The top-level Config has no section name of its own.
         option = f"{section_name(config)}.{field}".removeprefix(".")
         message = f"{option} is {value!r}; it must be {_describe(annotation)}"
-        choices = [str(choice) for choice in get_args(annotation)]
-        matches = difflib.get_close_matches(str(value), choices, n=1)
+        matches = difflib.get_close_matches(str(value), _literals(annotation), n=1)
         if matches:
             message += f"; did you mean {matches[0]!r}?"
         raise ValueError(message)
@@ -113,11 +112,20 @@ def _has_type(value: Any, annotation: Any) -> bool:
     return isinstance(value, annotation)
 
 
+def _literals(annotation: Any) -> list[str]:
+    """The values that an annotation names, also inside a union."""
+    args = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in args]
+    return [literal for choice in args for literal in _literals(choice)]
+
+
 def _describe(annotation: Any) -> str:
     """The annotation in the words of an error message."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
+        named = ", ".join(map(str, args))
+        return named if len(args) == 1 else f"one of {named}"
     if origin is tuple:
         return f"a tuple, each entry {_describe(args[0])}"
     if origin in (Union, types.UnionType):
