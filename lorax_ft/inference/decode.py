@@ -84,8 +84,8 @@ def prefill(
       mesh: the mesh that the parameters are sharded over, or None.
     """
     model = CausalLM(config=config)
-    tokens = _shard_rows(tokens, mesh)
-    lengths = _shard_rows(lengths, mesh)
+    tokens = shard_rows(tokens, mesh)
+    lengths = shard_rows(lengths, mesh)
     batch, padded = tokens.shape
     cache: Cache | None = empty_cache(config, batch, padded + max_new_tokens)
     features, cache = model.features(
@@ -153,9 +153,9 @@ def decode(
     state = lax.while_loop(unfinished, step, state)
     # With several processes, each can read only arrays that its own devices hold in full.
     return state._replace(
-        new_tokens=_replicate(state.new_tokens, mesh),
-        counts=_replicate(state.counts, mesh),
-        stopped=_replicate(state.stopped, mesh),
+        new_tokens=replicate(state.new_tokens, mesh),
+        counts=replicate(state.counts, mesh),
+        stopped=replicate(state.stopped, mesh),
     )
 
 
@@ -230,7 +230,7 @@ def _tokens_of_prompts(tokens: Array, lengths: Array, vocab_size: int) -> Array:
     return seen.at[rows, tokens].max(in_prompt)
 
 
-def _shard_rows(x: Array, mesh: Mesh | None) -> Array:
+def shard_rows(x: Array, mesh: Mesh | None) -> Array:
     """x with its rows sharded over the mesh, if their number is divisible by that of the shards."""
     if mesh is None:
         return x
@@ -241,7 +241,7 @@ def _shard_rows(x: Array, mesh: Mesh | None) -> Array:
     return lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes)))
 
 
-def _replicate(x: Array, mesh: Mesh | None) -> Array:
+def replicate(x: Array, mesh: Mesh | None) -> Array:
     """x in full on every device of the mesh."""
     if mesh is None:
         return x

@@ -100,7 +100,7 @@ def stream(
         yield []
         return
     tokens, lengths = _pad(prompts)
-    mesh = _mesh_of(params)
+    mesh = mesh_of(params)
     sampling_params = _sampling_params(
         sampling,
         vocab_size=model.config.vocab_size,
@@ -248,7 +248,7 @@ def _replicated_key(key: Array | None, mesh: Mesh | None) -> Array:
     return jax.random.wrap_key_data(replicated, impl=jax.random.key_impl(key))
 
 
-def _mesh_of(params: Tree) -> Mesh | None:
+def mesh_of(params: Tree) -> Mesh | None:
     """The mesh that the parameters are sharded over, or None if they are on one device."""
     for leaf in jax.tree.leaves(params):
         # Leaves may also be numpy arrays, which have no sharding.

@@ -53,7 +53,7 @@ class Attention(nn.Module):
           x: `[B, T, D]`.
           rope_and_mask: of this layer's type, without the axis N.
           positions: `[B, T]`.
-          cache: keys and values `[B, S, K, C]`.
+          cache: keys and values `[B, S, K, C]`, or `[1, S, K, C]` of a start that all rows share.
         """
         c = self.config
         cos, sin, mask = rope_and_mask
@@ -221,6 +221,8 @@ def empty_keys_and_values(
 
 def _write(cache: Array, new: Array, positions: Array) -> Array:
     """The cache `[B, S, K, C]` with `new` `[B, T, K, C]` from each row's first position on."""
+    # One layer's copy of a shared start, not one of all layers.
+    cache = jnp.broadcast_to(cache, (len(new), *cache.shape[1:]))
 
     def write_row(slots: Array, part: Array, start: Array) -> Array:
         return lax.dynamic_update_slice_in_dim(slots, part, start, axis=0)

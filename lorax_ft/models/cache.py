@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lorax_ft.models.attention import empty_keys_and_values
 from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.linear_attention import empty_state
-from lorax_ft.tree import flatten, member
+from lorax_ft.tree import flatten, member, unflatten
 
 Cache = dict[str, Any]
 """A layer's arrays, stacked over layers; where their kinds alternate, by place in the period."""
@@ -34,12 +34,29 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:
     return {member(place, period): layer for place, layer in enumerate(layers)}
 
 
+def with_slots(cache: Cache, count: int) -> Cache:
+    """The cache with so many more slots for keys and values."""
+    leaves = {}
+    for path, leaf in flatten(cache).items():
+        if _has_slots(path):
+            widths = [(0, 0)] * leaf.ndim
+            widths[2] = (0, count)
+            leaf = jnp.pad(leaf, widths)
+        leaves[path] = leaf
+    return unflatten(leaves)
+
+
 def slots_of(cache: Cache) -> int | None:
     """The slots for keys and values; None if no layer has any."""
     for path, leaf in flatten(cache).items():
-        if path.rpartition("/")[2] == "k":
+        if _has_slots(path):
             return leaf.shape[2]
     return None
+
+
+def _has_slots(path: str) -> bool:
+    """Whether a leaf of a cache holds keys or values, `[L, B, S, K, C]`."""
+    return path.rpartition("/")[2] in ("k", "v")
 
 
 def _empty_layer(config: DecoderConfig, layer_type: LayerType, batch: int, slots: int) -> Cache:

@@ -186,7 +186,7 @@ class Decoder(nn.Module):
           positions: `[B, T]`, from 0; None: 0 to T − 1. With a cache, the slots to write.
           segment_ids: `[B, T]`; a token sees only its segment. None: one segment for each row.
           noise: `[B, T, D]`, added to the embeddings.
-          cache: as `empty_cache` makes it; None: no cache.
+          cache: as `empty_cache` makes it; None: no cache. All rows share a cache of one row.
           length: `[B]`, the length that each text may grow to; None: its present length.
           counts: `[B]`, the tokens of each row before its padding, which the states of linear
             attention leave out; None: all.
