@@ -86,6 +86,37 @@ def load_data(
     )
 
 
+def load_split(
+    config: DataConfig,
+    path: str,
+    tokenizer: Tokenizer,
+    *,
+    limit: int | None = None,
+    positions: int | None = None,
+) -> tuple[Split, int]:
+    """Reads, converts and tokenizes one source, one example a row.
+
+    Args:
+      config: how rows are read; its own sources are not.
+      path: the source, as in data.train.
+      tokenizer: the model's.
+      limit: rows to read; None reads all.
+      positions: the longest sample that the model takes, for `max_length` auto; None: any length.
+
+    Returns:
+      The split, and the tokens of a row.
+
+    Raises:
+      ValueError: as `load_data`.
+    """
+    rows = _rows([path], config.split, config, limit=limit)
+    read = _read(rows, config, tokenizer, keep=True)
+    max_length = config.max_length
+    if max_length == "auto":
+        max_length = _row_length([read], positions)
+    return _make_split(read, max_length, weights=(), packed=False), max_length
+
+
 def name_sets(entries: Sequence[str]) -> dict[str, list[str]]:
     """The paths of each validation set, from entries "path" or "name=path", in their order.
 

@@ -43,11 +43,13 @@ class NextTokens(NamedTuple):
     """The most likely token, `[N]`."""
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
+    """Rows that are computed at once."""
+
     rows: list[int]
-    """Which prompts."""
+    """The index of each row."""
     size: int
-    """B, with rows that pad the batch."""
+    """B, which counts the rows that pad the batch too."""
     width: int
     """T."""
 
@@ -97,7 +99,7 @@ def next_tokens(
         if shared:
             cache = _read_start(model, params, own, shared, mesh)
         lengths = np.array([len(prompt) - shared for prompt in own])
-        for batch in _batches(lengths, batch_tokens):
+        for batch in batches_of(lengths, batch_tokens):
             rows = [members[i] for i in batch.rows]
             arrays = _arrays([own[i][shared:] for i in batch.rows], targets[rows], batch)
             scores, first = _score(
@@ -169,19 +171,24 @@ def _straddles(prompts: Sequence[np.ndarray], config: DecoderConfig) -> bool:
     return False
 
 
-def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[_Batch]:
-    """Batches of rows of like length, the longest first: memory runs out at once or never."""
+def batches_of(lengths: np.ndarray, batch_tokens: int) -> Iterator[Batch]:
+    """Yields batches of rows of like length, the longest first: memory runs out at once or never.
+
+    Args:
+      lengths: tokens of each row, `[N]`.
+      batch_tokens: B T, if a row is not longer.
+    """
     order = np.argsort(-lengths, kind="stable").tolist()
     start = 0
     while start < len(order):
         width = padded(int(lengths[order[start]]))
         size = max(batch_tokens // width, 1)
-        yield _Batch(order[start : start + size], size, width)
+        yield Batch(order[start : start + size], size, width)
         start += size
 
 
 def _arrays(
-    rests: Sequence[np.ndarray], targets: np.ndarray, batch: _Batch
+    rests: Sequence[np.ndarray], targets: np.ndarray, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens `[B, T]`, lengths `[B]` and targets `[B, K]`; the rows behind the last have a token.
 
