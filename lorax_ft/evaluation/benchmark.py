@@ -236,9 +236,7 @@ def _read_file(file: Path, benchmark_format: Format) -> list[Question]:
         text, *choices, answer = row[place : place + 6]
         if answer.strip() not in LETTERS:
             raise ValueError(f"{where}: the answer is {answer!r}; it must be A, B, C or D")
-        question = Question(
-            text=text, choices=tuple(choices), answer=answer.strip(), place=where
-        )
+        question = Question(text=text, choices=tuple(choices), answer=answer.strip(), place=where)
         questions.append(question)
     return questions
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,7 +100,8 @@ def encode_benchmark(
       benchmark: the questions.
       model: provides the tokenizer and the number of positions.
       shots: questions of dev that stand before each question.
-      style: the wording: that of the benchmarks' own scripts (standard), or of lm-evaluation-harness.
+      style: the wording, that of the benchmarks' own scripts (standard) or of
+        lm-evaluation-harness (lm-eval).
       chat: whether a prompt is a user's message in the chat template, whose answer starts with the
         letter.
 
@@ -159,9 +159,7 @@ class _Encoder:
         return encoded
 
 
-def _encoder(
-    tokenizer: Any, example: str, prompt_format: PromptFormat, *, chat: bool
-) -> _Encoder:
+def _encoder(tokenizer: Any, example: str, prompt_format: PromptFormat, *, chat: bool) -> _Encoder:
     """Finds out how a tokenizer writes the letters after a prompt, by the end of an example.
 
     A tokenizer may write a letter and the space before it as one token or as two, and may merge
@@ -173,13 +171,13 @@ def _encoder(
         space, end = "", tokenizer.decode(_tokenize(tokenizer, [example], chat=True)[0][-8:])
     before = _plain(tokenizer, end)
     after = [_plain(tokenizer, f"{end}{space}{letter}") for letter in LETTERS]
-    common = len(os.path.commonprefix(after))
+    common = _common(after)
     if any(len(tokens) != common + 1 for tokens in after):
         raise ValueError(
             f"the tokenizer does not write each of {', '.join(LETTERS)} after {end!r} as one token "
             f"of its own: {after}"
         )
-    kept = min(len(os.path.commonprefix([before, after[0]])), common)
+    kept = min(_common([before, after[0]]), common)
     return _Encoder(
         tokenizer=tokenizer,
         chat=chat,
@@ -187,6 +185,14 @@ def _encoder(
         added=tuple(after[0][kept:common]),
         letters=np.array([tokens[-1] for tokens in after], np.int32),
     )
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    """The number of tokens that all rows start with."""
+    for place, tokens in enumerate(zip(*rows, strict=False)):
+        if len(set(tokens)) > 1:
+            return place
+    return min(len(row) for row in rows)
 
 
 def _plain(tokenizer: Any, text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -34,6 +34,7 @@ def answer(
     stop_strings: Sequence[str] = (),
     key: Array | None = None,
     where: Sequence[str] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """Generates the assistant's next turn in each conversation.
 
@@ -49,6 +50,7 @@ def answer(
       stop_strings: strings that end an answer; the answer does not include them.
       key: random key for sampling.
       where: the source of each conversation, for errors; None numbers them.
+      advance: called with the number of answers that were generated.
 
     Returns:
       The answers, without special tokens and without whitespace at both ends.
@@ -85,6 +87,7 @@ def answer(
         )
         for i, text in zip(rows, texts, strict=False):
             answers[i] = text.strip()
+        advance(len(rows))
     return answers
 
 

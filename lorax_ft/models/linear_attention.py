@@ -80,8 +80,7 @@ class GatedDeltaNet(nn.Module):
         before = state or empty_state(c, linear, len(x))
         # A start that all rows share has a state of one row.
         before = {
-            name: jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:]))
-            for name, leaf in before.items()
+            name: jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:])) for name, leaf in before.items()
         }
         conv = CausalConv(linear.conv_width, name="conv1d")
         convolved = conv(mixed, before["inputs"], rows.runs)

@@ -1,0 +1,186 @@
+"""What an evaluation shows and writes: a table, a bar chart, JSON and the answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lorax_ft.evaluation.estimates import Estimate
+from lorax_ft.evaluation.items import Scores
+from lorax_ft.run.evaluation import Result, describe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {"base": "#737373", "off": "#9ecae1", "on": "#08519c"}
+SUBJECT_ROWS = 20
+"""More subjects than this are only in the file."""
+
+
+class _Row(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    scores: Mapping[str, Estimate]
+    """By variant."""
+    differences: Mapping[str, Estimate]
+    """By pair of variants."""
+
+
+def print_results(console: Console, results: Sequence[Result]) -> None:
+    """Prints a table for each task: means ± standard errors, and differences with intervals."""
+    for result in results:
+        for metric in result.scores:
+            console.print(_table(result, metric))
+        for name, outcome in result.outcomes.items():
+            for metric, value in outcome.corpus.items():
+                console.print(f"  {metric} of all answers, {describe(name)}: {100 * value:.2f}")
+    console.print("± standard error; differences are paired, with their 95 % interval")
+
+
+def write_results(folder: Path, results: Sequence[Result], *, model: Mapping[str, Any]) -> None:
+    """Writes evaluation.json, evaluation.png and a file of answers for each task and variant."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"model": dict(model), "results": [result.to_json() for result in results]}
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    plot_results(results).savefig(folder / "evaluation.png")
+    for number, result in enumerate(results, 1):
+        for name, outcome in result.outcomes.items():
+            if not outcome.answers:
+                continue
+            lines = [json.dumps(line, ensure_ascii=False) for line in outcome.answers]
+            file = folder / f"answers_{number}_{result.task.name}_{name}.jsonl"
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def plot_results(results: Sequence[Result]) -> Figure:
+    """Draws the means of each metric as bars, with their 95 % intervals."""
+    # Slow to import. Without pyplot, because its global state would change the caller's figures.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    charts = [(result, metric) for result in results for metric in result.scores]
+    figure = Figure(figsize=(8, 3.2 * len(charts)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(len(charts), 1, squeeze=False)[:, 0]
+    for axes, (result, metric) in zip(all_axes, charts, strict=True):
+        _plot_metric(axes, result, metric)
+    return figure
+
+
+def _plot_metric(axes: Axes, result: Result, metric: str) -> None:
+    rows = list(_rows(result, metric, subjects=False))
+    variants = list(result.scores[metric])
+    width = 0.8 / len(variants)
+    factor = _factor(metric)
+    for number, variant in enumerate(variants):
+        shift = (number - (len(variants) - 1) / 2) * width
+        places = [place + shift for place in range(len(rows))]
+        means = [factor * row.scores[variant].mean for row in rows]
+        intervals = [row.scores[variant].interval for row in rows]
+        halves = [factor * (pair[1] - pair[0]) / 2 if pair else 0 for pair in intervals]
+        axes.bar(
+            places,
+            means,
+            width,
+            yerr=halves,
+            capsize=3,
+            color=COLORS[variant],
+            label=describe(variant),
+        )
+    axes.set_xticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylabel("nats per token" if metric == "loss" else "%")
+    axes.set_title(f"{result.task.name}: {metric}")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    if len(variants) > 1:
+        axes.legend(frameon=False)
+
+
+def _table(result: Result, metric: str) -> Table:
+    """The table of a metric."""
+    scores, differences = result.scores[metric], result.differences.get(metric, {})
+    first = next(iter(scores.values()))
+    title = f"{result.task.name}: {metric}"
+    if metric != "loss":
+        title += " in %"
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    table.add_column("")
+    table.add_column("items", justify="right")
+    for name in scores:
+        table.add_column(describe(name), justify="right")
+    for pair in differences:
+        table.add_column(pair, justify="right")
+    factor = _factor(metric)
+    digits = 4 if metric == "loss" else 2
+    shows_subjects = 1 < len(first.subjects) <= SUBJECT_ROWS
+    for row in _rows(result, metric, subjects=shows_subjects):
+        count = next(iter(row.scores.values())).count
+        cells = [_with_error(each, factor, digits) for each in row.scores.values()]
+        cells += [_with_interval(each, factor, digits) for each in row.differences.values()]
+        table.add_row(row.name, str(count), *cells)
+    if metric == "loss":
+        table.add_row("perplexity", "", *(_perplexity(each.total) for each in scores.values()))
+    if len(first.subjects) > SUBJECT_ROWS:
+        table.caption = f"evaluation.json has the {len(first.subjects)} subjects"
+    return table
+
+
+def _rows(result: Result, metric: str, *, subjects: bool) -> Iterator[_Row]:
+    """The lines of a metric: averages, categories, and perhaps subjects."""
+    scores, differences = result.scores[metric], result.differences.get(metric, {})
+
+    def row(name: str, part: Any) -> _Row:
+        own = {variant: part(score) for variant, score in scores.items()}
+        paired = {pair: part(score) for pair, score in differences.items()}
+        return _Row(name, own, paired)
+
+    first: Scores = next(iter(scores.values()))
+    if first.macro is None:
+        yield row(metric, lambda score: score.total)
+        return
+    yield row("micro average", lambda score: score.total)
+    yield row("macro average", lambda score: score.macro)
+    for category in first.categories:
+        yield row(category, lambda score, name=category: score.categories[name][0])
+    if subjects:
+        for subject in first.subjects:
+            yield row(f"  {subject}", lambda score, name=subject: score.subjects[name])
+
+
+def _factor(metric: str) -> int:
+    """Fractions are shown in percent."""
+    return 1 if metric == "loss" else 100
+
+
+def _with_error(estimate: Estimate, factor: int, digits: int) -> str:
+    text = f"{factor * estimate.mean:.{digits}f}"
+    if estimate.error is None:
+        return text
+    return f"{text} ± {factor * estimate.error:.{digits}f}"
+
+
+def _with_interval(estimate: Estimate, factor: int, digits: int) -> str:
+    text = f"{factor * estimate.mean:+.{digits}f}"
+    if estimate.interval is None:
+        return text
+    low, high = estimate.interval
+    return f"{text} [{factor * low:+.{digits}f}, {factor * high:+.{digits}f}]"
+
+
+def _perplexity(loss: Estimate) -> str:
+    """exp(loss), with the interval that exp of the loss's interval is."""
+    text = f"{math.exp(loss.mean):.2f}"
+    if loss.interval is None:
+        return text
+    low, high = loss.interval
+    return f"{text} [{math.exp(low):.2f}, {math.exp(high):.2f}]"
