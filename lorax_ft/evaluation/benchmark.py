@@ -154,8 +154,8 @@ def _split(root: Path, split: Split) -> Literal["val", "test"]:
 
 def _has_answers(file: Path) -> bool:
     """Whether the questions of a file have answers, which C-Eval's test split keeps to itself."""
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        header = _lowered(next(csv.reader(lines), []))
+    _, row = next(_rows(file), (1, []))
+    header = _lowered(row)
     return header[:2] != ["id", "question"] or "answer" in header
 
 

@@ -38,12 +38,14 @@ class _Row(NamedTuple):
 def print_results(console: Console, results: Sequence[Result]) -> None:
     """Prints a table for each task: means ± standard errors, and differences with intervals."""
     for result in results:
-        for metric in result.scores:
-            console.print(_table(result, metric))
+        console.print(_table(result))
         for name, outcome in result.outcomes.items():
             for metric, value in outcome.corpus.items():
                 console.print(f"  {metric} of all answers, {describe(name)}: {100 * value:.2f}")
-    console.print("± standard error; differences are paired, with their 95 % interval")
+    note = "± standard error"
+    if len(results[0].outcomes) > 1:
+        note += "; differences are paired, with their 95 % interval"
+    console.print(note)
 
 
 def write_results(folder: Path, results: Sequence[Result], *, model: Mapping[str, Any]) -> None:
@@ -106,32 +108,36 @@ def _plot_metric(axes: Axes, result: Result, metric: str) -> None:
         axes.legend(frameon=False)
 
 
-def _table(result: Result, metric: str) -> Table:
-    """The table of a metric."""
-    scores, differences = result.scores[metric], result.differences.get(metric, {})
-    first = next(iter(scores.values()))
-    title = f"{result.task.name}: {metric}"
-    if metric != "loss":
-        title += " in %"
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
-    table.add_column("")
+def _table(result: Result) -> Table:
+    """The table of a task."""
+    title = result.task.name
+    if "loss" not in result.scores:
+        title += ", in %"
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", caption_justify="left")
+    table.add_column("", no_wrap=True)
     table.add_column("items", justify="right")
-    for name in scores:
-        table.add_column(describe(name), justify="right")
-    for pair in differences:
+    variants = list(result.outcomes)
+    for name in variants:
+        table.add_column(describe(name), justify="right", no_wrap=True)
+    # The others are in the file.
+    pairs = [f"{name} - {variants[0]}" for name in variants[1:]]
+    for pair in pairs:
         table.add_column(pair, justify="right")
-    factor = _factor(metric)
-    digits = 4 if metric == "loss" else 2
-    shows_subjects = 1 < len(first.subjects) <= SUBJECT_ROWS
-    for row in _rows(result, metric, subjects=shows_subjects):
-        count = next(iter(row.scores.values())).count
-        cells = [_with_error(each, factor, digits) for each in row.scores.values()]
-        cells += [_with_interval(each, factor, digits) for each in row.differences.values()]
-        table.add_row(row.name, str(count), *cells)
-    if metric == "loss":
-        table.add_row("perplexity", "", *(_perplexity(each.total) for each in scores.values()))
-    if len(first.subjects) > SUBJECT_ROWS:
-        table.caption = f"evaluation.json has the {len(first.subjects)} subjects"
+    for metric, scores in result.scores.items():
+        subjects = next(iter(scores.values())).subjects
+        shows_subjects = 1 < len(subjects) <= SUBJECT_ROWS
+        digits = 4 if metric == "loss" else 2
+        for row in _rows(result, metric, subjects=shows_subjects):
+            count = next(iter(row.scores.values())).count
+            cells = [_with_error(row.scores[name], _factor(metric), digits) for name in variants]
+            paired = [row.differences[pair] for pair in pairs]
+            cells += [_with_interval(each, _factor(metric), digits) for each in paired]
+            table.add_row(row.name, str(count), *cells)
+        if metric == "loss":
+            cells = [_perplexity(scores[name].total) for name in variants]
+            table.add_row("perplexity", "", *cells)
+        if len(subjects) > SUBJECT_ROWS:
+            table.caption = f"evaluation.json has the {len(subjects)} subjects"
     return table
 
 
