@@ -27,9 +27,12 @@ CEVAL = {
     "test/law_test.csv": "id,question,A,B,C,D\n0,民法调整____,甲,乙,丙,丁\n",
 }
 CMMLU = {
-    "dev/agronomy.csv": ",Question,A,B,C,D,Answer\n0,土壤是,甲,乙,丙,丁,D\n1,水稻是,一,二,三,四,B\n",
-    "dev/virology.csv": ",Question,A,B,C,D,Answer\n0,病毒是,甲,乙,丙,丁,A\n1,噬菌体是,一,二,三,四,C\n",
-    "test/agronomy.csv": ",Question,A,B,C,D,Answer\n0,小麦是,甲,乙,丙,丁,A\n1,玉米是,子,丑,寅,卯,C\n",
+    "dev/agronomy.csv": ",Question,A,B,C,D,Answer\n0,土壤是,甲,乙,丙,丁,D\n"
+    "1,水稻是,一,二,三,四,B\n",
+    "dev/virology.csv": ",Question,A,B,C,D,Answer\n0,病毒是,甲,乙,丙,丁,A\n"
+    "1,噬菌体是,一,二,三,四,C\n",
+    "test/agronomy.csv": ",Question,A,B,C,D,Answer\n0,小麦是,甲,乙,丙,丁,A\n"
+    "1,玉米是,子,丑,寅,卯,C\n",
     "test/virology.csv": ",Question,A,B,C,D,Answer\n0,流感是,甲,乙,丙,丁,B\n",
 }
 

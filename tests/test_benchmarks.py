@@ -62,7 +62,7 @@ HEADER = ",Question,A,B,C,D,Answer\n"
     ("name", "text", "error"),
     [
         ("test/agronomy.csv", HEADER + "0,q,a,b,c,d,A\n1,q,a,b,c,A\n", "line 3: 6 columns, exp"),
-        ("test/agronomy.csv", HEADER + '0,"q\nq",a,b,c,d,A\n1,q,a,b,c,d,E\n', "line 4: the answer is"),
+        ("test/agronomy.csv", HEADER + '0,"q\nq",a,b,c,d,A\n1,q,a,b,c,d,E\n', "line 4: the answ"),
         ("test/agronomy.csv", HEADER, "has no questions"),
         ("test/agronomy.csv", "text,label\nq,1\n", "line 1: a row of 2 columns"),
         ("test/agronomy.csv", "", "line 1: a row of 0 columns that ends in nothing"),

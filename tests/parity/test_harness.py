@@ -34,7 +34,8 @@ fewshot_config:
   sampler: first_n
 output_type: multiple_choice
 description: "以下是关于{title}的单项选择题，请直接给出正确答案的选项。\\n\\n"
-doc_to_text: "{{{{Question.strip()}}}}\\nA. {{{{A}}}}\\nB. {{{{B}}}}\\nC. {{{{C}}}}\\nD. {{{{D}}}}\\n答案："
+doc_to_text: "{{{{Question.strip()}}}}\\nA. {{{{A}}}}\\nB. {{{{B}}}}\\n\
+C. {{{{C}}}}\\nD. {{{{D}}}}\\n答案："
 doc_to_choice: ["A", "B", "C", "D"]
 doc_to_target: "{{{{['A', 'B', 'C', 'D'].index(Answer)}}}}"
 metric_list:
