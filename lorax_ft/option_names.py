@@ -175,6 +175,8 @@ INFERENCE = {
     "pretrained_model_name_or_path": "--model",
     "model_id": "--model",
     "model_path": "--model",
+    # That of train.py.
+    "model.path": "--model",
     "base_model": "--model",
     "base_model_name_or_path": "--model",
     "adapter_name_or_path": "--adapter",
@@ -205,6 +207,11 @@ INFERENCE = {
     "prompts_file": "--file",
     "input_file": "--file",
     "stop_strings": "--stop",
+    # lm-evaluation-harness.
+    "num_fewshot": "--shots",
+    "n_shot": "--shots",
+    "apply_chat_template": "--chat",
+    "output_path": "--output",
     # What is written.
     "output_dir": "--output",
     "export_dir": "--output",

@@ -83,6 +83,18 @@ class Args(ModelArgs):
         check(self.limit is None or self.limit > 0, f"limit is {self.limit}; it must be above 0")
         check(0 <= self.shots <= 5, f"shots is {self.shots}; it must be 0 to 5")
         check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be 0 or more and below 2^32")
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Raises for options of data that have no effect here."""
+        usual = DataConfig()
+        for name in ("train", "validation", "validation_split", "validation_rows", "pack"):
+            check(
+                getattr(self.data, name) == getattr(usual, name),
+                f"data.{name} has no effect here; --tasks gives the sources, such as "
+                "loss=test.jsonl, and data.split the split of a folder",
+            )
+        check(self.data.limit is None, "data.limit has no effect here; give --limit")
 
 
 def split_task(task: str) -> tuple[str, str]:
