@@ -17,7 +17,7 @@ import pytest
 from benchmark_cases import CMMLU, write
 from generation_cases import make_tokenizer
 
-from lorax_ft.config import EMBEDDED_DATA, EMBEDDED_MODEL, AdapterConfig, DataConfig
+from lorax_ft.config import EMBEDDED_DATA, EMBEDDED_MODEL, AdapterConfig, DataConfig, MeshConfig
 from lorax_ft.data.chat import Sample
 from lorax_ft.data.packing import collate
 from lorax_ft.evaluation.benchmark import read_benchmark
@@ -31,6 +31,7 @@ from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.models.config import LayerType, LinearAttention
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.models.rope import Rope
+from lorax_ft.sharding import DECODER_RULES, make_mesh, param_shardings
 from lorax_ft.training.losses import supervised_loss
 from lorax_ft.tree import Tree
 
@@ -102,6 +103,18 @@ def test_adapters(case: str, model: Any, params: Callable[[str], Tree]) -> None:
     np.testing.assert_allclose(found.log_probs, expected, atol=1e-5)
     base = next_tokens(model, model.params, rows, targets, groups=groups)
     assert np.abs(base.log_probs - found.log_probs).max() > 1e-3
+
+
+def test_sharded_is_unsharded(model: Any, params: Callable[[str], Tree]) -> None:
+    rows = prompts(45, 60, 41, 50, shared=40)
+    targets = np.tile(np.arange(4), (4, 1))
+    groups = ["a"] * 4
+    expected = next_tokens(model, params("dora"), rows, targets, groups=groups)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = param_shardings(params("dora"), DECODER_RULES, layout=model.layout, mesh=mesh)
+    placed = jax.device_put(params("dora"), shardings)
+    found = next_tokens(model, placed, rows, targets, groups=groups)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-4)
 
 
 def test_what_is_shared(model: Model) -> None:

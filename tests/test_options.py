@@ -19,12 +19,14 @@ from lorax_ft.run.model_args import ChatArgs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AllArgs(Sampling):
-    """The options of generate.py and export.py."""
+    """The options of generate.py, export.py and evaluate.py."""
 
     model: str = "model"
     adapter: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
     quant: Literal["none", "nf4", "int8"] = "none"
+    shots: int = 5
+    chat: bool = False
     max_new_tokens: int = 1
     system: str = ""
     template_args: tuple[str, ...] = ()

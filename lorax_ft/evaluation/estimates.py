@@ -48,10 +48,13 @@ def micro(values: np.ndarray) -> Estimate:
     (0.75, 0.25)
     """
     values = np.asarray(values, np.float64)
-    error = None
-    if len(values) > 1:
-        error = float(values.std(ddof=1)) / math.sqrt(len(values))
-    return Estimate(mean=float(values.mean()), error=error, count=len(values))
+    n = len(values)
+    mean = float(values.mean())
+    if n < 2:
+        # One item says nothing about how items differ.
+        return Estimate(mean=mean, error=None, count=n)
+    s = float(values.std(ddof=1))
+    return Estimate(mean=mean, error=s / math.sqrt(n), count=n)
 
 
 def macro(values: np.ndarray, groups: Sequence[str]) -> Estimate:
@@ -68,12 +71,18 @@ def macro(values: np.ndarray, groups: Sequence[str]) -> Estimate:
     0.75
     """
     labels = np.array(groups)
-    means = [micro(values[labels == group]) for group in dict.fromkeys(groups)]
-    squares = [estimate.error**2 for estimate in means if estimate.error is not None]
+    means = []
+    squares = []
+    for group in dict.fromkeys(groups):
+        estimate = micro(values[labels == group])
+        means.append(estimate.mean)
+        if estimate.error is not None:
+            squares.append(estimate.error**2)
+    count = len(means)
+    mean = sum(means) / count
     error = None
-    if len(squares) == len(means):
-        error = math.sqrt(sum(squares)) / len(means)
-    mean = sum(estimate.mean for estimate in means) / len(means)
+    if len(squares) == count:
+        error = math.sqrt(sum(squares)) / count
     return Estimate(mean=mean, error=error, count=len(values))
 
 
@@ -92,11 +101,12 @@ def ratio(sums: np.ndarray, weights: np.ndarray) -> Estimate:
     """
     sums = np.asarray(sums, np.float64)
     weights = np.asarray(weights, np.float64)
-    total = weights.sum()
-    mean = sums.sum() / total
-    error = None
     n = len(sums)
-    if n > 1:
-        squares = (sums - mean * weights) ** 2
-        error = math.sqrt(n / (n - 1) * squares.sum()) / total
-    return Estimate(mean=float(mean), error=None if error is None else float(error), count=n)
+    total = float(weights.sum())
+    mean = float(sums.sum()) / total
+    if n < 2:
+        return Estimate(mean=mean, error=None, count=n)
+    residuals = sums - mean * weights
+    squares = float((residuals**2).sum())
+    error = math.sqrt(n / (n - 1) * squares) / total
+    return Estimate(mean=mean, error=error, count=n)

@@ -105,17 +105,18 @@ def token_scores(
     scores: list[TokenScores] = [TokenScores(np.zeros(0), np.zeros(0, bool))] * len(texts)
     lengths = np.array([max(len(text) - 1, 1) for text in texts])
     for batch in batches_of(lengths, batch_tokens):
-        inputs = np.zeros((batch.size, batch.width), np.int32)
-        targets = np.zeros((batch.size, batch.width), np.int32)
+        shape = (batch.size, batch.width)
+        inputs = np.zeros(shape, np.int32)
+        targets = np.zeros(shape, np.int32)
+        # The rows that pad the batch count as one token: none would leave nothing to attend to.
         counts = np.ones(batch.size, np.int32)
         for row, i in enumerate(batch.rows):
             count = len(texts[i]) - 1
             inputs[row, :count] = texts[i][:-1]
             targets[row, :count] = texts[i][1:]
             counts[row] = lengths[i]
-        log_probs, greedy = jax.device_get(
-            _token_scores(params, inputs, targets, counts, config=model.config, mesh=mesh)
-        )
+        found = _token_scores(params, inputs, targets, counts, config=model.config, mesh=mesh)
+        log_probs, greedy = jax.device_get(found)
         for row, i in enumerate(batch.rows):
             count = len(texts[i]) - 1
             scores[i] = TokenScores(log_probs[row, :count], greedy[row, :count])
@@ -147,7 +148,9 @@ def _token_scores(
 
     def chunked(x: Array) -> Array:
         """`[B, T, ...]` as chunks `[N, B, T / N, ...]`."""
-        x = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
+        widths = [(0, 0)] * x.ndim
+        widths[1] = (0, padding)
+        x = jnp.pad(x, widths)
         by_chunk = x.reshape(batch, chunks, -1, *x.shape[2:])
         return jnp.moveaxis(by_chunk, 1, 0)
 
@@ -162,7 +165,9 @@ def _token_scores(
 
     def joined(x: Array) -> Array:
         """Chunks `[N, B, T / N]` as `[B, T]`."""
-        return replicate(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :width], mesh)
+        by_row = jnp.moveaxis(x, 0, 1)
+        rows = by_row.reshape(batch, -1)
+        return replicate(rows[:, :width], mesh)
 
     log_probs, greedy = scores
     return joined(log_probs), joined(greedy)

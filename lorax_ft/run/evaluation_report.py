@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lorax_ft.evaluation.estimates import Estimate
+from lorax_ft.evaluation.estimates import NORMAL_95, Estimate
 from lorax_ft.evaluation.items import Scores
 from lorax_ft.run.evaluation import Result, describe
 
@@ -70,11 +70,16 @@ def plot_results(results: Sequence[Result]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    charts = [(result, metric) for result in results for metric in result.scores]
-    figure = Figure(figsize=(8, 3.2 * len(charts)), dpi=120, layout="constrained")
+    charts = []
+    for result in results:
+        for metric in result.scores:
+            charts.append((result, metric))
+    height = 3.2 * len(charts)
+    figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(len(charts), 1, squeeze=False)[:, 0]
-    for axes, (result, metric) in zip(all_axes, charts, strict=True):
+    # squeeze would give a single chart in place of an array of them.
+    grid = figure.subplots(len(charts), 1, squeeze=False)
+    for axes, (result, metric) in zip(grid[:, 0], charts, strict=True):
         _plot_metric(axes, result, metric)
     return figure
 
@@ -82,14 +87,20 @@ def plot_results(results: Sequence[Result]) -> Figure:
 def _plot_metric(axes: Axes, result: Result, metric: str) -> None:
     rows = list(_rows(result, metric, subjects=False))
     variants = list(result.scores[metric])
-    width = 0.8 / len(variants)
     factor = _factor(metric)
+    # The bars of a row share 0.8 of its width, side by side around its middle.
+    width = 0.8 / len(variants)
+    middle = (len(variants) - 1) / 2
     for number, variant in enumerate(variants):
-        shift = (number - (len(variants) - 1) / 2) * width
-        places = [place + shift for place in range(len(rows))]
-        means = [factor * row.scores[variant].mean for row in rows]
-        intervals = [row.scores[variant].interval for row in rows]
-        halves = [factor * (pair[1] - pair[0]) / 2 if pair else 0 for pair in intervals]
+        shift = (number - middle) * width
+        places = []
+        means = []
+        halves = []
+        for place, row in enumerate(rows):
+            estimate = row.scores[variant]
+            places.append(place + shift)
+            means.append(factor * estimate.mean)
+            halves.append(factor * NORMAL_95 * (estimate.error or 0))
         axes.bar(
             places,
             means,
@@ -124,18 +135,19 @@ def _table(result: Result) -> Table:
     for pair in pairs:
         table.add_column(pair, justify="right")
     for metric, scores in result.scores.items():
-        subjects = next(iter(scores.values())).subjects
+        subjects = scores[variants[0]].subjects
+        # A single subject would repeat the averages.
         shows_subjects = 1 < len(subjects) <= SUBJECT_ROWS
-        digits = 4 if metric == "loss" else 2
         for row in _rows(result, metric, subjects=shows_subjects):
-            count = next(iter(row.scores.values())).count
-            cells = [_with_error(row.scores[name], _factor(metric), digits) for name in variants]
-            paired = [row.differences[pair] for pair in pairs]
-            cells += [_with_interval(each, _factor(metric), digits) for each in paired]
-            table.add_row(row.name, str(count), *cells)
+            cells = [str(row.scores[variants[0]].count)]
+            for name in variants:
+                cells.append(_with_error(row.scores[name], metric))
+            for pair in pairs:
+                cells.append(_with_interval(row.differences[pair], metric))
+            table.add_row(row.name, *cells)
         if metric == "loss":
-            cells = [_perplexity(scores[name].total) for name in variants]
-            table.add_row("perplexity", "", *cells)
+            perplexities = [_perplexity(scores[name].total) for name in variants]
+            table.add_row("perplexity", "", *perplexities)
         if len(subjects) > SUBJECT_ROWS:
             table.caption = f"evaluation.json has the {len(subjects)} subjects"
     return table
@@ -168,14 +180,25 @@ def _factor(metric: str) -> int:
     return 1 if metric == "loss" else 100
 
 
-def _with_error(estimate: Estimate, factor: int, digits: int) -> str:
+def _digits(metric: str) -> int:
+    """Digits after the point."""
+    return 4 if metric == "loss" else 2
+
+
+def _with_error(estimate: Estimate, metric: str) -> str:
+    """A mean ± its standard error."""
+    factor = _factor(metric)
+    digits = _digits(metric)
     text = f"{factor * estimate.mean:.{digits}f}"
     if estimate.error is None:
         return text
     return f"{text} ± {factor * estimate.error:.{digits}f}"
 
 
-def _with_interval(estimate: Estimate, factor: int, digits: int) -> str:
+def _with_interval(estimate: Estimate, metric: str) -> str:
+    """A difference with its sign and its interval."""
+    factor = _factor(metric)
+    digits = _digits(metric)
     text = f"{factor * estimate.mean:+.{digits}f}"
     if estimate.interval is None:
         return text
