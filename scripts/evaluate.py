@@ -20,7 +20,7 @@ import tyro
 
 from lorax_ft import cli
 from lorax_ft.checks import check, check_positive
-from lorax_ft.config import DataConfig
+from lorax_ft.config import DataConfig, MeshConfig
 from lorax_ft.run.model_args import ModelArgs, load_with_adapter
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class Args(ModelArgs):
     """gsm8k and text: number of answers that are generated at once."""
     seed: int = 0
     """gsm8k: random seed for sampling."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """The devices: by default each holds the weights and takes a part of the rows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +117,10 @@ def split_task(task: str) -> tuple[str, str]:
 def main(args: Args) -> None:
     """Loads the model, does the tasks and shows what it scored."""
     _check_files(args)
-    model, params = load_with_adapter(args)
+    from lorax_ft.sharding import make_mesh
+
+    mesh = make_mesh(args.mesh)
+    model, params = load_with_adapter(args, mesh=mesh if mesh.size > 1 else None)
     from lorax_ft.run.evaluation import run_task, variants_of
     from lorax_ft.run.evaluation_report import print_results, write_results
     from lorax_ft.run.report import make_console

@@ -280,6 +280,7 @@ def test_script_with_an_adapter(
         *("--model", EMBEDDED_MODEL, "--adapter", tmp_path / "adapter", "--shots", "1"),
         *("--tasks", f"choices={tmp_path / 'cmmlu'}", f"loss={EMBEDDED_DATA}"),
         *("--data.split", "test", "--limit", "6", "--output", output),
+        *("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"),
     )
     said = capsys.readouterr()
     assert status == 0, said.err

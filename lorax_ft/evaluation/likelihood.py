@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from lorax_ft.data.chat import Sample
 from lorax_ft.evaluation.next_token import BATCH_TOKENS, batches_of
-from lorax_ft.inference.decode import replicate, shard_rows
+from lorax_ft.inference.decode import replicate, row_shards, shard_rows
 from lorax_ft.inference.generate import mesh_of, with_all_norms
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import CausalLM, Model
@@ -60,7 +60,7 @@ def row_losses(
       model: provides the decoder's config.
       params: parameters, with or without adapters.
       samples: tokens, and which of them count.
-      batch_tokens: tokens of a batch.
+      batch_tokens: tokens of a batch on each device.
       advance: called with the number of samples that were computed.
     """
     texts = [sample.tokens for sample in samples]
@@ -87,7 +87,7 @@ def token_scores(
       model: provides the decoder's config.
       params: parameters, with or without adapters, on one device or sharded over a mesh.
       texts: token ids.
-      batch_tokens: tokens of a batch.
+      batch_tokens: tokens of a batch on each device.
       advance: called with the number of texts that were computed.
 
     Raises:
@@ -104,7 +104,7 @@ def token_scores(
     mesh = mesh_of(params)
     scores: list[TokenScores] = [TokenScores(np.zeros(0), np.zeros(0, bool))] * len(texts)
     lengths = np.array([max(len(text) - 1, 1) for text in texts])
-    for batch in batches_of(lengths, batch_tokens):
+    for batch in batches_of(lengths, batch_tokens, shards=row_shards(mesh)):
         shape = (batch.size, batch.width)
         inputs = np.zeros(shape, np.int32)
         targets = np.zeros(shape, np.int32)

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from lorax_ft.inference.decode import replicate, shard_rows
+from lorax_ft.inference.decode import replicate, row_shards, shard_rows
 from lorax_ft.inference.generate import check_prompts, mesh_of, with_all_norms
 from lorax_ft.models.cache import Cache, empty_cache, with_slots
 from lorax_ft.models.config import DecoderConfig
@@ -28,8 +28,8 @@ from lorax_ft.models.model import CausalLM, Model
 from lorax_ft.tree import Tree
 
 BATCH_TOKENS = 2048
-"""Tokens of a batch. More rows do not make a CPU faster: its matrix products are efficient from
-about 1,024 rows on."""
+"""Tokens of a batch on a device. A CPU's matrix products are efficient from about 1,024 rows on, so
+more would not make it faster."""
 SHORTEST_SHARED = 32
 """A shared start of fewer tokens is not worth a cache."""
 
@@ -76,7 +76,7 @@ def next_tokens(
       targets: token ids, `[N, K]`.
       groups: the group of each prompt; the prompts of a group share their common start. None
         shares nothing.
-      batch_tokens: tokens of a batch, B T.
+      batch_tokens: tokens of a batch on each device that has rows of its own.
       advance: called with the number of prompts that were computed.
 
     Raises:
@@ -99,7 +99,7 @@ def next_tokens(
         if shared:
             cache = _read_start(model, params, own, shared, mesh)
         lengths = np.array([len(prompt) - shared for prompt in own])
-        for batch in batches_of(lengths, batch_tokens):
+        for batch in batches_of(lengths, batch_tokens, shards=row_shards(mesh)):
             rows = [members[i] for i in batch.rows]
             arrays = _arrays([own[i][shared:] for i in batch.rows], targets[rows], batch)
             scores, first = _score(
@@ -171,18 +171,19 @@ def _straddles(prompts: Sequence[np.ndarray], config: DecoderConfig) -> bool:
     return False
 
 
-def batches_of(lengths: np.ndarray, batch_tokens: int) -> Iterator[Batch]:
+def batches_of(lengths: np.ndarray, batch_tokens: int, *, shards: int) -> Iterator[Batch]:
     """Yields batches of rows of like length, the longest first: memory runs out at once or never.
 
     Args:
       lengths: tokens of each row, `[N]`.
-      batch_tokens: B T, if a row is not longer.
+      batch_tokens: B T of each shard, if a row is not longer.
+      shards: into how many parts the rows of a batch are split.
     """
     order = np.argsort(-lengths, kind="stable").tolist()
     start = 0
     while start < len(order):
         width = padded(int(lengths[order[start]]))
-        size = max(batch_tokens // width, 1)
+        size = shards * max(batch_tokens // width, 1)
         yield Batch(order[start : start + size], size, width)
         start += size
 

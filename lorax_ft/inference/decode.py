@@ -235,10 +235,16 @@ def shard_rows(x: Array, mesh: Mesh | None) -> Array:
     if mesh is None:
         return x
     axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
-    shards = math.prod(mesh.shape[axis] for axis in axes)
-    if x.shape[0] % shards != 0:
+    if x.shape[0] % row_shards(mesh) != 0:
         return x
     return lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes)))
+
+
+def row_shards(mesh: Mesh | None) -> int:
+    """How many parts the rows of a batch are split into."""
+    if mesh is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES if axis in mesh.shape)
 
 
 def replicate(x: Array, mesh: Mesh | None) -> Array:

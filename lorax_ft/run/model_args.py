@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +16,8 @@ from lorax_ft.data.tools import read_tools
 from lorax_ft.inference.sampling import Sampling
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from lorax_ft.models.model import LoadedModel
     from lorax_ft.tree import Tree
 
@@ -99,8 +102,12 @@ class ChatArgs(ModelArgs, Sampling):
         )
 
 
-def load_with_adapter(args: ModelArgs) -> tuple[LoadedModel, Tree]:
+def load_with_adapter(args: ModelArgs, *, mesh: Mesh | None = None) -> tuple[LoadedModel, Tree]:
     """Loads the model; returns it with its parameters, which include the adapter if there is one.
+
+    Args:
+      args: which model.
+      mesh: to shard the weights over, unless they are of a checkpoint; None: one device.
 
     Raises:
       ValueError: the run, the model, the adapter or the checkpoint does not exist, the run has not
@@ -119,12 +126,18 @@ def load_with_adapter(args: ModelArgs) -> tuple[LoadedModel, Tree]:
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft
 
+    shardings = None
+    if mesh is not None:
+        from lorax_ft.sharding import DECODER_RULES, base_sharding
+
+        shardings = functools.partial(base_sharding, rules=DECODER_RULES, mesh=mesh)
     model = load_model(
         config.model.path,
         revision=config.model.revision,
         dtype=config.model.dtype,
         attention=config.model.attention,
         quant=config.quant,
+        shardings=shardings,
     )
     if adapter is None:
         return model, model.params
