@@ -109,12 +109,12 @@ def load_split(
     Raises:
       ValueError: as `load_data`.
     """
-    rows = _rows([path], config.split, config, limit=limit)
-    read = _read(rows, config, tokenizer, keep=True)
+    rows = numbered_rows([path], config.split, config, limit=limit)
+    read = read_split(rows, config, tokenizer, keep=True)
     max_length = config.max_length
     if max_length == "auto":
-        max_length = _row_length([read], positions)
-    return _make_split(read, max_length, weights=(), packed=False), max_length
+        max_length = row_length([read], positions)
+    return make_split(read, max_length, weights=(), packed=False), max_length
 
 
 def name_sets(entries: Sequence[str]) -> dict[str, list[str]]:
