@@ -131,7 +131,7 @@ def main(args: Args) -> None:
     variants = variants_of(model, params, args.variants)
     results = [run_task(task, variants, console) for task in tasks]
     print_results(console, results)
-    output = Path(args.output)
+    output = Path(args.output).expanduser()
     described = {"model": model.base, "run": args.run, "adapter": args.adapter}
     write_results(output, results, model=described)
     console.print(f"saved to {output}")
@@ -142,7 +142,7 @@ def _check_files(args: Args) -> None:
     from lorax_ft.data.dataset import check_sources
     from lorax_ft.evaluation.benchmark import read_benchmark
 
-    if Path(args.output).is_file():
+    if Path(args.output).expanduser().is_file():
         raise ValueError(f"{args.output} is a file; give a folder to write to")
     for task in args.tasks:
         kind, path = split_task(task)

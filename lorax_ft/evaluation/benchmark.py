@@ -88,7 +88,7 @@ def read_benchmark(
       ValueError: there is no such benchmark, a file has another format (the error says its line),
         or a subject has too few rows in dev.
     """
-    root = _root(Path(folder))
+    root = _root(Path(folder).expanduser())
     split = _split(root, split)
     files = sorted((root / split).glob("*.csv"))
     benchmark_format = _format_of(files[0])

@@ -65,29 +65,28 @@ def write_results(folder: Path, results: Sequence[Result], *, model: Mapping[str
 
 
 def plot_results(results: Sequence[Result]) -> Figure:
-    """Draws the means of each metric as bars, with their 95 % intervals."""
+    """Draws the means of each task as bars, with their 95 % intervals."""
     # Slow to import. Without pyplot, because its global state would change the caller's figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    charts = []
-    for result in results:
-        for metric in result.scores:
-            charts.append((result, metric))
-    height = 3.2 * len(charts)
+    height = 3.2 * len(results)
     figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     # squeeze would give a single chart in place of an array of them.
-    grid = figure.subplots(len(charts), 1, squeeze=False)
-    for axes, (result, metric) in zip(grid[:, 0], charts, strict=True):
-        _plot_metric(axes, result, metric)
+    grid = figure.subplots(len(results), 1, squeeze=False)
+    for axes, result in zip(grid[:, 0], results, strict=True):
+        _plot_result(axes, result)
     return figure
 
 
-def _plot_metric(axes: Axes, result: Result, metric: str) -> None:
-    rows = list(_rows(result, metric, subjects=False))
-    variants = list(result.scores[metric])
-    factor = _factor(metric)
+def _plot_result(axes: Axes, result: Result) -> None:
+    """Draws the metrics of a task side by side; all are of one unit."""
+    rows: list[_Row] = []
+    for metric in result.scores:
+        rows.extend(_rows(result, metric, subjects=False))
+        factor = _factor(metric)
+    variants = list(result.outcomes)
     # The bars of a row share 0.8 of its width, side by side around its middle.
     width = 0.8 / len(variants)
     middle = (len(variants) - 1) / 2
@@ -111,8 +110,10 @@ def _plot_metric(axes: Axes, result: Result, metric: str) -> None:
             label=describe(variant),
         )
     axes.set_xticks(range(len(rows)), [row.name for row in rows])
-    axes.set_ylabel("nats per token" if metric == "loss" else "%")
-    axes.set_title(f"{result.task.name}: {metric}")
+    axes.set_xlim(-0.6, len(rows) - 0.4)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("nats per token" if "loss" in result.scores else "%")
+    axes.set_title(result.task.name)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     if len(variants) > 1:
