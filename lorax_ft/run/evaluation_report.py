@@ -77,6 +77,9 @@ def plot_results(results: Sequence[Result]) -> Figure:
     grid = figure.subplots(len(results), 1, squeeze=False)
     for axes, result in zip(grid[:, 0], results, strict=True):
         _plot_result(axes, result)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
 
 
@@ -116,8 +119,6 @@ def _plot_result(axes: Axes, result: Result) -> None:
     axes.set_title(result.task.name)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    if len(variants) > 1:
-        axes.legend(frameon=False)
 
 
 def _table(result: Result) -> Table:
