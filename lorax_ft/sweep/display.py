@@ -12,13 +12,15 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lorax_ft.run.progress import LINES
+from lorax_ft.run.progress import LINES, WIDE
 from lorax_ft.run.report import make_table
 from lorax_ft.sweep.axes import describe_value
 from lorax_ft.sweep.results import Results
 
 MOST_ROWS = 24
 """Points that the live table shows, the best ones."""
+MEASURED = ("step", "training loss", "validation loss")
+"""Columns of the table of points."""
 
 
 class Display:
@@ -99,43 +101,62 @@ class Display:
 
     def _render(self) -> RenderableType:
         rows = min(MOST_ROWS, max(self._console.height - 8, 1))
-        return Group(points_table(self._results, most=rows), self._bar)
+        table = points_table(self._results, width=self._console.width, most=rows)
+        return Group(table, self._bar)
 
 
-def points_table(results: Results, *, best: int | None = None, most: int | None = None) -> Table:
+def points_table(
+    results: Results, *, width: int, best: int | None = None, most: int | None = None
+) -> Table:
     """The table of the points, the best ones first.
 
     Args:
       results: what was measured so far.
+      width: of the terminal. A narrow one shows the settings and the validation loss only.
       best: the point to mark; None: the first one.
       most: the number of rows; None: all.
     """
     order = sorted(range(len(results.points)), key=lambda k: _rank(results, k))
     if best is None:
         best = order[0]
+    measured = MEASURED if width >= WIDE else MEASURED[-1:]
     table = make_table(f"{_count(order)}, the lowest validation loss first")
     fields = list(results.points[0].settings)
-    for field in fields:
-        table.add_column(field, overflow="fold")
-    for name in ("step", "training loss", "validation loss"):
+    for header in _headers(fields):
+        table.add_column(header, overflow="fold")
+    for name in measured:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     for k in order[:most]:
         settings = results.points[k].settings
         cells = [describe_value(settings[field]) for field in fields]
-        table.add_row(*cells, *_measured(results, k), _status(results, k, best))
+        numbers = _measured(results, k)
+        cells += [numbers[name] for name in measured]
+        table.add_row(*cells, _status(results, k, best))
     return table
 
 
-def _measured(results: Results, k: int) -> tuple[str, str, str]:
-    """The step of a point, its training loss and its validation loss."""
-    trained = results.trained.get(k)
-    train_loss = "" if trained is None else f"{trained:.4f}"
+def _headers(fields: Sequence[str]) -> list[str]:
+    """The names of fields without their sections, where that is unique."""
+    last_parts = [field.rpartition(".")[2] for field in fields]
+    headers = []
+    for field, last in zip(fields, last_parts, strict=True):
+        headers.append(last if last_parts.count(last) == 1 else field)
+    return headers
+
+
+def _measured(results: Results, k: int) -> dict[str, str]:
+    """The cells of a point in the columns `MEASURED`."""
+    cells = dict.fromkeys(MEASURED, "")
+    step_column, train_column, validation_column = MEASURED
+    if k in results.trained:
+        cells[train_column] = f"{results.trained[k]:.4f}"
     last = results.last(k)
-    if last is None:
-        return "", train_loss, ""
-    step, loss = last
-    return str(step), train_loss, f"{loss:.4f}"
+    if last is not None:
+        step, loss = last
+        cells[step_column] = str(step)
+        cells[validation_column] = f"{loss:.4f}"
+    return cells
 
 
 def _status(results: Results, k: int, best: int) -> str:

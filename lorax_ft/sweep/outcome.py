@@ -112,7 +112,7 @@ def finish(
     best = results.best(steps)
     if best is None:
         raise ValueError("all points of the sweep diverged; lower optim.learning_rate")
-    console.print(points_table(results, best=best))
+    console.print(points_table(results, width=console.width, best=best))
     point = results.points[best]
     loss = results.losses[best, steps]
     if jax.process_index() == 0:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorax_ft.sweep.agree import SEED
-from lorax_ft.sweep.axes import describe
+from lorax_ft.sweep.axes import describe, describe_value
 from lorax_ft.sweep.results import Results
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def plot_sweep(results: Results, file: Path, *, steps: int, title: str) -> None:
     axes = figure.subplots()
     values = _values(curves, diverged)
     is_number = all(isinstance(value, int | float) for value in values)
-    places = {value: value if is_number else i for i, value in enumerate(values)}
+    # Names stand side by side.
+    places = dict(zip(values, values if is_number else range(len(values)), strict=True))
     styles = itertools.cycle(zip(COLORS, MARKERS, strict=True))
     for (label, curve), (color, marker) in zip(curves.items(), styles, strict=False):
         _plot_curve(axes, curve, places, label=label, color=color, marker=marker)
@@ -56,25 +57,28 @@ def plot_sweep(results: Results, file: Path, *, steps: int, title: str) -> None:
 
 def _horizontal(results: Results) -> str:
     """The field on the horizontal axis: the rate, or the first one that varies."""
-    fields = results.points[0].settings
-    varied = [field for field in fields if len(_distinct(results, field)) > 1]
-    for choice in (FIRST_CHOICE, *(field for field in varied if field != SEED)):
-        if choice in varied:
-            return choice
-    return next(iter(fields))
+    varied = _varied(results)
+    if FIRST_CHOICE in varied:
+        return FIRST_CHOICE
+    fields = [field for field in varied if field != SEED]
+    # A sweep of seeds alone, or of one point.
+    fields += results.points[0].settings
+    return fields[0]
 
 
-def _distinct(results: Results, field: str) -> list[Any]:
-    return list(dict.fromkeys(point.settings[field] for point in results.points))
+def _varied(results: Results) -> list[str]:
+    """The fields that have several values."""
+    varied = []
+    for field in results.points[0].settings:
+        values = {point.settings[field] for point in results.points}
+        if len(values) > 1:
+            varied.append(field)
+    return varied
 
 
 def _curves(results: Results, across: str, steps: int) -> tuple[dict[str, Curve], list[Any]]:
     """The curves by label, and the horizontal values of the points that diverged."""
-    shown = [
-        field
-        for field in results.points[0].settings
-        if field not in (across, SEED) and len(_distinct(results, field)) > 1
-    ]
+    shown = [field for field in _varied(results) if field not in (across, SEED)]
     has_seeds = SEED in results.points[0].settings
     curves: dict[str, Curve] = {}
     diverged = []
@@ -104,10 +108,12 @@ def _plot_curve(
     """The mean over seeds at each value, and the range over them."""
     values = sorted(curve, key=lambda value: places[value])
     x = [places[value] for value in values]
+    # Seeds may be missing at a value where one diverged, so the losses are no matrix.
     losses = [curve[value] for value in values]
-    mean = [float(np.mean(its)) for its in losses]
+    mean = list(map(np.mean, losses))
+    low = list(map(min, losses))
+    high = list(map(max, losses))
     axes.plot(x, mean, color=color, marker=marker, markersize=5, label=label)
-    low, high = [min(its) for its in losses], [max(its) for its in losses]
     if low != high:
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         axes.vlines(x, low, high, color=color, linewidth=1)
@@ -126,6 +132,6 @@ def _set_axes(axes: Axes, across: str, places: Mapping[Any, float], *, is_number
     axes.set_xlabel(across)
     axes.grid(alpha=0.3)
     if not is_number:
-        axes.set_xticks(list(places.values()), [describe({"": value}).strip() for value in places])
+        axes.set_xticks(list(places.values()), list(map(describe_value, places)))
     elif min(places) > 0 and max(places) > 4 * min(places):
         axes.set_xscale("log")

@@ -55,6 +55,7 @@ class Results:
             return
         done = {}
         for k, point in enumerate(points):
+            # Not even the evaluation at step 0 is left of what a new sweep overwrites.
             done[point.number] = -1 if steps_done is None else steps_done[k]
         _keep_lines(folder / RESULTS, lambda line: _is_kept(line["point"], line["step"], done))
         _keep_lines(folder / LOSSES, lambda line: _is_kept(line["points"][0], line["step"], done))
@@ -66,47 +67,56 @@ class Results:
     ) -> list[int]:
         """Note the training losses of a step. Returns the points that it shows to diverge."""
         losses = metrics["loss"]
-        finite = np.isfinite(losses) & np.isfinite(metrics["grad_norm"])
-        for i, k in enumerate(members):
-            self.trained[k] = float(losses[i])
+        norms = metrics["grad_norm"]
+        not_finite = []
+        for k, loss, norm in zip(members, losses, norms, strict=True):
+            self.trained[k] = float(loss)
+            if not (np.isfinite(loss) and np.isfinite(norm)):
+                not_finite.append(k)
         if log:
             line = {
                 "step": step,
                 "points": [self.points[k].number for k in members],
-                "loss": [_number(loss) for loss in losses],
-                "grad_norm": [_number(norm) for norm in metrics["grad_norm"]],
+                "loss": list(map(_number, losses)),
+                "grad_norm": list(map(_number, norms)),
             }
             self._append(LOSSES, line)
-        return self._note_divergence(step, [k for i, k in enumerate(members) if not finite[i]])
+        return self._note_divergence(step, not_finite)
 
     def add_evaluation(
         self, step: int, members: Sequence[int], losses: Sequence[Mapping[str, float]]
     ) -> list[int]:
         """Note the validation losses of some points. Returns those that turn out to diverge."""
+        not_finite = []
         for k, its in zip(members, losses, strict=True):
             self.losses[k, step] = first_loss(its)
-            line = self._line(k, step) | {name: _number(value) for name, value in its.items()}
+            if not math.isfinite(self.losses[k, step]):
+                not_finite.append(k)
+            line = self._line(k, step)
+            for name, value in its.items():
+                line[name] = _number(value)
             self._append(RESULTS, line)
-        not_finite = [k for k in members if not math.isfinite(self.losses[k, step])]
         return self._note_divergence(step, not_finite)
 
     def read(self, folder: Path) -> None:
         """Read what the files in a folder hold of these points."""
         places = {point.number: k for k, point in enumerate(self.points)}
         for line in read_lines(folder / RESULTS):
-            k = places.get(line["point"])
-            if k is None:
+            number, step = line["point"], line["step"]
+            # Of another generation.
+            if number not in places:
                 continue
+            k = places[number]
             if "diverged" in line:
-                self.diverged[k] = line["step"]
+                self.diverged[k] = step
             else:
-                losses = [value for name, value in line.items() if name.startswith(METRIC)]
-                loss = losses[0]
-                self.losses[k, line["step"]] = math.nan if loss is None else loss
+                # The first validation set, by which points are compared.
+                metric = next(name for name in line if name.startswith(METRIC))
+                self.losses[k, step] = _read_number(line[metric])
         for line in read_lines(folder / LOSSES):
             for number, loss in zip(line["points"], line["loss"], strict=True):
                 if number in places:
-                    self.trained[places[number]] = math.nan if loss is None else loss
+                    self.trained[places[number]] = _read_number(loss)
 
     def has(self, k: int, step: int) -> bool:
         """Whether a point was evaluated at a step."""
@@ -139,8 +149,10 @@ class Results:
         def mean(group: list[int]) -> float:
             return float(np.mean([self.score(k, step) for k in group]))
 
-        ranked = sorted(settings.values(), key=mean)
-        return [sorted(group, key=lambda k: self.score(k, step)) for group in ranked]
+        ranked = []
+        for group in sorted(settings.values(), key=mean):
+            ranked.append(sorted(group, key=lambda k: self.score(k, step)))
+        return ranked
 
     def best(self, step: int) -> int | None:
         """The best point of the best setting that was evaluated at this step.
@@ -203,6 +215,11 @@ def _keep_lines(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     new = file.with_name(f".{file.name}")
     new.write_text("".join(json.dumps(line) + "\n" for line in kept))
     new.replace(file)
+
+
+def _read_number(value: float | None) -> float:
+    """The number that `_number` wrote."""
+    return math.nan if value is None else value
 
 
 def _number(value: float) -> float | None:

@@ -119,18 +119,19 @@ class SweepJob:
 
     def validation_batches(self, members: Sequence[int]) -> Iterator[tuple[str, dict[str, Array]]]:
         """The metric and a batch of each validation set: `[B, T]`, or of each adapter its own."""
-        own = {id(self.data[k]): self.data[k] for k in members}
         shared = self.shares_validation
         place = sharding.batch_sharding(self.mesh, microbatched=not shared)
-        for name in self.data[members[0]].validation_sets:
+        # A reading for each adapter: validation rows are few, and read from disk.
+        readers = members[:1] if shared else members
+        for name in self.data[0].validation_sets:
             metric = f"{METRIC}/{name}" if name else METRIC
-            streams = {key: self._evaluation_batches(data, name) for key, data in own.items()}
-            for parts in zip(*streams.values(), strict=True):
-                found = dict(zip(streams, parts, strict=True))
-                rows = [found[id(self.data[k])] for k in members]
+            streams = [self._evaluation_batches(self.data[k], name) for k in readers]
+            for parts in zip(*streams, strict=True):
                 batch = {}
-                for field, values in rows[0].items():
-                    stacked = values if shared else np.stack([row[field] for row in rows])
+                for field, values in parts[0].items():
+                    stacked = values
+                    if not shared:
+                        stacked = np.stack([part[field] for part in parts])
                     batch[field] = sharding.place(stacked, place)
                 yield metric, batch
 

@@ -40,29 +40,32 @@ def stack(trees: Sequence[Tree], *, mesh: Mesh) -> Tree:
       ValueError: an adapter lacks a leaf that zeros cannot stand for.
     """
     flat = [flatten(tree) for tree in trees]
-    targets: dict[str, Any] = {}
+    by_path: dict[str, list[Array]] = {}
     for leaves in flat:
         for path, leaf in leaves.items():
-            targets.setdefault(path, []).append(leaf)
-    for path, leaves in targets.items():
-        _check(path, leaves, count=len(flat))
-    shapes = {path: _common_shape(leaves) for path, leaves in targets.items()}
-    places = {path: stacked_sharding(leaves[0], mesh) for path, leaves in targets.items()}
+            by_path.setdefault(path, []).append(leaf)
+    shapes = {}
+    places = {}
+    for path, found in by_path.items():
+        _check(path, found, count=len(flat))
+        shapes[path] = _common_shape(found)
+        places[path] = stacked_sharding(found[0], mesh)
 
     def stacked(flat: list[dict[str, Array]]) -> dict[str, Array]:
         result = {}
         for path, shape in shapes.items():
-            dtype = targets[path][0].dtype
-            # Leaf by leaf into zeros, which are also what an adapter without the leaf gets.
+            dtype = by_path[path][0].dtype
+            # Each leaf goes into zeros, which an adapter without the leaf keeps.
             padded = jnp.zeros((len(flat), *shape), dtype)
             for k, leaves in enumerate(flat):
                 if path in leaves:
-                    corner = tuple(slice(size) for size in leaves[path].shape)
+                    corner = _corner(leaves[path].shape)
                     padded = padded.at[(k, *corner)].set(leaves[path])
             result[path] = padded
         return result
 
-    return unflatten(jax.jit(stacked, out_shardings=places)(flat))
+    jitted = jax.jit(stacked, out_shardings=places)
+    return unflatten(jitted(flat))
 
 
 def unstack(tree: Tree, k: int, shapes: Shapes) -> Tree:
@@ -70,7 +73,7 @@ def unstack(tree: Tree, k: int, shapes: Shapes) -> Tree:
     own = {}
     for path, leaf in flatten(tree).items():
         if path in shapes:
-            corner = tuple(slice(size) for size in shapes[path])
+            corner = _corner(shapes[path])
             own[path] = leaf[(k, *corner)]
     return unflatten(own)
 
@@ -79,8 +82,11 @@ def take(tree: Any, members: Sequence[int]) -> Any:
     """The adapters with these numbers, as a copy, each leaf where it was."""
     places = jax.tree.map(lambda leaf: leaf.sharding, tree)
     index = np.array(members)
-    taken = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf[index], tree), out_shardings=places)
-    return taken(tree)
+
+    def taken(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[index], tree)
+
+    return jax.jit(taken, out_shardings=places)(tree)
 
 
 def put(tree: Any, members: Sequence[int], part: Any) -> Any:
@@ -102,10 +108,16 @@ def stacked_sharding(leaf: Array, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, *place.spec))
 
 
+def _corner(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The part of a padded leaf that is not padding."""
+    return tuple(slice(size) for size in shape)
+
+
 def _common_shape(leaves: Sequence[Array]) -> tuple[int, ...]:
     """The smallest shape that holds all leaves."""
     shapes = [leaf.shape for leaf in leaves]
-    return tuple(map(max, zip(*shapes, strict=True)))
+    sizes = zip(*shapes, strict=True)  # of each axis
+    return tuple(map(max, sizes))
 
 
 def _check(path: str, leaves: Sequence[Array], *, count: int) -> None:
@@ -116,7 +128,8 @@ def _check(path: str, leaves: Sequence[Array], *, count: int) -> None:
             f"{count - len(leaves)} of {count} adapters of the sweep have no {path}, and zeros "
             "would change their output; let adapter.targets, exclude and layers be the same"
         )
-    differs = any(leaf.shape != leaves[0].shape for leaf in leaves)
-    if differs and "rank" not in leaf_schema(name).axes:
-        found = " and ".join(sorted({str(leaf.shape) for leaf in leaves}))
+    shapes = {str(leaf.shape) for leaf in leaves}
+    # Ranks may differ; all other sizes are those of the one model.
+    if len(shapes) > 1 and "rank" not in leaf_schema(name).axes:
+        found = " and ".join(sorted(shapes))
         raise ValueError(f"{path} has the shapes {found} in adapters of one sweep")
