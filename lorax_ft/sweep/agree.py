@@ -45,8 +45,8 @@ def check_axes(axes: Sequence[Axis | Range]) -> None:
             reason = "it decides which leaves an adapter has"
         raise ValueError(
             f"--sweep {axis.field} has {_values(axis)}, but {reason}, which all adapters of a "
-            f"sweep share; run a sweep for each value, with --{axis.field} and an own "
-            "--train.output"
+            f"sweep share; run a sweep for each value, with --{axis.field} and a "
+            "--train.output of its own"
         )
 
 

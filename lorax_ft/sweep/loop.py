@@ -89,11 +89,13 @@ def run_points(
 
 def _updates(ends: Sequence[int], settings: int, points: int) -> int:
     """The updates of all adapters together."""
-    total, start = 0, 0
+    seeds = points // settings
+    total = 0
+    start = 0
     for end in ends:
-        total += (end - start) * settings * points // max(settings, 1)
+        total += (end - start) * settings * seeds
         start = end
-        points -= points // settings * (settings // 2)
+        # As `survivors` keeps them.
         settings = (settings + 1) // 2
     return total
 
