@@ -142,8 +142,9 @@ class _Loop:
 
     def _train(self, members: list[int], end: int) -> None:
         """Train a group of points to the step `end`, which is evaluated."""
-        first = int(self._steps[members[0]])
-        if first == end and all(self._results.has(k, end) for k in members):
+        # Points of an earlier rung may stand at different steps, some of them dropped.
+        first = int(self._steps[members].min())
+        if first >= end and all(self._results.has(k, end) for k in members):
             return
         group = self._make_group(members, first)
         if self._evaluates(first, end) and not self._results.has(members[0], first):
