@@ -83,6 +83,18 @@ SHAPES: list[tuple[dict[str, Any], tuple[str, ...], str, list[Message]]] = [
         "alpaca",
         [user("Add.\n1 + 1"), assistant("2")],
     ),
+    (
+        {"question": "1 + 1?", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"},
+        (),
+        "multiple_choice",
+        [user("1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4"), assistant("B")],
+    ),
+    (
+        {"": "0", "Question": "?", "A": "1", "B": "2", "C": "3", "D": "4", "Answer": "D"},
+        (),
+        "multiple_choice",
+        [user("?\nA. 1\nB. 2\nC. 3\nD. 4"), assistant("D")],
+    ),
     ({"question": "1 + 1?", "answer": "2"}, (), "question_answer", CONVERSATION),
     ({"Q": "1 + 1?", "A": "2"}, ("question=Q", "answer=A"), "question_answer", CONVERSATION),
     (
@@ -537,7 +549,7 @@ def test_the_rows_in_the_documentation() -> None:
     text = (Path(__file__).parents[1] / "docs/DATA.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     rows = [json.loads(line) for block in blocks for line in block.splitlines()]
-    assert len(rows) == 10
+    assert len(rows) == 11
     unused: Counter[str] = Counter()
     for row in rows:
         example_of(row, unused=unused)
@@ -546,3 +558,9 @@ def test_the_rows_in_the_documentation() -> None:
         (line,) = re.findall(rf"^\| `{shape}` \| (`.*)$", text, re.MULTILINE)[:1]
         names = [*required, *(n for names in shapes.SYNONYMS[shape].values() for n in names)]
         assert all(f"`{name}`" in line for name in names)
+
+
+def test_the_answer_to_a_multiple_choice_question_is_a_letter() -> None:
+    fields = {"question": "?", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "4"}
+    with pytest.raises(ValueError, match=r"row 1: the answer is '4'; it must be A, B, C or D"):
+        to_example(Row(fields=fields, where="row 1"), shape="multiple_choice")

@@ -40,7 +40,14 @@ class DataConfig:
     limit: int | None = None
     """Maximum number of training rows to read; None reads all."""
     shape: Literal[
-        "auto", "messages", "alpaca", "sharegpt", "question_answer", "prompt_completion", "text"
+        "auto",
+        "messages",
+        "alpaca",
+        "sharegpt",
+        "multiple_choice",
+        "question_answer",
+        "prompt_completion",
+        "text",
     ] = "auto"
     """Format of a row; auto detects it from the fields of the first row of each source.
     prompt_completion and text are trained without a chat template, unless prompt and completion

@@ -46,8 +46,9 @@ def to_example(
       row: the row.
       shape: messages (a list of turns with role and content), sharegpt (`conversations`, a list
         of turns with from and value), alpaca (instruction, input, output, and history as pairs of
-        user and assistant texts), question_answer, prompt_completion (texts without a chat
-        template, or messages; the loss is on the completion) or text (without a template).
+        user and assistant texts), multiple_choice (question, A to D, and a letter as answer),
+        question_answer, prompt_completion (texts without a chat template, or messages; the loss is
+        on the completion) or text (without a template).
         All but text may have system, tools, documents and chat_template_kwargs.
       fields: renames, each as "expected=actual"; renames of a turn's fields apply to every turn.
       defaults: what conversations get that have none of their own.
@@ -113,6 +114,8 @@ def _messages(view: Fields, shape: Shape, renames: Mapping[str, str]) -> list[Me
             return _alpaca(view)
         case "prompt_completion":
             return _prompt_messages(view, renames)
+        case "multiple_choice":
+            return _multiple_choice(view)
     question = view.text("question")
     answer = view.text("answer")
     return [_said("user", question), _said("assistant", answer)]
@@ -169,6 +172,18 @@ def _alpaca(view: Fields) -> list[Message]:
     messages.append(_said("user", question))
     messages.append(_said("assistant", view.text("output")))
     return messages
+
+
+def _multiple_choice(view: Fields) -> list[Message]:
+    """The question with its choices a line each, and the letter of the answer."""
+    lines = [view.text("question")]
+    for letter in ("A", "B", "C", "D"):
+        choice = view.text(letter)
+        lines.append(f"{letter}. {choice}")
+    answer = view.text("answer").strip()
+    if answer not in ("A", "B", "C", "D"):
+        raise ValueError(f"{view.where}: the answer is {answer!r}; it must be A, B, C or D")
+    return [_said("user", "\n".join(lines)), _said("assistant", answer)]
 
 
 def _is_text(view: Fields) -> bool:

@@ -9,7 +9,15 @@ from lorax_ft.data.fields import Fields, parse_renames
 from lorax_ft.data.mistakes import refuse_label, refuse_preference, unknown_shape
 from lorax_ft.data.readers import Row
 
-Shape = Literal["messages", "alpaca", "sharegpt", "question_answer", "prompt_completion", "text"]
+Shape = Literal[
+    "messages",
+    "alpaca",
+    "sharegpt",
+    "multiple_choice",
+    "question_answer",
+    "prompt_completion",
+    "text",
+]
 """The format of a row, as `data.shape` names it."""
 
 # The order matters: a row may match several formats, and `detect_shape` takes the first.
@@ -17,6 +25,7 @@ REQUIRED: dict[Shape, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
+    "multiple_choice": ("question", "A", "B", "C", "D", "answer"),
     "question_answer": ("question", "answer"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
@@ -26,6 +35,7 @@ SYNONYMS: dict[Shape, dict[str, tuple[str, ...]]] = {
     "messages": {"messages": ("conversation", "dialogue", "dialog", "chat")},
     "sharegpt": {},
     "alpaca": {"output": ("response", "completion", "answer"), "input": ("context",)},
+    "multiple_choice": {"question": ("Question",), "answer": ("Answer",)},
     "question_answer": {
         "question": ("prompt", "query", "problem", "input"),
         "answer": ("response", "solution", "output"),
