@@ -6,7 +6,6 @@ What is asked is read once, and asked of several parameters: the base, and the b
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -302,5 +301,7 @@ def _questions(
 
 def _matches(given: Sequence[str | None], expected: Sequence[str]) -> Items:
     # Answers without a number are None, which no reference is.
-    matches = list(map(operator.eq, given, expected))
+    matches = []
+    for number, reference in zip(given, expected, strict=True):
+        matches.append(number == reference)
     return Items(values=np.array(matches, np.float64))
