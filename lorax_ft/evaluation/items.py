@@ -72,7 +72,7 @@ def estimates(items: Items) -> Scores:
     total = micro(items.values)
     if not items.subjects:
         return Scores(total=total)
-    # In the order of the benchmark's paper, without those of which no subject was read.
+    # In a fixed order, without those of which no subject was read.
     categories = {}
     of_category = np.array(items.categories)
     of_subject = np.array(items.subjects)

@@ -64,7 +64,7 @@ def shots_text(subject: Subject, prompt_format: PromptFormat, *, shots: int) -> 
     """The header and the shots, which all prompts of a subject start with."""
     header = prompt_format.header.format(subject=subject.title)
     parts = [header]
-    # The first ones of dev, as everyone shows them: scores of other shots do not compare.
+    # The first ones of dev, as in the benchmarks' own scripts: other shots give other scores.
     for question in subject.dev[:shots]:
         asked = question_text(question, prompt_format)
         parts.append(f"{asked}{prompt_format.space}{question.answer}")

@@ -109,6 +109,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Any:
         tokenizer = sentencepiece(tokens, merges, tokens[ids["unk_token"]], add_prefix)
     elif algorithm == GEMMA4:
         merges = _pairs(metadata["tokenizer.ggml.merges"])
+        # Gemma's texts get no space in front, whatever the file says.
         tokenizer = sentencepiece(tokens, merges, tokens[ids["unk_token"]], False)
     else:
         merges = _pairs(metadata["tokenizer.ggml.merges"])
@@ -286,7 +287,10 @@ def _surround(tokenizer: Any, before: list[str], after: list[str]) -> None:
 
     if not before and not after:
         return
-    pieces = [(token, tokenizer.token_to_id(token)) for token in {*before, *after}]
+    pieces = []
+    for token in {*before, *after}:
+        pieces.append((token, tokenizer.token_to_id(token)))
+    # $A and $B are the texts of a pair; both start and end with the tokens.
     single = [*before, "$A", *after]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=single, pair=[*single, *before, "$B:1", *after], special_tokens=pieces
