@@ -154,7 +154,7 @@ def _check_files(args: Args) -> None:
 
 def _task(args: Args, model: LoadedModel, kind: str, path: str) -> Task:
     """A task of the command line."""
-    from lorax_ft.evaluation.tasks import choice_task, gsm8k_task, loss_task, text_task
+    from lorax_ft.evaluation.tasks import Vote, choice_task, gsm8k_task, loss_task, text_task
 
     if kind == "choices":
         return choice_task(
@@ -170,14 +170,15 @@ def _task(args: Args, model: LoadedModel, kind: str, path: str) -> Task:
     if kind == "loss":
         return loss_task(model, path, data=args.data, limit=args.limit)
     if kind == "gsm8k":
+        vote = None
+        if args.samples > 1:
+            vote = Vote(samples=args.samples, temperature=args.temperature, seed=args.seed)
         return gsm8k_task(
             model,
             path,
             data=args.data,
             max_new_tokens=args.max_new_tokens,
-            samples=args.samples,
-            temperature=args.temperature,
-            seed=args.seed,
+            vote=vote,
             batch_size=args.batch_size,
             limit=args.limit,
         )

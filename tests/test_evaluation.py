@@ -24,7 +24,7 @@ from lorax_ft.evaluation.benchmark import read_benchmark
 from lorax_ft.evaluation.likelihood import row_losses
 from lorax_ft.evaluation.multiple_choice import encode_benchmark, evaluate_choices
 from lorax_ft.evaluation.next_token import next_tokens, padded, shared_length
-from lorax_ft.evaluation.tasks import gsm8k_task
+from lorax_ft.evaluation.tasks import Vote, gsm8k_task
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import save_peft
 from lorax_ft.lowrank.adapters import add_adapters
@@ -218,8 +218,7 @@ def test_majority_vote(embedded: LoadedModel, tmp_path: Path) -> None:
         str(file),
         data=DataConfig(max_length="auto"),
         max_new_tokens=8,
-        samples=2,
-        temperature=0.9,
+        vote=Vote(samples=2, temperature=0.9),
     )
     counted: list[int] = []
     outcome = task.run(embedded.params, counted.append)

@@ -35,7 +35,9 @@ class Design:
     """How many of the seeds are trained at every rate."""
 
     def __post_init__(self) -> None:
-        if len(self.rates) < 3 or list(self.rates) != sorted(set(self.rates)):
+        # With fewer than three, the best one is always at an edge.
+        rising = sorted(set(self.rates))
+        if len(self.rates) < 3 or list(self.rates) != rising:
             raise ValueError("--rates must be three or more different numbers, the smallest first")
         if self.common_rate not in self.rates:
             listed = ", ".join(f"{rate:g}" for rate in self.rates)
@@ -49,7 +51,9 @@ class Design:
     @property
     def factor(self) -> float:
         """The mean factor between two rates."""
-        return float((self.rates[-1] / self.rates[0]) ** (1 / (len(self.rates) - 1)))
+        whole = self.rates[-1] / self.rates[0]
+        gaps = len(self.rates) - 1
+        return float(whole ** (1 / gaps))
 
 
 def points(config: Config, rates: Sequence[float], seeds: Sequence[int]) -> list[Point]:
@@ -75,10 +79,13 @@ def with_two_sets(config: Config, folder: Path) -> Config:
     """
     data = config.data
     names = list(name_sets(data.validation))
+    # A single set without a name is called "".
     if names and names != [""]:
         return config
     halves: dict[str, list[str]] = {CHOOSE: [], TEST: []}
-    for number, row in enumerate(read_rows(_validation_paths(data), split=data.validation_split)):
+    rows = read_rows(_validation_paths(data), split=data.validation_split)
+    for number, row in enumerate(rows):
+        # Every other row, because files may be sorted by subject or difficulty.
         name = CHOOSE if number % 2 == 0 else TEST
         halves[name].append(json.dumps(row.fields, ensure_ascii=False))
     if not halves[TEST]:
@@ -87,9 +94,11 @@ def with_two_sets(config: Config, folder: Path) -> Config:
     entries = []
     for name, lines in halves.items():
         file = folder / f"{name}.jsonl"
-        file.write_text("".join(f"{line}\n" for line in lines))
+        file.write_text("\n".join(lines) + "\n")
+        # As data.validation names a set.
         entries.append(f"{name}={file}")
-    return dataclasses.replace(config, data=dataclasses.replace(data, validation=tuple(entries)))
+    data = dataclasses.replace(data, validation=tuple(entries))
+    return dataclasses.replace(config, data=data)
 
 
 def _validation_paths(data: DataConfig) -> list[str]:
@@ -97,6 +106,8 @@ def _validation_paths(data: DataConfig) -> list[str]:
     if data.validation:
         return list(data.validation)
     paths = [source.path for source in parse_sources(data.train)]
+    # Of several sources, or of one without such a split, a run would hold out training rows, other
+    # ones for each seed.
     if len(paths) == 1 and has_split(paths[0], data.validation_split):
         return paths
     raise ValueError(

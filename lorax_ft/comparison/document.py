@@ -38,10 +38,15 @@ def markdown(
       notes: facts about model, data and machine.
     """
     seeds = ", ".join(map(str, design.seeds))
-    parts = [
-        f"# {title}\n",
-        *([f"```\n{command}\n```\n"] if command else []),
-        "\n".join(f"- {note}" for note in notes) + "\n",
+    rates = ", ".join(f"{rate:g}" for rate in design.rates)
+    parts = [f"# {title}\n"]
+    # From Python there is no command.
+    if command:
+        parts.append(f"```\n{command}\n```\n")
+    parts += [f"- {note}" for note in notes]
+    # Each part ends with an empty line, a list's items excepted.
+    parts += [
+        "",
         f"Seeds {seeds}: every method sees the same rows in the same order. Losses are nats per "
         "labeled token on rows that neither trained a run nor chose a rate. ± and brackets are "
         "95 % intervals over seeds (Student's t); differences are paired by seed. A difference is "
@@ -50,8 +55,7 @@ def markdown(
         _table(common),
         "## Each method at its own best rate\n",
         f"Chosen by the mean loss of {_seeds(design.search_seeds)} on rows of their own, among "
-        f"{', '.join(f'{rate:g}' for rate in design.rates)} and beyond where the best was at the "
-        "edge.\n",
+        f"{rates} and beyond where the best was at the edge.\n",
         _table(best),
         f"![Loss against learning rate]({RATES_PLOT})\n",
         f"![Training loss]({CURVES_PLOT})\n",
@@ -95,9 +99,12 @@ def describe_difference(difference: Interval | None) -> str:
     mean, half = difference
     if not math.isfinite(mean):
         return "diverged"
+    # A single seed has no interval.
     if math.isinf(half):
         return f"{mean:+.4f}"
-    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]".replace("-", "−")
+    low, high = mean - half, mean + half
+    # A minus is as wide as a plus, so that figures align; a hyphen is not.
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]".replace("-", "−")
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -116,8 +123,9 @@ def _costs(methods: Mapping[str, MethodRuns]) -> str:
     lines.append(_line(["---"] * 4))
     for its in methods.values():
         cost = its.cost
-        memory = "" if cost.memory is None else f"{cost.memory / 1e6:,.0f} MB"
-        cells = [its.method.label, f"{cost.parameters:,}", f"{cost.seconds_per_step:.3f} s", memory]
+        cells = [its.method.label, f"{cost.parameters:,}", f"{cost.seconds_per_step:.3f} s"]
+        # Not every backend of XLA analyzes its memory.
+        cells.append("" if cost.memory is None else f"{cost.memory / 1e6:,.0f} MB")
         lines.append(_line(cells))
     return "\n".join(lines) + "\n"
 
@@ -131,11 +139,14 @@ def _loss(interval: Interval) -> str:
 
 
 def _change(interval: Interval) -> str:
-    if not math.isfinite(interval.mean):
+    mean, half = interval
+    if not math.isfinite(mean):
         return "diverged"
-    sign = "+" if interval.mean >= 0 else "−"
-    width = "" if math.isinf(interval.half_width) else f" ± {interval.half_width:.4f}"
-    return f"{sign}{abs(interval.mean):.4f}{width}"
+    sign = "+" if mean >= 0 else "−"
+    text = f"{sign}{abs(mean):.4f}"
+    if math.isinf(half):
+        return text
+    return f"{text} ± {half:.4f}"
 
 
 def _seeds(count: int) -> str:

@@ -69,5 +69,6 @@ def chosen_methods(names: Sequence[str]) -> dict[str, Method]:
             raise ValueError(f"--methods names {name} twice")
         chosen[name] = METHODS[name]
     if REFERENCE not in chosen:
+        # First, as the tables' rows are in this order.
         chosen = {REFERENCE: METHODS[REFERENCE], **chosen}
     return chosen

@@ -32,12 +32,17 @@ def plot_rates(methods: Mapping[str, MethodRuns], design: Design, file: Path) ->
         losses: dict[float, list[float]] = {}
         for run in its.runs:
             losses.setdefault(run.rate, []).append(run.losses[judged_set(run)])
-        # A line ends where runs diverge.
-        rates = [rate for rate in sorted(losses) if np.isfinite(losses[rate]).all()]
-        means = [float(np.mean(losses[rate])) for rate in rates]
-        low = [min(losses[rate]) for rate in rates]
-        high = [max(losses[rate]) for rate in rates]
+        rates, means, low, high = [], [], [], []
+        for rate, of_seeds in sorted(losses.items()):
+            # A line ends where runs diverge.
+            if not np.isfinite(of_seeds).all():
+                continue
+            rates.append(rate)
+            means.append(float(np.mean(of_seeds)))
+            low.append(min(of_seeds))
+            high.append(max(of_seeds))
         axes.plot(rates, means, color=color, marker=marker, markersize=4, label=its.method.label)
+        # Where a single seed was tried, the range is a point.
         axes.vlines(rates, low, high, color=color, linewidth=1)
     axes.axvline(design.common_rate, color="black", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
@@ -57,6 +62,7 @@ def plot_curves(methods: Mapping[str, MethodRuns], design: Design, file: Path) -
             axes.plot(curve[:, 0], smooth(curve[:, 1]), color=color, linewidth=1.2, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss at the best rate (nats per token)")
+    # What methods differ by at the end is small beside the fall at the start.
     axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(file)
@@ -64,6 +70,7 @@ def plot_curves(methods: Mapping[str, MethodRuns], design: Design, file: Path) -
 
 def _mean_curve(runs: list[Run]) -> np.ndarray:
     """Steps and the mean training loss over the runs, `[N, 2]`."""
+    # Of equal length: all runs log the same steps.
     curves = [np.array(run.curve) for run in runs if len(run.curve)]
     if not curves:
         return np.zeros((0, 2))

@@ -77,6 +77,7 @@ def compare(
         make_point(config, method.settings, number=0)
     runner = Runner(design, console, folder, parallel=parallel)
     done: dict[str, MethodRuns] = {}
+    # One method after the other: they differ in their leaves, and so in their programs.
     for number, (name, method) in enumerate(chosen.items(), 1):
         console.print(f"\n[bold]{method.label}[/bold] ({number} of {len(chosen)})")
         done[name] = runner.run(name, method, config)
@@ -103,9 +104,8 @@ def compare(
 
 def _prepare(folder: Path, config: Config, design: Design) -> None:
     """Make the folder, or check that it holds the comparison to resume."""
-    text = json.dumps(
-        {"design": dataclasses.asdict(design), "config": json.loads(config.to_json())}, indent=2
-    )
+    values = {"design": dataclasses.asdict(design), "config": json.loads(config.to_json())}
+    text = json.dumps(values, indent=2)
     file = folder / DESIGN
     if config.train.resume:
         if not file.is_file():
@@ -117,6 +117,7 @@ def _prepare(folder: Path, config: Config, design: Design) -> None:
             )
         return
     if folder.is_dir() and any(folder.iterdir()):
+        # Only a comparison is overwritten, never another folder of this name.
         if not (config.train.overwrite and file.is_file()):
             raise ValueError(
                 f"{folder} is not empty; use --train.resume, --train.overwrite or another "
@@ -130,6 +131,7 @@ def _prepare(folder: Path, config: Config, design: Design) -> None:
 def _without_resume(text: str) -> dict[str, Any]:
     """What must be equal of a comparison and the one that resumes it."""
     values: dict[str, Any] = json.loads(text)
+    # These say what to do with the folder, and nothing of the runs.
     for name in ("resume", "overwrite"):
         del values["config"]["train"][name]
     return values
@@ -138,16 +140,16 @@ def _without_resume(text: str) -> dict[str, Any]:
 def _notes(config: Config, steps: int) -> list[str]:
     """Facts about the runs, for the report."""
     adapter, train = config.adapter, config.train
-    version = jax.__version__
+    # Without folders, which say nothing to others who read the report.
+    data = ", ".join(Path(path).name for path in config.data.train)
     return [
-        f"Model {Path(config.model.path).name}, {config.model.dtype}; data "
-        f"{', '.join(Path(path).name for path in config.data.train)}, rows of at most "
+        f"Model {Path(config.model.path).name}, {config.model.dtype}; data {data}, rows of at most "
         f"{config.data.max_length} tokens.",
         f"{steps} steps of {train.batch_size} rows; rank {adapter.rank}, alpha {adapter.alpha:g}, "
         f"dropout {adapter.dropout:g}, targets {' '.join(adapter.targets)}; "
         f"{config.optim.optimizer}, {config.optim.schedule} schedule.",
         f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, jax "
-        f"{version}.",
+        f"{jax.__version__}.",
     ]
 
 

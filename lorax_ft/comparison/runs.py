@@ -22,7 +22,7 @@ from lorax_ft.comparison.methods import Method
 from lorax_ft.config import Config
 from lorax_ft.run.validation import METRIC
 from lorax_ft.sweep.agree import with_shared_base
-from lorax_ft.sweep.axes import make_point
+from lorax_ft.sweep.axes import make_point, rounded
 from lorax_ft.sweep.loop import run_points
 from lorax_ft.sweep.results import LOSSES, RESULTS, read_lines
 from lorax_ft.sweep.setup import Loaded, SweepJob, load, set_up
@@ -73,6 +73,7 @@ class MethodRuns:
 
     def at(self, rate: float, seeds: Sequence[int]) -> list[Run]:
         """The runs at a rate, in the order of the seeds."""
+        # In order, since differences are paired by place (`paired_interval`).
         found = {run.seed: run for run in self.runs if run.rate == rate}
         return [found[seed] for seed in seeds]
 
@@ -115,15 +116,19 @@ class Runner:
             best = best_rate(runs)
             if best not in (rates[0], rates[-1]):
                 break
+            # A minimum at the edge is perhaps none: the next rate may be better still.
             is_low = best == rates[0]
             new = best / design.factor if is_low else best * design.factor
-            new = float(f"{new:.4g}")
+            # Few digits, so that a config file with the rate can be read.
+            new = rounded(new)
             self._console.print(f"The best rate is at the edge, {best:g}; trying {new:g}.")
             rates = sorted([*rates, new])
             runs += self._train(config, [new], searched, folder / f"search-{extension + 1}")
         best = best_rate(runs)
+        # The seeds that the search did not train. Those that it did are compared too.
         rest = design.seeds[design.search_seeds :]
         if rest:
+            # Once, where both rates are the same.
             compared = list(dict.fromkeys([design.common_rate, best]))
             runs += self._train(config, compared, rest, folder / "seeds")
         return MethodRuns(
@@ -142,6 +147,7 @@ class Runner:
         loaded = self._load(config)
         self.steps = steps = loaded.steps(config)
         folder.mkdir(parents=True, exist_ok=True)
+        # Of a comparison that was interrupted, what it has trained to the end is kept.
         if not _is_complete(folder, len(chosen), steps):
             job = set_up(chosen, loaded)
             run_points(job, self._console, folder=folder, parallel=self._parallel)
@@ -174,6 +180,7 @@ def best_rate(runs: Sequence[Run]) -> float:
 
 def measure_cost(job: SweepJob) -> Cost:
     """The parameters, the time of a step and the memory of the only point of a job."""
+    # A copy, for a step donates its state.
     state, owned, keys = take((job.state, job.owned, job.keys), [0])
     program = job.compile([0], state, owned)
     seconds = []
@@ -181,14 +188,17 @@ def measure_cost(job: SweepJob) -> Cost:
         batch, _ = job.batch([0], step)
         start = time.perf_counter()
         state, metrics = program.step(state, owned, job.base, batch, keys)
+        # A call returns before the device has computed.
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
     analysis = program.step.memory_analysis()
     memory = None
     if analysis is not None:
         memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.trained))
     return Cost(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.trained)),
+        parameters=parameters,
+        # The first step also fills caches.
         seconds_per_step=statistics.median(seconds[1:]),
         memory=memory,
     )
@@ -196,6 +206,7 @@ def measure_cost(job: SweepJob) -> Cost:
 
 def _is_complete(folder: Path, count: int, steps: int) -> bool:
     """Whether a folder holds the end of so many runs."""
+    # Also of points that diverged, which train on beside the others.
     ended = set()
     for line in read_lines(folder / RESULTS):
         if line["step"] == steps and METRIC in " ".join(line):
@@ -214,6 +225,7 @@ def _read_runs(folder: Path) -> list[Run]:
     diverged = set()
     for line in read_lines(folder / RESULTS):
         number = line["point"]
+        # A line of its own, beside those of the evaluations.
         if "diverged" in line:
             diverged.add(number)
             continue
@@ -240,10 +252,14 @@ def _losses(line: Mapping[str, Any]) -> dict[str, float]:
     losses = {}
     for name, value in line.items():
         if name.startswith(METRIC):
-            losses[name.removeprefix(METRIC).removeprefix("/")] = _finite(value)
+            # The metric of a set with a name is METRIC/name.
+            set_name = name.removeprefix(METRIC).removeprefix("/")
+            losses[set_name] = _finite(value)
     return losses
 
 
 def _finite(value: float | None) -> float:
     """The value; infinite for one that was not finite, which JSON lines hold as null."""
-    return math.inf if value is None or not np.isfinite(value) else value
+    if value is None or not np.isfinite(value):
+        return math.inf
+    return value

@@ -57,6 +57,7 @@ def _rows(
     for name, its in methods.items():
         runs = its.at(rates[name], design.seeds)
         losses = _judged(runs)
+        # To itself, the reference differs by 0 with certainty.
         difference = None
         if name != REFERENCE:
             difference = paired_interval(losses, reference)
@@ -66,6 +67,7 @@ def _rows(
             loss=mean_interval(losses),
             difference=difference,
             others=_changes(runs),
+            # At the common rate, it does not matter where the best one lies.
             at_edge=its.at_edge and rates[name] == its.best_rate,
         )
         rows.append(row)
@@ -75,6 +77,7 @@ def _rows(
 def judged_set(run: Run) -> str:
     """The validation set to judge by: the second one, as the first one chooses the rate."""
     names = list(run.losses)
+    # A config with one set of its own chooses and judges by it.
     return names[min(1, len(names) - 1)]
 
 
@@ -85,7 +88,10 @@ def _judged(runs: Sequence[Run]) -> list[float]:
 def _changes(runs: Sequence[Run]) -> dict[str, Interval]:
     """How the loss on further sets changed: what was forgotten."""
     changes = {}
-    for name in list(runs[0].losses)[2:]:
+    # Behind the set that chooses and the set that judges.
+    others = list(runs[0].losses)[2:]
+    for name in others:
+        # To the same run before training, for a quantized base starts at another loss.
         differences = [run.losses[name] - run.first_losses[name] for run in runs]
         changes[name] = mean_interval(differences)
     return changes

@@ -93,7 +93,10 @@ def read_benchmark(
     files = sorted((root / split).glob("*.csv"))
     benchmark_format = _format_of(files[0])
     known = known_subjects(benchmark_format)
-    by_name = {_subject_name(file, split, benchmark_format): file for file in files}
+    by_name = {}
+    for file in files:
+        by_name[_subject_name(file, split, benchmark_format)] = file
+    # A misspelled name is an error, and not a subject less.
     for name in subjects:
         if name not in by_name:
             raise ValueError(f"{root / split} has no subject {name}; it has {', '.join(by_name)}")
@@ -132,6 +135,7 @@ def _root(folder: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
     for root in (folder, folder / "data"):
+        # Without shots, dev is not needed.
         if (root / "test").is_dir() or (root / "val").is_dir():
             return root
     raise ValueError(
@@ -156,6 +160,7 @@ def _has_answers(file: Path) -> bool:
     """Whether the questions of a file have answers, which C-Eval's test split keeps to itself."""
     _, row = next(_rows(file), (1, []))
     header = _lowered(row)
+    # Only C-Eval's files start with these two columns.
     return header[:2] != ["id", "question"] or "answer" in header
 
 
@@ -169,12 +174,15 @@ def _format_of(file: Path) -> Format:
     """The format that the first row of a file has."""
     _, row = next(_rows(file), (1, []))
     header = _lowered(row)
+    # Up to the answer: only the files of dev have explanations.
     if header[:7] == list(COLUMNS["ceval"][:7]):
         return "ceval"
+    # Its first column, the index of a data frame, has no name.
     if header[1:] == list(COLUMNS["cmmlu"][1:]):
         return "cmmlu"
     if header[:6] == list(COLUMNS["ceval"][:6]):
         raise ValueError(f"{file}, line 1: the file has no answers; use the split val")
+    # MMLU's files have no header, so their first row is a question.
     if len(row) == len(COLUMNS["mmlu"]) and row[-1].strip() in LETTERS:
         return "mmlu"
     raise ValueError(
@@ -226,6 +234,7 @@ def _read_file(file: Path, benchmark_format: Format) -> list[Question]:
         rows = rows[1:]
     if not rows:
         raise ValueError(f"{file} has no questions")
+    # Further columns behind these are fine, but then every row has them.
     width = len(columns) if benchmark_format == "mmlu" else len(first)
     place = columns.index("question")
     questions = []
@@ -233,6 +242,7 @@ def _read_file(file: Path, benchmark_format: Format) -> list[Question]:
         where = f"{file}, line {line}"
         if len(row) != width:
             raise ValueError(f"{where}: {len(row)} columns, expected {width}")
+        # In all formats the four choices and the answer follow the question.
         text, *choices, answer = row[place : place + 6]
         if answer.strip() not in LETTERS:
             raise ValueError(f"{where}: the answer is {answer!r}; it must be A, B, C or D")
@@ -251,6 +261,7 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
             for row in reader:
                 if row:
                     yield line, row
+                # line_num is the last line of this row.
                 line = reader.line_num + 1
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error

@@ -76,6 +76,7 @@ def macro(values: np.ndarray, groups: Sequence[str]) -> Estimate:
     for group in dict.fromkeys(groups):
         estimate = micro(values[labels == group])
         means.append(estimate.mean)
+        # A group of one item has no error, and so the whole has none.
         if estimate.error is not None:
             squares.append(estimate.error**2)
     count = len(means)
@@ -106,6 +107,7 @@ def ratio(sums: np.ndarray, weights: np.ndarray) -> Estimate:
     mean = float(sums.sum()) / total
     if n < 2:
         return Estimate(mean=mean, error=None, count=n)
+    # How far each row is from what its weight alone would give.
     residuals = sums - mean * weights
     squares = float((residuals**2).sum())
     error = math.sqrt(n / (n - 1) * squares) / total

@@ -125,6 +125,7 @@ def evaluate_answers(
             )
         prompt, reference = split_answer(messages)
         prompts.append(prompt)
+        # With the tools and documents of the whole conversation, which its template shows.
         questions.append(dataclasses.replace(conversation, messages=prompt))
         references.append(reference)
     expected = references[:compared]

@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from lorax_ft.config import QuantConfig
-from lorax_ft.evaluation.likelihood import token_scores
+from lorax_ft.evaluation.likelihood import TokenScores, token_scores
 from lorax_ft.evaluation.next_token import BATCH_TOKENS, next_tokens
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.inference.texts import stream_texts
@@ -75,6 +75,7 @@ class LoraxLM(TemplateLM):
     @classmethod
     def of(cls, model: LoadedModel, params: Tree, *, batch_size: int = 8) -> LoraxLM:
         """The model of parameters that are already in memory."""
+        # Without `__init__`, which loads a model.
         made = cls.__new__(cls)
         TemplateLM.__init__(made)
         made._set(model, params, batch_tokens=BATCH_TOKENS, batch_size=batch_size)
@@ -88,7 +89,9 @@ class LoraxLM(TemplateLM):
         self._model = model
         self._params = params
         self._batch_tokens = batch_tokens
-        self._batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
+        # lm_eval also takes auto:N, to find a size N times.
+        is_auto = str(batch_size).startswith("auto")
+        self._batch_size = 8 if is_auto else int(batch_size)
         self.tokenizer = model.tokenizer
 
     @property
@@ -152,9 +155,16 @@ class LoraxLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        texts = [self._fitting(context, target) for _, context, target in requests]
-        single = [i for i, (_, _, target) in enumerate(requests) if len(target) == 1]
-        others = [i for i, (_, _, target) in enumerate(requests) if len(target) != 1]
+        texts = []
+        # Continuations of one token, such as a letter, need the head at one place only.
+        single, others = [], []
+        for i, (_, context, target) in enumerate(requests):
+            texts.append(self._fitting(context, target))
+            if len(target) == 1:
+                single.append(i)
+            else:
+                others.append(i)
+        # An empty continuation is certain.
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="loglikelihood") as bar:
             rows = [texts[i] for i in others]
@@ -168,12 +178,12 @@ class LoraxLM(TemplateLM):
             for i, score in zip(others, scores, strict=True):
                 count = len(requests[i][2])
                 if count:
-                    log_probs, greedy = score.log_probs[-count:], score.greedy[-count:]
-                    results[i] = (float(log_probs.sum(dtype=np.float64)), bool(greedy.all()))
+                    results[i] = _of_last(score, count)
             tasks = [self._tasks[i] for i in single]
             found = self._single([texts[i] for i in single], tasks, bar)
             for i, result in zip(single, found, strict=True):
                 results[i] = result
+        # lm_eval's cache, from which an interrupted evaluation goes on.
         for (pair, _, _), result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, result)
         return results
@@ -184,11 +194,14 @@ class LoraxLM(TemplateLM):
         """The scores of the last tokens of texts. Choices of one question share its prompt."""
         asked: dict[tuple[Any, bytes], list[int]] = {}
         for i, (text, task) in enumerate(zip(texts, tasks, strict=True)):
-            asked.setdefault((task, text[:-1].tobytes()), []).append(i)
+            prompt = text[:-1].tobytes()
+            asked.setdefault((task, prompt), []).append(i)
         if not asked:
             return []
         rows = list(asked.values())
-        targets = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        # Questions may have fewer choices than others; the rest of their row is not read.
+        most = max(map(len, rows))
+        targets = np.zeros((len(rows), most), np.int32)
         for row, members in enumerate(rows):
             targets[row, : len(members)] = [texts[i][-1] for i in members]
         found = next_tokens(
@@ -198,6 +211,7 @@ class LoraxLM(TemplateLM):
             targets,
             groups=[task for task, _ in asked],
             batch_tokens=self._batch_tokens,
+            # The bar counts choices, and not questions.
             advance=lambda count: bar.update(count * len(texts) / len(rows)),
         )
         results: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
@@ -210,7 +224,8 @@ class LoraxLM(TemplateLM):
     def _fitting(self, context: Sequence[int], target: Sequence[int]) -> np.ndarray:
         """The tokens of a context and its continuation, without those before the positions."""
         # The last token is not an input.
-        return np.array([*context, *target], np.int32)[-(self.max_length + 1) :]
+        longest = self.max_length + 1
+        return np.array([*context, *target], np.int32)[-longest:]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -238,6 +253,7 @@ class LoraxLM(TemplateLM):
                 batch_tokens=self._batch_tokens,
                 advance=bar.update,
             )
+        # Of a window only the target counts: what it repeats of the one before is its context.
         totals = np.zeros(len(requests))
         for owner, (_, count), score in zip(owners, windows, scores, strict=True):
             totals[owner] += score.log_probs[-count:].sum(dtype=np.float64)
@@ -248,6 +264,7 @@ class LoraxLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text after each context, up to a stop string."""
+        # Requests of several tasks may come together, each with its task's options.
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(i)
@@ -274,7 +291,10 @@ class LoraxLM(TemplateLM):
                 f"max_gen_toks is {count}, but the model has {self.max_length} positions"
             )
         sampling = _sampling(options)
-        prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in members}
+        prompts = {}
+        for i in members:
+            # Of a long context the end, where the question stands, is kept.
+            prompts[i] = self.tok_encode(requests[i].args[0])[-room:]
         order = sorted(members, key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]
@@ -293,9 +313,17 @@ class LoraxLM(TemplateLM):
             bar.update(len(rows))
 
 
+def _of_last(score: TokenScores, count: int) -> tuple[float, bool]:
+    """The log-probability of a text's last tokens, and whether all are the most likely ones."""
+    # Summed in float64, for choices of many tokens may differ by little.
+    total = score.log_probs[-count:].sum(dtype=np.float64)
+    return float(total), bool(score.greedy[-count:].all())
+
+
 def _sampling(options: Mapping[str, Any]) -> Sampling:
     """How a task's options choose the next token; greedy unless it samples."""
     temperature = float(options.get("temperature") or 0)
+    # Tasks say do_sample: false, or temperature: 0, or both.
     do_sample = options.get("do_sample", temperature > 0)
     if not do_sample:
         return Sampling()

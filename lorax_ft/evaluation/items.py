@@ -72,6 +72,7 @@ def estimates(items: Items) -> Scores:
     total = micro(items.values)
     if not items.subjects:
         return Scores(total=total)
+    # In a fixed order, without those of which no subject was read.
     categories = {}
     of_category = np.array(items.categories)
     of_subject = np.array(items.subjects)
@@ -80,6 +81,7 @@ def estimates(items: Items) -> Scores:
         if chosen.any():
             values, names = items.values[chosen], of_subject[chosen].tolist()
             categories[name] = (micro(values), macro(values, names))
+    # A dict, as a set that keeps the order.
     subjects = {}
     for name in dict.fromkeys(items.subjects):
         subjects[name] = micro(items.values[of_subject == name])

@@ -67,6 +67,7 @@ def row_losses(
     scores = token_scores(model, params, texts, batch_tokens=batch_tokens, advance=advance)
     sums, counts = [], []
     for sample, score in zip(samples, scores, strict=True):
+        # The first token has no score, as nothing is before it.
         labeled = np.asarray(sample.mask[1:], bool)
         sums.append(-score.log_probs[labeled].sum(dtype=np.float64))
         counts.append(labeled.sum())
@@ -103,6 +104,7 @@ def token_scores(
     params = with_all_norms(model, params)
     mesh = mesh_of(params)
     scores: list[TokenScores] = [TokenScores(np.zeros(0), np.zeros(0, bool))] * len(texts)
+    # Of the inputs; a text of one token has none, but its row must not be empty.
     lengths = np.array([max(len(text) - 1, 1) for text in texts])
     for batch in batches_of(lengths, batch_tokens, shards=row_shards(mesh)):
         shape = (batch.size, batch.width)
@@ -143,6 +145,7 @@ def _token_scores(
     features, _ = model.features(params, inputs, length=counts, counts=counts)
     head = model.head(params)
     batch, width = targets.shape
+    # The logits of all tokens at once, `[B, T, V]`, would take gigabytes for a large vocabulary.
     chunks = min(math.ceil(batch * width / CHUNK_ROWS), width)
     padding = -width % chunks
 
@@ -158,8 +161,10 @@ def _token_scores(
         features, targets = chunk
         logits = model.score(head, features).astype(jnp.float32)  # [B, T / N, V]
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        # As log_softmax, without the log-probabilities of the other tokens.
         log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
-        return log_probs, jnp.argmax(logits, axis=-1) == targets
+        greedy = jnp.argmax(logits, axis=-1) == targets
+        return log_probs, greedy
 
     scores = lax.map(score, (chunked(features), chunked(targets)))
 

@@ -23,12 +23,14 @@ def final_number(solution: str) -> str | None:
     >>> final_number("So she pays $1,250.50 in all.")
     '1250.5'
     """
+    # The marker of GSM8K's solutions, which a model that was tuned on them writes.
     marked = extract(solution, pattern=MARKED)
     if marked is not None and NUMBER.fullmatch(marked):
         return _plain(marked)
     numbers = NUMBER.findall(solution)
     if not numbers:
         return None
+    # Without a marker, as other models answer, the result comes last.
     return _plain(numbers[-1])
 
 
@@ -62,6 +64,7 @@ def reference_number(solution: str, place: str) -> str:
 
 
 def _plain(number: str) -> str:
+    # The period is that of the sentence.
     number = number.replace(",", "").replace("$", "").rstrip(".")
     if "." in number:
         number = number.rstrip("0").rstrip(".")

@@ -17,6 +17,8 @@ from lorax_ft.tree import Tree
 
 TAIL = 32
 """Characters of a prompt's end that are tokenized with each letter."""
+CHAT_TAIL = 8
+"""Tokens of that end where a chat template writes it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,7 @@ def encode_benchmark(
             subjects.append(subject.name)
             categories.append(subject.category)
             answers.append(LETTERS.index(question.answer))
+    # All prompts end alike, so the first one tells how letters follow any of them.
     encode = _encoder(model.tokenizer, texts[0], prompt_format, chat=chat)
     prompts = encode.prompts(texts)
     _check_fit(prompts, subjects, benchmark, encode, prompt_format, model=model, shots=shots)
@@ -168,15 +171,18 @@ def _encoder(tokenizer: Any, example: str, prompt_format: PromptFormat, *, chat:
     # After a chat template's start of an answer there is no space.
     space, end = prompt_format.space, example[-TAIL:]
     if chat:
-        space, end = "", tokenizer.decode(_tokenize(tokenizer, [example], chat=True)[0][-8:])
+        (row,) = _tokenize(tokenizer, [example], chat=True)
+        space, end = "", tokenizer.decode(row[-CHAT_TAIL:])
     before = _plain(tokenizer, end)
     after = [_plain(tokenizer, f"{end}{space}{letter}") for letter in LETTERS]
+    # Where they differ, all letters must have one token, or their probabilities do not compare.
     common = _common(after)
     if any(len(tokens) != common + 1 for tokens in after):
         raise ValueError(
             f"the tokenizer does not write each of {', '.join(LETTERS)} after {end!r} as one token "
             f"of its own: {after}"
         )
+    # Behind this, a letter changes how the end of the prompt is written.
     kept = min(_common([before, after[0]]), common)
     return _Encoder(
         tokenizer=tokenizer,
@@ -189,6 +195,7 @@ def _encoder(tokenizer: Any, example: str, prompt_format: PromptFormat, *, chat:
 
 def _common(rows: Sequence[Sequence[int]]) -> int:
     """The number of tokens that all rows start with."""
+    # Up to the end of the shortest row.
     for place, tokens in enumerate(zip(*rows, strict=False)):
         if len(set(tokens)) > 1:
             return place
@@ -238,11 +245,11 @@ def _check_fit(
     )
     # Fewer shots help all subjects that are too long, so only these are tried.
     for fewer in range(shots - 1, -1, -1):
-        longest = 0
+        texts: list[str] = []
         for subject in benchmark.subjects:
             if subject.name in too_long:
-                texts = prompts_of(subject, prompt_format, shots=fewer)
-                longest = max(longest, *(len(prompt) for prompt in encode.prompts(texts)))
+                texts += prompts_of(subject, prompt_format, shots=fewer)
+        longest = max(map(len, encode.prompts(texts)))
         if longest <= positions:
             raise ValueError(f"{message}; {fewer} shots fit")
     raise ValueError(f"{message}; some do not fit even without shots: leave these subjects out")

@@ -92,16 +92,14 @@ def next_tokens(
     best = np.zeros(len(prompts), np.int32)
     for members in _members(groups, len(prompts)):
         own = [prompts[i] for i in members]
-        shared = 0
+        shared, cache = 0, None
         if groups is not None:
-            shared = shared_length(own, model.config)
-        cache = None
-        if shared:
-            cache = _read_start(model, params, own, shared, mesh)
+            shared, cache = _read_start(model, params, own, mesh)
         lengths = np.array([len(prompt) - shared for prompt in own])
         for batch in batches_of(lengths, batch_tokens, shards=row_shards(mesh)):
             rows = [members[i] for i in batch.rows]
-            arrays = _arrays([own[i][shared:] for i in batch.rows], targets[rows], batch)
+            rests = [own[i][shared:] for i in batch.rows]
+            arrays = _arrays(rests, targets[rows], batch)
             scores, first = _score(
                 params,
                 cache,
@@ -110,6 +108,7 @@ def next_tokens(
                 config=model.config,
                 mesh=mesh,
             )
+            # Without the rows that pad the batch.
             log_probs[rows] = np.asarray(scores)[: len(rows)]
             best[rows] = np.asarray(first)[: len(rows)]
             advance(len(rows))
@@ -123,6 +122,7 @@ def shared_length(prompts: Sequence[np.ndarray], config: DecoderConfig) -> int:
     """
     if len(prompts) < 2:
         return 0
+    # The last token is left for the head to see.
     length = min(len(prompt) for prompt in prompts) - 1
     first = np.asarray(prompts[0])
     for prompt in prompts[1:]:
@@ -142,11 +142,13 @@ def padded(length: int, *, steps: int = 4) -> int:
     >>> padded(129, steps=2)
     192
     """
+    # The largest power of 2 up to `length`: the step is a part of it.
     power = 16
     while 2 * power <= length:
         power *= 2
     part = power // steps
-    return max(16, -(-length // part) * part)
+    steps_up = -(-length // part)  # rounded up
+    return max(16, steps_up * part)
 
 
 def _members(groups: Sequence[Hashable] | None, count: int) -> list[list[int]]:
@@ -182,6 +184,7 @@ def batches_of(lengths: np.ndarray, batch_tokens: int, *, shards: int) -> Iterat
     order = np.argsort(-lengths, kind="stable").tolist()
     start = 0
     while start < len(order):
+        # Its first row is the longest one of a batch.
         width = padded(int(lengths[order[start]]))
         size = shards * max(batch_tokens // width, 1)
         yield Batch(order[start : start + size], size, width)
@@ -206,16 +209,21 @@ def _arrays(
 
 
 def _read_start(
-    model: Model, params: Tree, prompts: Sequence[np.ndarray], shared: int, mesh: Mesh | None
-) -> Cache:
-    """The cache of the tokens that the prompts share."""
+    model: Model, params: Tree, prompts: Sequence[np.ndarray], mesh: Mesh | None
+) -> tuple[int, Cache | None]:
+    """The number of tokens that the prompts share, and their cache; 0 and None: not worth it."""
+    shared = shared_length(prompts, model.config)
+    if not shared:
+        return 0, None
     # Padded more coarsely than the rest: each length makes programs for all lengths of the rest.
     tokens = np.zeros((1, padded(shared, steps=2)), np.int32)
     tokens[0, :shared] = prompts[0][:shared]
+    # longrope chooses its frequencies by the length of the whole prompt.
     longest = max(len(prompt) for prompt in prompts)
     count = np.array([shared], np.int32)
     length = np.array([longest], np.int32)
-    return _prefill(params, tokens, count, length, config=model.config, mesh=mesh)
+    cache = _prefill(params, tokens, count, length, config=model.config, mesh=mesh)
+    return shared, cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
@@ -265,6 +273,7 @@ def _score(
     width = tokens.shape[1]
     positions = None
     if cache is not None:
+        # Room for the rows' own tokens behind those that they share.
         cache = with_slots(cache, width)
         positions = jnp.broadcast_to(start + jnp.arange(width), tokens.shape)
     features, _ = model.features(
@@ -275,7 +284,8 @@ def _score(
         length=start + lengths,
         counts=lengths,
     )
-    last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    index = (lengths - 1)[:, None, None]  # [B, 1, 1]
+    last = jnp.take_along_axis(features, index, axis=1)[:, 0]  # [B, D]
     # All of the vocabulary, for the sum that makes probabilities of the logits.
     logits = model.logits(params, last).astype(jnp.float32)  # [B, V]
     log_probs = jax.nn.log_softmax(logits)

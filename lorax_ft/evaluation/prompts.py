@@ -64,6 +64,7 @@ def shots_text(subject: Subject, prompt_format: PromptFormat, *, shots: int) -> 
     """The header and the shots, which all prompts of a subject start with."""
     header = prompt_format.header.format(subject=subject.title)
     parts = [header]
+    # The first ones of dev, as in the benchmarks' own scripts: other shots give other scores.
     for question in subject.dev[:shots]:
         asked = question_text(question, prompt_format)
         parts.append(f"{asked}{prompt_format.space}{question.answer}")
@@ -82,5 +83,9 @@ def question_text(question: Question, prompt_format: PromptFormat) -> str:
 
 def prompts_of(subject: Subject, prompt_format: PromptFormat, *, shots: int) -> Sequence[str]:
     """The prompt of each question of a subject."""
+    # Equal in all, so that `next_tokens` computes it once.
     before = shots_text(subject, prompt_format, shots=shots)
-    return [before + question_text(question, prompt_format) for question in subject.questions]
+    prompts = []
+    for question in subject.questions:
+        prompts.append(before + question_text(question, prompt_format))
+    return prompts

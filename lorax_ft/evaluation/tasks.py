@@ -21,7 +21,7 @@ from lorax_ft.evaluation.exact_match import exact_match, extract_references
 from lorax_ft.evaluation.items import Items
 from lorax_ft.evaluation.likelihood import row_losses
 from lorax_ft.evaluation.math_answers import final_number, majority, reference_number
-from lorax_ft.evaluation.multiple_choice import encode_benchmark, evaluate_choices
+from lorax_ft.evaluation.multiple_choice import Choices, encode_benchmark, evaluate_choices
 from lorax_ft.evaluation.prompts import PromptStyle
 from lorax_ft.evaluation.text_metrics import corpus_bleu, rouge_l, sentence_bleu
 from lorax_ft.inference.sampling import Sampling
@@ -55,6 +55,21 @@ class Task:
     run: Callable[[Tree, Advance], Outcome]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vote:
+    """Sampled answers to each question, whose most frequent number counts (2203.11171)."""
+
+    samples: int
+    temperature: float = 0.7
+    seed: int = 0
+
+    def options(self, draw: int) -> dict[str, Any]:
+        """The options of `answer` for draw number `draw`."""
+        # A key of its own, or all draws would be the same.
+        key = jax.random.fold_in(jax.random.key(self.seed), draw)
+        return {"sampling": Sampling(temperature=self.temperature), "key": key}
+
+
 def choice_task(
     model: Model,
     folder: str,
@@ -77,18 +92,7 @@ def choice_task(
             subjects=encoded.subjects,
             categories=encoded.categories,
         )
-        answers = []
-        for subject, chosen, correct, log_probs in zip(
-            encoded.subjects, choices.chosen, choices.answers, choices.log_probs, strict=True
-        ):
-            line = {
-                "subject": subject,
-                "answer": LETTERS[chosen],
-                "reference": LETTERS[correct],
-                "log_probs": [float(each) for each in log_probs],
-            }
-            answers.append(line)
-        return Outcome({"accuracy": items}, answers)
+        return Outcome({"accuracy": items}, _choice_lines(encoded.subjects, choices))
 
     settings = {
         "folder": folder,
@@ -98,6 +102,21 @@ def choice_task(
         "chat": chat,
     }
     return Task(name=benchmark.format, count=len(encoded.prompts), settings=settings, run=run)
+
+
+def _choice_lines(subjects: Sequence[str], choices: Choices) -> list[dict[str, Any]]:
+    """A line of the file of answers for each question."""
+    lines = []
+    columns = zip(subjects, choices.chosen, choices.answers, choices.log_probs, strict=True)
+    for subject, chosen, correct, log_probs in columns:
+        line = {
+            "subject": subject,
+            "answer": LETTERS[chosen],
+            "reference": LETTERS[correct],
+            "log_probs": log_probs.tolist(),  # of A to D
+        }
+        lines.append(line)
+    return lines
 
 
 def loss_task(model: Model, source: str, *, data: DataConfig, limit: int | None = None) -> Task:
@@ -110,6 +129,7 @@ def loss_task(model: Model, source: str, *, data: DataConfig, limit: int | None 
     split, max_length = load_split(data, source, model.tokenizer, limit=limit, positions=positions)
     samples = []
     for row in split.rows:
+        # Rows that are not packed hold one sample each.
         (sample,) = row
         samples.append(sample)
     if not samples:
@@ -121,7 +141,9 @@ def loss_task(model: Model, source: str, *, data: DataConfig, limit: int | None 
 
     def run(params: Tree, advance: Advance) -> Outcome:
         losses = row_losses(model, params, samples, advance=advance)
-        return Outcome({"loss": Items(values=losses.sums, weights=losses.tokens, unit="nats")}, ())
+        # The mean is one over tokens, so a row counts by its labeled tokens.
+        items = Items(values=losses.sums, weights=losses.tokens, unit="nats")
+        return Outcome({"loss": items}, ())
 
     settings = {"source": source, "max_length": max_length, "truncated": split.cut}
     return Task(name="loss", count=len(samples), settings=settings, run=run)
@@ -133,9 +155,7 @@ def gsm8k_task(
     *,
     data: DataConfig,
     max_new_tokens: int,
-    samples: int = 1,
-    temperature: float = 0.7,
-    seed: int = 0,
+    vote: Vote | None = None,
     batch_size: int = 32,
     limit: int | None = None,
 ) -> Task:
@@ -146,23 +166,15 @@ def gsm8k_task(
       source: conversations whose last assistant turn is a solution.
       data: how they are read.
       max_new_tokens: the largest number of tokens in an answer.
-      samples: answers that vote; 1 holds no vote.
-      temperature: of the samples.
-      seed: of the samples.
+      vote: the answers that vote beside the greedy one; None holds no vote.
       batch_size: answers that are generated at once.
       limit: questions to ask, from the first; None asks all.
     """
     questions, references = _questions(model, source, data=data, limit=limit)
-    expected = [
-        reference_number(text, f"{source}, question {number}")
-        for number, text in enumerate(references, 1)
-    ]
+    # Now, not after minutes of generation: a reference without a number is an error.
+    expected = _reference_numbers(source, references)
 
-    def ask(params: Tree, advance: Advance, draw: int | None) -> list[str]:
-        options: dict[str, Any] = {}
-        if draw is not None:
-            options["sampling"] = Sampling(temperature=temperature)
-            options["key"] = jax.random.fold_in(jax.random.key(seed), draw)
+    def ask(params: Tree, advance: Advance, options: Mapping[str, Any]) -> list[str]:
         return answer(
             model,
             params,
@@ -174,29 +186,40 @@ def gsm8k_task(
         )
 
     def run(params: Tree, advance: Advance) -> Outcome:
-        texts = ask(params, advance, None)
+        texts = ask(params, advance, {})
         metrics = {"exact_match": _matches([final_number(text) for text in texts], expected)}
-        drawn: list[list[str]] = []
-        if samples > 1:
-            drawn = [ask(params, advance, draw) for draw in range(samples)]
-            votes = []
-            for its_texts in zip(*drawn, strict=True):
-                votes.append(majority([final_number(text) for text in its_texts]))
-            metrics[f"maj@{samples}"] = _matches(votes, expected)
-        answers = []
-        for i, text in enumerate(texts):
-            line: dict[str, Any] = {"answer": text, "reference": references[i]}
-            if drawn:
-                line["samples"] = [its_texts[i] for its_texts in drawn]
-            answers.append(line)
+        answers = _answer_lines(texts, references)
+        if vote is not None:
+            drawn = [ask(params, advance, vote.options(draw)) for draw in range(vote.samples)]
+            samples = list(zip(*drawn, strict=True))  # by question
+            metrics[f"maj@{vote.samples}"] = _matches(_votes(samples), expected)
+            for line, its_samples in zip(answers, samples, strict=True):
+                line["samples"] = list(its_samples)
         return Outcome(metrics, answers)
 
-    settings = {"source": source, "max_new_tokens": max_new_tokens}
+    settings: dict[str, Any] = {"source": source, "max_new_tokens": max_new_tokens}
     rounds = 1
-    if samples > 1:
-        rounds += samples
-        settings |= {"samples": samples, "temperature": temperature, "seed": seed}
+    if vote is not None:
+        rounds += vote.samples
+        settings |= dataclasses.asdict(vote)
     return Task(name="gsm8k", count=rounds * len(questions), settings=settings, run=run)
+
+
+def _reference_numbers(source: str, references: Sequence[str]) -> list[str]:
+    """The number of each reference solution."""
+    numbers = []
+    for number, text in enumerate(references, 1):
+        numbers.append(reference_number(text, f"{source}, question {number}"))
+    return numbers
+
+
+def _votes(samples: Sequence[Sequence[str]]) -> list[str | None]:
+    """The number that the answers to each question agree on."""
+    votes = []
+    for texts in samples:
+        numbers = [final_number(text) for text in texts]
+        votes.append(majority(numbers))
+    return votes
 
 
 def text_task(
@@ -241,12 +264,20 @@ def text_task(
             "rouge_l": Items(values=rouge_l(texts, references)),
             "sentence_bleu": Items(values=sentence_bleu(texts, references)),
         }
-        pairs = zip(texts, references, strict=True)
-        answers = [{"answer": text, "reference": reference} for text, reference in pairs]
+        answers = _answer_lines(texts, references)
+        # BLEU of the corpus is no mean of BLEUs of sentences: it counts n-grams over all of them.
         return Outcome(metrics, answers, {"bleu": corpus_bleu(texts, references)})
 
     settings = {"source": source, "max_new_tokens": max_new_tokens, "pattern": pattern}
     return Task(name="text", count=len(questions), settings=settings, run=run)
+
+
+def _answer_lines(texts: Sequence[str], references: Sequence[str]) -> list[dict[str, Any]]:
+    """A line of the file of answers for each question."""
+    lines: list[dict[str, Any]] = []
+    for text, reference in zip(texts, references, strict=True):
+        lines.append({"answer": text, "reference": reference})
+    return lines
 
 
 def _questions(
@@ -269,5 +300,8 @@ def _questions(
 
 
 def _matches(given: Sequence[str | None], expected: Sequence[str]) -> Items:
-    pairs = zip(given, expected, strict=True)
-    return Items(values=np.array([number == reference for number, reference in pairs], np.float64))
+    # Answers without a number are None, which no reference is.
+    matches = []
+    for number, reference in zip(given, expected, strict=True):
+        matches.append(number == reference)
+    return Items(values=np.array(matches, np.float64))

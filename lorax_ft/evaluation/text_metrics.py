@@ -18,8 +18,11 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
       ValueError: rouge-score is not installed.
     """
     scorer = _import("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = zip(answers, references, strict=True)
-    return np.array([scorer.score(target, answer)["rougeL"].fmeasure for answer, target in pairs])
+    scores = []
+    for answer, reference in zip(answers, references, strict=True):
+        score = scorer.score(reference, answer)["rougeL"]
+        scores.append(score.fmeasure)
+    return np.array(scores)
 
 
 def sentence_bleu(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
@@ -28,9 +31,13 @@ def sentence_bleu(answers: Sequence[str], references: Sequence[str]) -> np.ndarr
     Raises:
       ValueError: sacrebleu is not installed.
     """
+    # Without n-grams that are longer than the answer, which would make its BLEU about 0.
     bleu = _bleu(references, effective_order=True)
-    pairs = zip(answers, references, strict=True)
-    return np.array([bleu.sentence_score(answer, [target]).score / 100 for answer, target in pairs])
+    scores = []
+    for answer, reference in zip(answers, references, strict=True):
+        percent = bleu.sentence_score(answer, [reference]).score
+        scores.append(percent / 100)
+    return np.array(scores)
 
 
 def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -47,7 +54,9 @@ def _bleu(references: Sequence[str], **options: Any) -> Any:
     """sacrebleu's BLEU, which splits Chinese into characters and other texts as mteval does."""
     letters = "".join(references)
     chinese = sum("\u4e00" <= letter <= "\u9fff" for letter in letters)
-    tokenize = "zh" if 2 * chinese > len(letters.replace(" ", "")) else "13a"
+    # One tokenization for all, or scores of single answers would not compare.
+    is_chinese = 2 * chinese > len(letters.replace(" ", ""))
+    tokenize = "zh" if is_chinese else "13a"
     return _import("sacrebleu.metrics").BLEU(tokenize=tokenize, **options)
 
 

@@ -63,28 +63,23 @@ def answer(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be above 0")
     prompts = _encode_prompts(model, conversations, where, max_new_tokens=max_new_tokens)
-    # A batch is padded to its longest prompt, so prompts of similar length share one. The longest
-    # come first: if memory runs out, it does so in the first batch.
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    size = min(batch_size, len(prompts))
     params = with_all_norms(model, params)
+    # Only a stop string needs the text before its end.
+    chunk = STOP_CHUNK if stop_strings else max_new_tokens
     answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = [prompts[i] for i in rows]
-        # The last batch is padded to the same size: another size would compile another program.
-        batch += batch[-1:] * (size - len(rows))
+    for start, rows, batch in _batches(prompts, batch_size):
         *_, texts = stream_texts(
             model,
             params,
             batch,
             max_new_tokens=max_new_tokens,
-            chunk=STOP_CHUNK if stop_strings else max_new_tokens,
+            chunk=chunk,
             sampling=sampling,
             stop_ids=stop_ids,
             stop_strings=stop_strings,
             key=None if key is None else jax.random.fold_in(key, start),
         )
+        # The texts of the rows that pad the batch are left.
         for i, text in zip(rows, texts, strict=False):
             answers[i] = text.strip()
         advance(len(rows))
@@ -159,6 +154,22 @@ def _encode_prompts(
         prompts.append(encode_prompt(conversation, model.tokenizer, where=place))
     check_prompts(prompts, max_new_tokens, model.config, where=where)
     return prompts
+
+
+def _batches(
+    prompts: Sequence[np.ndarray], batch_size: int
+) -> Iterator[tuple[int, list[int], list[np.ndarray]]]:
+    """Yields the place of a batch's first row, the indices of its rows, and its prompts."""
+    # A batch is padded to its longest prompt, so prompts of similar length share one. The longest
+    # come first: if memory runs out, it does so in the first batch.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    size = min(batch_size, len(prompts))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = [prompts[i] for i in rows]
+        # The last batch is padded to the same size: another size would compile another program.
+        batch += batch[-1:] * (size - len(rows))
+        yield start, rows, batch
 
 
 def _extended(shown: list[str], texts: list[str]) -> list[str]:

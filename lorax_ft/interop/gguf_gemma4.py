@@ -38,9 +38,11 @@ def read(metadata: Mapping[str, Any], name: str, tensors: Mapping[str, Any]) -> 
       ValueError: layers of one kind differ.
     """
     windowed = metadata[f"{name}.{WINDOWED}"]
+    # A number where all layers have the same, else a list.
     heads = metadata[f"{name}.attention.head_count_kv"]
     if isinstance(heads, int):
         heads = [heads] * len(windowed)
+    # By whether a layer has a window.
     counts: dict[bool, set[int]] = {True: set(), False: set()}
     for is_windowed, count in zip(windowed, heads, strict=True):
         counts[is_windowed].add(count)
@@ -49,6 +51,7 @@ def read(metadata: Mapping[str, Any], name: str, tensors: Mapping[str, Any]) -> 
     mlp_width = metadata[f"{name}.feed_forward_length"]
     if not isinstance(mlp_width, int):
         mlp_width = _only(set(mlp_width), "feed_forward_length")
+    # Where values are the keys, full attention has no tensor for them.
     keys_are_values = f"blk.{windowed.index(False)}.attn_v.weight" not in tensors
     # As in transformers, where full attention has its own number of heads only in such models.
     if full != local and not keys_are_values:
@@ -82,9 +85,12 @@ def _only(values: set[int], key: str) -> int:
 
 def _read_ropes(metadata: Mapping[str, Any], name: str, divisors: np.ndarray) -> dict[str, Any]:
     """The `rope_parameters` of both kinds of layers."""
-    rotates = np.asarray(divisors) == 1
+    divisors = np.asarray(divisors)
+    # Pairs that rotate come first; a huge divisor holds the others still.
+    rotates = divisors == 1
     rotating = int(rotates.sum())
-    if not rotates[:rotating].all() or (np.asarray(divisors)[rotating:] < STILL).any():
+    others_rotate = divisors[rotating:] < STILL
+    if not rotates[:rotating].all() or others_rotate.any():
         raise ValueError(
             f"has other values than 1 and {STILL:g} in {FACTORS}, which is not supported; "
             "use the Hugging Face folder instead"
@@ -112,6 +118,7 @@ def write(config: DecoderConfig, hf: Any) -> tuple[dict[str, Any], dict[str, np.
       ValueError: llama.cpp computes something else.
     """
     layers = config.each_layer
+    # A model may lack one kind, but its keys are needed all the same.
     full = _find(layers, windowed=False) or layers[-1]
     local = _find(layers, windowed=True) or full
     rope, local_rope = full.rope, local.rope
@@ -122,9 +129,10 @@ def write(config: DecoderConfig, hf: Any) -> tuple[dict[str, Any], dict[str, np.
         )
     full_dim, local_dim = config.heads_of(full).dim, config.heads_of(local).dim
     counts = [config.heads_of(layer).count for layer in layers]
+    is_uniform = len(set(counts)) == 1
     keys = {
         WINDOWED: [layer.window is not None for layer in layers],
-        "attention.head_count_kv": counts if len(set(counts)) > 1 else counts[0],
+        "attention.head_count_kv": counts[0] if is_uniform else counts,
         "attention.key_length": full_dim,
         "attention.value_length": full_dim,
         "attention.key_length_swa": local_dim,
@@ -134,6 +142,7 @@ def write(config: DecoderConfig, hf: Any) -> tuple[dict[str, Any], dict[str, np.
         "rope.freq_base": rope.theta,
         "rope.freq_base_swa": local_rope.theta,
     }
+    # A divisor for each pair of channels of a head.
     divisors = np.full(rope.dims // 2, STILL, np.float32)
     divisors[: rope.rotating_pairs] = 1
     return keys, {FACTORS: divisors}

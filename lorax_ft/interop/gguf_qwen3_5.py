@@ -61,6 +61,8 @@ def read(metadata: Mapping[str, Any], name: str, tensors: Mapping[str, Any]) -> 
     """
     # The blocks that predict further tokens follow the layers, and are not loaded.
     layers = metadata[f"{name}.block_count"] - metadata.get(f"{name}.{MTP_LAYERS}", 0)
+    # The last layer of each interval has full attention. Newer files have a list as well, which
+    # need not be regular.
     interval = metadata.get(f"{name}.{INTERVAL}", DEFAULT_INTERVAL)
     by_interval = [(layer + 1) % interval != 0 for layer in range(layers)]
     recurrent = metadata.get(f"{name}.{RECURRENT}", by_interval)
@@ -92,12 +94,15 @@ def write(config: DecoderConfig, hf: Any) -> tuple[dict[str, Any], dict[str, np.
     """
     recurrent = [layer.linear is not None for layer in config.each_layer]
     # Older versions of llama.cpp know only the interval.
-    interval = recurrent.index(False) + 1 if False in recurrent else config.layers + 1
+    interval = config.layers + 1
+    if False in recurrent:
+        interval = recurrent.index(False) + 1
     sections = hf.rope_parameters.get("mrope_section") or DEFAULT_SECTIONS
+    four_sections = [*sections, 0, 0, 0, 0][:4]
     keys: dict[str, Any] = {
         RECURRENT: recurrent,
         INTERVAL: interval,
-        SECTIONS: [*sections, 0, 0, 0, 0][:4],
+        SECTIONS: four_sections,
     }
     linear = linear_of(config)
     if linear is None:
@@ -133,10 +138,12 @@ def to_file(module: str, value: np.ndarray, linear: LinearAttention) -> np.ndarr
         convolution's is `[out, 1, in]`.
       linear: the sizes.
     """
+    # Hugging Face trains log(-A), where files hold A.
     if module == "ssm_a":
         value = -np.exp(value)
     elif module == CONVOLUTION:
         value = value[:, 0]
+    # Files go through the key heads first, as llama.cpp repeats keys by tiling them.
     groups = linear.value_heads // linear.key_heads
     return _transposed_heads(module, value, linear, (linear.key_heads, groups))
 

@@ -96,13 +96,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Any:
     """
     algorithm = metadata["tokenizer.ggml.model"]
     pre = metadata.get("tokenizer.ggml.pre", "")
-    is_known = algorithm in ("llama", GEMMA4) or (algorithm == "gpt2" and pre in PRE_TOKENIZERS)
-    if not is_known:
-        known = ", ".join(f"gpt2/{name}" for name in PRE_TOKENIZERS)
-        raise ValueError(
-            f"has the tokenizer {algorithm}/{pre}; supported: {known}, llama, {GEMMA4}; "
-            "use the Hugging Face folder instead"
-        )
+    _check_known(algorithm, pre)
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"]
     ids = _special_ids(metadata)
@@ -115,6 +109,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Any:
         tokenizer = sentencepiece(tokens, merges, tokens[ids["unk_token"]], add_prefix)
     elif algorithm == GEMMA4:
         merges = _pairs(metadata["tokenizer.ggml.merges"])
+        # Gemma's texts get no space in front, whatever the file says.
         tokenizer = sentencepiece(tokens, merges, tokens[ids["unk_token"]], False)
     else:
         merges = _pairs(metadata["tokenizer.ggml.merges"])
@@ -122,6 +117,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Any:
         adds_bos = PRE_TOKENIZERS[pre].adds_bos
     tokenizer.add_tokens(_whole_tokens(tokens, types, metadata))
     special = {name: tokens[i] for name, i in ids.items()}
+    # What texts start and end with.
     before, after = [], []
     # llama.cpp starts Gemma 4's texts with it whatever the file says.
     if algorithm == GEMMA4 or metadata.get("tokenizer.ggml.add_bos_token", adds_bos):
@@ -138,6 +134,19 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Any:
     )
 
 
+def _check_known(algorithm: str, pre: str) -> None:
+    """Raises ValueError unless this module builds the tokenizer of a file."""
+    # Only byte-level BPE has pre-tokenizers by name.
+    is_known = algorithm == "gpt2" and pre in PRE_TOKENIZERS
+    if is_known or algorithm in ("llama", GEMMA4):
+        return
+    known = ", ".join(f"gpt2/{name}" for name in PRE_TOKENIZERS)
+    raise ValueError(
+        f"has the tokenizer {algorithm}/{pre}; supported: {known}, llama, {GEMMA4}; "
+        "use the Hugging Face folder instead"
+    )
+
+
 def _chat_template(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
     """Returns a file's chat template, or all of them by name if it has several."""
     default = metadata.get(CHAT_TEMPLATE)
@@ -146,6 +155,7 @@ def _chat_template(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
         return default
     templates = {name: metadata[f"{CHAT_TEMPLATE}.{name}"] for name in names}
     if default is not None:
+        # transformers' name of the one that is used where none is asked for.
         templates = {"default": default} | templates
     return templates
 
@@ -239,13 +249,17 @@ def _pairs(merges: list[str]) -> list[tuple[str, str]]:
 
 def _merges(vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Returns all pairs of tokens whose concatenation is a token, the best score first."""
+    # SentencePiece's files have no merges: a score decides, and of equal scores the lower id.
     ranked = []
     for token, i in vocabulary.items():
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in vocabulary and right in vocabulary:
                 ranked.append((-scores[i], i, left, right))
-    return [(left, right) for _, _, left, right in sorted(ranked)]
+    merges = []
+    for _, _, left, right in sorted(ranked):
+        merges.append((left, right))
+    return merges
 
 
 def _whole_tokens(tokens: list[str], types: list[int], metadata: Mapping[str, Any]) -> list[Any]:
@@ -273,7 +287,10 @@ def _surround(tokenizer: Any, before: list[str], after: list[str]) -> None:
 
     if not before and not after:
         return
-    pieces = [(token, tokenizer.token_to_id(token)) for token in {*before, *after}]
+    pieces = []
+    for token in {*before, *after}:
+        pieces.append((token, tokenizer.token_to_id(token)))
+    # $A and $B are the texts of a pair; both start and end with the tokens.
     single = [*before, "$A", *after]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=single, pair=[*single, *before, "$B:1", *after], special_tokens=pieces

@@ -31,6 +31,7 @@ def add_tensors(writer: Any, params: Tree, model: Model, *, kind: str, interleav
     import gguf
 
     matrix_type = gguf.GGMLQuantizationType[kind]
+    # The gguf package's member for gpt-oss is GPT_OSS.
     enum_name = writer.arch.upper().replace("-", "_")
     supported = gguf.MODEL_TENSORS[gguf.MODEL_ARCH[enum_name]]
     for name, value in _tensors(params, model, interleaved):
@@ -54,6 +55,7 @@ def _tensors(params: Tree, model: Model, interleaved: bool) -> Iterator[tuple[st
     """Yields the tensors under llama.cpp's names and with its order of rows, in float32."""
     config = model.config
     names = {path: name for name, path in module_names(config).items()}
+    # By GGUF's name, the heads whose rows are permuted.
     permuted_heads = {}
     if interleaved:
         permuted_heads = {"attn_q": config.heads, "attn_k": config.kv_heads}

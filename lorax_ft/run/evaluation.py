@@ -64,6 +64,7 @@ def variants_of(
     Raises:
       ValueError: a variant needs an adapter, and there is none.
     """
+    # An adapter would have made another tree.
     if params is model.params:
         if "base" not in wanted:
             raise ValueError(f"{model.source} has no adapter to switch; give --adapter FOLDER")
@@ -91,6 +92,8 @@ def run_task(task: Task, variants: Mapping[str, Tree], console: Console) -> Resu
     for name, outcome in outcomes.items():
         for metric, items in outcome.metrics.items():
             scores.setdefault(metric, {})[name] = estimates(items)
+    # Each variant against those before it, so that "on - base" is positive if the adapter scores
+    # higher.
     names = list(outcomes)
     for place, name in enumerate(names):
         for other in names[:place]:

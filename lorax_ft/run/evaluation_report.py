@@ -55,8 +55,10 @@ def write_results(folder: Path, results: Sequence[Result], *, model: Mapping[str
     text = json.dumps(content, indent=2, ensure_ascii=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     plot_results(results).savefig(folder / "evaluation.png")
+    # With numbers, as a kind of task may come several times.
     for number, result in enumerate(results, 1):
         for name, outcome in result.outcomes.items():
+            # A loss has no answers.
             if not outcome.answers:
                 continue
             lines = [json.dumps(line, ensure_ascii=False) for line in outcome.answers]
@@ -102,6 +104,7 @@ def _plot_result(axes: Axes, result: Result) -> None:
             estimate = row.scores[variant]
             places.append(place + shift)
             means.append(factor * estimate.mean)
+            # None where there is a single item: a bar without an interval.
             halves.append(factor * NORMAL_95 * (estimate.error or 0))
         axes.bar(
             places,
@@ -170,6 +173,7 @@ def _rows(result: Result, metric: str, *, subjects: bool) -> Iterator[_Row]:
         return
     yield row("micro average", lambda score: score.total)
     yield row("macro average", lambda score: score.macro)
+    # The name is a default, for a function looks up a loop's variable when it is called.
     for category in first.categories:
         yield row(category, lambda score, name=category: score.categories[name][0])
     if subjects:

@@ -74,12 +74,7 @@ def train(config: Config, *, dry_run: bool = False, command: str | None = None) 
 
 
 def _run(
-    job: Job,
-    console: Console,
-    folder: Path,
-    *,
-    command: str | None,
-    start_time: float,
+    job: Job, console: Console, folder: Path, *, command: str | None, start_time: float
 ) -> Result:
     """Train between two evaluations, and save what was trained."""
     # Evaluate before make_folder: a wrong eval.answer_pattern fails here, and must not delete the

@@ -38,7 +38,9 @@ def check_axes(axes: Sequence[Axis | Range]) -> None:
       ValueError: a field that shapes the program has several values.
     """
     for axis in axes:
-        if axis.field in VARIED or (isinstance(axis, Axis) and len(axis.values) == 1):
+        # A single value is the same in all points, like the rest of the config.
+        is_single = isinstance(axis, Axis) and len(axis.values) == 1
+        if axis.field in VARIED or is_single:
             continue
         reason = "it is part of the compiled program"
         if axis.field in OTHER_LEAVES:
@@ -66,6 +68,7 @@ def check_config(config: Config, axes: Sequence[Axis | Range]) -> None:
             )
     if config.adapter.continue_from is None:
         return
+    # An adapter to continue from brings its leaves, whatever the config says of their start.
     for axis in axes:
         if axis.field in STARTS:
             raise ValueError(
@@ -90,9 +93,11 @@ def with_shared_base(points: Sequence[Point]) -> list[Point]:
 def _keeping_base(point: Point) -> Point:
     """The point with `adapter.keep_base`, if its init changes the base."""
     adapter = point.config.adapter
+    # PiSSA and its kin move a part of each kernel into the adapter, each by its rank and seed.
     changes_base = INITS[adapter.init].changes_base and adapter.continue_from is None
     if not changes_base or adapter.keep_base:
         return point
+    # LoftQ (2310.08659) quantizes the base around the adapter, so keep_base is no way out.
     if adapter.init == "loftq":
         raise ValueError(
             "adapter.init loftq changes the quantized base, which the adapters of a sweep share; "

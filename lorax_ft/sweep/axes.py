@@ -80,8 +80,9 @@ def parse_axes(entries: Sequence[str]) -> list[Axis | Range]:
     axes: list[Axis | Range] = []
     for entry in entries:
         field, equals, text = entry.partition("=")
-        if not equals or not text or not field:
+        if not (field and equals and text):
             raise ValueError(f'--sweep {entry!r} is not of the form "section.field=value,value"')
+        # As an option is written, "--optim.learning-rate", is fine too.
         field = field.removeprefix("--").replace("-", "_")
         kind = _kind(field)
         if any(axis.field == field for axis in axes):
@@ -100,12 +101,14 @@ def product(config: Config, axes: Sequence[Axis]) -> list[Point]:
     Raises:
       ValueError: a combination is not a valid config.
     """
-    count = math.prod(len(axis.values) for axis in axes)
+    fields = [axis.field for axis in axes]
+    lists = [axis.values for axis in axes]
+    # Counted before any is made: a slip such as 1..1000000:1000000 would take minutes.
+    count = math.prod(map(len, lists))
     if count > MOST_POINTS:
         raise ValueError(f"the sweep has {count:,} points; give fewer values")
-    fields = [axis.field for axis in axes]
     points = []
-    for number, values in enumerate(itertools.product(*(axis.values for axis in axes))):
+    for number, values in enumerate(itertools.product(*lists)):
         settings = dict(zip(fields, values, strict=True))
         points.append(make_point(config, settings, number=number))
     return points
@@ -117,6 +120,8 @@ def make_point(config: Config, settings: Settings, *, number: int) -> Point:
     Raises:
       ValueError: they are not valid together.
     """
+    # Sections are replaced with all their values at once, since each is checked as a whole: a value
+    # may be valid only together with another one.
     sections: dict[str, dict[str, Any]] = {}
     for field, value in settings.items():
         section, _, name = field.partition(".")
@@ -133,7 +138,10 @@ def make_point(config: Config, settings: Settings, *, number: int) -> Point:
 
 def describe(settings: Settings) -> str:
     """Settings in words, such as "optim.learning_rate 0.001, train.seed 0"."""
-    return ", ".join(f"{field} {describe_value(value)}" for field, value in settings.items())
+    parts = []
+    for field, value in settings.items():
+        parts.append(f"{field} {describe_value(value)}")
+    return ", ".join(parts)
 
 
 def describe_value(value: Any) -> str:
@@ -165,6 +173,7 @@ def _kind(field: str) -> Any:
         return float  # a sweep has no rate to find
     if field in known:
         return known[field]
+    # As scripts/train.py answers to names of another trainer, such as per_device_train_batch_size.
     message = advice([f"--{field}"], Config)
     if message is None:
         near = difflib.get_close_matches(field, known, n=1)
@@ -176,11 +185,13 @@ def _kind(field: str) -> Any:
 def _parse_axis(field: str, kind: Any, text: str) -> Axis | Range:
     """The axis of a field of this type."""
     found = RANGE.fullmatch(text)
+    # Of another field, such as one of paths, ".." is a part of the value.
     if found is not None and kind in (int, float):
         return _parse_range(field, kind, *found.groups())
     values = []
     for part in text.split(","):
         values.append(_parse_value(field, kind, part.strip()))
+    # A value given twice would train the same run twice.
     for i, value in enumerate(values):
         if value in values[:i]:
             raise ValueError(f"--sweep {field} has the value {describe_value(value)} twice")
@@ -197,14 +208,16 @@ def _parse_range(field: str, kind: type, first: str, last: str, count: str | Non
         return found
     if int(count) < 2:
         raise ValueError(f"--sweep {field}={first}..{last}:{count}: give 2 values or more")
+    # A dict, as a set that keeps the order.
     values: dict[float, None] = {}
     for i in range(int(count)):
-        share = i / (int(count) - 1)
+        share = i / (int(count) - 1)  # 0 at low, 1 at high
         value = low + share * (high - low)
         if found.is_log:
             value = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
         # Neighbors that are rounded to the same value are one.
-        values[round(value) if kind is int else rounded(value)] = None
+        value = round(value) if kind is int else rounded(value)
+        values[value] = None
     return Axis(field=field, values=tuple(values))
 
 
@@ -218,7 +231,8 @@ def _parse_value(field: str, kind: Any, text: str) -> Any:
     # A class of this field alone: the checks of the whole config come when the point is made.
     inner = dataclasses.make_dataclass("Section", [(name, kind)], frozen=True, kw_only=True)
     outer = dataclasses.make_dataclass("Value", [(section, inner)], frozen=True, kw_only=True)
-    # "=" keeps a value that starts with a dash from looking like an option.
+    # "=" keeps a value that starts with a dash from looking like an option. A field of several
+    # values takes them as arguments of their own, such as "q_proj v_proj".
     arguments = [f"--{field}={text}"]
     if takes_several(kind):
         arguments = [f"--{field}", *text.split()]

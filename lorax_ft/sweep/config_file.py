@@ -25,7 +25,11 @@ def config_file(config: Config, *, docstring: str) -> str:
     <BLANKLINE>
     """
     sections = _changed_sections(config)
-    names = sorted({"Config", *(type(section).__name__ for section, _ in sections.values())})
+    classes = {"Config"}
+    for section, _ in sections.values():
+        classes.add(type(section).__name__)
+    # The order of ruff's import sorting, so that the file passes a linter as it is.
+    names = sorted(classes)
     lines = [f'"""{docstring}"""', "", f"from lorax_ft.config import {', '.join(names)}", "", ""]
     lines.append("def get_config() -> Config:")
     if not sections:
@@ -35,6 +39,7 @@ def config_file(config: Config, *, docstring: str) -> str:
         for name, (section, values) in sections.items():
             lines.append(f"        {name}={type(section).__name__}(")
             for field, value in values.items():
+                # Fields are numbers, strings, booleans and tuples of them, whose repr is Python.
                 lines.append(f"            {field}={value!r},")
             lines.append("        ),")
         lines.append("    )")

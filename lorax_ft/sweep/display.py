@@ -44,6 +44,7 @@ class Display:
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2)
 
     def __enter__(self) -> Display:
+        # A file gets lines of text: a live table would fill it with control characters.
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -60,14 +61,18 @@ class Display:
     def advance(self, step: int, steps: int, members: Sequence[int], tokens: int) -> None:
         """Show that the members have done a step."""
         now = time.perf_counter()
+        # Two outputs may be fetched in a row, faster than the clock ticks.
         speed = tokens / max(now - self._last, 1e-9)
         self._last = now
         text = f"step {step}/{steps}  {_count(members)}  {speed:,.0f} tokens/s"
         self._bar.update(self._task, advance=len(members), description=text)
+        if self._console.is_terminal:
+            return
         every = max(steps // LINES, 1)
-        if not self._console.is_terminal and (step % every == 0 or step == steps):
+        if step % every == 0 or step == steps:
             losses = [self._results.trained.get(k, math.nan) for k in members]
-            finite = [loss for loss in losses if math.isfinite(loss)]
+            # Those that diverged would hide how the others do.
+            finite = list(filter(math.isfinite, losses))
             if finite:
                 text += f"  loss {min(finite):.4f} to {max(finite):.4f}"
             self._console.print(text)
@@ -81,13 +86,12 @@ class Display:
         self.skip()
         if self._console.is_terminal:
             return
-        scores = {k: self._results.score(k, step) for k in members}
-        best = min(scores, key=lambda k: scores[k])
-        if math.isfinite(scores[best]):
+        best = min(members, key=lambda k: self._results.score(k, step))
+        loss = self._results.score(best, step)
+        # Infinite if all of them diverged, of which `diverged` tells.
+        if math.isfinite(loss):
             point = self._results.points[best]
-            self._console.print(
-                f"step {step}: lowest validation loss {scores[best]:.4f} at {point.name}"
-            )
+            self._console.print(f"step {step}: lowest validation loss {loss:.4f} at {point.name}")
 
     def diverged(self, members: Sequence[int]) -> None:
         """Print which points diverged."""
@@ -100,6 +104,7 @@ class Display:
         self._console.print(f"step {step}: {_count(members)} with the higher losses dropped")
 
     def _render(self) -> RenderableType:
+        # The title, the header, its rule, the bar and the lines around them take up to 8 lines.
         rows = min(MOST_ROWS, max(self._console.height - 8, 1))
         table = points_table(self._results, width=self._console.width, most=rows)
         return Group(table, self._bar)
@@ -172,6 +177,7 @@ def _rank(results: Results, k: int) -> tuple[bool, int, float]:
     """The order of the table: those that trained for longer first, then by loss."""
     step, loss = results.last(k) or (0, math.inf)
     is_diverged = k in results.diverged or not math.isfinite(loss)
+    # False sorts before True, and the larger step first.
     return is_diverged, -step, loss
 
 

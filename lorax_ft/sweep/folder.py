@@ -69,6 +69,7 @@ def check_sweep_folder(folder: Path, config: Config, options: dict[str, Any]) ->
         return True
     if is_empty(folder):
         return False
+    # Overwriting deletes what a sweep writes, so it must be the folder of one.
     if not file.is_file():
         raise ValueError(
             f"{folder} is not empty and holds no sweep, so it is not overwritten; "
@@ -84,6 +85,7 @@ def check_sweep_folder(folder: Path, config: Config, options: dict[str, Any]) ->
 
 def make_sweep_folder(folder: Path, config: Config, options: dict[str, Any]) -> None:
     """Make the folder, delete the sweep to overwrite, and write what the new one is."""
+    # Of several processes with one disk, one writes.
     if jax.process_index() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,6 +107,7 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
 def _check_same_sweep(previous: dict[str, Any], config: Config, options: dict[str, Any]) -> None:
     """Raise if a resumed sweep differs from the one in the folder."""
     for name, value in options.items():
+        # A sweep of an older version may lack an option.
         old = previous["sweep"].get(name)
         if old != value:
             raise ValueError(
@@ -113,6 +116,7 @@ def _check_same_sweep(previous: dict[str, Any], config: Config, options: dict[st
             )
     before = Config.from_json(json.dumps(previous["config"]))
     check_same_run(config, before)
+    # A single run may be resumed for more steps. Points of a sweep are compared at equal ones.
     if config.train.steps != before.train.steps or config.train.epochs != before.train.epochs:
         raise ValueError(
             f"train.steps is {config.train.steps} and train.epochs {config.train.epochs}, but the "

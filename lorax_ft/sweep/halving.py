@@ -19,8 +19,13 @@ def rung_ends(budget: Budget, *, settings: int, steps: int) -> list[int]:
     """
     rungs = 1
     if budget == "halve":
+        # So many halvings leave one setting, which trains through the last rung.
         rungs = math.ceil(math.log2(settings)) + 1
-    ends = {max(round(steps * (rung + 1) / rungs), 1): None for rung in range(rungs)}
+    # A dict, as a set that keeps the order: in a short run rungs may end at the same step.
+    ends: dict[int, None] = {}
+    for rung in range(1, rungs + 1):
+        end = max(round(steps * rung / rungs), 1)
+        ends[end] = None
     return list(ends)
 
 
@@ -33,8 +38,12 @@ def survivors(ranking: Sequence[Sequence[int]]) -> list[int]:
     >>> survivors([[2, 5], [0, 1], [3, 4]])
     [0, 1, 2, 5]
     """
+    # Of an odd number the middle one stays.
     kept = (len(ranking) + 1) // 2
-    return sorted(k for group in ranking[:kept] for k in group)
+    members: list[int] = []
+    for group in ranking[:kept]:
+        members += group
+    return sorted(members)
 
 
 def groups(members: Sequence[int], parallel: int) -> list[list[int]]:
@@ -43,6 +52,10 @@ def groups(members: Sequence[int], parallel: int) -> list[list[int]]:
     >>> groups([0, 1, 2, 3, 4], 4)
     [[0, 1, 2], [3, 4]]
     """
+    # Equal sizes share a compiled program: 3 and 3 of 6, rather than 4 and 2.
     count = math.ceil(len(members) / parallel)
     size = math.ceil(len(members) / count)
-    return [list(members[start : start + size]) for start in range(0, len(members), size)]
+    parts = []
+    for start in range(0, len(members), size):
+        parts.append(list(members[start : start + size]))
+    return parts

@@ -68,6 +68,7 @@ def run_points(
     if folder is not None:
         keep = job.config.train.keep_checkpoints
         checkpoints = Checkpoints(folder / FOLDER / str(number), keep=keep)
+    # The steps that each point has done in a sweep to resume.
     state, done = job.state, None
     if checkpoints is not None and resume and checkpoints.latest() is not None:
         state, _ = checkpoints.restore(job.state, job.owned)
@@ -120,7 +121,9 @@ class _Loop:
         self._stop_signal = stop_signal
         self._checkpoints = checkpoints
         self._steps = np.array(state.step)
+        """The steps that each point has done, `[K]`."""
         self._saved: int | None = None
+        """The number of the last checkpoint."""
 
     def run(self, ends: Sequence[int], parallel: int) -> None:
         """Train all points to the end of each rung, and drop the worse half between rungs."""
@@ -166,6 +169,7 @@ class _Loop:
     def _make_group(self, members: list[int], step: int) -> _Group:
         job = self._job
         if members == list(range(len(job.points))):
+            # Without a copy, which would take the memory of the states once more.
             state, owned, keys = self.state, job.owned, job.keys
         else:
             state, owned, keys = take((self.state, job.owned, job.keys), members)
@@ -184,6 +188,7 @@ class _Loop:
 
     def _record(self, output: _Output | None) -> None:
         """Show and write the metrics of a step."""
+        # None after the first step, whose metrics are still being computed.
         if output is None:
             return
         step, members, metrics, tokens = output
@@ -203,6 +208,7 @@ class _Loop:
         # No checkpoint is saved of a step whose loss was not written.
         self._record(group.pop_output(wait=True))
         others, self.state = self.state, group.state
+        # A group of all points has the states of all.
         if len(group.members) < len(self._job.points):
             self.state = put(others, group.members, group.state)
         self._steps[group.members] = group.step
@@ -286,10 +292,12 @@ class _Group:
                 sums = self._program.evaluate(
                     self.state.trained, self._owned, self._job.base, batch
                 )
-            part = np.array(jax.device_get(sums), np.float64)  # [2, K]
+            # Loss and labeled tokens, `[2, K]`; in float64, since there may be many batches.
+            part = np.array(jax.device_get(sums), np.float64)
             totals[metric] = totals.get(metric, 0) + part
-        losses = []
-        for i in range(len(self.members)):
-            its = {metric: float(total[0, i] / total[1, i]) for metric, total in totals.items()}
-            losses.append(its)
+        losses: list[dict[str, float]] = [{} for _ in self.members]
+        for metric, (loss, tokens) in totals.items():
+            means = loss / tokens  # [K]
+            for its, mean in zip(losses, means.tolist(), strict=True):
+                its[metric] = mean
         return losses

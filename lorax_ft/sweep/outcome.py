@@ -12,6 +12,7 @@ from rich.console import Console
 from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_quantized
 from lorax_ft.lowrank.requantize import is_requantized
+from lorax_ft.models.model import Model
 from lorax_ft.run.report import print_summary
 from lorax_ft.run.training_notes import training_notes
 from lorax_ft.sweep.axes import Point, describe
@@ -20,9 +21,10 @@ from lorax_ft.sweep.display import points_table
 from lorax_ft.sweep.folder import ADAPTER, BEST, PLOT
 from lorax_ft.sweep.plot import plot_sweep
 from lorax_ft.sweep.results import RESULTS, Results
+from lorax_ft.sweep.session import Session
 from lorax_ft.sweep.setup import SweepJob
 from lorax_ft.training.step import TrainState
-from lorax_ft.tree import modules
+from lorax_ft.tree import Tree, modules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,53 +41,56 @@ class SweepResult:
     seconds: float
 
 
-def save_best(
-    job: SweepJob,
-    state: TrainState,
-    k: int,
-    folder: Path,
-    *,
-    loss: float,
-    command: str | None,
-) -> None:
+def save_best(session: Session, job: SweepJob, state: TrainState, k: int, *, loss: float) -> None:
     """Write best.py and the adapter of a point."""
-    point = job.points[k]
+    # One process writes, as all have the same results.
     if jax.process_index() != 0:
         return
+    point = job.points[k]
+    folder = session.folder
     heading = (
         f"The best point of a sweep: {point.name}.\n\n"
         f"    python scripts/train.py --config {folder / BEST}\n\n"
         f"Validation loss {loss:.4f} after {job.steps} steps.\n"
     )
     (folder / BEST).write_text(config_file(point.config, docstring=heading))
-    adapter = point.config.adapter
     # The weights of full fine-tuning are no adapter; best.py trains them again.
-    if not adapter.targets:
+    if not point.config.adapter.targets:
         return
     params = job.params(state, k)
-    base = None
-    # No other checkpoint holds kernels that the init quantized anew.
-    if any(is_requantized(layer) for layer in modules(params).values()):
-        base = folder / BASE
-        if not base.is_dir():
-            save_quantized(base, params, job.model)
     notes = training_notes(
         point.config,
         job.model,
         job.data[k],
         steps=f"{job.steps}, as one of {len(job.points)} adapters of a sweep",
         results={"sweep": point.name, "validation loss": f"{loss:.4f}"},
-        command=command,
+        command=session.command,
     )
+    # others="keep": what a user has put beside an earlier best adapter stays.
     save_peft(
         folder / ADAPTER,
         params,
         job.model,
-        config=adapter,
-        base=base,
+        config=point.config.adapter,
+        base=_save_base(folder, params, job.model),
         others="keep",
         training_notes=notes,
     )
+
+
+def _save_base(folder: Path, params: Tree, model: Model) -> Path | None:
+    """Save the base if the init quantized its kernels anew, for no other checkpoint holds them.
+
+    Returns:
+      Its folder; None if the adapter belongs to the model that was loaded.
+    """
+    if not any(is_requantized(layer) for layer in modules(params).values()):
+        return None
+    base = folder / BASE
+    # All points share the base, so that of an earlier best one is the same.
+    if not base.is_dir():
+        save_quantized(base, params, model)
+    return base
 
 
 def finish(
@@ -120,18 +125,23 @@ def finish(
     rows = [
         ("best", f"{describe(point.settings)}: validation loss {loss:.4f}"),
         ("config", f"{folder / BEST} for scripts/train.py --config"),
-        ("adapter", str(folder / ADAPTER)),
+    ]
+    # Full fine-tuning leaves no adapter (`save_best`).
+    if point.config.adapter.targets:
+        rows.append(("adapter", str(folder / ADAPTER)))
+    rows += [
         ("results", f"{folder / RESULTS}, {folder / PLOT}"),
         ("time", f"{seconds:.0f} s"),
     ]
-    if not point.config.adapter.targets:
-        rows.pop(2)
     print_summary(console, rows, title="Sweep")
+    losses = {}
+    for k, its in enumerate(results.points):
+        losses[its.name] = _last_loss(results, k)
     return SweepResult(
         folder=folder,
         best=point,
         loss=loss,
-        losses={its.name: _last_loss(results, k) for k, its in enumerate(results.points)},
+        losses=losses,
         steps=steps,
         seconds=seconds,
     )
@@ -139,8 +149,11 @@ def finish(
 
 def merged(parts: Sequence[Results]) -> Results:
     """The results of several generations as one."""
-    points = [point for part in parts for point in part.points]
+    points: list[Point] = []
+    for part in parts:
+        points += part.points
     whole = Results(points, None)
+    # Each part counts its points from 0; in the whole they follow those of the parts before.
     first = 0
     for part in parts:
         for (k, step), loss in part.losses.items():

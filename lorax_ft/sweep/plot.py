@@ -36,6 +36,7 @@ def plot_sweep(results: Results, file: Path, *, steps: int, title: str) -> None:
 
     across = _horizontal(results)
     curves, diverged = _curves(results, across, steps)
+    # Without pyplot, because its global state would change the caller's figures.
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -131,6 +132,7 @@ def _set_axes(axes: Axes, across: str, places: Mapping[Any, float], *, is_number
     """A logarithmic axis for positive numbers that span more than a factor of 4."""
     axes.set_xlabel(across)
     axes.grid(alpha=0.3)
+    # Zero and negative numbers have no logarithm.
     if not is_number:
         axes.set_xticks(list(places.values()), list(map(describe_value, places)))
     elif min(places) > 0 and max(places) > 4 * min(places):

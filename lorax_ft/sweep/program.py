@@ -64,6 +64,7 @@ def compile_program(
         its own `[K, B, T]`.
     """
     (count,) = keys.shape
+    # Its state holds the rates, which differ between adapters (`with_peak_rates`).
     tx = make_optimizer(config.optim, steps=steps)
     loss = supervised_loss(
         model,
@@ -83,6 +84,7 @@ def compile_program(
     ) -> Any:
         return solo_step(state, combine(base, owned), batch, key)
 
+    # None: the base has no axis K.
     vmapped = jax.vmap(step, in_axes=(0, 0, None, 0, 0))
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     # Without out_shardings XLA may shard the new state differently, and the compiled step would
@@ -105,7 +107,8 @@ def _evaluation(model: Model, count: int, mesh: Mesh, *, shares_rows: bool) -> A
         return solo(combine(base, owned, trained), batch)
 
     row_axis = None if shares_rows else 0
-    return jax.jit(jax.vmap(evaluate, in_axes=(0, 0, None, row_axis)))
+    vmapped = jax.vmap(evaluate, in_axes=(0, 0, None, row_axis))
+    return jax.jit(vmapped)
 
 
 def _chunk_rows(config: Config, trained: Tree, count: int, mesh: Mesh) -> int | None:

@@ -127,7 +127,8 @@ class Results:
         steps = [step for point, step in self.losses if point == k]
         if not steps:
             return None
-        return max(steps), self.losses[k, max(steps)]
+        last = max(steps)
+        return last, self.losses[k, last]
 
     def score(self, k: int, step: int) -> float:
         """What a point is judged by: its validation loss at a step; infinite if it diverged."""
@@ -144,7 +145,8 @@ class Results:
         """
         settings: dict[str, list[int]] = {}
         for k in members:
-            settings.setdefault(setting_key(self.points[k].settings), []).append(k)
+            key = setting_key(self.points[k].settings)
+            settings.setdefault(key, []).append(k)
 
         def mean(group: list[int]) -> float:
             return float(np.mean([self.score(k, step) for k in group]))
@@ -159,6 +161,7 @@ class Results:
 
         None if all diverged.
         """
+        # Those that were dropped earlier are not among them.
         evaluated = [k for k in range(len(self.points)) if self.has(k, step)]
         for group in self.ranking(evaluated, step):
             if math.isfinite(self.score(group[0], step)):
@@ -166,6 +169,7 @@ class Results:
         return None
 
     def _note_divergence(self, step: int, members: Sequence[int]) -> list[int]:
+        # Once a loss is NaN all later ones are, so each point is noted once.
         new = [k for k in members if k not in self.diverged]
         for k in new:
             self.diverged[k] = step
@@ -187,7 +191,9 @@ class Results:
 
 def setting_key(settings: Settings) -> str:
     """What the points of a setting have in common: everything but the seed."""
-    return json.dumps({field: value for field, value in settings.items() if field != SEED})
+    others = dict(settings)
+    others.pop(SEED, None)
+    return json.dumps(others)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -204,6 +210,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def _is_kept(point: int, step: int, done: Mapping[int, int]) -> bool:
     """Whether a line is of a step that a point has done, or of a point before all these."""
+    # Of an earlier generation, which is complete.
     if point < min(done):
         return True
     return step <= done.get(point, -1)

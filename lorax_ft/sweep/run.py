@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -12,11 +13,13 @@ from rich.console import Console
 from lorax_ft.config import Config
 from lorax_ft.run import report
 from lorax_ft.sweep.agree import check_axes, check_config, with_shared_base
-from lorax_ft.sweep.axes import Axis, Range, parse_axes, product
+from lorax_ft.sweep.axes import Axis, Point, Range, parse_axes, product
 from lorax_ft.sweep.folder import check_sweep_folder, make_sweep_folder, sweep_folder
 from lorax_ft.sweep.halving import Budget
 from lorax_ft.sweep.loop import run_points
 from lorax_ft.sweep.outcome import SweepResult, finish, save_best
+from lorax_ft.sweep.results import Results
+from lorax_ft.sweep.session import Session
 from lorax_ft.sweep.setup import SweepJob, load, set_up
 from lorax_ft.sweep.tune import check_tuning, tune
 
@@ -53,63 +56,82 @@ def sweep(
       KeyboardInterrupt: a signal ended the sweep, after a checkpoint.
     """
     start_time = time.perf_counter()
-    axes = parse_axes(entries)
-    check_axes(axes)
-    check_config(config, axes)
-    _check_options(axes, parallel=parallel, budget=budget, trials=trials)
-    lists = [axis for axis in axes if isinstance(axis, Axis)]
+    axes = _checked_axes(config, entries, parallel=parallel, budget=budget, trials=trials)
     folder = sweep_folder(config)
-    options = {
-        "sweep": list(entries),
-        "parallel": parallel,
-        "budget": budget,
-        "trials": trials,
-    }
-    # Resuming and overwriting are about the sweep's folder, and not about its points' runs.
-    train = dataclasses.replace(config.train, resume=False, overwrite=False)
-    run_config = dataclasses.replace(config, train=train)
-    points = [] if trials else with_shared_base(product(run_config, lists))
+    options = {"sweep": list(entries), "parallel": parallel, "budget": budget, "trials": trials}
+    run_config = _config_of_runs(config)
+    # With trials, optuna draws the points while the sweep runs.
+    points = [] if trials else _all_points(run_config, axes)
     check_sweep_folder(folder, config, options)
 
     console = report.make_console()
     report.print_config(console, config)
     _print_axes(console, axes, points=len(points), trials=trials, parallel=parallel)
-    loaded = load(config)
+    session = Session(
+        loaded=load(config),
+        console=console,
+        folder=folder,
+        parallel=parallel,
+        resume=config.train.resume,
+        command=command,
+    )
     if trials:
         make_sweep_folder(folder, config, options)
-        generations = tune(
-            run_config,
-            axes,
-            loaded,
-            console,
-            folder=folder,
-            trials=trials,
-            parallel=parallel,
-            resume=config.train.resume,
-            command=command,
-        )
-        steps = loaded.steps(config)
+        generations = tune(run_config, axes, session, trials=trials)
+        steps = session.loaded.steps(config)
     else:
-        job = set_up(points, loaded)
+        job = set_up(points, session.loaded)
         _print_job(console, job)
         # A sweep that fails in its setup must not delete the one that it overwrites.
         make_sweep_folder(folder, config, options)
-        one = run_points(
-            job,
-            console,
-            folder=folder,
-            parallel=parallel,
-            budget=budget,
-            resume=config.train.resume,
-        )
+        generations = [_train(job, session, budget)]
         steps = job.steps
-        best = one.results.best(steps)
-        if best is not None:
-            loss = one.results.losses[best, steps]
-            save_best(job, one.state, best, folder, loss=loss, command=command)
-        generations = [one.results]
     seconds = time.perf_counter() - start_time
     return finish(console, folder, generations, steps=steps, seconds=seconds)
+
+
+def _checked_axes(
+    config: Config, entries: Sequence[str], *, parallel: int, budget: Budget, trials: int
+) -> list[Axis | Range]:
+    """What varies, after all checks that need no model."""
+    axes = parse_axes(entries)
+    check_axes(axes)
+    check_config(config, axes)
+    _check_options(axes, parallel=parallel, budget=budget, trials=trials)
+    return axes
+
+
+def _config_of_runs(config: Config) -> Config:
+    """The config of the sweep's runs, which do not have its folder."""
+    # Resuming and overwriting are about the sweep's folder, and not about its points' runs.
+    train = dataclasses.replace(config.train, resume=False, overwrite=False)
+    return dataclasses.replace(config, train=train)
+
+
+def _all_points(config: Config, axes: Sequence[Axis | Range]) -> list[Point]:
+    """The points of all combinations of the axes' values."""
+    # `_check_options` has made sure that no axis is a range.
+    lists = [axis for axis in axes if isinstance(axis, Axis)]
+    return with_shared_base(product(config, lists))
+
+
+def _train(job: SweepJob, session: Session, budget: Budget) -> Results:
+    """Train all points as one generation, and save the best one."""
+    swept = run_points(
+        job,
+        session.console,
+        folder=session.folder,
+        parallel=session.parallel,
+        budget=budget,
+        resume=session.resume,
+    )
+    results = swept.results
+    best = results.best(job.steps)
+    # Where all diverged there is no best one; `finish` says so, after the table.
+    if best is not None:
+        loss = results.losses[best, job.steps]
+        save_best(session, job, swept.state, best, loss=loss)
+    return results
 
 
 def _check_options(
@@ -123,6 +145,7 @@ def _check_options(
     if trials:
         check_tuning(axes, budget)
         return
+    # Without an optimizer that draws from it, a range has no end of values.
     for axis in axes:
         if isinstance(axis, Range):
             text = f"{axis.field}={axis.low:g}..{axis.high:g}"
@@ -152,9 +175,15 @@ def _print_axes(
 
 def _print_job(console: Console, job: SweepJob) -> None:
     """Print the memory of the adapters beside that of the base."""
-    adapters = sum(leaf.nbytes for leaf in jax.tree.leaves((job.state, job.owned)))
-    base = sum(leaf.nbytes for leaf in jax.tree.leaves(job.base))
+    base = _megabytes(job.base)
+    adapters = _megabytes((job.state, job.owned))
     console.print(
-        f"{job.steps} steps each. The base takes {base / 1e6:,.1f} MB, the "
-        f"{len(job.points)} adapters with their optimizer states {adapters / 1e6:,.1f} MB."
+        f"{job.steps} steps each. The base takes {base:,.1f} MB, the "
+        f"{len(job.points)} adapters with their optimizer states {adapters:,.1f} MB."
     )
+
+
+def _megabytes(tree: Any) -> float:
+    """The memory of a tree's leaves over all devices."""
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.nbytes for leaf in leaves) / 1e6

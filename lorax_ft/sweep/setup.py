@@ -100,6 +100,7 @@ class SweepJob:
     def batch(self, members: Sequence[int], step: int) -> tuple[dict[str, Array], int]:
         """Training batch number `step` of some adapters, `[K, M, B, T]`, and its tokens."""
         microbatches = self.config.train.microbatches
+        # The seed shuffles the rows: adapters of one seed see the same ones.
         by_seed: dict[int, HostBatch] = {}
         rows = []
         for k in members:
@@ -107,14 +108,18 @@ class SweepJob:
             if seed not in by_seed:
                 by_seed[seed] = self.batches[k].batch(step)
             rows.append(by_seed[seed])
-        tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in rows)
+        tokens = 0
+        for batch in rows:
+            # Segment 0 is padding.
+            tokens += int((batch["segment_ids"] > 0).sum())
+        # As a single run splits its rows; neither K nor M is split.
         place = NamedSharding(self.mesh, P(None, None, sharding.ROW_AXES))
         placed = {}
         for name in rows[0]:
             stacked = np.stack([batch[name] for batch in rows])  # [K, B, T]
             k, _, length = stacked.shape
-            stacked = stacked.reshape(k, microbatches, -1, length)
-            placed[name] = sharding.place(stacked, place)
+            by_microbatch = stacked.reshape(k, microbatches, -1, length)  # [K, M, B, T]
+            placed[name] = sharding.place(by_microbatch, place)
         return placed, tokens
 
     def validation_batches(self, members: Sequence[int]) -> Iterator[tuple[str, dict[str, Array]]]:
@@ -192,14 +197,20 @@ def set_up(points: Sequence[Point], loaded: Loaded) -> SweepJob:
     """
     model, mesh = loaded.model, loaded.mesh
     data = [loaded.dataset(point.config) for point in points]
-    batches = [
-        make_batches(point.config, its_data) for point, its_data in zip(points, data, strict=True)
-    ]
+    batches = []
+    for point, its_data in zip(points, data, strict=True):
+        batches.append(make_batches(point.config, its_data))
     _check_data(points, data)
     steps = _count_steps(points, batches)
     leaves = _make_leaves(points, model, batches, mesh)
-    trained = [own_trained for own_trained, _ in leaves]
-    owned = [owned_leaves(own_trained, frozen) for own_trained, frozen in leaves]
+    trained, owned = [], []
+    shapes: list[Shapes] = []
+    for its_trained, its_frozen in leaves:
+        # Leaves such as the scale do not train, but are the adapter's own all the same.
+        its_owned = owned_leaves(its_trained, its_frozen)
+        trained.append(its_trained)
+        owned.append(its_owned)
+        shapes.append(shapes_of(combine(its_trained, its_owned)))
     base = _shared_base(owned, [frozen for _, frozen in leaves])
     _check_read(points[0].config, model, leaves[0], batches[0], mesh)
     state = _make_state(points, stack(trained, mesh=mesh), steps=steps, mesh=mesh)
@@ -211,7 +222,7 @@ def set_up(points: Sequence[Point], loaded: Loaded) -> SweepJob:
         base=base,
         state=state,
         owned=stack(owned, mesh=mesh),
-        shapes=[shapes_of(combine(*pair)) for pair in zip(trained, owned, strict=True)],
+        shapes=shapes,
         data=data,
         batches=batches,
         steps=steps,
@@ -250,9 +261,11 @@ def _make_leaves(
 def _make_state(points: Sequence[Point], trained: Tree, *, steps: int, mesh: Mesh) -> TrainState:
     """The state of K adapters: moments of zeros, and each one's own rates."""
     count = len(points)
+    # The rates of the first point are replaced below; the rest of its optimizer is that of all.
     tx = make_optimizer(points[0].config.optim, steps=steps)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), trained)
     places = jax.tree.map(lambda leaf: _unstacked(leaf.sharding), trained)
+    # A moment lies where its parameter does. K, in front, is not split.
     opt_places = sharding.state_shardings(tx, one, places, mesh=mesh)
     opt_places = jax.tree.map(lambda place: NamedSharding(mesh, P(None, *place.spec)), opt_places)
     peaks = [peak_rates(point.config.optim) for point in points]
@@ -278,8 +291,10 @@ def _shared_base(owned: Sequence[Tree], frozen: Sequence[Tree]) -> Tree:
     """The frozen leaves that belong to the model, the same in all points."""
     bases = []
     for own, leaves in zip(owned, frozen, strict=True):
-        flat = {path: leaf for path, leaf in flatten(leaves).items() if path not in flatten(own)}
-        bases.append(unflatten(flat))
+        of_base = flatten(leaves)
+        for path in flatten(own):
+            of_base.pop(path, None)
+        bases.append(unflatten(of_base))
     first = flatten(bases[0])
     for base in bases[1:]:
         for path, leaf in flatten(base).items():
@@ -299,6 +314,7 @@ def _check_data(points: Sequence[Point], data: Sequence[Dataset]) -> None:
             "a sweep compares its points by their validation loss, and there are no validation "
             "rows; give data.validation or data.validation_rows"
         )
+    # With data.max_length auto, the rows of another seed may have a longest one of another length.
     lengths = {its.max_length: point for its, point in zip(data, points, strict=True)}
     if len(lengths) > 1:
         found = ", ".join(f"{length} at {point.name}" for length, point in lengths.items())
@@ -308,6 +324,7 @@ def _check_data(points: Sequence[Point], data: Sequence[Dataset]) -> None:
 def _count_steps(points: Sequence[Point], batches: Sequence[Batches]) -> int:
     """The steps of all points."""
     counts: dict[int, Point] = {}
+    # Packing fills rows in order, so an epoch of another seed may have more or fewer of them.
     for point, its in zip(points, batches, strict=True):
         counts.setdefault(count_steps(point.config.train, its), point)
     if len(counts) > 1:

@@ -21,7 +21,8 @@ from lorax_ft.sweep.halving import Budget
 from lorax_ft.sweep.loop import run_points
 from lorax_ft.sweep.outcome import merged, save_best
 from lorax_ft.sweep.results import Results
-from lorax_ft.sweep.setup import Loaded, set_up
+from lorax_ft.sweep.session import Session
+from lorax_ft.sweep.setup import set_up
 
 GENERATION = 8
 """Settings that are asked for at once, at most: optuna learns between generations only."""
@@ -52,14 +53,9 @@ def check_tuning(axes: Sequence[Axis | Range], budget: Budget) -> None:
 def tune(
     config: Config,
     axes: Sequence[Axis | Range],
-    loaded: Loaded,
-    console: Console,
+    session: Session,
     *,
-    folder: Path,
     trials: int,
-    parallel: int,
-    resume: bool,
-    command: str | None,
 ) -> list[Results]:
     """Train `trials` settings, in generations, each with all seeds that are listed.
 
@@ -70,42 +66,42 @@ def tune(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Tree-structured Parzen estimators (Bergstra et al., 2011). The first settings are random, for
+    # they are asked for before any loss is known.
     sampler = optuna.samplers.TPESampler(seed=config.train.seed, n_startup_trials=GENERATION)
     study = optuna.create_study(direction="minimize", sampler=sampler)
     seeds = _seeds(config, axes)
-    size = max(min(parallel // len(seeds), GENERATION), 1)
-    steps = loaded.steps(config)
+    # All seeds of a generation's trials train together.
+    size = max(min(session.parallel // len(seeds), GENERATION), 1)
+    steps = session.loaded.steps(config)
     generations: list[Results] = []
     asked = 0
     while asked < trials:
         count = min(size, trials - asked)
         drawn = [study.ask() for _ in range(count)]
         points = _points(config, axes, drawn, seeds, first=asked * len(seeds))
-        number = len(generations)
-        results = _known(points, folder, steps) if resume else None
+        results = None
+        if session.resume:
+            results = _known(points, session.folder, steps)
         if results is None:
-            results = _train(
-                points,
-                loaded,
-                console,
-                generations,
-                folder=folder,
-                parallel=parallel,
-                resume=resume,
-                number=number,
-                command=command,
-            )
+            results = _train(points, session, generations)
         generations.append(results)
         _tell(study, drawn, results, steps)
         asked += count
-        whole = merged(generations)
-        best = whole.best(steps)
-        if best is not None:
-            console.print(
-                f"{asked} of {trials} trials: lowest validation loss "
-                f"{whole.losses[best, steps]:.4f} at {whole.points[best].name}"
-            )
+        _print_best(session.console, generations, steps, progress=f"{asked} of {trials} trials")
     return generations
+
+
+def _print_best(
+    console: Console, generations: Sequence[Results], steps: int, *, progress: str
+) -> None:
+    """Print the best point so far, if any did not diverge."""
+    whole = merged(generations)
+    best = whole.best(steps)
+    if best is None:
+        return
+    loss = whole.losses[best, steps]
+    console.print(f"{progress}: lowest validation loss {loss:.4f} at {whole.points[best].name}")
 
 
 def _seeds(config: Config, axes: Sequence[Axis | Range]) -> tuple[int, ...]:
@@ -127,7 +123,11 @@ def _points(
     """The points of the trials, all seeds of a trial one after the other."""
     points: list[Point] = []
     for trial in drawn:
-        settings = {axis.field: _draw(trial, axis) for axis in axes if axis.field != SEED}
+        settings = {}
+        for axis in axes:
+            # Seeds are no choice of optuna's: it would take the luckiest one.
+            if axis.field != SEED:
+                settings[axis.field] = _draw(trial, axis)
         for seed in seeds:
             with_seed = {**settings, SEED: seed}
             points.append(make_point(config, with_seed, number=first + len(points)))
@@ -138,10 +138,15 @@ def _draw(trial: Any, axis: Axis | Range) -> Any:
     """The value of an axis that a trial draws."""
     if isinstance(axis, Axis):
         # By place, as optuna takes plain values only.
-        return axis.values[trial.suggest_categorical(axis.field, list(range(len(axis.values))))]
+        places = list(range(len(axis.values)))
+        place = trial.suggest_categorical(axis.field, places)
+        return axis.values[place]
     if axis.is_integer:
-        return trial.suggest_int(axis.field, int(axis.low), int(axis.high), log=axis.low >= 1)
+        # optuna wants the lowest integer of a logarithmic range to be 1 or more.
+        is_log = axis.low >= 1
+        return trial.suggest_int(axis.field, int(axis.low), int(axis.high), log=is_log)
     value = trial.suggest_float(axis.field, axis.low, axis.high, log=axis.is_log)
+    # Rounding may leave the range.
     return min(max(rounded(value), axis.low), axis.high)
 
 
@@ -149,7 +154,9 @@ def _tell(study: Any, drawn: Sequence[Any], results: Results, steps: int) -> Non
     """Tell each trial the mean loss of its seeds; infinite where one diverged."""
     seeds = len(results.points) // len(drawn)
     for i, trial in enumerate(drawn):
-        scores = [results.score(k, steps) for k in range(i * seeds, (i + 1) * seeds)]
+        # `_points` has put the seeds of a trial side by side.
+        members = range(i * seeds, (i + 1) * seeds)
+        scores = [results.score(k, steps) for k in members]
         study.tell(trial, float(np.mean(scores)))
 
 
@@ -161,25 +168,22 @@ def _known(points: Sequence[Point], folder: Path, steps: int) -> Results | None:
     return results if is_complete else None
 
 
-def _train(
-    points: Sequence[Point],
-    loaded: Loaded,
-    console: Console,
-    earlier: Sequence[Results],
-    *,
-    folder: Path,
-    parallel: int,
-    resume: bool,
-    number: int,
-    command: str | None,
-) -> Results:
+def _train(points: Sequence[Point], session: Session, earlier: Sequence[Results]) -> Results:
     """Train a generation, and save its best point if it is the best so far."""
-    job = set_up(points, loaded)
-    swept = run_points(job, console, folder=folder, parallel=parallel, resume=resume, number=number)
+    job = set_up(points, session.loaded)
+    swept = run_points(
+        job,
+        session.console,
+        folder=session.folder,
+        parallel=session.parallel,
+        resume=session.resume,
+        number=len(earlier),
+    )
     best = merged([*earlier, swept.results]).best(job.steps)
     first = sum(len(part.points) for part in earlier)
+    # Saved now: the states of a generation are gone when the next one trains.
     if best is not None and best >= first:
         k = best - first
         loss = swept.results.losses[k, job.steps]
-        save_best(job, swept.state, k, folder, loss=loss, command=command)
+        save_best(session, job, swept.state, k, loss=loss)
     return swept.results
