@@ -298,13 +298,19 @@ def _shared_base(owned: Sequence[Tree], frozen: Sequence[Tree]) -> Tree:
     first = flatten(bases[0])
     for base in bases[1:]:
         for path, leaf in flatten(base).items():
-            # Arrays themselves, not their values: two bases would be in memory.
-            if first.get(path) is not leaf:
+            if not _is_same(first.get(path), leaf):
                 raise ValueError(
                     f"the points of the sweep change {path} of the base, which they share; "
                     "give --adapter.keep_base, or an own sweep for each"
                 )
     return bases[0]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two leaves are the same arrays in memory; a quantized one has several."""
+    parts, other_parts = jax.tree.leaves(one), jax.tree.leaves(other)
+    same = [part is its for part, its in zip(parts, other_parts, strict=True)]
+    return all(same)
 
 
 def _check_data(points: Sequence[Point], data: Sequence[Dataset]) -> None:
