@@ -99,12 +99,13 @@ def describe_difference(difference: Interval | None) -> str:
     mean, half = difference
     if not math.isfinite(mean):
         return "diverged"
+    text = f"{mean:+.4f}"
     # A single seed has no interval.
-    if math.isinf(half):
-        return f"{mean:+.4f}"
-    low, high = mean - half, mean + half
+    if math.isfinite(half):
+        low, high = mean - half, mean + half
+        text += f" [{low:+.4f}, {high:+.4f}]"
     # A minus is as wide as a plus, so that figures align; a hyphen is not.
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]".replace("-", "−")
+    return text.replace("-", "−")
 
 
 def _table(rows: Sequence[Row]) -> str:

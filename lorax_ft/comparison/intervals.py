@@ -36,7 +36,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
     """
     n = len(values)
     mean = float(np.mean(values))
-    if n < 2:
+    # A run that diverged has an infinite loss.
+    if n < 2 or not math.isfinite(mean):
         return Interval(mean, math.inf)
     # 2.5 % on each side. With three seeds it is 4.3, where a normal distribution has 1.96.
     quantile = float(student_t.ppf(0.975, n - 1))
