@@ -158,23 +158,14 @@ def test_without_validation_rows_there_is_no_comparison(tmp_path: Path) -> None:
 
 
 def test_the_script_compares_and_resumes(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    standard_promotion: None,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [
         *("compare.py", *config("lora"), *SHORT, "--train.steps", "2"),
         *("--methods", "lora", "dora", "--rates", "1e-3", "3e-3", "1e-2", "--common_rate", "3e-3"),
         *("--seeds", "0", "1", "--train.output", str(tmp_path / "run")),
     ]
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "scripts/compare.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compare", module)
-    spec.loader.exec_module(module)
-    main = module.main
+    main = script_main("compare")
     monkeypatch.setattr("sys.argv", argv)
     main()
     folder = tmp_path / "run-comparison"
@@ -199,3 +190,15 @@ def test_the_script_compares_and_resumes(
         main()
     assert end.value.code == 2
     assert "another config or other rates" in capsys.readouterr().err
+
+
+def script_main(name: str) -> Any:
+    """The main() of a script."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # A dataclass looks up its annotations in the module of its name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module.main

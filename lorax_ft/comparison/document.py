@@ -101,9 +101,8 @@ def describe_difference(difference: Interval | None) -> str:
         return "diverged"
     text = f"{mean:+.4f}"
     # A single seed has no interval.
-    if math.isfinite(half):
-        low, high = mean - half, mean + half
-        text += f" [{low:+.4f}, {high:+.4f}]"
+    if not math.isinf(half):
+        text += f" [{mean - half:+.4f}, {mean + half:+.4f}]"
     # A minus is as wide as a plus, so that figures align; a hyphen is not.
     return text.replace("-", "−")
 

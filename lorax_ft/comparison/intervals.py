@@ -15,7 +15,7 @@ class Interval(NamedTuple):
 
     mean: float
     half_width: float
-    """Infinite with fewer than two values."""
+    """Infinite with fewer than two values, or a value that is infinite."""
 
     @property
     def excludes_zero(self) -> bool:
@@ -36,7 +36,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     """
     n = len(values)
     mean = float(np.mean(values))
-    # A run that diverged has an infinite loss.
+    # One run says nothing about how runs differ, and a diverged one makes the deviation undefined.
     if n < 2 or not math.isfinite(mean):
         return Interval(mean, math.inf)
     # 2.5 % on each side. With three seeds it is 4.3, where a normal distribution has 1.96.
