@@ -35,7 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_ft.config import QuantConfig
+from lorax_ft import sharding
+from lorax_ft.config import MeshConfig, QuantConfig
 from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.save import save_model, save_quantized
@@ -229,6 +230,18 @@ def _randomize(params: Tree, seed: int = 0, *, size: float = 0.1) -> Tree:
         return leaf * (1 + size * noise) if multiplies else leaf + size * noise
 
     return unflatten({path: move(path, leaf) for path, leaf in flatten(params).items()})
+
+
+@pytest.fixture
+def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mesh of as many devices as the config names, of the eight that tests have."""
+    make_mesh = sharding.make_mesh
+
+    def small(config: MeshConfig) -> Any:
+        count = config.data * config.fsdp * config.tensor
+        return make_mesh(config, devices=jax.devices()[:count])
+
+    monkeypatch.setattr(sharding, "make_mesh", small)
 
 
 @pytest.fixture

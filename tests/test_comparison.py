@@ -158,12 +158,16 @@ def test_without_validation_rows_there_is_no_comparison(tmp_path: Path) -> None:
 
 
 def test_the_script_compares_and_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    few_devices: None,
+    standard_promotion: None,
 ) -> None:
     argv = [
         *("compare.py", *config("lora"), *SHORT, "--train.steps", "2"),
         *("--methods", "lora", "dora", "--rates", "1e-3", "3e-3", "1e-2", "--common_rate", "3e-3"),
-        *("--seeds", "0", "1", "--train.output", str(tmp_path / "run")),
+        *("--seeds", "0", "1", "--train.output", str(tmp_path / "run"), "--mesh.data", "1"),
     ]
     main = script_main("compare")
     monkeypatch.setattr("sys.argv", argv)

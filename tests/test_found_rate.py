@@ -18,7 +18,7 @@ from lorax_ft.training.optimizer import make_optimizer
 
 SHORT = [
     *("--train.steps", "3", "--train.batch_size", "8", "--eval.rows", "8"),
-    *("--eval.exact_match_rows", "0", "--eval.samples", "0"),
+    *("--eval.exact_match_rows", "0", "--eval.samples", "0", "--mesh.data", "1"),
 ]
 
 
@@ -27,6 +27,7 @@ def test_a_run_trains_at_the_rate_that_it_found(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    few_devices: None,
     standard_promotion: None,
 ) -> None:
     """Of 2e-6 and 2e-3, three steps of the embedded task tell which is better."""

@@ -17,8 +17,7 @@ import pytest
 from test_distributed import run_config, write_model_and_data
 
 import lorax_ft as lft
-from lorax_ft import sharding
-from lorax_ft.config import Config, MeshConfig, load_config
+from lorax_ft.config import Config, load_config
 from lorax_ft.run import setup as run_setup
 from lorax_ft.run.stop_signal import StopSignal
 from lorax_ft.sweep import setup
@@ -31,6 +30,8 @@ from lorax_ft.sweep.results import read_lines
 from lorax_ft.sweep.run import sweep
 from lorax_ft.tree import combine, flatten
 
+pytestmark = pytest.mark.usefixtures("few_devices")
+
 STEPS = 4
 # Adam's first updates are the signs of gradients, which rounding flips where one is nearly 0.
 EPS = 1e-3
@@ -40,18 +41,6 @@ EPS = 1e-3
 def _promotion() -> Iterator[None]:
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-@pytest.fixture(autouse=True)
-def _few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mesh of as many devices as the config names, of the eight that tests have."""
-    make_mesh = sharding.make_mesh
-
-    def small(config: MeshConfig) -> Any:
-        count = config.data * config.fsdp * config.tensor
-        return make_mesh(config, devices=jax.devices()[:count])
-
-    monkeypatch.setattr(sharding, "make_mesh", small)
 
 
 @pytest.fixture(scope="module")
