@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
+
+from lorax_ft.schema import Factor
+
+FACTOR_A, _ = get_args(Factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,7 @@ METHODS: Mapping[str, Method] = {
     "pissa": Method(label="PiSSA", settings={"adapter.init": "pissa"}),
     "qlora": Method(label="QLoRA", settings={"quant.format": "nf4"}),
     "neftune": Method(label="NEFTune", settings={"train.neftune_alpha": 5.0}),
-    "lora_fa": Method(label="LoRA-FA", settings={"adapter.freeze": ("lora_a",)}),
+    "lora_fa": Method(label="LoRA-FA", settings={"adapter.freeze": (FACTOR_A,)}),
     "olora": Method(label="OLoRA", settings={"adapter.init": "olora"}),
     "milora": Method(label="MiLoRA", settings={"adapter.init": "milora"}),
     "orthogonal": Method(label="orthogonal", settings={"adapter.init": "orthogonal"}),
