@@ -46,6 +46,8 @@ def plot_rates(methods: Mapping[str, MethodRuns], design: Design, file: Path) ->
         axes.vlines(rates, low, high, color=color, linewidth=1)
     axes.axvline(design.common_rate, color="black", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
+    # The loss of a rate that is too high would flatten everything else.
+    axes.set_yscale("log")
     axes.set_xlabel("learning rate (dotted: the common rate)")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False, fontsize=8)
