@@ -7,8 +7,7 @@ The folder ceval is the unpacked archive of C-Eval: it trains on dev and is eval
 answers are public. All linear layers, alpha 16, dropout 0.05, learning rate 1e-4 with a cosine
 schedule, 4 microbatches of one row. The recipe has one rate for all methods; compare them by
 
-    python scripts/compare.py --config configs/qwen2_5_7b_ceval.py --common_rate 1e-4 \\
-        --data.validation choose=ceval/val/*_val.csv
+    python scripts/compare.py --config configs/qwen2_5_7b_ceval.py --common_rate 1e-4
 """
 
 from lorax_ft.config import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -10,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from run_cases import ROOT, SHORT, config
 
-from lorax_ft.comparison.design import Design, with_two_sets
+from lorax_ft.comparison.design import Design, points, with_two_sets
 from lorax_ft.comparison.document import describe_difference
 from lorax_ft.comparison.intervals import Interval, mean_interval, paired_interval
-from lorax_ft.comparison.methods import METHODS, chosen_methods
-from lorax_ft.comparison.runs import Cost, MethodRuns, Run, best_rate
+from lorax_ft.comparison.methods import METHODS, chosen_methods, config_of
+from lorax_ft.comparison.run import prepare
+from lorax_ft.comparison.runs import Cost, MethodRuns, Run, Runner, best_rate
 from lorax_ft.comparison.table import rows_at_best_rates, rows_at_common_rate
-from lorax_ft.config import Config, DataConfig
-from lorax_ft.sweep.axes import make_point
+from lorax_ft.config import AdapterConfig, Config, DataConfig, TrainConfig, load_config
+from lorax_ft.sweep.agree import with_shared_base
 
 DESIGN = Design(rates=(1e-4, 1e-3, 1e-2), common_rate=1e-3, seeds=(0, 1, 2), search_seeds=1)
 
@@ -107,10 +110,55 @@ def test_a_diverged_seed_disqualifies_a_rate() -> None:
     assert best_rate(runs) == 1e-4
 
 
-def test_every_method_is_a_valid_config() -> None:
-    """Every method over the default config, and no two of them the same."""
-    configs = [make_point(Config(), its.settings, number=0).config for its in METHODS.values()]
-    assert len({each.to_json() for each in configs}) == len(METHODS)
+@pytest.mark.parametrize("name", ["lora", "own", "smollm2_gsm8k", "qwen2_5_7b_ceval"])
+def test_every_method_is_a_valid_config(name: str) -> None:
+    """Every method over configs with options that some methods do not use; no two are the same."""
+    common = load_config(ROOT / f"configs/{name}.py")
+    found = {method: config_of(its, common) for method, its in METHODS.items()}
+    assert len({each.to_json() for each in found.values()}) == len(METHODS)
+    assert found["lora"] == common
+    assert found["miss"].adapter.rank == common.adapter.rank
+    assert found["ia3"].adapter.rank == AdapterConfig().rank
+
+
+def test_seeds_that_quantize_the_base_anew_do_not_share_it(tmp_path: Path) -> None:
+    """QPiSSA with keep_base would be QLoRA with another start."""
+    config = config_of(METHODS["qpissa"], load_config(ROOT / "configs/lora.py"))
+    with pytest.raises(ValueError, match="pissa changes the quantized base"):
+        with_shared_base(points(config, [1e-3], [0, 1]))
+    assert len(with_shared_base(points(config, [1e-3, 1e-2], [0]))) == 2
+    trained = []
+
+    class Recorder(Runner):
+        def _train_points(self, config: Config, rates: Any, seeds: Any, folder: Path) -> list[Run]:
+            trained.append((tuple(seeds), folder.name))
+            return []
+
+    Recorder(DESIGN, Console(), tmp_path, parallel=2)._train(config, [1e-3], [1, 2], tmp_path)
+    assert trained == [((1,), "seed-1"), ((2,), "seed-2")]
+
+
+def test_a_comparison_that_is_overwritten_deletes_its_own_files_only(tmp_path: Path) -> None:
+    config = Config(train=TrainConfig(output=str(tmp_path / "run")))
+    folder = tmp_path / "run-comparison"
+    prepare(folder, config, DESIGN)
+    (folder / "notes.txt").write_text("a person's")
+    (folder / "dora").mkdir()
+    with pytest.raises(ValueError, match="not empty"):
+        prepare(folder, config, DESIGN)
+    train = dataclasses.replace(config.train, overwrite=True)
+    prepare(folder, dataclasses.replace(config, train=train), DESIGN)
+    assert sorted(file.name for file in folder.iterdir()) == ["design.json", "notes.txt"]
+
+
+def test_a_reference_that_diverged_makes_no_other_diverge() -> None:
+    methods = {}
+    for name, test in {"lora": math.inf, "dora": 2.0}.items():
+        runs = [run(1e-3, seed, 1, test) for seed in DESIGN.seeds]
+        methods[name] = method_runs(name, runs)
+    rows = rows_at_common_rate(methods, DESIGN)
+    assert [row.verdict for row in rows] == ["reference", "the reference diverged"]
+    assert describe_difference(rows[1].difference) == ""
 
 
 def test_the_reference_is_always_compared() -> None:
@@ -166,7 +214,17 @@ def test_the_script_compares_and_resumes(
 ) -> None:
     argv = [
         *("compare.py", *config("lora"), *SHORT, "--train.steps", "2"),
-        *("--methods", "lora", "dora", "--rates", "1e-3", "3e-3", "1e-2", "--common_rate", "3e-3"),
+        *(
+            "--methods",
+            "lora",
+            "neftune",
+            "--rates",
+            "1e-3",
+            "3e-3",
+            "1e-2",
+            "--common_rate",
+            "3e-3",
+        ),
         *("--seeds", "0", "1", "--train.output", str(tmp_path / "run"), "--mesh.data", "1"),
     ]
     main = script_main("compare")
@@ -174,11 +232,14 @@ def test_the_script_compares_and_resumes(
     main()
     folder = tmp_path / "run-comparison"
     report = (folder / "comparison.md").read_text()
-    assert "| DoRA |" in report
+    assert "| NEFTune |" in report
     assert "compare.py" in report  # its command
     figures = json.loads((folder / "comparison.json").read_text())
-    seeds = [run["seed"] for run in figures["methods"]["dora"]["runs"] if run["rate"] == 3e-3]
+    seeds = [run["seed"] for run in figures["methods"]["neftune"]["runs"] if run["rate"] == 3e-3]
     assert sorted(seeds) == [0, 1]
+    # Its noise is in the program, and not in the leaves: it must not train with LoRA's program.
+    curves = [figures["methods"][name]["runs"][0]["curve"] for name in ("lora", "neftune")]
+    assert curves[0] != curves[1]
     for plot in ("rates.png", "curves.png"):
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
     # A resumed comparison trains nothing again.

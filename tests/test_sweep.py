@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from test_distributed import run_config, write_model_and_data
 
 import lorax_ft as lft
@@ -25,6 +26,7 @@ from lorax_ft.sweep.agree import check_axes, with_shared_base
 from lorax_ft.sweep.axes import Axis, parse_axes, product
 from lorax_ft.sweep.config_file import config_file
 from lorax_ft.sweep.halving import groups, rung_ends, survivors
+from lorax_ft.sweep.loop import run_points
 from lorax_ft.sweep.rate import find_rate
 from lorax_ft.sweep.results import read_lines
 from lorax_ft.sweep.run import sweep
@@ -256,6 +258,19 @@ def test_one_adapter_that_diverges_does_not_end_the_others(
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
 
 
+def test_a_sweep_whose_points_all_diverge_is_an_error(folder: Path, tmp_path: Path) -> None:
+    """For a sweep; a search beyond the best rate goes on with what it has (`run_points`)."""
+    config = base_config(folder, train__output=str(tmp_path / "run"), optim__optimizer="sgd")
+    config = changed(config, optim__clip_norm=0.0, optim__schedule="constant")
+    entry = "optim.learning_rate=1e30,1e31"
+    points = product(config, [Axis(field="optim.learning_rate", values=(1e30, 1e31))])
+    job = setup.set_up(points, setup.load(config))
+    swept = run_points(job, Console(quiet=True), folder=None, parallel=2)
+    assert set(swept.results.diverged) == {0, 1}
+    with pytest.raises(ValueError, match="all points of the sweep diverged"):
+        run_sweep(config, entry)
+
+
 MISTAKES = {
     "optim.lerning_rate=1e-3": "did you mean optim.learning_rate?",
     "lr=1e-3": "use --optim.learning_rate for --lr",
@@ -287,6 +302,8 @@ def test_options_that_a_sweep_does_not_follow_are_errors(folder: Path, tmp_path:
         run_sweep(changed(best, train__load_best=True), rates)
     with pytest.raises(ValueError, match="no sweep to resume"):
         run_sweep(base_config(folder, train__resume=True), rates)
+    with pytest.raises(ValueError, match="pissa changes the quantized base"):
+        run_sweep(base_config(folder, adapter__init="pissa", quant__format="nf4"), "train.seed=0,1")
     with pytest.raises(ValueError, match="loftq changes the quantized base"):
         run_sweep(base_config(folder, adapter__init="loftq", quant__format="nf4"), "train.seed=0,1")
     (tmp_path / "run-sweep").mkdir()

@@ -83,7 +83,7 @@ def with_two_sets(config: Config, folder: Path) -> Config:
     if names and names != [""]:
         return config
     halves: dict[str, list[str]] = {CHOOSE: [], TEST: []}
-    rows = read_rows(_validation_paths(data), split=data.validation_split)
+    rows = read_rows(_validation_paths(data), split=data.validation_split, revision=data.revision)
     for number, row in enumerate(rows):
         # Every other row, because files may be sorted by subject or difficulty.
         name = CHOOSE if number % 2 == 0 else TEST
@@ -94,7 +94,7 @@ def with_two_sets(config: Config, folder: Path) -> Config:
     entries = []
     for name, lines in halves.items():
         file = folder / f"{name}.jsonl"
-        file.write_text("\n".join(lines) + "\n")
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         # As data.validation names a set.
         entries.append(f"{name}={file}")
     data = dataclasses.replace(data, validation=tuple(entries))

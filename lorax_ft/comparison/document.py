@@ -98,7 +98,7 @@ def describe_difference(difference: Interval | None) -> str:
         return ""
     mean, half = difference
     if not math.isfinite(mean):
-        return "diverged"
+        return ""
     text = f"{mean:+.4f}"
     # A single seed has no interval.
     if not math.isinf(half):

@@ -7,7 +7,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from lorax_ft.schema import Factor
+from lorax_ft.config import AdapterConfig, Config
+from lorax_ft.schema import INITS, Factor
+from lorax_ft.schema import METHODS as ADAPTER_METHODS
+from lorax_ft.sweep.axes import make_point
 
 FACTOR_A, _ = get_args(Factor)
 
@@ -53,6 +56,26 @@ METHODS: Mapping[str, Method] = {
 DEFAULT = ("full", "lora", "lora_plus", "rslora", "dora", "pissa", "qlora", "neftune")
 REFERENCE = "lora"
 """The method that the others are compared with."""
+
+
+def config_of(method: Method, config: Config) -> Config:
+    """The common config with the method's settings.
+
+    Options that the method does not use, such as alpha beside IA3, go back to their defaults.
+
+    Raises:
+      ValueError: the settings do not fit the config.
+    """
+    settings = dict(method.settings)
+    kind = settings.get("adapter.method", config.adapter.method)
+    init = settings.get("adapter.init", config.adapter.init)
+    used_by_init = {name: row.options for name, row in INITS.items()}
+    for used_by, chosen in ((ADAPTER_METHODS, kind), (used_by_init, init)):
+        for options in used_by.values():
+            for option in set(options) - set(used_by[chosen]):
+                default = getattr(AdapterConfig, option)
+                settings.setdefault(f"adapter.{option}", default)
+    return make_point(config, settings, number=0).config
 
 
 def chosen_methods(names: Sequence[str]) -> dict[str, Method]:

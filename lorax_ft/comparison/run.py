@@ -22,16 +22,16 @@ from lorax_ft.comparison.document import (
     markdown,
     table_cells,
 )
-from lorax_ft.comparison.methods import chosen_methods
+from lorax_ft.comparison.methods import METHODS, chosen_methods, config_of
 from lorax_ft.comparison.plots import plot_curves, plot_rates
 from lorax_ft.comparison.runs import MethodRuns, Runner
 from lorax_ft.comparison.table import Row, rows_at_best_rates, rows_at_common_rate
 from lorax_ft.config import Config
+from lorax_ft.run.inputs import check_inputs
 from lorax_ft.run.report import make_console, make_table
-from lorax_ft.sweep.axes import make_point
 
 SUFFIX = "-comparison"
-REPORT, FIGURES, DESIGN = "comparison.md", "comparison.json", "design.json"
+REPORT, FIGURES, DESIGN, DATA = "comparison.md", "comparison.json", "design.json", "data"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,12 @@ def compare(
     chosen = chosen_methods(methods)
     folder = Path(config.train.output + SUFFIX)
     console = make_console()
-    _prepare(folder, config, design)
-    config = with_two_sets(config, folder / "data")
-    # All configs are checked before the first of them is trained.
+    # Checked before the first of them is trained, and before a folder is overwritten.
     for method in chosen.values():
-        make_point(config, method.settings, number=0)
+        config_of(method, config)
+    check_inputs(config)
+    prepare(folder, config, design)
+    config = with_two_sets(config, folder / DATA)
     runner = Runner(design, console, folder, parallel=parallel)
     done: dict[str, MethodRuns] = {}
     # One method after the other: they differ in their leaves, and so in their programs.
@@ -85,7 +86,7 @@ def compare(
     if jax.process_index() == 0:
         plot_rates(done, design, folder / RATES_PLOT)
         plot_curves(done, design, folder / CURVES_PLOT)
-        (folder / FIGURES).write_text(as_json(done, common, best))
+        (folder / FIGURES).write_text(as_json(done, common, best), encoding="utf-8")
         text = markdown(
             done,
             common,
@@ -95,14 +96,14 @@ def compare(
             command=command,
             notes=_notes(config, runner.steps),
         )
-        (folder / REPORT).write_text(text)
+        (folder / REPORT).write_text(text, encoding="utf-8")
     _print(console, common, title=f"At the common rate {design.common_rate:g}")
     _print(console, best, title="Each at its best rate")
     console.print(f"\n{folder / REPORT} has the report, {folder / FIGURES} all figures.")
     return Comparison(folder=folder, methods=done, common=common, best=best)
 
 
-def _prepare(folder: Path, config: Config, design: Design) -> None:
+def prepare(folder: Path, config: Config, design: Design) -> None:
     """Make the folder, or check that it holds the comparison to resume."""
     values = {"design": dataclasses.asdict(design), "config": json.loads(config.to_json())}
     text = json.dumps(values, indent=2)
@@ -123,9 +124,17 @@ def _prepare(folder: Path, config: Config, design: Design) -> None:
                 f"{folder} is not empty; use --train.resume, --train.overwrite or another "
                 "--train.output"
             )
-        shutil.rmtree(folder)
+        _remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text + "\n")
+
+
+def _remove(folder: Path) -> None:
+    """Delete what a comparison writes, and nothing else."""
+    for name in (REPORT, FIGURES, DESIGN, RATES_PLOT, CURVES_PLOT):
+        (folder / name).unlink(missing_ok=True)
+    for name in (DATA, *METHODS):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _without_resume(text: str) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import numpy as np
 from rich.console import Console
 
 from lorax_ft.comparison.design import Design, points
-from lorax_ft.comparison.methods import Method
+from lorax_ft.comparison.methods import Method, config_of
 from lorax_ft.config import Config
 from lorax_ft.run.validation import METRIC
-from lorax_ft.sweep.agree import with_shared_base
-from lorax_ft.sweep.axes import make_point, rounded
+from lorax_ft.sweep.agree import changes_quantized_base, with_shared_base
+from lorax_ft.sweep.axes import rounded
 from lorax_ft.sweep.loop import run_points
 from lorax_ft.sweep.results import LOSSES, RESULTS, read_lines
 from lorax_ft.sweep.setup import Loaded, SweepJob, load, set_up
@@ -107,7 +107,7 @@ class Runner:
           config: what all methods share.
         """
         design = self._design
-        config = make_point(config, method.settings, number=0).config
+        config = config_of(method, config)
         folder = self._folder / name
         searched = design.seeds[: design.search_seeds]
         rates = list(design.rates)
@@ -143,6 +143,18 @@ class Runner:
         self, config: Config, rates: Sequence[float], seeds: Sequence[int], folder: Path
     ) -> list[Run]:
         """Train a run for each rate and seed, unless the folder holds them."""
+        # QPiSSA and LoftQ have a base of its own for each seed.
+        if changes_quantized_base(config) and len(seeds) > 1:
+            runs = []
+            for seed in seeds:
+                runs += self._train_points(config, rates, [seed], folder / f"seed-{seed}")
+            return runs
+        return self._train_points(config, rates, seeds, folder)
+
+    def _train_points(
+        self, config: Config, rates: Sequence[float], seeds: Sequence[int], folder: Path
+    ) -> list[Run]:
+        """The same for runs that share a base, in one sweep."""
         chosen = with_shared_base(points(config, rates, seeds))
         loaded = self._load(config)
         self.steps = steps = loaded.steps(config)

@@ -31,8 +31,10 @@ class Row:
         """What the difference says."""
         if self.difference is None:
             return "reference"
-        if not math.isfinite(self.difference.mean):
+        if not math.isfinite(self.loss.mean):
             return "diverged"
+        if not math.isfinite(self.difference.mean):
+            return "the reference diverged"
         if not self.difference.excludes_zero:
             return "noise"
         return "lower loss" if self.difference.mean < 0 else "higher loss"

@@ -10,7 +10,7 @@ from typing import Any
 from lorax_ft.data.conversation import Conversation, Example, Message, PlainText
 from lorax_ft.data.fields import Fields, check_text, parse_json, parse_renames, type_name
 from lorax_ft.data.readers import Row
-from lorax_ft.data.shapes import SYNONYMS, Shape
+from lorax_ft.data.shapes import LETTERS, SYNONYMS, Shape
 from lorax_ft.data.tools import document_list, tool_schemas
 from lorax_ft.data.turns import is_blank, to_message
 
@@ -177,11 +177,11 @@ def _alpaca(view: Fields) -> list[Message]:
 def _multiple_choice(view: Fields) -> list[Message]:
     """The question with its choices a line each, and the letter of the answer."""
     lines = [view.text("question")]
-    for letter in ("A", "B", "C", "D"):
+    for letter in LETTERS:
         choice = view.text(letter)
         lines.append(f"{letter}. {choice}")
     answer = view.text("answer").strip()
-    if answer not in ("A", "B", "C", "D"):
+    if answer not in LETTERS:
         raise ValueError(f"{view.where}: the answer is {answer!r}; it must be A, B, C or D")
     return [_said("user", "\n".join(lines)), _said("assistant", answer)]
 

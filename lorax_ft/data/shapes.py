@@ -20,12 +20,14 @@ Shape = Literal[
 ]
 """The format of a row, as `data.shape` names it."""
 
+LETTERS = ("A", "B", "C", "D")
+"""The choices of a multiple-choice question."""
 # The order matters: a row may match several formats, and `detect_shape` takes the first.
 REQUIRED: dict[Shape, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
-    "multiple_choice": ("question", "A", "B", "C", "D", "answer"),
+    "multiple_choice": ("question", *LETTERS, "answer"),
     "question_answer": ("question", "answer"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from lorax_ft.config import ASSETS
+from lorax_ft.data.shapes import LETTERS
 
 Format = Literal["mmlu", "ceval", "cmmlu"]
 Split = Literal["auto", "val", "test"]
 
-LETTERS = ("A", "B", "C", "D")
 CATEGORIES = ("STEM", "Social Sciences", "Humanities", "Other")
 OTHER = "Other"
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from lorax_ft.data.chat import encode_prompt
-from lorax_ft.evaluation.benchmark import LETTERS, Benchmark
+from lorax_ft.data.shapes import LETTERS
+from lorax_ft.evaluation.benchmark import Benchmark
 from lorax_ft.evaluation.next_token import BATCH_TOKENS, next_tokens
 from lorax_ft.evaluation.prompts import PROMPTS, PromptFormat, PromptStyle, prompts_of
 from lorax_ft.models.model import Model

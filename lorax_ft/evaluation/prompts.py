@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from lorax_ft.evaluation.benchmark import LETTERS, Format, Question, Subject
+from lorax_ft.data.shapes import LETTERS
+from lorax_ft.evaluation.benchmark import Format, Question, Subject
 
 PromptStyle = Literal["standard", "lm-eval"]
 

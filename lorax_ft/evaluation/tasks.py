@@ -16,7 +16,8 @@ from lorax_ft.config import DataConfig
 from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.dataset import load_split
 from lorax_ft.data.formats import has_answer, split_answer
-from lorax_ft.evaluation.benchmark import LETTERS, Split, read_benchmark
+from lorax_ft.data.shapes import LETTERS
+from lorax_ft.evaluation.benchmark import Split, read_benchmark
 from lorax_ft.evaluation.exact_match import exact_match, extract_references
 from lorax_ft.evaluation.items import Items
 from lorax_ft.evaluation.likelihood import row_losses

@@ -34,20 +34,7 @@ from lorax_ft.tree import combine, modules
 
 
 def train(config: Config, *, dry_run: bool = False, command: str | None = None) -> Result | None:
-    """Run a fine-tuning, from the config to the saved adapter, the log and the plot.
-
-    Args:
-      config: the run.
-      dry_run: print what would train, the memory it takes and the first batch, and write nothing.
-      command: the command line that started the run, for the model card.
-
-    Returns:
-      The result of the run; None for a dry run.
-
-    Raises:
-      ValueError: bad input, or a loss that is not finite; files on disk are kept.
-      OSError: the disk is full, or the hub cannot be written.
-    """
+    """As `lorax_ft.train`, at a learning rate that is a number."""
     start_time = time.perf_counter()
     console = report.make_console()
     folder = output_path(config.train.output)

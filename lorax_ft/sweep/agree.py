@@ -6,9 +6,10 @@ Imports no JAX.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 
-from lorax_ft.config import Config
+from lorax_ft.config import AdapterConfig, Config
 from lorax_ft.schema import INITS
 from lorax_ft.sweep.axes import Axis, Point, Range, describe_value
 
@@ -50,6 +51,15 @@ def check_axes(axes: Sequence[Axis | Range]) -> None:
             f"sweep share; run a sweep for each value, with --{axis.field} and a "
             "--train.output of its own"
         )
+
+
+def shared_values(config: Config) -> str:
+    """All values that the points of a sweep share, so what a compiled program may depend on."""
+    sections = json.loads(config.to_json())
+    for field in VARIED:
+        section, _, name = field.partition(".")
+        del sections[section][name]
+    return json.dumps(sections)
 
 
 def check_config(config: Config, axes: Sequence[Axis | Range]) -> None:
@@ -94,18 +104,30 @@ def _keeping_base(point: Point) -> Point:
     """The point with `adapter.keep_base`, if its init changes the base."""
     adapter = point.config.adapter
     # PiSSA and its kin move a part of each kernel into the adapter, each by its rank and seed.
-    changes_base = INITS[adapter.init].changes_base and adapter.continue_from is None
-    if not changes_base or adapter.keep_base:
+    if not _changes_base(adapter):
         return point
-    # LoftQ (2310.08659) quantizes the base around the adapter, so keep_base is no way out.
-    if adapter.init == "loftq":
+    # LoftQ (2310.08659) and QPiSSA quantize the base around the adapter: with keep_base they would
+    # be another method.
+    if changes_quantized_base(point.config):
         raise ValueError(
-            "adapter.init loftq changes the quantized base, which the adapters of a sweep share; "
-            f"sweep {', '.join(RATES)} only, or run a sweep for each value"
+            f"adapter.init {adapter.init} changes the quantized base, which the adapters of a "
+            f"sweep share; sweep {', '.join(RATES)} only, or run a sweep for each value"
         )
     adapter = dataclasses.replace(adapter, keep_base=True)
     config = dataclasses.replace(point.config, adapter=adapter)
     return dataclasses.replace(point, config=config)
+
+
+def changes_quantized_base(config: Config) -> bool:
+    """Whether the init quantizes the base around each adapter, so that none can share it."""
+    return config.quant.format != "none" and _changes_base(config.adapter)
+
+
+def _changes_base(adapter: AdapterConfig) -> bool:
+    """Whether the base without the adapter's start is another one."""
+    return (
+        INITS[adapter.init].changes_base and adapter.continue_from is None and not adapter.keep_base
+    )
 
 
 def _values(axis: Axis | Range) -> str:

@@ -126,16 +126,18 @@ class _Loop:
         """The number of the last checkpoint."""
 
     def run(self, ends: Sequence[int], parallel: int) -> None:
-        """Train all points to the end of each rung, and drop the worse half between rungs."""
+        """Train all points to the end of each rung, and drop the worse half between rungs.
+
+        It ends early if all of them diverged.
+        """
         alive = list(range(len(self._job.points)))
         for end in ends:
             for members in groups(alive, parallel):
                 self._train(members, end)
+            # Nothing is left to compare. What that means is the caller's to say: all rates beyond
+            # the best one may diverge.
             if all(k in self._results.diverged for k in alive):
-                raise ValueError(
-                    f"all {len(alive)} points of the sweep diverged by step {end}; "
-                    "lower optim.learning_rate"
-                )
+                return
             if end != ends[-1]:
                 kept = survivors(self._results.ranking(alive, end))
                 dropped = [k for k in alive if k not in kept]

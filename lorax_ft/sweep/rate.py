@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,8 +69,11 @@ def train(config: Config, *, dry_run: bool = False, command: str | None = None) 
       ValueError: bad input, or a loss that is not finite; files on disk are kept.
       OSError: the disk is full, or the hub cannot be written.
     """
-    if config.optim.learning_rate == "find":
-        config = with_rate(config, START) if dry_run else with_found_rate(config)
+    if config.optim.learning_rate == "find" and dry_run:
+        make_console().print(f"A dry run finds no learning rate; it shows {START:g}.")
+        config = with_rate(config, START)
+    elif config.optim.learning_rate == "find":
+        config = with_found_rate(config)
     return train_at_rate(config, dry_run=dry_run, command=command)
 
 
@@ -123,6 +127,11 @@ def find_rate(config: Config, *, console: Console | None = None) -> tuple[float,
         factor = 10**0.5 if best == highest else 10**-0.5
         losses |= _losses(config, [best * factor, best * factor**2], loaded, console)
     best = min(losses, key=lambda rate: losses[rate])
+    if not math.isfinite(losses[best]):
+        raise ValueError(
+            f"the loss is not finite at any of the {len(losses)} learning rates from "
+            f"{min(losses):g} to {max(losses):g}; give optim.learning_rate a number"
+        )
     seconds = time.perf_counter() - start_time
     return best, RateCost(steps=steps, seconds=seconds, losses=losses)
 

@@ -33,6 +33,7 @@ from lorax_ft.run.setup import (
     step_key,
 )
 from lorax_ft.run.validation import METRIC
+from lorax_ft.sweep.agree import shared_values
 from lorax_ft.sweep.axes import Point
 from lorax_ft.sweep.program import Program, compile_program
 from lorax_ft.sweep.stack import Shapes, shapes_of, stack, take, unstack
@@ -53,7 +54,7 @@ class Loaded:
     datasets: dict[int, Dataset]
     """By seed. Seeds share a dataset unless its validation rows are held out by the seed."""
     programs: dict[Any, Program]
-    """By the number of adapters and the shapes of their leaves."""
+    """By all that a program depends on (`SweepJob.compile`)."""
 
     def dataset(self, config: Config) -> Dataset:
         """The data of a run, loaded at the first call for its seed."""
@@ -154,8 +155,14 @@ class SweepJob:
 
     def compile(self, members: Sequence[int], state: TrainState, owned: Tree) -> Program:
         """The program of as many adapters as there are members; compiled once."""
-        shapes = {**shapes_of(state.trained), **shapes_of(owned)}
-        kind = (tuple(shapes.items()), self.shares_validation)
+        # The values too: NEFTune's noise, for one, is in the program and not in the leaves.
+        kind = (
+            shared_values(self.config),
+            self.steps,
+            tuple(shapes_of(state.trained).items()),
+            tuple(shapes_of(owned).items()),
+            self.shares_validation,
+        )
         if kind not in self.programs:
             batch, _ = self.batch(members, 0)
             self.programs[kind] = compile_program(

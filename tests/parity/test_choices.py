@@ -14,7 +14,8 @@ from benchmark_cases import CMMLU, MMLU, write  # noqa: E402
 
 from lorax_ft.config import EMBEDDED_MODEL  # noqa: E402
 from lorax_ft.data.chat import Sample  # noqa: E402
-from lorax_ft.evaluation.benchmark import LETTERS, read_benchmark  # noqa: E402
+from lorax_ft.data.shapes import LETTERS  # noqa: E402
+from lorax_ft.evaluation.benchmark import read_benchmark  # noqa: E402
 from lorax_ft.evaluation.likelihood import row_losses  # noqa: E402
 from lorax_ft.evaluation.multiple_choice import encode_benchmark, evaluate_choices  # noqa: E402
 from lorax_ft.evaluation.prompts import PROMPTS, prompts_of  # noqa: E402
