@@ -143,7 +143,9 @@ def test_a_comparison_that_is_overwritten_deletes_its_own_files_only(tmp_path: P
     folder = tmp_path / "run-comparison"
     prepare(folder, config, DESIGN)
     (folder / "notes.txt").write_text("a person's")
+    prepare(folder, config, DESIGN)  # nothing was trained yet
     (folder / "dora").mkdir()
+    (folder / "dora/results.jsonl").write_text("")
     with pytest.raises(ValueError, match="not empty"):
         prepare(folder, config, DESIGN)
     train = dataclasses.replace(config.train, overwrite=True)

@@ -29,6 +29,7 @@ from lorax_ft.comparison.table import Row, rows_at_best_rates, rows_at_common_ra
 from lorax_ft.config import Config
 from lorax_ft.run.inputs import check_inputs
 from lorax_ft.run.report import make_console, make_table
+from lorax_ft.sweep.results import RESULTS
 
 SUFFIX = "-comparison"
 REPORT, FIGURES, DESIGN, DATA = "comparison.md", "comparison.json", "design.json", "data"
@@ -118,8 +119,10 @@ def prepare(folder: Path, config: Config, design: Design) -> None:
             )
         return
     if folder.is_dir() and any(folder.iterdir()):
-        # Only a comparison is overwritten, never another folder of this name.
-        if not (config.train.overwrite and file.is_file()):
+        # Only a comparison is overwritten, never another folder of this name. One that ended before
+        # its first result, as by a mistake in the data, is no loss.
+        has_results = any(folder.rglob(RESULTS))
+        if not file.is_file() or (has_results and not config.train.overwrite):
             raise ValueError(
                 f"{folder} is not empty; use --train.resume, --train.overwrite or another "
                 "--train.output"
