@@ -83,25 +83,39 @@ def compare(
     for number, (name, method) in enumerate(chosen.items(), 1):
         console.print(f"\n[bold]{method.label}[/bold] ({number} of {len(chosen)})")
         done[name] = runner.run(name, method, config)
-    common, best = rows_at_common_rate(done, design), rows_at_best_rates(done, design)
+    result = Comparison(
+        folder=folder,
+        methods=done,
+        common=rows_at_common_rate(done, design),
+        best=rows_at_best_rates(done, design),
+    )
     if jax.process_index() == 0:
-        plot_rates(done, design, folder / RATES_PLOT)
-        plot_curves(done, design, folder / CURVES_PLOT)
-        (folder / FIGURES).write_text(as_json(done, common, best), encoding="utf-8")
-        text = markdown(
-            done,
-            common,
-            best,
-            design,
-            title=f"Methods compared on {Path(config.model.path).name}",
-            command=command,
-            notes=_notes(config, runner.steps),
-        )
-        (folder / REPORT).write_text(text, encoding="utf-8")
-    _print(console, common, title=f"At the common rate {design.common_rate:g}")
-    _print(console, best, title="Each at its best rate")
+        _write(result, design, command=command, config=config, steps=runner.steps)
+    _print(console, result.common, title=f"At the common rate {design.common_rate:g}")
+    _print(console, result.best, title="Each at its best rate")
     console.print(f"\n{folder / REPORT} has the report, {folder / FIGURES} all figures.")
-    return Comparison(folder=folder, methods=done, common=common, best=best)
+    return result
+
+
+def _write(
+    result: Comparison, design: Design, *, command: str | None, config: Config, steps: int
+) -> None:
+    """Write the report, the figures and the plots."""
+    folder, methods = result.folder, result.methods
+    plot_rates(methods, design, folder / RATES_PLOT)
+    plot_curves(methods, design, folder / CURVES_PLOT)
+    figures = as_json(methods, result.common, result.best)
+    (folder / FIGURES).write_text(figures, encoding="utf-8")
+    text = markdown(
+        methods,
+        result.common,
+        result.best,
+        design,
+        title=f"Methods compared on {Path(config.model.path).name}",
+        command=command,
+        notes=_notes(config, steps),
+    )
+    (folder / REPORT).write_text(text, encoding="utf-8")
 
 
 def prepare(folder: Path, config: Config, design: Design) -> None:
