@@ -49,6 +49,10 @@ METHODS: Mapping[str, Method] = {
         label="QPiSSA",
         settings={"quant.format": "nf4", "quant.rounds": 5, "adapter.init": "pissa"},
     ),
+    "loftq": Method(
+        label="LoftQ",
+        settings={"quant.format": "nf4", "quant.rounds": 5, "adapter.init": "loftq"},
+    ),
     "ia3": Method(label="IA3", settings={"adapter.method": "ia3"}),
     "miss": Method(label="MiSS", settings={"adapter.method": "miss"}),
 }
