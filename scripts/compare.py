@@ -2,6 +2,8 @@
 
 python scripts/compare.py --config configs/lora.py --rates 3e-4 1e-3 3e-3 1e-2 --common_rate 1e-3
 python scripts/compare.py --config configs/lora.py --methods lora dora pissa --seeds 0 1 2 3 4
+python scripts/compare.py --config configs/lora.py --methods lora "r64=lora adapter.rank=64"
+python scripts/compare.py --config configs/lora.py --benchmark cmmlu
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ class Args(Config):
     config: str | None = None
     """Python file with get_config(); the defaults below are its values."""
     methods: tuple[str, ...] = DEFAULT
-    """Methods to compare, or all; lora is the reference."""
+    """Methods to compare, or all. "r64=lora adapter.rank=64 adapter.alpha=128" is one with other
+    settings, under the name r64. The reference is lora, or the first one without it."""
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     """Learning rates to try for each method, the smallest first. Where the best one is at the edge,
     up to three more are tried."""
@@ -32,6 +35,11 @@ class Args(Config):
     """Seeds of the compared runs: initialization, order of the rows, noise."""
     search_seeds: int = 1
     """Seeds that are trained at every rate; the others only at the best and the common one."""
+    benchmark: str | None = None
+    """Folder of multiple-choice questions (MMLU, C-Eval or CMMLU). The runs train on dev and half
+    of the questions, an eighth chooses the rates, and the rest gives the accuracy by category."""
+    benchmark_limit: int | None = None
+    """Questions of each subject to use, from the first."""
     parallel: int = 16
     """Runs that train together, at most."""
 
@@ -49,6 +57,8 @@ def main() -> None:
             common_rate=args.common_rate,
             seeds=args.seeds,
             search_seeds=args.search_seeds,
+            benchmark=args.benchmark,
+            benchmark_limit=args.benchmark_limit,
         )
         compare(
             config,

@@ -14,12 +14,13 @@ import pytest
 from rich.console import Console
 from run_cases import ROOT, SHORT, config
 
+from lorax_ft.comparison.cost import Cost
 from lorax_ft.comparison.design import Design, points, with_two_sets
 from lorax_ft.comparison.document import describe_difference
 from lorax_ft.comparison.intervals import Interval, mean_interval, paired_interval
-from lorax_ft.comparison.methods import METHODS, chosen_methods, config_of
+from lorax_ft.comparison.methods import METHODS, chosen_methods, config_of, reference_of
 from lorax_ft.comparison.run import prepare
-from lorax_ft.comparison.runs import Cost, MethodRuns, Run, Runner, best_rate
+from lorax_ft.comparison.runs import MethodRuns, Run, Runner, best_rate
 from lorax_ft.comparison.table import rows_at_best_rates, rows_at_common_rate
 from lorax_ft.config import AdapterConfig, Config, DataConfig, TrainConfig, load_config
 from lorax_ft.sweep.agree import with_shared_base
@@ -141,15 +142,15 @@ def test_seeds_that_quantize_the_base_anew_do_not_share_it(tmp_path: Path) -> No
 def test_a_comparison_that_is_overwritten_deletes_its_own_files_only(tmp_path: Path) -> None:
     config = Config(train=TrainConfig(output=str(tmp_path / "run")))
     folder = tmp_path / "run-comparison"
-    prepare(folder, config, DESIGN)
+    prepare(folder, config, DESIGN, METHODS)
     (folder / "notes.txt").write_text("a person's")
-    prepare(folder, config, DESIGN)  # nothing was trained yet
+    prepare(folder, config, DESIGN, METHODS)  # nothing was trained yet
     (folder / "dora").mkdir()
     (folder / "dora/results.jsonl").write_text("")
     with pytest.raises(ValueError, match="not empty"):
-        prepare(folder, config, DESIGN)
+        prepare(folder, config, DESIGN, METHODS)
     train = dataclasses.replace(config.train, overwrite=True)
-    prepare(folder, dataclasses.replace(config, train=train), DESIGN)
+    prepare(folder, dataclasses.replace(config, train=train), DESIGN, METHODS)
     assert sorted(file.name for file in folder.iterdir()) == ["design.json", "notes.txt"]
 
 
@@ -163,11 +164,50 @@ def test_a_reference_that_diverged_makes_no_other_diverge() -> None:
     assert describe_difference(rows[1].difference) == ""
 
 
-def test_the_reference_is_always_compared() -> None:
-    assert list(chosen_methods(["dora"])) == ["lora", "dora"]
+def test_methods_with_settings_of_their_own() -> None:
+    common = load_config(ROOT / "configs/lora.py")
+    chosen = chosen_methods(["dora", "r64=dora adapter.rank=64 train.batch_size=4"])
+    found = config_of(chosen["r64"], common)
+    assert found.adapter.dora
+    assert found.adapter.rank == 64
+    assert found.train.batch_size == 4
     assert list(chosen_methods(["all"])) == list(METHODS)
-    with pytest.raises(ValueError, match=r"--methods dorra: .* did you mean dora\?"):
-        chosen_methods(["dorra"])
+    assert reference_of(chosen_methods(["dora", "lora"])) == "lora"
+    assert reference_of(chosen) == "dora"
+
+
+@pytest.mark.parametrize(
+    ("entries", "error"),
+    [
+        (["dorra"], r"--methods dorra: .* did you mean dora\?"),
+        (["r=dorra adapter.rank=1"], r"did you mean dora\?"),
+        (["dora", "dora"], "names dora twice"),
+        (["lora adapter.rank=1"], "needs a new name"),
+        (["dora=lora adapter.rank=1"], "needs a new name"),
+        (["../up=lora adapter.rank=1"], "needs a new name"),
+        (["r=lora adapter.rnk=1"], r"--methods r: adapter.rnk: .* did you mean adapter\.rank\?"),
+        (["r=lora adapter.rank=x"], r"--methods r: adapter.rank=x: "),
+        (["r=lora adapter.rank"], r"--methods r: 'adapter.rank' is not of the form"),
+        (["r=lora optim.learning_rate=1e-3"], "which a comparison varies itself"),
+        ([], "--methods is empty"),
+    ],
+)
+def test_methods_that_cannot_be(entries: list[str], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        chosen_methods(entries)
+
+
+def test_a_resumed_method_has_the_same_settings(tmp_path: Path) -> None:
+    config = Config(train=TrainConfig(output=str(tmp_path / "run")))
+    resumed = dataclasses.replace(config, train=dataclasses.replace(config.train, resume=True))
+    folder = tmp_path / "run-comparison"
+    prepare(folder, config, DESIGN, chosen_methods(["lora", "r=lora adapter.rank=4"]))
+    prepare(folder, resumed, DESIGN, chosen_methods(["dora", "r=lora adapter.rank=4"]))
+    with pytest.raises(ValueError, match="holds runs of r with other settings"):
+        prepare(folder, resumed, DESIGN, chosen_methods(["r=lora adapter.rank=8"]))
+    # Those that a resumed comparison leaves out are not forgotten.
+    held = json.loads((folder / "design.json").read_text())["methods"]
+    assert set(held) == {"lora", "dora", "r"}
 
 
 @pytest.mark.parametrize(
@@ -196,8 +236,13 @@ def test_validation_rows_are_split_in_two_halves(tmp_path: Path) -> None:
         lines = Path(path).read_text().splitlines()
         found[name] = [json.loads(line) for line in lines]
     assert found == {"choose": rows[::2], "test": rows[1::2]}
-    # Sets that have names stay as they are.
+    # Sets that are called choose and test stay as they are.
     assert with_two_sets(split, tmp_path / "again") == split
+    # The first set is split; others show what is forgotten.
+    data = DataConfig(train=(str(file),), validation=(f"main={file}", f"other={file}"))
+    named = with_two_sets(Config(data=data), tmp_path / "named")
+    names = [entry.partition("=")[0] for entry in named.data.validation]
+    assert names == ["choose", "test", "other"]
 
 
 def test_without_validation_rows_there_is_no_comparison(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lorax_ft.config import Config, DataConfig
@@ -33,6 +33,11 @@ class Design:
     """Seeds of the compared runs."""
     search_seeds: int
     """How many of the seeds are trained at every rate."""
+    benchmark: str | None = None
+    """A folder of multiple-choice questions to train on and to judge by (`read_task`); None: the
+    data of the config."""
+    benchmark_limit: int | None = None
+    """Questions of each subject to use; None: all."""
 
     def __post_init__(self) -> None:
         # With fewer than three, the best one is always at an edge.
@@ -68,7 +73,8 @@ def points(config: Config, rates: Sequence[float], seeds: Sequence[int]) -> list
 def with_two_sets(config: Config, folder: Path) -> Config:
     """The config with its validation rows split in two sets, to choose and to test by.
 
-    Sets that the config names itself stay: the first one chooses, all are judged.
+    Sets that the config names choose and test stay as they are. Otherwise the first set, or the
+    only one, is split. Others stay behind these two: they show what is forgotten.
 
     Args:
       config: with validation files, or with a training folder that has the validation split.
@@ -78,33 +84,46 @@ def with_two_sets(config: Config, folder: Path) -> Config:
       ValueError: there are no validation rows beside the training rows.
     """
     data = config.data
-    names = list(name_sets(data.validation))
+    sets = name_sets(data.validation)
+    if CHOOSE in sets and TEST in sets:
+        ordered = {name: sets.pop(name) for name in (CHOOSE, TEST)}
+        return with_sets(config, {**ordered, **sets})
     # A single set without a name is called "".
-    if names and names != [""]:
-        return config
+    first = next(iter(sets), "")
+    paths = sets.pop(first, None) or _training_folder(data)
     halves: dict[str, list[str]] = {CHOOSE: [], TEST: []}
-    rows = read_rows(_validation_paths(data), split=data.validation_split, revision=data.revision)
+    rows = read_rows(paths, split=data.validation_split, revision=data.revision)
     for number, row in enumerate(rows):
         # Every other row, because files may be sorted by subject or difficulty.
         name = CHOOSE if number % 2 == 0 else TEST
         halves[name].append(json.dumps(row.fields, ensure_ascii=False))
     if not halves[TEST]:
         raise ValueError("a comparison needs at least two validation rows; give data.validation")
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
+    files = {}
     for name, lines in halves.items():
-        file = folder / f"{name}.jsonl"
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        files[name] = [str(write_lines(folder / f"{name}.jsonl", lines))]
+    return with_sets(config, {**files, **sets})
+
+
+def with_sets(config: Config, sets: Mapping[str, Sequence[str]]) -> Config:
+    """The config with these validation sets, the paths of each by name."""
+    entries = []
+    for name, paths in sets.items():
         # As data.validation names a set.
-        entries.append(f"{name}={file}")
-    data = dataclasses.replace(data, validation=tuple(entries))
+        entries += [f"{name}={path}" for path in paths]
+    data = dataclasses.replace(config.data, validation=tuple(entries))
     return dataclasses.replace(config, data=data)
 
 
-def _validation_paths(data: DataConfig) -> list[str]:
-    """The files, folders or hub ids of the validation rows."""
-    if data.validation:
-        return list(data.validation)
+def write_lines(file: Path, lines: Sequence[str]) -> Path:
+    """Write a file of lines, and return it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def _training_folder(data: DataConfig) -> list[str]:
+    """The folder or hub id of the training rows, which has validation rows too."""
     paths = [source.path for source in parse_sources(data.train)]
     # Of several sources, or of one without such a split, a run would hold out training rows, other
     # ones for each seed.

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorax_ft.comparison.accuracy import AccuracyRow
 from lorax_ft.comparison.design import Design
 from lorax_ft.comparison.intervals import Interval
 from lorax_ft.comparison.runs import MethodRuns
@@ -16,10 +17,19 @@ from lorax_ft.comparison.table import Row
 RATES_PLOT, CURVES_PLOT = "rates.png", "curves.png"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tables:
+    """The methods at some rates: their losses, and their answers to a benchmark's questions."""
+
+    losses: Sequence[Row]
+    accuracies: Sequence[AccuracyRow] = ()
+    """Empty without a benchmark."""
+
+
 def markdown(
     methods: Mapping[str, MethodRuns],
-    common: Sequence[Row],
-    best: Sequence[Row],
+    common: Tables,
+    best: Tables,
     design: Design,
     *,
     title: str,
@@ -30,8 +40,8 @@ def markdown(
 
     Args:
       methods: the runs of each method.
-      common: the rows at the common rate.
-      best: the rows at each method's best rate.
+      common: the tables at the common rate.
+      best: the tables at each method's best rate.
       design: rates and seeds.
       title: the heading.
       command: the command line that made it.
@@ -52,11 +62,11 @@ def markdown(
         "95 % intervals over seeds (Student's t); differences are paired by seed. A difference is "
         "noise if its interval contains 0.\n",
         f"## At one common rate, {design.common_rate:g}\n",
-        _table(common),
+        *_tables(common),
         "## Each method at its own best rate\n",
         f"Chosen by the mean loss of {_seeds(design.search_seeds)} on rows of their own, among "
         f"{rates} and beyond where the best was at the edge.\n",
-        _table(best),
+        *_tables(best),
         f"![Loss against learning rate]({RATES_PLOT})\n",
         f"![Training loss]({CURVES_PLOT})\n",
         "## Cost of a run of its own\n",
@@ -65,15 +75,19 @@ def markdown(
     return "\n".join(parts)
 
 
-def as_json(methods: Mapping[str, MethodRuns], common: Sequence[Row], best: Sequence[Row]) -> str:
-    """All figures: the rows of both tables, every run, and the costs."""
-    tables = {
-        "common_rate": [_row(row) for row in common],
-        "best_rate": [_row(row) for row in best],
+def as_json(methods: Mapping[str, MethodRuns], common: Tables, best: Tables) -> str:
+    """All figures: the rows of all tables, every run, and the costs."""
+    tables: dict[str, Any] = {
+        "common_rate": [_row(row) for row in common.losses],
+        "best_rate": [_row(row) for row in best.losses],
     }
+    if common.accuracies:
+        tables["accuracy_at_common_rate"] = [_row(row) for row in common.accuracies]
+        tables["accuracy_at_best_rate"] = [_row(row) for row in best.accuracies]
     runs = {}
     for name, its in methods.items():
         runs[name] = {
+            "settings": its.method.settings,
             "best_rate": its.best_rate,
             "cost": dataclasses.asdict(its.cost),
             "runs": [dataclasses.asdict(run) for run in its.runs],
@@ -89,49 +103,89 @@ def table_cells(row: Row) -> list[str]:
     return [row.label, rate, _loss(row.loss), describe_difference(row.difference), row.verdict]
 
 
-HEADERS = ("method", "rate", "loss", "difference to LoRA", "")
+def headers(rows: Sequence[Row]) -> list[str]:
+    """The headers of a table of `table_cells`."""
+    (reference,) = [row.label for row in rows if row.difference is None]
+    return ["method", "rate", "loss", f"difference to {reference}", "verdict"]
 
 
-def describe_difference(difference: Interval | None) -> str:
+def describe_difference(difference: Interval | None, *, digits: int = 4) -> str:
     """A difference and its interval, such as "−0.0123 [−0.0200, −0.0046]"."""
     if difference is None:
         return ""
     mean, half = difference
     if not math.isfinite(mean):
         return ""
-    text = f"{mean:+.4f}"
+    text = f"{mean:+.{digits}f}"
     # A single seed has no interval.
     if not math.isinf(half):
-        text += f" [{mean - half:+.4f}, {mean + half:+.4f}]"
+        text += f" [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
     # A minus is as wide as a plus, so that figures align; a hyphen is not.
     return text.replace("-", "−")
 
 
-def _table(rows: Sequence[Row]) -> str:
-    """A Markdown table; further sets have a column with the change of their loss."""
+def _tables(tables: Tables) -> list[str]:
+    """The Markdown of the tables at some rates."""
+    parts = [_losses(tables.losses)]
+    if tables.accuracies:
+        parts.append(_accuracies(tables.accuracies))
+    return parts
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    """The table of losses; further sets have a column with the change of their loss."""
     others = list(rows[0].others)
-    headers = [*HEADERS, *(f"change of the loss on {name}" for name in others)]
-    lines = [_line(headers), _line(["---"] * len(headers))]
+    changes = [f"change of the loss on {name}" for name in others]
+    lines = []
     for row in rows:
-        changes = [_change(row.others[name]) for name in others]
-        lines.append(_line([*table_cells(row), *changes]))
-    return "\n".join(lines) + "\n"
+        cells = [_change(row.others[name]) for name in others]
+        lines.append([*table_cells(row), *cells])
+    return _table([*headers(rows), *changes], lines)
+
+
+def _accuracies(rows: Sequence[AccuracyRow]) -> str:
+    """The table of accuracies, in percent."""
+    names = list(rows[0].categories)
+    heads = ["method", "rate", *names, "difference, seeds", "difference, questions", "verdict"]
+    lines = []
+    for row in rows:
+        cells = [row.label, "" if row.rate is None else f"{row.rate:g}"]
+        for name in names:
+            cells.append(f"{100 * row.categories[name].mean:.1f}")
+        for difference in (row.over_seeds, row.over_questions):
+            cells.append(describe_difference(_percent(difference), digits=1))
+        lines.append([*cells, row.verdict])
+    note = (
+        "Correct answers to the questions that nothing was trained on, in percent. The first "
+        "interval is over seeds, the second one over questions; a difference is noise if one of "
+        "them contains 0.\n"
+    )
+    return f"{note}\n{_table(heads, lines)}"
+
+
+def _percent(interval: Interval | None) -> Interval | None:
+    if interval is None:
+        return None
+    return Interval(100 * interval.mean, 100 * interval.half_width)
 
 
 def _costs(methods: Mapping[str, MethodRuns]) -> str:
-    lines = [_line(["method", "parameters that train", "step", "memory of the step"])]
-    lines.append(_line(["---"] * 4))
+    lines = []
     for its in methods.values():
         cost = its.cost
         cells = [its.method.label, f"{cost.parameters:,}", f"{cost.seconds_per_step:.3f} s"]
         # Not every backend of XLA analyzes its memory.
         cells.append("" if cost.memory is None else f"{cost.memory / 1e6:,.0f} MB")
-        lines.append(_line(cells))
+        lines.append(cells)
+    return _table(["method", "parameters that train", "step", "memory of the step"], lines)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = []
+    for cells in (heads, ["---"] * len(heads), *rows):
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _loss(interval: Interval) -> str:
@@ -153,7 +207,7 @@ def _seeds(count: int) -> str:
     return "one seed" if count == 1 else f"{count} seeds"
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: Row | AccuracyRow) -> dict[str, Any]:
     values = dataclasses.asdict(row)
     return {**values, "verdict": row.verdict}
 

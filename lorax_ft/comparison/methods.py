@@ -1,16 +1,21 @@
-"""The methods that are compared, as settings over one common config. Imports no JAX."""
+"""The methods that are compared, as settings over one common config. Imports no JAX.
+
+dora                              a method of the table below
+r64=lora adapter.rank=64          the method lora, at another rank, under the name r64
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from lorax_ft.config import AdapterConfig, Config
 from lorax_ft.schema import INITS, Factor
 from lorax_ft.schema import METHODS as ADAPTER_METHODS
-from lorax_ft.sweep.axes import make_point
+from lorax_ft.sweep.axes import RATE, make_point, parse_setting
 
 FACTOR_A, _ = get_args(Factor)
 
@@ -59,7 +64,9 @@ METHODS: Mapping[str, Method] = {
 """By the name that `--methods` takes."""
 DEFAULT = ("full", "lora", "lora_plus", "rslora", "dora", "pissa", "qlora", "neftune")
 REFERENCE = "lora"
-"""The method that the others are compared with."""
+"""The method that the others are compared with, if it is among them; else that is the first one."""
+VARIED = (RATE, "train.seed")
+"""Fields that a comparison varies itself."""
 
 
 def config_of(method: Method, config: Config) -> Config:
@@ -79,27 +86,63 @@ def config_of(method: Method, config: Config) -> Config:
             for option in set(options) - set(used_by[chosen]):
                 default = getattr(AdapterConfig, option)
                 settings.setdefault(f"adapter.{option}", default)
-    return make_point(config, settings, number=0).config
+    try:
+        return make_point(config, settings, number=0).config
+    except ValueError as error:
+        raise ValueError(f"{method.label}: {error}") from None
 
 
-def chosen_methods(names: Sequence[str]) -> dict[str, Method]:
-    """The methods of these names, "all" for every one; the reference is always among them.
+def chosen_methods(entries: Sequence[str]) -> dict[str, Method]:
+    """The methods of these entries by name; "all" stands for every one of `METHODS`.
 
     Raises:
-      ValueError: a name is unknown or given twice.
+      ValueError: a name is unknown or given twice, or a setting does not fit.
     """
-    if list(names) == ["all"]:
-        names = list(METHODS)
+    if list(entries) == ["all"]:
+        entries = list(METHODS)
     chosen: dict[str, Method] = {}
-    for name in names:
-        if name not in METHODS:
-            near = difflib.get_close_matches(name, METHODS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--methods {name}: known are {', '.join(METHODS)}, or all{hint}")
+    for entry in entries:
+        name, method = _parse(entry)
         if name in chosen:
             raise ValueError(f"--methods names {name} twice")
-        chosen[name] = METHODS[name]
-    if REFERENCE not in chosen:
-        # First, as the tables' rows are in this order.
-        chosen = {REFERENCE: METHODS[REFERENCE], **chosen}
+        chosen[name] = method
+    if not chosen:
+        raise ValueError("--methods is empty; name two methods or more")
     return chosen
+
+
+def reference_of(names: Iterable[str]) -> str:
+    """The name of the method that the others are compared with."""
+    listed = list(names)
+    return REFERENCE if REFERENCE in listed else listed[0]
+
+
+def _parse(entry: str) -> tuple[str, Method]:
+    """The name and the method of an entry "METHOD" or "NAME=METHOD field=value field=value"."""
+    first, *settings = entry.split()
+    name, equals, known = first.rpartition("=")
+    if known not in METHODS:
+        near = difflib.get_close_matches(known, METHODS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"--methods {entry}: known are {', '.join(METHODS)}, or all{hint}")
+    if not equals and not settings:
+        return known, METHODS[known]
+    # It also names a folder. A method with other settings needs a name of its own.
+    if not re.fullmatch(r"[\w.-]*\w", name) or name in METHODS:
+        raise ValueError(
+            f"--methods {entry!r}: a method with settings needs a new name of letters, digits, _, "
+            f'. or -, such as "r64={known} adapter.rank=64"'
+        )
+    changed = dict(METHODS[known].settings)
+    for setting in settings:
+        try:
+            field, value = parse_setting(setting)
+        except ValueError as error:
+            raise ValueError(f"--methods {name}: {error}") from None
+        if field in VARIED:
+            raise ValueError(
+                f"--methods {name} sets {field}, which a comparison varies itself; see --rates and "
+                "--seeds"
+            )
+        changed[field] = value
+    return name, Method(label=name, settings=changed)

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
+from lorax_ft.comparison.accuracy import accuracy_rows
+from lorax_ft.comparison.benchmark import read_task
 from lorax_ft.comparison.design import Design, with_two_sets
 from lorax_ft.comparison.document import (
     CURVES_PLOT,
-    HEADERS,
     RATES_PLOT,
+    Tables,
     as_json,
+    headers,
     markdown,
     table_cells,
 )
-from lorax_ft.comparison.methods import METHODS, chosen_methods, config_of
+from lorax_ft.comparison.methods import Method, chosen_methods, config_of
 from lorax_ft.comparison.plots import plot_curves, plot_rates
 from lorax_ft.comparison.runs import MethodRuns, Runner
-from lorax_ft.comparison.table import Row, rows_at_best_rates, rows_at_common_rate
+from lorax_ft.comparison.table import (
+    Row,
+    best_rates,
+    common_rates,
+    rows_at_best_rates,
+    rows_at_common_rate,
+)
 from lorax_ft.config import Config
 from lorax_ft.run.inputs import check_inputs
 from lorax_ft.run.report import make_console, make_table
@@ -41,9 +51,9 @@ class Comparison:
 
     folder: Path
     methods: Mapping[str, MethodRuns]
-    common: Sequence[Row]
+    common: Tables
     """At the common rate."""
-    best: Sequence[Row]
+    best: Tables
     """Each at its best rate."""
 
 
@@ -60,8 +70,9 @@ def compare(
     Args:
       config: what all methods share; train.output names the folder, with "-comparison" behind it.
         train.resume keeps the methods that it already holds.
-      design: rates and seeds.
-      methods: names of `METHODS`.
+      design: rates, seeds and benchmark.
+      methods: names of `METHODS`, or entries such as "r64=lora adapter.rank=64"
+        (`chosen_methods`).
       parallel: runs that train together, at most.
       command: the command line that started the comparison.
 
@@ -74,25 +85,37 @@ def compare(
     # Checked before the first of them is trained, and before a folder is overwritten.
     for method in chosen.values():
         config_of(method, config)
-    check_inputs(config)
-    prepare(folder, config, design)
-    config = with_two_sets(config, folder / DATA)
-    runner = Runner(design, console, folder, parallel=parallel)
+    # Read now: an error in a file of the benchmark must not cost the folder.
+    task = None
+    if design.benchmark is not None:
+        task = read_task(design.benchmark, limit=design.benchmark_limit)
+    else:
+        check_inputs(config)
+    prepare(folder, config, design, chosen)
+    if task is None:
+        config = with_two_sets(config, folder / DATA)
+    else:
+        config = task.write(config, folder / DATA)
+    runner = Runner(design, console, folder, parallel=parallel, task=task)
     done: dict[str, MethodRuns] = {}
     # One method after the other: they differ in their leaves, and so in their programs.
     for number, (name, method) in enumerate(chosen.items(), 1):
         console.print(f"\n[bold]{method.label}[/bold] ({number} of {len(chosen)})")
         done[name] = runner.run(name, method, config)
-    result = Comparison(
-        folder=folder,
-        methods=done,
-        common=rows_at_common_rate(done, design),
-        best=rows_at_best_rates(done, design),
-    )
+    common = Tables(losses=rows_at_common_rate(done, design))
+    best = Tables(losses=rows_at_best_rates(done, design))
+    if task is not None:
+        answers = runner.answers_before(config)
+        ask = functools.partial(
+            accuracy_rows, done, design=design, categories=task.categories, before=answers
+        )
+        common = dataclasses.replace(common, accuracies=ask(common_rates(done, design)))
+        best = dataclasses.replace(best, accuracies=ask(best_rates(done)))
+    result = Comparison(folder=folder, methods=done, common=common, best=best)
     if jax.process_index() == 0:
         _write(result, design, command=command, config=config, steps=runner.steps)
-    _print(console, result.common, title=f"At the common rate {design.common_rate:g}")
-    _print(console, result.best, title="Each at its best rate")
+    _print(console, common.losses, title=f"At the common rate {design.common_rate:g}")
+    _print(console, best.losses, title="Each at its best rate")
     console.print(f"\n{folder / REPORT} has the report, {folder / FIGURES} all figures.")
     return result
 
@@ -118,49 +141,65 @@ def _write(
     (folder / REPORT).write_text(text, encoding="utf-8")
 
 
-def prepare(folder: Path, config: Config, design: Design) -> None:
+def prepare(folder: Path, config: Config, design: Design, methods: Mapping[str, Method]) -> None:
     """Make the folder, or check that it holds the comparison to resume."""
-    values = {"design": dataclasses.asdict(design), "config": json.loads(config.to_json())}
-    text = json.dumps(values, indent=2)
+    values: dict[str, Any] = {
+        "design": dataclasses.asdict(design),
+        "config": json.loads(config.to_json()),
+        "methods": {name: dict(method.settings) for name, method in methods.items()},
+    }
+    # As it will be read: JSON has no tuples.
+    values = json.loads(json.dumps(values))
     file = folder / DESIGN
+    held: dict[str, Any] = {}
+    if file.is_file():
+        held = json.loads(file.read_text())
     if config.train.resume:
-        if not file.is_file():
+        if not held:
             raise ValueError(f"there is no comparison to resume in {folder}")
-        if _without_resume(file.read_text()) != _without_resume(text):
-            raise ValueError(
-                f"{folder} holds a comparison with another config or other rates and seeds; give "
-                "the same, or another --train.output"
-            )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+        _check_same(folder, held, values)
+        # A resumed comparison may have other methods; those that it leaves out keep their runs.
+        values["methods"] = {**held["methods"], **values["methods"]}
+    elif folder.is_dir() and any(folder.iterdir()):
         # Only a comparison is overwritten, never another folder of this name. One that ended before
         # its first result, as by a mistake in the data, is no loss.
         has_results = any(folder.rglob(RESULTS))
-        if not file.is_file() or (has_results and not config.train.overwrite):
+        if not held or (has_results and not config.train.overwrite):
             raise ValueError(
                 f"{folder} is not empty; use --train.resume, --train.overwrite or another "
                 "--train.output"
             )
-        _remove(folder)
+        _remove(folder, held["methods"])
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(text + "\n")
+    file.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _remove(folder: Path) -> None:
+def _check_same(folder: Path, held: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise if a folder holds runs of another comparison."""
+    configs = []
+    for config in (held["config"], values["config"]):
+        # These say what to do with the folder, and nothing of the runs.
+        train = {**config["train"], "resume": None, "overwrite": None}
+        configs.append({**config, "train": train})
+    if held["design"] != values["design"] or configs[0] != configs[1]:
+        raise ValueError(
+            f"{folder} holds a comparison with another config or other rates and seeds; give the "
+            "same, or another --train.output"
+        )
+    for name, settings in values["methods"].items():
+        if held["methods"].get(name, settings) != settings:
+            raise ValueError(
+                f"{folder} holds runs of {name} with other settings; give it another name, or "
+                "another --train.output"
+            )
+
+
+def _remove(folder: Path, methods: Iterable[str]) -> None:
     """Delete what a comparison writes, and nothing else."""
     for name in (REPORT, FIGURES, DESIGN, RATES_PLOT, CURVES_PLOT):
         (folder / name).unlink(missing_ok=True)
-    for name in (DATA, *METHODS):
+    for name in (DATA, *methods):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _without_resume(text: str) -> dict[str, Any]:
-    """What must be equal of a comparison and the one that resumes it."""
-    values: dict[str, Any] = json.loads(text)
-    # These say what to do with the folder, and nothing of the runs.
-    for name in ("resume", "overwrite"):
-        del values["config"]["train"][name]
-    return values
 
 
 def _notes(config: Config, steps: int) -> list[str]:
@@ -181,7 +220,7 @@ def _notes(config: Config, steps: int) -> list[str]:
 
 def _print(console: Console, rows: Sequence[Row], *, title: str) -> None:
     table = make_table(title)
-    for header in HEADERS:
+    for header in headers(rows):
         table.add_column(header)
     for row in rows:
         table.add_row(*table_cells(row))

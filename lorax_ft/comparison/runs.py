@@ -6,9 +6,9 @@ The runs of a method are one sweep: they share a base and train together, in one
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,25 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from lorax_ft.comparison.benchmark import Task, correct_answers
+from lorax_ft.comparison.cost import Cost, measure_cost
 from lorax_ft.comparison.design import Design, points
 from lorax_ft.comparison.methods import Method, config_of
 from lorax_ft.config import Config
+from lorax_ft.models.model import Model
+from lorax_ft.run.checkpoints import FOLDER, Checkpoints
+from lorax_ft.run.progress import progress_bar
 from lorax_ft.run.validation import METRIC
 from lorax_ft.sweep.agree import changes_quantized_base, with_shared_base
-from lorax_ft.sweep.axes import rounded
+from lorax_ft.sweep.axes import RATE, Point, rounded
 from lorax_ft.sweep.loop import run_points
 from lorax_ft.sweep.results import LOSSES, RESULTS, read_lines
-from lorax_ft.sweep.setup import Loaded, SweepJob, load, set_up
-from lorax_ft.sweep.stack import take
+from lorax_ft.sweep.setup import Loaded, load, set_up
+from lorax_ft.tree import Tree
 
+ANSWERS = "answers.jsonl"
 MOST_EXTENSIONS = 3
 """How often the rates are extended where the best one is the lowest or the highest."""
-TIMED_STEPS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,18 +50,17 @@ class Run:
     """The losses before training."""
     curve: tuple[tuple[int, float], ...]
     """The training loss by step."""
+    correct: str = ""
+    """1 for each question of a benchmark that it answers correctly, else 0; empty without one, or
+    at a rate that is not compared."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What a method costs, measured on a run of its own."""
+class Group:
+    """Runs that trained together."""
 
-    parameters: int
-    """Numbers that train."""
-    seconds_per_step: float
-    """Median of a few steps."""
-    memory: int | None
-    """Bytes of the step's arguments and temporaries, by XLA's analysis; None if it has none."""
+    points: Sequence[Point]
+    folder: Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,10 +90,20 @@ class Runner:
       console: where to print.
       folder: a subfolder for each method holds its runs; runs that it already holds are read.
       parallel: runs that train together, at most.
+      task: the questions that methods are judged by; None: by their loss alone.
     """
 
-    def __init__(self, design: Design, console: Console, folder: Path, *, parallel: int) -> None:
+    def __init__(
+        self,
+        design: Design,
+        console: Console,
+        folder: Path,
+        *,
+        parallel: int,
+        task: Task | None = None,
+    ) -> None:
         self._design = design
+        self._task = task
         self._console = console
         self._folder = folder
         self._parallel = parallel
@@ -111,9 +125,9 @@ class Runner:
         folder = self._folder / name
         searched = design.seeds[: design.search_seeds]
         rates = list(design.rates)
-        runs = self._train(config, rates, searched, folder / "search")
+        groups = self._train(config, rates, searched, folder / "search")
         for extension in range(MOST_EXTENSIONS):
-            best = best_rate(runs)
+            best = best_rate(_read_runs(groups))
             if best not in (rates[0], rates[-1]):
                 break
             # A minimum at the edge is perhaps none: the next rate may be better still.
@@ -123,17 +137,20 @@ class Runner:
             new = rounded(new)
             self._console.print(f"The best rate is at the edge, {best:g}; trying {new:g}.")
             rates = sorted([*rates, new])
-            runs += self._train(config, [new], searched, folder / f"search-{extension + 1}")
-        best = best_rate(runs)
+            groups += self._train(config, [new], searched, folder / f"search-{extension + 1}")
+        best = best_rate(_read_runs(groups))
+        # Once, where both rates are the same.
+        compared = list(dict.fromkeys([design.common_rate, best]))
         # The seeds that the search did not train. Those that it did are compared too.
         rest = design.seeds[design.search_seeds :]
         if rest:
-            # Once, where both rates are the same.
-            compared = list(dict.fromkeys([design.common_rate, best]))
-            runs += self._train(config, compared, rest, folder / "seeds")
+            groups += self._train(config, compared, rest, folder / "seeds")
+        if self._task is not None:
+            for group in groups:
+                self._answer(group, compared)
         return MethodRuns(
             method=method,
-            runs=tuple(runs),
+            runs=tuple(_read_runs(groups)),
             best_rate=best,
             at_edge=best in (rates[0], rates[-1]),
             cost=self._measure(config, rates[0]),
@@ -141,19 +158,19 @@ class Runner:
 
     def _train(
         self, config: Config, rates: Sequence[float], seeds: Sequence[int], folder: Path
-    ) -> list[Run]:
+    ) -> list[Group]:
         """Train a run for each rate and seed, unless the folder holds them."""
         # QPiSSA and LoftQ have a base of its own for each seed.
         if changes_quantized_base(config) and len(seeds) > 1:
-            runs = []
+            groups = []
             for seed in seeds:
-                runs += self._train_points(config, rates, [seed], folder / f"seed-{seed}")
-            return runs
+                groups += self._train_points(config, rates, [seed], folder / f"seed-{seed}")
+            return groups
         return self._train_points(config, rates, seeds, folder)
 
     def _train_points(
         self, config: Config, rates: Sequence[float], seeds: Sequence[int], folder: Path
-    ) -> list[Run]:
+    ) -> list[Group]:
         """The same for runs that share a base, in one sweep."""
         chosen = with_shared_base(points(config, rates, seeds))
         loaded = self._load(config)
@@ -163,11 +180,48 @@ class Runner:
         if not _is_complete(folder, len(chosen), steps):
             job = set_up(chosen, loaded)
             run_points(job, self._console, folder=folder, parallel=self._parallel)
-        return _read_runs(folder)
+        return [Group(points=chosen, folder=folder)]
+
+    def _answer(self, group: Group, rates: Sequence[float]) -> None:
+        """Ask the task's questions of the runs of a group at these rates, unless it holds them."""
+        assert self._task is not None
+        file = group.folder / ANSWERS
+        held = {line["point"] for line in read_lines(file)}
+        missing = []
+        for point in group.points:
+            if point.settings[RATE] in rates and point.number not in held:
+                missing.append(point.number)
+        if not missing:
+            return
+        job = set_up(group.points, self._load(group.points[0].config))
+        checkpoints = Checkpoints(group.folder / FOLDER / "0", keep=1)
+        state, _ = checkpoints.restore(job.state, job.owned)
+        checkpoints.close()
+        for k in missing:
+            correct = self._ask(job.model, job.params(state, k), group.points[k].name)
+            line = json.dumps({"point": k, "correct": correct})
+            if jax.process_index() == 0:
+                with file.open("a") as lines:
+                    lines.write(line + "\n")
+
+    def answers_before(self, config: Config) -> str:
+        """The answers of the base, as `Run.correct`."""
+        model = self._load(config)
+        return self._ask(model.model, model.model.params, "before training")
+
+    def _ask(self, model: Model, params: Tree, name: str) -> str:
+        """Which questions of the task the parameters answer correctly, as `Run.correct`."""
+        assert self._task is not None
+        encoded = self._task.encode(model)
+        with progress_bar(self._console, f"questions: {name}") as advance:
+            share = 1 / len(encoded.prompts)
+            found = correct_answers(model, params, encoded, lambda count: advance(count * share))
+        return "".join(str(int(value)) for value in found)
 
     def _load(self, config: Config) -> Loaded:
-        """The base, loaded once for each format."""
-        key = (config.model, config.quant)
+        """The base and the data, loaded once for each format."""
+        # Methods may differ in their data too, as in the length of its rows.
+        key = (config.model, config.quant, config.data)
         if key not in self._loaded:
             # One base at a time: a large model would not fit twice.
             self._loaded = {key: load(config)}
@@ -190,32 +244,6 @@ def best_rate(runs: Sequence[Run]) -> float:
     return min(losses, key=lambda rate: statistics.fmean(losses[rate]))
 
 
-def measure_cost(job: SweepJob) -> Cost:
-    """The parameters, the time of a step and the memory of the only point of a job."""
-    # A copy, for a step donates its state.
-    state, owned, keys = take((job.state, job.owned, job.keys), [0])
-    program = job.compile([0], state, owned)
-    seconds = []
-    for step in range(TIMED_STEPS + 1):
-        batch, _ = job.batch([0], step)
-        start = time.perf_counter()
-        state, metrics = program.step(state, owned, job.base, batch, keys)
-        # A call returns before the device has computed.
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - start)
-    analysis = program.step.memory_analysis()
-    memory = None
-    if analysis is not None:
-        memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.trained))
-    return Cost(
-        parameters=parameters,
-        # The first step also fills caches.
-        seconds_per_step=statistics.median(seconds[1:]),
-        memory=memory,
-    )
-
-
 def _is_complete(folder: Path, count: int, steps: int) -> bool:
     """Whether a folder holds the end of so many runs."""
     # Also of points that diverged, which train on beside the others.
@@ -226,7 +254,15 @@ def _is_complete(folder: Path, count: int, steps: int) -> bool:
     return len(ended) == count
 
 
-def _read_runs(folder: Path) -> list[Run]:
+def _read_runs(groups: Sequence[Group]) -> list[Run]:
+    """The runs of some groups."""
+    runs = []
+    for group in groups:
+        runs += _read_folder(group.folder)
+    return runs
+
+
+def _read_folder(folder: Path) -> list[Run]:
     """The runs that a sweep left in a folder."""
     curves: dict[int, list[tuple[int, float]]] = {}
     for line in read_lines(folder / LOSSES):
@@ -243,6 +279,7 @@ def _read_runs(folder: Path) -> list[Run]:
             continue
         first.setdefault(number, line)
         last[number] = line
+    answers = {line["point"]: line["correct"] for line in read_lines(folder / ANSWERS)}
     runs = []
     for number, line in last.items():
         losses = _losses(line)
@@ -254,6 +291,7 @@ def _read_runs(folder: Path) -> list[Run]:
             losses=losses,
             first_losses=_losses(first[number]),
             curve=tuple(curves.get(number, ())),
+            correct=answers.get(number, ""),
         )
         runs.append(run)
     return runs

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from lorax_ft.comparison.design import Design
 from lorax_ft.comparison.intervals import Interval, mean_interval, paired_interval
-from lorax_ft.comparison.methods import REFERENCE
+from lorax_ft.comparison.methods import reference_of
 from lorax_ft.comparison.runs import MethodRuns, Run
 
 
@@ -42,26 +42,37 @@ class Row:
 
 def rows_at_common_rate(methods: Mapping[str, MethodRuns], design: Design) -> list[Row]:
     """A row for each method at the common rate."""
-    return _rows(methods, dict.fromkeys(methods, design.common_rate), design)
+    return _rows(methods, common_rates(methods, design), design)
 
 
 def rows_at_best_rates(methods: Mapping[str, MethodRuns], design: Design) -> list[Row]:
     """A row for each method at the rate that was chosen for it."""
-    rates = {name: its.best_rate for name, its in methods.items()}
-    return _rows(methods, rates, design)
+    return _rows(methods, best_rates(methods), design)
+
+
+def common_rates(methods: Mapping[str, MethodRuns], design: Design) -> dict[str, float]:
+    """The common rate for each method."""
+    return dict.fromkeys(methods, design.common_rate)
+
+
+def best_rates(methods: Mapping[str, MethodRuns]) -> dict[str, float]:
+    """The rate that was chosen for each method."""
+    return {name: its.best_rate for name, its in methods.items()}
 
 
 def _rows(
     methods: Mapping[str, MethodRuns], rates: Mapping[str, float], design: Design
 ) -> list[Row]:
-    reference = _judged(methods[REFERENCE].at(rates[REFERENCE], design.seeds))
+    name_of_reference = reference_of(methods)
+    runs_of_reference = methods[name_of_reference].at(rates[name_of_reference], design.seeds)
+    reference = _judged(runs_of_reference)
     rows = []
     for name, its in methods.items():
         runs = its.at(rates[name], design.seeds)
         losses = _judged(runs)
         # To itself, the reference differs by 0 with certainty.
         difference = None
-        if name != REFERENCE:
+        if name != name_of_reference:
             difference = paired_interval(losses, reference)
         row = Row(
             label=its.method.label,

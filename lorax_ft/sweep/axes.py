@@ -79,20 +79,29 @@ def parse_axes(entries: Sequence[str]) -> list[Axis | Range]:
     """
     axes: list[Axis | Range] = []
     for entry in entries:
-        field, equals, text = entry.partition("=")
-        if not (field and equals and text):
-            raise ValueError(f'--sweep {entry!r} is not of the form "section.field=value,value"')
-        # As an option is written, "--optim.learning-rate", is fine too.
-        field = field.removeprefix("--").replace("-", "_")
-        kind = _kind(field)
-        if any(axis.field == field for axis in axes):
+        try:
+            field, text = _split(entry)
+            axis = _parse_axis(field, _kind(field), text)
+        except ValueError as error:
+            raise ValueError(f"--sweep {error}") from None
+        if any(other.field == field for other in axes):
             raise ValueError(f"--sweep names {field} twice; give all its values after one name")
-        axes.append(_parse_axis(field, kind, text))
+        axes.append(axis)
     if not axes:
         raise ValueError(
             "--sweep is missing: name what varies, such as --sweep optim.learning_rate=1e-4,1e-3"
         )
     return axes
+
+
+def parse_setting(entry: str) -> tuple[str, Any]:
+    """The field and the value of "section.field=value".
+
+    Raises:
+      ValueError: the entry has another form, its field is unknown, or the value does not fit.
+    """
+    field, text = _split(entry)
+    return field, _parse_value(field, _kind(field), text)
 
 
 def product(config: Config, axes: Sequence[Axis]) -> list[Point]:
@@ -110,7 +119,10 @@ def product(config: Config, axes: Sequence[Axis]) -> list[Point]:
     points = []
     for number, values in enumerate(itertools.product(*lists)):
         settings = dict(zip(fields, values, strict=True))
-        points.append(make_point(config, settings, number=number))
+        try:
+            points.append(make_point(config, settings, number=number))
+        except ValueError as error:
+            raise ValueError(f"--sweep at {error}") from None
     return points
 
 
@@ -132,7 +144,7 @@ def make_point(config: Config, settings: Settings, *, number: int) -> Point:
             changed[section] = dataclasses.replace(getattr(config, section), **values)
         point_config = dataclasses.replace(config, **changed)
     except ValueError as error:
-        raise ValueError(f"--sweep at {describe(settings)}: {error}") from error
+        raise ValueError(f"{describe(settings)}: {error}") from error
     return Point(number=number, settings=settings, config=point_config)
 
 
@@ -162,6 +174,15 @@ def rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
+def _split(entry: str) -> tuple[str, str]:
+    """The field of an entry, and what stands behind the "="."""
+    field, equals, text = entry.partition("=")
+    if not (field and equals and text):
+        raise ValueError(f'{entry!r} is not of the form "section.field=value,value"')
+    # As an option is written, "--optim.learning-rate", is fine too.
+    return field.removeprefix("--").replace("-", "_"), text
+
+
 def _kind(field: str) -> Any:
     """The type of a field.
 
@@ -179,7 +200,7 @@ def _kind(field: str) -> Any:
         near = difflib.get_close_matches(field, known, n=1)
         message = f"Unrecognized option: --{field}"
         message += f"; did you mean {near[0]}?" if near else "; scripts/train.py --help lists all"
-    raise ValueError(f"--sweep {field}: {message}")
+    raise ValueError(f"{field}: {message}")
 
 
 def _parse_axis(field: str, kind: Any, text: str) -> Axis | Range:
@@ -194,7 +215,7 @@ def _parse_axis(field: str, kind: Any, text: str) -> Axis | Range:
     # A value given twice would train the same run twice.
     for i, value in enumerate(values):
         if value in values[:i]:
-            raise ValueError(f"--sweep {field} has the value {describe_value(value)} twice")
+            raise ValueError(f"{field} has the value {describe_value(value)} twice")
     return Axis(field=field, values=tuple(values))
 
 
@@ -202,12 +223,12 @@ def _parse_range(field: str, kind: type, first: str, last: str, count: str | Non
     """The axis of "first..last:count", or the range "first..last"."""
     low, high = float(first), float(last)
     if not low < high:
-        raise ValueError(f"--sweep {field}={first}..{last}: the second number must be the larger")
+        raise ValueError(f"{field}={first}..{last}: the second number must be the larger")
     found = Range(field=field, low=low, high=high, is_integer=kind is int)
     if count is None:
         return found
     if int(count) < 2:
-        raise ValueError(f"--sweep {field}={first}..{last}:{count}: give 2 values or more")
+        raise ValueError(f"{field}={first}..{last}:{count}: give 2 values or more")
     # A dict, as a set that keeps the order.
     values: dict[float, None] = {}
     for i in range(int(count)):
@@ -225,7 +246,7 @@ def _parse_value(field: str, kind: Any, text: str) -> Any:
     """One value, parsed as scripts/train.py parses it."""
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"--sweep {field}: {text!r} is not true or false")
+            raise ValueError(f"{field}: {text!r} is not true or false")
         return text.lower() == "true"
     section, _, name = field.partition(".")
     # A class of this field alone: the checks of the whole config come when the point is made.
@@ -240,5 +261,5 @@ def _parse_value(field: str, kind: Any, text: str) -> Any:
         parsed: Any = cli.parse(outer, argv=arguments)
     except ValueError as error:
         reason = str(error).removesuffix("; --help lists all options")
-        raise ValueError(f"--sweep {field}={text}: {reason}") from None
+        raise ValueError(f"{field}={text}: {reason}") from None
     return getattr(getattr(parsed, section), name)
