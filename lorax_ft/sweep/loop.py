@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from lorax_ft.sweep.display import Display
 from lorax_ft.sweep.halving import Budget, groups, rung_ends, survivors
 from lorax_ft.sweep.program import Program
 from lorax_ft.sweep.results import Results, setting_key
-from lorax_ft.sweep.setup import SweepJob
+from lorax_ft.sweep.setup import SweepJob, start_key
 from lorax_ft.sweep.stack import put, take
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree
@@ -288,18 +288,33 @@ class _Group:
 
     def validation_losses(self) -> list[dict[str, float]]:
         """The mean loss per labeled token of each validation set, by metric, for each member."""
+        members, leaves = self.members, (self.state.trained, self._owned)
+        same = list(range(len(members)))
+        # Before the first step, those that differ in their rates only are one and the same.
+        if self.step == 0:
+            same = self._same_starts()
+            distinct = [same.index(place) for place in range(max(same) + 1)]
+            if len(distinct) < len(members):
+                members, leaves = [members[i] for i in distinct], take(leaves, distinct)
         totals: dict[str, np.ndarray] = {}
-        for metric, batch in self._job.validation_batches(self.members):
+        for metric, batch in self._job.validation_batches(members):
             with jax.set_mesh(self._job.mesh):
-                sums = self._program.evaluate(
-                    self.state.trained, self._owned, self._job.base, batch
-                )
+                sums = self._program.evaluate(*leaves, self._job.base, batch)
             # Loss and labeled tokens, `[2, K]`; in float64, since there may be many batches.
             part = np.array(jax.device_get(sums), np.float64)
             totals[metric] = totals.get(metric, 0) + part
         losses: list[dict[str, float]] = [{} for _ in self.members]
         for metric, (loss, tokens) in totals.items():
             means = loss / tokens  # [K]
-            for its, mean in zip(losses, means.tolist(), strict=True):
-                its[metric] = mean
+            for its, place in zip(losses, same, strict=True):
+                its[metric] = float(means[place])
         return losses
+
+    def _same_starts(self) -> list[int]:
+        """For each member, the number of its start among the different ones, from 0."""
+        numbers: dict[Any, int] = {}
+        same = []
+        for k in self.members:
+            config = self._job.points[k].config
+            same.append(numbers.setdefault(start_key(config), len(numbers)))
+        return same

@@ -250,7 +250,7 @@ def _make_leaves(
     with progress_bar(make_console(), f"initializing with {inits}") as advance:
         for point, its_batches in zip(points, batches, strict=True):
             config = point.config
-            start = (config.adapter, config.train.seed)
+            start = start_key(config)
             if start not in made:
                 made[start] = fresh_leaves(
                     model,
@@ -262,7 +262,12 @@ def _make_leaves(
                     statistics=run_statistics(model, config, its_batches, mesh),
                 )
             advance(1 / len(points))
-    return [made[point.config.adapter, point.config.train.seed] for point in points]
+    return [made[start_key(point.config)] for point in points]
+
+
+def start_key(config: Config) -> tuple[Any, ...]:
+    """What the leaves and the data of a point depend on: points with the same key start alike."""
+    return config.adapter, config.train.seed
 
 
 def _make_state(points: Sequence[Point], trained: Tree, *, steps: int, mesh: Mesh) -> TrainState:
