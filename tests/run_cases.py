@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lorax_ft as lft
 from lorax_ft.run.log import LOG, PLOT, read_log
@@ -98,3 +101,15 @@ def resumed(main: Main, name: str, folder: Path) -> dict[int, float]:
     assert (crashed / PLOT).stat().st_size > 10_000
     assert lft.Config.from_json((crashed / "config.json").read_text()).train.resume
     return expected
+
+
+def script_main(name: str) -> Any:
+    """The main() of a script."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # A dataclass looks up its annotations in the module of its name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module.main

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from run_cases import ROOT, SHORT, config
+from run_cases import ROOT, SHORT, config, script_main
 
 from lorax_ft.comparison.cost import Cost
 from lorax_ft.comparison.design import Design, points, with_two_sets
@@ -171,6 +169,8 @@ def test_methods_with_settings_of_their_own() -> None:
     assert found.adapter.dora
     assert found.adapter.rank == 64
     assert found.train.batch_size == 4
+    (narrow,) = chosen_methods(["attention=lora adapter.targets=q_proj v_proj"]).values()
+    assert config_of(narrow, common).adapter.targets == ("q_proj", "v_proj")
     assert list(chosen_methods(["all"])) == list(METHODS)
     assert reference_of(chosen_methods(["dora", "lora"])) == "lora"
     assert reference_of(chosen) == "dora"
@@ -302,15 +302,3 @@ def test_the_script_compares_and_resumes(
         main()
     assert end.value.code == 2
     assert "another config or other rates" in capsys.readouterr().err
-
-
-def script_main(name: str) -> Any:
-    """The main() of a script."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks up its annotations in the module of its name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module.main

@@ -119,7 +119,9 @@ def reference_of(names: Iterable[str]) -> str:
 
 def _parse(entry: str) -> tuple[str, Method]:
     """The name and the method of an entry "METHOD" or "NAME=METHOD field=value field=value"."""
-    first, *settings = entry.split()
+    first, _, rest = entry.strip().partition(" ")
+    # Before each "field=": a field of several values has them apart, as on a command line.
+    settings = re.split(r"\s+(?=[\w.-]+=)", rest.strip()) if rest else []
     name, equals, known = first.rpartition("=")
     if known not in METHODS:
         near = difflib.get_close_matches(known, METHODS, n=1)
