@@ -48,7 +48,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> None:
     def losses(job: Any, state: Any) -> dict[str, float]:
         return {"validation_loss": LOSSES[int(state.step)]}
 
-    monkeypatch.setattr(steps, "validation_losses", losses)
+    monkeypatch.setattr(steps, "validation_metrics", losses)
 
 
 def config(

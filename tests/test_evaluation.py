@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from benchmark_cases import CMMLU, write
 from generation_cases import make_tokenizer
+from run_cases import SHORT, Main, config
 
 from lorax_ft.config import EMBEDDED_DATA, EMBEDDED_MODEL, AdapterConfig, DataConfig, MeshConfig
 from lorax_ft.data.chat import Sample
@@ -31,6 +32,7 @@ from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.models.config import LayerType, LinearAttention
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.models.rope import Rope
+from lorax_ft.run.log import read_log
 from lorax_ft.sharding import DECODER_RULES, make_mesh, param_shardings
 from lorax_ft.training.losses import supervised_loss
 from lorax_ft.tree import Tree
@@ -299,6 +301,40 @@ def test_script_with_an_adapter(
     answers = (output / "answers_1_cmmlu_on.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(answers[2])["reference"] == "B"
     assert (output / "evaluation.png").stat().st_size > 5000
+
+
+def test_accuracy_during_training(
+    main: Main, evaluate: Script, tmp_path: Path, standard_promotion: None
+) -> None:
+    """A run logs its accuracy at each evaluation; that of its end is the script's."""
+    folder = write(tmp_path / "cmmlu", CMMLU)
+    output = tmp_path / "run"
+    status = main(
+        *(*config("lora"), *SHORT, "--train.output", output, "--train.steps", "4"),
+        *("--train.eval_every", "2", "--eval.choices", folder, "--optim.learning_rate", "3e-2"),
+    )
+    assert status == 0
+    lines = [line for line in read_log(output) if "accuracy" in line]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    scored = tmp_path / "scored"
+    task = f"choices={folder}"
+    options = ("--shots", "0", "--chat", "--output", scored)
+    assert evaluate("--run", output, "--tasks", task, *options) == 0
+    (found,) = json.loads((scored / "evaluation.json").read_text(encoding="utf-8"))["results"]
+    assert lines[-1]["accuracy"] == pytest.approx(
+        found["scores"]["accuracy"]["on"]["micro"]["mean"]
+    )
+
+
+def test_questions_that_a_run_cannot_ask(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (*config("lora"), *SHORT, "--train.output", tmp_path / "run")
+    assert main(*options, "--eval.choices", tmp_path / "none") == 2
+    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+    folder = write(tmp_path / "cmmlu", CMMLU)
+    assert main(*options, "--eval.choices", folder, "--eval.shots", "3") == 2
+    assert "has 2 dev rows, but there are 3 shots" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

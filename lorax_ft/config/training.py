@@ -195,11 +195,22 @@ class EvalConfig:
     """Number of sample answers to print from before and after training."""
     max_new_tokens: int = 64
     """Maximum length of a generated answer, in tokens."""
+    choices: str | None = None
+    """Folder of multiple-choice questions (MMLU, C-Eval or CMMLU), whose accuracy is measured at
+    each evaluation, in the chat template if the tokenizer has one."""
+    choices_limit: int | None = None
+    """Questions of each subject to ask, from the first; None asks all."""
+    shots: int = 0
+    """Questions of dev, with their answers, before each question of eval.choices."""
 
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "max_new_tokens")
-        for field in ("rows", "exact_match_rows", "samples"):
+        check(
+            self.choices_limit is None or self.choices_limit > 0,
+            f"eval.choices_limit is {self.choices_limit}; it must be above 0",
+        )
+        for field in ("rows", "exact_match_rows", "samples", "shots"):
             check(
                 getattr(self, field) >= 0,
                 f"eval.{field} is {getattr(self, field)}; it must be 0 or more",

@@ -9,8 +9,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lorax_ft import sharding
-from lorax_ft.config import AdapterConfig, Config, DataConfig
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig
 from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
+from lorax_ft.evaluation.benchmark import Benchmark, read_benchmark
+from lorax_ft.evaluation.multiple_choice import Encoded, encode_benchmark
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, read_config
 from lorax_ft.interop.peft_methods import method_name
@@ -27,6 +29,7 @@ def check_inputs(config: Config) -> None:
     _check_quantization(config)
     # Reads one row of each source.
     check_sources(config.data)
+    _read_questions(config.eval)
 
 
 def load_base(config: Config, mesh: Mesh) -> LoadedModel:
@@ -60,6 +63,26 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
     if config.adapter.continue_from is None:
         return model
     return _load_adapter(model, Path(config.adapter.continue_from), config)
+
+
+def load_questions(config: EvalConfig, model: Model) -> Encoded | None:
+    """The multiple-choice questions that a run measures its accuracy on, if it does.
+
+    Raises:
+      ValueError: as `read_benchmark` and `encode_benchmark`.
+    """
+    benchmark = _read_questions(config)
+    if benchmark is None:
+        return None
+    # A base model, which has no chat template, continues plain text.
+    chat = getattr(model.tokenizer, "chat_template", None) is not None
+    return encode_benchmark(benchmark, model, shots=config.shots, chat=chat)
+
+
+def _read_questions(config: EvalConfig) -> Benchmark | None:
+    if config.choices is None:
+        return None
+    return read_benchmark(config.choices, shots=config.shots, limit=config.choices_limit)
 
 
 def load_dataset(config: Config, model: Model) -> Dataset:

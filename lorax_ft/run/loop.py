@@ -27,7 +27,7 @@ from lorax_ft.run.setup import Job, set_up
 from lorax_ft.run.steps import Trained, run_steps
 from lorax_ft.run.summary import Result
 from lorax_ft.run.training_notes import training_notes
-from lorax_ft.run.validation import Evaluation, choose_questions, validation_losses
+from lorax_ft.run.validation import Evaluation, choose_questions, validation_metrics
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import combine, modules
@@ -75,7 +75,7 @@ def _run(
         with contextlib.closing(job.checkpoints):
             end = run_steps(job, log, console)
             trained = _load_best(job, end)
-        after = _evaluate(job, trained.state, console, before=False, losses=trained.losses)
+        after = _evaluate(job, trained.state, console, before=False, measured=trained.measured)
         log.write(end.step, summary.final_metrics(job, end.step, trained, after))
     notes = training_notes(
         job.config,
@@ -127,7 +127,7 @@ def _load_best(job: Job, trained: Trained) -> Trained:
     owned = owned_leaves(trained.state.trained, job.frozen)
     # The frozen leaves of the adapters are the same in all checkpoints.
     state, _ = job.checkpoints.restore(trained.state, owned, step=best)
-    return trained._replace(state=state, step=best, losses=None)
+    return trained._replace(state=state, step=best, measured=None)
 
 
 def _open_log(job: Job, folder: Path) -> Log:
@@ -147,7 +147,7 @@ def _evaluate(
     console: Console,
     *,
     before: bool,
-    losses: Mapping[str, float] | None = None,
+    measured: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Measure loss and exact match on the validation rows, generate sample answers, and print.
 
@@ -156,13 +156,13 @@ def _evaluate(
       state: the state to evaluate.
       console: where to print.
       before: whether this is the evaluation before training, or the one after it.
-      losses: the validation losses of this state, if they were measured already.
+      measured: the validation metrics of this state, if they were measured already.
     """
-    if losses is None:
-        losses = validation_losses(job, state)
+    if measured is None:
+        measured = validation_metrics(job, state)
     questions, skipped = choose_questions(job)
     if not questions:
-        return Evaluation(losses=losses, exact_match=None, answered=None)
+        return Evaluation(measured=measured, exact_match=None, answered=None)
     when = "before training" if before else "after training"
     config = job.config.eval
     with console.status(f"Answering {len(questions)} questions {when} …"):
@@ -175,7 +175,7 @@ def _evaluate(
             pattern=config.answer_pattern,
         )
     exact_match = answered.match.fraction if answered.match else None
-    evaluation = Evaluation(losses=losses, exact_match=exact_match, answered=answered)
+    evaluation = Evaluation(measured=measured, exact_match=exact_match, answered=answered)
     heading = when.capitalize()
     # A resumed run has trained before, so its first evaluation is not the one before training.
     if before and job.first_step > 0:

@@ -18,11 +18,12 @@ from lorax_ft import sharding
 from lorax_ft.config import Config, TrainConfig
 from lorax_ft.data.batches import Batches
 from lorax_ft.data.dataset import Dataset
+from lorax_ft.evaluation.multiple_choice import Encoded
 from lorax_ft.interop.peft_experts import check_fused
 from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.checkpoints import FOLDER, Checkpoints
-from lorax_ft.run.inputs import check_inputs, load_base, load_dataset
+from lorax_ft.run.inputs import check_inputs, load_base, load_dataset, load_questions
 from lorax_ft.run.progress import progress_bar
 from lorax_ft.run.report import make_console
 from lorax_ft.run.standing import Standing
@@ -58,6 +59,8 @@ class Job:
     checkpoints: Checkpoints
     first_step: int
     """Steps that are already done: 0 for a new run."""
+    questions: Encoded | None
+    """The questions of eval.choices."""
     standing: Standing
     """How the run stood after those steps."""
     seconds: Mapping[str, float]
@@ -103,6 +106,7 @@ def set_up(config: Config, *, folder: Path) -> Job:
     check_inputs(config)
     model = load_base(config, mesh)
     data = load_dataset(config, model)
+    questions = load_questions(config.eval, model)
     timer.lap("model and data")
 
     batches = make_batches(config, data)
@@ -137,6 +141,7 @@ def set_up(config: Config, *, folder: Path) -> Job:
         evaluate=_evaluation(functions),
         checkpoints=checkpoints,
         first_step=first_step,
+        questions=questions,
         standing=_standing(config, checkpoints),
         seconds=timer.seconds,
     )

@@ -20,7 +20,7 @@ from lorax_ft.run.setup import Job, step_key
 from lorax_ft.run.standing import Standing
 from lorax_ft.run.stop_signal import StopSignal
 from lorax_ft.run.trace import Trace
-from lorax_ft.run.validation import describe_losses, first_loss, validation_losses
+from lorax_ft.run.validation import describe_metrics, first_loss, validation_metrics
 from lorax_ft.training import contract
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
@@ -36,8 +36,8 @@ class Trained(NamedTuple):
     state: TrainState
     step: int
     """The step that `state` is of."""
-    losses: dict[str, float] | None
-    """The validation losses of `state`; None if they were not measured."""
+    measured: dict[str, float] | None
+    """The validation metrics of `state`; None if they were not measured."""
     standing: Standing
     ended_early: str
     """Why the training ended before its last step; empty if it did not."""
@@ -93,8 +93,8 @@ class _Loop:
         self._step = job.first_step
         self._state = job.state
         self._standing = job.standing
-        # The validation losses of the current step, if it was evaluated.
-        self._losses: dict[str, float] | None = None
+        # The validation metrics of the current step, if it was evaluated.
+        self._measured: dict[str, float] | None = None
         # JAX computes in the background, and fetching metrics waits for it. So the metrics of a
         # step are fetched while the next one runs.
         self._pending: StepOutput | None = None
@@ -106,7 +106,7 @@ class _Loop:
         steps, config = self._job.steps, self._config
         if self._missed_evaluation():
             self._evaluate()
-            self._log_losses(last=self._step == steps)
+            self._log_measured(last=self._step == steps)
         ended_early = self._early_end(out_of_time=self._clock.is_over())
         while self._step < steps and not ended_early:
             self._train_step()
@@ -121,13 +121,13 @@ class _Loop:
                 self._evaluate()
             ended_early = self._early_end(out_of_time=out_of_time)
             last = last or bool(ended_early)
-            self._log_losses(last=last)
+            self._log_measured(last=last)
             if last or self._due(config.save_every) or self._improved():
                 self._save()
         return Trained(
             state=self._state,
             step=self._step,
-            losses=self._losses,
+            measured=self._measured,
             standing=self._standing,
             ended_early=ended_early,
             tokens_per_second=self._progress.mean_tokens_per_second,
@@ -137,7 +137,7 @@ class _Loop:
         """Make a step, and record the one before it."""
         batch, tokens = self._job.batch(self._step)
         self._step += 1
-        self._losses = None
+        self._measured = None
         if self._step <= CHECKED_UPDATES:
             self._before = _copy_adapters(self._state.trained)
         self._state, metrics = self._job.step(self._state, self._job.frozen, batch, self._key)
@@ -175,13 +175,15 @@ class _Loop:
             self._log.write(step, metrics)
 
     def _evaluate(self) -> None:
-        """Measure the validation losses; generating answers takes too long during training."""
+        """Measure the validation metrics; generating answers takes too long during training."""
         self._record()
-        losses = validation_losses(self._job, self._state)
-        if losses:
-            self._losses = losses
-            self._standing = self._standing.evaluated(self._step, first_loss(losses))
-            self._progress.note(f"step {self._step}: {describe_losses(losses)}")
+        measured = validation_metrics(self._job, self._state)
+        if measured:
+            self._measured = measured
+            self._progress.note(f"step {self._step}: {describe_metrics(measured)}")
+        loss = first_loss(measured)
+        if loss is not None:
+            self._standing = self._standing.evaluated(self._step, loss)
         self._progress.skip()
 
     def _missed_evaluation(self) -> bool:
@@ -189,13 +191,13 @@ class _Loop:
         evaluated = self._standing.evaluated_step == self._step
         return self._step > 0 and self._due(self._config.eval_every) and not evaluated
 
-    def _log_losses(self, *, last: bool) -> None:
-        """Log the validation losses of this step, unless the line of the run's end has them."""
-        if self._losses is None:
+    def _log_measured(self, *, last: bool) -> None:
+        """Log the validation metrics of this step, unless the line of the run's end has them."""
+        if self._measured is None:
             return
         loads_other = self._config.load_best and self._standing.best_step != self._step
         if not last or loads_other:
-            self._log.write(self._step, self._losses)
+            self._log.write(self._step, self._measured)
             self._log.upload()
 
     def _early_end(self, *, out_of_time: bool) -> str:
@@ -212,7 +214,7 @@ class _Loop:
 
     def _improved(self) -> bool:
         """Whether this step is the best one, and so needs a checkpoint."""
-        evaluated = self._losses is not None
+        evaluated = self._measured is not None
         return self._config.load_best and evaluated and self._standing.best_step == self._step
 
     def _save(self) -> None:

@@ -21,7 +21,7 @@ from lorax_ft.run.report import counted
 from lorax_ft.run.setup import Job, count_steps
 from lorax_ft.run.steps import Trained
 from lorax_ft.run.trace import PROFILE
-from lorax_ft.run.validation import Evaluation, describe_losses
+from lorax_ft.run.validation import ACCURACY, Evaluation, describe_metrics, first_metric
 from lorax_ft.tree import combine
 
 OWN_RUN = (
@@ -117,8 +117,8 @@ def print_evaluation(
       skipped: questions left out because they are too long.
     """
     parts = []
-    if evaluation.losses:
-        parts.append(describe_losses(evaluation.losses))
+    if evaluation.measured:
+        parts.append(describe_metrics(evaluation.measured))
     answered = evaluation.answered
     if answered is not None and answered.match is not None:
         match = answered.match
@@ -176,7 +176,7 @@ def _print_samples(console: Console, job: Job, result: Result) -> None:
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:
     """The metrics that were measured, under their names in the log."""
-    measured = dict(evaluation.losses)
+    measured = dict(evaluation.measured)
     if evaluation.exact_match is not None:
         measured["exact_match"] = evaluation.exact_match
     return measured
@@ -202,7 +202,7 @@ def find_warnings(job: Job, folder: Path, *, before: Evaluation, after: Evaluati
     """What went wrong in the run, by its log."""
     first = _first_metrics(job, folder, before)
     # The first set's, as `after.loss` is.
-    name = next(iter(after.losses), "")
+    name = first_metric(after.measured)
     return diagnose(
         read_log(folder),
         before=first.get(name),
@@ -321,7 +321,7 @@ def describe_changes(
         # A loss that was not finite is null in the log.
         if first.get(name) is None:
             continue
-        spec = ".1%" if name == "exact_match" else ".4f"
+        spec = ".1%" if name in ("exact_match", ACCURACY) else ".4f"
         # "validation_loss/NAME" of a set with a name.
         label = name.replace("_", " ").replace("/", " ")
         changes[label] = f"{first[name]:{spec}} → {value:{spec}}"

@@ -1,4 +1,4 @@
-"""Evaluation of a run on its validation rows: the loss, and answers compared with references."""
+"""Evaluation of a run: the validation loss, answers compared with references, and accuracy."""
 
 from __future__ import annotations
 
@@ -14,55 +14,84 @@ from lorax_ft.data.chat import Sample, encode_prompt
 from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.formats import has_answer, split_answer
 from lorax_ft.evaluation.exact_match import Answers
+from lorax_ft.evaluation.multiple_choice import evaluate_choices
 from lorax_ft.run.setup import Job
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree, combine
 
 METRIC = "validation_loss"
 """The name of the validation loss in the log."""
+ACCURACY = "accuracy"
+"""The name of the accuracy on the questions of eval.choices."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Metrics and answers of the model on the validation rows."""
 
-    losses: Mapping[str, float]
-    """The validation losses by metric; empty if there are no validation rows."""
+    measured: Mapping[str, float]
+    """As `validation_metrics`."""
     exact_match: float | None
     answered: Answers | None
 
     @property
+    def losses(self) -> dict[str, float]:
+        """The validation losses by metric; empty if there are no validation rows."""
+        return {name: value for name, value in self.measured.items() if name != ACCURACY}
+
+    @property
     def loss(self) -> float | None:
         """The validation loss of the first set, if there is one."""
-        return first_loss(self.losses) if self.losses else None
+        return first_loss(self.measured)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The fraction of the questions of eval.choices that were answered correctly."""
+        return self.measured.get(ACCURACY)
 
 
-def validation_losses(job: Job, state: TrainState) -> dict[str, float]:
-    """The mean loss per labeled token of each validation set, by metric.
+def validation_metrics(job: Job, state: TrainState) -> dict[str, float]:
+    """The mean loss per labeled token of each validation set, and the accuracy, by metric.
 
-    The metric is "validation_loss", or "validation_loss/NAME" for a set with a name.
+    The metrics are "validation_loss", or "validation_loss/NAME" for a set with a name, and
+    "accuracy" if there are questions.
     """
     params = combine(state.trained, job.frozen)
-    losses = {}
+    measured = {}
     for name, split in job.data.validation_sets.items():
         if split.rows:
             metric = f"{METRIC}/{name}" if name else METRIC
-            losses[metric] = _mean_loss(job, params, split.rows)
-    return losses
+            measured[metric] = _mean_loss(job, params, split.rows)
+    if job.questions is not None:
+        measured[ACCURACY] = float(
+            evaluate_choices(job.model, params, job.questions).correct.mean()
+        )
+    return measured
 
 
-def first_loss(losses: Mapping[str, float]) -> float:
+def first_loss(measured: Mapping[str, float]) -> float | None:
     """The loss of the first validation set, by which the best checkpoint is chosen."""
-    return next(iter(losses.values()))
+    return measured.get(first_metric(measured))
 
 
-def describe_losses(losses: Mapping[str, float]) -> str:
-    """Validation losses in words, such as "validation loss 1.2345"."""
+def first_metric(measured: Mapping[str, float]) -> str:
+    """The name of that loss; empty if there are no validation rows."""
+    for metric in measured:
+        if metric.startswith(METRIC):
+            return metric
+    return ""
+
+
+def describe_metrics(measured: Mapping[str, float]) -> str:
+    """Metrics in words, such as "validation loss 1.2345, accuracy 43.2 %"."""
     parts: list[str] = []
-    for metric, loss in losses.items():
+    for metric, value in measured.items():
+        if metric == ACCURACY:
+            parts.append(f"accuracy {100 * value:.1f} %")
+            continue
         _, _, name = metric.partition("/")
         words = "validation loss" if not parts else ""
-        parts.append(f"{words} {name} {loss:.4f}")
+        parts.append(f"{words} {name} {value:.4f}")
     return " ".join(", ".join(parts).split())
 
 

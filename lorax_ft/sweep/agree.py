@@ -28,7 +28,10 @@ VARIED = (*RATES, *STARTS, SEED)
 """The fields that may differ."""
 OTHER_LEAVES = ("adapter.method", "adapter.dora", "adapter.freeze", "adapter.train_whole")
 """Fields that decide which leaves there are, or which of them train."""
-UNUSED = ("train.load_best", "train.patience", "train.max_minutes", "train.profile")
+UNUSED = (
+    *("train.load_best", "train.patience", "train.max_minutes", "train.profile"),
+    "eval.choices",
+)
 """Options of a single run that would end or judge the runs of a sweep differently."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax_ft.run.validation import METRIC, first_loss
+from lorax_ft.run.validation import METRIC, first_metric
 from lorax_ft.sweep.agree import SEED
 from lorax_ft.sweep.axes import Point, Settings
 
@@ -89,7 +89,7 @@ class Results:
         """Note the validation losses of some points. Returns those that turn out to diverge."""
         not_finite = []
         for k, its in zip(members, losses, strict=True):
-            self.losses[k, step] = first_loss(its)
+            self.losses[k, step] = its[first_metric(its)]
             if not math.isfinite(self.losses[k, step]):
                 not_finite.append(k)
             line = self._line(k, step)
