@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,12 +55,16 @@ DECODER_RULES: Rules = (
 def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of axes data, fsdp and tensor over all devices of all processes.
 
+    Of several TPU slices, which only the data center's network connects, data goes across: its
+    gradients are those of the adapters alone.
+
     Args:
       config: the axes' sizes.
       devices: which devices; None: all.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or data does not divide by the
+        number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     rest = config.fsdp * config.tensor
@@ -71,13 +76,23 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
             f"a mesh of data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} "
             f"does not fit {len(devices)} devices"
         )
+    shape = (data, config.fsdp, config.tensor)
+    names = ("data", "fsdp", "tensor")
     # Explicit axes, jax.make_mesh's default since 0.9, fail in nn.Embed on a sharded table.
-    return jax.make_mesh(
-        (data, config.fsdp, config.tensor),
-        ("data", "fsdp", "tensor"),
-        axis_types=(AxisType.Auto,) * 3,
-        devices=devices,
+    types = (AxisType.Auto,) * 3
+    # Only TPUs have slices.
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+    if data % slices:
+        raise ValueError(
+            f"mesh.data is {data}, which does not divide by the {slices} slices: the weights would "
+            "have to cross the network between them"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (data // slices, config.fsdp, config.tensor), (slices, 1, 1), devices=devices
     )
+    return Mesh(grid, names, axis_types=types)
 
 
 def param_shardings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from lorax_ft.interop.huggingface import (
 )
 from lorax_ft.interop.lazy_tensor import Index, Read, Tensors
 from lorax_ft.interop.params import Parts, head_is_table, load_params
-from lorax_ft.interop.text_part import notice
+from lorax_ft.interop.text_part import notice, text_config
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.models.config import DecoderConfig
@@ -106,6 +106,26 @@ def load_model(
         source=source,
         generation_config=_generation_config(location),
     )
+
+
+def read_model_config(path: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """Reads the config.json of a model, whose weights are neither read nor downloaded.
+
+    Args:
+      path: as in `load_model`.
+      revision: as in `load_model`.
+
+    Raises:
+      ValueError: there is no model at `path`, or its config.json is damaged.
+    """
+    location = _locate(path, revision, files=("config.json",))
+    if location.suffix == ".gguf":
+        hf_config, _, _ = read_gguf(location)
+        return hf_config
+    hf_config = text_config(read_json(location / "config.json"))
+    # The weights are planned as they are computed with, not as they are stored.
+    hf_config.pop("quantization_config", None)
+    return hf_config
 
 
 def _warn_of_part(hf_config: dict[str, Any], source: str) -> None:
@@ -259,8 +279,8 @@ class Loader:
         return streamed(quantized_matrix, stack=stack, like=like, on=sharding)
 
 
-def _locate(path: str | Path, revision: str | None) -> Path:
-    """The folder or .gguf file at `path`, downloaded first if it is a hub id."""
+def _locate(path: str | Path, revision: str | None, *, files: Sequence[str] = HUB_FILES) -> Path:
+    """The folder or .gguf file at `path`; of a hub id these files are downloaded first."""
     local = Path(path).expanduser()
     if local.is_dir():
         _check_folder(local, path)
@@ -281,7 +301,7 @@ def _locate(path: str | Path, revision: str | None) -> Path:
     )
     if looks_local or local.parent.is_dir():
         raise ValueError(f"no model at {path}{_nearest(local)}")
-    return _download(str(path), revision)
+    return _download(str(path), revision, files)
 
 
 def _check_folder(folder: Path, path: str | Path) -> None:
@@ -308,14 +328,14 @@ def _nearest(missing: Path) -> str:
     return f"; in {parent} there is {', '.join(near or names[:3])}"
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, files: Sequence[str]) -> Path:
     import huggingface_hub
 
     try:
         folder = huggingface_hub.snapshot_download(
             hub_id,
             revision=revision,
-            allow_patterns=list(HUB_FILES),
+            allow_patterns=list(files),
             ignore_patterns=list(HUB_DUPLICATES),
         )
     except Exception as error:  # no common type for connection, permission and unknown-id errors

@@ -1,0 +1,239 @@
+"""The training step of a config for chips that are not here, compiled from the shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from lorax_ft import sharding
+from lorax_ft.config import Config
+from lorax_ft.interop.huggingface import decoder_config
+from lorax_ft.models.model import CausalLM, abstract_params
+from lorax_ft.plan.chips import Topology
+from lorax_ft.plan.flops import count_flops
+from lorax_ft.plan.hlo import Traffic, traffic
+from lorax_ft.quant.kernels import quantize
+from lorax_ft.training.losses import supervised_loss
+from lorax_ft.training.optimizer import make_optimizer
+from lorax_ft.training.state import abstract_state
+from lorax_ft.training.step import TrainState, make_train_step
+from lorax_ft.tree import Tree, flatten, unflatten
+
+STEPS = 100
+"""Of the learning rate's schedule: any number gives the same program."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The arguments of a step: shapes and where they lie."""
+
+    state: TrainState
+    frozen: Tree
+    batch: Tree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What the compiler says of a step. Bytes are those of one chip."""
+
+    weights: int
+    """The frozen leaves: the base, and what of the adapters does not train."""
+    trained: int
+    moments: int
+    """The optimizer's state."""
+    batch: int
+    arguments: int
+    """All of these as the compiler lays them out, with its padding."""
+    temporaries: int
+    """Activations, gradients, and weights that are gathered from other chips."""
+    flops: float
+    """Of matrix products, on one chip."""
+    traffic: Traffic
+    seconds: float
+    """How long the compiler took."""
+
+    @property
+    def total(self) -> int:
+        """What must fit into the memory of a chip; the new state takes the place of the old one."""
+        return self.arguments + self.temporaries
+
+
+def make_model(fields: Mapping[str, Any], config: Config, *, source: str) -> CausalLM:
+    """The model of a config.json.
+
+    Raises:
+      ValueError: as `decoder_config`.
+    """
+    # Given by name, because auto looks at the backend of this process, which is a CPU.
+    decoder = decoder_config(
+        fields,
+        source=source,
+        dtype=config.model.dtype,
+        attention="xla",
+        remat=config.model.remat,
+    )
+    return CausalLM(config=decoder)
+
+
+def make_mesh(config: Config, topology: Topology) -> Mesh:
+    """The mesh of a config on a topology.
+
+    Raises:
+      ValueError: the mesh does not fit the topology, the rows of a batch do not fit the mesh, or
+        libtpu is not installed.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices=_devices(topology))
+    check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    return mesh
+
+
+def _devices(topology: Topology) -> Sequence[Any]:
+    """The devices of a topology, which are not here."""
+    if not topology.chip.is_tpu:
+        # CPUs take the place of GPUs, for which nothing compiles without one.
+        return jax.devices("cpu")[: topology.devices]
+    options: dict[str, Any] = {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    # libtpu's C code answers with exceptions of JAX's runtime.
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if importlib.util.find_spec("libtpu") is None:
+            reason = 'it needs libtpu: pip install "lorax_ft[tpu-compile]"'
+        raise ValueError(f"cannot compile for {topology.name}: {reason}") from error
+    return found.devices
+
+
+def check_rows(config: Config, devices: int) -> None:
+    """Raise if the rows of a microbatch do not divide over the devices.
+
+    Raises:
+      ValueError: they do not; the error says which numbers would.
+    """
+    train = config.train
+    rows = train.batch_size // train.microbatches
+    if rows % devices == 0:
+        return
+    nearest = max(round(rows / devices), 1) * devices * train.microbatches
+    raise ValueError(
+        f"train.batch_size {train.batch_size} in {train.microbatches} microbatches gives {rows} "
+        f"rows, which do not divide over data × fsdp = {devices} devices; a batch_size of "
+        f"{nearest} would"
+    )
+
+
+def abstract_arguments(model: CausalLM, config: Config, mesh: Mesh) -> Shapes:
+    """The shapes and shardings of the state, the frozen leaves and the batch.
+
+    Raises:
+      ValueError: as `abstract_state`.
+    """
+    base = {}
+    for path, leaf in flatten(abstract_params(model.config)).items():
+        base[path] = _base_leaf(path, leaf, config, model)
+    tx = make_optimizer(config.optim, steps=STEPS)
+    state, frozen = abstract_state(
+        unflatten(base), config.adapter, tx, layout=model.layout, mesh=mesh
+    )
+    train, length = config.train, config.data.max_length
+    if length == "auto":
+        raise ValueError("data.max_length is auto, which needs the data; give the number of tokens")
+    shape = (train.microbatches, train.batch_size // train.microbatches, length)
+    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
+    place = sharding.batch_sharding(mesh, microbatched=True)
+    batch = {}
+    for name, dtype in {**dtypes, "weights": jnp.float32}.items():
+        batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    return Shapes(state=state, frozen=frozen, batch=batch)
+
+
+def _base_leaf(path: str, leaf: Any, config: Config, model: CausalLM) -> Any:
+    """The shape of a leaf of the base in the config's dtype, or quantized."""
+    leaf = jax.ShapeDtypeStruct(leaf.shape, config.model.dtype)
+    quant = config.quant
+    module, _, name = path.rpartition("/")
+    # A convolution has a kernel, but no place in the layout.
+    is_linear = name == "kernel" and module in model.layout
+    if quant.format == "none" or not (is_linear and model.layout[module].quantizable):
+        return leaf
+    stacked = leaf.ndim - 2
+
+    def quantized(kernel: Any) -> Any:
+        return quantize(
+            kernel, format=quant.format, double_quant=quant.double, n_stack=stacked, n_in=1
+        )
+
+    return jax.eval_shape(quantized, leaf)
+
+
+def trace_step(model: CausalLM, config: Config, mesh: Mesh, shapes: Shapes) -> Any:
+    """The step, traced as `lorax_ft.run.setup.compile_step` does it."""
+    loss = supervised_loss(
+        model,
+        packed=config.data.pack,
+        dropout=config.adapter.dropout,
+        neftune_alpha=config.train.neftune_alpha,
+    )
+    tx = make_optimizer(config.optim, steps=STEPS)
+    step = make_train_step(loss, tx, layout=model.layout)
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes.state)
+    everywhere = sharding.replicated(mesh)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=everywhere)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+    with jax.set_mesh(mesh):
+        return jitted.trace(shapes.state, shapes.frozen, shapes.batch, key)
+
+
+def compile_step(model: CausalLM, config: Config, mesh: Mesh, shapes: Shapes) -> Any:
+    """The compiled step."""
+    traced = trace_step(model, config, mesh, shapes)
+    with jax.set_mesh(mesh):
+        return traced.lower().compile()
+
+
+def measure(model: CausalLM, config: Config, mesh: Mesh) -> Program:
+    """Compile the step of a config, and read from it what a chip holds, computes and receives.
+
+    Raises:
+      ValueError: as `abstract_arguments`.
+    """
+    shapes = abstract_arguments(model, config, mesh)
+    began = time.perf_counter()
+    traced = trace_step(model, config, mesh, shapes)
+    with jax.set_mesh(mesh):
+        compiled = traced.lower().compile()
+    memory = compiled.memory_analysis()
+    return Program(
+        weights=bytes_a_chip(shapes.frozen),
+        trained=bytes_a_chip(shapes.state.trained),
+        moments=bytes_a_chip(shapes.state.opt_state),
+        batch=bytes_a_chip(shapes.batch),
+        arguments=memory.argument_size_in_bytes,
+        # Results that are not in the place of arguments: the metrics.
+        temporaries=memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        flops=count_flops(traced.jaxpr.jaxpr) / mesh.size,
+        traffic=traffic(compiled.as_text()),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def bytes_a_chip(tree: Any) -> int:
+    """The size of a tree's shards on one device in bytes."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        total += math.prod(shard) * leaf.dtype.itemsize
+    return total

@@ -1,0 +1,129 @@
+"""A plan from a config to its report: what `scripts/plan.py` calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorax_ft.config import Config
+from lorax_ft.interop.load import read_model_config
+from lorax_ft.plan.chips import Topology
+from lorax_ft.plan.estimate import estimate
+from lorax_ft.plan.plot import plot_scaling
+from lorax_ft.plan.program import (
+    abstract_arguments,
+    bytes_a_chip,
+    make_mesh,
+    make_model,
+    measure,
+)
+from lorax_ft.plan.report import as_json, options, print_plan, print_scaling, print_search
+from lorax_ft.plan.search import Candidate, fastest, search
+from lorax_ft.run.report import make_console
+
+Planned = tuple[Topology, Candidate]
+
+
+def plan(
+    config: Config,
+    topologies: Sequence[Topology],
+    *,
+    tries: int = 6,
+    always_search: bool = False,
+    tokens: float | None = None,
+    json_file: str | None = None,
+    plot_file: str | None = None,
+) -> list[Planned]:
+    """Compile the step of a config for chips that are not here, and say what it takes.
+
+    Args:
+      config: a run; of the model only config.json is read.
+      topologies: the chips. With several, the batch grows with their number (weak scaling).
+      tries: configs to compile in the place of one that does not fit, at most.
+      always_search: whether to look for a faster one if it fits, too.
+      tokens: of the whole training.
+      json_file: where to write the figures.
+      plot_file: where to write a plot of several topologies.
+
+    Returns:
+      For each topology the config to take: the given one, or the fastest one found that fits.
+
+    Raises:
+      ValueError: the config does not fit the model or the topology.
+    """
+    console = make_console()
+    fields = read_model_config(config.model.path, revision=config.model.revision)
+    planned = []
+    for topology in topologies:
+        scaled = _scaled(config, topology, topologies[0])
+        found = _plan_one(
+            console,
+            scaled,
+            topology,
+            fields,
+            tries=tries,
+            always_search=always_search,
+            tokens=tokens,
+        )
+        planned.append((topology, found))
+    if len(planned) > 1:
+        print_scaling(console, planned)
+        if plot_file is not None:
+            plot_scaling(planned, Path(plot_file))
+    if json_file is not None:
+        figures = [as_json(candidate, topology) for topology, candidate in planned]
+        Path(json_file).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return planned
+
+
+def _plan_one(
+    console: Console,
+    config: Config,
+    topology: Topology,
+    fields: Mapping[str, Any],
+    *,
+    tries: int,
+    always_search: bool,
+    tokens: float | None,
+) -> Candidate:
+    """The plan for one topology."""
+
+    def measured(config: Config) -> Candidate:
+        model = make_model(fields, config, source=config.model.path)
+        mesh = make_mesh(config, topology)
+        shapes = abstract_arguments(model, config, mesh)
+        held = bytes_a_chip((shapes.state, shapes.frozen, shapes.batch))
+        candidate = Candidate(config=config, held=held)
+        # Minutes of compiling would say the same.
+        if held > topology.chip.memory:
+            return candidate
+        with console.status(f"Compiling for {topology.name} …"):
+            program = measure(model, config, mesh)
+        return dataclasses.replace(
+            candidate, program=program, estimate=estimate(program, config, topology)
+        )
+
+    first = measured(config)
+    print_plan(console, first, topology, tokens=tokens)
+    if first.fits(topology) and not always_search:
+        return first
+    others = search(measured, first, topology, tries=tries)
+    best = fastest([first, *others], topology)
+    print_search(console, others, best, topology)
+    if best is None or best is first:
+        return first
+    print_plan(console, best, topology, tokens=tokens)
+    console.print(f"Options: {options(best.config, config)}", soft_wrap=True)
+    return best
+
+
+def _scaled(config: Config, topology: Topology, first: Topology) -> Config:
+    """The config with as many rows a chip as on the first topology."""
+    rows = config.train.batch_size * topology.devices // first.devices
+    train = dataclasses.replace(config.train, batch_size=rows)
+    return dataclasses.replace(config, train=train)

@@ -1,0 +1,136 @@
+"""Finds a config that fits: other meshes, recomputation, microbatches, a quantized base.
+
+Each candidate is compiled, which takes a minute for a model of 7B parameters, so that few are:
+those whose weights alone do not fit are left out, and the search ends at the first that fits. It
+then tries what is faster on that mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from lorax_ft.config import Config
+from lorax_ft.plan.chips import Topology
+from lorax_ft.plan.estimate import Estimate
+from lorax_ft.plan.program import Program
+
+Remat = Literal["none", "dots", "mlp", "full"]
+LIGHTER: tuple[Remat, ...] = ("none", "dots", "mlp")
+"""Values of model.remat that recompute less than "full", the fastest first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A config and what was found of it."""
+
+    config: Config
+    held: int
+    """Bytes of a chip that weights, adapters, moments and the batch take, by their shapes."""
+    program: Program | None = None
+    """None if these alone do not fit, so that it was not compiled."""
+    estimate: Estimate | None = None
+
+    def fits(self, topology: Topology) -> bool:
+        """Whether it fits into the memory of a chip."""
+        return self.program is not None and self.program.total <= topology.chip.memory
+
+
+Measure = Callable[[Config], Candidate]
+
+
+def search(
+    measure: Measure, first: Candidate, topology: Topology, *, tries: int
+) -> list[Candidate]:
+    """Candidates in place of one, in the order in which they were compiled.
+
+    Args:
+      measure: compiles a config.
+      first: the config as it was given.
+      topology: the chips.
+      tries: how many to compile, at most.
+    """
+    found: list[Candidate] = []
+
+    def attempt(config: Config) -> Candidate | None:
+        """The candidate, if it is a new one and there are tries left."""
+        known = [first.config, *(candidate.config for candidate in found)]
+        compiled = [candidate for candidate in found if candidate.program is not None]
+        if config in known or len(compiled) >= tries:
+            return None
+        found.append(measure(config))
+        return found[-1]
+
+    if not first.fits(topology):
+        for config in _smaller(first.config, topology):
+            candidate = attempt(config)
+            if candidate is not None and candidate.fits(topology):
+                break
+    # What recomputes less is faster, if it fits too.
+    fitting = [candidate for candidate in (first, *found) if candidate.fits(topology)]
+    if fitting:
+        base = fitting[-1].config
+        for remat in LIGHTER[: _place(base)]:
+            model = dataclasses.replace(base.model, remat=remat)
+            candidate = attempt(dataclasses.replace(base, model=model))
+            if candidate is not None and candidate.fits(topology):
+                break
+    return found
+
+
+def fastest(candidates: list[Candidate], topology: Topology) -> Candidate | None:
+    """The fastest candidate that fits, by its estimate; None: none fits."""
+    fitting = [candidate for candidate in candidates if candidate.fits(topology)]
+    return min(fitting, key=_seconds, default=None)
+
+
+def _seconds(candidate: Candidate) -> float:
+    assert candidate.estimate is not None
+    return candidate.estimate.seconds
+
+
+def _place(config: Config) -> int:
+    """The number of values of model.remat that recompute less than this config's."""
+    remat = config.model.remat
+    return LIGHTER.index(remat) if remat in LIGHTER else len(LIGHTER)
+
+
+def _smaller(config: Config, topology: Topology) -> Iterator[Config]:
+    """Configs that need less memory, the least change first."""
+    model = dataclasses.replace(config.model, remat="full")
+    config = dataclasses.replace(config, model=model)
+    yield config
+    # Weights that are split over more chips.
+    meshes = list(_meshes(config, topology))
+    yield from meshes
+    last = meshes[-1] if meshes else config
+    # Fewer rows at a time, and then four bits for the base.
+    yield from _microbatched(last)
+    if config.quant.format == "none":
+        quant = dataclasses.replace(config.quant, format="nf4")
+        for each in (config, *meshes, last):
+            yield dataclasses.replace(each, quant=quant)
+        yield from _microbatched(dataclasses.replace(last, quant=quant))
+
+
+def _meshes(config: Config, topology: Topology) -> Iterator[Config]:
+    """Meshes that split the weights over more and more chips of a slice."""
+    rows = config.train.batch_size // config.train.microbatches
+    fsdp = 2 * config.mesh.fsdp
+    while config.mesh.tensor * fsdp <= topology.chips:
+        data, rest = divmod(topology.devices, fsdp * config.mesh.tensor)
+        if not rest and rows % (data * fsdp) == 0:
+            mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp)
+            yield dataclasses.replace(config, mesh=mesh)
+        fsdp *= 2
+
+
+def _microbatched(config: Config) -> Iterator[Config]:
+    """More microbatches of fewer rows, down to one row a device."""
+    train, mesh = config.train, config.mesh
+    microbatches = 2 * train.microbatches
+    while train.batch_size % (microbatches * max(mesh.data, 1) * mesh.fsdp) == 0:
+        changed = dataclasses.replace(train, microbatches=microbatches)
+        yield dataclasses.replace(config, train=changed)
+        microbatches *= 2

@@ -1,0 +1,292 @@
+"""Plans: topologies, operations and collectives counted by hand, the search, and the script."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from run_cases import ROOT
+
+from lorax_ft.config import Config, MeshConfig, ModelConfig, TrainConfig, load_config
+from lorax_ft.plan.chips import CHIPS, parse_topology
+from lorax_ft.plan.estimate import estimate
+from lorax_ft.plan.flops import count_flops
+from lorax_ft.plan.hlo import Traffic, traffic
+from lorax_ft.plan.program import Program, check_rows
+from lorax_ft.plan.report import memory_parts, options
+from lorax_ft.plan.search import Candidate, fastest, search
+
+
+def test_topologies() -> None:
+    pod = parse_topology("v5p:4x4x4", slices=2)
+    assert (pod.chips, pod.devices, pod.chip.label) == (64, 128, "TPU v5p")
+    assert pod.network == 3 * 180e9
+    assert parse_topology("v5e:4x4").network == 2 * 90e9
+    assert parse_topology("h100:8").devices == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "error"),
+    [
+        ("v5x:4x4", 1, r"v5x is no known chip; known are v5e, v6e, .* did you mean v5"),
+        ("v5e", 1, "--topology v5e does not exist; there are v5e:1x1, v5e:2x2, v5e:2x4"),
+        ("v5e:3x3", 1, "--topology v5e:3x3 does not exist; there are"),
+        ("h100:4x4", 1, "give the number of GPUs, such as h100:8"),
+        ("h100:0", 1, "give the number of GPUs"),
+        ("h100:8", 2, "--slices is for TPUs"),
+        ("v5e:2x2", 0, "--slices is 0"),
+    ],
+)
+def test_topologies_that_do_not_exist(name: str, slices: int, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        parse_topology(name, slices=slices)
+
+
+def test_rows_that_do_not_divide() -> None:
+    config = Config(train=TrainConfig(batch_size=12, microbatches=2))
+    check_rows(config, 3)
+    with pytest.raises(ValueError, match=r"gives 6 rows, which .* = 4 devices; a batch_size of 16"):
+        check_rows(config, 4)
+
+
+def test_operations_by_hand() -> None:
+    """3 × 4 by 4 × 5: 60 products; a scan counts each iteration, recomputation counts again."""
+    w = jnp.ones((4, 4))
+
+    def product(x: Any) -> Any:
+        return x @ w
+
+    def count(function: Any, *args: Any) -> int:
+        return count_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+    x = jnp.ones((3, 4))
+    assert count(lambda x: x @ jnp.ones((4, 5)), x) == 2 * 60
+    assert count(lambda x: lax.scan(lambda x, _: (product(x), None), x, length=7)[0], x) == 7 * 96
+    assert count(lambda x: lax.cond(True, product, lambda x: x, x), x) == 96
+
+    def recomputed(x: Any) -> Any:
+        return jnp.sum(jnp.sin(jax.checkpoint(lambda x: product(jnp.sin(product(x))))(x)))
+
+    # Two products forward, the first one recomputed, and two backward to x.
+    assert count(jax.grad(recomputed), x) >= 5 * 96
+    rows = jnp.array([1, 2], jnp.int32)
+    kernels = jnp.ones((2, 4, 5))
+    # Each of the three rows meets one of the two matrices.
+    assert count(lambda x: lax.ragged_dot(x, kernels, rows), x) == 2 * 60
+
+
+def test_collectives_of_a_compiled_program() -> None:
+    """A sum over four devices in a scan of five iterations; a ring sends 2 · 3/4 of the array."""
+    mesh = Mesh(jax.devices()[:4], ("data",))
+    rows = NamedSharding(mesh, P("data"))
+    whole = NamedSharding(mesh, P())
+
+    def step(x: Any, w: Any) -> Any:
+        def body(w: Any, _: Any) -> Any:
+            return jnp.tanh(x.T @ x @ w), None
+
+        return lax.scan(body, w, length=5)[0]
+
+    jitted = jax.jit(step, in_shardings=(rows, whole), out_shardings=whole)
+    arguments = jnp.ones((8, 16)), jnp.ones((16, 32))
+    found = traffic(jitted.lower(*arguments).compile().as_text())
+    assert set(found.count) == {"all-reduce"}
+    # XLA may sum x.T @ x once before the loop, or what it is multiplied with in each iteration.
+    once, in_loop = 1.5 * 16 * 16 * 4, 5 * 1.5 * 16 * 32 * 4
+    assert found.total in (once, in_loop)
+
+
+HLO = """
+HloModule step
+
+%body.1 (p: (f32[8], s32[])) -> (f32[8], s32[]) {
+  %gather.2 = bf16[4,8]{1,0} all-gather(%p), replica_groups=[2,4]<=[8], chain_id="3"
+  %again.2 = bf16[4,8]{1,0} all-gather(%p), replica_groups=[2,4]<=[8], chain_id="3"
+  %permuted = (f32[16]{0}, f32[16]{0}, u32[]) collective-permute-start(%p)
+  %scattered = f32[8]{0} reduce-scatter(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+%condition.1 (p: (f32[8], s32[])) -> pred[] {
+  %constant.9 = s32[]{:T(128)} constant(6)
+  ROOT %compare.1 = pred[] compare(%i, %constant.9), direction=LT
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %while.1 = (f32[8], s32[]) while(%t), condition=%condition.1, body=%body.1
+  %sum = f32[100]{0} all-reduce(%a), replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%add
+}
+"""
+
+
+def test_collectives_by_hand() -> None:
+    found = traffic(HLO)
+    assert found.count == {
+        "all-gather": 6,
+        "collective-permute": 6,
+        "reduce-scatter": 6,
+        "all-reduce": 1,
+    }
+    assert found.received == {
+        "all-gather": 6 * 0.75 * 64,
+        "collective-permute": 6 * 64,
+        "reduce-scatter": 6 * 3 * 32,
+        "all-reduce": 2 * 0.5 * 400,
+    }
+
+
+GIVEN = Config(
+    model=ModelConfig(remat="full"),
+    train=TrainConfig(batch_size=16),
+    mesh=MeshConfig(data=16, fsdp=1),
+)
+TOPOLOGY = parse_topology("v5e:4x4")
+
+
+def made_up(config: Config) -> Candidate:
+    """Weights that fsdp splits, activations that microbatches and recomputation make smaller."""
+    weights = int(60e9 / config.mesh.fsdp / (4 if config.quant.format == "nf4" else 1))
+    kept = {"none": 40e9, "dots": 20e9, "mlp": 10e9, "full": 4e9}[config.model.remat]
+    work = {"none": 4, "dots": 4.5, "mlp": 5, "full": 6}[config.model.remat]
+    if weights > TOPOLOGY.chip.memory:
+        return Candidate(config=config, held=weights)
+    program = Program(
+        weights=weights,
+        trained=0,
+        moments=0,
+        batch=0,
+        arguments=weights,
+        temporaries=int(kept / config.train.microbatches),
+        flops=work * 1e14,
+        traffic=Traffic(count={}, received={"all-gather": 1e9 * config.mesh.fsdp}),
+        seconds=0.0,
+    )
+    return Candidate(
+        config=config,
+        held=weights,
+        program=program,
+        estimate=estimate(program, config, TOPOLOGY),
+    )
+
+
+def test_the_search_finds_what_fits() -> None:
+    first = made_up(GIVEN)
+    assert first.program is None
+    found = search(made_up, first, TOPOLOGY, tries=6)
+    best = fastest([first, *found], TOPOLOGY)
+    assert best is not None
+    # The least split mesh that fits, 8 chips; of what recomputes less, only "mlp" does not fit.
+    assert best.config.mesh == MeshConfig(data=2, fsdp=8)
+    assert best.config.model.remat == "full"
+    assert options(best.config, GIVEN) == "--mesh.data 2 --mesh.fsdp 8"
+    assert {each.config.model.remat for each in found} == {"full", "none", "dots", "mlp"}
+
+
+def test_a_faster_config_is_found() -> None:
+    mesh = MeshConfig(data=1, fsdp=16)
+    first = made_up(dataclasses.replace(GIVEN, mesh=mesh))
+    assert first.fits(TOPOLOGY)
+    found = search(made_up, first, TOPOLOGY, tries=6)
+    best = fastest([first, *found], TOPOLOGY)
+    assert best is not None
+    assert best.config.model.remat == "mlp"
+
+
+def test_few_tries_end_the_search() -> None:
+    found = search(made_up, made_up(GIVEN), TOPOLOGY, tries=1)
+    assert len([each for each in found if each.program is not None]) == 1
+
+
+def test_nothing_fits() -> None:
+    def huge(config: Config) -> Candidate:
+        return Candidate(config=config, held=10**12)
+
+    found = search(huge, huge(GIVEN), TOPOLOGY, tries=6)
+    assert fastest(found, TOPOLOGY) is None
+    assert "nf4" in {each.config.quant.format for each in found}
+
+
+def test_a_roofline_by_hand() -> None:
+    """v5e: 197e12 operations, 819e9 bytes of memory, 180e9 of its two axes' links a second."""
+    candidate = made_up(dataclasses.replace(GIVEN, mesh=MeshConfig(data=1, fsdp=16)))
+    program, found = candidate.program, candidate.estimate
+    assert program is not None
+    assert found is not None
+    assert found.compute == pytest.approx(6e14 / 197e12)
+    assert found.network == pytest.approx(16e9 / 180e9)
+    # Three passes over all weights, and the temporaries written and read.
+    assert found.memory == pytest.approx((3 * 60e9 + 2 * 4e9) / 819e9)
+    assert found.seconds == found.compute
+    assert found.bound == "arithmetic"
+    assert found.longest == found.compute + found.memory + found.network
+    assert found.efficiency == 1
+    assert found.tokens == 16 * 256
+    assert found.dollars_an_hour == pytest.approx(16 * CHIPS["v5e"].price)
+    parts = memory_parts(program)
+    total = parts.pop("total")
+    assert sum(parts.values()) == total == program.total
+
+
+def run_plan(*argv: object) -> subprocess.CompletedProcess[str]:
+    """scripts/plan.py in a process of its own, as it sets what JAX reads once."""
+    names = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts/plan.py"), *map(str, argv)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_the_script_plans_for_gpus(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs/lora.py")
+    fields = json.loads((Path(config.model.path) / "config.json").read_text())
+    (tmp_path / "model").mkdir()
+    # Without weights or a tokenizer.
+    (tmp_path / "model/config.json").write_text(json.dumps(fields))
+    done = run_plan(
+        *("--config", ROOT / "configs/lora.py", "--model.path", tmp_path / "model"),
+        *("--topology", "h100:2", "h100:4", "--mesh.fsdp", 2, "--tokens", 1e9),
+        *("--json", tmp_path / "plan.json", "--plot", tmp_path / "plan.png"),
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("It fits", "NVIDIA H100 SXM", "all-gather", "are estimates", "hours and $"):
+        assert words in done.stdout
+    two, four = json.loads((tmp_path / "plan.json").read_text())
+    assert (two["chips"], four["chips"]) == (2, 4)
+    # As many rows a chip: as much work.
+    assert four["config"]["train"]["batch_size"] == 2 * two["config"]["train"]["batch_size"]
+    assert four["flops_a_chip"] == pytest.approx(two["flops_a_chip"], rel=0.01)
+    # 1.4 million parameters in float32, of which the embedding's rows and the kernels are halved.
+    assert 2.5e6 < two["bytes_a_chip"]["weights"] < 3.5e6
+    assert (tmp_path / "plan.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["--topology", "v5e:5x5"], "there are v5e:1x1"),
+        (["--topology", "h100:4", "--mesh.fsdp", "3"], "does not fit 4 devices"),
+        (["--topology", "h100:3"], "which do not divide over data × fsdp = 3"),
+        (["--topology", "h100:2", "--model.path", "nowhere"], "no model at nowhere"),
+        (["--topology", "h100:2", "--data.max_length", "auto"], "data.max_length is auto"),
+    ],
+)
+def test_bad_input_is_one_line(argv: list[str], error: str) -> None:
+    done = run_plan("--config", ROOT / "configs/lora.py", *argv)
+    assert done.returncode == 2
+    assert error in done.stderr
+    assert done.stderr.count("\n") == 1
