@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,6 +66,15 @@ class Program:
     def total(self) -> int:
         """What must fit into the memory of a chip; the new state takes the place of the old one."""
         return self.arguments + self.temporaries
+
+
+class DoesNotFitError(Exception):
+    """The compiler found no program that fits into the memory of a chip."""
+
+    def __init__(self, needed: float) -> None:
+        super().__init__(f"{needed:.0f} bytes")
+        self.needed = needed
+        """Bytes that it would need."""
 
 
 def make_model(fields: Mapping[str, Any], config: Config, *, source: str) -> CausalLM:
@@ -207,12 +217,20 @@ def measure(model: CausalLM, config: Config, mesh: Mesh) -> Program:
 
     Raises:
       ValueError: as `abstract_arguments`.
+      DoesNotFitError: the compiler for TPUs knows their memory, and gives up.
     """
     shapes = abstract_arguments(model, config, mesh)
     began = time.perf_counter()
     traced = trace_step(model, config, mesh, shapes)
-    with jax.set_mesh(mesh):
-        compiled = traced.lower().compile()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        # "... required for HLO temporaries (16.99G) exceeds available HBM (15.75G)", in GiB.
+        needed = re.search(r"RESOURCE_EXHAUSTED.*?\((\d+(?:\.\d+)?)G\)", str(error), re.DOTALL)
+        if needed is None:
+            raise
+        raise DoesNotFitError(float(needed[1]) * 2**30) from error
     memory = compiled.memory_analysis()
     return Program(
         weights=bytes_a_chip(shapes.frozen),

@@ -32,9 +32,10 @@ def print_plan(
     console.print(f"\n[bold]{describe(candidate.config, topology)}[/bold]")
     program, estimate = candidate.program, candidate.estimate
     if program is None or estimate is None:
+        what = "The step needs" if candidate.tried else "Weights, adapters and optimizer alone take"
         console.print(
-            f"Weights, adapters and optimizer alone take {candidate.held / GB:.2f} GB a chip, more "
-            f"than the {chip.memory / GB:.2f} GB of a {chip.label}: it does not fit.",
+            f"{what} {candidate.needed / GB:.2f} GB a chip, more than the "
+            f"{chip.memory / GB:.2f} GB of a {chip.label}: it does not fit.",
             style="yellow",
         )
         return
@@ -138,12 +139,11 @@ def print_search(
     for header in ("config", "GB a chip", "s a step", ""):
         table.add_column(header, overflow="fold")
     for candidate in candidates:
-        size = candidate.held if candidate.program is None else candidate.program.total
-        more = "over " if candidate.program is None else ""
+        more = "" if candidate.tried else "over "
         seconds = "" if candidate.estimate is None else f"{candidate.estimate.seconds:.3f}"
         verdict = "fits" if candidate.fits(topology) else "does not fit"
         config = describe(candidate.config, topology).partition(", ")[2]
-        table.add_row(config, f"{more}{size / GB:.2f}", seconds, verdict)
+        table.add_row(config, f"{more}{candidate.needed / GB:.2f}", seconds, verdict)
     console.print(table)
     if best is None:
         console.print(

@@ -16,6 +16,7 @@ from lorax_ft.plan.chips import Topology
 from lorax_ft.plan.estimate import estimate
 from lorax_ft.plan.plot import plot_scaling
 from lorax_ft.plan.program import (
+    DoesNotFitError,
     abstract_arguments,
     bytes_a_chip,
     make_mesh,
@@ -98,14 +99,20 @@ def _plan_one(
         mesh = make_mesh(config, topology)
         shapes = abstract_arguments(model, config, mesh)
         held = bytes_a_chip((shapes.state, shapes.frozen, shapes.batch))
-        candidate = Candidate(config=config, held=held)
         # Minutes of compiling would say the same.
         if held > topology.chip.memory:
-            return candidate
+            return Candidate(config=config, needed=held)
         with console.status(f"Compiling for {topology.name} …"):
-            program = measure(model, config, mesh)
-        return dataclasses.replace(
-            candidate, program=program, estimate=estimate(program, config, topology)
+            try:
+                program = measure(model, config, mesh)
+            except DoesNotFitError as error:
+                return Candidate(config=config, needed=error.needed, tried=True)
+        return Candidate(
+            config=config,
+            needed=program.total,
+            program=program,
+            estimate=estimate(program, config, topology),
+            tried=True,
         )
 
     first = measured(config)

@@ -17,8 +17,8 @@ from lorax_ft.plan.estimate import Estimate
 from lorax_ft.plan.program import Program
 
 Remat = Literal["none", "dots", "mlp", "full"]
-LIGHTER: tuple[Remat, ...] = ("none", "dots", "mlp")
-"""Values of model.remat that recompute less than "full", the fastest first."""
+LIGHTER: tuple[Remat, ...] = ("mlp", "dots", "none")
+"""Values of model.remat that recompute less and less than "full"."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,15 +26,17 @@ class Candidate:
     """A config and what was found of it."""
 
     config: Config
-    held: int
-    """Bytes of a chip that weights, adapters, moments and the batch take, by their shapes."""
+    needed: float
+    """Bytes of a chip; without a program at least so many."""
     program: Program | None = None
-    """None if these alone do not fit, so that it was not compiled."""
+    """None if it was not compiled, because the weights alone do not fit, or could not be."""
     estimate: Estimate | None = None
+    tried: bool = False
+    """Whether the compiler had to do with it."""
 
     def fits(self, topology: Topology) -> bool:
         """Whether it fits into the memory of a chip."""
-        return self.program is not None and self.program.total <= topology.chip.memory
+        return self.program is not None and self.needed <= topology.chip.memory
 
 
 Measure = Callable[[Config], Candidate]
@@ -56,7 +58,7 @@ def search(
     def attempt(config: Config) -> Candidate | None:
         """The candidate, if it is a new one and there are tries left."""
         known = [first.config, *(candidate.config for candidate in found)]
-        compiled = [candidate for candidate in found if candidate.program is not None]
+        compiled = [candidate for candidate in found if candidate.tried]
         if config in known or len(compiled) >= tries:
             return None
         found.append(measure(config))
@@ -67,16 +69,37 @@ def search(
             candidate = attempt(config)
             if candidate is not None and candidate.fits(topology):
                 break
-    # What recomputes less is faster, if it fits too.
     fitting = [candidate for candidate in (first, *found) if candidate.fits(topology)]
     if fitting:
-        base = fitting[-1].config
-        for remat in LIGHTER[: _place(base)]:
-            model = dataclasses.replace(base.model, remat=remat)
-            candidate = attempt(dataclasses.replace(base, model=model))
-            if candidate is not None and candidate.fits(topology):
-                break
+        _lighten(attempt, fitting[-1], topology)
     return found
+
+
+def _lighten(
+    attempt: Callable[[Config], Candidate | None], base: Candidate, topology: Topology
+) -> None:
+    """Try configs that recompute less than one that fits, as they are faster.
+
+    They need more memory, which weights that are split over more chips may leave.
+    """
+    assert base.program is not None
+    weights = base.program.weights * base.config.mesh.fsdp
+    meshes = [base.config, *_meshes(base.config, topology)]
+    for remat in LIGHTER[_place(base.config) :]:
+        while meshes:
+            model = dataclasses.replace(base.config.model, remat=remat)
+            candidate = attempt(dataclasses.replace(meshes[0], model=model))
+            if candidate is None:
+                return
+            if candidate.fits(topology):
+                break
+            others = candidate.needed - weights / meshes[0].mesh.fsdp
+            # Only the weights shrink with the mesh.
+            meshes = [
+                each
+                for each in meshes[1:]
+                if others + weights / each.mesh.fsdp <= topology.chip.memory
+            ]
 
 
 def fastest(candidates: list[Candidate], topology: Topology) -> Candidate | None:
@@ -91,9 +114,9 @@ def _seconds(candidate: Candidate) -> float:
 
 
 def _place(config: Config) -> int:
-    """The number of values of model.remat that recompute less than this config's."""
+    """The place in `LIGHTER` of the first value that recomputes less than this config."""
     remat = config.model.remat
-    return LIGHTER.index(remat) if remat in LIGHTER else len(LIGHTER)
+    return LIGHTER.index(remat) + 1 if remat in LIGHTER else 0
 
 
 def _smaller(config: Config, topology: Topology) -> Iterator[Config]:
