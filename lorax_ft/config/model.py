@@ -25,6 +25,11 @@ class ModelConfig:
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Attention implementation.
     auto: cuDNN on a GPU in bfloat16, blockwise causal attention on a CPU, XLA otherwise."""
+    expert_products: Literal["auto", "dense", "blocks", "ragged"] = "auto"
+    """How the experts of a sparse model multiply.
+    dense: every expert computes every token; blocks, ragged: tokens are sorted by expert, and only
+    the chosen experts compute, in blocks of rows or by jax.lax.ragged_dot.
+    auto: blocks on a CPU, ragged otherwise."""
     remat: Literal["none", "dots", "mlp", "full"] = "full"
     """Gradient checkpointing: what the backward pass recomputes.
     none: nothing; dots: all but matrix products; mlp: all but the MLP's wide activations;

@@ -50,6 +50,7 @@ def load_model(
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     attention: Literal["auto", "xla", "cudnn"] = "auto",
+    expert_products: Literal["auto", "dense", "blocks", "ragged"] = "auto",
     remat: Literal["none", "dots", "mlp", "full"] = "full",
     quant: QuantConfig | None = None,
     shardings: Shardings | None = None,
@@ -65,6 +66,7 @@ def load_model(
       dtype: of the parameters and the activations.
       attention: the attention kernel; "auto" chooses cuDNN on a GPU in bfloat16, causal blocks on a
         CPU, and XLA elsewhere.
+      expert_products: how the experts of a sparse model multiply, as `ModelConfig` says.
       remat: what the backward pass recomputes.
       quant: the format to quantize the kernels of linear layers to, one matrix at a time. A
         checkpoint that is already in bitsandbytes' NF4 keeps its own codes.
@@ -76,12 +78,26 @@ def load_model(
       ValueError: there is no model at `path`, or it is damaged or not supported.
     """
     # Its constructor validates these values.
-    ModelConfig(path=str(path), revision=revision, dtype=dtype, attention=attention, remat=remat)
+    ModelConfig(
+        path=str(path),
+        revision=revision,
+        dtype=dtype,
+        attention=attention,
+        expert_products=expert_products,
+        remat=remat,
+    )
     _check_quant(quant)
 
     location, source = _locate(path, revision), str(path)
     hf_config, tensors, tokenizer = _read(location)
-    config = decoder_config(hf_config, source=source, dtype=dtype, attention=attention, remat=remat)
+    config = decoder_config(
+        hf_config,
+        source=source,
+        dtype=dtype,
+        attention=attention,
+        expert_products=expert_products,
+        remat=remat,
+    )
     config, hf_config = _with_own_head(config, hf_config, tensors)
     check(config)
     _warn_of_part(hf_config, source)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_ft.lowrank.experts import ExpertDense, Rows
 from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.spec import LayerSpec, Module, as_canonical
 from lorax_ft.lowrank.terms import bias, check_layer, is_adapted, magnitude
@@ -30,6 +31,7 @@ MODULES: dict[type[nn.Module], Module] = {
     nn.Dense: "dense",
     nn.DenseGeneral: "general",
     nn.Einsum: "einsum",
+    ExpertDense: "experts",
     nn.Conv: "conv",
     nn.Embed: "embed",
 }
@@ -84,8 +86,11 @@ def adapt(
             path = "/".join(module.path)
             raise ValueError(f"{path} has an adapter, but this form of the layer supports none")
         check_layer(layer, "/".join(module.path))
+        x, *others = args or (_input_of(args, kwargs),)
+        if traced.spec.module == "experts":
+            run = functools.partial(_run_experts, module, gather, others[0])
+            return _adapted_call(module, traced, layer, x, run, rows=others[0])
         run = functools.partial(_run_module, module, gather, traced.spec.weight)
-        x = _input_of(args, kwargs)
         return _adapted_call(module, traced, layer, x, run)
 
     def adapted(*args: Any, **kwargs: Any) -> Any:
@@ -114,6 +119,9 @@ def trace(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Traced | N
     if layer_type == "conv" and (module.feature_group_count != 1 or module.mask is not None):
         return None
     axes = tuple(range(len(shape)))
+    if layer_type == "experts":
+        spec = LayerSpec(module="experts", stack=(0,), ins=(1,), outs=(2,), experts=1)
+        return Traced(spec=spec, shape=shape)
     spec = LayerSpec(module=layer_type, stack=(), ins=axes[:n_in], outs=axes[n_in:])
     return Traced(spec=spec, shape=shape)
 
@@ -128,6 +136,8 @@ def _adapted_call(
     layer: Layer,
     x: Array,
     run: Run,
+    *,
+    rows: Rows | None = None,
 ) -> Array:
     """The layer's output by `linear`."""
     spec = traced.spec
@@ -150,10 +160,19 @@ def _adapted_call(
         if spec.module == "general":
             return run({"features": features}, kernel, x)
         # The other modules have one out axis, and want its size as a number.
-        return run({"features": features[0]}, kernel, x)
+        return run({"features": features[-1]}, kernel, x)
 
     precision = getattr(module, "precision", None)
-    return linear(layer, x, dot, precision=precision, in_shape=in_shape)
+    expert_product = getattr(module, "product", None)
+    return linear(
+        layer,
+        x,
+        dot,
+        precision=precision,
+        in_shape=in_shape,
+        rows=rows,
+        expert_product=expert_product,
+    )
 
 
 def _promoted(module: nn.Module, x: Array, layer: Layer) -> tuple[Array, Layer]:
@@ -241,6 +260,29 @@ def _run_module(
         return run(kernel, x)
     # Dequantize again for the backward pass, or the kernels of all layers would be kept for it.
     return jax.checkpoint(run)(kernel, x)
+
+
+def _run_experts(
+    module: nn.Module,
+    gather: Gather,
+    rows: Rows,
+    fields: dict[str, Any],
+    kernel: Array | Quantized,
+    x: Array,
+) -> Array:
+    """The same of experts, whose product dequantizes kernels itself, one at a time."""
+
+    if not isinstance(kernel, Quantized):
+        clone = module.clone(parent=None, name=None, use_bias=False, **fields)
+        y: Array = clone.apply({"params": {"kernel": kernel}}, x, rows)  # type: ignore[assignment]
+        return y
+
+    def multiply(kernel: Quantized, x: Array, rows: Rows) -> Array:
+        kernel = gather("/".join(module.path), kernel)
+        return module.product(x.astype(kernel.dtype), kernel, rows)
+
+    # As in `_run_module`.
+    return jax.checkpoint(multiply)(kernel, x, rows)
 
 
 def _trace_einsum(

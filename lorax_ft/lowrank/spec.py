@@ -13,7 +13,7 @@ from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import leaf_schema
 from lorax_ft.tree import Layer, Shape
 
-Module = Literal["dense", "general", "einsum", "conv", "embed"]
+Module = Literal["dense", "general", "einsum", "experts", "conv", "embed"]
 Axes = tuple[int, ...]
 KERNEL = "kernel"
 EMBEDDING = "embedding"
@@ -25,7 +25,7 @@ class LayerSpec:
     """One layer that can be adapted: the meaning of its kernel's axes."""
 
     module: Module
-    """The linen module: Dense, DenseGeneral, Einsum, Conv or Embed."""
+    """The linen module: Dense, DenseGeneral, Einsum, our ExpertDense, Conv or Embed."""
     stack: Axes
     """Axes that count layers of a scan, then experts."""
     ins: Axes

@@ -125,6 +125,9 @@ class DecoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     # The implementation of attention.
     attention: Literal["auto", "xla", "cudnn"] = "auto"
+    # How experts multiply: all of them every token (dense), or sorted tokens, in blocks of rows or
+    # by XLA's ragged product.
+    expert_products: Literal["auto", "dense", "blocks", "ragged"] = "auto"
     # What the backward pass recomputes: nothing (none), all but dot products (dots), all but the
     # MLP's gate and up (mlp), or everything (full).
     remat: Literal["none", "dots", "mlp", "full"] = "full"

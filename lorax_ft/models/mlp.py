@@ -1,6 +1,7 @@
 """The MLP of a layer, dense or sparse.
 
-Shapes: B batch, T tokens, D width, F mlp width, E experts, N rows.
+Shapes: B batch, T tokens, D width, F mlp width, E experts, N rows, K experts of a row, S shards, M
+sorted copies of rows.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lorax_ft.lowrank.experts import ExpertDense, ExpertProduct, Rows
+from lorax_ft.models import grouped
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.parts import dense, hidden_activations, projections
 
@@ -32,8 +35,8 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """Σ weight · expert(x) over the experts that a router chooses for each token (2101.03961).
 
-    Every expert computes every token, and an expert that was not chosen has the weight 0. This is
-    exact, and takes `count / top_k` times the arithmetic of a program that sorts tokens by expert.
+    Tokens are sorted by expert, so that only chosen experts compute. With `expert_products` "dense"
+    every expert computes every token, and has the weight 0 where it was not chosen: the reference.
     """
 
     config: DecoderConfig
@@ -49,22 +52,77 @@ class MoE(nn.Module):
         scores = dense(c, experts.count, "gate")(rows)
         scores = scores.astype(jnp.float32)
         p = jax.nn.softmax(scores)
-        weights, chosen = lax.top_k(p, experts.top_k)
+        weights, chosen = lax.top_k(p, experts.top_k)  # [N, K]
         if experts.renormalized:
             total = jnp.sum(weights, axis=-1, keepdims=True)
             weights = weights / total
-        row_index = jnp.arange(len(rows))[:, None]
-        all_weights = jnp.zeros_like(p)  # [N, E]
-        all_weights = all_weights.at[row_index, chosen].set(weights)
-
-        copies = jnp.broadcast_to(rows, (experts.count, *rows.shape))
-        y = ExpertMLP(c, name="experts")(copies)  # [E, N, D]
-        y = jnp.einsum("end,ne->nd", y, all_weights.astype(y.dtype))
+        kind = grouped.product_kind(c)
+        if kind == "dense":
+            y = self._all_experts(rows, weights, chosen)
+        else:
+            y = self._chosen_experts(rows, weights, chosen, kind, shards=grouped.shards_of(len(x)))
         return y.reshape(x.shape)
 
+    def _all_experts(self, x: Array, weights: Array, chosen: Array) -> Array:
+        """Every expert on every row `[N, D]`."""
+        experts = self.config.experts
+        assert experts is not None
+        row_index = jnp.arange(len(x))[:, None]
+        all_weights = jnp.zeros((len(x), experts.count), weights.dtype)  # [N, E]
+        all_weights = all_weights.at[row_index, chosen].set(weights)
+        copies = jnp.broadcast_to(x, (experts.count, *x.shape))
+        y = AllExperts(self.config, name="experts")(copies)  # [E, N, D]
+        return jnp.einsum("end,ne->nd", y, all_weights.astype(y.dtype))
 
-class ExpertMLP(nn.Module):
-    """The MLPs of all experts side by side."""
+    def _chosen_experts(
+        self, x: Array, weights: Array, chosen: Array, kind: str, *, shards: int
+    ) -> Array:
+        """The chosen experts on copies of each row `[N, D]`, sorted by expert on each shard."""
+        experts = self.config.experts
+        assert experts is not None
+        x, weights, chosen = (
+            leaf.reshape(shards, -1, leaf.shape[-1]) for leaf in (x, weights, chosen)
+        )
+        copies = chosen.shape[1] * experts.top_k
+        block = grouped.block_rows(copies, experts.count, kind)
+        routed = grouped.route(chosen, experts=experts.count, block=block)
+        product = grouped.product_of(kind, block=block)
+        mlp = ChosenExperts(self.config, product, name="experts")
+        y = mlp(grouped.gather_tokens(x, routed), routed.rows)  # [S, M, D]
+        return grouped.combine_rows(y, weights, routed)
+
+
+class ChosenExperts(nn.Module):
+    """The MLPs of all experts, each on its own rows."""
+
+    config: DecoderConfig
+    product: ExpertProduct
+
+    @nn.compact
+    def __call__(self, x: Array, rows: Rows) -> Array:
+        """`[S, M, D]` to `[S, M, D]`."""
+        c = self.config
+        assert c.experts is not None
+        count = c.experts.count
+
+        def projection(features: int, name: str) -> ExpertDense:
+            return ExpertDense(
+                experts=count,
+                features=features,
+                product=self.product,
+                use_bias=name in c.biases,
+                dtype=c.dtype,
+                name=name,
+            )
+
+        gate = projection(c.mlp_width, "gate_proj")(x, rows)
+        up = projection(c.mlp_width, "up_proj")(x, rows)
+        hidden = hidden_activations(c, gate, up)
+        return projection(c.width, "down_proj")(hidden, rows)
+
+
+class AllExperts(nn.Module):
+    """The MLPs of all experts side by side, each on all rows."""
 
     config: DecoderConfig
 
@@ -76,6 +134,11 @@ class ExpertMLP(nn.Module):
         up = _expert_projection(c, x, c.mlp_width, "up_proj")
         hidden = hidden_activations(c, gate, up)
         return _expert_projection(c, hidden, c.width, "down_proj")
+
+
+def _by_shard(x: Array, shards: int) -> Array:
+    """`[S N, ...]` as `[S, N, ...]`."""
+    return x.reshape(shards, -1, x.shape[-1])
 
 
 def _expert_projection(config: DecoderConfig, x: Array, features: int, name: str) -> Array:

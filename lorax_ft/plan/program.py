@@ -89,6 +89,7 @@ def make_model(fields: Mapping[str, Any], config: Config, *, source: str) -> Cau
         source=source,
         dtype=config.model.dtype,
         attention="xla",
+        expert_products="ragged",
         remat=config.model.remat,
     )
     return CausalLM(config=decoder)

@@ -50,6 +50,7 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
         revision=config.model.revision,
         dtype=config.model.dtype,
         attention=config.model.attention,
+        expert_products=config.model.expert_products,
         remat=config.model.remat,
         quant=config.quant,
         shardings=shard,

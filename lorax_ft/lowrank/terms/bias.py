@@ -16,7 +16,7 @@ def after(
     product: Product,
 ) -> Array:
     """y + b."""
-    return y + layer[BIAS].astype(y.dtype)
+    return y + product.leaf(layer[BIAS]).astype(y.dtype)
 
 
 TERM = Term(leaves=(BIAS,), after=after)

@@ -75,7 +75,7 @@ def after(
     """l ⊙ y."""
     if OUTPUT not in layer:
         return y
-    scaled = vector(layer, OUTPUT) * y.astype(jnp.float32)
+    scaled = product.leaf(vector(layer, OUTPUT)) * y.astype(jnp.float32)
     return scaled.astype(y.dtype)
 
 

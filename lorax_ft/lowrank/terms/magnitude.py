@@ -50,7 +50,7 @@ def after(
             "this layer has a DoRA magnitude without its norm; "
             "call lorax_ft.with_norms(params, layout=layout) first"
         )
-    g = gain(layer)
+    g = product.leaf(gain(layer))
     scaled = g * y.astype(jnp.float32)
     x_dropped = dropped(layer, x)
     # Without dropout `dropped` returns x itself, and the second product with W is not needed.
