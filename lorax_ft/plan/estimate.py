@@ -22,7 +22,8 @@ class Estimate:
 
     compute: float
     memory: float
-    network: float
+    network: float | None
+    """None where the traffic is not known; then it is left out of the sums."""
     tokens: int
     """Tokens of a step, padding included."""
     dollars_an_hour: float
@@ -30,18 +31,24 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """The shortest time of a step: that of the slowest part."""
-        return max(self.compute, self.memory, self.network)
+        return max(self._parts().values())
 
     @property
     def longest(self) -> float:
         """The time if nothing overlaps."""
-        return self.compute + self.memory + self.network
+        return sum(self._parts().values())
 
     @property
     def bound(self) -> str:
         """What limits the step."""
-        parts = {"arithmetic": self.compute, "memory": self.memory, "network": self.network}
+        parts = self._parts()
         return max(parts, key=lambda name: parts[name])
+
+    def _parts(self) -> dict[str, float]:
+        parts = {"arithmetic": self.compute, "memory": self.memory}
+        if self.network is not None:
+            parts["network"] = self.network
+        return parts
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,10 +71,13 @@ def estimate(program: Program, config: Config, topology: Topology) -> Estimate:
     weights = PASSES * program.weights * shards * config.train.microbatches
     # The temporaries are written and read; the state is read and written.
     moved = weights + 2 * program.temporaries + 2 * (program.trained + program.moments)
+    network = None
+    if program.traffic is not None:
+        network = program.traffic.total / topology.network
     return Estimate(
         compute=program.flops / chip.flops,
         memory=moved / chip.bandwidth,
-        network=program.traffic.total / topology.network,
+        network=network,
         tokens=config.train.batch_size * length,
         dollars_an_hour=topology.devices * chip.price,
     )

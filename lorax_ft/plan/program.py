@@ -58,7 +58,8 @@ class Program:
     """Activations, gradients, and weights that are gathered from other chips."""
     flops: float
     """Of matrix products, on one chip."""
-    traffic: Traffic
+    traffic: Traffic | None
+    """None where the compiled program cannot be read."""
     seconds: float
     """How long the compiler took."""
 
@@ -244,9 +245,18 @@ def measure(model: CausalLM, config: Config, mesh: Mesh) -> Program:
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
         flops=count_flops(traced.jaxpr.jaxpr) / mesh.size,
-        traffic=traffic(compiled.as_text()),
+        traffic=_traffic(compiled),
         seconds=time.perf_counter() - began,
     )
+
+
+def _traffic(compiled: Any) -> Traffic | None:
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        # jaxlib 0.10.2 cannot read some programs of libtpu 0.0.52, such as those of experts.
+        return None
+    return traffic(text)
 
 
 def bytes_a_chip(tree: Any) -> int:
