@@ -150,6 +150,10 @@ def test_a_comparison_that_is_overwritten_deletes_its_own_files_only(tmp_path: P
     train = dataclasses.replace(config.train, overwrite=True)
     prepare(folder, dataclasses.replace(config, train=train), DESIGN, METHODS)
     assert sorted(file.name for file in folder.iterdir()) == ["design.json", "notes.txt"]
+    # Without the file of its design, it may be anything.
+    (folder / "design.json").unlink()
+    with pytest.raises(ValueError, match="holds no comparison; give another"):
+        prepare(folder, dataclasses.replace(config, train=train), DESIGN, METHODS)
 
 
 def test_a_reference_that_diverged_makes_no_other_diverge() -> None:

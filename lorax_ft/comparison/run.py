@@ -163,8 +163,12 @@ def prepare(folder: Path, config: Config, design: Design, methods: Mapping[str, 
     elif folder.is_dir() and any(folder.iterdir()):
         # Only a comparison is overwritten, never another folder of this name. One that ended before
         # its first result, as by a mistake in the data, is no loss.
+        if not held:
+            raise ValueError(
+                f"{folder} is not empty, and holds no comparison; give another --train.output"
+            )
         has_results = any(folder.rglob(RESULTS))
-        if not held or (has_results and not config.train.overwrite):
+        if has_results and not config.train.overwrite:
             raise ValueError(
                 f"{folder} is not empty; use --train.resume, --train.overwrite or another "
                 "--train.output"
