@@ -29,6 +29,7 @@ QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # the log of XLA
 }
 
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 DEPRECATED_OPTION = r"\w+\.\w+ is deprecated"
 
 
@@ -141,9 +142,27 @@ def one_line_errors() -> Iterator[None]:
         sys.stdout.flush()  # else the error could appear before what was printed earlier
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        # Of JAX, which is not imported here.
+        if OUT_OF_MEMORY not in str(error) or os.environ.get("LORAX_FT_DEBUG"):
+            raise
+        sys.stdout.flush()
+        print(f"error: {_out_of_memory(error)}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """JAX's message that memory ran out, with what to do, in one line."""
+    _, _, reason = str(error).partition(f"{OUT_OF_MEMORY}: ")
+    first = " ".join(reason.partition("\n")[0].split()).rstrip(".")
+    return (
+        f"the memory of the device is too small: {first}; use --model.remat full, more "
+        "--train.microbatches, --quant.format nf4, or a mesh that splits the weights (--mesh.fsdp); "
+        "scripts/plan.py finds what fits"
+    )
 
 
 def _one_line(error: Exception) -> str:

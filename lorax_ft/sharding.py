@@ -74,7 +74,7 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     if data * rest != len(devices):
         raise ValueError(
             f"a mesh of data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} "
-            f"does not fit {len(devices)} devices"
+            f"does not fit {len(devices)} devices; the product must be {len(devices)}"
         )
     shape = (data, config.fsdp, config.tensor)
     names = ("data", "fsdp", "tensor")

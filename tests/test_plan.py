@@ -23,9 +23,11 @@ from lorax_ft.plan.chips import CHIPS, parse_topology
 from lorax_ft.plan.estimate import estimate
 from lorax_ft.plan.flops import count_flops
 from lorax_ft.plan.hlo import Traffic, traffic
-from lorax_ft.plan.program import Program, check_rows
+from lorax_ft.plan.program import Program
 from lorax_ft.plan.report import memory_parts, options
 from lorax_ft.plan.search import Candidate, fastest, search
+from lorax_ft.run.setup import check_rows
+from lorax_ft.sharding import make_mesh
 
 
 def test_topologies() -> None:
@@ -55,9 +57,10 @@ def test_topologies_that_do_not_exist(name: str, slices: int, error: str) -> Non
 
 def test_rows_that_do_not_divide() -> None:
     config = Config(train=TrainConfig(batch_size=12, microbatches=2))
-    check_rows(config, 3)
+    check_rows(config, make_mesh(MeshConfig(data=3), devices=jax.devices()[:3]))
+    four = make_mesh(MeshConfig(data=2, fsdp=2), devices=jax.devices()[:4])
     with pytest.raises(ValueError, match=r"gives 6 rows, which .* = 4 devices; a batch_size of 16"):
-        check_rows(config, 4)
+        check_rows(config, four)
 
 
 def test_operations_by_hand() -> None:

@@ -317,3 +317,14 @@ def test_the_embedded_model_as_gguf(tmp_path: Path, kind: Any, step: float) -> N
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.gguf", "tiny.gguf"]
     assert (tmp_path / "link.gguf").is_symlink()
+
+
+def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """JAX's own error, of an array of 64 TiB."""
+    with pytest.raises(SystemExit) as end, cli.one_line_errors():
+        jax.block_until_ready(jnp.zeros(2**44, jnp.float32))
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the memory of the device is too small: Out of memory allocating")
+    assert "scripts/plan.py" in said
+    assert said.count("\n") == 1

@@ -23,6 +23,7 @@ from lorax_ft.plan.chips import Topology
 from lorax_ft.plan.flops import count_flops
 from lorax_ft.plan.hlo import Traffic, traffic
 from lorax_ft.quant.kernels import quantize
+from lorax_ft.run.setup import check_rows
 from lorax_ft.training.losses import supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.state import abstract_state
@@ -104,7 +105,7 @@ def make_mesh(config: Config, topology: Topology) -> Mesh:
         libtpu is not installed.
     """
     mesh = sharding.make_mesh(config.mesh, devices=_devices(topology))
-    check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    check_rows(config, mesh)
     return mesh
 
 
@@ -125,24 +126,6 @@ def _devices(topology: Topology) -> Sequence[Any]:
             reason = 'it needs libtpu: pip install "lorax_ft[tpu-compile]"'
         raise ValueError(f"cannot compile for {topology.name}: {reason}") from error
     return found.devices
-
-
-def check_rows(config: Config, devices: int) -> None:
-    """Raise if the rows of a microbatch do not divide over the devices.
-
-    Raises:
-      ValueError: they do not; the error says which numbers would.
-    """
-    train = config.train
-    rows = train.batch_size // train.microbatches
-    if rows % devices == 0:
-        return
-    nearest = max(round(rows / devices), 1) * devices * train.microbatches
-    raise ValueError(
-        f"train.batch_size {train.batch_size} in {train.microbatches} microbatches gives {rows} "
-        f"rows, which do not divide over data × fsdp = {devices} devices; a batch_size of "
-        f"{nearest} would"
-    )
 
 
 def abstract_arguments(model: CausalLM, config: Config, mesh: Mesh) -> Shapes:

@@ -200,17 +200,33 @@ def step_key(config: Config) -> Array:
 
 
 def run_mesh(config: Config) -> Mesh:
-    """The mesh of the config, checked against the batch size."""
+    """The mesh of the config, checked against the batch size.
+
+    Raises:
+      ValueError: as `make_mesh` and `check_rows`.
+    """
     mesh = sharding.make_mesh(config.mesh)
-    rows = config.train.batch_size // config.train.microbatches
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % devices:
-        raise ValueError(
-            f"train.batch_size {config.train.batch_size} in {config.train.microbatches} "
-            f"microbatches gives {rows} rows, which do not divide over data × fsdp = {devices} "
-            "devices"
-        )
+    check_rows(config, mesh)
     return mesh
+
+
+def check_rows(config: Config, mesh: Mesh) -> None:
+    """Raise if the rows of a microbatch do not divide over the devices of a mesh.
+
+    Raises:
+      ValueError: they do not; the error says which numbers would.
+    """
+    train = config.train
+    rows = train.batch_size // train.microbatches
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % devices == 0:
+        return
+    nearest = max(round(rows / devices), 1) * devices * train.microbatches
+    raise ValueError(
+        f"train.batch_size {train.batch_size} in {train.microbatches} microbatches gives {rows} "
+        f"rows, which do not divide over data × fsdp = {devices} devices; a batch_size of "
+        f"{nearest} would"
+    )
 
 
 def make_batches(config: Config, data: Dataset) -> Batches:
