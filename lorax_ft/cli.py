@@ -160,7 +160,7 @@ def _out_of_memory(error: Exception) -> str:
     first = " ".join(reason.partition("\n")[0].split()).rstrip(".")
     return (
         f"the memory of the device is too small: {first}; use --model.remat full, more "
-        "--train.microbatches, --quant.format nf4, or a mesh that splits the weights (--mesh.fsdp); "
+        "--train.microbatches, --quant.format nf4, or more --mesh.fsdp, which splits the weights; "
         "scripts/plan.py finds what fits"
     )
 

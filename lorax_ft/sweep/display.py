@@ -41,7 +41,9 @@ class Display:
             TextColumn("{task.description}"), BarColumn(bar_width=None), TimeRemainingColumn()
         )
         self._task = self._bar.add_task("", total=total, completed=done)
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2)
+        self._live = Live(
+            console=console, get_renderable=self._render, refresh_per_second=2, transient=True
+        )
 
     def __enter__(self) -> Display:
         # A file gets lines of text: a live table would fill it with control characters.
