@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 
 from lorax_ft.comparison.accuracy import accuracy_rows
-from lorax_ft.comparison.benchmark import read_task
+from lorax_ft.comparison.benchmark import Task, read_task
 from lorax_ft.comparison.design import Design, with_two_sets
 from lorax_ft.comparison.document import (
     CURVES_PLOT,
@@ -85,12 +85,7 @@ def compare(
     # Checked before the first of them is trained, and before a folder is overwritten.
     for method in chosen.values():
         config_of(method, config)
-    # Read now: an error in a file of the benchmark must not cost the folder.
-    task = None
-    if design.benchmark is not None:
-        task = read_task(design.benchmark, limit=design.benchmark_limit)
-    else:
-        check_inputs(config)
+    task = _read_inputs(config, design)
     prepare(folder, config, design, chosen)
     if task is None:
         config = with_two_sets(config, folder / DATA)
@@ -102,15 +97,7 @@ def compare(
     for number, (name, method) in enumerate(chosen.items(), 1):
         console.print(f"\n[bold]{method.label}[/bold] ({number} of {len(chosen)})")
         done[name] = runner.run(name, method, config)
-    common = Tables(losses=rows_at_common_rate(done, design))
-    best = Tables(losses=rows_at_best_rates(done, design))
-    if task is not None:
-        answers = runner.answers_before(config)
-        ask = functools.partial(
-            accuracy_rows, done, design=design, categories=task.categories, before=answers
-        )
-        common = dataclasses.replace(common, accuracies=ask(common_rates(done, design)))
-        best = dataclasses.replace(best, accuracies=ask(best_rates(done)))
+    common, best = _tables(done, design, task, runner, config)
     result = Comparison(folder=folder, methods=done, common=common, best=best)
     if jax.process_index() == 0:
         _write(result, design, command=command, config=config, steps=runner.steps)
@@ -118,6 +105,37 @@ def compare(
     _print(console, best.losses, title="Each at its best rate")
     console.print(f"\n{folder / REPORT} has the report, {folder / FIGURES} all figures.")
     return result
+
+
+def _read_inputs(config: Config, design: Design) -> Task | None:
+    """The task of a benchmark, if there is one; else the config's own data are checked."""
+    if design.benchmark is not None:
+        return read_task(design.benchmark, limit=design.benchmark_limit)
+    check_inputs(config)
+    return None
+
+
+def _tables(
+    done: Mapping[str, MethodRuns],
+    design: Design,
+    task: Task | None,
+    runner: Runner,
+    config: Config,
+) -> tuple[Tables, Tables]:
+    """The tables at the common rate, and at each method's best."""
+    common = Tables(losses=rows_at_common_rate(done, design))
+    best = Tables(losses=rows_at_best_rates(done, design))
+    if task is not None:
+        ask = functools.partial(
+            accuracy_rows,
+            done,
+            design=design,
+            categories=task.categories,
+            before=runner.answers_before(config),
+        )
+        common = Tables(losses=common.losses, accuracies=ask(common_rates(done, design)))
+        best = Tables(losses=best.losses, accuracies=ask(best_rates(done)))
+    return common, best
 
 
 def _write(

@@ -123,21 +123,7 @@ class Runner:
         design = self._design
         config = config_of(method, config)
         folder = self._folder / name
-        searched = design.seeds[: design.search_seeds]
-        rates = list(design.rates)
-        groups = self._train(config, rates, searched, folder / "search")
-        for extension in range(MOST_EXTENSIONS):
-            best = best_rate(_read_runs(groups))
-            if best not in (rates[0], rates[-1]):
-                break
-            # A minimum at the edge is perhaps none: the next rate may be better still.
-            is_low = best == rates[0]
-            new = best / design.factor if is_low else best * design.factor
-            # Few digits, so that a config file with the rate can be read.
-            new = rounded(new)
-            self._console.print(f"The best rate is at the edge, {best:g}; trying {new:g}.")
-            rates = sorted([*rates, new])
-            groups += self._train(config, [new], searched, folder / f"search-{extension + 1}")
+        groups, rates = self._search(config, folder)
         best = best_rate(_read_runs(groups))
         # Once, where both rates are the same.
         compared = list(dict.fromkeys([design.common_rate, best]))
@@ -155,6 +141,30 @@ class Runner:
             at_edge=best in (rates[0], rates[-1]),
             cost=self._measure(config, rates[0]),
         )
+
+    def _search(self, config: Config, folder: Path) -> tuple[list[Group], list[float]]:
+        """Train the search seeds at all rates, and beyond them where the best one is at the edge.
+
+        Returns:
+          The runs, and the rates that were tried, the smallest first.
+        """
+        design = self._design
+        seeds = design.seeds[: design.search_seeds]
+        rates = list(design.rates)
+        groups = self._train(config, rates, seeds, folder / "search")
+        for extension in range(MOST_EXTENSIONS):
+            best = best_rate(_read_runs(groups))
+            if best not in (rates[0], rates[-1]):
+                break
+            # A minimum at the edge is perhaps none: the next rate may be better still.
+            is_low = best == rates[0]
+            new = best / design.factor if is_low else best * design.factor
+            # Few digits, so that a config file with the rate can be read.
+            new = rounded(new)
+            self._console.print(f"The best rate is at the edge, {best:g}; trying {new:g}.")
+            rates = sorted([*rates, new])
+            groups += self._train(config, [new], seeds, folder / f"search-{extension + 1}")
+        return groups, rates
 
     def _train(
         self, config: Config, rates: Sequence[float], seeds: Sequence[int], folder: Path

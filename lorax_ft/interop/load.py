@@ -77,27 +77,19 @@ def load_model(
     Raises:
       ValueError: there is no model at `path`, or it is damaged or not supported.
     """
+    computing: dict[str, Any] = {
+        "dtype": dtype,
+        "attention": attention,
+        "expert_products": expert_products,
+        "remat": remat,
+    }
     # Its constructor validates these values.
-    ModelConfig(
-        path=str(path),
-        revision=revision,
-        dtype=dtype,
-        attention=attention,
-        expert_products=expert_products,
-        remat=remat,
-    )
+    ModelConfig(path=str(path), revision=revision, **computing)
     _check_quant(quant)
 
     location, source = _locate(path, revision), str(path)
     hf_config, tensors, tokenizer = _read(location)
-    config = decoder_config(
-        hf_config,
-        source=source,
-        dtype=dtype,
-        attention=attention,
-        expert_products=expert_products,
-        remat=remat,
-    )
+    config = decoder_config(hf_config, source=source, **computing)
     config, hf_config = _with_own_head(config, hf_config, tensors)
     check(config)
     _warn_of_part(hf_config, source)

@@ -95,25 +95,8 @@ def _plan_one(
     """The plan for one topology."""
 
     def measured(config: Config) -> Candidate:
-        model = make_model(fields, config, source=config.model.path)
-        mesh = make_mesh(config, topology)
-        shapes = abstract_arguments(model, config, mesh)
-        held = bytes_a_chip((shapes.state, shapes.frozen, shapes.batch))
-        # Minutes of compiling would say the same.
-        if held > topology.chip.memory:
-            return Candidate(config=config, needed=held)
         with console.status(f"Compiling for {topology.name} …"):
-            try:
-                program = measure(model, config, mesh)
-            except DoesNotFitError as error:
-                return Candidate(config=config, needed=error.needed, tried=True)
-        return Candidate(
-            config=config,
-            needed=program.total,
-            program=program,
-            estimate=estimate(program, config, topology),
-            tried=True,
-        )
+            return _measure(config, topology, fields)
 
     first = measured(config)
     print_plan(console, first, topology, tokens=tokens)
@@ -127,6 +110,28 @@ def _plan_one(
     print_plan(console, best, topology, tokens=tokens)
     console.print(f"Options: {options(best.config, config)}", soft_wrap=True)
     return best
+
+
+def _measure(config: Config, topology: Topology, fields: Mapping[str, Any]) -> Candidate:
+    """What a config needs, and how fast it could be."""
+    model = make_model(fields, config, source=config.model.path)
+    mesh = make_mesh(config, topology)
+    shapes = abstract_arguments(model, config, mesh)
+    held = bytes_a_chip((shapes.state, shapes.frozen, shapes.batch))
+    # Minutes of compiling would say the same.
+    if held > topology.chip.memory:
+        return Candidate(config=config, needed=held)
+    try:
+        program = measure(model, config, mesh)
+    except DoesNotFitError as error:
+        return Candidate(config=config, needed=error.needed, tried=True)
+    return Candidate(
+        config=config,
+        needed=program.total,
+        program=program,
+        estimate=estimate(program, config, topology),
+        tried=True,
+    )
 
 
 def _scaled(config: Config, topology: Topology, first: Topology) -> Config:
