@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from run_cases import ROOT
+from run_cases import ROOT, script_main
 
 from lorax_ft.config import Config, MeshConfig, ModelConfig, TrainConfig, load_config
 from lorax_ft.plan.chips import CHIPS, parse_topology
@@ -240,34 +239,45 @@ def test_a_roofline_by_hand() -> None:
     assert sum(parts.values()) == total == program.total
 
 
-def run_plan(*argv: object) -> subprocess.CompletedProcess[str]:
-    """scripts/plan.py in a process of its own, as it sets what JAX reads once."""
-    names = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts/plan.py"), *map(str, argv)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+@pytest.fixture
+def run_plan(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """scripts/plan.py with a command line, on the eight devices of the tests; its exit status."""
+    # What the script sets for a process of its own goes back to what it was.
+    for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    main = script_main("plan")
+
+    def call(*argv: object) -> int:
+        monkeypatch.setattr("sys.argv", ["plan.py", *map(str, argv)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return call
 
 
-def test_the_script_plans_for_gpus(tmp_path: Path) -> None:
+def test_the_script_plans_for_gpus(
+    run_plan: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    standard_promotion: None,
+) -> None:
     config = load_config(ROOT / "configs/lora.py")
     fields = json.loads((Path(config.model.path) / "config.json").read_text())
     (tmp_path / "model").mkdir()
     # Without weights or a tokenizer.
     (tmp_path / "model/config.json").write_text(json.dumps(fields))
-    done = run_plan(
+    status = run_plan(
         *("--config", ROOT / "configs/lora.py", "--model.path", tmp_path / "model"),
         *("--topology", "h100:2", "h100:4", "--mesh.fsdp", 2, "--tokens", 1e9),
         *("--json", tmp_path / "plan.json", "--plot", tmp_path / "plan.png"),
     )
-    assert done.returncode == 0, done.stderr
+    said = capsys.readouterr()
+    assert status == 0, said.err
     for words in ("It fits", "NVIDIA H100 SXM", "all-gather", "are estimates", "hours and $"):
-        assert words in done.stdout
+        assert words in said.out
     two, four = json.loads((tmp_path / "plan.json").read_text())
     assert (two["chips"], four["chips"]) == (2, 4)
     # As many rows a chip: as much work.
@@ -288,8 +298,13 @@ def test_the_script_plans_for_gpus(tmp_path: Path) -> None:
         (["--topology", "h100:2", "--data.max_length", "auto"], "data.max_length is auto"),
     ],
 )
-def test_bad_input_is_one_line(argv: list[str], error: str) -> None:
-    done = run_plan("--config", ROOT / "configs/lora.py", *argv)
-    assert done.returncode == 2
-    assert error in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_bad_input_is_one_line(
+    run_plan: Callable[..., int],
+    argv: list[str],
+    error: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_plan("--config", ROOT / "configs/lora.py", *argv) == 2
+    said = capsys.readouterr().err
+    assert error in said
+    assert said.count("\n") == 1
