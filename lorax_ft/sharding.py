@@ -80,8 +80,7 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     names = ("data", "fsdp", "tensor")
     # Explicit axes, jax.make_mesh's default since 0.9, fail in nn.Embed on a sharded table.
     types = (AxisType.Auto,) * 3
-    # Only TPUs have slices.
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = _slices(devices)
     if slices == 1:
         return jax.make_mesh(shape, names, axis_types=types, devices=devices)
     if data % slices:
@@ -93,6 +92,13 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
         (data // slices, config.fsdp, config.tensor), (slices, 1, 1), devices=devices
     )
     return Mesh(grid, names, axis_types=types)
+
+
+def _slices(devices: Sequence[Any]) -> int:
+    """The number of TPU slices that devices belong to."""
+    # JAX numbers the hosts of GPUs as slices too, but there any axis may go across.
+    numbers = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    return max(len(numbers), 1)
 
 
 def param_shardings(

@@ -1,4 +1,4 @@
-"""Plan a run before a chip is rented: whether it fits, how fast it could be, what it would cost.
+"""Plan a run before a chip is rented: whether it fits, and how fast it could be.
 
 python scripts/plan.py --config configs/qwen2_5_7b_ceval.py --topology v5e:4x4 --mesh.fsdp 16
 python scripts/plan.py --config C --topology v5p:2x2x1 v5p:4x4x4 v5p:8x8x16 --plot scaling.png
@@ -31,9 +31,9 @@ class Args(Config):
     tries: int = 6
     """Configs to compile in the search, at most."""
     tokens: float | None = None
-    """Tokens of the whole training, for its time and cost."""
+    """Tokens of the whole training, for its time."""
     price: float | None = None
-    """US dollars an hour and chip, in place of the list price."""
+    """US dollars an hour and chip, for the cost of these tokens."""
     json: str | None = None
     """File for all figures."""
     plot: str | None = None
@@ -45,11 +45,6 @@ def main() -> None:
     with cli.one_line_errors():
         args, config = cli.parse_run(Args)
         topologies = [parse_topology(name, slices=args.slices) for name in args.topology]
-        if args.price is not None:
-            topologies = [
-                dataclasses.replace(each, chip=dataclasses.replace(each.chip, price=args.price))
-                for each in topologies
-            ]
         _prepare(max(topology.devices for topology in topologies))
         # Imports JAX, which reads the environment once.
         from lorax_ft.plan.run import plan
@@ -60,6 +55,7 @@ def main() -> None:
             tries=args.tries,
             always_search=args.search,
             tokens=args.tokens,
+            price=args.price,
             json_file=args.json,
             plot_file=args.plot,
         )

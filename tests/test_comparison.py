@@ -43,6 +43,7 @@ def method_runs(name: str, runs: list[Run]) -> MethodRuns:
         runs=tuple(runs),
         best_rate=best_rate(runs),
         at_edge=False,
+        steps=2,
         cost=cost,
     )
 
@@ -189,6 +190,7 @@ def test_methods_with_settings_of_their_own() -> None:
         (["lora adapter.rank=1"], "needs a new name"),
         (["dora=lora adapter.rank=1"], "needs a new name"),
         (["../up=lora adapter.rank=1"], "needs a new name"),
+        (["data=lora adapter.rank=1"], "needs a new name"),
         (["r=lora adapter.rnk=1"], r"--methods r: adapter.rnk: .* did you mean adapter\.rank\?"),
         (["r=lora adapter.rank=x"], r"--methods r: adapter.rank=x: "),
         (["r=lora adapter.rank"], r"--methods r: 'adapter.rank' is not of the form"),

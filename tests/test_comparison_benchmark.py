@@ -17,7 +17,9 @@ from lorax_ft.comparison.cost import Cost
 from lorax_ft.comparison.design import Design
 from lorax_ft.comparison.methods import METHODS
 from lorax_ft.comparison.runs import MethodRuns, Run
-from lorax_ft.config import Config, DataConfig
+from lorax_ft.config import EMBEDDED_MODEL, Config, DataConfig
+from lorax_ft.data.dataset import load_split
+from lorax_ft.interop.load import load_model
 
 DESIGN = Design(rates=(1e-4, 1e-3, 1e-2), common_rate=1e-3, seeds=(0, 1, 2), search_seeds=1)
 
@@ -76,10 +78,29 @@ def test_a_subject_with_too_few_questions(tmp_path: Path, folder: Path) -> None:
         read_task(str(write(tmp_path / "few", CMMLU)))
 
 
+def test_a_question_is_asked_as_it_is_trained(folder: Path, tmp_path: Path) -> None:
+    """The prompt of a tested question starts the row that would train it; the letter follows."""
+    task = read_task(str(folder))
+    model = load_model(EMBEDDED_MODEL)
+    common = Config(data=DataConfig(system="Be brief.", max_length=512))
+    data = task.write(common, tmp_path / "data").data
+    encoded = task.encode(model)
+    file = dict(entry.split("=") for entry in data.validation)["test"]
+    split, _ = load_split(data, file, model.tokenizer)
+    assert len(split.rows) == len(encoded.prompts) == 12
+    for (sample,), prompt, answer in zip(split.rows, encoded.prompts, encoded.answers, strict=True):
+        length = len(prompt)
+        np.testing.assert_array_equal(sample.tokens[:length], prompt)
+        assert sample.tokens[length] == encoded.letters[answer]
+        assert sample.mask[length]
+        assert not sample.mask[:length].any()
+
+
 def test_the_script_asks_the_questions(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     few_devices: None,
     standard_promotion: None,
 ) -> None:
@@ -102,6 +123,9 @@ def test_the_script_asks_the_questions(
     assert len(answers) in (1, 2)
     assert len(answers[0]) == 12
     assert "| before training |" in (output / "comparison.md").read_text()
+    said = capsys.readouterr().out
+    assert "before training" in said
+    assert "Social Sciences" in said
 
 
 def methods(answers: dict[str, list[str]]) -> dict[str, MethodRuns]:
@@ -126,6 +150,7 @@ def methods(answers: dict[str, list[str]]) -> dict[str, MethodRuns]:
             runs=tuple(runs),
             best_rate=1e-3,
             at_edge=False,
+            steps=2,
             cost=Cost(parameters=1, seconds_per_step=1.0, memory=None),
         )
     return found

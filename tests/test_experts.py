@@ -187,6 +187,23 @@ def test_an_expert_may_take_all_tokens() -> None:
     assert len(set(routed.place.flatten().tolist())) == 64
 
 
+def test_frozen_kernels_cost_no_gradient() -> None:
+    """The loop that adds up the gradient of the kernels is compiled only where it is needed."""
+    routed = grouped.route(jnp.asarray([[[0, 3]] * 16]), experts=4, block=8)
+    product = grouped.product_of("blocks", block=8)
+
+    def loss(x: Array, kernels: Array) -> Array:
+        return jnp.sum(product(x, kernels, routed.rows) ** 2)
+
+    x = jnp.ones((1, routed.token.shape[1], 5))
+    loops = {}
+    for arguments in ((0,), (0, 1)):
+        gradient = jax.jit(jax.grad(loss, argnums=arguments))
+        compiled = gradient.lower(x, jnp.ones((4, 5, 6))).compile()
+        loops[arguments] = compiled.as_text().count(" while(")
+    assert loops[0,] == loops[0, 1] - 1
+
+
 def test_few_tokens_need_few_blocks() -> None:
     """One token that is generated: as many blocks as it has experts."""
     routed = grouped.route(jnp.asarray([[[5, 120]]]), experts=128, block=8)

@@ -51,7 +51,16 @@ class Task:
             # A set without a name is that of the config's own task.
             if name:
                 sets.setdefault(name, paths)
-        data = dataclasses.replace(config.data, train=(str(train),), shape="auto", fields=())
+        # As `encode` asks the questions: without other messages or variables of the template.
+        data = dataclasses.replace(
+            config.data,
+            train=(str(train),),
+            shape="auto",
+            fields=(),
+            system=None,
+            tools=None,
+            template_args=(),
+        )
         return with_sets(dataclasses.replace(config, data=data), sets)
 
     @property

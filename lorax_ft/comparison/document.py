@@ -109,6 +109,26 @@ def headers(rows: Sequence[Row]) -> list[str]:
     return ["method", "rate", "loss", f"difference to {reference}", "verdict"]
 
 
+def accuracy_cells(row: AccuracyRow) -> list[str]:
+    """A row of a table of accuracies, in percent."""
+    cells = [row.label, "" if row.rate is None else f"{row.rate:g}"]
+    for share in row.categories.values():
+        cells.append(f"{100 * share.mean:.1f}")
+    for difference in (row.over_seeds, row.over_questions):
+        cells.append(describe_difference(_percent(difference), digits=1))
+    return [*cells, row.verdict]
+
+
+def accuracy_headers(rows: Sequence[AccuracyRow]) -> list[str]:
+    """The headers of a table of `accuracy_cells`."""
+    categories = rows[0].categories
+    return [
+        *("method", "rate"),
+        *categories,
+        *("difference, seeds", "difference, questions", "verdict"),
+    ]
+
+
 def describe_difference(difference: Interval | None, *, digits: int = 4) -> str:
     """A difference and its interval, such as "−0.0123 [−0.0200, −0.0046]"."""
     if difference is None:
@@ -144,23 +164,14 @@ def _losses(rows: Sequence[Row]) -> str:
 
 
 def _accuracies(rows: Sequence[AccuracyRow]) -> str:
-    """The table of accuracies, in percent."""
-    names = list(rows[0].categories)
-    heads = ["method", "rate", *names, "difference, seeds", "difference, questions", "verdict"]
-    lines = []
-    for row in rows:
-        cells = [row.label, "" if row.rate is None else f"{row.rate:g}"]
-        for name in names:
-            cells.append(f"{100 * row.categories[name].mean:.1f}")
-        for difference in (row.over_seeds, row.over_questions):
-            cells.append(describe_difference(_percent(difference), digits=1))
-        lines.append([*cells, row.verdict])
+    """The table of accuracies."""
     note = (
         "Correct answers to the questions that nothing was trained on, in percent. The first "
         "interval is over seeds, the second one over questions; a difference is noise if one of "
         "them contains 0.\n"
     )
-    return f"{note}\n{_table(heads, lines)}"
+    table = _table(accuracy_headers(rows), [accuracy_cells(row) for row in rows])
+    return f"{note}\n{table}"
 
 
 def _percent(interval: Interval | None) -> Interval | None:

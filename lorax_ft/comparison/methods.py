@@ -67,6 +67,8 @@ REFERENCE = "lora"
 """The method that the others are compared with, if it is among them; else that is the first one."""
 VARIED = (RATE, "train.seed")
 """Fields that a comparison varies itself."""
+DATA = "data"
+"""The folder beside those of the methods, in which the data of a comparison lie."""
 
 
 def config_of(method: Method, config: Config) -> Config:
@@ -130,7 +132,7 @@ def _parse(entry: str) -> tuple[str, Method]:
     if not equals and not settings:
         return known, METHODS[known]
     # It also names a folder. A method with other settings needs a name of its own.
-    if not re.fullmatch(r"[\w.-]*\w", name) or name in METHODS:
+    if not re.fullmatch(r"[\w.-]*\w", name) or name in (*METHODS, DATA):
         raise ValueError(
             f"--methods {entry!r}: a method with settings needs a new name of letters, digits, _, "
             f'. or -, such as "r64={known} adapter.rank=64"'

@@ -21,16 +21,24 @@ from lorax_ft.comparison.document import (
     CURVES_PLOT,
     RATES_PLOT,
     Tables,
+    accuracy_cells,
+    accuracy_headers,
     as_json,
     headers,
     markdown,
     table_cells,
 )
-from lorax_ft.comparison.methods import Method, chosen_methods, config_of
+from lorax_ft.comparison.methods import (
+    DATA,
+    METHODS,
+    Method,
+    chosen_methods,
+    config_of,
+    reference_of,
+)
 from lorax_ft.comparison.plots import plot_curves, plot_rates
 from lorax_ft.comparison.runs import MethodRuns, Runner
 from lorax_ft.comparison.table import (
-    Row,
     best_rates,
     common_rates,
     rows_at_best_rates,
@@ -39,10 +47,11 @@ from lorax_ft.comparison.table import (
 from lorax_ft.config import Config
 from lorax_ft.run.inputs import check_inputs
 from lorax_ft.run.report import make_console, make_table
+from lorax_ft.sweep.axes import describe
 from lorax_ft.sweep.results import RESULTS
 
 SUFFIX = "-comparison"
-REPORT, FIGURES, DESIGN, DATA = "comparison.md", "comparison.json", "design.json", "data"
+REPORT, FIGURES, DESIGN = "comparison.md", "comparison.json", "design.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,9 +109,9 @@ def compare(
     common, best = _tables(done, design, task, runner, config)
     result = Comparison(folder=folder, methods=done, common=common, best=best)
     if jax.process_index() == 0:
-        _write(result, design, command=command, config=config, steps=runner.steps)
-    _print(console, common.losses, title=f"At the common rate {design.common_rate:g}")
-    _print(console, best.losses, title="Each at its best rate")
+        _write(result, design, command=command, config=config)
+    _print(console, common, title=f"At the common rate {design.common_rate:g}")
+    _print(console, best, title="Each at its best rate")
     console.print(f"\n{folder / REPORT} has the report, {folder / FIGURES} all figures.")
     return result
 
@@ -138,9 +147,7 @@ def _tables(
     return common, best
 
 
-def _write(
-    result: Comparison, design: Design, *, command: str | None, config: Config, steps: int
-) -> None:
+def _write(result: Comparison, design: Design, *, command: str | None, config: Config) -> None:
     """Write the report, the figures and the plots."""
     folder, methods = result.folder, result.methods
     plot_rates(methods, design, folder / RATES_PLOT)
@@ -154,7 +161,7 @@ def _write(
         design,
         title=f"Methods compared on {Path(config.model.path).name}",
         command=command,
-        notes=_notes(config, steps),
+        notes=_notes(config, methods),
     )
     (folder / REPORT).write_text(text, encoding="utf-8")
 
@@ -177,7 +184,7 @@ def prepare(folder: Path, config: Config, design: Design, methods: Mapping[str, 
             raise ValueError(f"there is no comparison to resume in {folder}")
         _check_same(folder, held, values)
         # A resumed comparison may have other methods; those that it leaves out keep their runs.
-        values["methods"] = {**held["methods"], **values["methods"]}
+        values["methods"] = {**held.get("methods", {}), **values["methods"]}
     elif folder.is_dir() and any(folder.iterdir()):
         # Only a comparison is overwritten, never another folder of this name. One that ended before
         # its first result, as by a mistake in the data, is no loss.
@@ -191,7 +198,7 @@ def prepare(folder: Path, config: Config, design: Design, methods: Mapping[str, 
                 f"{folder} is not empty; use --train.resume, --train.overwrite or another "
                 "--train.output"
             )
-        _remove(folder, held["methods"])
+        _remove(folder, held.get("methods", {}))
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values, indent=2) + "\n")
 
@@ -209,7 +216,7 @@ def _check_same(folder: Path, held: Mapping[str, Any], values: Mapping[str, Any]
             "same, or another --train.output"
         )
     for name, settings in values["methods"].items():
-        if held["methods"].get(name, settings) != settings:
+        if held.get("methods", {}).get(name, settings) != settings:
             raise ValueError(
                 f"{folder} holds runs of {name} with other settings; give it another name, or "
                 "another --train.output"
@@ -224,12 +231,13 @@ def _remove(folder: Path, methods: Iterable[str]) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _notes(config: Config, steps: int) -> list[str]:
+def _notes(config: Config, methods: Mapping[str, MethodRuns]) -> list[str]:
     """Facts about the runs, for the report."""
     adapter, train = config.adapter, config.train
     # Without folders, which say nothing to others who read the report.
     data = ", ".join(Path(path).name for path in config.data.train)
-    return [
+    steps = methods[reference_of(methods)].steps
+    notes = [
         f"Model {Path(config.model.path).name}, {config.model.dtype}; data {data}, rows of at most "
         f"{config.data.max_length} tokens.",
         f"{steps} steps of {train.batch_size} rows; rank {adapter.rank}, alpha {adapter.alpha:g}, "
@@ -238,12 +246,28 @@ def _notes(config: Config, steps: int) -> list[str]:
         f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, jax "
         f"{jax.__version__}.",
     ]
+    # Others are known by their names.
+    for name, its in methods.items():
+        if name not in METHODS:
+            notes.append(f"{name}: {describe(its.method.settings)}.")
+    return notes
 
 
-def _print(console: Console, rows: Sequence[Row], *, title: str) -> None:
+def _print(console: Console, tables: Tables, *, title: str) -> None:
+    """Print the losses at some rates, and the accuracies if there are any."""
+    _print_table(console, title, headers(tables.losses), map(table_cells, tables.losses))
+    if tables.accuracies:
+        heads = accuracy_headers(tables.accuracies)
+        cells = map(accuracy_cells, tables.accuracies)
+        _print_table(console, f"{title}: correct answers, in %", heads, cells)
+
+
+def _print_table(
+    console: Console, title: str, heads: Iterable[str], rows: Iterable[Sequence[str]]
+) -> None:
     table = make_table(title)
-    for header in headers(rows):
-        table.add_column(header)
+    for head in heads:
+        table.add_column(head)
     for row in rows:
-        table.add_row(*table_cells(row))
+        table.add_row(*row)
     console.print(table)

@@ -22,6 +22,7 @@ from lorax_ft.comparison.cost import Cost, measure_cost
 from lorax_ft.comparison.design import Design, points
 from lorax_ft.comparison.methods import Method, config_of
 from lorax_ft.config import Config
+from lorax_ft.evaluation.multiple_choice import Encoded
 from lorax_ft.models.model import Model
 from lorax_ft.run.checkpoints import FOLDER, Checkpoints
 from lorax_ft.run.progress import progress_bar
@@ -73,6 +74,8 @@ class MethodRuns:
     """The rate of the lowest mean loss on the set to choose by, over the search seeds."""
     at_edge: bool
     """Whether that is still the lowest or the highest rate that was tried."""
+    steps: int
+    """Of each run."""
     cost: Cost
 
     def at(self, rate: float, seeds: Sequence[int]) -> list[Run]:
@@ -109,8 +112,7 @@ class Runner:
         self._parallel = parallel
         # Methods on the same base share it.
         self._loaded: dict[Any, Loaded] = {}
-        self.steps = 0
-        """The steps of a run."""
+        self._encoded: Encoded | None = None
 
     def run(self, name: str, method: Method, config: Config) -> MethodRuns:
         """Search for the method's best rate, and train all seeds there and at the common rate.
@@ -123,6 +125,9 @@ class Runner:
         design = self._design
         config = config_of(method, config)
         folder = self._folder / name
+        # Before hours of training: a question may be too long for the model.
+        if self._task is not None and self._encoded is None:
+            self._encoded = self._task.encode(self._load(config).model)
         groups, rates = self._search(config, folder)
         best = best_rate(_read_runs(groups))
         # Once, where both rates are the same.
@@ -139,6 +144,7 @@ class Runner:
             runs=tuple(_read_runs(groups)),
             best_rate=best,
             at_edge=best in (rates[0], rates[-1]),
+            steps=self._load(config).steps(config),
             cost=self._measure(config, rates[0]),
         )
 
@@ -184,17 +190,15 @@ class Runner:
         """The same for runs that share a base, in one sweep."""
         chosen = with_shared_base(points(config, rates, seeds))
         loaded = self._load(config)
-        self.steps = steps = loaded.steps(config)
         folder.mkdir(parents=True, exist_ok=True)
         # Of a comparison that was interrupted, what it has trained to the end is kept.
-        if not _is_complete(folder, len(chosen), steps):
+        if not _is_complete(folder, len(chosen), loaded.steps(config)):
             job = set_up(chosen, loaded)
             run_points(job, self._console, folder=folder, parallel=self._parallel)
         return [Group(points=chosen, folder=folder)]
 
     def _answer(self, group: Group, rates: Sequence[float]) -> None:
         """Ask the task's questions of the runs of a group at these rates, unless it holds them."""
-        assert self._task is not None
         file = group.folder / ANSWERS
         held = {line["point"] for line in read_lines(file)}
         missing = []
@@ -221,8 +225,8 @@ class Runner:
 
     def _ask(self, model: Model, params: Tree, name: str) -> str:
         """Which questions of the task the parameters answer correctly, as `Run.correct`."""
-        assert self._task is not None
-        encoded = self._task.encode(model)
+        encoded = self._encoded
+        assert encoded is not None
         with progress_bar(self._console, f"questions: {name}") as advance:
             share = 1 / len(encoded.prompts)
             found = correct_answers(model, params, encoded, lambda count: advance(count * share))

@@ -22,13 +22,24 @@ class Rows(NamedTuple):
     sizes: Array
     """The rows of each expert, `[S, E]` int32; they fill the M rows from the first one."""
 
-    def leaf(self, leaf: Array) -> Array:
-        """A leaf `[E, ...]` as each row has it, `[S, M, ...]`."""
-        return leaf[self.expert]
-
 
 ExpertProduct = Callable[[Array, Any, Rows], Array]
 """(x `[S, M, I]`, kernels `[E, I, O]`, rows) -> `[S, M, O]`: each row times its expert's kernel."""
+
+
+class Grouped(NamedTuple):
+    """Rows, and how they are multiplied."""
+
+    rows: Rows
+    product: ExpertProduct
+
+    def leaf(self, leaf: Array) -> Array:
+        """A leaf `[E, ...]` as each row has it, `[S, M, ...]`."""
+        return leaf[self.rows.expert]
+
+    def multiply(self, x: Array, kernels: Any) -> Array:
+        """Each row times its expert's kernel."""
+        return self.product(x, kernels, self.rows)
 
 
 class ExpertDense(nn.Module):
@@ -48,10 +59,11 @@ class ExpertDense(nn.Module):
         shape = (self.experts, x.shape[-1], self.features)
         init = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
         kernel = self.param("kernel", init, shape)
+        grouped = Grouped(rows, self.product)
         x, kernel = self.promote_dtype(x, kernel, dtype=self.dtype)
-        y = self.product(x, kernel, rows)
+        y = grouped.multiply(x, kernel)
         if not self.use_bias:
             return y
         zeros = nn.initializers.zeros
         bias = self.param("bias", zeros, (self.experts, self.features), jnp.float32)
-        return y + rows.leaf(bias).astype(y.dtype)
+        return y + grouped.leaf(bias).astype(y.dtype)

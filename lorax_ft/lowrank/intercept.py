@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_ft.lowrank.experts import ExpertDense, Rows
+from lorax_ft.lowrank.experts import ExpertDense, Grouped, Rows
 from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.spec import LayerSpec, Module, as_canonical
 from lorax_ft.lowrank.terms import bias, check_layer, is_adapted, magnitude
@@ -87,9 +87,11 @@ def adapt(
             raise ValueError(f"{path} has an adapter, but this form of the layer supports none")
         check_layer(layer, "/".join(module.path))
         x, *others = args or (_input_of(args, kwargs),)
-        if traced.spec.module == "experts":
-            run = functools.partial(_run_experts, module, gather, others[0])
-            return _adapted_call(module, traced, layer, x, run, rows=others[0])
+        if isinstance(module, ExpertDense):
+            (rows,) = others
+            grouped = Grouped(rows, module.product)
+            run = functools.partial(_run_experts, module, gather, grouped)
+            return _adapted_call(module, traced, layer, x, run, grouped=grouped)
         run = functools.partial(_run_module, module, gather, traced.spec.weight)
         return _adapted_call(module, traced, layer, x, run)
 
@@ -137,7 +139,7 @@ def _adapted_call(
     x: Array,
     run: Run,
     *,
-    rows: Rows | None = None,
+    grouped: Grouped | None = None,
 ) -> Array:
     """The layer's output by `linear`."""
     spec = traced.spec
@@ -163,16 +165,7 @@ def _adapted_call(
         return run({"features": features[-1]}, kernel, x)
 
     precision = getattr(module, "precision", None)
-    expert_product = getattr(module, "product", None)
-    return linear(
-        layer,
-        x,
-        dot,
-        precision=precision,
-        in_shape=in_shape,
-        rows=rows,
-        expert_product=expert_product,
-    )
+    return linear(layer, x, dot, precision=precision, in_shape=in_shape, grouped=grouped)
 
 
 def _promoted(module: nn.Module, x: Array, layer: Layer) -> tuple[Array, Layer]:
@@ -263,15 +256,15 @@ def _run_module(
 
 
 def _run_experts(
-    module: nn.Module,
+    module: ExpertDense,
     gather: Gather,
-    rows: Rows,
+    grouped: Grouped,
     fields: dict[str, Any],
     kernel: Array | Quantized,
     x: Array,
 ) -> Array:
-    """The same of experts, whose product dequantizes kernels itself, one at a time."""
-
+    """The same of experts, whose product dequantizes kernels itself, one at a time if it can."""
+    rows, product = grouped
     if not isinstance(kernel, Quantized):
         clone = module.clone(parent=None, name=None, use_bias=False, **fields)
         y: Array = clone.apply({"params": {"kernel": kernel}}, x, rows)  # type: ignore[assignment]
@@ -279,7 +272,7 @@ def _run_experts(
 
     def multiply(kernel: Quantized, x: Array, rows: Rows) -> Array:
         kernel = gather("/".join(module.path), kernel)
-        return module.product(x.astype(kernel.dtype), kernel, rows)
+        return product(x.astype(kernel.dtype), kernel, rows)
 
     # As in `_run_module`.
     return jax.checkpoint(multiply)(kernel, x, rows)

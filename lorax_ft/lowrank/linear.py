@@ -17,7 +17,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lorax_ft.lowrank.experts import ExpertProduct, Rows
+from lorax_ft.lowrank.experts import Grouped
 from lorax_ft.lowrank.matrices import matrices_of, over_stack
 from lorax_ft.lowrank.terms import magnitude, terms_of
 from lorax_ft.lowrank.terms.term import Dot, Product, Term
@@ -32,8 +32,7 @@ def linear(
     *,
     precision: lax.PrecisionLike = None,
     in_shape: Shape | None = None,
-    rows: Rows | None = None,
-    expert_product: ExpertProduct | None = None,
+    grouped: Grouped | None = None,
 ) -> Array:
     """y = l ⊙ (b + (m / n) · (x W + s · x̃ A B)), with the terms whose leaves the layer has.
 
@@ -43,8 +42,7 @@ def linear(
       dot: `dot(x, k)`, the layer's product with any kernel that has W's in axes: W itself, A or A₀.
       precision: of the product with B, as the layer has it.
       in_shape: the sizes of W's in axes; None: W is `[in, out]` with one axis for each.
-      rows: the expert of each row of x, where rows are sorted by expert.
-      expert_product: the product of such rows with kernels.
+      grouped: the experts of the rows of x, where these are sorted by expert.
 
     Returns:
       The output, in the dtype of `dot(x, W)`.
@@ -57,7 +55,7 @@ def linear(
     """
     if in_shape is None:
         in_shape = layer["kernel"].shape[:1]
-    product = Product(dot, in_shape, precision, rows, expert_product)
+    product = Product(dot, in_shape, precision, grouped)
     terms = terms_of(layer)
     for term in terms:
         x = term.before(layer, x)

@@ -115,13 +115,14 @@ def product_of(kind: str, *, block: int) -> ExpertProduct:
     """The product of rows that were sorted in blocks of this size."""
     product = _ragged if kind == "ragged" else functools.partial(_by_block, block=block)
 
+    def local(x: Array, kernels: Any, rows: Rows) -> Array:
+        """Of one shard: S is 1."""
+        own_rows = jax.tree.map(lambda leaf: leaf[0], rows)
+        return product(x[0], kernels, own_rows)[None]
+
     def each_shard(x: Array, kernels: Any, rows: Rows) -> Array:
         if len(x) == 1:
-            return product(x[0], kernels, jax.tree.map(lambda leaf: leaf[0], rows))[None]
-
-        def local(x: Array, kernels: Any, rows: Rows) -> Array:
-            return product(x[0], kernels, jax.tree.map(lambda leaf: leaf[0], rows))[None]
-
+            return local(x, kernels, rows)
         # Kernels come whole over the axes of rows, and stay split over tensor.
         split = P(ROW_AXES)
         mapped = jax.shard_map(
@@ -190,7 +191,8 @@ def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Non
 
     def add(total: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
         x, g, expert = block
-        return total.at[expert].add((x.T @ g).astype(total.dtype)), None
+        # In float32 also of bfloat16, as there are many blocks.
+        return total.at[expert].add(jnp.matmul(x.T, g, preferred_element_type=total.dtype)), None
 
     total, _ = lax.scan(add, jnp.zeros(kernels.shape, jnp.float32), (x, g, expert))
     return dx, total.astype(kernels.dtype), None

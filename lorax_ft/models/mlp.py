@@ -80,9 +80,9 @@ class MoE(nn.Module):
         """The chosen experts on copies of each row `[N, D]`, sorted by expert on each shard."""
         experts = self.config.experts
         assert experts is not None
-        x, weights, chosen = (
-            leaf.reshape(shards, -1, leaf.shape[-1]) for leaf in (x, weights, chosen)
-        )
+        x = _by_shard(x, shards)
+        weights = _by_shard(weights, shards)
+        chosen = _by_shard(chosen, shards)
         copies = chosen.shape[1] * experts.top_k
         block = grouped.block_rows(copies, experts.count, kind)
         routed = grouped.route(chosen, experts=experts.count, block=block)

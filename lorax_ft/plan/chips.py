@@ -1,7 +1,6 @@
 """Accelerators: their memory, speeds and topologies. Imports no JAX.
 
-Speeds are the makers' peak figures; prices are Google's and common clouds' list prices on demand,
-which change: `--price` sets another.
+Speeds are the peak figures of Google's and NVIDIA's documents.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ class Chip:
     """Bytes a second from its memory."""
     link: float
     """Bytes a second that it receives from its neighbors along one axis of the topology."""
-    price: float
-    """US dollars an hour."""
     shapes: tuple[str, ...] = ()
     """Topologies of a TPU; empty for a GPU, whose number is free."""
 
@@ -48,7 +45,6 @@ CHIPS: Mapping[str, Chip] = {
         flops=197e12,
         bandwidth=819 * GB,
         link=90 * GB,
-        price=1.20,
         shapes=_FLAT,
     ),
     "v6e": Chip(
@@ -57,7 +53,6 @@ CHIPS: Mapping[str, Chip] = {
         flops=918e12,
         bandwidth=1640 * GB,
         link=180 * GB,
-        price=2.70,
         shapes=_FLAT,
     ),
     "v5p": Chip(
@@ -66,7 +61,6 @@ CHIPS: Mapping[str, Chip] = {
         flops=459e12,
         bandwidth=2765 * GB,
         link=180 * GB,
-        price=4.20,
         shapes=_CUBE,
     ),
     "a100": Chip(
@@ -75,7 +69,6 @@ CHIPS: Mapping[str, Chip] = {
         flops=312e12,
         bandwidth=2039 * GB,
         link=300 * GB,
-        price=3.67,
     ),
     "h100": Chip(
         label="NVIDIA H100 SXM",
@@ -83,7 +76,6 @@ CHIPS: Mapping[str, Chip] = {
         flops=989e12,
         bandwidth=3350 * GB,
         link=450 * GB,
-        price=10.98,
     ),
     "h200": Chip(
         label="NVIDIA H200",
@@ -91,7 +83,6 @@ CHIPS: Mapping[str, Chip] = {
         flops=989e12,
         bandwidth=4800 * GB,
         link=450 * GB,
-        price=10.60,
     ),
 }
 """By the name in front of a topology."""

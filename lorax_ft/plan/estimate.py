@@ -1,7 +1,8 @@
 """How fast a step could be: a roofline of arithmetic, memory and network. All of it is an estimate.
 
 A step takes at least as long as the slowest of the three, if they overlap in full, and the sum of
-them if they do not overlap at all.
+them if they do not overlap at all. The network is that of a slice: what crosses between slices
+counts as if it stayed inside.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ class Estimate:
     """None where the traffic is not known; then it is left out of the sums."""
     tokens: int
     """Tokens of a step, padding included."""
-    dollars_an_hour: float
 
     @property
     def seconds(self) -> float:
@@ -79,5 +79,4 @@ def estimate(program: Program, config: Config, topology: Topology) -> Estimate:
         memory=moved / chip.bandwidth,
         network=network,
         tokens=config.train.batch_size * length,
-        dollars_an_hour=topology.devices * chip.price,
     )

@@ -23,11 +23,11 @@ from lorax_ft.plan.chips import Topology
 from lorax_ft.plan.flops import count_flops
 from lorax_ft.plan.hlo import Traffic, traffic
 from lorax_ft.quant.kernels import quantize
+from lorax_ft.run.program import trace_step
 from lorax_ft.run.setup import check_rows
-from lorax_ft.training.losses import supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.state import abstract_state
-from lorax_ft.training.step import TrainState, make_train_step
+from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree, flatten, unflatten
 
 STEPS = 100
@@ -85,13 +85,14 @@ def make_model(fields: Mapping[str, Any], config: Config, *, source: str) -> Cau
     Raises:
       ValueError: as `decoder_config`.
     """
-    # Given by name, because auto looks at the backend of this process, which is a CPU.
+    # auto looks at the backend of this process, which is a CPU: named is what it is elsewhere.
+    products = config.model.expert_products
     decoder = decoder_config(
         fields,
         source=source,
         dtype=config.model.dtype,
         attention="xla",
-        expert_products="ragged",
+        expert_products="ragged" if products == "auto" else products,
         remat=config.model.remat,
     )
     return CausalLM(config=decoder)
@@ -172,29 +173,37 @@ def _base_leaf(path: str, leaf: Any, config: Config, model: CausalLM) -> Any:
     return jax.eval_shape(quantized, leaf)
 
 
-def trace_step(model: CausalLM, config: Config, mesh: Mesh, shapes: Shapes) -> Any:
-    """The step, traced as `lorax_ft.run.setup.compile_step` does it."""
-    loss = supervised_loss(
-        model,
-        packed=config.data.pack,
-        dropout=config.adapter.dropout,
-        neftune_alpha=config.train.neftune_alpha,
-    )
-    tx = make_optimizer(config.optim, steps=STEPS)
-    step = make_train_step(loss, tx, layout=model.layout)
-    places = jax.tree.map(lambda leaf: leaf.sharding, shapes.state)
+def trace(model: CausalLM, config: Config, mesh: Mesh, shapes: Shapes) -> Any:
+    """A run's own step, traced for these shapes."""
     everywhere = sharding.replicated(mesh)
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=everywhere)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
-    with jax.set_mesh(mesh):
-        return jitted.trace(shapes.state, shapes.frozen, shapes.batch, key)
+    key: Any = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=everywhere)
+    return trace_step(
+        model,
+        make_optimizer(config.optim, steps=STEPS),
+        config,
+        state=shapes.state,
+        frozen=shapes.frozen,
+        batch=shapes.batch,
+        key=key,
+        mesh=mesh,
+    )
 
 
-def compile_step(model: CausalLM, config: Config, mesh: Mesh, shapes: Shapes) -> Any:
-    """The compiled step."""
-    traced = trace_step(model, config, mesh, shapes)
-    with jax.set_mesh(mesh):
-        return traced.lower().compile()
+def compile_traced(traced: Any, mesh: Mesh) -> Any:
+    """The compiled program of a traced step.
+
+    Raises:
+      DoesNotFitError: the compiler for TPUs knows their memory, and gives up.
+    """
+    try:
+        with jax.set_mesh(mesh):
+            return traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        # "... required for HLO temporaries (16.99G) exceeds available HBM (15.75G)", in GiB.
+        needed = re.search(r"RESOURCE_EXHAUSTED.*?\((\d+(?:\.\d+)?)G\)", str(error), re.DOTALL)
+        if needed is None:
+            raise
+        raise DoesNotFitError(float(needed[1]) * 2**30) from error
 
 
 def measure(model: CausalLM, config: Config, mesh: Mesh) -> Program:
@@ -202,20 +211,12 @@ def measure(model: CausalLM, config: Config, mesh: Mesh) -> Program:
 
     Raises:
       ValueError: as `abstract_arguments`.
-      DoesNotFitError: the compiler for TPUs knows their memory, and gives up.
+      DoesNotFitError: as `compile_traced`.
     """
     shapes = abstract_arguments(model, config, mesh)
     began = time.perf_counter()
-    traced = trace_step(model, config, mesh, shapes)
-    try:
-        with jax.set_mesh(mesh):
-            compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        # "... required for HLO temporaries (16.99G) exceeds available HBM (15.75G)", in GiB.
-        needed = re.search(r"RESOURCE_EXHAUSTED.*?\((\d+(?:\.\d+)?)G\)", str(error), re.DOTALL)
-        if needed is None:
-            raise
-        raise DoesNotFitError(float(needed[1]) * 2**30) from error
+    traced = trace(model, config, mesh, shapes)
+    compiled = compile_traced(traced, mesh)
     memory = compiled.memory_analysis()
     return Program(
         weights=bytes_a_chip(shapes.frozen),

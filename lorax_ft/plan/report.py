@@ -18,7 +18,12 @@ from lorax_ft.run.report import make_table
 
 
 def print_plan(
-    console: Console, candidate: Candidate, topology: Topology, *, tokens: float | None
+    console: Console,
+    candidate: Candidate,
+    topology: Topology,
+    *,
+    tokens: float | None,
+    price: float | None,
 ) -> None:
     """Print what a config takes, whether it fits, and how fast it could be.
 
@@ -27,6 +32,7 @@ def print_plan(
       candidate: the config.
       topology: the chips.
       tokens: of the whole training, for its time and cost.
+      price: US dollars an hour and chip.
     """
     chip = topology.chip
     console.print(f"\n[bold]{describe(candidate.config, topology)}[/bold]")
@@ -55,7 +61,7 @@ def print_plan(
             style="yellow",
         )
     _print_network(console, program)
-    _print_speed(console, program, estimate, tokens=tokens)
+    _print_speed(console, program, estimate, tokens=tokens, chips=topology.devices, price=price)
     if not chip.is_tpu:
         console.print(
             "Compiled for CPUs in the place of GPUs: temporaries and traffic are estimates."
@@ -78,7 +84,13 @@ def _print_network(console: Console, program: Program) -> None:
 
 
 def _print_speed(
-    console: Console, program: Program, estimate: Estimate, *, tokens: float | None
+    console: Console,
+    program: Program,
+    estimate: Estimate,
+    *,
+    tokens: float | None,
+    chips: int,
+    price: float | None,
 ) -> None:
     """Print the roofline of a step."""
     network = "the network is not known"
@@ -90,16 +102,12 @@ def _print_speed(
         f"{network}: {estimate.seconds:.3f} s if they overlap (bound by {estimate.bound}), "
         f"{estimate.longest:.3f} s if not. These are estimates, not measurements."
     )
-    console.print(
-        f"At best {estimate.tokens_per_second:,.0f} tokens/s for "
-        f"${estimate.dollars_an_hour:,.2f} an hour."
-    )
-    if tokens is not None:
-        hours = tokens / estimate.tokens_per_second / 3600
-        console.print(
-            f"{tokens:,.0f} tokens: at least {hours:,.2f} hours and "
-            f"${hours * estimate.dollars_an_hour:,.2f}."
-        )
+    console.print(f"At best {estimate.tokens_per_second:,.0f} tokens/s.")
+    if tokens is None:
+        return
+    hours = tokens / estimate.tokens_per_second / 3600
+    cost = f" and ${hours * chips * price:,.2f}" if price is not None else ""
+    console.print(f"{tokens:,.0f} tokens: at least {hours:,.2f} hours{cost}.")
 
 
 def memory_parts(program: Program) -> dict[str, int]:

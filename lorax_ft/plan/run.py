@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lorax_ft.config import Config
-from lorax_ft.interop.load import read_model_config
+from lorax_ft.interop.locate import read_model_config
 from lorax_ft.plan.chips import Topology
 from lorax_ft.plan.estimate import estimate
 from lorax_ft.plan.plot import plot_scaling
@@ -37,6 +37,7 @@ def plan(
     tries: int = 6,
     always_search: bool = False,
     tokens: float | None = None,
+    price: float | None = None,
     json_file: str | None = None,
     plot_file: str | None = None,
 ) -> list[Planned]:
@@ -48,6 +49,7 @@ def plan(
       tries: configs to compile in the place of one that does not fit, at most.
       always_search: whether to look for a faster one if it fits, too.
       tokens: of the whole training.
+      price: US dollars an hour and chip.
       json_file: where to write the figures.
       plot_file: where to write a plot of several topologies.
 
@@ -70,6 +72,7 @@ def plan(
             tries=tries,
             always_search=always_search,
             tokens=tokens,
+            price=price,
         )
         planned.append((topology, found))
     if len(planned) > 1:
@@ -91,6 +94,7 @@ def _plan_one(
     tries: int,
     always_search: bool,
     tokens: float | None,
+    price: float | None,
 ) -> Candidate:
     """The plan for one topology."""
 
@@ -99,7 +103,7 @@ def _plan_one(
             return _measure(config, topology, fields)
 
     first = measured(config)
-    print_plan(console, first, topology, tokens=tokens)
+    print_plan(console, first, topology, tokens=tokens, price=price)
     if first.fits(topology) and not always_search:
         return first
     others = search(measured, first, topology, tries=tries)
@@ -107,7 +111,7 @@ def _plan_one(
     print_search(console, others, best, topology)
     if best is None or best is first:
         return first
-    print_plan(console, best, topology, tokens=tokens)
+    print_plan(console, best, topology, tokens=tokens, price=price)
     console.print(f"Options: {options(best.config, config)}", soft_wrap=True)
     return best
 

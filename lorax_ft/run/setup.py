@@ -20,21 +20,19 @@ from lorax_ft.data.batches import Batches
 from lorax_ft.data.dataset import Dataset
 from lorax_ft.evaluation.multiple_choice import Encoded
 from lorax_ft.interop.peft_experts import check_fused
-from lorax_ft.lowrank.adapters import with_norms
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.checkpoints import FOLDER, Checkpoints
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset, load_questions
+from lorax_ft.run.program import compile_step, jitted_evaluation
 from lorax_ft.run.progress import progress_bar
 from lorax_ft.run.report import make_console
 from lorax_ft.run.standing import Standing
 from lorax_ft.schema import init_schema
-from lorax_ft.training import contract
 from lorax_ft.training.calibration import calibrate
-from lorax_ft.training.losses import batch_loss, supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.state import fresh_state, owned_leaves, resumed_state
-from lorax_ft.training.step import TrainState, make_eval_step, make_train_step
-from lorax_ft.tree import Tree, combine, modules
+from lorax_ft.training.step import TrainState
+from lorax_ft.tree import Tree, modules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +136,7 @@ def set_up(config: Config, *, folder: Path) -> Job:
         state=state,
         frozen=frozen,
         step=step,
-        evaluate=_evaluation(functions),
+        evaluate=jitted_evaluation(functions),
         checkpoints=checkpoints,
         first_step=first_step,
         questions=questions,
@@ -153,50 +151,6 @@ def count_steps(config: TrainConfig, batches: Batches) -> int:
         return config.steps
     epochs = 1.0 if config.epochs is None else config.epochs
     return max(round(epochs * batches.steps_per_epoch), 1)
-
-
-def compile_step(
-    model: Model,
-    tx: optax.GradientTransformation,
-    config: Config,
-    *,
-    state: TrainState,
-    frozen: Tree,
-    batch: dict[str, Array],
-    mesh: Mesh,
-) -> Any:
-    """The training step, compiled for this state and for batches of this shape.
-
-    Raises:
-      ValueError: the loss does not read a leaf that trains.
-    """
-    check_contract(model, state, frozen, batch=batch, packed=config.data.pack)
-    loss = supervised_loss(
-        model,
-        packed=config.data.pack,
-        dropout=config.adapter.dropout,
-        neftune_alpha=config.train.neftune_alpha,
-    )
-    train_step = make_train_step(loss, tx, layout=model.layout)
-    # Without out_shardings XLA may shard the new state differently, and the compiled step
-    # would reject it at the next call.
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    out_shardings = (state_shardings, sharding.replicated(mesh))
-    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
-    # The model finds the mesh in the context when it constrains activations (`split_rows`).
-    with jax.set_mesh(mesh):
-        return jitted.lower(state, frozen, batch, step_key(config)).compile()
-
-
-def _evaluation(model: Model) -> Any:
-    """The jitted evaluation; validation rows hold one sample each."""
-    loss = supervised_loss(model, packed=False)
-    return jax.jit(make_eval_step(loss, layout=model.layout))
-
-
-def step_key(config: Config) -> Array:
-    """The key that each step folds its number into, for dropout and noise."""
-    return jax.random.fold_in(jax.random.key(config.train.seed), 1)
 
 
 def run_mesh(config: Config) -> Mesh:
@@ -337,20 +291,6 @@ def run_statistics(
     bar = progress_bar(make_console(), f"calibrating {adapter.init}")
     with bar as advance, jax.set_mesh(mesh):
         return calibrate(model, adapter, placed, packed=config.data.pack, advance=advance)
-
-
-def check_contract(
-    model: Model, state: TrainState, frozen: Tree, *, batch: dict[str, Array], packed: bool
-) -> None:
-    """Raise if the loss does not read every trained leaf."""
-    # The loss takes one microbatch: [M, B, T] becomes [B, T].
-    microbatch = {name: values[0] for name, values in batch.items()}
-
-    def loss(trained: Tree) -> Array:
-        params = with_norms(combine(trained, frozen), layout=model.layout)
-        return batch_loss(model, params, microbatch, packed=packed)
-
-    contract.check_read(loss, state.trained)
 
 
 class _Timer:

@@ -14,9 +14,10 @@ from rich.console import Console
 from lorax_ft.lowrank.groups import adapter_leaves_of
 from lorax_ft.run.clock import Clock
 from lorax_ft.run.log import Log
+from lorax_ft.run.program import step_key
 from lorax_ft.run.progress import Progress
 from lorax_ft.run.report import counted
-from lorax_ft.run.setup import Job, step_key
+from lorax_ft.run.setup import Job
 from lorax_ft.run.standing import Standing
 from lorax_ft.run.stop_signal import StopSignal
 from lorax_ft.run.trace import Trace

@@ -24,8 +24,9 @@ from lorax_ft.sweep.display import Display
 from lorax_ft.sweep.halving import Budget, groups, rung_ends, survivors
 from lorax_ft.sweep.program import Program
 from lorax_ft.sweep.results import Results, setting_key
-from lorax_ft.sweep.setup import SweepJob, start_key
+from lorax_ft.sweep.setup import SweepJob
 from lorax_ft.sweep.stack import put, take
+from lorax_ft.sweep.starts import start_key
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree
 

@@ -22,25 +22,18 @@ from lorax_ft.data.batches import Batches, evaluation_batches
 from lorax_ft.data.dataset import Dataset, depends_on_seed
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset
-from lorax_ft.run.progress import progress_bar
-from lorax_ft.run.report import make_console
-from lorax_ft.run.setup import (
-    check_contract,
-    count_steps,
-    make_batches,
-    run_mesh,
-    run_statistics,
-    step_key,
-)
+from lorax_ft.run.program import check_contract, step_key
+from lorax_ft.run.setup import count_steps, make_batches, run_mesh
 from lorax_ft.run.validation import METRIC
 from lorax_ft.sweep.agree import shared_values
 from lorax_ft.sweep.axes import Point
 from lorax_ft.sweep.program import Program, compile_program
 from lorax_ft.sweep.stack import Shapes, shapes_of, stack, take, unstack
+from lorax_ft.sweep.starts import make_leaves, shared_base
 from lorax_ft.training.optimizer import make_optimizer, peak_rates, with_peak_rates
-from lorax_ft.training.state import fresh_leaves, owned_leaves
+from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
-from lorax_ft.tree import Tree, combine, flatten, unflatten
+from lorax_ft.tree import Tree, combine
 
 HostBatch = dict[str, np.ndarray]
 
@@ -209,7 +202,7 @@ def set_up(points: Sequence[Point], loaded: Loaded) -> SweepJob:
         batches.append(make_batches(point.config, its_data))
     _check_data(points, data)
     steps = _count_steps(points, batches)
-    leaves = _make_leaves(points, model, batches, mesh)
+    leaves = make_leaves(points, model, batches, mesh)
     trained, owned = [], []
     shapes: list[Shapes] = []
     for its_trained, its_frozen in leaves:
@@ -218,7 +211,7 @@ def set_up(points: Sequence[Point], loaded: Loaded) -> SweepJob:
         trained.append(its_trained)
         owned.append(its_owned)
         shapes.append(shapes_of(combine(its_trained, its_owned)))
-    base = _shared_base(owned, [frozen for _, frozen in leaves])
+    base = shared_base(owned, [frozen for _, frozen in leaves])
     _check_read(points[0].config, model, leaves[0], batches[0], mesh)
     state = _make_state(points, stack(trained, mesh=mesh), steps=steps, mesh=mesh)
     keys = [step_key(point.config) for point in points]
@@ -236,38 +229,6 @@ def set_up(points: Sequence[Point], loaded: Loaded) -> SweepJob:
         keys=jax.device_put(jnp.stack(keys), sharding.replicated(mesh)),
         programs=loaded.programs,
     )
-
-
-def _make_leaves(
-    points: Sequence[Point], model: LoadedModel, batches: Sequence[Batches], mesh: Mesh
-) -> list[tuple[Tree, Tree]]:
-    """The leaves of each point that train, and the frozen ones.
-
-    Points of the same adapter and seed, which differ in their rates only, start from the same.
-    """
-    made: dict[Any, tuple[Tree, Tree]] = {}
-    inits = ", ".join(dict.fromkeys(point.config.adapter.init for point in points))
-    with progress_bar(make_console(), f"initializing with {inits}") as advance:
-        for point, its_batches in zip(points, batches, strict=True):
-            config = point.config
-            start = start_key(config)
-            if start not in made:
-                made[start] = fresh_leaves(
-                    model,
-                    config.adapter,
-                    mesh=mesh,
-                    # The key of a run of its own.
-                    key=jax.random.fold_in(jax.random.key(config.train.seed), 0),
-                    rounds=config.quant.rounds,
-                    statistics=run_statistics(model, config, its_batches, mesh),
-                )
-            advance(1 / len(points))
-    return [made[start_key(point.config)] for point in points]
-
-
-def start_key(config: Config) -> tuple[Any, ...]:
-    """What the leaves and the data of a point depend on: points with the same key start alike."""
-    return config.adapter, config.train.seed
 
 
 def _make_state(points: Sequence[Point], trained: Tree, *, steps: int, mesh: Mesh) -> TrainState:
@@ -297,32 +258,6 @@ def _make_state(points: Sequence[Point], trained: Tree, *, steps: int, mesh: Mes
 def _unstacked(place: NamedSharding) -> NamedSharding:
     """The sharding of one adapter's leaf."""
     return NamedSharding(place.mesh, P(*place.spec[1:]))
-
-
-def _shared_base(owned: Sequence[Tree], frozen: Sequence[Tree]) -> Tree:
-    """The frozen leaves that belong to the model, the same in all points."""
-    bases = []
-    for own, leaves in zip(owned, frozen, strict=True):
-        of_base = flatten(leaves)
-        for path in flatten(own):
-            of_base.pop(path, None)
-        bases.append(unflatten(of_base))
-    first = flatten(bases[0])
-    for base in bases[1:]:
-        for path, leaf in flatten(base).items():
-            if not _is_same(first.get(path), leaf):
-                raise ValueError(
-                    f"the points of the sweep change {path} of the base, which they share; "
-                    "give --adapter.keep_base, or an own sweep for each"
-                )
-    return bases[0]
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether two leaves are the same arrays in memory; a quantized one has several."""
-    parts, other_parts = jax.tree.leaves(one), jax.tree.leaves(other)
-    same = [part is its for part, its in zip(parts, other_parts, strict=True)]
-    return all(same)
 
 
 def _check_data(points: Sequence[Point], data: Sequence[Dataset]) -> None:

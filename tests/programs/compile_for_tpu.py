@@ -26,9 +26,10 @@ from lorax_ft.plan.chips import parse_topology
 from lorax_ft.plan.program import (
     abstract_arguments,
     bytes_a_chip,
-    compile_step,
+    compile_traced,
     make_mesh,
     make_model,
+    trace,
 )
 from lorax_ft.tree import Tree, split
 
@@ -43,7 +44,7 @@ def main() -> None:
     state, frozen = shapes.state, shapes.frozen
     kernels, _ = split(frozen, lambda path: path.endswith(("/kernel", "/embedding")))
     began = time.perf_counter()
-    compiled = compile_step(model, config, mesh, shapes)
+    compiled = compile_traced(trace(model, config, mesh, shapes), mesh)
     memory = compiled.memory_analysis()
     report = {
         "seconds": time.perf_counter() - began,

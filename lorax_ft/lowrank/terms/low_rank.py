@@ -67,9 +67,8 @@ def expand(
     Stack axes that are left inside a layer count experts: z is then `[..., E, R]`, or its rows are
     sorted by expert.
     """
-    if product.rows is not None:
-        assert product.expert_product is not None
-        return product.expert_product(z, b, product.rows)
+    if product.grouped is not None:
+        return product.grouped.multiply(z, b)
     stack = b.shape[:n_stack]
     rank, *out_shape = b.shape[n_stack:]
     # All other axes are flattened: one matmul, or one for each expert.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from lorax_ft.lowrank.experts import ExpertProduct, Rows
+from lorax_ft.lowrank.experts import Grouped
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.tree import Layer, Shape
 
@@ -28,15 +28,12 @@ class Product(NamedTuple):
     """The sizes of W's in axes."""
     precision: lax.PrecisionLike = None
     """Of the product with B, as the layer has it."""
-    rows: Rows | None = None
-    """The expert of each row, where rows are sorted by expert; None: x has an axis of experts, or
-    there are none."""
-    expert_product: ExpertProduct | None = None
-    """The product of such rows with kernels."""
+    grouped: Grouped | None = None
+    """Where rows are sorted by expert; None: x has an axis of experts, or there are none."""
 
     def leaf(self, leaf: Array) -> Array:
         """A leaf of the outputs as they meet it: by row, where rows are sorted by expert."""
-        return leaf if self.rows is None else self.rows.leaf(leaf)
+        return leaf if self.grouped is None else self.grouped.leaf(leaf)
 
 
 def _unchanged_input(layer: Layer, x: Array) -> Array:
