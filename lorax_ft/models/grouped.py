@@ -20,7 +20,7 @@ from lorax_ft.quant.kernels import Quantized, dense
 from lorax_ft.sharding import ROW_AXES, row_devices
 
 MOST_BLOCK = 128
-"""Rows of the largest block: one more is no faster to multiply than two."""
+"""Rows of the largest block."""
 
 
 class Routed(NamedTuple):
