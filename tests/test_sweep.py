@@ -20,6 +20,7 @@ from test_distributed import run_config, write_model_and_data
 import lorax_ft as lft
 from lorax_ft.config import Config, load_config
 from lorax_ft.run import setup as run_setup
+from lorax_ft.run.program import step_key
 from lorax_ft.run.stop_signal import StopSignal
 from lorax_ft.sweep import setup
 from lorax_ft.sweep.agree import check_axes, with_shared_base
@@ -91,7 +92,7 @@ def solo_curve(config: Config, folder: Path) -> tuple[list[float], Any]:
     state, losses = job.state, []
     for step in range(job.steps):
         batch, _ = job.batch(step)
-        state, metrics = job.step(state, job.frozen, batch, run_setup.step_key(config))
+        state, metrics = job.step(state, job.frozen, batch, step_key(config))
         losses.append(float(metrics["loss"]))
     return losses, combine(state.trained, job.frozen)
 
