@@ -306,3 +306,12 @@ def _rule(path: str, ndim: int, rules: Rules) -> tuple[str | None, ...]:
     # Axes that the rule does not name are whole on every device.
     whole = (None,) * (ndim - len(axes))
     return axes + whole
+
+
+def bytes_a_device(tree: Any) -> int:
+    """The size of a tree's shards on one device in bytes."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        total += math.prod(shard) * leaf.dtype.itemsize
+    return total

@@ -38,7 +38,7 @@ STEPS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {"adapter": {"targets": (), "train_whole": ("all",)}},
     **{
         f"lora_remat_{remat}": {"model": {"remat": remat}}
-        for remat in ("none", "dots", "mlp", "full")
+        for remat in ("none", "products", "mlp", "full")
     },
 }
 INITS: dict[str, dict[str, Any]] = {
@@ -110,7 +110,10 @@ def _step(
         optim=lft.OptimConfig(**changes.get("optim", {})),
         quant=lft.QuantConfig(**changes.get("quant", {})),
     )
-    model = lft.load_model(path, remat=config.model.remat, quant=config.quant)
+    remat: Any = config.model.remat
+    if remat == "auto":
+        remat = "products"
+    model = lft.load_model(path, dtype=config.model.dtype, remat=remat, quant=config.quant)
     tx = lft.make_optimizer(config.optim, steps=1000)
     state, frozen = _state(model, config.adapter, tx)
     # The parameters are in state and frozen; PiSSA changed the base, so this would be a copy.
@@ -155,7 +158,7 @@ def _serving(path: str, *, what: str, rows: int = 0, quant: Any = "none") -> Cal
 
 def _compiling(path: str, layers: int, shape: tuple[int, ...]) -> Facts:
     """The cost of compiling LoRA's step for a number of layers, from shapes without weights."""
-    remat = lft.ModelConfig().remat
+    remat = "products"
     sizes = dataclasses.replace(
         decoder_config(model_config(path), source=path, remat=remat), layers=layers
     )

@@ -81,7 +81,7 @@ def main() -> None:
         "max_position_embeddings": 512,
     }
     config = decoder_config(
-        hf_config | {"tie_word_embeddings": True}, source="the embedded model", remat="dots"
+        hf_config | {"tie_word_embeddings": True}, source="the embedded model", remat="products"
     )
     rows = pack(
         documents(options.seed), tokenizer, options.steps * options.batch, length=options.length

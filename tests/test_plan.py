@@ -171,8 +171,8 @@ TOPOLOGY = parse_topology("v5e:4x4")
 def made_up(config: Config) -> Candidate:
     """Weights that fsdp splits, activations that microbatches and recomputation make smaller."""
     weights = int(60e9 / config.mesh.fsdp / (4 if config.quant.format == "nf4" else 1))
-    kept = {"none": 40e9, "dots": 20e9, "mlp": 10e9, "full": 4e9}[config.model.remat]
-    work = {"none": 4, "dots": 4.5, "mlp": 5, "full": 6}[config.model.remat]
+    kept = {"none": 40e9, "products": 20e9, "mlp": 10e9, "full": 4e9}[config.model.remat]
+    work = {"none": 4, "products": 4.5, "mlp": 5, "full": 6}[config.model.remat]
     if weights > TOPOLOGY.chip.memory:
         return Candidate(config=config, needed=weights)
     program = Program(

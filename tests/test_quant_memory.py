@@ -35,7 +35,7 @@ HF_CONFIG = {
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-@pytest.mark.parametrize("remat", ["none", "dots", "mlp", "full"])
+@pytest.mark.parametrize("remat", ["none", "products", "mlp", "full"])
 def test_a_layer_at_a_time(remat: Any, format: Any) -> None:
     whole, quantized = (
         _gradient(remat, f).memory_analysis().temp_size_in_bytes for f in ("none", format)

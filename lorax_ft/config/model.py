@@ -22,18 +22,20 @@ class ModelConfig:
     """Branch, tag or commit, if model.path is a Hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of base weights and activations; adapters and optimizer state are always float32."""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention implementation.
-    auto: cuDNN on a GPU in bfloat16, blockwise causal attention on a CPU, XLA otherwise."""
+    auto: splash attention (Pallas) on a TPU, cuDNN on a GPU in bfloat16, blocks of queries on a
+    CPU, and XLA where these do not fit."""
     expert_products: Literal["auto", "dense", "blocks", "ragged"] = "auto"
     """How the experts of a sparse model multiply.
     dense: every expert computes every token; blocks, ragged: tokens are sorted by expert, and only
     the chosen experts compute, in blocks of rows or by jax.lax.ragged_dot.
     auto: blocks on a CPU, ragged otherwise."""
-    remat: Literal["none", "dots", "mlp", "full"] = "full"
+    remat: Literal["auto", "none", "products", "mlp", "full"] = "auto"
     """Gradient checkpointing: what the backward pass recomputes.
-    none: nothing; dots: all but matrix products; mlp: all but the MLP's wide activations;
-    full: everything."""
+    none: nothing; products: only what needs no product with a weight; mlp: all but the MLP's wide
+    activations; full: everything.
+    auto: products, mlp or full, the first that fits into half of the device's memory."""
 
     def __post_init__(self) -> None:
         check_types(self)

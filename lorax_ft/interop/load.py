@@ -45,9 +45,9 @@ def load_model(
     *,
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    attention: Literal["auto", "xla", "cudnn"] = "auto",
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto",
     expert_products: Literal["auto", "dense", "blocks", "ragged"] = "auto",
-    remat: Literal["none", "dots", "mlp", "full"] = "full",
+    remat: Literal["none", "products", "mlp", "full"] = "full",
     quant: QuantConfig | None = None,
     shardings: Shardings | None = None,
     check: Callable[[DecoderConfig], None] = lambda config: None,
@@ -60,10 +60,9 @@ def load_model(
       path: a Hugging Face folder, a .gguf file, or a hub id such as "HuggingFaceTB/SmolLM2-135M".
       revision: branch, tag or commit of a hub id.
       dtype: of the parameters and the activations.
-      attention: the attention kernel; "auto" chooses cuDNN on a GPU in bfloat16, causal blocks on a
-        CPU, and XLA elsewhere.
+      attention: the attention kernel, as `ModelConfig` says.
       expert_products: how the experts of a sparse model multiply, as `ModelConfig` says.
-      remat: what the backward pass recomputes.
+      remat: what the backward pass recomputes, as `ModelConfig` says.
       quant: the format to quantize the kernels of linear layers to, one matrix at a time. A
         checkpoint that is already in bitsandbytes' NF4 keeps its own codes.
       shardings: (slash path, shapes) -> sharding, for each leaf; for a quantized leaf, the sharding

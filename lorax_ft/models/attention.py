@@ -12,8 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
-from lorax_ft.models.attend import attend, causal
+from lorax_ft.models.attend import attend, causal, needs_no_mask
 from lorax_ft.models.config import DecoderConfig, Heads, LayerType
 from lorax_ft.models.parts import dense, norm, normalized, projections
 from lorax_ft.models.rope import rotary, rotate
@@ -22,7 +23,10 @@ KeysAndValues = dict[str, Array]
 
 
 class RopeAndMask(NamedTuple):
-    """What all layers of a type share, stacked over the N distinct layer types."""
+    """What all layers of a type share, stacked over the N distinct layer types.
+
+    Where attention needs no mask, the segments and the layer's type say what a token sees.
+    """
 
     # [N, B, T, 1, C/2]; 1 where a layer does not encode positions
     cos: Array
@@ -30,6 +34,10 @@ class RopeAndMask(NamedTuple):
     sin: Array
     # [N, B, 1, T, S], or [1, ...] where all layer types have the same; None: causal
     mask: Array | None
+    # [1, B, T], of all types; None: one segment for each row
+    segment_ids: Array | None
+    # [N]: its number
+    layer_type: Array
 
 
 class Attention(nn.Module):
@@ -56,7 +64,7 @@ class Attention(nn.Module):
           cache: keys and values `[B, S, K, C]`, or `[1, S, K, C]` of a start that all rows share.
         """
         c = self.config
-        cos, sin, mask = rope_and_mask
+        cos, sin, mask, segment_ids, layer_type = rope_and_mask
         dim = self.heads.dim
         q, k, v, gate = self._projected(x)
 
@@ -65,6 +73,10 @@ class Attention(nn.Module):
         sin = sin[..., : dim // 2]
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
+        # The names that policies of rematerialization save.
+        q = checkpoint_name(q, "qkv")
+        k = checkpoint_name(k, "qkv")
+        v = checkpoint_name(v, "qkv")
         if cache is not None:
             k = _write(cache["k"], k, positions)
             v = _write(cache["v"], v, positions)
@@ -72,7 +84,7 @@ class Attention(nn.Module):
         sinks = None
         if c.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (c.heads,))
-        y = attend(c, q, k, v, mask, sinks=sinks)
+        y = attend(c, q, k, v, mask, segment_ids=segment_ids, layer_type=layer_type, sinks=sinks)
         if gate is not None:
             y = y * jax.nn.sigmoid(gate)
         y = y.reshape(*x.shape[:2], c.heads * dim)
@@ -133,16 +145,19 @@ def make_rope_and_mask(
       slots: the number of slots of the cache; None: no cache.
       length: `[B]`, the length that each text may grow to; None: its present length.
     """
-    layer_types = config.each_layer
-    attending = [layer_type for layer_type in layer_types if layer_type.linear is None]
-    distinct = tuple(dict.fromkeys(attending))
+    distinct = config.attention_types
     cos, sin = _rope_by_type(distinct, positions, length)
-    mask = _mask_by_type(distinct, positions, segment_ids, slots)
+    mask = None
+    if not needs_no_mask(config, tokens=positions.shape[1], cached=slots is not None):
+        mask = _mask_by_type(distinct, positions, segment_ids, slots)
+    if segment_ids is not None:
+        segment_ids = segment_ids[None]
     indices = []
-    for layer_type in layer_types:
+    for layer_type in config.each_layer:
         # Linear attention reads neither, so its index has no meaning.
         indices.append(0 if layer_type.linear else distinct.index(layer_type))
-    return RopeAndMask(cos, sin, mask), jnp.array(indices)
+    numbers = jnp.arange(len(distinct))
+    return RopeAndMask(cos, sin, mask, segment_ids, numbers), jnp.array(indices)
 
 
 def _rope_by_type(

@@ -124,13 +124,13 @@ class DecoderConfig:
     # The dtype of the activations.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # The implementation of attention.
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     # How experts multiply: all of them every token (dense), or sorted tokens, in blocks of rows or
     # by XLA's ragged product.
     expert_products: Literal["auto", "dense", "blocks", "ragged"] = "auto"
-    # What the backward pass recomputes: nothing (none), all but dot products (dots), all but the
-    # MLP's gate and up (mlp), or everything (full).
-    remat: Literal["none", "dots", "mlp", "full"] = "full"
+    # What the backward pass recomputes: nothing (none), what needs no product with a kernel
+    # (products), all but the MLP's gate and up (mlp), or everything (full).
+    remat: Literal["none", "products", "mlp", "full"] = "full"
 
     @property
     def each_layer(self) -> tuple[LayerType, ...]:
@@ -138,6 +138,12 @@ class DecoderConfig:
         if len(self.layer_types) == 1:
             return self.layer_types * self.layers
         return self.layer_types
+
+    @property
+    def attention_types(self) -> tuple[LayerType, ...]:
+        """The distinct types of the layers that have attention."""
+        attending = [layer_type for layer_type in self.each_layer if layer_type.linear is None]
+        return tuple(dict.fromkeys(attending))
 
     def heads_of(self, layer_type: LayerType) -> Heads:
         """The sizes of a layer's keys and values."""

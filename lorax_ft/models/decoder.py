@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from lorax_ft.models.attention import Attention, RopeAndMask, make_rope_and_mask
 from lorax_ft.models.cache import Cache, slots_of
@@ -25,11 +26,30 @@ from lorax_ft.models.parts import norm
 from lorax_ft.sharding import split_rows
 from lorax_ft.tree import member
 
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "mlp": jax.checkpoint_policies.save_only_these_names("mlp"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+SAVED_NAMES: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "mlp": ("mlp",),
+    # What the products with the kernels make of these is not computed again.
+    "products": ("mlp", "qkv", "attended", "residual"),
 }
+"""The named values of a layer that each kind of rematerialization saves."""
+
+
+def saved_per_token(config: DecoderConfig, remat: str) -> int:
+    """The numbers that a kind of rematerialization saves of each token, in all layers."""
+    total = 0
+    for layer_type in config.each_layer:
+        copies = 1
+        if config.experts:
+            copies = config.experts.top_k
+        widths = {"mlp": 2 * copies * config.mlp_width, "residual": config.width}
+        if not layer_type.linear:
+            heads = config.heads_of(layer_type)
+            widths["attended"] = config.heads * heads.dim
+            widths["qkv"] = (config.heads + 2 * heads.count) * heads.dim
+        for name in SAVED_NAMES[remat]:
+            total += widths.get(name, 0)
+    return total
 
 
 class Shared(NamedTuple):
@@ -82,7 +102,7 @@ class Block(nn.Module):
             y, cache = attention(y, rope_and_mask, shared.positions, cache)
         if norm_after:
             y = norm(c, "post_attention_layernorm")(y)
-        x = x + y
+        x = checkpoint_name(x + y, "residual")
 
         y = x
         if c.norms == "before":
@@ -145,7 +165,8 @@ def _scanned_layers(config: DecoderConfig, *, recompute: bool) -> Any:
     """
     block: Any = Block
     if recompute and config.remat != "none":
-        policy = REMAT_POLICIES[config.remat]
+        names = SAVED_NAMES[config.remat]
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
         # XLA does not look for common subexpressions across a scan's forward and backward loop.
         block = nn.remat(Block, prevent_cse=False, policy=policy)
     body: Any = block

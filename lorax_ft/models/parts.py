@@ -89,7 +89,7 @@ def dense(config: DecoderConfig, features: int, name: str) -> nn.Dense:
 
 def hidden_activations(config: DecoderConfig, gate: Array, up: Array) -> Array:
     """What an MLP projects down, `[..., F]`, from its gate and up `[..., F]` (2002.05202)."""
-    # The name that the "mlp" policy of rematerialization saves.
+    # The name that policies of rematerialization save.
     gate = checkpoint_name(gate, "mlp")
     up = checkpoint_name(up, "mlp")
     clamped = config.clamped_gate
@@ -118,10 +118,36 @@ def rows_dot_general(
     """
     *leading, features = x.shape
     rows = x.reshape(-1, features)
-    contracting = ((1,), (0,))
-    batch = ((), ())
-    y = lax.dot_general(rows, kernel, (contracting, batch), **options)
+    if x.dtype == kernel.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        y = _bfloat16_product(rows, kernel)
+    else:
+        contracting = ((1,), (0,))
+        batch = ((), ())
+        y = lax.dot_general(rows, kernel, (contracting, batch), **options)
     return y.reshape(*leading, kernel.shape[-1])
+
+
+@jax.custom_vjp
+def _bfloat16_product(x: Array, kernel: Array) -> Array:
+    """x W by a product with a float32 result, which XLA computes with a CPU's bfloat16 units.
+
+    With a bfloat16 result it converts both to float32 first: a fifth of the speed with AMX (jaxlib
+    0.10.2).
+    """
+    y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+def _bfloat16_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _bfloat16_product(x, kernel), (x, kernel)
+
+
+def _bfloat16_backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    return _bfloat16_product(d_y, kernel.T), _bfloat16_product(x.T, d_y)
+
+
+_bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward)
 
 
 def softcap(x: Array, cap: float | None) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from jax.sharding import Mesh
 from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.interop.huggingface import decoder_config
+from lorax_ft.models import splash
 from lorax_ft.models.model import CausalLM, abstract_params
 from lorax_ft.plan.chips import Topology
 from lorax_ft.plan.flops import count_flops
@@ -79,7 +79,9 @@ class DoesNotFitError(Exception):
         """Bytes that it would need."""
 
 
-def make_model(fields: Mapping[str, Any], config: Config, *, source: str) -> CausalLM:
+def make_model(
+    fields: Mapping[str, Any], config: Config, topology: Topology, *, source: str
+) -> CausalLM:
     """The model of a config.json.
 
     Raises:
@@ -93,8 +95,13 @@ def make_model(fields: Mapping[str, Any], config: Config, *, source: str) -> Cau
         dtype=config.model.dtype,
         attention="xla",
         expert_products="ragged" if products == "auto" else products,
-        remat=config.model.remat,
+        remat="full" if config.model.remat == "auto" else config.model.remat,
     )
+    length = config.data.max_length
+    if topology.chip.is_tpu and config.model.attention != "xla" and isinstance(length, int):
+        split = config.mesh.tensor
+        if splash.missing(decoder, tokens=length, cached=False, split=split) is None:
+            decoder = dataclasses.replace(decoder, attention="splash")
     return CausalLM(config=decoder)
 
 
@@ -219,10 +226,10 @@ def measure(model: CausalLM, config: Config, mesh: Mesh) -> Program:
     compiled = compile_traced(traced, mesh)
     memory = compiled.memory_analysis()
     return Program(
-        weights=bytes_a_chip(shapes.frozen),
-        trained=bytes_a_chip(shapes.state.trained),
-        moments=bytes_a_chip(shapes.state.opt_state),
-        batch=bytes_a_chip(shapes.batch),
+        weights=sharding.bytes_a_device(shapes.frozen),
+        trained=sharding.bytes_a_device(shapes.state.trained),
+        moments=sharding.bytes_a_device(shapes.state.opt_state),
+        batch=sharding.bytes_a_device(shapes.batch),
         arguments=memory.argument_size_in_bytes,
         # Results that are not in the place of arguments: the metrics.
         temporaries=memory.temp_size_in_bytes
@@ -241,12 +248,3 @@ def _traffic(compiled: Any) -> Traffic | None:
         # jaxlib 0.10.2 cannot read some programs of libtpu 0.0.52, such as those of experts.
         return None
     return traffic(text)
-
-
-def bytes_a_chip(tree: Any) -> int:
-    """The size of a tree's shards on one device in bytes."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shard = leaf.sharding.shard_shape(leaf.shape)
-        total += math.prod(shard) * leaf.dtype.itemsize
-    return total

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.interop.locate import read_model_config
 from lorax_ft.plan.chips import Topology
@@ -18,13 +19,13 @@ from lorax_ft.plan.plot import plot_scaling
 from lorax_ft.plan.program import (
     DoesNotFitError,
     abstract_arguments,
-    bytes_a_chip,
     make_mesh,
     make_model,
     measure,
 )
 from lorax_ft.plan.report import as_json, options, print_plan, print_scaling, print_search
 from lorax_ft.plan.search import Candidate, fastest, search
+from lorax_ft.run.remat import choose, tokens_a_device
 from lorax_ft.run.report import make_console
 
 Planned = tuple[Topology, Candidate]
@@ -102,6 +103,7 @@ def _plan_one(
         with console.status(f"Compiling for {topology.name} …"):
             return _measure(config, topology, fields)
 
+    config = _with_remat(config, topology, fields)
     first = measured(config)
     print_plan(console, first, topology, tokens=tokens, price=price)
     if first.fits(topology) and not always_search:
@@ -116,12 +118,27 @@ def _plan_one(
     return best
 
 
-def _measure(config: Config, topology: Topology, fields: Mapping[str, Any]) -> Candidate:
-    """What a config needs, and how fast it could be."""
-    model = make_model(fields, config, source=config.model.path)
+def _with_remat(config: Config, topology: Topology, fields: Mapping[str, Any]) -> Config:
+    """The config with the rematerialization that a run on such chips would choose."""
+    if config.model.remat != "auto":
+        return config
+    model = make_model(fields, config, topology, source=config.model.path)
     mesh = make_mesh(config, topology)
     shapes = abstract_arguments(model, config, mesh)
-    held = bytes_a_chip((shapes.state, shapes.frozen, shapes.batch))
+    held = sharding.bytes_a_device((shapes.state, shapes.frozen))
+    assert isinstance(config.data.max_length, int)
+    tokens = tokens_a_device(config, mesh, config.data.max_length)
+    free = topology.chip.memory - held
+    kind = choose(model.config, tokens, memory=free, on_cpu=False)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=kind))
+
+
+def _measure(config: Config, topology: Topology, fields: Mapping[str, Any]) -> Candidate:
+    """What a config needs, and how fast it could be."""
+    model = make_model(fields, config, topology, source=config.model.path)
+    mesh = make_mesh(config, topology)
+    shapes = abstract_arguments(model, config, mesh)
+    held = sharding.bytes_a_device((shapes.state, shapes.frozen, shapes.batch))
     # Minutes of compiling would say the same.
     if held > topology.chip.memory:
         return Candidate(config=config, needed=held)

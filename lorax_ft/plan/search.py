@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 from lorax_ft.config import Config
 from lorax_ft.plan.chips import Topology
 from lorax_ft.plan.estimate import Estimate
 from lorax_ft.plan.program import Program
+from lorax_ft.run.remat import Remat
 
-Remat = Literal["none", "dots", "mlp", "full"]
-LIGHTER: tuple[Remat, ...] = ("mlp", "dots", "none")
+LIGHTER: tuple[Remat, ...] = ("mlp", "products", "none")
 """Values of model.remat that recompute less and less than "full"."""
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from lorax_ft import sharding
@@ -17,6 +18,7 @@ from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, read_config
 from lorax_ft.interop.peft_methods import method_name
 from lorax_ft.lowrank.groups import fully_trained
+from lorax_ft.models import splash
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import HEAD, LoadedModel, Model
 from lorax_ft.schema import METHODS, init_schema
@@ -44,6 +46,7 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
 
     def check(decoder: DecoderConfig) -> None:
         _check_length(config.data, decoder.max_positions)
+        _check_attention(config, decoder)
 
     model = load_model(
         config.model.path,
@@ -51,7 +54,8 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
         dtype=config.model.dtype,
         attention=config.model.attention,
         expert_products=config.model.expert_products,
-        remat=config.model.remat,
+        # auto is chosen when the size of a batch is known.
+        remat="full" if config.model.remat == "auto" else config.model.remat,
         quant=config.quant,
         shardings=shard,
         check=check,
@@ -184,6 +188,20 @@ def _check_method(method: str, folder: Path, config: Config) -> None:
                 f"adapter.{option} is {value}, but {folder} holds an adapter of the method "
                 f"{method}, which does not use it; remove adapter.{option}"
             )
+
+
+def _check_attention(config: Config, decoder: DecoderConfig) -> None:
+    """Raise if splash attention is named and does not fit the devices or the model."""
+    if config.model.attention != "splash":
+        return
+    backend = jax.default_backend()
+    needed = None if backend == "tpu" else f"a TPU (the backend is {backend})"
+    length = config.data.max_length
+    if needed is None and length != "auto":
+        split = config.mesh.tensor
+        needed = splash.missing(decoder, tokens=length, cached=False, split=split)
+    if needed is not None:
+        raise ValueError(f"model.attention is splash, which needs {needed}; use auto")
 
 
 def _check_quantization(config: Config) -> None:

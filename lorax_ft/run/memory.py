@@ -1,10 +1,15 @@
-"""The largest memory that a run has taken."""
+"""The memory that a run has, and the most that it has taken."""
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 import jax
+
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+UNKNOWN_MEMORY = 8e9
 
 
 def peak_memory() -> str:
@@ -24,3 +29,26 @@ def peak_memory() -> str:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return f"{peak / 1e6:,.0f} MB of this process"
+
+
+def device_memory() -> float:
+    """The bytes of one device: of the memory that it has, not of what is free."""
+    device = jax.local_devices()[0]
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return float(statistics["bytes_limit"])
+    # The devices of a CPU share the memory of the machine.
+    return host_memory() / jax.local_device_count()
+
+
+def host_memory() -> float:
+    """The bytes that this machine, or the container that it is, has."""
+    try:
+        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows
+        return UNKNOWN_MEMORY
+    try:
+        limit = CONTAINER_LIMIT.read_text(encoding="ascii").strip()
+    except OSError:
+        return memory
+    return min(memory, float(limit)) if limit.isdigit() else memory

@@ -25,6 +25,7 @@ from lorax_ft.run.checkpoints import FOLDER, Checkpoints
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset, load_questions
 from lorax_ft.run.program import compile_step, jitted_evaluation
 from lorax_ft.run.progress import progress_bar
+from lorax_ft.run.remat import tokens_a_device, with_remat
 from lorax_ft.run.report import make_console
 from lorax_ft.run.standing import Standing
 from lorax_ft.schema import init_schema
@@ -118,7 +119,12 @@ def set_up(config: Config, *, folder: Path) -> Job:
     _check_state(state, frozen, config, checkpoints)
     # From here on `frozen` holds the base. Without this the original base would stay in memory
     # beside the one that an init changed.
-    functions = model.without_params()
+    functions = with_remat(
+        model.without_params(),
+        config,
+        tokens=tokens_a_device(config, mesh, data.max_length),
+        held=sharding.bytes_a_device((state, frozen)),
+    )
     del model
     timer.lap("adapters")
 

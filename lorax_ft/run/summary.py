@@ -80,6 +80,8 @@ def print_setup(console: Console, job: Job, *, dry_run: bool) -> None:
         indices = job.batches.indices(job.first_step)
         batch = [job.data.train.rows[i] for i in indices]
         report.print_batch(console, job.model.tokenizer, batch)
+    if job.config.model.remat == "auto":
+        console.print(f"model.remat auto: {job.model.config.remat}.")
     times = [f"{name} {seconds:.1f} s" for name, seconds in job.seconds.items()]
     console.print(f"Ready: {', '.join(times)}.")
 

@@ -23,6 +23,7 @@ from lorax_ft.data.dataset import Dataset, depends_on_seed
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset
 from lorax_ft.run.program import check_contract, step_key
+from lorax_ft.run.remat import tokens_a_device, with_remat
 from lorax_ft.run.setup import count_steps, make_batches, run_mesh
 from lorax_ft.run.validation import METRIC
 from lorax_ft.sweep.agree import shared_values
@@ -215,10 +216,14 @@ def set_up(points: Sequence[Point], loaded: Loaded) -> SweepJob:
     _check_read(points[0].config, model, leaves[0], batches[0], mesh)
     state = _make_state(points, stack(trained, mesh=mesh), steps=steps, mesh=mesh)
     keys = [step_key(point.config) for point in points]
+    config = points[0].config
+    # The adapters' tokens are in memory together.
+    tokens = len(points) * tokens_a_device(config, mesh, data[0].max_length)
+    held = sharding.bytes_a_device((base, state))
     return SweepJob(
         points=list(points),
         mesh=mesh,
-        model=model.without_params(),
+        model=with_remat(model.without_params(), config, tokens=tokens, held=held),
         base=base,
         state=state,
         owned=stack(owned, mesh=mesh),

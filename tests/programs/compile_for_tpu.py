@@ -21,11 +21,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
+from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.plan.chips import parse_topology
 from lorax_ft.plan.program import (
     abstract_arguments,
-    bytes_a_chip,
     compile_traced,
     make_mesh,
     make_model,
@@ -38,8 +38,9 @@ def main() -> None:
     """The first argument is JSON: topology, config (`Config.to_json`), a model's config.json."""
     options = json.loads(sys.argv[1])
     config = Config.from_json(json.dumps(options["config"]))
-    model = make_model(options["decoder"], config, source="the test")
-    mesh = make_mesh(config, parse_topology(options["topology"]))
+    topology = parse_topology(options["topology"])
+    model = make_model(options["decoder"], config, topology, source="the test")
+    mesh = make_mesh(config, topology)
     shapes = abstract_arguments(model, config, mesh)
     state, frozen = shapes.state, shapes.frozen
     kernels, _ = split(frozen, lambda path: path.endswith(("/kernel", "/embedding")))
@@ -55,10 +56,10 @@ def main() -> None:
         "temporary_bytes": memory.temp_size_in_bytes,
         "frozen_bytes": total_bytes(frozen),
         "kernel_bytes": total_bytes(kernels),
-        "kernel_bytes_a_chip": bytes_a_chip(kernels),
+        "kernel_bytes_a_chip": sharding.bytes_a_device(kernels),
         "state_bytes": total_bytes(state),
-        "frozen_bytes_a_chip": bytes_a_chip(frozen),
-        "state_bytes_a_chip": bytes_a_chip(state),
+        "frozen_bytes_a_chip": sharding.bytes_a_device(frozen),
+        "state_bytes_a_chip": sharding.bytes_a_device(state),
         "gathered": gathered(compiled.as_text()),
         "kernels": sorted({tuple(leaf.shape) for leaf in jax.tree.leaves(kernels)}),
     }
