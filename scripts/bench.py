@@ -172,10 +172,11 @@ def _together(
                     console.print(f"{name} is left out: {error}", markup=False)
             for turned in range(args.rounds):  # each round starts with a different variant
                 order = [*group][turned % len(group) :] + [*group][: turned % len(group)]
-                turn = {
-                    name: group[name].facts | {"product": product()} | group[name].call()
-                    for name in order
-                }
+                turn = {}
+                for name in order:
+                    rate = product()
+                    group[name].call()  # its memory has gone cold while the others had their turns
+                    turn[name] = group[name].facts | {"product": rate} | group[name].call()
                 turn = {name: turn[name] for name in group}
                 _add(samples, turn, names[0], console)
     return samples
