@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from run_cases import ROOT, script_main
 
 from lorax_ft import sharding
 from lorax_ft.config import Config, MeshConfig, ModelConfig, TrainConfig, load_config
+from lorax_ft.models import splash
 from lorax_ft.plan.chips import parse_topology
 from lorax_ft.plan.estimate import estimate
 from lorax_ft.plan.flops import count_flops
@@ -99,6 +101,27 @@ def test_operations_by_hand() -> None:
     kernels = jnp.ones((2, 4, 5))
     # Each of the three rows meets one of the two matrices.
     assert count(lambda x: lax.ragged_dot(x, kernels, rows), x) == 2 * 60
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_operations_of_a_kernel_on_a_mesh(devices: int) -> None:
+    """Splash attention by 4 · T² · C a head; its blocks that the mask hides count too."""
+    rows, tokens, heads, channels = 8, 256, 4, 32
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:devices])
+    q = jnp.ones((rows, tokens, heads, channels))
+    attend = functools.partial(
+        splash.splash, windows=[None], which=jnp.zeros((), jnp.int32), scale=1.0, cap=None
+    )
+
+    def total(q: Any) -> Any:
+        return jnp.sum(attend(q, q[:, :, :2], q[:, :, :2], None))
+
+    forward = 4 * rows * heads * channels * tokens**2
+    with jax.set_mesh(mesh):
+        assert count_flops(jax.make_jaxpr(total)(q).jaxpr) == forward
+        # Again forward, three products for the queries' gradient and four for the keys'.
+        both = count_flops(jax.make_jaxpr(jax.grad(total))(q).jaxpr)
+    assert 4.5 * forward <= both < 4.6 * forward
 
 
 def test_collectives_of_a_compiled_program() -> None:

@@ -29,6 +29,13 @@ def _flops(equation: JaxprEqn) -> int:
     inner = [count_flops(jaxpr) for jaxpr in _inner(equation)]
     if name == "scan":
         return int(equation.params["length"]) * sum(inner)
+    if name == "shard_map":
+        # Inside are the shapes of one device.
+        return int(equation.params["mesh"].size) * sum(inner)
+    if name == "pallas_call":
+        # Blocks that a mask hides count too, so that of a causal kernel it is up to twice too many.
+        steps = equation.params["grid_mapping"].grid
+        return math.prod(steps) * sum(inner)
     if name == "cond":
         # One branch is taken.
         return max(inner, default=0)
