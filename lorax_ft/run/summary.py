@@ -81,7 +81,7 @@ def print_setup(console: Console, job: Job, *, dry_run: bool) -> None:
         batch = [job.data.train.rows[i] for i in indices]
         report.print_batch(console, job.model.tokenizer, batch)
     if job.config.model.remat == "auto":
-        console.print(f"model.remat auto: {job.model.config.remat}.")
+        console.print(f"Gradient checkpointing: {job.model.config.remat} (model.remat auto).")
     times = [f"{name} {seconds:.1f} s" for name, seconds in job.seconds.items()]
     console.print(f"Ready: {', '.join(times)}.")
 

@@ -61,6 +61,7 @@ def main() -> None:
         "frozen_bytes_a_chip": sharding.bytes_a_device(frozen),
         "state_bytes_a_chip": sharding.bytes_a_device(state),
         "gathered": gathered(compiled.as_text()),
+        "splash": "splash" in compiled.as_text(),
         "kernels": sorted({tuple(leaf.shape) for leaf in jax.tree.leaves(kernels)}),
     }
     print(json.dumps(report))

@@ -79,6 +79,7 @@ def test_seven_billion_parameters_fit_sixteen_chips(dora: bool) -> None:
     assert report["frozen_bytes"] > 15e9
     assert report["argument_bytes"] < 1.5e9
     assert report["temporary_bytes"] < 4e9
+    assert report["splash"]  # attention without a mask
     assert [1, 3584, 18944] in report["gathered"]  # one layer's weights at a time
 
 
