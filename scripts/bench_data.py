@@ -2,7 +2,7 @@
 
     python scripts/bench_data.py --model SMOLLM2 --data gsm8k/train.jsonl --peer PEER/bin/python
 
-All train the same adapter on the same samples with as many tokens a step: here 4 packed rows of
+All train the same adapter on the same data set with as many tokens a step: here 4 packed rows of
 512; in TRL 4 rows padded to 512, or 8 rows padded to the longest of them. Every variant is a
 process; they take turns step by step. With `--save FOLDER` the adapters are kept, so that
 `scripts/evaluate.py` can compare their losses.

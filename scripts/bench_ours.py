@@ -112,7 +112,7 @@ def _step(
     )
     remat: Any = config.model.remat
     if remat == "auto":
-        remat = "products"
+        remat = "products"  # what a run of this size takes
     model = lft.load_model(path, dtype=config.model.dtype, remat=remat, quant=config.quant)
     tx = lft.make_optimizer(config.optim, steps=1000)
     state, frozen = _state(model, config.adapter, tx)

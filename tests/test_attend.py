@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 from zoo import TINY
 
-from lorax_ft.config import Config, MeshConfig
+from lorax_ft.config import EMBEDDED_MODEL, Config, MeshConfig, ModelConfig
+from lorax_ft.interop.load import load_model
 from lorax_ft.models import attend, splash
 from lorax_ft.models.config import LayerType
 from lorax_ft.models.decoder import Decoder, saved_per_token
 from lorax_ft.models.parts import rows_dot_general, softcap
 from lorax_ft.run import remat
+from lorax_ft.run.model_args import ModelArgs, load_with_adapter
 from lorax_ft.sharding import make_mesh
 
 B, K, G, C = 2, 2, 3, 16
@@ -175,8 +178,21 @@ def test_splash_attention_says_what_it_needs() -> None:
     assert "multiple of 128" in str(splash.missing(config, tokens=100, cached=False))
     assert "tensor 4" in str(splash.missing(config, tokens=128, cached=False, split=4))
     assert splash.missing(config, tokens=128, cached=False, split=2) is None
+    with pytest.raises(ValueError, match="needs a TPU"):
+        load_model(EMBEDDED_MODEL, attention="splash")
     # Rows of another length take XLA's attention.
     assert attend.needs_no_mask(config, tokens=128, cached=False)
     assert not attend.needs_no_mask(config, tokens=100, cached=False)
     assert not attend.needs_no_mask(config, tokens=128, cached=True)
     assert not attend.needs_no_mask(TINY, tokens=128, cached=False)  # this is no TPU
+
+
+@pytest.mark.parametrize("attention", ["splash", "cudnn"])
+def test_a_run_is_used_on_another_machine(tmp_path: Path, attention: Any) -> None:
+    """What it was trained with on a TPU or a GPU does not run here."""
+    config = Config(model=ModelConfig(attention=attention))
+    (tmp_path / "config.json").write_text(config.to_json())
+    (tmp_path / "model").symlink_to(EMBEDDED_MODEL)
+    model, params = load_with_adapter(ModelArgs(run=str(tmp_path)))
+    logits = model.apply({"params": params}, jnp.zeros((1, 128), jnp.int32))
+    assert np.isfinite(logits).all()

@@ -35,7 +35,8 @@ class ModelConfig:
     """Gradient checkpointing: what the backward pass recomputes.
     none: nothing; products: only what needs no product with a weight; mlp: all but the MLP's wide
     activations; full: everything.
-    auto: products, mlp or full, the first that fits into half of the device's memory."""
+    auto: products, mlp or full, the first that saves at most half of the memory beside the
+    weights; full on a CPU in bfloat16."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -81,6 +81,7 @@ def load_model(
     # Its constructor validates these values.
     ModelConfig(path=str(path), revision=revision, **computing)
     _check_quant(quant)
+    _check_attention(attention)
 
     location, source = locate(path, revision), str(path)
     hf_config, tensors, tokenizer = _read(location)
@@ -109,6 +110,15 @@ def load_model(
         source=source,
         generation_config=_generation_config(location),
     )
+
+
+def _check_attention(attention: str) -> None:
+    """Raise if attention is named that only other devices compute."""
+    backend = jax.default_backend()
+    if attention == "splash" and backend != "tpu":
+        raise ValueError(
+            f"model.attention is splash, which needs a TPU (the backend is {backend}); use auto"
+        )
 
 
 def _warn_of_part(hf_config: dict[str, Any], source: str) -> None:

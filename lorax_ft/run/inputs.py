@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from lorax_ft import sharding
@@ -191,15 +190,11 @@ def _check_method(method: str, folder: Path, config: Config) -> None:
 
 
 def _check_attention(config: Config, decoder: DecoderConfig) -> None:
-    """Raise if splash attention is named and does not fit the devices or the model."""
-    if config.model.attention != "splash":
-        return
-    backend = jax.default_backend()
-    needed = None if backend == "tpu" else f"a TPU (the backend is {backend})"
+    """Raise if splash attention is named and does not fit the model or its rows."""
     length = config.data.max_length
-    if needed is None and length != "auto":
-        split = config.mesh.tensor
-        needed = splash.missing(decoder, tokens=length, cached=False, split=split)
+    if config.model.attention != "splash" or length == "auto":
+        return
+    needed = splash.missing(decoder, tokens=length, cached=False, split=config.mesh.tensor)
     if needed is not None:
         raise ValueError(f"model.attention is splash, which needs {needed}; use auto")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-UNKNOWN_MEMORY = 8e9
+UNKNOWN_MEMORY = 8e9  # a guess, where the system does not say
 
 
 def peak_memory() -> str:

@@ -135,7 +135,6 @@ def load_with_adapter(args: ModelArgs, *, mesh: Mesh | None = None) -> tuple[Loa
         config.model.path,
         revision=config.model.revision,
         dtype=config.model.dtype,
-        attention=config.model.attention,
         expert_products=config.model.expert_products,
         quant=config.quant,
         shardings=shardings,

@@ -21,7 +21,7 @@ Remat = Literal["none", "products", "mlp", "full"]
 KINDS: tuple[Remat, ...] = ("products", "mlp", "full")
 """From the fastest to the one that saves least."""
 SHARE = 0.5
-"""Of the memory, for what is saved and the weights; the rest is for one layer's temporaries."""
+"""Of the memory beside the weights, for what is saved; the rest is for temporaries."""
 
 
 def with_remat(model: Model, config: Config, *, tokens: int, held: float) -> Model:

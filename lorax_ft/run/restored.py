@@ -43,7 +43,6 @@ def load_checkpoint(run: Path, config: Config, *, step: int) -> tuple[LoadedMode
         path,
         revision=revision,
         dtype=config.model.dtype,
-        attention=config.model.attention,
         quant=config.quant,
     )
     started = model
