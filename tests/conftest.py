@@ -19,6 +19,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"lorax_ft_tests_{os.getuid()}")
 )
+os.environ.setdefault("LORAX_FT_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"])
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # LLVM's optimizations take a third of the compile time, and these programs are too small to
 # benefit from them.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_cases import BYTES, assistant, make_tokenizer, user, write
+from data_cases import BYTES, CHATML, assistant, make_tokenizer, user, write
 
 from lorax_ft.config import DataConfig
-from lorax_ft.data import examples
+from lorax_ft.data import examples, parts
 from lorax_ft.data.batches import Batches
+from lorax_ft.data.chat import Encoder
 from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
 from lorax_ft.data.formats import split_answer
@@ -248,3 +252,93 @@ def test_rows_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     assert most < 3000
     assert isinstance(split.rows.samples.tokens, np.memmap)
     assert labels(split)[-1] == "6000"
+
+
+def test_tokens_are_kept_between_runs(
+    tmp_path: Path, questions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = str(tmp_path / "cache")
+    silent = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    path = lines(tmp_path / "a.jsonl", [{"messages": [user("a"), assistant("b")], "tools": [TOOL]}])
+
+    def both() -> tuple[Dataset, Dataset]:
+        config = DataConfig(train=(path,), validation_rows=0, cache=cache)
+        return load(questions, cache=cache), load_data(config, silent, seed=0)
+
+    first, counted = both()
+    assert counted.train.endless == 1
+    encoded = []
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda *args: encoded.append(1) or encode(*args))
+    again, counted_again = both()
+    assert not encoded
+    assert labels(again.train) == labels(first.train)
+    assert counted_again.train.endless == 1
+    assert counted_again.train.unused == counted.train.unused
+    # Anything else is other tokens.
+    load(questions, cache=cache, loss_on="all")
+    load(questions, cache=cache, limit=10)
+    assert len(encoded) == 2
+    # A damaged file is made anew, and so is one that the killed run did not finish.
+    for file in (tmp_path / "cache").iterdir():
+        damaged = bytearray(file.read_bytes())
+        damaged[len(damaged) // 3] ^= 1
+        file.write_bytes(damaged)
+    repaired, _ = both()
+    assert len(encoded) == 4
+    assert labels(repaired.train) == labels(first.train)
+    both()
+    assert len(encoded) == 4
+
+
+def test_old_tokens_are_deleted(tmp_path: Path, questions: str) -> None:
+    cache = tmp_path / "cache"
+    load(questions, cache=str(cache))
+    (kept,) = cache.iterdir()
+    month_ago = time.time() - 31 * 24 * 3600
+    os.utime(kept, (month_ago, month_ago))
+    load(questions, cache=str(cache))  # a use
+    assert kept.exists()
+    os.utime(kept, (month_ago, month_ago))
+    load(questions, cache=str(cache), limit=10)
+    assert not kept.exists()
+
+
+def test_no_room_for_tokens(
+    tmp_path: Path, questions: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert len(load(questions, cache=str(file / "cache")).train.rows) == 20
+    assert "tokens are not kept" in caplog.text
+    assert len(load(questions, cache=None).train.rows) == 20
+
+
+def test_several_processes_tokenize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART", 16)
+    path = lines(tmp_path / "a.jsonl", numbers(100))
+    alone = load(path, cache=None, num_proc=1).train
+    together = load(path, cache=None, num_proc=2).train
+    assert labels(together) == labels(alone)
+    assert labels(together)[-1] == "100"
+    rejects = make_tokenizer(
+        "{% if messages[0].content.startswith('50') %}{{ raise_exception('no') }}{% endif %}"
+        + CHATML
+    )
+    config = DataConfig(train=(path,), validation_rows=0, cache=None, num_proc=2)
+    with pytest.raises(ValueError, match=r"a.jsonl, line 51: the chat template rejects"):
+        load_data(config, rejects, seed=0)
+
+
+def test_a_killed_tokenizing_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that used too much memory."""
+    monkeypatch.setattr(parts._Process, "_start", _dying_process)
+    path = lines(tmp_path / "a.jsonl", numbers(10))
+    with pytest.raises(ValueError, match=r"ended with status -9; .* give data.num_proc 1"):
+        load(path, cache=None, num_proc=2)
+
+
+def _dying_process(process: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        ["sh", "-c", "kill -9 $$"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )

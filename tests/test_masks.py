@@ -8,7 +8,7 @@ import pytest
 from data_cases import CHATML, assistant, make_tokenizer, user
 
 from lorax_ft.data import template as template_room
-from lorax_ft.data.chat import Encoder, describe_row, encode, encode_prompt
+from lorax_ft.data.chat import Encoded, Encoder, describe_row, encode, encode_prompt
 from lorax_ft.data.conversation import Conversation, Message, PlainText
 
 TALK = [user("one?"), assistant("two"), user("and?"), assistant("four")]
@@ -57,11 +57,12 @@ def labels(template: str, messages: list[Message] | Conversation, **options: Any
     return [text for text, counts in describe_row(tokenizer, sample) if counts]
 
 
-def counted(tokenizer: Any, *talks: list[Message]) -> Encoder:
-    """The encoder of these conversations, with its counts."""
-    encoder = Encoder(tokenizer)
-    assert list(encoder.samples((Conversation(messages=talk), "") for talk in talks))
-    return encoder
+def counted(tokenizer: Any, *talks: list[Message]) -> Encoded:
+    """These conversations encoded, with the counts."""
+    encoder = Encoder(tokenizer=tokenizer)
+    encoded = encoder.encode([(Conversation(messages=talk), "") for talk in talks])
+    assert list(encoded.samples())
+    return encoded
 
 
 @pytest.mark.parametrize("template", [CHATML, NEVER, ALWAYS, "{{ messages|length }}" + CHATML])
@@ -156,6 +157,11 @@ def test_tool_calls_are_part_of_the_turn() -> None:
     assert labels(joins, called) == [call, ENDED[1]]
     with pytest.raises(ValueError, match="turn 2: the chat template does not write the tool calls"):
         labels(CHATML, called)
+
+
+def test_a_template_that_writes_no_text() -> None:
+    with pytest.raises(ValueError, match="turn 2: the chat template does not write this turn"):
+        labels("{{ messages | length }}", TALK)
 
 
 def test_content_as_a_list_of_parts() -> None:

@@ -75,6 +75,11 @@ class DataConfig:
     Qwen3's; none: no reasoning."""
     append_end: bool = False
     """Append the end-of-sequence token where the chat template ends a conversation without one."""
+    num_proc: int | None = None
+    """Processes that tokenize. None: one for each core if there are more than 8,192 rows."""
+    cache: str | None = "auto"
+    """Folder that keeps tokenized data, so that the next run on it starts at once; None: off.
+    auto: ~/.cache/lorax_ft, or what LORAX_FT_CACHE names. What is unused for 30 days goes."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -89,6 +94,10 @@ class DataConfig:
         )
         check(
             self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be above 0"
+        )
+        check(
+            self.num_proc is None or self.num_proc > 0,
+            f"data.num_proc is {self.num_proc}; it must be above 0",
         )
         for entry in self.fields:
             check(

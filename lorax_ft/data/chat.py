@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -23,10 +23,6 @@ from lorax_ft.data.located import LossOn, ReasoningLoss
 from lorax_ft.data.marks import Span
 from lorax_ft.data.masks import TurnFinder
 from lorax_ft.data.template import Tokenizer, check_tokenizer
-
-# Examples per tokenizer call: enough to keep all cores busy, few enough to keep the
-# character offsets, which take far more memory than the tokens, small.
-_CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,11 +84,14 @@ def encode(
         so that the assistant's turns cannot be located.
     """
     encoder = Encoder(
-        tokenizer, loss_on=loss_on, reasoning_loss=reasoning_loss, append_end=append_end
+        tokenizer=tokenizer,
+        loss_on=loss_on,
+        reasoning_loss=reasoning_loss,
+        append_end=append_end,
     )
     if not isinstance(example, PlainText):
         example = as_conversation(example)
-    (sample,) = encoder.samples([(example, where)])
+    (sample,) = encoder.encode([(example, where)]).samples()
     return Sample(sample.tokens[:max_length], sample.mask[:max_length])
 
 
@@ -133,66 +132,93 @@ def describe_row(tokenizer: Tokenizer, sample: Sample) -> list[tuple[str, bool]]
     return pieces
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    """Samples one behind the other, and what was counted while they were made."""
+
+    tokens: np.ndarray
+    """Token ids of all samples, int32 [N]."""
+    mask: np.ndarray
+    """Whether they count as labels, bool [N]."""
+    lengths: np.ndarray
+    """Tokens of each sample, int64 [samples]."""
+    endless: int
+    """Trained turns that end without an end-of-turn token."""
+    unwritten: Mapping[str, int]
+    """Texts that the template did not write, with the number of examples."""
+
+    def samples(self) -> Iterator[Sample]:
+        """Yields the samples."""
+        stop = 0
+        for length in self.lengths.tolist():
+            start, stop = stop, stop + length
+            yield Sample(self.tokens[start:stop], self.mask[start:stop])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Converts examples to samples, and counts what the chat template does with them."""
+    """Converts examples to samples; see `encode` for the options."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        loss_on: LossOn = "assistant",
-        reasoning_loss: ReasoningLoss = "data",
-        append_end: bool = False,
-    ) -> None:
-        """See `encode` for the options."""
-        self._tokenizer = tokenizer
-        self._loss_on: LossOn = loss_on
-        self._reasoning_loss: ReasoningLoss = reasoning_loss
-        self._append_end = append_end
-        self._finder: TurnFinder | None = None
-        self.endless = 0
-        """Trained turns that ended without an end-of-turn token."""
-        self.unwritten: collections.Counter[str] = collections.Counter()
-        """Texts that the template did not write, with the number of examples."""
+    tokenizer: Tokenizer
+    loss_on: LossOn = "assistant"
+    reasoning_loss: ReasoningLoss = "data"
+    append_end: bool = False
 
-    def samples(self, examples: Iterable[tuple[Example, str]]) -> Iterator[Sample]:
-        """Yields the samples of examples, of any length; each example comes with its place.
+    def encode(self, examples: Sequence[tuple[Example, str]]) -> Encoded:
+        """Converts examples, each with its place, to samples of any length.
 
         Raises:
           ValueError: as `encode`.
         """
-        remaining = iter(examples)
-        while chunk := list(itertools.islice(remaining, _CHUNK)):
-            texts = [self._text(example, where) for example, where in chunk]
-            yield from _tokenize(texts, self._tokenizer)
+        writer = _Writer(self)
+        texts = [writer.text(example, where) for example, where in examples]
+        samples = list(_tokenize(texts, self.tokenizer))
+        empty = Sample(np.zeros(0, np.int32), np.zeros(0, np.bool_))
+        return Encoded(
+            tokens=np.concatenate([empty.tokens, *(sample.tokens for sample in samples)]),
+            mask=np.concatenate([empty.mask, *(sample.mask for sample in samples)]),
+            lengths=np.array([len(sample) for sample in samples], np.int64),
+            endless=writer.endless,
+            unwritten=writer.unwritten,
+        )
 
-    def _text(self, example: Example, where: str) -> _Text:
+
+class _Writer:
+    """Writes examples as text with the options of an encoder, and counts what is noteworthy."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._finder: TurnFinder | None = None
+        self.endless = 0
+        self.unwritten: collections.Counter[str] = collections.Counter()
+
+    def text(self, example: Example, where: str) -> _Text:
         """The text of an example, and where its labels stand."""
         if isinstance(example, Conversation):
             return self._conversation(example, where)
-        check_tokenizer(self._tokenizer, chat=False)
+        check_tokenizer(self._encoder.tokenizer, chat=False)
         start = 0
-        if self._loss_on != "all":
+        if self._encoder.loss_on != "all":
             start = len(example.prompt)
         text = example.prompt + example.completion
         return _Text(text, [(start, len(text))], special_tokens=True, ends=True)
 
     def _conversation(self, conversation: Conversation, where: str) -> _Text:
         if self._finder is None:
-            check_tokenizer(self._tokenizer)
-            self._finder = TurnFinder(self._tokenizer)
-        all_count = self._loss_on == "all" and self._reasoning_loss != "none"
+            check_tokenizer(self._encoder.tokenizer)
+            self._finder = TurnFinder(self._encoder.tokenizer)
+        all_count = self._encoder.loss_on == "all" and self._encoder.reasoning_loss != "none"
         if all_count and all(message.get("train", True) for message in conversation.messages):
             located = self._finder.text(conversation, where=where)
         else:
             located = self._finder.locate(conversation, where=where)
         spans = located.label_spans(
-            conversation, loss_on=self._loss_on, reasoning=self._reasoning_loss
+            conversation, loss_on=self._encoder.loss_on, reasoning=self._encoder.reasoning_loss
         )
         self.unwritten.update(set(located.unwritten))
         trained = [turn for turn in located.turns if _overlap(turn.spans, spans)]
         endless = [turn for turn in trained if not turn.has_end]
-        ends = self._append_end and bool(endless) and trained[-1] is endless[-1]
+        ends = self._encoder.append_end and bool(endless) and trained[-1] is endless[-1]
         self.endless += len(endless) - ends
         return _Text(located.text, spans, ends=ends)
 

@@ -78,8 +78,8 @@ class TurnFinder:
         starts = [run[0].start for run in runs]
         ends = [run[-1].end for run in runs]
         # Between these lie the turns: the end of the run before, and the start of the run after.
-        lefts = [0, *ends[:-1]]
-        rights = [*starts[1:], len(text)]
+        lefts = [0, *ends][:-1]
+        rights = [*starts, len(text)][1:]
         for run, left, right in zip(runs, lefts, rights, strict=True):
             first = run[0]
             message = conversation.messages[first.message]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from lorax_ft.config import DataConfig
 from lorax_ft.data.batches import Sets
-from lorax_ft.data.chat import Encoder, Tokenizer
+from lorax_ft.data.chat import Encoded, Encoder, Sample, Tokenizer
 from lorax_ft.data.conversation import Example
 from lorax_ft.data.examples import NumberedRows, Seen, examples_of
 from lorax_ft.data.packing import cut, pack
+from lorax_ft.data.parts import encode_parts
 from lorax_ft.data.store import Piece, StoredRows, StoredSamples, store_rows, store_samples
+from lorax_ft.data.token_cache import TokenCache, cache_folder
 from lorax_ft.data.usage import unknown_fields
 
 
@@ -63,13 +66,34 @@ def read_split(
     """Converts and tokenizes the rows of a split; `keep` keeps the examples."""
     seen = Seen(examples=[] if keep else None)
     encoder = Encoder(
-        tokenizer,
+        tokenizer=tokenizer,
         loss_on=config.loss_on,
         reasoning_loss=config.reasoning_loss,
         append_end=config.append_end,
     )
-    samples = store_samples(encoder.samples(examples_of(rows, config, seen)))
-    return ReadSplit(samples, seen, encoder.endless, _unused(seen, encoder, tokenizer))
+    endless = 0
+    unwritten: Counter[str] = Counter()
+
+    def samples() -> Iterator[Sample]:
+        nonlocal endless
+        for part in _encode(examples_of(rows, config, seen), encoder, config):
+            endless += part.endless
+            unwritten.update(part.unwritten)
+            yield from part.samples()
+
+    stored = store_samples(samples())
+    return ReadSplit(stored, seen, endless, _unused(seen, unwritten, tokenizer))
+
+
+def _encode(
+    examples: Iterator[tuple[Example, str]], encoder: Encoder, config: DataConfig
+) -> Iterator[Encoded]:
+    """Yields the encoded parts of a split, from the cache where they are kept."""
+    folder = cache_folder(config.cache)
+    cache = None if folder is None else TokenCache(folder, encoder)
+    yield from encode_parts(examples, encoder, processes=config.num_proc, cache=cache)
+    if cache is not None:
+        cache.delete_old()
 
 
 def row_length(splits: Sequence[ReadSplit], positions: int | None) -> int:
@@ -147,9 +171,9 @@ def _make_rows(
     return rows
 
 
-def _unused(seen: Seen, encoder: Encoder, tokenizer: Tokenizer) -> dict[str, int]:
+def _unused(seen: Seen, unwritten: Mapping[str, int], tokenizer: Tokenizer) -> dict[str, int]:
     """Returns what the model never sees, with how often it occurs."""
     unused = {**seen.unused, **unknown_fields(seen.fields, tokenizer)}
-    for text, count in encoder.unwritten.items():
+    for text, count in unwritten.items():
         unused[f"{text} (not written by the chat template)"] = count
     return unused
