@@ -23,8 +23,7 @@ class Estimate:
 
     compute: float
     memory: float
-    network: float | None
-    """None where the traffic is not known; then it is left out of the sums."""
+    network: float
     tokens: int
     """Tokens of a step, padding included."""
 
@@ -45,10 +44,7 @@ class Estimate:
         return max(parts, key=lambda name: parts[name])
 
     def _parts(self) -> dict[str, float]:
-        parts = {"arithmetic": self.compute, "memory": self.memory}
-        if self.network is not None:
-            parts["network"] = self.network
-        return parts
+        return {"arithmetic": self.compute, "memory": self.memory, "network": self.network}
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,12 +67,9 @@ def estimate(program: Program, config: Config, topology: Topology) -> Estimate:
     weights = PASSES * program.weights * shards * config.train.microbatches
     # The temporaries are written and read; the state is read and written.
     moved = weights + 2 * program.temporaries + 2 * (program.trained + program.moments)
-    network = None
-    if program.traffic is not None:
-        network = program.traffic.total / topology.network
     return Estimate(
         compute=program.flops / chip.flops,
         memory=moved / chip.bandwidth,
-        network=network,
+        network=program.traffic.total / topology.network,
         tokens=config.train.batch_size * length,
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,8 +61,7 @@ class Program:
     """Activations, gradients, and weights that are gathered from other chips."""
     flops: float
     """Of matrix products, on one chip."""
-    traffic: Traffic | None
-    """None where the compiled program cannot be read."""
+    traffic: Traffic
     seconds: float
     """How long the compiler took."""
 
@@ -196,15 +197,22 @@ def trace(model: CausalLM, config: Config, mesh: Mesh, shapes: Shapes) -> Any:
     )
 
 
-def compile_traced(traced: Any, mesh: Mesh) -> Any:
-    """The compiled program of a traced step.
+def compile_traced(traced: Any, mesh: Mesh) -> tuple[Any, str]:
+    """The compiled program of a traced step, and its text.
 
     Raises:
       DoesNotFitError: the compiler for TPUs knows their memory, and gives up.
     """
     try:
-        with jax.set_mesh(mesh):
-            return traced.lower().compile()
+        with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+            # The compiler writes the text. jaxlib 0.10.2 (`as_text`) cannot read some programs of
+            # libtpu 0.0.52, such as those of experts.
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            compiled = traced.lower().compile(compiler_options=options)
+            for file in Path(folder).glob("*.after_optimizations.txt"):
+                return compiled, file.read_text()
+        # JAX had it in its cache of compiled programs, and did not compile it.
+        return compiled, compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         # "... required for HLO temporaries (16.99G) exceeds available HBM (15.75G)", in GiB.
         needed = re.search(r"RESOURCE_EXHAUSTED.*?\((\d+(?:\.\d+)?)G\)", str(error), re.DOTALL)
@@ -223,7 +231,7 @@ def measure(model: CausalLM, config: Config, mesh: Mesh) -> Program:
     shapes = abstract_arguments(model, config, mesh)
     began = time.perf_counter()
     traced = trace(model, config, mesh, shapes)
-    compiled = compile_traced(traced, mesh)
+    compiled, text = compile_traced(traced, mesh)
     memory = compiled.memory_analysis()
     return Program(
         weights=sharding.bytes_a_device(shapes.frozen),
@@ -236,15 +244,6 @@ def measure(model: CausalLM, config: Config, mesh: Mesh) -> Program:
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
         flops=count_flops(traced.jaxpr.jaxpr) / mesh.size,
-        traffic=_traffic(compiled),
+        traffic=traffic(text),
         seconds=time.perf_counter() - began,
     )
-
-
-def _traffic(compiled: Any) -> Traffic | None:
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        # jaxlib 0.10.2 cannot read some programs of libtpu 0.0.52, such as those of experts.
-        return None
-    return traffic(text)

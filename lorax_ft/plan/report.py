@@ -70,9 +70,6 @@ def print_plan(
 
 def _print_network(console: Console, program: Program) -> None:
     """Print what a chip receives from others in a step."""
-    if program.traffic is None:
-        console.print("The compiled program cannot be read, so its collectives are not known.")
-        return
     if not program.traffic.count:
         return
     table = make_table("Received by a chip in a step")
@@ -93,14 +90,12 @@ def _print_speed(
     price: float | None,
 ) -> None:
     """Print the roofline of a step."""
-    network = "the network is not known"
-    if estimate.network is not None:
-        network = f"the network {estimate.network:.3f} s"
     console.print(
         f"A step of {estimate.tokens:,} tokens: {program.flops / 1e12:.1f} TFLOP a chip. At peak "
         f"speeds arithmetic takes {estimate.compute:.3f} s, memory {estimate.memory:.3f} s, "
-        f"{network}: {estimate.seconds:.3f} s if they overlap (bound by {estimate.bound}), "
-        f"{estimate.longest:.3f} s if not. These are estimates, not measurements."
+        f"the network {estimate.network:.3f} s: {estimate.seconds:.3f} s if they overlap (bound "
+        f"by {estimate.bound}), {estimate.longest:.3f} s if not. "
+        "These are estimates, not measurements."
     )
     console.print(f"At best {estimate.tokens_per_second:,.0f} tokens/s.")
     if tokens is None:
@@ -190,8 +185,7 @@ def as_json(candidate: Candidate, topology: Topology) -> dict[str, Any]:
     if program is not None and estimate is not None:
         values["bytes_a_chip"] = memory_parts(program)
         values["flops_a_chip"] = program.flops
-        if program.traffic is not None:
-            values["collectives"] = dataclasses.asdict(program.traffic)
+        values["collectives"] = dataclasses.asdict(program.traffic)
         values["compile_seconds"] = program.seconds
         roofline = dataclasses.asdict(estimate)
         values["estimate"] = {**roofline, "seconds": estimate.seconds, "longest": estimate.longest}
@@ -212,7 +206,7 @@ def print_scaling(console: Console, planned: Sequence[tuple[Topology, Candidate]
             topology.name,
             str(topology.devices),
             f"{program.total / GB:.2f}",
-            "" if program.traffic is None else f"{program.traffic.total / GB:.2f}",
+            f"{program.traffic.total / GB:.2f}",
             f"{estimate.seconds:.3f}",
             f"{estimate.efficiency:.0%}",
         )

@@ -45,7 +45,7 @@ def main() -> None:
     state, frozen = shapes.state, shapes.frozen
     kernels, _ = split(frozen, lambda path: path.endswith(("/kernel", "/embedding")))
     began = time.perf_counter()
-    compiled = compile_traced(trace(model, config, mesh, shapes), mesh)
+    compiled, text = compile_traced(trace(model, config, mesh, shapes), mesh)
     memory = compiled.memory_analysis()
     report = {
         "seconds": time.perf_counter() - began,
@@ -60,8 +60,8 @@ def main() -> None:
         "state_bytes": total_bytes(state),
         "frozen_bytes_a_chip": sharding.bytes_a_device(frozen),
         "state_bytes_a_chip": sharding.bytes_a_device(state),
-        "gathered": gathered(compiled.as_text()),
-        "splash": "splash" in compiled.as_text(),
+        "gathered": gathered(text),
+        "splash": "splash" in text,
         "kernels": sorted({tuple(leaf.shape) for leaf in jax.tree.leaves(kernels)}),
     }
     print(json.dumps(report))
