@@ -17,8 +17,7 @@ def plot_scaling(planned: Sequence[tuple[Topology, Candidate]], file: Path) -> N
 
     compiled = []
     for topology, candidate in planned:
-        # Without a network there is nothing to see.
-        if candidate.estimate is not None and candidate.estimate.network is not None:
+        if candidate.estimate is not None:
             compiled.append((topology.devices, candidate.estimate))
     chips = [devices for devices, _ in compiled]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
