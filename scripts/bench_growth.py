@@ -133,7 +133,7 @@ def _step(size: Size, remat: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         trained, _ = lft.partition(params)
         return lft.TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
 
-    shape = (1, size.rows, size.tokens)
+    shape: tuple[int, ...] = (1, size.rows, size.tokens)
     if size.adapters > 1:
         shape = (size.adapters, *shape)
     tokens = jax.random.randint(key, shape, 0, decoder.vocab_size)

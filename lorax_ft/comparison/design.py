@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lorax_ft.config import Config, DataConfig
+from lorax_ft.data.bad_rows import BadRows
 from lorax_ft.data.dataset import name_sets
 from lorax_ft.data.sources import has_split, parse_sources, read_rows
 from lorax_ft.sweep.axes import Point, Settings, make_point
@@ -92,7 +93,8 @@ def with_two_sets(config: Config, folder: Path) -> Config:
     first = next(iter(sets), "")
     paths = sets.pop(first, None) or _training_folder(data)
     halves: dict[str, list[str]] = {CHOOSE: [], TEST: []}
-    rows = read_rows(paths, split=data.validation_split, revision=data.revision)
+    bad = BadRows(skip=data.bad_rows == "skip")
+    rows = read_rows(paths, split=data.validation_split, revision=data.revision, bad=bad)
     for number, row in enumerate(rows):
         # Every other row, because files may be sorted by subject or difficulty.
         name = CHOOSE if number % 2 == 0 else TEST

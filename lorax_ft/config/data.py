@@ -75,6 +75,13 @@ class DataConfig:
     Qwen3's; none: no reasoning."""
     append_end: bool = False
     """Append the end-of-sequence token where the chat template ends a conversation without one."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """Rows that cannot be used, such as broken JSON or an empty answer.
+    stop: the first one ends the run, with its file and line; skip: they are left out, counted, and
+    listed in bad_rows.txt in the output folder."""
+    control_tokens: Literal["refuse", "keep"] = "refuse"
+    """Conversations with one of the tokenizer's special tokens in a text, such as <|im_end|>.
+    refuse: such a row cannot be used; keep: it becomes that token."""
     num_proc: int | None = None
     """Processes that tokenize. None: one for each core if there are more than 8,192 rows."""
     cache: str | None = "auto"

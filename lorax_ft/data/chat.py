@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -19,10 +20,15 @@ from lorax_ft.data.conversation import (
     PlainText,
     as_conversation,
 )
-from lorax_ft.data.located import LossOn, ReasoningLoss
+from lorax_ft.data.located import LossOn, ReasoningLoss, Turn
 from lorax_ft.data.marks import Span
 from lorax_ft.data.masks import TurnFinder
 from lorax_ft.data.template import Tokenizer, check_tokenizer
+
+LONGEST_EXAMPLE = 4_000_000
+"""Characters of an example, about a million tokens. Tokenizing takes 400 bytes for each."""
+ControlTokens = Literal["refuse", "keep"]
+"""What happens to a conversation with a special token in one of its texts."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,6 +65,7 @@ def encode(
     loss_on: LossOn = "assistant",
     reasoning_loss: ReasoningLoss = "data",
     append_end: bool = False,
+    control_tokens: ControlTokens = "refuse",
     where: str = "conversation",
 ) -> Sample:
     """Converts one example to a sample, truncated to `max_length` tokens.
@@ -76,18 +83,21 @@ def encode(
       reasoning_loss: which reasoning counts: what the data has; all, also an empty thought that
         the template writes; or none.
       append_end: append the end-of-sequence token where the template ends without one.
+      control_tokens: whether texts of a conversation may contain the tokenizer's special tokens.
       where: the place of the example, for errors.
 
     Raises:
-      ValueError: the tokenizer has no chat template or no character offsets, or the template
-        rejects the conversation or does not write a turn of the assistant, or it changes the texts
-        so that the assistant's turns cannot be located.
+      ValueError: the tokenizer has no chat template or no character offsets, a text contains a
+        special token or is too long, or the template rejects the conversation or does not write a
+        turn of the assistant, or it changes the texts so that the assistant's turns cannot be
+        located.
     """
     encoder = Encoder(
         tokenizer=tokenizer,
         loss_on=loss_on,
         reasoning_loss=reasoning_loss,
         append_end=append_end,
+        control_tokens=control_tokens,
     )
     if not isinstance(example, PlainText):
         example = as_conversation(example)
@@ -146,6 +156,8 @@ class Encoded:
     """Trained turns that end without an end-of-turn token."""
     unwritten: Mapping[str, int]
     """Texts that the template did not write, with the number of examples."""
+    bad: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """What is wrong with examples that could not be encoded, by number; their samples are empty."""
 
     def samples(self) -> Iterator[Sample]:
         """Yields the samples."""
@@ -157,12 +169,17 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Converts examples to samples; see `encode` for the options."""
+    """Converts examples to samples; see `encode` for the options.
+
+    `skip_bad` leaves examples that cannot be encoded empty, instead of an error.
+    """
 
     tokenizer: Tokenizer
     loss_on: LossOn = "assistant"
     reasoning_loss: ReasoningLoss = "data"
     append_end: bool = False
+    control_tokens: ControlTokens = "refuse"
+    skip_bad: bool = False
 
     def encode(self, examples: Sequence[tuple[Example, str]]) -> Encoded:
         """Converts examples, each with its place, to samples of any length.
@@ -171,7 +188,16 @@ class Encoder:
           ValueError: as `encode`.
         """
         writer = _Writer(self)
-        texts = [writer.text(example, where) for example, where in examples]
+        texts = []
+        bad: dict[int, str] = {}
+        for number, (example, where) in enumerate(examples):
+            try:
+                texts.append(writer.text(example, where))
+            except ValueError as error:
+                if not self.skip_bad:
+                    raise
+                bad[number] = str(error)
+                texts.append(_Text("", []))
         samples = list(_tokenize(texts, self.tokenizer))
         empty = Sample(np.zeros(0, np.int32), np.zeros(0, np.bool_))
         return Encoded(
@@ -180,6 +206,7 @@ class Encoder:
             lengths=np.array([len(sample) for sample in samples], np.int64),
             endless=writer.endless,
             unwritten=writer.unwritten,
+            bad=bad,
         )
 
 
@@ -194,6 +221,7 @@ class _Writer:
 
     def text(self, example: Example, where: str) -> _Text:
         """The text of an example, and where its labels stand."""
+        _check_size(example, where)
         if isinstance(example, Conversation):
             return self._conversation(example, where)
         check_tokenizer(self._encoder.tokenizer, chat=False)
@@ -207,6 +235,8 @@ class _Writer:
         if self._finder is None:
             check_tokenizer(self._encoder.tokenizer)
             self._finder = TurnFinder(self._encoder.tokenizer)
+        if self._encoder.control_tokens == "refuse":
+            self._finder.check_texts(conversation, where=where)
         all_count = self._encoder.loss_on == "all" and self._encoder.reasoning_loss != "none"
         if all_count and all(message.get("train", True) for message in conversation.messages):
             located = self._finder.text(conversation, where=where)
@@ -216,19 +246,35 @@ class _Writer:
             conversation, loss_on=self._encoder.loss_on, reasoning=self._encoder.reasoning_loss
         )
         self.unwritten.update(set(located.unwritten))
-        trained = [turn for turn in located.turns if _overlap(turn.spans, spans)]
+        trained = _trained(located.turns, spans)
         endless = [turn for turn in trained if not turn.has_end]
         ends = self._encoder.append_end and bool(endless) and trained[-1] is endless[-1]
         self.endless += len(endless) - ends
         return _Text(located.text, spans, ends=ends)
 
 
-def _overlap(spans: Sequence[Span], others: Sequence[Span]) -> bool:
-    return any(
-        start < other_end and other_start < end
-        for start, end in spans
-        for other_start, other_end in others
-    )
+def _check_size(example: Example, where: str) -> None:
+    """Raise for a text that takes gigabytes of memory to tokenize."""
+    if isinstance(example, PlainText):
+        size = len(example.prompt) + len(example.completion)
+    else:
+        size = sum(len(message["content"]) for message in example.messages)
+    if size > LONGEST_EXAMPLE:
+        raise ValueError(
+            f"{where}: the row has {size:,} characters of text, more than {LONGEST_EXAMPLE:,}; "
+            "split it into several rows"
+        )
+
+
+def _trained(turns: Sequence[Turn], spans: Sequence[Span]) -> list[Turn]:
+    """The turns that share a character with one of the spans."""
+    ranges = [span for turn in turns for span in turn.spans]
+    touched = iter(_touch(np.array(ranges).reshape(-1, 2), spans).tolist())
+    trained = []
+    for turn in turns:
+        if any([next(touched) for _ in turn.spans]):
+            trained.append(turn)
+    return trained
 
 
 def _tokenize(texts: Sequence[_Text], tokenizer: Tokenizer) -> Iterator[Sample]:
@@ -279,7 +325,17 @@ def _overlaps(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     """
     ends = offsets[:, 1]
     starts = np.minimum(offsets[:, 0], ends - 1)
-    mask = np.zeros(len(offsets), bool)
-    for start, end in spans:
-        mask |= (ends > start) & (starts < end)
-    return mask
+    ranges = np.stack([starts, ends], axis=1)
+    return _touch(ranges, spans)
+
+
+def _touch(ranges: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """Returns which of the ranges [N, 2] share a character with one of the spans, bool [N]."""
+    if not spans:
+        return np.zeros(len(ranges), np.bool_)
+    starts, ends = np.array(sorted(spans)).T
+    furthest_ends = np.maximum.accumulate(ends)
+    # Of the spans that start before a range ends, the one that ends last decides.
+    count = np.searchsorted(starts, ranges[:, 1])
+    touched: np.ndarray = (count > 0) & (furthest_ends[count - 1] > ranges[:, 0])
+    return touched

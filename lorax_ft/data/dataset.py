@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lorax_ft.config import DataConfig
+from lorax_ft.data.bad_rows import BadRows
 from lorax_ft.data.chat import Tokenizer
 from lorax_ft.data.examples import NumberedRows, Seen, examples_of, numbered_rows
 from lorax_ft.data.readers import Row
@@ -30,6 +30,8 @@ class Dataset:
     """The validation sets by name, at least one; "" is the name of the one without a name."""
     max_length: int
     """Tokens per row: data.max_length, or what auto has found."""
+    bad_rows: BadRows
+    """Rows that were left out (data.bad_rows), in all splits."""
 
     @property
     def validation(self) -> Split:
@@ -55,23 +57,25 @@ def load_data(
       ValueError: a source or a row cannot be used (see `read_rows`, `to_example`, `encode`),
         or no sample keeps a label.
     """
+    bad = _bad_rows(config)
     held_out: list[tuple[int, Row]] = []
     chosen: set[int] = set()
     validation: dict[str, NumberedRows] = {"": held_out}
     if config.validation:
         validation = {}
         for name, paths in name_sets(config.validation).items():
-            validation[name] = numbered_rows(paths, config.validation_split, config)
+            validation[name] = numbered_rows(paths, config.validation_split, config, bad=bad)
     elif _has_validation_split(config):
-        validation = {"": numbered_rows(_paths(config), config.validation_split, config)}
+        paths = _paths(config)
+        validation = {"": numbered_rows(paths, config.validation_split, config, bad=bad)}
     elif config.validation_rows:
         chosen = _choose_held_out(config, seed)
-    rows = numbered_rows(_paths(config), config.split, config, limit=config.limit)
+    rows = numbered_rows(_paths(config), config.split, config, limit=config.limit, bad=bad)
     # The rows that are held out are collected while the others are read.
-    train = read_split(_without(rows, chosen, held_out), config, tokenizer)
+    train = read_split(_without(rows, chosen, held_out), config, tokenizer, bad)
     validation_sets = {}
     for name, its_rows in validation.items():
-        validation_sets[name] = read_split(its_rows, config, tokenizer, keep=True)
+        validation_sets[name] = read_split(its_rows, config, tokenizer, bad, keep=True)
     max_length = config.max_length
     if max_length == "auto":
         max_length = row_length([train, *validation_sets.values()], positions)
@@ -83,6 +87,7 @@ def load_data(
             for name, read in validation_sets.items()
         },
         max_length=max_length,
+        bad_rows=bad,
     )
 
 
@@ -109,8 +114,9 @@ def load_split(
     Raises:
       ValueError: as `load_data`.
     """
-    rows = numbered_rows([path], config.split, config, limit=limit)
-    read = read_split(rows, config, tokenizer, keep=True)
+    bad = _bad_rows(config)
+    rows = numbered_rows([path], config.split, config, limit=limit, bad=bad)
+    read = read_split(rows, config, tokenizer, bad, keep=True)
     max_length = config.max_length
     if max_length == "auto":
         max_length = row_length([read], positions)
@@ -149,6 +155,8 @@ def name_sets(entries: Sequence[str]) -> dict[str, list[str]]:
 def check_sources(config: DataConfig) -> None:
     """Converts the first row of each source, to find mistakes before the model is loaded.
 
+    Where rows that cannot be used are left out, that is the first one that can be.
+
     Raises:
       ValueError: as `read_rows` and `to_example`.
     """
@@ -156,9 +164,14 @@ def check_sources(config: DataConfig) -> None:
     for paths in name_sets(config.validation).values():
         splits += [(path, config.validation_split) for path in paths]
     for path, split in splits:
-        first = itertools.islice(numbered_rows([path], split, config), 1)
-        for _ in examples_of(first, config, Seen()):
-            pass
+        bad = _bad_rows(config)
+        rows = numbered_rows([path], split, config, bad=bad)
+        for _ in examples_of(rows, config, Seen(bad=bad)):
+            break
+
+
+def _bad_rows(config: DataConfig) -> BadRows:
+    return BadRows(skip=config.bad_rows == "skip")
 
 
 def _paths(config: DataConfig) -> list[str]:
@@ -176,7 +189,9 @@ def _has_validation_split(config: DataConfig) -> bool:
 def _choose_held_out(config: DataConfig, seed: int) -> set[int]:
     """Chooses the training rows that become the validation rows, by their numbers."""
     # A reading of its own: which rows are chosen depends on how many there are.
-    total = sum(1 for _ in numbered_rows(_paths(config), config.split, config, limit=config.limit))
+    bad = _bad_rows(config)
+    rows = numbered_rows(_paths(config), config.split, config, limit=config.limit, bad=bad)
+    total = sum(1 for _ in rows)
     # A small dataset keeps nine tenths of its rows for training.
     count = min(config.validation_rows, total // 10)
     return set(np.random.default_rng(seed).permutation(total)[:count].tolist())

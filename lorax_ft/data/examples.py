@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from lorax_ft.config import DataConfig
+from lorax_ft.data.bad_rows import STOP, BadRows
 from lorax_ft.data.conversation import Conversation, Example, PlainText
 from lorax_ft.data.formats import Defaults, to_example
 from lorax_ft.data.readers import Row
@@ -37,16 +38,23 @@ class Seen:
     """What conversations have that not every template reads (`optional_fields`)."""
     examples: list[Example] | None = None
     """The examples, if they are kept."""
+    bad: BadRows = dataclasses.field(default_factory=BadRows)
+    """What happens to rows that cannot be used, and those that were met."""
 
 
 def numbered_rows(
-    paths: Sequence[str], split: str, config: DataConfig, *, limit: int | None = None
+    paths: Sequence[str],
+    split: str,
+    config: DataConfig,
+    *,
+    limit: int | None = None,
+    bad: BadRows = STOP,
 ) -> Iterator[tuple[int, Row]]:
     """Yields the rows of all sources, each with its source's number."""
 
     def numbered() -> Iterator[tuple[int, Row]]:
         for number, path in enumerate(paths):
-            for row in read_rows([path], split=split, revision=config.revision):
+            for row in read_rows([path], split=split, revision=config.revision, bad=bad):
                 yield number, row
 
     return itertools.islice(numbered(), limit)
@@ -59,16 +67,17 @@ def examples_of(
     defaults = _defaults(config)
     usual_shapes: dict[int, Shape] = {}
     for number, row in rows:
-        if config.shape != "auto":
-            shape: Shape = config.shape
-        elif number not in usual_shapes:
-            # The rows of a set are expected to have the format of its first one.
-            shape = usual_shapes[number] = detect_shape(row, fields=config.fields)
-        else:
-            shape = fitting_shape(row, usual=usual_shapes[number], fields=config.fields)
-        example = to_example(
-            row, shape=shape, fields=config.fields, defaults=defaults, unused=seen.unused
-        )
+        try:
+            shape = _shape_of(row, number, usual_shapes, config)
+            example = to_example(
+                row, shape=shape, fields=config.fields, defaults=defaults, unused=seen.unused
+            )
+        except ValueError as error:
+            seen.bad.met(error)
+            continue
+        except RecursionError:
+            seen.bad.met(ValueError(f"{row.where}: the row is nested too deeply"))
+            continue
         # Text corpora have empty lines; they would teach the model to end at once.
         if isinstance(example, PlainText) and not example.completion.strip():
             seen.empty += 1
@@ -80,6 +89,17 @@ def examples_of(
         if seen.examples is not None:
             seen.examples.append(example)
         yield example, row.where
+
+
+def _shape_of(row: Row, number: int, usual: dict[int, Shape], config: DataConfig) -> Shape:
+    """The format of a row of the set `number`; `usual` has the formats of the sets so far."""
+    if config.shape != "auto":
+        return config.shape
+    if number in usual:
+        return fitting_shape(row, usual=usual[number], fields=config.fields)
+    # The rows of a set are expected to have the format of its first one.
+    usual[number] = detect_shape(row, fields=config.fields)
+    return usual[number]
 
 
 def _defaults(config: DataConfig) -> Defaults:

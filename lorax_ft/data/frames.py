@@ -44,6 +44,19 @@ class SpecialTokens:
         """Those that are not text: `<tool_call>` of Qwen is a token and text."""
         return set(self._tokenizer.all_special_tokens)
 
+    @functools.cached_property
+    def special(self) -> set[str]:
+        """Those that the tokenizer calls special; not all of them have names as eos_token has."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return self.control | {str(token) for token in added if token.special}
+
+    def in_text(self, text: str) -> str | None:
+        """The first special token in a text; None if it has none."""
+        for token in self.pattern.finditer(text):
+            if token.group() in self.special:
+                return token.group()
+        return None
+
     def whole(self, text: str, length: int) -> int:
         """The length without the start of a token at its end."""
         for token in self.pattern.finditer(text):

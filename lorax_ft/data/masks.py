@@ -22,6 +22,8 @@ from lorax_ft.data.template import Form, Tokenizer
 
 _EMPTY_THOUGHT = re.compile(rf"\s*(?:{OPENS})?\s*(?:{CLOSES})\s*")
 _OPENING = re.compile(rf"(?:{OPENS})\s*$")
+# Characters of all renderings up to a turn: about ten seconds.
+_MOST_IN_PREFIXES = 50_000_000
 _CLOSING = re.compile(rf"\s*(?:{CLOSES})\s*")
 
 
@@ -41,6 +43,23 @@ class TurnFinder:
         """
         return self._renderer.write(conversation, prompt=True, where=where).rendered.text
 
+    def check_texts(self, conversation: Conversation, *, where: str) -> None:
+        """Raise if a text contains a special token, which would be that token and no text.
+
+        A user could end their turn with it, and speak as the system or the assistant.
+
+        Raises:
+          ValueError: a text does.
+        """
+        for number, message in enumerate(conversation.messages, 1):
+            for name in ("content", "reasoning_content"):
+                found = self._tokens.in_text(message.get(name) or "")
+                if found is not None:
+                    raise ValueError(
+                        f"{where}, turn {number}: the text contains the special token {found}; "
+                        "remove it, or give --data.control_tokens keep to train on it as a token"
+                    )
+
     def text(self, conversation: Conversation, *, where: str) -> Located:
         """Renders a conversation without looking for the assistant's turns.
 
@@ -59,6 +78,12 @@ class TurnFinder:
         """
         written = self._renderer.write(conversation, prompt=False, where=where)
         if written.pieces is None:
+            if _too_long_for_prefixes(conversation, written):
+                raise ValueError(
+                    f"{where}: the conversation has {len(conversation.messages):,} turns, and the "
+                    "chat template changes their texts, so finding the assistant's turns would "
+                    "take too long; split the row"
+                )
             turns = self._turns_by_prefixes(conversation, written, where)
         else:
             turns = list(self._turns(conversation, written, written.pieces))
@@ -200,6 +225,8 @@ class TurnFinder:
 
     def _length(self, conversation: Conversation, written: Written, count: int) -> int | None:
         """Length of what the template writes for the first messages; None if it is not known."""
+        if _too_long_for_prefixes(conversation, written):
+            return None
         try:
             prefix = self._prefix(conversation, written.form, count, prompt=False, where="")
         except ValueError:
@@ -262,8 +289,12 @@ class TurnFinder:
     ) -> str:
         """The rendered first messages of a conversation."""
         first = dataclasses.replace(conversation, messages=conversation.messages[:count])
-        written = self._renderer.write_in(form, first, prompt=prompt, where=where)
-        return written.rendered.text
+        return self._renderer.render_in(form, first, prompt=prompt, where=where).text
+
+
+def _too_long_for_prefixes(conversation: Conversation, written: Written) -> bool:
+    """Whether rendering the conversation up to each of its turns would take minutes."""
+    return len(conversation.messages) * len(written.rendered.text) > _MOST_IN_PREFIXES
 
 
 def _check_all_found(conversation: Conversation, turns: Sequence[Turn], where: str) -> None:

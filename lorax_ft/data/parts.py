@@ -87,7 +87,9 @@ def _cached(part: Part, encode: Encoder | _Process, cache: TokenCache | None) ->
     encoded = cache.read(key)
     if encoded is None:
         encoded = encode.encode(part)
-        cache.write(key, encoded)
+        # Problems name the places of their rows, which may be others in the next run.
+        if not encoded.bad:
+            cache.write(key, encoded)
     return encoded
 
 

@@ -16,10 +16,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from lorax_ft.data.bad_rows import STOP, BadRows
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """File types, in the order in which a folder is searched for them."""
 COMPRESSED = (".gz", ".zst")
 """Suffixes that may follow those of text files."""
+LONGEST_ROW = 32_000_000
+"""Bytes of a row of JSON Lines; a longer one is not read into memory."""
 # A text column may hold whole documents; csv's own limit is 131,072 characters.
 _CSV_FIELD_LIMIT = 2**31 - 1
 # What spreadsheets write in place of commas.
@@ -55,19 +59,19 @@ def file_type(path: str) -> str | None:
     return suffix
 
 
-def read_file(path: str) -> Iterator[Row]:
-    """Yields the rows of a file.
+def read_file(path: str, *, bad: BadRows = STOP) -> Iterator[Row]:
+    """Yields the rows of a file; `bad` says what happens to rows that are malformed.
 
     Raises:
       ValueError: the file type is unknown, or the file or a row is malformed.
     """
     match file_type(path):
         case ".jsonl":
-            return _read_jsonl(path)
+            return _read_jsonl(path, bad)
         case ".json":
-            return _read_json(path)
+            return _read_json(path, bad)
         case ".csv":
-            return _read_csv(path)
+            return _read_csv(path, bad)
         case ".parquet":
             return _read_parquet(path)
     hint = ""
@@ -99,25 +103,40 @@ def first_line(error: BaseException) -> str:
     return type(error).__name__
 
 
-def _read_jsonl(path: str) -> Iterator[Row]:
+def _read_jsonl(path: str, bad: BadRows) -> Iterator[Row]:
     """Yields the rows of a file with one JSON object per line; empty lines are skipped."""
     for number, line in _lines(path):
-        where = f"{path}, line {number}"
-        text = _decode(line, where).strip()
-        if not text:
-            continue
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            hint = ""
-            # The first line of a list that is spread over many lines.
-            if number == 1 and text in ("[", "{"):
-                hint = "; a file that is one JSON list needs the suffix .json"
-            raise ValueError(f"{where}: {_json_problem(error)}{hint}") from error
-        yield _object_row(value, where)
+            row = _json_row(line, path, number)
+        except ValueError as error:
+            bad.met(error)
+            continue
+        if row is not None:
+            yield row
 
 
-def _read_json(path: str) -> Iterator[Row]:
+def _json_row(line: bytes, path: str, number: int) -> Row | None:
+    """The row on a line; None on an empty one."""
+    where = f"{path}, line {number}"
+    if len(line) > LONGEST_ROW:
+        raise ValueError(
+            f"{where}: the row has more than {LONGEST_ROW:,} bytes; split it into several rows"
+        )
+    text = _decode(line, where).strip()
+    if not text:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = ""
+        # The first line of a list that is spread over many lines.
+        if number == 1 and text in ("[", "{"):
+            hint = "; a file that is one JSON list needs the suffix .json"
+        raise ValueError(f"{where}: {_json_problem(error)}{hint}") from error
+    return _object_row(value, where)
+
+
+def _read_json(path: str, bad: BadRows) -> Iterator[Row]:
     """Yields the rows of a file that is one JSON list of objects, or has one object per line."""
     data = b"".join(line for _, line in _lines(path))
     try:
@@ -126,7 +145,7 @@ def _read_json(path: str) -> Iterator[Row]:
         # Python reports a second object after the first as "Extra data". Many files with one object
         # per line have this suffix.
         if error.msg == "Extra data":
-            yield from _read_jsonl(path)
+            yield from _read_jsonl(path, bad)
             return
         raise ValueError(f"{path}, line {error.lineno}: {_json_problem(error)}") from error
     except RecursionError as error:
@@ -137,10 +156,15 @@ def _read_json(path: str) -> Iterator[Row]:
             "put the rows into a list, or one object a line"
         )
     for number, value in enumerate(values, 1):
-        yield _object_row(value, f"{path}, item {number}")
+        try:
+            row = _object_row(value, f"{path}, item {number}")
+        except ValueError as error:
+            bad.met(error)
+            continue
+        yield row
 
 
-def _read_csv(path: str) -> Iterator[Row]:
+def _read_csv(path: str, bad: BadRows) -> Iterator[Row]:
     """Yields the rows of a CSV file with a header; all values are text.
 
     `datasets` 5.2 is not used, because it infers types (the answer "007" becomes 7, "None" becomes
@@ -160,10 +184,11 @@ def _read_csv(path: str) -> Iterator[Row]:
             elif len(values) == len(header):
                 yield Row(fields=dict(zip(header, values, strict=True)), where=where)
             elif values:  # the reader returns an empty list for an empty line
-                raise ValueError(
+                problem = ValueError(
                     f"{where}: the row's number of fields is {len(values)}, "
                     f"but the header's is {len(header)}; put quotes around fields with commas"
                 )
+                bad.met(problem)
     except csv.Error as error:
         raise ValueError(f"{path}, line {first_line_number}: not CSV: {error}") from error
     finally:
@@ -215,13 +240,22 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     # JSON allows inside a string, such as U+2028.
     with _open(path) as file:
         try:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(_short_lines(file), 1):
                 yield number, line
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(
                 f"{path} cannot be read after line {number}: {first_line(error)}; "
                 "the file is damaged or incomplete"
             ) from error
+
+
+def _short_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Yields the lines of a file; of one that is too long only the start."""
+    while line := file.readline(LONGEST_ROW + 1):
+        rest = line
+        while len(rest) > LONGEST_ROW and not rest.endswith(b"\n"):
+            rest = file.readline(LONGEST_ROW + 1)
+        yield line
 
 
 def _text_lines(path: str) -> Iterator[str]:

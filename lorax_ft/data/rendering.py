@@ -73,7 +73,7 @@ class Renderer:
         Raises:
           ValueError: the template rejects the conversation.
         """
-        rendered = render(conversation, self._tokenizer, form=form, prompt=prompt, where=where)
+        rendered = self.render_in(form, conversation, prompt=prompt, where=where)
         # A template may look at the start of a user's text, and then write something else.
         for only_assistant in (False, True):
             pieces = self._pieces(conversation, rendered.text, form, prompt, only_assistant)
@@ -85,6 +85,21 @@ class Renderer:
             unwritten = _unwritten(conversation, pieces, roles)
             return Written(rendered, form, pieces, unwritten)
         return Written(rendered, form, None, [])
+
+    def render_in(
+        self,
+        form: Form,
+        conversation: Conversation,
+        *,
+        prompt: bool,
+        where: str,
+    ) -> Rendered:
+        """Renders in this form, without looking for the texts.
+
+        Raises:
+          ValueError: the template rejects the conversation.
+        """
+        return render(conversation, self._tokenizer, form=form, prompt=prompt, where=where)
 
     def _pieces(
         self,

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorax_ft.data.bad_rows import STOP, BadRows
 from lorax_ft.data.readers import (
     COMPRESSED,
     SUFFIXES,
@@ -72,6 +73,7 @@ def read_rows(
     split: str = "train",
     limit: int | None = None,
     revision: str | None = None,
+    bad: BadRows = STOP,
 ) -> Iterator[Row]:
     """Yields the rows of files and datasets, one source after the other.
 
@@ -83,12 +85,13 @@ def read_rows(
       split: the split to read of a folder or a Hub dataset.
       limit: the largest number of rows over all sources; rows after that are not read.
       revision: branch, tag or commit of a Hub dataset.
+      bad: what happens to rows that are malformed.
 
     Raises:
       ValueError: a source is missing, unreachable, empty or of an unsupported file type, or a row
         is malformed (the message has the file and line).
     """
-    rows = itertools.chain.from_iterable(_read(path, split, revision) for path in paths)
+    rows = itertools.chain.from_iterable(_read(path, split, revision, bad) for path in paths)
     return itertools.islice(rows, limit)
 
 
@@ -102,17 +105,21 @@ def has_split(path: str, split: str) -> bool:
     return bool(_split_files(folder, split))
 
 
-def _read(path: str, split: str, revision: str | None) -> Iterator[Row]:
+def _read(path: str, split: str, revision: str | None, bad: BadRows) -> Iterator[Row]:
     """Yields the rows of one source, which must have at least one."""
     empty = True
-    for row in _open(path, split, revision):
+    bad_before = bad.count
+    for row in _open(path, split, revision, bad):
         empty = False
         yield row
-    if empty:
-        raise ValueError(f"{path} contains no rows")
+    if not empty:
+        return
+    if bad.count > bad_before:
+        raise ValueError(f"{path} contains no row that can be read; the last: {bad.problems[-1]}")
+    raise ValueError(f"{path} contains no rows")
 
 
-def _open(path: str, split: str, revision: str | None) -> Iterator[Row]:
+def _open(path: str, split: str, revision: str | None, bad: BadRows) -> Iterator[Row]:
     """Chooses the reader of a source."""
     if "://" in path:
         raise ValueError(
@@ -122,20 +129,20 @@ def _open(path: str, split: str, revision: str | None) -> Iterator[Row]:
     path = os.path.expanduser(path)
     file = Path(path)
     if file.is_file():
-        return read_file(path)
+        return read_file(path, bad=bad)
     if file.is_dir():
-        return _read_folder(file, split)
+        return _read_folder(file, split, bad)
     if glob.has_magic(path):
         files = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())
         if not files:
             raise ValueError(f"no file matches {path}")
-        return _read_files(files)
+        return _read_files(files, bad)
     if _is_hub_id(path):
         return _read_hub(path, split, revision)
     raise ValueError(_missing(file))
 
 
-def _read_folder(folder: Path, split: str) -> Iterator[Row]:
+def _read_folder(folder: Path, split: str, bad: BadRows) -> Iterator[Row]:
     """Yields the rows of a split of a folder."""
     if (folder / _SAVED_SPLITS).is_file():
         if not (folder / split).is_dir():
@@ -149,7 +156,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
         return _read_saved(folder)
     files = _split_files(folder, split)
     if files:
-        return _read_files(files)
+        return _read_files(files, bad)
     names = ", ".join(split + suffix for suffix in SUFFIXES)
     message = f"{folder} contains none of {names}"
     others = sorted(entry.name for entry in folder.iterdir() if file_type(entry.name))
@@ -183,8 +190,8 @@ def _all_suffixes() -> list[str]:
     return [*SUFFIXES, *(suffix for suffix in compressed if file_type("a" + suffix))]
 
 
-def _read_files(files: Iterable[str]) -> Iterator[Row]:
-    return itertools.chain.from_iterable(map(read_file, files))
+def _read_files(files: Iterable[str], bad: BadRows) -> Iterator[Row]:
+    return itertools.chain.from_iterable(read_file(file, bad=bad) for file in files)
 
 
 def _read_saved(folder: Path) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from lorax_ft.config import DataConfig
+from lorax_ft.data.bad_rows import BadRows
 from lorax_ft.data.batches import Sets
 from lorax_ft.data.chat import Encoded, Encoder, Sample, Tokenizer
 from lorax_ft.data.conversation import Example
@@ -30,6 +31,8 @@ class ReadSplit:
     seen: Seen
     endless: int
     unused: Mapping[str, int]
+    bad: int
+    """Samples that are empty, as their examples could not be encoded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,28 +64,53 @@ class Split:
 
 
 def read_split(
-    rows: NumberedRows, config: DataConfig, tokenizer: Tokenizer, *, keep: bool = False
+    rows: NumberedRows,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    bad: BadRows,
+    *,
+    keep: bool = False,
 ) -> ReadSplit:
-    """Converts and tokenizes the rows of a split; `keep` keeps the examples."""
-    seen = Seen(examples=[] if keep else None)
+    """Converts and tokenizes the rows of a split.
+
+    Args:
+      rows: the rows.
+      config: how they are converted.
+      tokenizer: the model's.
+      bad: what happens to rows that cannot be used.
+      keep: whether the examples are kept.
+    """
+    seen = Seen(examples=[] if keep else None, bad=bad)
     encoder = Encoder(
         tokenizer=tokenizer,
         loss_on=config.loss_on,
         reasoning_loss=config.reasoning_loss,
         append_end=config.append_end,
+        control_tokens=config.control_tokens,
+        skip_bad=bad.skip,
     )
     endless = 0
     unwritten: Counter[str] = Counter()
+    not_encoded: list[int] = []
 
     def samples() -> Iterator[Sample]:
         nonlocal endless
+        first = 0
         for part in _encode(examples_of(rows, config, seen), encoder, config):
             endless += part.endless
             unwritten.update(part.unwritten)
+            for index, problem in part.bad.items():
+                not_encoded.append(first + index)
+                bad.note(problem)
+            first += len(part.lengths)
             yield from part.samples()
 
     stored = store_samples(samples())
-    return ReadSplit(stored, seen, endless, _unused(seen, unwritten, tokenizer))
+    if seen.examples is not None:
+        for index in reversed(not_encoded):
+            del seen.examples[index]
+    unused = _unused(seen, unwritten, tokenizer)
+    return ReadSplit(stored, seen, endless, unused, bad=len(not_encoded))
 
 
 def _encode(
@@ -127,7 +155,7 @@ def make_split(
             "raise data.max_length"
         )
     pieces = list(itertools.chain.from_iterable(made))
-    lengths, count = samples.lengths, len(samples) + seen.empty
+    lengths, count = samples.lengths, len(samples) - read.bad + seen.empty
     return Split(
         rows=store_rows(samples, made),
         sets=tuple(sets),

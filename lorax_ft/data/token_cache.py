@@ -127,6 +127,7 @@ def _hash_encoder(encoder: Encoder) -> bytes:
         encoder.loss_on,
         encoder.reasoning_loss,
         encoder.append_end,
+        encoder.control_tokens,
         type(tokenizer).__name__,
         tokenizer.special_tokens_map,
         template,

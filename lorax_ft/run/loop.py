@@ -68,6 +68,8 @@ def _run(
     # run to overwrite.
     before = _evaluate(job, job.state, console, before=True)
     make_folder(job.config)
+    if jax.process_index() == 0:
+        job.data.bad_rows.write(folder)
     with _open_log(job, folder) as log:
         if job.first_step == 0:
             log.write(0, summary.metrics(before))

@@ -236,6 +236,14 @@ def _print_data(console: Console, data: Dataset, *, packed: bool) -> None:
         # A single set has no name.
         sizes.append(f"{name} {counted(len(split.rows), 'row')}".strip())
     console.print(f"Validation: {', '.join(sizes)}.")
+    bad = data.bad_rows
+    if bad.count:
+        console.print(
+            f"Left out: {counted(bad.count, 'row')} that cannot be used (data.bad_rows skip); the "
+            f"first: {bad.problems[0]}",
+            style="yellow",
+            markup=False,
+        )
     if train.unused:
         parts = [f"{name} ({count:,} times)" for name, count in train.unused.items()]
         console.print(f"Not used: {', '.join(parts)}.", style="yellow")
