@@ -61,6 +61,26 @@ def check_fraction(config: Any, *fields: str) -> None:
         )
 
 
+def divisors(number: int) -> list[int]:
+    """The numbers that divide a number above 0, in ascending order.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def alternatives(values: Sequence[object]) -> str:
+    """Values as words.
+
+    >>> alternatives([1, 2, 4])
+    '1, 2 or 4'
+    """
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def section_name(config: Any) -> str:
     """The option prefix of a config: "adapter" for an `AdapterConfig`, "" for a `Config`."""
     return type(config).__name__.removesuffix("Config").lower()

@@ -147,19 +147,30 @@ def one_line_errors() -> Iterator[None]:
         if OUT_OF_MEMORY not in str(error) or os.environ.get("LORAX_FT_DEBUG"):
             raise
         sys.stdout.flush()
-        print(f"error: {_out_of_memory(error)}", file=sys.stderr)
+        _, _, reason = str(error).partition(f"{OUT_OF_MEMORY}: ")
+        print(f"error: {_out_of_memory(reason)}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError as error:  # of NumPy and of Python
+        if os.environ.get("LORAX_FT_DEBUG"):
+            raise
+        sys.stdout.flush()
+        print(f"error: {_out_of_memory(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _out_of_memory(error: Exception) -> str:
-    """JAX's message that memory ran out, with what to do, in one line."""
-    _, _, reason = str(error).partition(f"{OUT_OF_MEMORY}: ")
+def _out_of_memory(reason: str) -> str:
+    """That memory ran out, how much there is, and what to do, in one line."""
     first = " ".join(reason.partition("\n")[0].split()).rstrip(".")
+    first = re.sub(r"\b(\d{7,}) bytes", lambda size: f"{int(size[1]) / 1e9:,.2f} GB", first)
+    # It imports JAX, which takes seconds and is imported already where memory ran out.
+    from lorax_ft.run.memory import describe_memory
+
     return (
-        f"the memory of the device is too small: {first}; use --model.remat full, more "
+        f"the memory is too small: {first or 'an allocation failed'}, but {describe_memory()}; "
+        "use a smaller --train.batch_size, --model.remat full, more "
         "--train.microbatches, --quant.format nf4, or more --mesh.fsdp, which splits the weights; "
         "scripts/plan.py finds what fits"
     )

@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lorax_ft.checks import alternatives, divisors
 from lorax_ft.config import MeshConfig
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.quant.kernels import Quantized
@@ -72,10 +73,7 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     if data == -1:
         data = len(devices) // rest
     if data * rest != len(devices):
-        raise ValueError(
-            f"a mesh of data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} "
-            f"does not fit {len(devices)} devices; the product must be {len(devices)}"
-        )
+        raise ValueError(_misfit(config, len(devices)))
     shape = (data, config.fsdp, config.tensor)
     names = ("data", "fsdp", "tensor")
     # Explicit axes, jax.make_mesh's default since 0.9, fail in nn.Embed on a sharded table.
@@ -92,6 +90,17 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
         (data // slices, config.fsdp, config.tensor), (slices, 1, 1), devices=devices
     )
     return Mesh(grid, names, axis_types=types)
+
+
+def _misfit(config: MeshConfig, devices: int) -> str:
+    """What is wrong with a mesh whose sizes do not multiply to the number of devices."""
+    mesh = f"a mesh of data={config.data} × fsdp={config.fsdp} × tensor={config.tensor}"
+    rest = config.fsdp * config.tensor
+    if devices % rest:
+        way_out = f"mesh.fsdp × mesh.tensor must be {alternatives(divisors(devices))}, not {rest}"
+    else:
+        way_out = f"with this fsdp and tensor, mesh.data must be {devices // rest}, or -1"
+    return f"{mesh} does not fit {devices} devices; {way_out}"
 
 
 def _slices(devices: Sequence[Any]) -> int:

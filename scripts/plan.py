@@ -44,6 +44,8 @@ def main() -> None:
     """Reads the config file, then the options, then plans."""
     with cli.one_line_errors():
         args, config = cli.parse_run(Args)
+        if not args.topology:
+            raise ValueError("--topology lacks its value; give one, such as v5e:4x4 or h100:8")
         topologies = [parse_topology(name, slices=args.slices) for name in args.topology]
         _prepare(max(topology.devices for topology in topologies))
         # Imports JAX, which reads the environment once.

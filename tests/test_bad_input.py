@@ -31,8 +31,23 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--model.path", "bert"], "llama"),
         (["--optim.learning_rate", "-1"], "optim.learning_rate is -1"),
         (["--optim.schedule", "cosin"], "cosin"),
-        (["--train.microbatches", "3"], "does not divide"),
-        (["--mesh.fsdp", "3"], "does not fit"),
+        (["--train.microbatches", "3"], "microbatches 3; 2 or 4 microbatches would"),
+        (["--train.microbatches", "9"], "microbatches 9; 8 microbatches would"),
+        (
+            ["--mesh.fsdp", "3"],
+            "fit 8 devices; mesh.fsdp × mesh.tensor must be 1, 2, 4 or 8, not 3",
+        ),
+        (
+            ["--mesh.data", "3"],
+            "does not fit 8 devices; with this fsdp and tensor, mesh.data must be 4",
+        ),
+        (["--mesh.fsdp", "0"], "mesh.fsdp is 0; it must be above 0"),
+        (
+            ["--mesh.tensor", "-1"],
+            "mesh.tensor is -1; it must be above 0; only mesh.data may be -1",
+        ),
+        (["--train.batch_size", "12"], "a batch_size of 8 or 16 would"),
+        (["--train.batch_size", "4"], "a batch_size of 8 would"),
         (
             [
                 "--train.output",

@@ -327,6 +327,11 @@ def test_the_script_plans_for_gpus(
     ("argv", "error"),
     [
         (["--topology", "v5e:5x5"], "there are v5e:1x1"),
+        (["--topology", "v5p:4x4x5"], "there are v5p:2x2x1"),
+        (["--topology", "v99:4x4"], "v99 is no known chip; known are v5e"),
+        (["--topology", "V5E:4x4"], "did you mean v5e?"),
+        (["--topology", "h100:17"], "GPUs of one machine, which has at most 16"),
+        (["--topology"], "--topology lacks its value"),
         (["--topology", "h100:4", "--mesh.fsdp", "3"], "does not fit 4 devices"),
         (["--topology", "h100:3"], "which do not divide over data × fsdp = 3"),
         (["--topology", "h100:2", "--model.path", "nowhere"], "no model at nowhere"),

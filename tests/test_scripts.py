@@ -31,6 +31,7 @@ from lorax_ft.interop.save import save_model
 from lorax_ft.interop.save_gguf import save_gguf
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.models.model import Model
+from lorax_ft.run.memory import describe_memory
 from lorax_ft.run.model_args import ModelArgs, locate
 from lorax_ft.tree import Tree, flatten
 
@@ -325,6 +326,28 @@ def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
         jax.block_until_ready(jnp.zeros(2**44, jnp.float32))
     assert end.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: the memory of the device is too small: Out of memory allocating")
+    assert said.startswith("error: the memory is too small: Out of memory allocating")
+    # 2^44 numbers of 4 bytes.
+    assert "allocating 70,368.74 GB, but this machine has" in said
     assert "scripts/plan.py" in said
     assert said.count("\n") == 1
+
+
+def test_too_little_memory_of_the_host_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """NumPy's own error, of an array of 64 TiB."""
+    with pytest.raises(SystemExit) as end, cli.one_line_errors():
+        np.ones(2**44, np.float32)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the memory is too small: Unable to allocate 64.0 TiB")
+    assert "scripts/plan.py" in said
+    assert said.count("\n") == 1
+
+
+def test_the_memory_of_an_accelerator_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": 80 * 10**9, "bytes_in_use": 65 * 10**9}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert describe_memory() == "a device has 80.00 GB, of which 15.00 GB are free"

@@ -215,6 +215,12 @@ def _loss(line: dict[str, Any]) -> float:
     return float(line["validation_loss"])
 
 
+def test_a_sweep_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="a sweep runs in one process, and here are 2"):
+        sweep(Config(), ["optim.learning_rate=1e-4,1e-3"])
+
+
 @pytest.mark.parametrize("budget", ["full", "halve"])
 def test_an_interrupted_sweep_comes_to_the_same_end(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: Any

@@ -75,4 +75,7 @@ class MeshConfig:
         check(
             self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1"
         )
-        check_positive(self, "fsdp", "tensor")
+        for field in ("fsdp", "tensor"):
+            value = getattr(self, field)
+            only = "; only mesh.data may be -1" if value == -1 else ""
+            check(value > 0, f"mesh.{field} is {value}; it must be above 0{only}")

@@ -7,7 +7,15 @@ import math
 import re
 from typing import Literal
 
-from lorax_ft.checks import check, check_fraction, check_positive, check_types, compile_pattern
+from lorax_ft.checks import (
+    alternatives,
+    check,
+    check_fraction,
+    check_positive,
+    check_types,
+    compile_pattern,
+    divisors,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,16 +152,23 @@ class TrainConfig:
             0 <= self.seed < 2**32,
             f"train.seed is {self.seed}; it must be 0 or more and below 2^32",
         )
-        check(
-            self.batch_size % self.microbatches == 0,
-            f"train.batch_size {self.batch_size} does not divide into "
-            f"train.microbatches {self.microbatches}",
-        )
+        self._check_microbatches()
         for field in ("neftune_alpha", "eval_every", "save_every", "patience", "profile"):
             value = getattr(self, field)
             check(value == "epoch" or value >= 0, f"train.{field} is {value}; it must be 0 or more")
         self._check_evaluation()
         self._check_output()
+
+    def _check_microbatches(self) -> None:
+        if self.batch_size % self.microbatches == 0:
+            return
+        fitting = divisors(self.batch_size)
+        below = [number for number in fitting if number < self.microbatches]
+        above = [number for number in fitting if number > self.microbatches]
+        raise ValueError(
+            f"train.batch_size {self.batch_size} does not divide into train.microbatches "
+            f"{self.microbatches}; {alternatives(below[-1:] + above[:1])} microbatches would"
+        )
 
     def _check_evaluation(self) -> None:
         for field in ("load_best", "patience"):

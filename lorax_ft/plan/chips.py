@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 
 GB = 1e9
+MOST_GPUS = 16
+"""GPUs of the largest machines with these chips."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ def parse_topology(name: str, *, slices: int = 1) -> Topology:
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
-        near = difflib.get_close_matches(kind, CHIPS, n=1)
+        near = difflib.get_close_matches(kind.lower(), CHIPS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
             f"--topology {name}: {kind} is no known chip; known are {', '.join(CHIPS)}, such as "
@@ -139,6 +141,10 @@ def parse_topology(name: str, *, slices: int = 1) -> Topology:
         return Topology(name=name, chip=chip, chips=chips, slices=slices)
     if not re.fullmatch(r"[1-9]\d*", shape):
         raise ValueError(f"--topology {name}: give the number of GPUs, such as {kind}:8")
+    if int(shape) > MOST_GPUS:
+        raise ValueError(
+            f"--topology {name}: these are GPUs of one machine, which has at most {MOST_GPUS}"
+        )
     if slices > 1:
         raise ValueError("--slices is for TPUs; name all GPUs in --topology")
     return Topology(name=name, chip=chip, chips=int(shape), slices=1)

@@ -41,6 +41,31 @@ def device_memory() -> float:
     return host_memory() / jax.local_device_count()
 
 
+def describe_memory() -> str:
+    """The memory of a device and how much of it is free, in words; on a CPU of the machine.
+
+    Where an allocation failed, its size is in the error, and this is what it did not fit into.
+    """
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        whole = statistics["bytes_limit"]
+        free = f"{(whole - statistics.get('bytes_in_use', 0)) / 1e9:,.2f} GB are free"
+        return f"a device has {whole / 1e9:,.2f} GB, of which {free}"
+    words = f"this machine has {host_memory() / 1e9:,.2f} GB"
+    limit = _process_limit()
+    return words if limit is None else f"{words}, and a limit of {limit / 1e9:,.2f} GB a process"
+
+
+def _process_limit() -> int | None:
+    """The limit of `ulimit -v` in bytes; None: there is none."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
 def host_memory() -> float:
     """The bytes that this machine, or the container that it is, has."""
     try:

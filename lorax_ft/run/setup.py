@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lorax_ft import sharding
+from lorax_ft.checks import alternatives
 from lorax_ft.config import Config, TrainConfig
 from lorax_ft.data.batches import Batches
 from lorax_ft.data.dataset import Dataset
@@ -181,11 +182,13 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % devices == 0:
         return
-    nearest = max(round(rows / devices), 1) * devices * train.microbatches
+    unit = devices * train.microbatches
+    below = train.batch_size // unit * unit
+    fitting = alternatives([size for size in (below, below + unit) if size > 0])
     raise ValueError(
-        f"train.batch_size {train.batch_size} in {train.microbatches} microbatches gives {rows} "
-        f"rows, which do not divide over data × fsdp = {devices} devices; a batch_size of "
-        f"{nearest} would"
+        f"train.batch_size {train.batch_size} / train.microbatches {train.microbatches} gives "
+        f"{rows} rows, which do not divide over data × fsdp = {devices} devices; a batch_size of "
+        f"{fitting} would"
     )
 
 

@@ -51,11 +51,17 @@ def sweep(
       The best point. Its config lies in best.py, its adapter in adapter/.
 
     Raises:
-      ValueError: bad input, or all points diverged.
+      ValueError: bad input, several processes, or all points diverged.
       OSError: the disk is full.
       KeyboardInterrupt: a signal ended the sweep, after a checkpoint.
     """
     start_time = time.perf_counter()
+    # Its files are written by one process.
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"a sweep runs in one process, and here are {jax.process_count()}; start it on one "
+            "host, or train its points as runs with scripts/train.py --multihost"
+        )
     axes = _checked_axes(config, entries, parallel=parallel, budget=budget, trials=trials)
     folder = sweep_folder(config)
     options = {"sweep": list(entries), "parallel": parallel, "budget": budget, "trials": trials}
