@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from run_cases import ROOT, SHORT, Main, config
+from safetensors.numpy import save_file
 
 import lorax_ft as lft
 
@@ -33,6 +35,11 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--optim.schedule", "cosin"], "cosin"),
         (["--train.microbatches", "3"], "does not divide"),
         (["--mesh.fsdp", "3"], "does not fit"),
+        (["--mesh.fsdp", "1", "--mesh.expert", "2"], "has no experts; mesh.fsdp splits"),
+        (
+            ["--model.path", "sparse", "--mesh.fsdp", "1", "--mesh.expert", "2"],
+            "mesh.expert is 2, which does not divide the 3 experts of sparse; 1 or 3 would",
+        ),
         (
             [
                 "--train.output",
@@ -121,6 +128,19 @@ def test_bad_input_gets_one_line_and_loses_nothing(
     Path("bert/config.json").write_text(
         json.dumps({"model_type": "bert", "architectures": ["BertModel"]})
     )
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    experts = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+    Path("sparse").mkdir()
+    Path("sparse/config.json").write_text(json.dumps(sizes | experts))
+    save_file({"norm.weight": np.ones(32, np.float32)}, "sparse/model.safetensors")
     for name, file in (("notes", "my.txt"), ("old", "config.json")):
         Path(name).mkdir()
         (Path(name) / file).write_text(lft.Config().to_json())

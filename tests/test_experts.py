@@ -143,19 +143,55 @@ def test_clamped_gates() -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "tensor"), [("blocks", 2), ("ragged", 1)])
-def test_on_a_mesh(kind: str, tensor: int) -> None:
-    """Each device sorts its own tokens: as on one device, balanced or not."""
-    params = adapted(random_params(), dora=True)
-    tokens = jnp.concatenate([TOKENS[:2], TOKENS[:2], jnp.full((4, 21), 5, jnp.int32)])
-    expected = value_and_gradient(model_of("dense"), params, tokens)
-    mesh = make_mesh(MeshConfig(data=4 // tensor, fsdp=2, tensor=tensor))
+MIXED = jnp.concatenate([TOKENS[:2], TOKENS[:2], jnp.full((4, 21), 5, jnp.int32)])
+"""Four rows of random tokens, and four that all choose the same two experts."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "format"),
+    [
+        ("blocks", {"fsdp": 2, "tensor": 2}, None),
+        ("ragged", {"fsdp": 2}, None),
+        ("blocks", {"fsdp": 2, "expert": 2, "tensor": 2}, None),
+        ("ragged", {"expert": 8}, None),
+        ("blocks", {"expert": 4}, "nf4"),
+    ],
+)
+def test_on_a_mesh(kind: str, shape: dict[str, int], format: Any) -> None:
+    """Each device sorts its own tokens, or computes its own experts: as on one device.
+
+    Balanced or not: all tokens of half of the rows choose the same experts.
+    """
+    base = random_params()
+    if format is not None:
+        quant = QuantConfig(format=format)
+        base, _ = quantize_base(base, quant, layout=model_of("blocks").layout)
+    params = adapted(base, dora=True)
+    expected = value_and_gradient(model_of("dense"), params, MIXED)
+    mesh = make_mesh(MeshConfig(**shape))
     model = model_of(kind)
     places = param_shardings(params, DECODER_RULES, layout=model.layout, mesh=mesh)
     placed = jax.device_put(params, places)
-    rows = jax.device_put(tokens, batch_sharding(mesh, microbatched=False))
+    rows = jax.device_put(MIXED, batch_sharding(mesh, microbatched=False))
     with jax.set_mesh(mesh):
         close(value_and_gradient(model, placed, rows), expected)
+
+
+def test_rows_that_do_not_divide_over_the_mesh() -> None:
+    """Every group of devices computes all rows then, as in generation from one prompt."""
+    params = random_params()
+    expected = value_and_gradient(model_of("dense"), params)
+    mesh = make_mesh(MeshConfig(data=2, expert=4))
+    places = param_shardings(params, DECODER_RULES, layout=model_of("ragged").layout, mesh=mesh)
+    with jax.set_mesh(mesh):
+        close(value_and_gradient(model_of("ragged"), jax.device_put(params, places)), expected)
+
+
+def test_experts_that_do_not_divide_over_the_mesh() -> None:
+    sparse = model_of("blocks").config
+    grouped.check_expert_axis(sparse, 4, source="it")
+    with pytest.raises(ValueError, match=r"does not divide the 8 experts of it; 1, 2, 4 or 8 w"):
+        grouped.check_expert_axis(sparse, 3, source="it")
 
 
 @pytest.mark.parametrize("block", [1, 4, 8])

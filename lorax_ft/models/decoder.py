@@ -35,13 +35,20 @@ SAVED_NAMES: dict[str, tuple[str, ...]] = {
 """The named values of a layer that each kind of rematerialization saves."""
 
 
-def saved_per_token(config: DecoderConfig, remat: str) -> int:
-    """The numbers that a kind of rematerialization saves of each token, in all layers."""
+def saved_per_token(config: DecoderConfig, remat: str, expert_devices: int = 1) -> int:
+    """The numbers that a kind of rematerialization saves of each token, in all layers.
+
+    Args:
+      config: the decoder's.
+      remat: the kind.
+      expert_devices: how many devices the experts are split over. Each has room for all copies of
+        all their tokens that may choose its experts.
+    """
     total = 0
     for layer_type in config.each_layer:
         copies = 1
         if config.experts:
-            copies = config.experts.top_k
+            copies = min(config.experts.top_k * expert_devices, config.experts.count)
         widths = {"mlp": 2 * copies * config.mlp_width, "residual": config.width}
         if not layer_type.linear:
             heads = config.heads_of(layer_type)

@@ -1,7 +1,7 @@
 """The MLP of a layer, dense or sparse.
 
-Shapes: B batch, T tokens, D width, F mlp width, E experts, N rows, K experts of a row, S shards, M
-sorted copies of rows.
+Shapes: B batch, T tokens, D width, F mlp width, E experts, N rows, K experts of a row, G groups of
+rows, S shards, M sorted copies of rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lorax_ft.lowrank.experts import ExpertDense, ExpertProduct, Rows
 from lorax_ft.models import grouped
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.parts import dense, hidden_activations, projections
+from lorax_ft.sharding import expert_devices
 
 
 class MLP(nn.Module):
@@ -60,7 +61,7 @@ class MoE(nn.Module):
         if kind == "dense":
             y = self._all_experts(rows, weights, chosen)
         else:
-            y = self._chosen_experts(rows, weights, chosen, kind, shards=grouped.shards_of(len(x)))
+            y = self._chosen_experts(rows, weights, chosen, kind, groups=grouped.groups_of(len(x)))
         return y.reshape(x.shape)
 
     def _all_experts(self, x: Array, weights: Array, chosen: Array) -> Array:
@@ -75,17 +76,18 @@ class MoE(nn.Module):
         return jnp.einsum("end,ne->nd", y, all_weights.astype(y.dtype))
 
     def _chosen_experts(
-        self, x: Array, weights: Array, chosen: Array, kind: str, *, shards: int
+        self, x: Array, weights: Array, chosen: Array, kind: str, *, groups: int
     ) -> Array:
-        """The chosen experts on copies of each row `[N, D]`, sorted by expert on each shard."""
+        """The chosen experts on copies of each row `[N, D]`, sorted by expert in each group."""
         experts = self.config.experts
         assert experts is not None
-        x = _by_shard(x, shards)
-        weights = _by_shard(weights, shards)
-        chosen = _by_shard(chosen, shards)
+        x = _by_group(x, groups)
+        weights = _by_group(weights, groups)
+        chosen = _by_group(chosen, groups)
         copies = chosen.shape[1] * experts.top_k
         block = grouped.block_rows(copies, experts.count, kind)
-        routed = grouped.route(chosen, experts=experts.count, block=block)
+        parts = expert_devices()
+        routed = grouped.route(chosen, experts=experts.count, block=block, parts=parts)
         product = grouped.product_of(kind, block=block)
         mlp = ChosenExperts(self.config, product, name="experts")
         y = mlp(grouped.gather_tokens(x, routed), routed.rows)  # [S, M, D]
@@ -136,9 +138,9 @@ class AllExperts(nn.Module):
         return _expert_projection(c, hidden, c.width, "down_proj")
 
 
-def _by_shard(x: Array, shards: int) -> Array:
-    """`[S N, ...]` as `[S, N, ...]`."""
-    return x.reshape(shards, -1, x.shape[-1])
+def _by_group(x: Array, groups: int) -> Array:
+    """`[G N, ...]` as `[G, N, ...]`."""
+    return x.reshape(groups, -1, x.shape[-1])
 
 
 def _expert_projection(config: DecoderConfig, x: Array, features: int, name: str) -> Array:

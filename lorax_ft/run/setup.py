@@ -178,14 +178,14 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     """
     train = config.train
     rows = train.batch_size // train.microbatches
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = sharding.row_devices(mesh)
     if rows % devices == 0:
         return
     nearest = max(round(rows / devices), 1) * devices * train.microbatches
     raise ValueError(
         f"train.batch_size {train.batch_size} in {train.microbatches} microbatches gives {rows} "
-        f"rows, which do not divide over data × fsdp = {devices} devices; a batch_size of "
-        f"{nearest} would"
+        f"rows, which do not divide over {' × '.join(sharding.ROW_AXES)} = {devices} devices; "
+        f"a batch_size of {nearest} would"
     )
 
 
