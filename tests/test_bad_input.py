@@ -34,6 +34,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--optim.learning_rate", "-1"], "optim.learning_rate is -1"),
         (["--optim.schedule", "cosin"], "cosin"),
         (["--train.microbatches", "3"], "does not divide"),
+        (["--train.router_aux_loss_coef", "0.01"], "has no experts to balance"),
+        (["--train.router_aux_loss_coef", "-1"], "train.router_aux_loss_coef is -1"),
         (["--mesh.fsdp", "3"], "does not fit"),
         (["--mesh.fsdp", "1", "--mesh.expert", "2"], "has no experts; mesh.fsdp splits"),
         (

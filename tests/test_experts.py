@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import Array
 from zoo import TINY
@@ -21,9 +22,18 @@ from lorax_ft.config import MeshConfig, QuantConfig
 from lorax_ft.lowrank.quantize import quantize_base
 from lorax_ft.models import grouped
 from lorax_ft.models.config import ClampedGate, Experts
+from lorax_ft.models.mlp import Usage, router_loss
 from lorax_ft.models.model import CausalLM, abstract_params
 from lorax_ft.plan.flops import count_flops
-from lorax_ft.sharding import DECODER_RULES, batch_sharding, make_mesh, param_shardings
+from lorax_ft.sharding import (
+    DECODER_RULES,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    place_batch,
+)
+from lorax_ft.training.losses import supervised_loss
+from lorax_ft.training.step import TrainState, make_train_step
 from lorax_ft.tree import Tree, flatten, unflatten
 
 SPARSE = dataclasses.replace(
@@ -192,6 +202,78 @@ def test_experts_that_do_not_divide_over_the_mesh() -> None:
     grouped.check_expert_axis(sparse, 4, source="it")
     with pytest.raises(ValueError, match=r"does not divide the 8 experts of it; 1, 2, 4 or 8 w"):
         grouped.check_expert_axis(sparse, 3, source="it")
+
+
+BATCH = {
+    "tokens": MIXED,
+    "targets": jnp.roll(MIXED, -1, axis=1),
+    "weights": jnp.ones(MIXED.shape, jnp.float32),
+    "positions": jnp.broadcast_to(jnp.arange(MIXED.shape[1], dtype=jnp.int32), MIXED.shape),
+    # The last four tokens of each row are padding.
+    "segment_ids": jnp.where(jnp.arange(MIXED.shape[1]) < 17, 1, 0) * jnp.ones_like(MIXED),
+}
+
+
+def test_router_loss_by_hand() -> None:
+    """Three experts, of which two are used: of 3 tokens in one layer, and 1 in the other."""
+    usage = Usage(
+        tokens=jnp.array([[3.0], [1.0]]),
+        chosen=jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
+        probability=jnp.array([[2.0, 0.5, 0.5], [0.5, 0.5, 0.0]]),
+    )
+    # The shares are 3/4 and 1/4, the mean probabilities 2.5/4 and 1/4.
+    expected = 3 * (0.75 * 0.625 + 0.25 * 0.25)
+    np.testing.assert_allclose(router_loss([usage]), expected, rtol=1e-6)
+
+
+def router_step(config: MeshConfig, microbatches: int, coef: float) -> tuple[Any, Tree]:
+    """The metrics of a step, and the leaves that it trained: the routers' adapters."""
+    model = model_of("blocks")
+    adapter = AdapterConfig(rank=3, targets=("mlp/gate",))
+    params = add_adapters(random_params(), adapter, layout=model.layout, key=jax.random.key(1))
+    mesh = make_mesh(config, devices=jax.devices()[: config.data * config.expert])
+    shardings = param_shardings(params, DECODER_RULES, layout=model.layout, mesh=mesh)
+    trained, frozen = partition(jax.device_put(params, shardings))
+    tx = optax.sgd(1.0)
+    loss = supervised_loss(model, packed=False, router_aux_loss_coef=coef)
+    step = jax.jit(make_train_step(loss, tx, layout=model.layout))
+    state = TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
+    batch = place_batch(
+        {name: np.asarray(rows) for name, rows in BATCH.items()}, mesh, microbatches=microbatches
+    )
+    with jax.set_mesh(mesh):
+        state, metrics = step(state, frozen, batch, jax.random.key(2))
+    return metrics, state.trained
+
+
+def test_router_loss_in_a_step() -> None:
+    """It is added to the loss with its weight, trains a router, and does not count padding."""
+    metrics, trained = router_step(MeshConfig(data=1), 1, 0.5)
+    plain, trained_without = router_step(MeshConfig(data=1), 1, 0.0)
+    assert "router_loss" not in plain
+    # top_k where all experts are used alike, and more here.
+    assert 2 < metrics["router_loss"] < 8
+    added = metrics["loss"] - plain["loss"]
+    np.testing.assert_allclose(added, 0.5 * metrics["router_loss"], rtol=1e-5)
+    for path, leaf in flatten(trained).items():
+        if path.endswith("lora_b"):
+            assert not np.allclose(leaf, flatten(trained_without)[path], rtol=1e-2), path
+    # Columns that hold padding alone take no part.
+    model = model_of("blocks")
+    cut = {name: rows[:, :17] for name, rows in BATCH.items()}
+    loss = supervised_loss(model, packed=True, router_aux_loss_coef=0.5)
+    _, weight, sums = jax.jit(loss)(random_params(), cut, None)
+    router = sums["router_loss"] / weight
+    np.testing.assert_allclose(router, metrics["router_loss"], rtol=1e-5)
+
+
+def test_router_loss_on_a_mesh() -> None:
+    """As on one device; in two microbatches the mean of theirs."""
+    (expected, trained), (got, trained_on_mesh) = [
+        router_step(mesh, 2, 0.5) for mesh in (MeshConfig(data=1), MeshConfig(data=2, expert=2))
+    ]
+    np.testing.assert_allclose(got["router_loss"], expected["router_loss"], rtol=1e-5)
+    close((got["loss"], trained_on_mesh), (expected["loss"], trained))
 
 
 @pytest.mark.parametrize("block", [1, 4, 8])

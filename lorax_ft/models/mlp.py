@@ -6,6 +6,10 @@ rows, S shards, M sorted copies of rows.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,9 @@ from lorax_ft.models import grouped
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.parts import dense, hidden_activations, projections
 from lorax_ft.sharding import expert_devices
+
+ROUTER = "router"
+"""The collection of what `router_loss` needs, which `MoE` writes where it is mutable."""
 
 
 class MLP(nn.Module):
@@ -43,8 +50,13 @@ class MoE(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[B, T, D]` to `[B, T, D]`."""
+    def __call__(self, x: Array, counted: Array | None = None) -> Array:
+        """`[B, T, D]` to `[B, T, D]`.
+
+        Args:
+          x: `[B, T, D]`.
+          counted: `[B, T]`, the tokens that the load-balancing loss counts; None: it is not needed.
+        """
         c = self.config
         experts = c.experts
         assert experts is not None
@@ -54,6 +66,8 @@ class MoE(nn.Module):
         scores = scores.astype(jnp.float32)
         p = jax.nn.softmax(scores)
         weights, chosen = lax.top_k(p, experts.top_k)  # [N, K]
+        if counted is not None:
+            self._sow_usage(p, chosen, counted.reshape(-1))
         if experts.renormalized:
             total = jnp.sum(weights, axis=-1, keepdims=True)
             weights = weights / total
@@ -63,6 +77,17 @@ class MoE(nn.Module):
         else:
             y = self._chosen_experts(rows, weights, chosen, kind, groups=grouped.groups_of(len(x)))
         return y.reshape(x.shape)
+
+    def _sow_usage(self, p: Array, chosen: Array, counted: Array) -> None:
+        """Store sums over the counted tokens `[N]`: see `Usage`."""
+        real = counted.astype(p.dtype)
+        by_copy = jnp.repeat(real, chosen.shape[-1])
+        usage = Usage(
+            tokens=jnp.sum(real, keepdims=True),
+            chosen=jnp.bincount(chosen.reshape(-1), weights=by_copy, length=p.shape[-1]),
+            probability=jnp.einsum("n,ne->e", real, p),
+        )
+        self.sow(ROUTER, "usage", usage)
 
     def _all_experts(self, x: Array, weights: Array, chosen: Array) -> Array:
         """Every expert on every row `[N, D]`."""
@@ -92,6 +117,37 @@ class MoE(nn.Module):
         mlp = ChosenExperts(self.config, product, name="experts")
         y = mlp(grouped.gather_tokens(x, routed), routed.rows)  # [S, M, D]
         return grouped.combine_rows(y, weights, routed)
+
+
+class Usage(NamedTuple):
+    """How much each expert is used, summed over tokens."""
+
+    tokens: Array
+    """Their number, `[1]`."""
+    chosen: Array
+    """The tokens that chose each expert, `[E]`."""
+    probability: Array
+    """The router's probability of each expert, `[E]`."""
+
+
+def router_loss(usages: Sequence[Usage]) -> Array:
+    """E · Σ_e f_e P_e, with f the share of tokens that chose e and P its mean probability.
+
+    Switch Transformers' load-balancing loss (2101.03961), over the tokens of all layers together as
+    in transformers' `load_balancing_loss_func`. It is top_k where all experts are used alike.
+
+    Args:
+      usages: of each layer, or of a stack of layers, with leading axes.
+    """
+    add = functools.partial(jax.tree.map, jnp.add)
+    tokens, chosen, probability = functools.reduce(add, map(_over_layers, usages))
+    tokens = jnp.maximum(tokens, 1)
+    return len(chosen) * jnp.sum((chosen / tokens) * (probability / tokens))
+
+
+def _over_layers(usage: Usage) -> Usage:
+    """The sum over all axes but the last."""
+    return jax.tree.map(lambda leaf: jnp.sum(leaf.reshape(-1, leaf.shape[-1]), axis=0), usage)
 
 
 class ChosenExperts(nn.Module):

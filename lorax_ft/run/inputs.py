@@ -23,6 +23,7 @@ from lorax_ft.models.grouped import check_expert_axis
 from lorax_ft.models.model import HEAD, LoadedModel, Model
 from lorax_ft.schema import METHODS, init_schema
 from lorax_ft.sharding import DECODER_RULES
+from lorax_ft.training.losses import check_router_loss
 from lorax_ft.tree import flatten
 
 
@@ -48,6 +49,7 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
         _check_length(config.data, decoder.max_positions)
         _check_attention(config, decoder)
         check_expert_axis(decoder, config.mesh.expert, source=config.model.path)
+        check_router_loss(decoder, config.train.router_aux_loss_coef, source=config.model.path)
 
     model = load_model(
         config.model.path,

@@ -72,6 +72,7 @@ def compile_program(
         packed=config.data.pack,
         dropout=config.adapter.dropout,
         neftune_alpha=config.train.neftune_alpha,
+        router_aux_loss_coef=config.train.router_aux_loss_coef,
         chunk_rows=_chunk_rows(config, state.trained, count, mesh),
     )
     solo_step = make_train_step(loss, tx, layout=model.layout)
