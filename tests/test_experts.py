@@ -19,12 +19,14 @@ from zoo import TINY
 
 from lorax_ft import AdapterConfig, add_adapters, combine, partition
 from lorax_ft.config import MeshConfig, QuantConfig
+from lorax_ft.lowrank.experts import Rows
 from lorax_ft.lowrank.quantize import quantize_base
 from lorax_ft.models import grouped
 from lorax_ft.models.config import ClampedGate, Experts
 from lorax_ft.models.mlp import Usage, router_loss
 from lorax_ft.models.model import CausalLM, abstract_params
 from lorax_ft.plan.flops import count_flops
+from lorax_ft.quant.kernels import dense, quantize
 from lorax_ft.sharding import (
     DECODER_RULES,
     batch_sharding,
@@ -134,8 +136,14 @@ def test_sorted_tokens_give_what_all_experts_give(kind: str, method: str) -> Non
     )
 
 
-@pytest.mark.parametrize(("kind", "format"), [("blocks", "nf4"), ("ragged", "int8")])
-def test_quantized_experts(kind: str, format: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "format", "batch"), [("blocks", "nf4", 8), ("ragged", "int8", 8), ("ragged", "nf4", 2)]
+)
+def test_quantized_experts(
+    kind: str, format: Any, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By XLA's product, so many of the 8 experts are dense at a time."""
+    monkeypatch.setattr(grouped, "DENSE_BYTES", batch * 4 * SPARSE.width * SPARSE.mlp_width)
     model = model_of("blocks")
     base, _ = quantize_base(random_params(), QuantConfig(format=format), layout=model.layout)
     params = adapted(base)
@@ -143,6 +151,28 @@ def test_quantized_experts(kind: str, format: Any) -> None:
         value_and_gradient(model_of(kind), params),
         value_and_gradient(model_of("dense"), params),
     )
+
+
+@pytest.mark.parametrize("sizes", [[1, 5, 0, 9, 3, 2], [20, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 20]])
+def test_batches_of_quantized_kernels(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of six experts at a time: the product and its gradient, at any load of the experts."""
+    rng = np.random.default_rng(0)
+    kernels = jnp.asarray(rng.normal(size=(6, 64, 5)), jnp.float32)
+    quantized = quantize(kernels, format="nf4", n_stack=1, n_in=1)
+    x = jnp.asarray(rng.normal(size=(1, 24, 64)), jnp.float32)
+    rows = Rows(expert=jnp.zeros((1, 24), jnp.int32), sizes=jnp.asarray([sizes], jnp.int32))
+    monkeypatch.setattr(grouped, "DENSE_BYTES", 2 * kernels[0].nbytes)
+    product = grouped.product_of("ragged", block=1)
+
+    def total(x: Array, kernels: Any) -> tuple[Array, Array]:
+        y = product(x, kernels, rows)
+        return jnp.sum(jnp.sin(y)), y
+
+    both = jax.value_and_grad(total, has_aux=True)
+    (_, got), d_got = both(x, quantized)
+    (_, expected), d_expected = both(x, dense(quantized))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_got, d_expected, rtol=1e-5, atol=1e-5)
 
 
 def test_clamped_gates() -> None:

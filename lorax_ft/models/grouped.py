@@ -12,6 +12,7 @@ M rows of a shard, E experts, I inputs, O outputs.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from lorax_ft.sharding import ROW_AXES, expert_devices, row_devices
 
 MOST_BLOCK = 128
 """Rows of the largest block."""
+DENSE_BYTES = 64 * 2**20
+"""Of quantized kernels, so many bytes are dense at a time, or one kernel."""
 
 
 class Routed(NamedTuple):
@@ -218,8 +221,76 @@ def product_of(kind: str, *, block: int) -> ExpertProduct:
 
 
 def _ragged(x: Array, kernels: Array | Quantized, rows: Rows) -> Array:
-    """By XLA's own product of ragged groups."""
+    """By XLA's own product of ragged groups; quantized kernels are dense a batch at a time."""
+    if isinstance(kernels, Quantized) and _batch_size(kernels, x.dtype) < len(rows.sizes):
+        return _ragged_quantized(x, kernels, rows.sizes)
     return lax.ragged_dot(x, dense(kernels, x.dtype), rows.sizes)
+
+
+def _batch_size(kernels: Quantized, dtype: Any) -> int:
+    """The most experts that divide their number and whose kernels take at most `DENSE_BYTES`."""
+    experts, *matrix = kernels.shape
+    size = math.prod(matrix) * jnp.dtype(dtype).itemsize
+    fitting = [n for n in range(1, experts + 1) if experts % n == 0 and n * size <= DENSE_BYTES]
+    return max(fitting, default=1)
+
+
+@jax.custom_vjp
+def _ragged_quantized(x: Array, kernels: Quantized, sizes: Array) -> Array:
+    """Rows `[M, I]`, of which each expert has `[E]`, times frozen kernels `[E, I, O]`."""
+    return _by_batch(x, kernels, sizes, transposed=False)
+
+
+def _ragged_forward(x: Array, kernels: Quantized, sizes: Array) -> tuple[Array, tuple[Any, ...]]:
+    return _ragged_quantized(x, kernels, sizes), (kernels, sizes)
+
+
+def _ragged_backward(residuals: tuple[Any, ...], g: Array) -> tuple[Array, None, None]:
+    """dx = g Wᵀ. JAX has no such rule for loops whose length depends on data."""
+    kernels, sizes = residuals
+    return _by_batch(g, kernels, sizes, transposed=True), None, None
+
+
+_ragged_quantized.defvjp(_ragged_forward, _ragged_backward)
+
+
+def _by_batch(x: Array, kernels: Quantized, sizes: Array, *, transposed: bool) -> Array:
+    """The products of one batch of experts after another.
+
+    The rows of a batch, of which there may be any number, are multiplied in chunks: as many rows as
+    a batch has on average, so that all chunks together have at most twice as many rows as x.
+    """
+    batch = _batch_size(kernels, x.dtype)
+    batches = len(sizes) // batch
+    chunk = -(-len(x) // batches)
+    by_batch = jax.tree.map(lambda part: part.reshape(batches, batch, *part.shape[1:]), kernels)
+    ends = jnp.cumsum(sizes).reshape(batches, batch)
+    starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1, -1]])
+    # The last chunk may reach past the last row.
+    x = jnp.pad(x, [(0, chunk), (0, 0)])
+    outs = kernels.shape[1 if transposed else 2]
+
+    def multiply(y: Array, operands: tuple[Any, Array, Array]) -> tuple[Array, None]:
+        kernels, start, ends = operands
+        weights = dense(kernels, x.dtype)
+        if transposed:
+            weights = weights.swapaxes(1, 2)
+
+        def add_chunk(i: Array, y: Array) -> Array:
+            first = start + i * chunk
+            within = jnp.clip(ends - first, 0, chunk)
+            rows = lax.dynamic_slice_in_dim(x, first, chunk)
+            part = lax.ragged_dot(rows, weights, jnp.diff(within, prepend=0))
+            # Rows of the next batch are 0 in it.
+            part += lax.dynamic_slice_in_dim(y, first, chunk)
+            return lax.dynamic_update_slice_in_dim(y, part, first, axis=0)
+
+        chunks = -(-(ends[-1] - start) // chunk)
+        return lax.fori_loop(0, chunks, add_chunk, y), None
+
+    zeros = jnp.zeros((len(x), outs), x.dtype)
+    y, _ = lax.scan(multiply, zeros, (by_batch, starts, ends))
+    return y[:-chunk]
 
 
 def _by_block(x: Array, kernels: Array | Quantized, rows: Rows, *, block: int) -> Array:
