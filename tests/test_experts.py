@@ -232,6 +232,9 @@ def test_experts_that_do_not_divide_over_the_mesh() -> None:
     grouped.check_expert_axis(sparse, 4, source="it")
     with pytest.raises(ValueError, match=r"does not divide the 8 experts of it; 1, 2, 4 or 8 w"):
         grouped.check_expert_axis(sparse, 3, source="it")
+    mesh = make_mesh(MeshConfig(expert=3), devices=jax.devices()[:3])
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"mesh.expert is 3, which does not"):
+        jax.eval_shape(model_of("blocks").features, random_params(), TOKENS)
 
 
 BATCH = {

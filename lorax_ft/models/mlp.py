@@ -112,6 +112,7 @@ class MoE(nn.Module):
         copies = chosen.shape[1] * experts.top_k
         block = grouped.block_rows(copies, experts.count, kind)
         parts = expert_devices()
+        grouped.check_expert_axis(self.config, parts, source="the model")
         routed = grouped.route(chosen, experts=experts.count, block=block, parts=parts)
         product = grouped.product_of(kind, block=block)
         mlp = ChosenExperts(self.config, product, name="experts")
