@@ -149,6 +149,8 @@ TRAINING = {
     "micro_batch_size": f"--train.batch_size; {_GLOBAL_BATCH}",
     "gradient_accumulation_steps": f"--train.microbatches; {_GLOBAL_BATCH}",
     "neftune_noise_alpha": "--train.neftune_alpha",
+    "router_aux_loss_coef": "--train.router_aux_loss_coef",
+    "output_router_logits": "--train.router_aux_loss_coef above 0",
     "data_seed": "--train.seed",
     "logging_steps": "--train.log_every",
     "eval_steps": "--train.eval_every",

@@ -30,16 +30,17 @@ MeshAxis = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 """(regular expression for a slash path, mesh axes of the leaf's axes); the first match wins."""
 
-ROW_AXES = ("data", "fsdp")  # the mesh axes that the rows of a batch are split over
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+ROW_AXES = ("data", "fsdp", "expert")  # the mesh axes that the rows of a batch are split over
 
 # Every leaf of a decoder must match a rule. The first axis of `layers` counts the layers.
 DECODER_RULES: Rules = (
     (r"embed_tokens/embedding", ("tensor", "fsdp")),
     (r"lm_head/kernel", ("fsdp", "tensor")),
-    (r"layers/.*/experts/(gate|up)_proj/kernel", (None, None, "fsdp", "tensor")),
-    (r"layers/.*/experts/down_proj/kernel", (None, None, "tensor", "fsdp")),
-    (r"layers/.*/experts/(gate|up)_proj/bias", (None, None, "tensor")),
-    (r"layers/.*/experts/down_proj/bias", ()),
+    (r"layers/.*/experts/(gate|up)_proj/kernel", (None, "expert", "fsdp", "tensor")),
+    (r"layers/.*/experts/down_proj/kernel", (None, "expert", "tensor", "fsdp")),
+    (r"layers/.*/experts/(gate|up)_proj/bias", (None, "expert", "tensor")),
+    (r"layers/.*/experts/down_proj/bias", (None, "expert")),
     (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", (None, "fsdp", "tensor")),
     (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)_proj/bias", (None, "tensor")),
     (r"layers/.*/in_proj_(qkv|z)/kernel", (None, "fsdp", "tensor")),
@@ -54,7 +55,7 @@ DECODER_RULES: Rules = (
 
 
 def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of axes data, fsdp and tensor over all devices of all processes.
+    """A mesh of axes data, fsdp, expert and tensor over all devices of all processes.
 
     Of several TPU slices, which only the data center's network connects, data goes across: its
     gradients are those of the adapters alone.
@@ -68,39 +69,45 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
         number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    rest = config.fsdp * config.tensor
+    rest = (config.fsdp, config.expert, config.tensor)
     data = config.data
     if data == -1:
-        data = len(devices) // rest
-    if data * rest != len(devices):
+        data = len(devices) // math.prod(rest)
+    if data * math.prod(rest) != len(devices):
         raise ValueError(_misfit(config, len(devices)))
-    shape = (data, config.fsdp, config.tensor)
-    names = ("data", "fsdp", "tensor")
+    shape = (data, *rest)
     # Explicit axes, jax.make_mesh's default since 0.9, fail in nn.Embed on a sharded table.
-    types = (AxisType.Auto,) * 3
+    types = (AxisType.Auto,) * len(MESH_AXES)
     slices = _slices(devices)
-    if slices == 1:
-        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
     if data % slices:
         raise ValueError(
             f"mesh.data is {data}, which does not divide by the {slices} slices: the weights would "
             "have to cross the network between them"
         )
-    grid = mesh_utils.create_hybrid_device_mesh(
-        (data // slices, config.fsdp, config.tensor), (slices, 1, 1), devices=devices
-    )
-    return Mesh(grid, names, axis_types=types)
+    # Of a v5p of 8x8x16 chips, fsdp may take 4 along one of its axes, which jax.make_mesh refuses.
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *rest),
+            (slices, 1, 1, 1),
+            devices=devices,
+            allow_split_physical_axes=True,
+        )
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def _misfit(config: MeshConfig, devices: int) -> str:
     """What is wrong with a mesh whose sizes do not multiply to the number of devices."""
-    mesh = f"a mesh of data={config.data} × fsdp={config.fsdp} × tensor={config.tensor}"
-    rest = config.fsdp * config.tensor
+    sizes = {name: getattr(config, name) for name in MESH_AXES}
+    described = " × ".join(f"{name}={size}" for name, size in sizes.items())
+    rest = math.prod(sizes.values()) // sizes["data"]
     if devices % rest:
-        way_out = f"mesh.fsdp × mesh.tensor must be {alternatives(divisors(devices))}, not {rest}"
+        others = " × ".join(f"mesh.{name}" for name in sizes if name != "data")
+        way_out = f"{others} must be {alternatives(divisors(devices))}, not {rest}"
     else:
-        way_out = f"with this fsdp and tensor, mesh.data must be {devices // rest}, or -1"
-    return f"{mesh} does not fit {devices} devices; {way_out}"
+        way_out = f"with these others, mesh.data must be {devices // rest}, or -1"
+    return f"a mesh of {described} does not fit {devices} devices; {way_out}"
 
 
 def _slices(devices: Sequence[Any]) -> int:
@@ -201,7 +208,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, *, microbatched: bool) -> NamedSharding:
-    """Rows split over data and fsdp: of `[B, T]`, or of `[M, B, T]` with microbatches."""
+    """Rows split over `ROW_AXES`: of `[B, T]`, or of `[M, B, T]` with microbatches."""
     if microbatched:
         return NamedSharding(mesh, P(None, ROW_AXES))
     return NamedSharding(mesh, P(ROW_AXES))
@@ -245,10 +252,18 @@ def split_rows(x: Array) -> Array:
     return lax.with_sharding_constraint(x, P(axes))
 
 
-def row_devices() -> int:
-    """How many devices of the ambient mesh a batch's rows are split over; 1 without a mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
+def row_devices(mesh: Mesh | None = None) -> int:
+    """How many devices of a mesh, or of the ambient one, a batch's rows are split over.
+
+    Without an ambient mesh it is 1.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape if mesh is None else mesh.shape
     return math.prod(sizes.get(axis, 1) for axis in ROW_AXES)
+
+
+def expert_devices() -> int:
+    """How many devices of the ambient mesh the experts are split over; 1 without a mesh."""
+    return int(jax.sharding.get_abstract_mesh().shape.get("expert", 1))
 
 
 def gathered(path: str, kernel: Quantized) -> Quantized:

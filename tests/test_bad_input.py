@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from run_cases import ROOT, SHORT, Main, config
+from safetensors.numpy import save_file
 
 import lorax_ft as lft
 
@@ -33,18 +35,19 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--optim.schedule", "cosin"], "cosin"),
         (["--train.microbatches", "3"], "microbatches 3; 2 or 4 microbatches would"),
         (["--train.microbatches", "9"], "microbatches 9; 8 microbatches would"),
-        (
-            ["--mesh.fsdp", "3"],
-            "fit 8 devices; mesh.fsdp × mesh.tensor must be 1, 2, 4 or 8, not 3",
-        ),
-        (
-            ["--mesh.data", "3"],
-            "does not fit 8 devices; with this fsdp and tensor, mesh.data must be 4",
-        ),
+        (["--train.router_aux_loss_coef", "0.01"], "has no experts to balance"),
+        (["--train.router_aux_loss_coef", "-1"], "train.router_aux_loss_coef is -1"),
+        (["--mesh.fsdp", "3"], "mesh.expert × mesh.tensor must be 1, 2, 4 or 8, not 3"),
+        (["--mesh.data", "3"], "fit 8 devices; with these others, mesh.data must be 4, or -1"),
         (["--mesh.fsdp", "0"], "mesh.fsdp is 0; it must be above 0"),
         (
             ["--mesh.tensor", "-1"],
             "mesh.tensor is -1; it must be above 0; only mesh.data may be -1",
+        ),
+        (["--mesh.fsdp", "1", "--mesh.expert", "2"], "has no experts; mesh.fsdp splits"),
+        (
+            ["--model.path", "sparse", "--mesh.fsdp", "1", "--mesh.expert", "2"],
+            "mesh.expert is 2, which does not divide the 3 experts of sparse; 1 or 3 would",
         ),
         (["--train.batch_size", "12"], "a batch_size of 8 or 16 would"),
         (["--train.batch_size", "4"], "a batch_size of 8 would"),
@@ -136,6 +139,19 @@ def test_bad_input_gets_one_line_and_loses_nothing(
     Path("bert/config.json").write_text(
         json.dumps({"model_type": "bert", "architectures": ["BertModel"]})
     )
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    experts = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+    Path("sparse").mkdir()
+    Path("sparse/config.json").write_text(json.dumps(sizes | experts))
+    save_file({"norm.weight": np.ones(32, np.float32)}, "sparse/model.safetensors")
     for name, file in (("notes", "my.txt"), ("old", "config.json")):
         Path(name).mkdir()
         (Path(name) / file).write_text(lft.Config().to_json())

@@ -12,18 +12,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import Array
 from zoo import TINY
 
 from lorax_ft import AdapterConfig, add_adapters, combine, partition
 from lorax_ft.config import MeshConfig, QuantConfig
+from lorax_ft.lowrank.experts import Rows
 from lorax_ft.lowrank.quantize import quantize_base
 from lorax_ft.models import grouped
 from lorax_ft.models.config import ClampedGate, Experts
+from lorax_ft.models.mlp import Usage, router_loss
 from lorax_ft.models.model import CausalLM, abstract_params
 from lorax_ft.plan.flops import count_flops
-from lorax_ft.sharding import DECODER_RULES, batch_sharding, make_mesh, param_shardings
+from lorax_ft.quant.kernels import dense, quantize
+from lorax_ft.sharding import (
+    DECODER_RULES,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    place_batch,
+)
+from lorax_ft.training.losses import supervised_loss
+from lorax_ft.training.step import TrainState, make_train_step
 from lorax_ft.tree import Tree, flatten, unflatten
 
 SPARSE = dataclasses.replace(
@@ -124,8 +136,14 @@ def test_sorted_tokens_give_what_all_experts_give(kind: str, method: str) -> Non
     )
 
 
-@pytest.mark.parametrize(("kind", "format"), [("blocks", "nf4"), ("ragged", "int8")])
-def test_quantized_experts(kind: str, format: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "format", "batch"), [("blocks", "nf4", 8), ("ragged", "int8", 8), ("ragged", "nf4", 2)]
+)
+def test_quantized_experts(
+    kind: str, format: Any, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By XLA's product, so many of the 8 experts are dense at a time."""
+    monkeypatch.setattr(grouped, "DENSE_BYTES", batch * 4 * SPARSE.width * SPARSE.mlp_width)
     model = model_of("blocks")
     base, _ = quantize_base(random_params(), QuantConfig(format=format), layout=model.layout)
     params = adapted(base)
@@ -133,6 +151,28 @@ def test_quantized_experts(kind: str, format: Any) -> None:
         value_and_gradient(model_of(kind), params),
         value_and_gradient(model_of("dense"), params),
     )
+
+
+@pytest.mark.parametrize("sizes", [[1, 5, 0, 9, 3, 2], [20, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 20]])
+def test_batches_of_quantized_kernels(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of six experts at a time: the product and its gradient, at any load of the experts."""
+    rng = np.random.default_rng(0)
+    kernels = jnp.asarray(rng.normal(size=(6, 64, 5)), jnp.float32)
+    quantized = quantize(kernels, format="nf4", n_stack=1, n_in=1)
+    x = jnp.asarray(rng.normal(size=(1, 24, 64)), jnp.float32)
+    rows = Rows(expert=jnp.zeros((1, 24), jnp.int32), sizes=jnp.asarray([sizes], jnp.int32))
+    monkeypatch.setattr(grouped, "DENSE_BYTES", 2 * kernels[0].nbytes)
+    product = grouped.product_of("ragged", block=1)
+
+    def total(x: Array, kernels: Any) -> tuple[Array, Array]:
+        y = product(x, kernels, rows)
+        return jnp.sum(jnp.sin(y)), y
+
+    both = jax.value_and_grad(total, has_aux=True)
+    (_, got), d_got = both(x, quantized)
+    (_, expected), d_expected = both(x, dense(quantized))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_got, d_expected, rtol=1e-5, atol=1e-5)
 
 
 def test_clamped_gates() -> None:
@@ -143,19 +183,130 @@ def test_clamped_gates() -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "tensor"), [("blocks", 2), ("ragged", 1)])
-def test_on_a_mesh(kind: str, tensor: int) -> None:
-    """Each device sorts its own tokens: as on one device, balanced or not."""
-    params = adapted(random_params(), dora=True)
-    tokens = jnp.concatenate([TOKENS[:2], TOKENS[:2], jnp.full((4, 21), 5, jnp.int32)])
-    expected = value_and_gradient(model_of("dense"), params, tokens)
-    mesh = make_mesh(MeshConfig(data=4 // tensor, fsdp=2, tensor=tensor))
+MIXED = jnp.concatenate([TOKENS[:2], TOKENS[:2], jnp.full((4, 21), 5, jnp.int32)])
+"""Four rows of random tokens, and four that all choose the same two experts."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "format"),
+    [
+        ("blocks", {"fsdp": 2, "tensor": 2}, None),
+        ("ragged", {"fsdp": 2}, None),
+        ("blocks", {"fsdp": 2, "expert": 2, "tensor": 2}, None),
+        ("ragged", {"expert": 8}, None),
+        ("blocks", {"expert": 4}, "nf4"),
+    ],
+)
+def test_on_a_mesh(kind: str, shape: dict[str, int], format: Any) -> None:
+    """Each device sorts its own tokens, or computes its own experts: as on one device.
+
+    Balanced or not: all tokens of half of the rows choose the same experts.
+    """
+    base = random_params()
+    if format is not None:
+        quant = QuantConfig(format=format)
+        base, _ = quantize_base(base, quant, layout=model_of("blocks").layout)
+    params = adapted(base, dora=True)
+    expected = value_and_gradient(model_of("dense"), params, MIXED)
+    mesh = make_mesh(MeshConfig(**shape))
     model = model_of(kind)
     places = param_shardings(params, DECODER_RULES, layout=model.layout, mesh=mesh)
     placed = jax.device_put(params, places)
-    rows = jax.device_put(tokens, batch_sharding(mesh, microbatched=False))
+    rows = jax.device_put(MIXED, batch_sharding(mesh, microbatched=False))
     with jax.set_mesh(mesh):
         close(value_and_gradient(model, placed, rows), expected)
+
+
+def test_rows_that_do_not_divide_over_the_mesh() -> None:
+    """Every group of devices computes all rows then, as in generation from one prompt."""
+    params = random_params()
+    expected = value_and_gradient(model_of("dense"), params)
+    mesh = make_mesh(MeshConfig(data=2, expert=4))
+    places = param_shardings(params, DECODER_RULES, layout=model_of("ragged").layout, mesh=mesh)
+    with jax.set_mesh(mesh):
+        close(value_and_gradient(model_of("ragged"), jax.device_put(params, places)), expected)
+
+
+def test_experts_that_do_not_divide_over_the_mesh() -> None:
+    sparse = model_of("blocks").config
+    grouped.check_expert_axis(sparse, 4, source="it")
+    with pytest.raises(ValueError, match=r"does not divide the 8 experts of it; 1, 2, 4 or 8 w"):
+        grouped.check_expert_axis(sparse, 3, source="it")
+    mesh = make_mesh(MeshConfig(expert=3), devices=jax.devices()[:3])
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"mesh.expert is 3, which does not"):
+        jax.eval_shape(model_of("blocks").features, random_params(), TOKENS)
+
+
+BATCH = {
+    "tokens": MIXED,
+    "targets": jnp.roll(MIXED, -1, axis=1),
+    "weights": jnp.ones(MIXED.shape, jnp.float32),
+    "positions": jnp.broadcast_to(jnp.arange(MIXED.shape[1], dtype=jnp.int32), MIXED.shape),
+    # The last four tokens of each row are padding.
+    "segment_ids": jnp.where(jnp.arange(MIXED.shape[1]) < 17, 1, 0) * jnp.ones_like(MIXED),
+}
+
+
+def test_router_loss_by_hand() -> None:
+    """Three experts, of which two are used: of 3 tokens in one layer, and 1 in the other."""
+    usage = Usage(
+        tokens=jnp.array([[3.0], [1.0]]),
+        chosen=jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
+        probability=jnp.array([[2.0, 0.5, 0.5], [0.5, 0.5, 0.0]]),
+    )
+    # The shares are 3/4 and 1/4, the mean probabilities 2.5/4 and 1/4.
+    expected = 3 * (0.75 * 0.625 + 0.25 * 0.25)
+    np.testing.assert_allclose(router_loss([usage]), expected, rtol=1e-6)
+
+
+def router_step(config: MeshConfig, microbatches: int, coef: float) -> tuple[Any, Tree]:
+    """The metrics of a step, and the leaves that it trained: the routers' adapters."""
+    model = model_of("blocks")
+    adapter = AdapterConfig(rank=3, targets=("mlp/gate",))
+    params = add_adapters(random_params(), adapter, layout=model.layout, key=jax.random.key(1))
+    mesh = make_mesh(config, devices=jax.devices()[: config.data * config.expert])
+    shardings = param_shardings(params, DECODER_RULES, layout=model.layout, mesh=mesh)
+    trained, frozen = partition(jax.device_put(params, shardings))
+    tx = optax.sgd(1.0)
+    loss = supervised_loss(model, packed=False, router_aux_loss_coef=coef)
+    step = jax.jit(make_train_step(loss, tx, layout=model.layout))
+    state = TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
+    batch = place_batch(
+        {name: np.asarray(rows) for name, rows in BATCH.items()}, mesh, microbatches=microbatches
+    )
+    with jax.set_mesh(mesh):
+        state, metrics = step(state, frozen, batch, jax.random.key(2))
+    return metrics, state.trained
+
+
+def test_router_loss_in_a_step() -> None:
+    """It is added to the loss with its weight, trains a router, and does not count padding."""
+    metrics, trained = router_step(MeshConfig(data=1), 1, 0.5)
+    plain, trained_without = router_step(MeshConfig(data=1), 1, 0.0)
+    assert "router_loss" not in plain
+    # top_k where all experts are used alike, and more here.
+    assert 2 < metrics["router_loss"] < 8
+    added = metrics["loss"] - plain["loss"]
+    np.testing.assert_allclose(added, 0.5 * metrics["router_loss"], rtol=1e-5)
+    for path, leaf in flatten(trained).items():
+        if path.endswith("lora_b"):
+            assert not np.allclose(leaf, flatten(trained_without)[path], rtol=1e-2), path
+    # Columns that hold padding alone take no part.
+    model = model_of("blocks")
+    cut = {name: rows[:, :17] for name, rows in BATCH.items()}
+    loss = supervised_loss(model, packed=True, router_aux_loss_coef=0.5)
+    _, weight, sums = jax.jit(loss)(random_params(), cut, None)
+    router = sums["router_loss"] / weight
+    np.testing.assert_allclose(router, metrics["router_loss"], rtol=1e-5)
+
+
+def test_router_loss_on_a_mesh() -> None:
+    """As on one device; in two microbatches the mean of theirs."""
+    (expected, trained), (got, trained_on_mesh) = [
+        router_step(mesh, 2, 0.5) for mesh in (MeshConfig(data=1), MeshConfig(data=2, expert=2))
+    ]
+    np.testing.assert_allclose(got["router_loss"], expected["router_loss"], rtol=1e-5)
+    close((got["loss"], trained_on_mesh), (expected["loss"], trained))
 
 
 @pytest.mark.parametrize("block", [1, 4, 8])

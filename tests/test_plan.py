@@ -13,15 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from run_cases import ROOT, script_main
+from zoo import TINY
 
 from lorax_ft import sharding
 from lorax_ft.config import Config, MeshConfig, ModelConfig, TrainConfig, load_config
 from lorax_ft.models import splash
+from lorax_ft.models.config import Experts
+from lorax_ft.models.model import CausalLM, abstract_params
 from lorax_ft.plan.chips import parse_topology
 from lorax_ft.plan.estimate import estimate
 from lorax_ft.plan.flops import count_flops
@@ -101,6 +105,24 @@ def test_operations_by_hand() -> None:
     kernels = jnp.ones((2, 4, 5))
     # Each of the three rows meets one of the two matrices.
     assert count(lambda x: lax.ragged_dot(x, kernels, rows), x) == 2 * 60
+
+
+def test_operations_of_experts_on_a_mesh() -> None:
+    """All devices together compute what one does; with room for all tokens, on average so much."""
+    decoder = dataclasses.replace(TINY, experts=Experts(count=8, top_k=2, renormalized=True))
+    model = CausalLM(config=dataclasses.replace(decoder, expert_products="ragged"))
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    counts = []
+    for mesh in (MeshConfig(), MeshConfig(fsdp=2, tensor=2), MeshConfig(data=2, expert=4)):
+
+        def features(params: Any, tokens: Any) -> Any:
+            return model.features(params, tokens)
+
+        with jax.set_mesh(make_mesh(mesh)):
+            traced = jax.make_jaxpr(features)(abstract_params(model.config), tokens)
+        counts.append(count_flops(traced.jaxpr, used=1 / mesh.expert))
+    # The same but for the weights of copies that are on other devices.
+    np.testing.assert_allclose(counts, counts[0], rtol=0.03)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -240,6 +262,25 @@ def test_a_faster_config_is_found() -> None:
     assert best.config.model.remat == "mlp"
 
 
+def test_experts_are_split_before_other_weights() -> None:
+    """Where a base does not fit: over an axis that divides their number."""
+
+    def sparse(config: Config) -> Candidate:
+        split = config.mesh.fsdp * config.mesh.expert
+        return made_up(dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=split)))
+
+    measured = []
+
+    def measure(config: Config) -> Candidate:
+        measured.append(config.mesh)
+        return dataclasses.replace(sparse(config), config=config)
+
+    search(measure, measure(GIVEN), TOPOLOGY, tries=6, experts=4)
+    splits = [(mesh.fsdp, mesh.expert) for mesh in dict.fromkeys(measured)]
+    assert splits[:5] == [(1, 1), (1, 2), (2, 1), (1, 4), (4, 1)]
+    assert {expert for _, expert in splits} == {1, 2, 4}
+
+
 def test_few_tries_end_the_search() -> None:
     found = search(made_up, made_up(GIVEN), TOPOLOGY, tries=1)
     assert len([each for each in found if each.program is not None]) == 1
@@ -333,7 +374,7 @@ def test_the_script_plans_for_gpus(
         (["--topology", "h100:17"], "GPUs of one machine, which has at most 16"),
         (["--topology"], "--topology lacks its value"),
         (["--topology", "h100:4", "--mesh.fsdp", "3"], "does not fit 4 devices"),
-        (["--topology", "h100:3"], "which do not divide over data × fsdp = 3"),
+        (["--topology", "h100:3"], "which do not divide over data × fsdp × expert = 3"),
         (["--topology", "h100:2", "--model.path", "nowhere"], "no model at nowhere"),
         (["--topology", "h100:2", "--data.max_length", "auto"], "data.max_length is auto"),
     ],

@@ -67,6 +67,9 @@ class MeshConfig:
     """Data parallelism: number of replicas of the weights; -1 uses all remaining devices."""
     fsdp: int = 1
     """FSDP: number of devices that shard both the rows of a batch and the weights."""
+    expert: int = 1
+    """Expert parallelism: number of devices that share the experts of a sparse model, and the rows
+    of a batch. It must divide the number of experts."""
     tensor: int = 1
     """Tensor parallelism: number of devices that shard each matrix."""
 
@@ -75,7 +78,7 @@ class MeshConfig:
         check(
             self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1"
         )
-        for field in ("fsdp", "tensor"):
+        for field in ("fsdp", "expert", "tensor"):
             value = getattr(self, field)
             only = "; only mesh.data may be -1" if value == -1 else ""
             check(value > 0, f"mesh.{field} is {value}; it must be above 0{only}")

@@ -110,6 +110,9 @@ class TrainConfig:
     The result is the same, except for the random draws of dropout and NEFTune."""
     neftune_alpha: float = 0.0
     """NEFTune: scale of the uniform noise on the embeddings; the paper uses 5 to 15; 0: off."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the router's load-balancing loss beside the cross-entropy, for models with experts;
+    0: off. It is computed of each microbatch."""
     seed: int = 0
     """Random seed for adapter initialization, row order, dropout and NEFTune noise."""
     log_every: int = 1
@@ -156,6 +159,11 @@ class TrainConfig:
         for field in ("neftune_alpha", "eval_every", "save_every", "patience", "profile"):
             value = getattr(self, field)
             check(value == "epoch" or value >= 0, f"train.{field} is {value}; it must be 0 or more")
+        coef = self.router_aux_loss_coef
+        check(
+            math.isfinite(coef) and coef >= 0,
+            f"train.router_aux_loss_coef is {coef}; it must be 0 or more and finite",
+        )
         self._check_evaluation()
         self._check_output()
 

@@ -7,7 +7,6 @@ V vocabulary. The cache has T + N slots per row.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from lorax_ft.models.cache import Cache, empty_cache
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import CausalLM
-from lorax_ft.sharding import ROW_AXES
+from lorax_ft.sharding import ROW_AXES, row_devices
 from lorax_ft.tree import Tree
 
 
@@ -244,7 +243,7 @@ def row_shards(mesh: Mesh | None) -> int:
     """How many parts the rows of a batch are split into."""
     if mesh is None:
         return 1
-    return math.prod(mesh.shape[axis] for axis in ROW_AXES if axis in mesh.shape)
+    return row_devices(mesh)
 
 
 def replicate(x: Array, mesh: Mesh | None) -> Array:

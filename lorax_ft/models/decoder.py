@@ -21,7 +21,7 @@ from lorax_ft.models.attention import Attention, RopeAndMask, make_rope_and_mask
 from lorax_ft.models.cache import Cache, slots_of
 from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.linear_attention import GatedDeltaNet, Rows, make_rows
-from lorax_ft.models.mlp import MLP, MoE
+from lorax_ft.models.mlp import MLP, ROUTER, MoE
 from lorax_ft.models.parts import norm
 from lorax_ft.sharding import split_rows
 from lorax_ft.tree import member
@@ -35,13 +35,20 @@ SAVED_NAMES: dict[str, tuple[str, ...]] = {
 """The named values of a layer that each kind of rematerialization saves."""
 
 
-def saved_per_token(config: DecoderConfig, remat: str) -> int:
-    """The numbers that a kind of rematerialization saves of each token, in all layers."""
+def saved_per_token(config: DecoderConfig, remat: str, expert_devices: int = 1) -> int:
+    """The numbers that a kind of rematerialization saves of each token, in all layers.
+
+    Args:
+      config: the decoder's.
+      remat: the kind.
+      expert_devices: how many devices the experts are split over. Each has room for all copies of
+        all their tokens that may choose its experts.
+    """
     total = 0
     for layer_type in config.each_layer:
         copies = 1
         if config.experts:
-            copies = config.experts.top_k
+            copies = min(config.experts.top_k * expert_devices, config.experts.count)
         widths = {"mlp": 2 * copies * config.mlp_width, "residual": config.width}
         if not layer_type.linear:
             heads = config.heads_of(layer_type)
@@ -60,6 +67,8 @@ class Shared(NamedTuple):
     # [B, T]
     positions: Array
     rows: Rows
+    # [B, T], the tokens that the router's loss counts.
+    counted: Array | None
 
 
 class Block(nn.Module):
@@ -110,8 +119,7 @@ class Block(nn.Module):
             y = norm(c, "post_attention_layernorm")(y)
         elif c.norms == "around":
             y = norm(c, "pre_feedforward_layernorm")(y)
-        mlp = MoE if c.experts else MLP
-        y = mlp(c, name="mlp")(y)
+        y = MoE(c, name="mlp")(y, shared.counted) if c.experts else MLP(c, name="mlp")(y)
         if norm_after:
             y = norm(c, "post_feedforward_layernorm")(y)
         x = x + y
@@ -175,7 +183,7 @@ def _scanned_layers(config: DecoderConfig, *, recompute: bool) -> Any:
         body, fields = Period, (config, block)
     scanned = nn.scan(
         body,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, ROUTER: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0, 0),
         length=config.layers // config.period,
@@ -199,6 +207,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         length: Array | None = None,
         counts: Array | None = None,
+        counted: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Features `[B, T, D]` before the head, and the cache with the tokens written to it.
 
@@ -211,6 +220,8 @@ class Decoder(nn.Module):
           length: `[B]`, the length that each text may grow to; None: its present length.
           counts: `[B]`, the tokens of each row before its padding, which the states of linear
             attention leave out; None: all.
+          counted: `[B, T]`, the tokens whose use of experts goes into the collection `ROUTER`, if
+            that is mutable; None: it is not needed.
         """
         c = self.config
         if positions is None:
@@ -222,7 +233,8 @@ class Decoder(nn.Module):
         rope_and_mask, type_indices = make_rope_and_mask(
             c, positions, segment_ids, slots=slots, length=length
         )
-        shared = Shared(rope_and_mask, positions, make_rows(segment_ids, counts))
+        rows = make_rows(segment_ids, counts)
+        shared = Shared(rope_and_mask, positions, rows, counted)
 
         x = nn.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed_tokens")(tokens)
         if noise is not None:

@@ -1,12 +1,19 @@
 """Rows sorted by expert, and the products of each row with its expert's kernel.
 
-Only chosen experts compute, so that the cost is that of `top_k` experts and not of all. Shapes: S
-shards, N tokens of a shard, K experts of a token, M rows, E experts, I inputs, O outputs.
+Only chosen experts compute, so that the cost is that of `top_k` experts and not of all. On a mesh
+the tokens are sorted in G groups. Where experts are split over P devices, each of the P devices of
+a group sees all of its tokens and computes those of its own E / P experts, and the results are
+summed over them: exact, however few experts the tokens choose.
+
+Shapes: G groups, P parts of the experts, S = G P shards, N tokens of a group, K experts of a token,
+M rows of a shard, E experts, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +24,12 @@ from jax.sharding import PartitionSpec as P
 from lorax_ft.lowrank.experts import ExpertProduct, Rows
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.quant.kernels import Quantized, dense
-from lorax_ft.sharding import ROW_AXES, row_devices
+from lorax_ft.sharding import ROW_AXES, expert_devices, row_devices
 
 MOST_BLOCK = 128
 """Rows of the largest block."""
+DENSE_BYTES = 64 * 2**20
+"""Of quantized kernels, so many bytes are dense at a time, or one kernel."""
 
 
 class Routed(NamedTuple):
@@ -28,67 +37,138 @@ class Routed(NamedTuple):
 
     rows: Rows
     place: Array
-    """The row of each copy, `[S, N, K]`."""
+    """The row of each copy, `[S, N, K]`; M where its expert is in another part."""
     token: Array
     """The token of each row, `[S, M]`; N where a row is padding."""
 
 
-def route(chosen: Array, *, experts: int, block: int) -> Routed:
+def route(chosen: Array, *, experts: int, block: int, parts: int = 1) -> Routed:
     """Sort the copies of tokens by expert; each expert's rows start at a multiple of `block`.
 
     Args:
-      chosen: the experts of each token, `[S, N, K]`.
+      chosen: the experts of each token, `[G, N, K]`.
       experts: E.
       block: rows of a block, all of one expert. 1 needs no padding.
+      parts: P.
     """
-    return jax.vmap(functools.partial(_route, experts=experts, block=block))(chosen)
+    chosen = of_parts(chosen, parts)
+    part = jnp.arange(len(chosen)) % parts
+    own = functools.partial(_route, experts=experts // parts, block=block)
+    return jax.vmap(own)(chosen, part)
 
 
-def _route(chosen: Array, *, experts: int, block: int) -> Routed:
-    """The same of one shard: `[N, K]`."""
+def _route(chosen: Array, part: Array, *, experts: int, block: int) -> Routed:
+    """The same of one shard, `[N, K]`, with so many experts of its own."""
     tokens, top_k = chosen.shape
-    copies = chosen.reshape(-1)  # the expert of each copy
+    copies = chosen.reshape(-1) - part * experts  # the expert of each copy
+    is_own = (copies >= 0) & (copies < experts)
+    # Copies of other shards come last, and `bincount` leaves them out.
+    copies = jnp.where(is_own, copies, experts)
     sizes = jnp.bincount(copies, length=experts)
     blocks = -(-sizes // block)  # rounded up
+    most = tokens * min(top_k, experts)  # copies, as a token chooses an expert once
     # No more are needed than if the last block of each expert held a single row.
-    count = min((len(copies) + experts * (block - 1)) // block, len(copies))
+    count = min((most + experts * (block - 1)) // block, most)
     first = jnp.cumsum(blocks) - blocks  # the first block of each expert
     start = jnp.cumsum(sizes) - sizes  # the first copy of each expert, in sorted order
     # Stable, so that a run is the same on any machine.
     order = jnp.argsort(copies, stable=True)
     expert = copies[order]
     place = first[expert] * block + jnp.arange(len(copies)) - start[expert]
-    token = jnp.full(count * block, tokens).at[place].set(order // top_k)
+    place = jnp.where(is_own[order], place, count * block)
+    token = jnp.full(count * block, tokens).at[place].set(order // top_k, mode="drop")
     of_block = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(count), side="right")
     # Blocks behind the last one hold padding alone.
-    of_block = jnp.minimum(of_block, experts - 1)
+    of_block = jnp.minimum(of_block, experts - 1) + part * experts
     rows = Rows(expert=jnp.repeat(of_block, block), sizes=blocks * block)
     places = jnp.zeros_like(place).at[order].set(place)
     return Routed(rows=rows, place=places.reshape(chosen.shape), token=token)
 
 
 def gather_tokens(x: Array, routed: Routed) -> Array:
-    """The rows `[S, M, D]` of tokens `[S, N, D]`; padding is 0."""
+    """The rows `[S, M, D]` of tokens `[G, N, D]`; padding is 0."""
 
     def gather(x: Array, token: Array) -> Array:
         return x.at[token].get(mode="fill", fill_value=0)
 
-    return jax.vmap(gather)(x, routed.token)
+    return jax.vmap(gather)(of_parts(x, len(routed.token) // len(x)), routed.token)
 
 
 def combine_rows(y: Array, weights: Array, routed: Routed) -> Array:
-    """Σ weight · y over the copies of each token: `[S, M, D]` and `[S, N, K]` to `[S, N, D]`."""
+    """Σ weight · y over the copies of each token: `[S, M, D]` and `[G, N, K]` to `[G, N, D]`."""
 
     def combine(y: Array, weights: Array, place: Array) -> Array:
-        return jnp.einsum("nkd,nk->nd", y[place], weights.astype(y.dtype))
+        # The sum over parts has the copies that are elsewhere.
+        copies = y.at[place].get(mode="fill", fill_value=0)
+        return jnp.einsum("nkd,nk->nd", copies, weights.astype(y.dtype))
 
-    return jax.vmap(combine)(y, weights, routed.place)
+    groups = len(weights)
+    parts = len(y) // groups
+    combined = jax.vmap(combine)(y, of_parts(weights, parts), routed.place)
+    if parts == 1:
+        return combined
+    by_part = combined.reshape(groups, parts, *combined.shape[1:])
+    # Each device keeps the sums of its own rows.
+    of_groups = ROW_AXES[:-1] if _is_split(len(y)) else None
+    of_tokens = "expert" if combined.shape[1] % parts == 0 else None
+    return lax.with_sharding_constraint(jnp.sum(by_part, axis=1), P(of_groups, of_tokens))
 
 
-def shards_of(rows: int) -> int:
-    """Into how many shards tokens are sorted apart: as many as devices hold rows of their own."""
+def groups_of(rows: int) -> int:
+    """G: into how many groups that are sorted apart rows are split, over the ambient mesh.
+
+    As many as data × fsdp has devices, if the rows can be split over them.
+    """
     devices = row_devices()
-    return devices if rows % devices == 0 else 1
+    return devices // expert_devices() if rows % devices == 0 else 1
+
+
+def of_parts(x: Array, parts: int) -> Array:
+    """x `[G, ...]` of each group as each part of the experts has it, `[G P, ...]`."""
+    if parts == 1:
+        return x
+    # Every device of a group gets the rows of all of them.
+    whole = P(ROW_AXES[:-1]) if _is_split(len(x) * parts) else P()
+    x = lax.with_sharding_constraint(x, whole)
+    shards = jnp.repeat(x, parts, axis=0)
+    return lax.with_sharding_constraint(shards, P(_shard_axes(len(shards))))
+
+
+def _is_split(shards: int) -> bool:
+    """Whether each device of the ambient mesh has a shard of its own."""
+    return shards == row_devices()
+
+
+def _shard_axes(shards: int) -> tuple[str, ...]:
+    """The mesh axes of the shards: where rows do not divide over the mesh, that of the experts."""
+    return ROW_AXES if _is_split(shards) else ("expert",)
+
+
+def check_expert_axis(config: DecoderConfig, devices: int, *, source: str) -> None:
+    """Raise if the experts of a model cannot be split over so many devices.
+
+    Args:
+      config: the model's.
+      devices: the size of the mesh axis expert.
+      source: names the model in the error.
+
+    Raises:
+      ValueError: they do not divide, or there are none; the error says what would do.
+    """
+    if devices == 1:
+        return
+    if config.experts is None:
+        raise ValueError(
+            f"mesh.expert is {devices}, but {source} has no experts; "
+            "mesh.fsdp splits the weights of any model"
+        )
+    count = config.experts.count
+    if count % devices:
+        *divisors, largest = [str(size) for size in range(1, count + 1) if count % size == 0]
+        raise ValueError(
+            f"mesh.expert is {devices}, which does not divide the {count} experts of {source}; "
+            f"{', '.join(divisors)} or {largest} would"
+        )
 
 
 def block_rows(copies: int, experts: int, kind: str) -> int:
@@ -116,20 +196,22 @@ def product_of(kind: str, *, block: int) -> ExpertProduct:
     product = _ragged if kind == "ragged" else functools.partial(_by_block, block=block)
 
     def local(x: Array, kernels: Any, rows: Rows) -> Array:
-        """Of one shard: S is 1."""
-        own_rows = jax.tree.map(lambda leaf: leaf[0], rows)
+        """Of one shard: S is 1, and the kernels are those of its part of the experts."""
+        expert, sizes = rows
+        own_rows = Rows(expert=expert[0] % sizes.shape[-1], sizes=sizes[0])
         return product(x[0], kernels, own_rows)[None]
 
     def each_shard(x: Array, kernels: Any, rows: Rows) -> Array:
         if len(x) == 1:
             return local(x, kernels, rows)
-        # Kernels come whole over the axes of rows, and stay split over tensor.
-        split = P(ROW_AXES)
+        # Kernels come whole over data and fsdp, and stay split over expert and tensor.
+        axes = _shard_axes(len(x))
+        split = P(axes)
         mapped = jax.shard_map(
             local,
-            in_specs=(split, P(), split),
+            in_specs=(split, P("expert"), split),
             out_specs=split,
-            axis_names=set(ROW_AXES),
+            axis_names=set(axes),
             # The sums of `_backward` start from zeros that are the same on all devices.
             check_vma=False,
         )
@@ -139,14 +221,83 @@ def product_of(kind: str, *, block: int) -> ExpertProduct:
 
 
 def _ragged(x: Array, kernels: Array | Quantized, rows: Rows) -> Array:
-    """By XLA's own product of ragged groups."""
+    """By XLA's own product of ragged groups; quantized kernels are dense a batch at a time."""
+    if isinstance(kernels, Quantized) and _batch_size(kernels, x.dtype) < len(rows.sizes):
+        return _ragged_quantized(x, kernels, rows.sizes)
     return lax.ragged_dot(x, dense(kernels, x.dtype), rows.sizes)
+
+
+def _batch_size(kernels: Quantized, dtype: Any) -> int:
+    """The most experts that divide their number and whose kernels take at most `DENSE_BYTES`."""
+    experts, *matrix = kernels.shape
+    size = math.prod(matrix) * jnp.dtype(dtype).itemsize
+    fitting = [n for n in range(1, experts + 1) if experts % n == 0 and n * size <= DENSE_BYTES]
+    return max(fitting, default=1)
+
+
+@jax.custom_vjp
+def _ragged_quantized(x: Array, kernels: Quantized, sizes: Array) -> Array:
+    """Rows `[M, I]`, of which each expert has `[E]`, times frozen kernels `[E, I, O]`."""
+    return _by_batch(x, kernels, sizes, transposed=False)
+
+
+def _ragged_forward(x: Array, kernels: Quantized, sizes: Array) -> tuple[Array, tuple[Any, ...]]:
+    return _ragged_quantized(x, kernels, sizes), (kernels, sizes)
+
+
+def _ragged_backward(residuals: tuple[Any, ...], g: Array) -> tuple[Array, None, None]:
+    """dx = g Wᵀ. JAX has no such rule for loops whose length depends on data."""
+    kernels, sizes = residuals
+    return _by_batch(g, kernels, sizes, transposed=True), None, None
+
+
+_ragged_quantized.defvjp(_ragged_forward, _ragged_backward)
+
+
+def _by_batch(x: Array, kernels: Quantized, sizes: Array, *, transposed: bool) -> Array:
+    """The products of one batch of experts after another.
+
+    The rows of a batch, of which there may be any number, are multiplied in chunks: as many rows as
+    a batch has on average, so that all chunks together have at most twice as many rows as x.
+    """
+    batch = _batch_size(kernels, x.dtype)
+    batches = len(sizes) // batch
+    chunk = -(-len(x) // batches)
+    by_batch = jax.tree.map(lambda part: part.reshape(batches, batch, *part.shape[1:]), kernels)
+    ends = jnp.cumsum(sizes).reshape(batches, batch)
+    starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1, -1]])
+    # The last chunk may reach past the last row.
+    x = jnp.pad(x, [(0, chunk), (0, 0)])
+    outs = kernels.shape[1 if transposed else 2]
+
+    def multiply(y: Array, operands: tuple[Any, Array, Array]) -> tuple[Array, None]:
+        kernels, start, ends = operands
+        weights = dense(kernels, x.dtype)
+        if transposed:
+            weights = weights.swapaxes(1, 2)
+
+        def add_chunk(i: Array, y: Array) -> Array:
+            first = start + i * chunk
+            within = jnp.clip(ends - first, 0, chunk)
+            rows = lax.dynamic_slice_in_dim(x, first, chunk)
+            part = lax.ragged_dot(rows, weights, jnp.diff(within, prepend=0))
+            # Rows of the next batch are 0 in it.
+            part += lax.dynamic_slice_in_dim(y, first, chunk)
+            return lax.dynamic_update_slice_in_dim(y, part, first, axis=0)
+
+        chunks = -(-(ends[-1] - start) // chunk)
+        return lax.fori_loop(0, chunks, add_chunk, y), None
+
+    zeros = jnp.zeros((len(x), outs), x.dtype)
+    y, _ = lax.scan(multiply, zeros, (by_batch, starts, ends))
+    return y[:-chunk]
 
 
 def _by_block(x: Array, kernels: Array | Quantized, rows: Rows, *, block: int) -> Array:
     """One block after another, each with one kernel; of quantized ones one is dense at a time."""
     blocks = x.reshape(-1, block, x.shape[-1])
     expert = rows.expert[::block]
+    used = jnp.arange(len(blocks)) * block < jnp.sum(rows.sizes)
     if isinstance(kernels, Quantized):
         # Frozen: the gradient goes to x alone.
         kernels = lax.stop_gradient(kernels)
@@ -155,10 +306,24 @@ def _by_block(x: Array, kernels: Array | Quantized, rows: Rows, *, block: int) -
         def multiply(x: Array, expert: Array) -> Array:
             return x @ dense(_kernel_of(kernels, expert), x.dtype)
 
-        y = lax.map(lambda block: multiply(*block), (blocks, expert))
+        y = lax.map(functools.partial(_if_used, multiply), (used, blocks, expert))
     else:
-        y = _multiply_blocks(blocks, kernels, expert)
+        y = _multiply_blocks(blocks, kernels, expert, used)
     return y.reshape(len(x), -1)
+
+
+def _if_used(multiply: Callable[..., Array], block: tuple[Array, ...]) -> Array:
+    """The product of a block, `(used, *arguments)`; 0 where it holds padding alone.
+
+    Most do where a device has room for more copies than chose its experts.
+    """
+    used, *arguments = block
+    shape = jax.eval_shape(multiply, *arguments)
+
+    def padding(*arguments: Array) -> Array:
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    return lax.cond(used, multiply, padding, *arguments)
 
 
 def _kernel_of(kernels: Any, expert: Array) -> Any:
@@ -171,23 +336,33 @@ def _kernel_of(kernels: Any, expert: Array) -> Any:
 
 
 @jax.custom_vjp
-def _multiply_blocks(x: Array, kernels: Array, expert: Array) -> Array:
+def _multiply_blocks(x: Array, kernels: Array, expert: Array, used: Array) -> Array:
     """x `[C, R, I]` of C blocks times the kernel `[I, O]` of each one's expert."""
-    return lax.map(lambda block: block[0] @ _kernel_of(kernels, block[1]), (x, expert))
+
+    def multiply(x: Array, expert: Array) -> Array:
+        return x @ _kernel_of(kernels, expert)
+
+    return lax.map(functools.partial(_if_used, multiply), (used, x, expert))
 
 
-def _forward(x: Array, kernels: Array, expert: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _multiply_blocks(x, kernels, expert), (x, kernels, expert)
+def _forward(
+    x: Array, kernels: Array, expert: Array, used: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    return _multiply_blocks(x, kernels, expert, used), (x, kernels, expert, used)
 
 
-def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, None]:
+def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, None, None]:
     """dx = g Wᵀ, and dW = Σ xᵀ g over the blocks of each expert, added up in place.
 
     JAX's own rule would make an array of all kernels for each block. XLA leaves out the second loop
     where the kernels are frozen.
     """
-    x, kernels, expert = residuals
-    dx = lax.map(lambda block: block[0] @ _kernel_of(kernels, block[1]).T, (g, expert))
+    x, kernels, expert, used = residuals
+
+    def multiply(g: Array, expert: Array) -> Array:
+        return g @ _kernel_of(kernels, expert).T
+
+    dx = lax.map(functools.partial(_if_used, multiply), (used, g, expert))
 
     def add(total: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
         x, g, expert = block
@@ -195,7 +370,7 @@ def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Non
         return total.at[expert].add(jnp.matmul(x.T, g, preferred_element_type=total.dtype)), None
 
     total, _ = lax.scan(add, jnp.zeros(kernels.shape, jnp.float32), (x, g, expert))
-    return dx, total.astype(kernels.dtype), None
+    return dx, total.astype(kernels.dtype), None, None
 
 
 _multiply_blocks.defvjp(_forward, _backward)

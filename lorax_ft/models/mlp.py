@@ -1,10 +1,14 @@
 """The MLP of a layer, dense or sparse.
 
-Shapes: B batch, T tokens, D width, F mlp width, E experts, N rows, K experts of a row, S shards, M
-sorted copies of rows.
+Shapes: B batch, T tokens, D width, F mlp width, E experts, N rows, K experts of a row, G groups of
+rows, S shards, M sorted copies of rows.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,6 +19,10 @@ from lorax_ft.lowrank.experts import ExpertDense, ExpertProduct, Rows
 from lorax_ft.models import grouped
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.parts import dense, hidden_activations, projections
+from lorax_ft.sharding import expert_devices
+
+ROUTER = "router"
+"""The collection of what `router_loss` needs, which `MoE` writes where it is mutable."""
 
 
 class MLP(nn.Module):
@@ -42,8 +50,13 @@ class MoE(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[B, T, D]` to `[B, T, D]`."""
+    def __call__(self, x: Array, counted: Array | None = None) -> Array:
+        """`[B, T, D]` to `[B, T, D]`.
+
+        Args:
+          x: `[B, T, D]`.
+          counted: `[B, T]`, the tokens that the load-balancing loss counts; None: it is not needed.
+        """
         c = self.config
         experts = c.experts
         assert experts is not None
@@ -53,6 +66,8 @@ class MoE(nn.Module):
         scores = scores.astype(jnp.float32)
         p = jax.nn.softmax(scores)
         weights, chosen = lax.top_k(p, experts.top_k)  # [N, K]
+        if counted is not None:
+            self._sow_usage(p, chosen, counted.reshape(-1))
         if experts.renormalized:
             total = jnp.sum(weights, axis=-1, keepdims=True)
             weights = weights / total
@@ -60,8 +75,19 @@ class MoE(nn.Module):
         if kind == "dense":
             y = self._all_experts(rows, weights, chosen)
         else:
-            y = self._chosen_experts(rows, weights, chosen, kind, shards=grouped.shards_of(len(x)))
+            y = self._chosen_experts(rows, weights, chosen, kind, groups=grouped.groups_of(len(x)))
         return y.reshape(x.shape)
+
+    def _sow_usage(self, p: Array, chosen: Array, counted: Array) -> None:
+        """Store sums over the counted tokens `[N]`: see `Usage`."""
+        real = counted.astype(p.dtype)
+        by_copy = jnp.repeat(real, chosen.shape[-1])
+        usage = Usage(
+            tokens=jnp.sum(real, keepdims=True),
+            chosen=jnp.bincount(chosen.reshape(-1), weights=by_copy, length=p.shape[-1]),
+            probability=jnp.einsum("n,ne->e", real, p),
+        )
+        self.sow(ROUTER, "usage", usage)
 
     def _all_experts(self, x: Array, weights: Array, chosen: Array) -> Array:
         """Every expert on every row `[N, D]`."""
@@ -75,21 +101,54 @@ class MoE(nn.Module):
         return jnp.einsum("end,ne->nd", y, all_weights.astype(y.dtype))
 
     def _chosen_experts(
-        self, x: Array, weights: Array, chosen: Array, kind: str, *, shards: int
+        self, x: Array, weights: Array, chosen: Array, kind: str, *, groups: int
     ) -> Array:
-        """The chosen experts on copies of each row `[N, D]`, sorted by expert on each shard."""
+        """The chosen experts on copies of each row `[N, D]`, sorted by expert in each group."""
         experts = self.config.experts
         assert experts is not None
-        x = _by_shard(x, shards)
-        weights = _by_shard(weights, shards)
-        chosen = _by_shard(chosen, shards)
+        x = _by_group(x, groups)
+        weights = _by_group(weights, groups)
+        chosen = _by_group(chosen, groups)
         copies = chosen.shape[1] * experts.top_k
         block = grouped.block_rows(copies, experts.count, kind)
-        routed = grouped.route(chosen, experts=experts.count, block=block)
+        parts = expert_devices()
+        grouped.check_expert_axis(self.config, parts, source="the model")
+        routed = grouped.route(chosen, experts=experts.count, block=block, parts=parts)
         product = grouped.product_of(kind, block=block)
         mlp = ChosenExperts(self.config, product, name="experts")
         y = mlp(grouped.gather_tokens(x, routed), routed.rows)  # [S, M, D]
         return grouped.combine_rows(y, weights, routed)
+
+
+class Usage(NamedTuple):
+    """How much each expert is used, summed over tokens."""
+
+    tokens: Array
+    """Their number, `[1]`."""
+    chosen: Array
+    """The tokens that chose each expert, `[E]`."""
+    probability: Array
+    """The router's probability of each expert, `[E]`."""
+
+
+def router_loss(usages: Sequence[Usage]) -> Array:
+    """E · Σ_e f_e P_e, with f the share of tokens that chose e and P its mean probability.
+
+    Switch Transformers' load-balancing loss (2101.03961), over the tokens of all layers together as
+    in transformers' `load_balancing_loss_func`. It is top_k where all experts are used alike.
+
+    Args:
+      usages: of each layer, or of a stack of layers, with leading axes.
+    """
+    add = functools.partial(jax.tree.map, jnp.add)
+    tokens, chosen, probability = functools.reduce(add, map(_over_layers, usages))
+    tokens = jnp.maximum(tokens, 1)
+    return len(chosen) * jnp.sum((chosen / tokens) * (probability / tokens))
+
+
+def _over_layers(usage: Usage) -> Usage:
+    """The sum over all axes but the last."""
+    return jax.tree.map(lambda leaf: jnp.sum(leaf.reshape(-1, leaf.shape[-1]), axis=0), usage)
 
 
 class ChosenExperts(nn.Module):
@@ -136,9 +195,9 @@ class AllExperts(nn.Module):
         return _expert_projection(c, hidden, c.width, "down_proj")
 
 
-def _by_shard(x: Array, shards: int) -> Array:
-    """`[S N, ...]` as `[S, N, ...]`."""
-    return x.reshape(shards, -1, x.shape[-1])
+def _by_group(x: Array, groups: int) -> Array:
+    """`[G N, ...]` as `[G, N, ...]`."""
+    return x.reshape(groups, -1, x.shape[-1])
 
 
 def _expert_projection(config: DecoderConfig, x: Array, features: int, name: str) -> Array:

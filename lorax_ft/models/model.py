@@ -23,6 +23,7 @@ from lorax_ft.lowrank.terms import check_layer, magnitude
 from lorax_ft.models.cache import Cache
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder
+from lorax_ft.models.mlp import ROUTER, Usage
 from lorax_ft.models.parts import rows_dot_general, softcap
 from lorax_ft.quant.kernels import Format
 from lorax_ft.sharding import gathered
@@ -80,6 +81,26 @@ class CausalLM:
             length=length,
             counts=counts,
         )
+
+    def features_and_usage(
+        self,
+        params: Tree,
+        tokens: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        *,
+        noise: Array | None = None,
+        counted: Array,
+    ) -> tuple[Array, list[Usage]]:
+        """Features `[B, T, D]`, and how the tokens `counted` use the experts of the layers.
+
+        The arguments are those of `Decoder.__call__`. Layers that are scanned share a `Usage`.
+        """
+        apply = functools.partial(self.module.apply, mutable=[ROUTER])
+        (features, _), sown = adapt(apply, gather=gathered)(
+            {"params": params}, tokens, positions, segment_ids, noise=noise, counted=counted
+        )
+        return features, jax.tree.leaves(sown, is_leaf=lambda node: isinstance(node, Usage))
 
     def head(self, params: Tree) -> Layer:
         """The output head as a layer for `linear`, with its adapter.

@@ -11,27 +11,33 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from lorax_ft.tree import Shape
 
 
-def count_flops(jaxpr: Jaxpr) -> int:
+def count_flops(jaxpr: Jaxpr, *, used: float = 1.0) -> float:
     """Multiplications and additions of the matrix products, all iterations of scans included.
 
     What is recomputed in the backward pass counts again. Elementwise operations do not count: on
     accelerators they cost memory traffic rather than arithmetic.
+
+    Args:
+      jaxpr: the program.
+      used: the share of the rows of ragged products that are in a group.
     """
-    return sum(_flops(equation) for equation in jaxpr.eqns)
+    return sum(_flops(equation, used) for equation in jaxpr.eqns)
 
 
-def _flops(equation: JaxprEqn) -> int:
+def _flops(equation: JaxprEqn, used: float) -> float:
     name = equation.primitive.name
     if name == "dot_general":
         return _dot(equation)
     if name == "ragged_dot_general":
-        return _ragged_dot(equation)
-    inner = [count_flops(jaxpr) for jaxpr in _inner(equation)]
+        return used * _ragged_dot(equation)
+    inner = [count_flops(jaxpr, used=used) for jaxpr in _inner(equation)]
     if name == "scan":
         return int(equation.params["length"]) * sum(inner)
     if name == "shard_map":
-        # Inside are the shapes of one device.
-        return int(equation.params["mesh"].size) * sum(inner)
+        # Inside are the shapes of one device; along the other axes they are whole.
+        sizes = equation.params["mesh"].shape
+        devices = math.prod(sizes[axis] for axis in equation.params["newly_manual_axes"])
+        return devices * sum(inner)
     if name == "pallas_call":
         # Blocks that a mask hides count too, so that of a causal kernel it is up to twice too many.
         steps = equation.params["grid_mapping"].grid
@@ -51,7 +57,10 @@ def _dot(equation: JaxprEqn) -> int:
 
 
 def _ragged_dot(equation: JaxprEqn) -> int:
-    """Each row meets the matrix of its own group only: 2 · rows · depth · columns."""
+    """Each row meets the matrix of its own group only: 2 · rows · depth · columns.
+
+    Rows behind the last group count too.
+    """
     left, right, result = _shapes(equation)
     if len(result) == len(left):
         # [M, K] × [G, K, N]

@@ -20,6 +20,7 @@ from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.models import splash
+from lorax_ft.models.grouped import check_expert_axis
 from lorax_ft.models.model import CausalLM, abstract_params
 from lorax_ft.plan.chips import Topology
 from lorax_ft.plan.flops import count_flops
@@ -86,7 +87,7 @@ def make_model(
     """The model of a config.json.
 
     Raises:
-      ValueError: as `decoder_config`.
+      ValueError: as `decoder_config` and `check_expert_axis`.
     """
     # auto looks at the backend of this process, which is a CPU: named is what it is elsewhere.
     products = config.model.expert_products
@@ -98,6 +99,7 @@ def make_model(
         expert_products="ragged" if products == "auto" else products,
         remat="full" if config.model.remat == "auto" else config.model.remat,
     )
+    check_expert_axis(decoder, config.mesh.expert, source=source)
     length = config.data.max_length
     if topology.chip.is_tpu and config.model.attention != "xla" and isinstance(length, int):
         split = config.mesh.tensor
@@ -243,7 +245,8 @@ def measure(model: CausalLM, config: Config, mesh: Mesh) -> Program:
         temporaries=memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
-        flops=count_flops(traced.jaxpr.jaxpr) / mesh.size,
+        # Rows of experts have room for the worst case; this is the mean.
+        flops=count_flops(traced.jaxpr.jaxpr, used=1 / config.mesh.expert) / mesh.size,
         traffic=traffic(text),
         seconds=time.perf_counter() - began,
     )

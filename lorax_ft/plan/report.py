@@ -125,10 +125,13 @@ def describe(config: Config, topology: Topology) -> str:
     train, mesh = config.train, config.mesh
     data = mesh.data
     if data == -1:
-        data = topology.devices // (mesh.fsdp * mesh.tensor)
+        data = topology.devices // (mesh.fsdp * mesh.expert * mesh.tensor)
+    axes = f"data={data} fsdp={mesh.fsdp} tensor={mesh.tensor}"
+    if mesh.expert > 1:
+        axes += f" expert={mesh.expert}"
     parts = [
         f"{topology.devices} × {topology.chip.label}",
-        f"mesh data={data} fsdp={mesh.fsdp} tensor={mesh.tensor}",
+        f"mesh {axes}",
         f"{train.batch_size} rows of {config.data.max_length} tokens",
         f"remat {config.model.remat}",
     ]

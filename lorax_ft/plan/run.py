@@ -108,7 +108,9 @@ def _plan_one(
     print_plan(console, first, topology, tokens=tokens, price=price)
     if first.fits(topology) and not always_search:
         return first
-    others = search(measured, first, topology, tries=tries)
+    experts = make_model(fields, config, topology, source=config.model.path).config.experts
+    count = experts.count if experts else 1
+    others = search(measured, first, topology, tries=tries, experts=count)
     best = fastest([first, *others], topology)
     print_search(console, others, best, topology)
     if best is None or best is first:
@@ -129,7 +131,13 @@ def _with_remat(config: Config, topology: Topology, fields: Mapping[str, Any]) -
     assert isinstance(config.data.max_length, int)
     tokens = tokens_a_device(config, mesh, config.data.max_length)
     free = topology.chip.memory - held
-    kind = choose(model.config, tokens, memory=free, on_cpu=False)
+    kind = choose(
+        model.config,
+        tokens,
+        memory=free,
+        on_cpu=False,
+        expert_devices=config.mesh.expert,
+    )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=kind))
 
 

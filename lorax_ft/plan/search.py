@@ -42,7 +42,7 @@ Measure = Callable[[Config], Candidate]
 
 
 def search(
-    measure: Measure, first: Candidate, topology: Topology, *, tries: int
+    measure: Measure, first: Candidate, topology: Topology, *, tries: int, experts: int = 1
 ) -> list[Candidate]:
     """Candidates in place of one, in the order in which they were compiled.
 
@@ -51,6 +51,7 @@ def search(
       first: the config as it was given.
       topology: the chips.
       tries: how many to compile, at most.
+      experts: of a layer of the model.
     """
     found: list[Candidate] = []
 
@@ -64,26 +65,29 @@ def search(
         return found[-1]
 
     if not first.fits(topology):
-        for config in _smaller(first.config, topology):
+        for config in _smaller(first.config, topology, experts):
             candidate = attempt(config)
             if candidate is not None and candidate.fits(topology):
                 break
     fitting = [candidate for candidate in (first, *found) if candidate.fits(topology)]
     if fitting:
-        _lighten(attempt, fitting[-1], topology)
+        _lighten(attempt, fitting[-1], topology, experts)
     return found
 
 
 def _lighten(
-    attempt: Callable[[Config], Candidate | None], base: Candidate, topology: Topology
+    attempt: Callable[[Config], Candidate | None],
+    base: Candidate,
+    topology: Topology,
+    experts: int,
 ) -> None:
     """Try configs that recompute less than one that fits, as they are faster.
 
     They need more memory, which weights that are split over more chips may leave.
     """
     assert base.program is not None
-    weights = base.program.weights * base.config.mesh.fsdp
-    meshes = [base.config, *_meshes(base.config, topology)]
+    weights = base.program.weights * _split(base.config)
+    meshes = [base.config, *_meshes(base.config, topology, experts)]
     for remat in LIGHTER[_place(base.config) :]:
         while meshes:
             model = dataclasses.replace(base.config.model, remat=remat)
@@ -92,13 +96,18 @@ def _lighten(
                 return
             if candidate.fits(topology):
                 break
-            others = candidate.needed - weights / meshes[0].mesh.fsdp
+            others = candidate.needed - weights / _split(meshes[0])
             # Only the weights shrink with the mesh.
             meshes = [
                 each
                 for each in meshes[1:]
-                if others + weights / each.mesh.fsdp <= topology.chip.memory
+                if others + weights / _split(each) <= topology.chip.memory
             ]
+
+
+def _split(config: Config) -> int:
+    """Over how many chips the weights are split, of which nearly all are those of experts."""
+    return config.mesh.fsdp * config.mesh.expert
 
 
 def fastest(candidates: list[Candidate], topology: Topology) -> Candidate | None:
@@ -118,13 +127,13 @@ def _place(config: Config) -> int:
     return LIGHTER.index(remat) + 1 if remat in LIGHTER else 0
 
 
-def _smaller(config: Config, topology: Topology) -> Iterator[Config]:
+def _smaller(config: Config, topology: Topology, experts: int) -> Iterator[Config]:
     """Configs that need less memory, the least change first."""
     model = dataclasses.replace(config.model, remat="full")
     config = dataclasses.replace(config, model=model)
     yield config
     # Weights that are split over more chips.
-    meshes = list(_meshes(config, topology))
+    meshes = list(_meshes(config, topology, experts))
     yield from meshes
     last = meshes[-1] if meshes else config
     # Fewer rows at a time, and then four bits for the base.
@@ -136,23 +145,32 @@ def _smaller(config: Config, topology: Topology) -> Iterator[Config]:
         yield from _microbatched(dataclasses.replace(last, quant=quant))
 
 
-def _meshes(config: Config, topology: Topology) -> Iterator[Config]:
-    """Meshes that split the weights over more and more chips of a slice."""
+def _meshes(config: Config, topology: Topology, experts: int) -> Iterator[Config]:
+    """Meshes that split the weights over more and more chips of a slice.
+
+    Those that split experts come first: their chips exchange tokens, and not weights.
+    """
     rows = config.train.batch_size // config.train.microbatches
-    fsdp = 2 * config.mesh.fsdp
-    while config.mesh.tensor * fsdp <= topology.chips:
-        data, rest = divmod(topology.devices, fsdp * config.mesh.tensor)
-        if not rest and rows % (data * fsdp) == 0:
-            mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp)
-            yield dataclasses.replace(config, mesh=mesh)
-        fsdp *= 2
+    mesh = config.mesh
+    times = 2
+    while times * mesh.fsdp * mesh.expert * mesh.tensor <= topology.chips:
+        rest = times * mesh.fsdp * mesh.expert * mesh.tensor
+        data, left = divmod(topology.devices, rest)
+        if not left and rows % (topology.devices // mesh.tensor) == 0:
+            if experts % (times * mesh.expert) == 0:
+                split = dataclasses.replace(mesh, data=data, expert=times * mesh.expert)
+                yield dataclasses.replace(config, mesh=split)
+            split = dataclasses.replace(mesh, data=data, fsdp=times * mesh.fsdp)
+            yield dataclasses.replace(config, mesh=split)
+        times *= 2
 
 
 def _microbatched(config: Config) -> Iterator[Config]:
     """More microbatches of fewer rows, down to one row a device."""
     train, mesh = config.train, config.mesh
     microbatches = 2 * train.microbatches
-    while train.batch_size % (microbatches * max(mesh.data, 1) * mesh.fsdp) == 0:
+    devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert
+    while train.batch_size % (microbatches * devices) == 0:
         changed = dataclasses.replace(train, microbatches=microbatches)
         yield dataclasses.replace(config, train=changed)
         microbatches *= 2

@@ -175,7 +175,7 @@ def check_same_run(config: Config, previous: Config) -> None:
         "adapter": _field_names(config.adapter),
         "data": _field_names(config.data),
         "optim": _field_names(config.optim),
-        "train": ["batch_size", "seed", "neftune_alpha"],
+        "train": ["batch_size", "seed", "neftune_alpha", "router_aux_loss_coef"],
     }
     # The checkpoint holds the adapter, so the folder it started from may have moved.
     fixed["adapter"].remove("continue_from")

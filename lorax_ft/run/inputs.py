@@ -19,9 +19,11 @@ from lorax_ft.interop.peft_methods import method_name
 from lorax_ft.lowrank.groups import fully_trained
 from lorax_ft.models import splash
 from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.grouped import check_expert_axis
 from lorax_ft.models.model import HEAD, LoadedModel, Model
 from lorax_ft.schema import METHODS, init_schema
 from lorax_ft.sharding import DECODER_RULES
+from lorax_ft.training.losses import check_router_loss
 from lorax_ft.tree import flatten
 
 
@@ -37,7 +39,7 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
     """The model on its devices, with its adapter if the run trains an existing one.
 
     Raises:
-      ValueError: as `load_model` and `load_peft`, or a row is longer than the model's positions.
+      ValueError: as `load_model` and `load_peft`, or the model does not fit the rows or the mesh.
     """
 
     def shard(path: str, leaf: Any) -> Any:
@@ -46,6 +48,8 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
     def check(decoder: DecoderConfig) -> None:
         _check_length(config.data, decoder.max_positions)
         _check_attention(config, decoder)
+        check_expert_axis(decoder, config.mesh.expert, source=config.model.path)
+        check_router_loss(decoder, config.train.router_aux_loss_coef, source=config.model.path)
 
     model = load_model(
         config.model.path,

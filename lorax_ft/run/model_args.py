@@ -125,12 +125,14 @@ def load_with_adapter(args: ModelArgs, *, mesh: Mesh | None = None) -> tuple[Loa
         return load_checkpoint(run, config, step=step)
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft
+    from lorax_ft.models.grouped import check_expert_axis
 
     shardings = None
     if mesh is not None:
         from lorax_ft.sharding import DECODER_RULES, base_sharding
 
         shardings = functools.partial(base_sharding, rules=DECODER_RULES, mesh=mesh)
+    devices = 1 if mesh is None else mesh.shape["expert"]
     model = load_model(
         config.model.path,
         revision=config.model.revision,
@@ -138,6 +140,7 @@ def load_with_adapter(args: ModelArgs, *, mesh: Mesh | None = None) -> tuple[Loa
         expert_products=config.model.expert_products,
         quant=config.quant,
         shardings=shardings,
+        check=functools.partial(check_expert_axis, devices=devices, source=config.model.path),
     )
     if adapter is None:
         return model, model.params

@@ -59,6 +59,7 @@ def trace_step(
         packed=config.data.pack,
         dropout=config.adapter.dropout,
         neftune_alpha=config.train.neftune_alpha,
+        router_aux_loss_coef=config.train.router_aux_loss_coef,
     )
     train_step = make_train_step(loss, tx, layout=model.layout)
     # Without out_shardings XLA may shard the new state differently, and the compiled step

@@ -16,6 +16,7 @@ from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import saved_per_token
 from lorax_ft.models.model import Model
 from lorax_ft.run.memory import device_memory
+from lorax_ft.sharding import row_devices
 
 Remat = Literal["none", "products", "mlp", "full"]
 KINDS: tuple[Remat, ...] = ("products", "mlp", "full")
@@ -38,12 +39,25 @@ def with_remat(model: Model, config: Config, *, tokens: int, held: float) -> Mod
     # All processes must compile the same program.
     smallest = np.min(multihost_utils.process_allgather(np.float64(device_memory())))
     on_cpu = jax.default_backend() == "cpu"
-    kind = choose(model.config, tokens, memory=float(smallest) - held, on_cpu=on_cpu)
+    kind = choose(
+        model.config,
+        tokens,
+        memory=float(smallest) - held,
+        on_cpu=on_cpu,
+        expert_devices=config.mesh.expert,
+    )
     decoder = dataclasses.replace(model.config, remat=kind)
     return dataclasses.replace(model, config=decoder)
 
 
-def choose(decoder: DecoderConfig, tokens: int, *, memory: float, on_cpu: bool) -> Remat:
+def choose(
+    decoder: DecoderConfig,
+    tokens: int,
+    *,
+    memory: float,
+    on_cpu: bool,
+    expert_devices: int = 1,
+) -> Remat:
     """The first of `KINDS` that saves at most a share of the memory.
 
     It depends on nothing that varies from run to run, so that a resumed run computes the same.
@@ -53,24 +67,24 @@ def choose(decoder: DecoderConfig, tokens: int, *, memory: float, on_cpu: bool) 
       tokens: of a microbatch on a device.
       memory: of a device in bytes, beside what it holds anyway.
       on_cpu: whether the devices are CPUs.
+      expert_devices: mesh.expert.
     """
     # On a CPU XLA converts a whole stack of bfloat16 to float32 to write one layer (jaxlib 0.10.2).
     if on_cpu and decoder.dtype == "bfloat16":
         return "full"
     for kind in KINDS:
-        if saved_bytes(decoder, kind, tokens) <= SHARE * memory:
+        if saved_bytes(decoder, kind, tokens, expert_devices) <= SHARE * memory:
             return kind
     return "full"
 
 
-def saved_bytes(decoder: DecoderConfig, kind: str, tokens: int) -> float:
+def saved_bytes(decoder: DecoderConfig, kind: str, tokens: int, expert_devices: int = 1) -> float:
     """The bytes that a kind of rematerialization saves of so many tokens."""
     size = jnp.dtype(decoder.dtype).itemsize
-    return float(saved_per_token(decoder, kind) * tokens * size)
+    return float(saved_per_token(decoder, kind, expert_devices) * tokens * size)
 
 
 def tokens_a_device(config: Config, mesh: Mesh, length: int) -> int:
     """The tokens of a microbatch on each device."""
     rows = config.train.batch_size // config.train.microbatches
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    return rows * length // devices
+    return rows * length // row_devices(mesh)

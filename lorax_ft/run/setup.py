@@ -179,7 +179,7 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     """
     train = config.train
     rows = train.batch_size // train.microbatches
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = sharding.row_devices(mesh)
     if rows % devices == 0:
         return
     unit = devices * train.microbatches
@@ -187,8 +187,8 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     fitting = alternatives([size for size in (below, below + unit) if size > 0])
     raise ValueError(
         f"train.batch_size {train.batch_size} / train.microbatches {train.microbatches} gives "
-        f"{rows} rows, which do not divide over data × fsdp = {devices} devices; a batch_size of "
-        f"{fitting} would"
+        f"{rows} rows, which do not divide over {' × '.join(sharding.ROW_AXES)} = {devices} "
+        f"devices; a batch_size of {fitting} would"
     )
 
 

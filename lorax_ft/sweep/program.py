@@ -16,6 +16,7 @@ from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.lowrank.groups import fully_trained
 from lorax_ft.models.model import HEAD, Model
+from lorax_ft.sharding import row_devices
 from lorax_ft.training.losses import CHUNK_ROWS, supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.step import TrainState, make_eval_step, make_train_step
@@ -71,6 +72,7 @@ def compile_program(
         packed=config.data.pack,
         dropout=config.adapter.dropout,
         neftune_alpha=config.train.neftune_alpha,
+        router_aux_loss_coef=config.train.router_aux_loss_coef,
         chunk_rows=_chunk_rows(config, state.trained, count, mesh),
     )
     solo_step = make_train_step(loss, tx, layout=model.layout)
@@ -122,5 +124,4 @@ def _chunk_rows(config: Config, trained: Tree, count: int, mesh: Mesh) -> int | 
 
 def _rows_of_each(count: int, mesh: Mesh) -> int:
     """Each adapter's part of the rows whose logits a single run holds."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    return max(CHUNK_ROWS // count, SMALLEST_CHUNK) * devices
+    return max(CHUNK_ROWS // count, SMALLEST_CHUNK) * row_devices(mesh)

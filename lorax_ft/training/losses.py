@@ -19,6 +19,8 @@ from jax import Array, lax
 
 from lorax_ft.lowrank.adapters import with_dropout
 from lorax_ft.lowrank.terms import dropout as dropout_term
+from lorax_ft.models.config import DecoderConfig
+from lorax_ft.models.mlp import router_loss
 from lorax_ft.models.model import CausalLM
 from lorax_ft.sharding import row_devices
 from lorax_ft.tree import Layer, Tree
@@ -40,6 +42,7 @@ def supervised_loss(
     packed: bool,
     dropout: float = 0.0,
     neftune_alpha: float = 0.0,
+    router_aux_loss_coef: float = 0.0,
     chunk_rows: int | None = None,
 ) -> Loss:
     """The cross-entropy of the next token, over the labeled tokens.
@@ -49,13 +52,20 @@ def supervised_loss(
       packed: whether rows hold several samples, none of which may attend to another.
       dropout: rate on the input of the adapter branch.
       neftune_alpha: strength of the noise on the embeddings.
+      router_aux_loss_coef: weight of the router's load-balancing loss (`router_loss`) beside the
+        mean cross-entropy. Padding does not count in it.
       chunk_rows: as in `head_loss`.
 
     Returns:
       The loss of a batch of `tokens`, `targets`, `weights`, `positions` and `segment_ids`, each
       `[B, T]`, as `lorax_ft.data.packing.collate` makes them. Its weight is the number of labeled
-      tokens. Without a key there is neither dropout nor noise.
+      tokens. Without a key there is neither dropout nor noise. With a `router_aux_loss_coef` its
+      metrics have `router_loss`.
+
+    Raises:
+      ValueError: `router_aux_loss_coef` is given for a model without experts.
     """
+    check_router_loss(model.config, router_aux_loss_coef, source="the model")
 
     def loss(params: Tree, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
         noise = None
@@ -69,11 +79,45 @@ def supervised_loss(
                     alpha=neftune_alpha,
                     width=model.config.width,
                 )
-        value = batch_loss(model, params, batch, packed=packed, noise=noise, chunk_rows=chunk_rows)
         weight = jnp.sum(batch["weights"])
-        return value, weight, {}
+        if not router_aux_loss_coef:
+            value = batch_loss(
+                model, params, batch, packed=packed, noise=noise, chunk_rows=chunk_rows
+            )
+            return value, weight, {}
+        segments = batch["segment_ids"]
+        features, usages = model.features_and_usage(
+            params,
+            batch["tokens"],
+            batch["positions"],
+            segments if packed else None,
+            noise=noise,
+            counted=segments > 0,  # segment 0 is padding
+        )
+        value = _batch_head_loss(model, params, features, batch, chunk_rows)
+        # A mean over tokens, which the step divides by the weight as it does the cross-entropy.
+        balance = weight * router_loss(usages)
+        return value + router_aux_loss_coef * balance, weight, {"router_loss": balance}
 
     return loss
+
+
+def check_router_loss(config: DecoderConfig, coef: float, *, source: str) -> None:
+    """Raise if the load-balancing loss has a weight, but the model has no router.
+
+    Args:
+      config: the model's.
+      coef: train.router_aux_loss_coef.
+      source: names the model in the error.
+
+    Raises:
+      ValueError: it has none.
+    """
+    if coef and config.experts is None:
+        raise ValueError(
+            f"train.router_aux_loss_coef is {coef}, but {source} has no experts to balance; "
+            "remove it"
+        )
 
 
 def batch_loss(
@@ -94,6 +138,13 @@ def batch_loss(
         segments,
         noise=noise,
     )
+    return _batch_head_loss(model, params, features, batch, chunk_rows)
+
+
+def _batch_head_loss(
+    model: CausalLM, params: Tree, features: Array, batch: Batch, chunk_rows: int | None
+) -> Array:
+    """Σ weights · cross-entropy of the features of a batch."""
     head = model.head(params)
     return head_loss(
         head,

@@ -15,6 +15,7 @@ import transformers  # noqa: E402
 
 from lorax_ft.interop.load import load_model  # noqa: E402
 from lorax_ft.interop.save import save_model  # noqa: E402
+from lorax_ft.models.mlp import router_loss  # noqa: E402
 
 SIZES = {
     "vocab_size": 97,
@@ -246,6 +247,29 @@ def test_logits(tmp_path: Path, case: str) -> None:
         [reference(theirs, part) for part in (TOKENS[:, :8], TOKENS[:, 8:])], axis=1
     )
     np.testing.assert_allclose(apply(TOKENS, positions, segments), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_router_loss(tmp_path: Path, case: str) -> None:
+    """The load-balancing loss without and with padding, at different loads of the experts."""
+    theirs = checkpoint(tmp_path / "model", case)
+    ours = load_model(tmp_path / "model")
+
+    @jax.jit
+    def router_loss_of(tokens: jax.Array, real: jax.Array) -> jax.Array:
+        _, usages = ours.features_and_usage(ours.params, tokens, counted=real)
+        return router_loss(usages)
+
+    for lengths in ([21, 21], [21, 9]):
+        real = np.arange(21) < np.array(lengths)[:, None]
+        with torch.no_grad():
+            result = theirs(
+                torch.as_tensor(TOKENS),
+                attention_mask=torch.as_tensor(real.astype(int)),
+                labels=torch.as_tensor(TOKENS),
+                output_router_logits=True,
+            )
+        np.testing.assert_allclose(router_loss_of(TOKENS, real), result.aux_loss, rtol=1e-5)
 
 
 def test_sharded_checkpoint(tmp_path: Path) -> None:
