@@ -66,7 +66,7 @@ def test_rows_that_do_not_divide() -> None:
     config = Config(train=TrainConfig(batch_size=12, microbatches=2))
     check_rows(config, make_mesh(MeshConfig(data=3), devices=jax.devices()[:3]))
     four = make_mesh(MeshConfig(data=2, fsdp=2), devices=jax.devices()[:4])
-    with pytest.raises(ValueError, match=r"gives 6 rows, which .* = 4 devices; a batch_size of 16"):
+    with pytest.raises(ValueError, match=r"gives 6 rows, which .* = 4 devices; a batch_size of 8 or 16"):
         check_rows(config, four)
 
 
