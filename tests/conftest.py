@@ -238,7 +238,7 @@ def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     make_mesh = sharding.make_mesh
 
     def small(config: MeshConfig) -> Any:
-        count = config.data * config.fsdp * config.tensor
+        count = config.data * config.fsdp * config.context * config.tensor
         return make_mesh(config, devices=jax.devices()[:count])
 
     monkeypatch.setattr(sharding, "make_mesh", small)

@@ -34,6 +34,11 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--train.microbatches", "3"], "does not divide"),
         (["--mesh.fsdp", "3"], "does not fit"),
         (
+            ["--mesh.context", "8", "--data.max_length", "100"],
+            "data.max_length is 100, which does not divide over mesh.context 8 devices; 96 or 104",
+        ),
+        (["--train.batch_size", "2"], "or split each row, with mesh.context 4"),
+        (
             [
                 "--train.output",
                 "old",

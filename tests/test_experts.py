@@ -143,18 +143,26 @@ def test_clamped_gates() -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "tensor"), [("blocks", 2), ("ragged", 1)])
-def test_on_a_mesh(kind: str, tensor: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        ("blocks", MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("ragged", MeshConfig(data=4, fsdp=2)),
+        ("blocks", MeshConfig(fsdp=2, context=4)),
+    ],
+    ids=["tensor", "ragged", "context"],
+)
+def test_on_a_mesh(kind: str, mesh: MeshConfig) -> None:
     """Each device sorts its own tokens: as on one device, balanced or not."""
     params = adapted(random_params(), dora=True)
-    tokens = jnp.concatenate([TOKENS[:2], TOKENS[:2], jnp.full((4, 21), 5, jnp.int32)])
+    tokens = jnp.concatenate([TOKENS[:2, :20], TOKENS[:2, :20], jnp.full((4, 20), 5, jnp.int32)])
     expected = value_and_gradient(model_of("dense"), params, tokens)
-    mesh = make_mesh(MeshConfig(data=4 // tensor, fsdp=2, tensor=tensor))
+    devices = make_mesh(mesh)
     model = model_of(kind)
-    places = param_shardings(params, DECODER_RULES, layout=model.layout, mesh=mesh)
+    places = param_shardings(params, DECODER_RULES, layout=model.layout, mesh=devices)
     placed = jax.device_put(params, places)
-    rows = jax.device_put(tokens, batch_sharding(mesh, microbatched=False))
-    with jax.set_mesh(mesh):
+    rows = jax.device_put(tokens, batch_sharding(devices, microbatched=False))
+    with jax.set_mesh(devices):
         close(value_and_gradient(model, placed, rows), expected)
 
 

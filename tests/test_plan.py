@@ -192,8 +192,9 @@ TOPOLOGY = parse_topology("v5e:4x4")
 
 
 def made_up(config: Config) -> Candidate:
-    """Weights that fsdp splits, activations that microbatches and recomputation make smaller."""
-    weights = int(60e9 / config.mesh.fsdp / (4 if config.quant.format == "nf4" else 1))
+    """Weights that meshes split, activations that microbatches and recomputation make smaller."""
+    shards = config.mesh.fsdp * config.mesh.context
+    weights = int(60e9 / shards / (4 if config.quant.format == "nf4" else 1))
     kept = {"none": 40e9, "products": 20e9, "mlp": 10e9, "full": 4e9}[config.model.remat]
     work = {"none": 4, "products": 4.5, "mlp": 5, "full": 6}[config.model.remat]
     if weights > TOPOLOGY.chip.memory:
@@ -238,6 +239,17 @@ def test_a_faster_config_is_found() -> None:
     best = fastest([first, *found], TOPOLOGY)
     assert best is not None
     assert best.config.model.remat == "mlp"
+
+
+def test_rows_that_are_too_long_for_a_chip_are_split() -> None:
+    def long(config: Config) -> Candidate:
+        return dataclasses.replace(made_up(config), needed=100e9 / config.mesh.context)
+
+    given = dataclasses.replace(GIVEN, mesh=MeshConfig(data=1, fsdp=16))
+    found = search(long, long(given), TOPOLOGY, tries=6)
+    fitting = next(each.config for each in found if each.fits(TOPOLOGY))
+    # Each group of 8 chips has one of the 16 rows at a time.
+    assert options(fitting, given) == ("--train.microbatches 8 --mesh.fsdp 2 --mesh.context 8")
 
 
 def test_few_tries_end_the_search() -> None:

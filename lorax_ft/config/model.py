@@ -67,6 +67,9 @@ class MeshConfig:
     """Data parallelism: number of replicas of the weights; -1 uses all remaining devices."""
     fsdp: int = 1
     """FSDP: number of devices that shard both the rows of a batch and the weights."""
+    context: int = 1
+    """Context parallelism: number of devices that shard both the tokens of a row and the weights,
+    for rows that are too long for one device."""
     tensor: int = 1
     """Tensor parallelism: number of devices that shard each matrix."""
 
@@ -75,4 +78,19 @@ class MeshConfig:
         check(
             self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1"
         )
-        check_positive(self, "fsdp", "tensor")
+        check_positive(self, "fsdp", "context", "tensor")
+
+    def check_length(self, length: int) -> None:
+        """Raise if rows of so many tokens do not divide over `context` devices.
+
+        Raises:
+          ValueError: they do not; the error says which lengths would.
+        """
+        shorter = length // self.context * self.context
+        longer = shorter + self.context
+        lengths = f"{shorter} or {longer}" if shorter else f"{longer}"
+        check(
+            shorter == length,
+            f"data.max_length is {length}, which does not divide over mesh.context "
+            f"{self.context} devices; {lengths} would",
+        )

@@ -15,9 +15,9 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from lorax_ft.lowrank.experts import ExpertProduct, Rows
+from lorax_ft.mesh_axes import ROW_AXES, TOKEN_AXIS, dividing, row_devices, token_devices
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.quant.kernels import Quantized, dense
-from lorax_ft.sharding import ROW_AXES, row_devices
 
 MOST_BLOCK = 128
 """Rows of the largest block."""
@@ -85,10 +85,39 @@ def combine_rows(y: Array, weights: Array, routed: Routed) -> Array:
     return jax.vmap(combine)(y, weights, routed.place)
 
 
-def shards_of(rows: int) -> int:
-    """Into how many shards tokens are sorted apart: as many as devices hold rows of their own."""
-    devices = row_devices()
-    return devices if rows % devices == 0 else 1
+class Shards(NamedTuple):
+    """How a batch `[B, T, ...]` is cut into S shards `[S, N, ...]`, one for each device."""
+
+    rows: int
+    """The parts of the B rows."""
+    batch: int
+    """B."""
+    tokens: int
+    """The parts of the T tokens of a row."""
+
+
+def shards_of(rows: int, tokens: int) -> Shards:
+    """The shards of a batch on the ambient mesh; one, where it does not divide."""
+    if dividing(ROW_AXES, rows) is None or dividing(TOKEN_AXIS, tokens) is None:
+        return Shards(1, rows, 1)
+    return Shards(row_devices(), rows, token_devices())
+
+
+def by_shard(x: Array, shards: Shards) -> Array:
+    """`[B, T, ...]` as `[S, N, ...]`."""
+    _, tokens, *rest = x.shape
+    rows = shards.batch // shards.rows
+    parts = x.reshape(shards.rows, rows, shards.tokens, tokens // shards.tokens, *rest)
+    parts = jnp.moveaxis(parts, 2, 1)
+    return parts.reshape(shards.rows * shards.tokens, -1, *rest)
+
+
+def from_shards(x: Array, shards: Shards) -> Array:
+    """`[S, N, ...]` as `[B, T, ...]`."""
+    rest = x.shape[2:]
+    parts = x.reshape(shards.rows, shards.tokens, shards.batch // shards.rows, -1, *rest)
+    parts = jnp.moveaxis(parts, 1, 2)
+    return parts.reshape(shards.batch, -1, *rest)
 
 
 def block_rows(copies: int, experts: int, kind: str) -> int:
@@ -123,13 +152,14 @@ def product_of(kind: str, *, block: int) -> ExpertProduct:
     def each_shard(x: Array, kernels: Any, rows: Rows) -> Array:
         if len(x) == 1:
             return local(x, kernels, rows)
-        # Kernels come whole over the axes of rows, and stay split over tensor.
-        split = P(ROW_AXES)
+        # Kernels come whole over the axes of rows and tokens, and stay split over tensor.
+        axes = (*ROW_AXES, TOKEN_AXIS)
+        split = P(axes)
         mapped = jax.shard_map(
             local,
             in_specs=(split, P(), split),
             out_specs=split,
-            axis_names=set(ROW_AXES),
+            axis_names=set(axes),
             # The sums of `_backward` start from zeros that are the same on all devices.
             check_vma=False,
         )

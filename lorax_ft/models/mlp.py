@@ -47,21 +47,18 @@ class MoE(nn.Module):
         c = self.config
         experts = c.experts
         assert experts is not None
-        rows = x.reshape(-1, c.width)
-
-        scores = dense(c, experts.count, "gate")(rows)
+        scores = dense(c, experts.count, "gate")(x)
         scores = scores.astype(jnp.float32)
         p = jax.nn.softmax(scores)
-        weights, chosen = lax.top_k(p, experts.top_k)  # [N, K]
+        weights, chosen = lax.top_k(p, experts.top_k)  # [B, T, K]
         if experts.renormalized:
             total = jnp.sum(weights, axis=-1, keepdims=True)
             weights = weights / total
         kind = grouped.product_kind(c)
         if kind == "dense":
-            y = self._all_experts(rows, weights, chosen)
-        else:
-            y = self._chosen_experts(rows, weights, chosen, kind, shards=grouped.shards_of(len(x)))
-        return y.reshape(x.shape)
+            y = self._all_experts(*[_flat(part) for part in (x, weights, chosen)])
+            return y.reshape(x.shape)
+        return self._chosen_experts(x, weights, chosen, kind)
 
     def _all_experts(self, x: Array, weights: Array, chosen: Array) -> Array:
         """Every expert on every row `[N, D]`."""
@@ -74,22 +71,19 @@ class MoE(nn.Module):
         y = AllExperts(self.config, name="experts")(copies)  # [E, N, D]
         return jnp.einsum("end,ne->nd", y, all_weights.astype(y.dtype))
 
-    def _chosen_experts(
-        self, x: Array, weights: Array, chosen: Array, kind: str, *, shards: int
-    ) -> Array:
-        """The chosen experts on copies of each row `[N, D]`, sorted by expert on each shard."""
+    def _chosen_experts(self, x: Array, weights: Array, chosen: Array, kind: str) -> Array:
+        """The chosen experts on copies of each token `[B, T, D]`, sorted on each shard."""
         experts = self.config.experts
         assert experts is not None
-        x = _by_shard(x, shards)
-        weights = _by_shard(weights, shards)
-        chosen = _by_shard(chosen, shards)
+        shards = grouped.shards_of(*x.shape[:2])
+        x, weights, chosen = [grouped.by_shard(part, shards) for part in (x, weights, chosen)]
         copies = chosen.shape[1] * experts.top_k
         block = grouped.block_rows(copies, experts.count, kind)
         routed = grouped.route(chosen, experts=experts.count, block=block)
         product = grouped.product_of(kind, block=block)
         mlp = ChosenExperts(self.config, product, name="experts")
         y = mlp(grouped.gather_tokens(x, routed), routed.rows)  # [S, M, D]
-        return grouped.combine_rows(y, weights, routed)
+        return grouped.from_shards(grouped.combine_rows(y, weights, routed), shards)
 
 
 class ChosenExperts(nn.Module):
@@ -136,9 +130,9 @@ class AllExperts(nn.Module):
         return _expert_projection(c, hidden, c.width, "down_proj")
 
 
-def _by_shard(x: Array, shards: int) -> Array:
-    """`[S N, ...]` as `[S, N, ...]`."""
-    return x.reshape(shards, -1, x.shape[-1])
+def _flat(x: Array) -> Array:
+    """`[B, T, ...]` as rows `[N, ...]`."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _expert_projection(config: DecoderConfig, x: Array, features: int, name: str) -> Array:

@@ -130,10 +130,10 @@ def describe(config: Config, topology: Topology) -> str:
     train, mesh = config.train, config.mesh
     data = mesh.data
     if data == -1:
-        data = topology.devices // (mesh.fsdp * mesh.tensor)
+        data = topology.devices // (mesh.fsdp * mesh.context * mesh.tensor)
     parts = [
         f"{topology.devices} × {topology.chip.label}",
-        f"mesh data={data} fsdp={mesh.fsdp} tensor={mesh.tensor}",
+        f"mesh data={data} fsdp={mesh.fsdp} context={mesh.context} tensor={mesh.tensor}",
         f"{train.batch_size} rows of {config.data.max_length} tokens",
         f"remat {config.model.remat}",
     ]

@@ -82,7 +82,7 @@ def _lighten(
     They need more memory, which weights that are split over more chips may leave.
     """
     assert base.program is not None
-    weights = base.program.weights * base.config.mesh.fsdp
+    weights = base.program.weights * _shards(base.config)
     meshes = [base.config, *_meshes(base.config, topology)]
     for remat in LIGHTER[_place(base.config) :]:
         while meshes:
@@ -92,13 +92,18 @@ def _lighten(
                 return
             if candidate.fits(topology):
                 break
-            others = candidate.needed - weights / meshes[0].mesh.fsdp
+            others = candidate.needed - weights / _shards(meshes[0])
             # Only the weights shrink with the mesh.
             meshes = [
                 each
                 for each in meshes[1:]
-                if others + weights / each.mesh.fsdp <= topology.chip.memory
+                if others + weights / _shards(each) <= topology.chip.memory
             ]
+
+
+def _shards(config: Config) -> int:
+    """How many chips split the weights, beside those of `tensor`."""
+    return config.mesh.fsdp * config.mesh.context
 
 
 def fastest(candidates: list[Candidate], topology: Topology) -> Candidate | None:
@@ -127,8 +132,9 @@ def _smaller(config: Config, topology: Topology) -> Iterator[Config]:
     meshes = list(_meshes(config, topology))
     yield from meshes
     last = meshes[-1] if meshes else config
-    # Fewer rows at a time, and then four bits for the base.
+    # Fewer rows at a time, then parts of a row, and then four bits for the base.
     yield from _microbatched(last)
+    yield from _in_parts(config, topology)
     if config.quant.format == "none":
         quant = dataclasses.replace(config.quant, format="nf4")
         for each in (config, *meshes, last):
@@ -139,13 +145,30 @@ def _smaller(config: Config, topology: Topology) -> Iterator[Config]:
 def _meshes(config: Config, topology: Topology) -> Iterator[Config]:
     """Meshes that split the weights over more and more chips of a slice."""
     rows = config.train.batch_size // config.train.microbatches
+    others = config.mesh.context * config.mesh.tensor
     fsdp = 2 * config.mesh.fsdp
-    while config.mesh.tensor * fsdp <= topology.chips:
-        data, rest = divmod(topology.devices, fsdp * config.mesh.tensor)
+    while fsdp * others <= topology.chips:
+        data, rest = divmod(topology.devices, fsdp * others)
         if not rest and rows % (data * fsdp) == 0:
             mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp)
             yield dataclasses.replace(config, mesh=mesh)
         fsdp *= 2
+
+
+def _in_parts(config: Config, topology: Topology) -> Iterator[Config]:
+    """The tokens of a row split over more and more chips, with one row for each such group."""
+    train, length = config.train, config.data.max_length
+    assert length != "auto"
+    context = 2 * config.mesh.context
+    while context * config.mesh.tensor <= topology.chips and length % context == 0:
+        fsdp, rest = divmod(topology.chips, context * config.mesh.tensor)
+        data = topology.slices
+        microbatches, more_rest = divmod(train.batch_size, data * fsdp)
+        if not rest and not more_rest:
+            mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, context=context)
+            changed = dataclasses.replace(train, microbatches=microbatches)
+            yield dataclasses.replace(config, mesh=mesh, train=changed)
+        context *= 2
 
 
 def _microbatched(config: Config) -> Iterator[Config]:

@@ -182,10 +182,13 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     if rows % devices == 0:
         return
     nearest = max(round(rows / devices), 1) * devices * train.microbatches
+    way_out = f"a batch_size of {nearest} would"
+    if devices % rows == 0:
+        context = config.mesh.context * devices // rows
+        way_out += f"; or split each row, with mesh.context {context}"
     raise ValueError(
         f"train.batch_size {train.batch_size} in {train.microbatches} microbatches gives {rows} "
-        f"rows, which do not divide over data × fsdp = {devices} devices; a batch_size of "
-        f"{nearest} would"
+        f"rows, which do not divide over data × fsdp = {devices} devices; {way_out}"
     )
 
 

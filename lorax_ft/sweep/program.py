@@ -122,5 +122,4 @@ def _chunk_rows(config: Config, trained: Tree, count: int, mesh: Mesh) -> int | 
 
 def _rows_of_each(count: int, mesh: Mesh) -> int:
     """Each adapter's part of the rows whose logits a single run holds."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    return max(CHUNK_ROWS // count, SMALLEST_CHUNK) * devices
+    return max(CHUNK_ROWS // count, SMALLEST_CHUNK) * sharding.batch_devices(mesh)
