@@ -383,11 +383,7 @@ def byte_tokenizer() -> Any:
 
 
 def run_config(folder: Path, method: str, steps: int, *, resume: bool = False) -> Config:
-    """A short run on four devices: replicated weights for LoRA, sharded weights for the others.
-
-    For LoRA-GA the tokens of a row are split too, over both processes.
-    """
-    meshes = {"lora": MeshConfig(), "lora_ga": MeshConfig(data=1, context=4)}
+    """A short run on four devices: replicated weights for LoRA, sharded weights for the others."""
     init: Any = "kaiming" if method == "lora" else method
     measured = {"calibration_batches": 4} if INITS[init].statistic else {}
     return Config(
@@ -400,7 +396,7 @@ def run_config(folder: Path, method: str, steps: int, *, resume: bool = False) -
             output=str(folder / method), steps=steps, batch_size=8, report_to=(), resume=resume
         ),
         eval=EvalConfig(exact_match_rows=2, samples=1, max_new_tokens=4),
-        mesh=meshes.get(method, MeshConfig(data=1, fsdp=4)),
+        mesh=MeshConfig() if method == "lora" else MeshConfig(data=1, fsdp=4),
     )
 
 
