@@ -168,6 +168,8 @@ TRAINING = {
     # The devices.
     "deepspeed": "--mesh.fsdp; the number of devices that share the weights",
     "tensor_parallel_size": "--mesh.tensor",
+    "context_parallel_size": "--mesh.context",
+    "sequence_parallel_size": "--mesh.context",
 }
 
 INFERENCE = {

@@ -21,31 +21,37 @@ from jax.sharding import PartitionSpec as P
 from lorax_ft.checks import alternatives, divisors
 from lorax_ft.config import MeshConfig
 from lorax_ft.lowrank.layout import Layout
+from lorax_ft.mesh_axes import (
+    AXES,
+    ROW_AXES,
+    SHARDS,
+    TOKEN_AXIS,
+    MeshAxis,
+    ambient_sizes,
+    devices_along,
+    dividing,
+    token_devices,
+)
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import is_adapter, leaf_schema
 from lorax_ft.tree import Shape, Tree, first_match, flatten, join, unflatten
 
-MeshAxis = str | tuple[str, ...] | None
-"""The mesh axis, or axes, that an array's axis is split over."""
-Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+Rules = Sequence[tuple[str, tuple[MeshAxis, ...]]]
 """(regular expression for a slash path, mesh axes of the leaf's axes); the first match wins."""
-
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
-ROW_AXES = ("data", "fsdp", "expert")  # the mesh axes that the rows of a batch are split over
 
 # Every leaf of a decoder must match a rule. The first axis of `layers` counts the layers.
 DECODER_RULES: Rules = (
-    (r"embed_tokens/embedding", ("tensor", "fsdp")),
-    (r"lm_head/kernel", ("fsdp", "tensor")),
-    (r"layers/.*/experts/(gate|up)_proj/kernel", (None, "expert", "fsdp", "tensor")),
-    (r"layers/.*/experts/down_proj/kernel", (None, "expert", "tensor", "fsdp")),
+    (r"embed_tokens/embedding", ("tensor", SHARDS)),
+    (r"lm_head/kernel", (SHARDS, "tensor")),
+    (r"layers/.*/experts/(gate|up)_proj/kernel", (None, "expert", SHARDS, "tensor")),
+    (r"layers/.*/experts/down_proj/kernel", (None, "expert", "tensor", SHARDS)),
     (r"layers/.*/experts/(gate|up)_proj/bias", (None, "expert", "tensor")),
     (r"layers/.*/experts/down_proj/bias", (None, "expert")),
-    (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", (None, "fsdp", "tensor")),
+    (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", (None, SHARDS, "tensor")),
     (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)_proj/bias", (None, "tensor")),
-    (r"layers/.*/in_proj_(qkv|z)/kernel", (None, "fsdp", "tensor")),
-    (r"layers/.*/in_proj_(a|b)/kernel", (None, "fsdp", None)),
-    (r"layers/.*/(o|out|down)_proj/kernel", (None, "tensor", "fsdp")),
+    (r"layers/.*/in_proj_(qkv|z)/kernel", (None, SHARDS, "tensor")),
+    (r"layers/.*/in_proj_(a|b)/kernel", (None, SHARDS, None)),
+    (r"layers/.*/(o|out|down)_proj/kernel", (None, "tensor", SHARDS)),
     (r"layers/.*/(o|down)_proj/bias", ()),
     (r"layers/(.*/)?mlp/gate/(kernel|bias)", ()),
     (r"layers/(.*/)?(self_attn/sinks|layer_scalar)", ()),
@@ -55,7 +61,7 @@ DECODER_RULES: Rules = (
 
 
 def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of axes data, fsdp, expert and tensor over all devices of all processes.
+    """A mesh of the `AXES` over all devices of all processes.
 
     Of several TPU slices, which only the data center's network connects, data goes across: its
     gradients are those of the adapters alone.
@@ -69,15 +75,14 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
         number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    rest = (config.fsdp, config.expert, config.tensor)
+    rest = (config.fsdp, config.expert, config.context, config.tensor)
     data = config.data
     if data == -1:
         data = len(devices) // math.prod(rest)
     if data * math.prod(rest) != len(devices):
         raise ValueError(_misfit(config, len(devices)))
-    shape = (data, *rest)
     # Explicit axes, jax.make_mesh's default since 0.9, fail in nn.Embed on a sharded table.
-    types = (AxisType.Auto,) * len(MESH_AXES)
+    types = (AxisType.Auto,) * len(AXES)
     slices = _slices(devices)
     if data % slices:
         raise ValueError(
@@ -86,20 +91,20 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
         )
     # Of a v5p of 8x8x16 chips, fsdp may take 4 along one of its axes, which jax.make_mesh refuses.
     if slices == 1:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh((data, *rest), devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_hybrid_device_mesh(
             (data // slices, *rest),
-            (slices, 1, 1, 1),
+            (slices, 1, 1, 1, 1),
             devices=devices,
             allow_split_physical_axes=True,
         )
-    return Mesh(grid, MESH_AXES, axis_types=types)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def _misfit(config: MeshConfig, devices: int) -> str:
     """What is wrong with a mesh whose sizes do not multiply to the number of devices."""
-    sizes = {name: getattr(config, name) for name in MESH_AXES}
+    sizes = {name: getattr(config, name) for name in AXES}
     described = " × ".join(f"{name}={size}" for name, size in sizes.items())
     rest = math.prod(sizes.values()) // sizes["data"]
     if devices % rest:
@@ -208,10 +213,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, *, microbatched: bool) -> NamedSharding:
-    """Rows split over `ROW_AXES`: of `[B, T]`, or of `[M, B, T]` with microbatches."""
+    """Rows over `ROW_AXES`, tokens over context: of `[B, T]`, or of `[M, B, T]`."""
     if microbatched:
-        return NamedSharding(mesh, P(None, ROW_AXES))
-    return NamedSharding(mesh, P(ROW_AXES))
+        return NamedSharding(mesh, P(None, ROW_AXES, TOKEN_AXIS))
+    return NamedSharding(mesh, P(ROW_AXES, TOKEN_AXIS))
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """How many devices the tokens of a batch are split over."""
+    return devices_along((*ROW_AXES, TOKEN_AXIS), mesh.shape)
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -238,36 +248,59 @@ def place_batch(
     return placed
 
 
-def split_rows(x: Array) -> Array:
-    """x `[B, ...]` with its rows split over the ambient mesh (`jax.set_mesh`), if they divide.
+def split_tokens(x: Array) -> Array:
+    """x `[B, T, ...]` with its rows and tokens split over the ambient mesh, if they divide.
 
     Without it XLA may leave the width split, as the embedding table is, and gather the whole batch
     on every device.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    axes = tuple(axis for axis in ROW_AXES if axis in sizes)
-    rows = x.shape[0]
-    if not axes or rows % row_devices():
+    rows, tokens = x.shape[:2]
+    axes = (dividing(ROW_AXES, rows), dividing(TOKEN_AXIS, tokens))
+    if axes == (None, None):
         return x
-    return lax.with_sharding_constraint(x, P(axes))
+    spec = [P.UNCONSTRAINED if axis is None else axis for axis in axes]
+    return lax.with_sharding_constraint(x, P(*spec))
 
 
-def row_devices(mesh: Mesh | None = None) -> int:
-    """How many devices of a mesh, or of the ambient one, a batch's rows are split over.
+def split_embedded(x: Array) -> Array:
+    """x `[B, T, D]` as an embedding table gives it, with D split, on the way to `split_tokens`.
 
-    Without an ambient mesh it is 1.
+    The devices of fsdp exchange width for rows, and then those of context width for tokens: XLA
+    does not find the two steps by itself, and would gather the whole batch.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape if mesh is None else mesh.shape
-    return math.prod(sizes.get(axis, 1) for axis in ROW_AXES)
+    if token_devices() == 1:
+        return x
+    rows, _, width = x.shape
+    spec = P(dividing(ROW_AXES, rows), None, dividing(TOKEN_AXIS, width))
+    return split_tokens(lax.with_sharding_constraint(x, spec))
 
 
-def expert_devices() -> int:
-    """How many devices of the ambient mesh the experts are split over; 1 without a mesh."""
-    return int(jax.sharding.get_abstract_mesh().shape.get("expert", 1))
+def keep_tokens_split(x: Array) -> Array:
+    """x `[B, T, ...]` with its tokens split where the ambient mesh splits them, and the rest free.
+
+    For what XLA would else gather around `split_heads`.
+    """
+    rows, tokens = x.shape[:2]
+    if token_devices() == 1 or dividing(TOKEN_AXIS, tokens) is None:
+        return x
+    free = [P.UNCONSTRAINED] * (x.ndim - 2)
+    return lax.with_sharding_constraint(x, P(dividing(ROW_AXES, rows), TOKEN_AXIS, *free))
+
+
+def split_heads(x: Array) -> Array:
+    """x `[B, T, H, ...]` with its heads split in place of its tokens, if the ambient mesh has both.
+
+    For what is computed along a row. Heads that do not divide are whole on every device.
+    """
+    if token_devices() == 1:
+        return x
+    rows, _, heads = x.shape[:3]
+    split_over = dividing(("tensor", TOKEN_AXIS), heads)
+    return lax.with_sharding_constraint(x, P(dividing(ROW_AXES, rows), None, split_over))
 
 
 def gathered(path: str, kernel: Quantized) -> Quantized:
-    """A layer's quantized kernel, whole over the ambient mesh's fsdp axis and split over tensor.
+    """A layer's quantized kernel, split over the ambient mesh's tensor axis and no other.
 
     It is dequantized after that, so that devices exchange codes and not values: a quarter of the
     bytes. Without it XLA dequantizes first.
@@ -276,18 +309,18 @@ def gathered(path: str, kernel: Quantized) -> Quantized:
       path: the module's, such as `layers/mlp/up_proj`.
       kernel: as the layer sees it, without the axis of layers.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
+    sizes = ambient_sizes()
     axes = first_match(DECODER_RULES, f"{path}/kernel")
-    if sizes.get("fsdp", 1) == 1 or axes is None:
+    if axes is None or devices_along(SHARDS, sizes) == 1:
         return kernel
     _, *without_layers = axes
-    whole_over_fsdp = tuple(None if axis == "fsdp" else axis for axis in without_layers)
+    whole_over_shards = tuple(None if axis == SHARDS else axis for axis in without_layers)
 
     def constrained(part: Array, part_axes: tuple[MeshAxis, ...]) -> Array:
         fitting = fitted(part_axes, part.shape, sizes)
         return lax.with_sharding_constraint(part, fitting)
 
-    part_axes = kernel.axes(whole_over_fsdp, sizes)
+    part_axes = kernel.axes(whole_over_shards, sizes)
     return jax.tree.map(constrained, kernel, part_axes)
 
 
@@ -296,10 +329,7 @@ def fitted(axes: tuple[MeshAxis, ...], shape: Shape, sizes: Mapping[str, int]) -
     kept = []
     # JAX shards an axis only into equal parts.
     for axis, size in zip(axes, shape, strict=True):
-        # None is an axis that is whole.
-        names = axis if isinstance(axis, tuple) else (axis,)
-        devices = math.prod(sizes[name] for name in names if name)
-        kept.append(axis if size % devices == 0 else None)
+        kept.append(axis if size % devices_along(axis, sizes) == 0 else None)
     return P(*kept)
 
 
@@ -322,7 +352,7 @@ def _adapter_axes(path: str, rules: Rules, layout: Layout) -> tuple[MeshAxis, ..
     return tuple(axes)
 
 
-def _rule(path: str, ndim: int, rules: Rules) -> tuple[str | None, ...]:
+def _rule(path: str, ndim: int, rules: Rules) -> tuple[MeshAxis, ...]:
     """The mesh axes that the rules give to a leaf of the base, one for each of its axes."""
     axes = first_match(rules, path)
     if axes is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import sys
 import tempfile
@@ -239,7 +240,7 @@ def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     make_mesh = sharding.make_mesh
 
     def small(config: MeshConfig) -> Any:
-        count = config.data * config.fsdp * config.expert * config.tensor
+        count = math.prod([config.data, config.fsdp, config.expert, config.context, config.tensor])
         return make_mesh(config, devices=jax.devices()[:count])
 
     monkeypatch.setattr(sharding, "make_mesh", small)

@@ -45,19 +45,26 @@ def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize("tokens", [128, 37])  # with blocks, and without
-@pytest.mark.parametrize(("cap", "packed", "sinks"), itertools.product([None, 3.0], *[[0, 1]] * 2))
+@pytest.mark.parametrize(
+    ("tokens", "keys", "cap", "packed", "sinks"),
+    [
+        *itertools.product([128], [128], [None, 3.0], *[[0, 1]] * 2),  # with blocks
+        *itertools.product([37], [37], [None, 3.0], *[[0, 1]] * 2),  # without
+        (128, 192, 3.0, 1, 1),  # the last queries of rows
+    ],
+)
 def test_values_and_gradients_are_those_of_the_definition(
-    cap: float | None, packed: int, sinks: int, tokens: int
+    tokens: int, keys: int, cap: float | None, packed: int, sinks: int
 ) -> None:
     rng = np.random.default_rng(0)
     q, weights = normal(rng, B, K, G, tokens, C), normal(rng, B, K, G, tokens, C)
-    k, v = normal(rng, B, K, tokens, C), normal(rng, B, K, tokens, C)
+    k, v = normal(rng, B, K, keys, C), normal(rng, B, K, keys, C)
     mask = None
     if packed:
-        segments = np.sort(rng.integers(0, 3, (B, tokens)))
-        window = attend.causal(jnp.arange(tokens), tokens, 20)
-        mask = (window & (segments[:, :, None] == segments[:, None]))[:, None]
+        segments = np.sort(rng.integers(0, 3, (B, keys)))
+        places = np.arange(keys - tokens, keys)
+        window = attend.causal(jnp.asarray(places), keys, 20)
+        mask = (window & (segments[:, places, None] == segments[:, None]))[:, None]
     scores = attend.Scores(0.4, cap)
     sink = normal(rng, K, G, 1) if sinks else None
 
@@ -139,23 +146,31 @@ def test_bfloat16_products_are_summed_in_float32() -> None:
         np.testing.assert_allclose(found.astype(jnp.float32), right, atol=0.01 * scale)
 
 
-@pytest.mark.parametrize(("cap", "devices"), [(None, 1), (5.0, 8)])
+@pytest.mark.parametrize(
+    ("cap", "mesh", "length"),
+    [
+        (None, MeshConfig(data=1), 256),
+        (5.0, MeshConfig(data=2, fsdp=2, tensor=2), 256),
+        (None, MeshConfig(data=1, context=4, tensor=2), 512),
+    ],
+    ids=["one device", "mesh", "context"],
+)
 def test_splash_attention_is_attention(
-    monkeypatch: pytest.MonkeyPatch, cap: float | None, devices: int
+    monkeypatch: pytest.MonkeyPatch, cap: float | None, mesh: MeshConfig, length: int
 ) -> None:
-    """Packed rows, layers with and without a window, on one device and on a mesh."""
+    """Packed rows, layers with and without a window, on one device and on meshes."""
     monkeypatch.setattr(splash, "INTERPRET", True)
     rope = TINY.layer_types[0].rope
     types = (LayerType(rope=rope), LayerType(rope=rope, window=100), LayerType(rope=rope))
     plain_config = dataclasses.replace(
-        TINY, layer_types=types, max_positions=256, attention="xla", attention_softcap=cap
+        TINY, layer_types=types, max_positions=length, attention="xla", attention_softcap=cap
     )
-    segments = np.sort(np.random.default_rng(0).integers(1, 4, (4, 256)))
-    tokens = jnp.arange(4 * 256).reshape(4, 256) % TINY.vocab_size
+    segments = np.sort(np.random.default_rng(0).integers(1, 4, (4, length)))
+    tokens = jnp.arange(4 * length).reshape(4, length) % TINY.vocab_size
     decoder = Decoder(plain_config)
     params = decoder.init(jax.random.key(0), tokens)["params"]
-    shape = MeshConfig(data=1) if devices == 1 else MeshConfig(data=2, fsdp=2, tensor=2)
-    mesh = make_mesh(shape, devices=jax.devices()[:devices])
+    count = mesh.data * mesh.fsdp * mesh.context * mesh.tensor
+    devices = make_mesh(mesh, devices=jax.devices()[:count])
 
     def results(attention: str) -> Any:
         decoder = Decoder(dataclasses.replace(plain_config, attention=attention))
@@ -164,7 +179,7 @@ def test_splash_attention_is_attention(
             y, _ = decoder.apply({"params": params}, tokens, None, segments)
             return jnp.sum(y**3)
 
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(devices):
             return jax.jit(jax.value_and_grad(loss))(params, tokens, segments)
 
     ours, theirs = results("splash"), results("xla")
@@ -173,11 +188,21 @@ def test_splash_attention_is_attention(
         np.testing.assert_allclose(found, expected, atol=1e-4 * size)
 
 
+def test_balanced_devices_see_as_many_keys() -> None:
+    places = splash._balanced_places(48, 4).reshape(4, 12)
+    assert sorted(places.flatten()) == list(range(48))
+    assert np.all((places + 1).sum(axis=1) == 48 * 49 / 2 / 4)
+
+
 def test_splash_attention_says_what_it_needs() -> None:
     config = dataclasses.replace(TINY, attention="splash")
     assert "multiple of 128" in str(splash.missing(config, tokens=100, cached=False))
-    assert "tensor 4" in str(splash.missing(config, tokens=128, cached=False, split=4))
-    assert splash.missing(config, tokens=128, cached=False, split=2) is None
+    assert "tensor 4" in str(splash.missing(config, tokens=128, cached=False, sizes={"tensor": 4}))
+    assert splash.missing(config, tokens=128, cached=False, sizes={"tensor": 2}) is None
+    split = {"context": 4}
+    assert "multiple of 512 (384 is" in str(
+        splash.missing(config, tokens=384, cached=False, sizes=split)
+    )
     with pytest.raises(ValueError, match="needs a TPU"):
         load_model(EMBEDDED_MODEL, attention="splash")
     # Rows of another length take XLA's attention.

@@ -52,6 +52,11 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--train.batch_size", "12"], "a batch_size of 8 or 16 would"),
         (["--train.batch_size", "4"], "a batch_size of 8 would"),
         (
+            ["--mesh.context", "8", "--data.max_length", "100"],
+            "data.max_length is 100, which does not divide over mesh.context 8 devices; 96 or 104",
+        ),
+        (["--train.batch_size", "2"], "or split each row, with mesh.context 4"),
+        (
             [
                 "--train.output",
                 "old",

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from zoo import TINY
 
 from lorax_ft import sharding
 from lorax_ft.config import (
@@ -43,11 +44,14 @@ from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.quantize import quantize_base
-from lorax_ft.models.model import LoadedModel, Model, abstract_params
+from lorax_ft.models.config import LayerType
+from lorax_ft.models.model import CausalLM, LoadedModel, Model, abstract_params
+from lorax_ft.plan.program import abstract_arguments, compile_traced, trace
 from lorax_ft.run.log import LOG, read_log
 from lorax_ft.run.loop import train
 from lorax_ft.schema import INITS
 from lorax_ft.sharding import DECODER_RULES
+from lorax_ft.training import losses
 from lorax_ft.training.losses import supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.step import TrainState, make_train_step
@@ -83,6 +87,9 @@ SIZES: dict[str, int] = {
 MESHES = {  # and the microbatches on it
     "data=8": (MeshConfig(data=8), 1),
     "data=2,fsdp=4": (MeshConfig(data=2, fsdp=4), 1),
+    "context=8": (MeshConfig(data=1, context=8), 1),
+    "data=4,context=2": (MeshConfig(data=4, context=2), 1),
+    "fsdp=2,context=2,tensor=2": (MeshConfig(data=1, fsdp=2, context=2, tensor=2), 1),
     "data=2,fsdp=2,tensor=2 in 4 microbatches": (MeshConfig(data=2, fsdp=2, tensor=2), 4),
 }
 METHODS = {
@@ -127,7 +134,8 @@ def one_device(decoder: Build) -> Callable[..., Run]:
 @pytest.mark.parametrize(
     ("method", "mesh"),
     [("lora", mesh) for mesh in MESHES]
-    + [(method, list(MESHES)[-1]) for method in ("dora", "full", "lora_fa", "nf4", "int8")],
+    + [(method, list(MESHES)[-1]) for method in ("dora", "full", "lora_fa", "nf4", "int8")]
+    + [("nf4", "fsdp=2,context=2,tensor=2")],
 )
 def test_steps_do_not_depend_on_the_mesh(
     decoder: Build, one_device: Callable[..., Run], method: str, mesh: str
@@ -137,6 +145,65 @@ def test_steps_do_not_depend_on_the_mesh(
     for path, leaf in expected.trained.items():
         np.testing.assert_allclose(got.trained[path], leaf, rtol=1e-5, atol=1e-4, err_msg=path)
     check_places(got.state)
+
+
+def test_every_kind_of_token_is_the_same_where_tokens_are_split(
+    decoder: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, sinks and a soft cap, chunks of the loss, dropout and NEFTune's noise."""
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 2)  # on a mesh; one device has another number
+    rope = TINY.layer_types[0].rope
+    fields = {
+        "layer_types": (LayerType(rope=rope, window=5), LayerType(rope=rope)),
+        "sinks": True,
+        "attention_softcap": 3.0,
+        "remat": "products",
+    }
+    noise = {"dropout": 0.3, "neftune_alpha": 50.0}
+    expected = steps(decoder, "lora", None, fields=fields, noise=noise)
+    got = steps(decoder, "lora", *MESHES["data=4,context=2"], fields=fields, noise=noise)
+    np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-5)
+    for path, leaf in expected.trained.items():
+        np.testing.assert_allclose(got.trained[path], leaf, rtol=1e-5, atol=1e-4, err_msg=path)
+    silent = steps(decoder, "lora", None, fields=fields)
+    assert np.all(np.abs(silent.losses - expected.losses) > 1e-3)
+
+
+def test_no_activation_of_a_whole_row_is_on_a_device() -> None:
+    """Only keys, values, masks and scores have an axis of all tokens; nothing has all of D too.
+
+    The sizes are such that every axis is known by its length.
+    """
+    tokens, sizes = 24 * 8, {**SIZES, "width": 40, "mlp_width": 56, "vocab_size": 88}
+    model = CausalLM(config=dataclasses.replace(TINY, **sizes, max_positions=tokens, remat="full"))
+    config = Config(
+        data=DataConfig(max_length=tokens, pack=True),
+        adapter=AdapterConfig(rank=4, dropout=0.1),
+        train=TrainConfig(batch_size=2, neftune_alpha=5.0),
+        mesh=MeshConfig(data=2, context=4),
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    shapes = abstract_arguments(model, config, mesh)
+    text = compile_traced(trace(model, config, mesh, shapes), mesh).as_text()
+    found = set()
+    for dtype, numbers in re.findall(r"(\w+)\[([\d,]+)\]", text):
+        shape = tuple(map(int, numbers.split(",")))
+        if tokens in shape:
+            found.add((dtype, shape))
+    gathered = {shape for dtype, shape in found if dtype == "f32" and tokens // 4 not in shape}
+    heads, channels = SIZES["kv_heads"], TINY.head_dim
+    # In any order, and with axes of one row, or none.
+    assert {tuple(sorted(set(shape) - {1, tokens})) for shape in gathered} <= {
+        tuple(sorted({heads, channels})),
+        tuple(sorted({heads * channels})),
+        # The embedding's, whose width is split before the tokens are.
+        (40 // 4,),
+        # Both queries of a key are the rows of one matrix of scores.
+        tuple(sorted({heads, SIZES["heads"] // heads * tokens // 4})),
+    }
+    assert (1, tokens, heads, channels) in gathered
+    widths = {40, 56, 88}
+    assert not [shape for _, shape in found if widths & set(shape)]
 
 
 # Where `tensor` splits a contraction, jaxlib 0.12 rounds each part of the sum to bfloat16 on a CPU,
@@ -371,12 +438,25 @@ def steps(
     microbatches: int = 1,
     *,
     dtype: str = "float32",
+    fields: Mapping[str, Any] | None = None,
+    noise: Mapping[str, float] | None = None,
 ) -> Run:
-    """Three steps on a mesh of all devices, or on the first device alone."""
+    """Three steps on a mesh of all devices, or on the first device alone.
+
+    Args:
+      decoder: builds a model.
+      method: a key of `METHODS`.
+      mesh_config: the mesh; None: the first device.
+      microbatches: of a batch.
+      dtype: of the base.
+      fields: of the decoder's config.
+      noise: arguments of `supervised_loss`.
+    """
     devices = jax.devices()[:1] if mesh_config is None else jax.devices()
     mesh = sharding.make_mesh(mesh_config or MeshConfig(), devices=devices)
     config = METHODS[method]
-    model = decoder(**SIZES | (WIDE if method in QUANT else {}), dtype=dtype, remat="none")
+    sizes = SIZES | (WIDE if method in QUANT else {})
+    model = decoder(**{**sizes, "dtype": dtype, "remat": "none", **(fields or {})})
     params, originals = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params), {}
     if method in QUANT:
         params, originals = quantize_base(params, QUANT[method], layout=model.layout)
@@ -405,18 +485,20 @@ def steps(
         jax.jit(tx.init, out_shardings=opt_places)(trained),
     )
     step = jax.jit(
-        make_train_step(supervised_loss(model, packed=True), tx, layout=model.layout),
+        make_train_step(
+            supervised_loss(model, packed=True, **(noise or {})), tx, layout=model.layout
+        ),
         donate_argnums=0,
         out_shardings=(state_places, sharding.replicated(mesh)),
     )
-    losses = []
+    found = []
     for i in range(STEPS):
         batch = sharding.place_batch(make_batch(i), mesh, microbatches=microbatches)
         with jax.set_mesh(mesh):
             state, metrics = step(state, frozen, batch, jax.random.key(2))
-        losses.append(float(metrics["loss"]))
+        found.append(float(metrics["loss"]))
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(state.trained).items()}
-    return Run(np.array(losses), leaves, state)
+    return Run(np.array(found), leaves, state)
 
 
 def check_places(state: TrainState) -> None:

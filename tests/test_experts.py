@@ -183,7 +183,7 @@ def test_clamped_gates() -> None:
     )
 
 
-MIXED = jnp.concatenate([TOKENS[:2], TOKENS[:2], jnp.full((4, 21), 5, jnp.int32)])
+MIXED = jnp.concatenate([TOKENS[:2, :20], TOKENS[:2, :20], jnp.full((4, 20), 5, jnp.int32)])
 """Four rows of random tokens, and four that all choose the same two experts."""
 
 
@@ -192,7 +192,7 @@ MIXED = jnp.concatenate([TOKENS[:2], TOKENS[:2], jnp.full((4, 21), 5, jnp.int32)
     [
         ("blocks", {"fsdp": 2, "tensor": 2}, None),
         ("ragged", {"fsdp": 2}, None),
-        ("blocks", {"fsdp": 2, "expert": 2, "tensor": 2}, None),
+        ("blocks", {"fsdp": 2, "context": 4}, None),
         ("ragged", {"expert": 8}, None),
         ("blocks", {"expert": 4}, "nf4"),
     ],

@@ -250,8 +250,12 @@ def test_gradients_do_not_depend_on_what_is_recomputed(model: tuple[Model, Tree]
         np.testing.assert_allclose(leaf, theirs[path], atol=1e-4 * size + 1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_a_sharded_loss_and_its_gradients_do_not_depend_on_the_mesh(tensor: int) -> None:
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(fsdp=2), MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, context=2)],
+    ids=["rows", "tensor", "context"],
+)
+def test_a_sharded_loss_and_its_gradients_do_not_depend_on_the_mesh(mesh: MeshConfig) -> None:
     config = dataclasses.replace(CONFIG, remat="full")
     model = Model(config=config, hf_config=HF_CONFIG)
     params = add_adapters(
@@ -266,11 +270,11 @@ def test_a_sharded_loss_and_its_gradients_do_not_depend_on_the_mesh(tensor: int)
         return jnp.mean(y**2)
 
     alone = jax.jit(jax.value_and_grad(loss))(*partition(params), tokens, segments)
-    mesh = make_mesh(MeshConfig(data=4 // tensor, fsdp=2, tensor=tensor))
-    shardings = param_shardings(params, DECODER_RULES, layout=model.layout, mesh=mesh)
+    devices = make_mesh(mesh)
+    shardings = param_shardings(params, DECODER_RULES, layout=model.layout, mesh=devices)
     parts = partition(jax.device_put(params, shardings))
-    batch = jax.device_put((tokens, segments), batch_sharding(mesh, microbatched=False))
-    with jax.set_mesh(mesh):
+    batch = jax.device_put((tokens, segments), batch_sharding(devices, microbatched=False))
+    with jax.set_mesh(devices):
         together = jax.jit(jax.value_and_grad(loss))(*parts, *batch)
     np.testing.assert_allclose(together[0], alone[0], rtol=1e-6)
     # A random model is sensitive to rounding: the mean of gradients of two rows each, on one

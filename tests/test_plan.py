@@ -66,7 +66,9 @@ def test_rows_that_do_not_divide() -> None:
     config = Config(train=TrainConfig(batch_size=12, microbatches=2))
     check_rows(config, make_mesh(MeshConfig(data=3), devices=jax.devices()[:3]))
     four = make_mesh(MeshConfig(data=2, fsdp=2), devices=jax.devices()[:4])
-    with pytest.raises(ValueError, match=r"gives 6 rows, which .* = 4 devices; a batch_size of 8 or 16"):
+    with pytest.raises(
+        ValueError, match=r"gives 6 rows, which .* = 4 devices; a batch_size of 8 or 16"
+    ):
         check_rows(config, four)
 
 
@@ -214,8 +216,9 @@ TOPOLOGY = parse_topology("v5e:4x4")
 
 
 def made_up(config: Config) -> Candidate:
-    """Weights that fsdp splits, activations that microbatches and recomputation make smaller."""
-    weights = int(60e9 / config.mesh.fsdp / (4 if config.quant.format == "nf4" else 1))
+    """Weights that meshes split, activations that microbatches and recomputation make smaller."""
+    shards = config.mesh.fsdp * config.mesh.context
+    weights = int(60e9 / shards / (4 if config.quant.format == "nf4" else 1))
     kept = {"none": 40e9, "products": 20e9, "mlp": 10e9, "full": 4e9}[config.model.remat]
     work = {"none": 4, "products": 4.5, "mlp": 5, "full": 6}[config.model.remat]
     if weights > TOPOLOGY.chip.memory:
@@ -279,6 +282,17 @@ def test_experts_are_split_before_other_weights() -> None:
     splits = [(mesh.fsdp, mesh.expert) for mesh in dict.fromkeys(measured)]
     assert splits[:5] == [(1, 1), (1, 2), (2, 1), (1, 4), (4, 1)]
     assert {expert for _, expert in splits} == {1, 2, 4}
+
+
+def test_rows_that_are_too_long_for_a_chip_are_split() -> None:
+    def long(config: Config) -> Candidate:
+        return dataclasses.replace(made_up(config), needed=100e9 / config.mesh.context)
+
+    given = dataclasses.replace(GIVEN, mesh=MeshConfig(data=1, fsdp=16))
+    found = search(long, long(given), TOPOLOGY, tries=6)
+    fitting = next(each.config for each in found if each.fits(TOPOLOGY))
+    # Each group of 8 chips has one of the 16 rows at a time.
+    assert options(fitting, given) == ("--train.microbatches 8 --mesh.fsdp 2 --mesh.context 8")
 
 
 def test_few_tries_end_the_search() -> None:

@@ -70,6 +70,9 @@ class MeshConfig:
     expert: int = 1
     """Expert parallelism: number of devices that share the experts of a sparse model, and the rows
     of a batch. It must divide the number of experts."""
+    context: int = 1
+    """Context parallelism: number of devices that shard both the tokens of a row and the weights,
+    for rows that are too long for one device."""
     tensor: int = 1
     """Tensor parallelism: number of devices that shard each matrix."""
 
@@ -78,7 +81,26 @@ class MeshConfig:
         check(
             self.data == -1 or self.data > 0, f"mesh.data is {self.data}; it must be above 0, or -1"
         )
-        for field in ("fsdp", "expert", "tensor"):
+        for field in ("fsdp", "expert", "context", "tensor"):
             value = getattr(self, field)
             only = "; only mesh.data may be -1" if value == -1 else ""
             check(value > 0, f"mesh.{field} is {value}; it must be above 0{only}")
+        check(
+            self.expert == 1 or self.context == 1,
+            f"mesh.expert is {self.expert} and mesh.context {self.context}; one of them must be 1",
+        )
+
+    def check_length(self, length: int) -> None:
+        """Raise if rows of so many tokens do not divide over `context` devices.
+
+        Raises:
+          ValueError: they do not; the error says which lengths would.
+        """
+        shorter = length // self.context * self.context
+        longer = shorter + self.context
+        lengths = f"{shorter} or {longer}" if shorter else f"{longer}"
+        check(
+            shorter == length,
+            f"data.max_length is {length}, which does not divide over mesh.context "
+            f"{self.context} devices; {lengths} would",
+        )

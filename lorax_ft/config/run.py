@@ -32,6 +32,8 @@ class Config:
     def __post_init__(self) -> None:
         check_types(self)
         self._check_push()
+        if isinstance(self.data.max_length, int):
+            self.mesh.check_length(self.data.max_length)
         quant, adapter = self.quant, self.adapter
         if quant.rounds == 1 or adapter.continue_from is not None:
             return

@@ -16,11 +16,14 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lorax_ft.mesh_axes import ROW_AXES, TOKEN_AXIS, devices_along
 from lorax_ft.models.cache import Cache, empty_cache
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import CausalLM
-from lorax_ft.sharding import ROW_AXES, row_devices
 from lorax_ft.tree import Tree
+
+TEXT_AXES = (*ROW_AXES, TOKEN_AXIS)
+"""The mesh axes that texts are split over; each is whole on its devices."""
 
 
 class SamplingParams(NamedTuple):
@@ -233,17 +236,16 @@ def shard_rows(x: Array, mesh: Mesh | None) -> Array:
     """x with its rows sharded over the mesh, if their number is divisible by that of the shards."""
     if mesh is None:
         return x
-    axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
     if x.shape[0] % row_shards(mesh) != 0:
         return x
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes)))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, P(TEXT_AXES)))
 
 
 def row_shards(mesh: Mesh | None) -> int:
     """How many parts the rows of a batch are split into."""
     if mesh is None:
         return 1
-    return row_devices(mesh)
+    return devices_along(TEXT_AXES, mesh.shape)
 
 
 def replicate(x: Array, mesh: Mesh | None) -> Array:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
-from lorax_ft.models import splash
+from lorax_ft.mesh_axes import ROW_AXES, TOKEN_AXIS, dividing, token_devices
+from lorax_ft.models import context, splash
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.parts import softcap
 
@@ -79,20 +82,10 @@ def attend(
     implementation = _implementation(
         config, dim=q.shape[-1], queries=queries, keys=keys, masked=masked
     )
-    # jax.nn.dot_product_attention has neither a soft cap nor sinks.
-    if implementation == "blocks" or cap is not None or sinks is not None:
-        return _attend_in_blocks(q, k, v, mask, scores=Scores(scale, cap), sinks=sinks)
-    y = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        scale=scale,
-        # With a cache there are more slots than queries, and the mask says what a query sees.
-        is_causal=queries == keys,
-        implementation=implementation,
-    )
-    return checkpoint_name(y, "attended")
+    plain = functools.partial(_attend, scores=Scores(scale, cap), implementation=implementation)
+    if token_devices() == 1 or queries != keys or dividing(TOKEN_AXIS, queries) is None:
+        return plain(q, k, v, mask, sinks)
+    return _attend_in_context(plain, q, k, v, mask, sinks)
 
 
 class Scores(NamedTuple):
@@ -100,6 +93,67 @@ class Scores(NamedTuple):
 
     scale: float
     cap: float | None
+
+
+Implementation = Literal["xla", "cudnn", "blocks"]
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    sinks: Array | None,
+    *,
+    scores: Scores,
+    implementation: Implementation,
+) -> Array:
+    """`attend` by one implementation."""
+    # jax.nn.dot_product_attention has neither a soft cap nor sinks.
+    if implementation == "blocks" or scores.cap is not None or sinks is not None:
+        return _attend_in_blocks(q, k, v, mask, scores=scores, sinks=sinks)
+    y = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scores.scale,
+        # Where there are more keys than queries, the mask says what a query sees.
+        is_causal=q.shape[1] == k.shape[1],
+        implementation=implementation,
+    )
+    return checkpoint_name(y, "attended")
+
+
+def _attend_in_context(
+    plain: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    sinks: Array | None,
+) -> Array:
+    """`attend` where the tokens of a row are split over devices: see `lorax_ft.models.context`."""
+
+    def on_device(q: Array, k: Array, v: Array, mask: Array | None, sinks: Array | None) -> Array:
+        k = context.whole_row(k, axis=1)
+        v = context.whole_row(v, axis=1)
+        if mask is None:
+            own = context.own_places(q.shape[1])
+            mask = causal(own, k.shape[1])[None, None]
+        return plain(q, k, v, mask, sinks)
+
+    rows = dividing(ROW_AXES, len(q))
+    heads = dividing("tensor", k.shape[2])
+    by_head = P(rows, TOKEN_AXIS, heads)
+    rows_of_mask = None if mask is None or len(mask) == 1 else rows
+    mapped = context.map_devices(
+        on_device,
+        in_specs=(by_head, by_head, by_head, P(rows_of_mask, None, TOKEN_AXIS), P(heads)),
+        out_specs=by_head,
+    )
+    y: Array = mapped(q, k, v, mask, sinks)
+    return y
 
 
 def _attend_in_blocks(
@@ -220,15 +274,15 @@ class Block(NamedTuple):
 
 def _blocks(queries: int, keys: int) -> list[Block]:
     """The blocks of so many queries."""
-    # With a cache there are more keys than queries, and a block may see any of them.
-    whole = [Block(0, queries, keys)]
-    if queries != keys:
-        return whole
     if queries % BLOCKS or queries < SMALLEST_BLOCK * BLOCKS:
-        return whole
+        return [Block(0, queries, keys)]
     size = queries // BLOCKS
+    stops = range(size, queries + 1, size)
+    if queries != keys:
+        # With a cache, or where others have the queries before these, a block may see any key.
+        return [Block(stop - size, stop, keys) for stop in stops]
     # Keys after a block are hidden from all of its queries.
-    return [Block(stop - size, stop, stop) for stop in range(size, queries + 1, size)]
+    return [Block(stop - size, stop, stop) for stop in stops]
 
 
 def _scores(
@@ -289,7 +343,7 @@ def _implementation(
     queries: int,
     keys: int,
     masked: bool,
-) -> Literal["xla", "cudnn", "blocks"]:
+) -> Implementation:
     """The implementation for so many queries and keys, with heads of `dim` channels."""
     if config.attention == "xla":
         return "xla"

@@ -23,7 +23,7 @@ from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.linear_attention import GatedDeltaNet, Rows, make_rows
 from lorax_ft.models.mlp import MLP, ROUTER, MoE
 from lorax_ft.models.parts import norm
-from lorax_ft.sharding import split_rows
+from lorax_ft.sharding import split_embedded, split_tokens
 from lorax_ft.tree import member
 
 SAVED_NAMES: dict[str, tuple[str, ...]] = {
@@ -98,7 +98,7 @@ class Block(nn.Module):
         norm_before = c.norms in ("before", "around")
         norm_after = c.norms in ("after", "around")
 
-        x = split_rows(x)
+        x = split_tokens(x)
         y = x
         if norm_before:
             y = norm(c, "input_layernorm")(y)
@@ -237,6 +237,7 @@ class Decoder(nn.Module):
         shared = Shared(rope_and_mask, positions, rows, counted)
 
         x = nn.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed_tokens")(tokens)
+        x = split_embedded(x)
         if noise is not None:
             x = x + noise.astype(x.dtype)
         if c.embedding_scale != 1:
@@ -246,4 +247,4 @@ class Decoder(nn.Module):
             type_indices = type_indices.reshape(-1, c.period)
         layers = _scanned_layers(c, recompute=cache is None)
         x, cache = layers(x, shared, type_indices, cache)
-        return split_rows(norm(c, "norm")(x)), cache
+        return split_tokens(norm(c, "norm")(x)), cache

@@ -21,10 +21,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
+from lorax_ft.checks import alternatives, divisors
 from lorax_ft.lowrank.experts import ExpertProduct, Rows
+from lorax_ft.mesh_axes import (
+    ROW_AXES,
+    TOKEN_AXIS,
+    dividing,
+    expert_devices,
+    row_devices,
+    token_devices,
+)
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.quant.kernels import Quantized, dense
-from lorax_ft.sharding import ROW_AXES, expert_devices, row_devices
 
 MOST_BLOCK = 128
 """Rows of the largest block."""
@@ -114,13 +122,42 @@ def combine_rows(y: Array, weights: Array, routed: Routed) -> Array:
     return lax.with_sharding_constraint(jnp.sum(by_part, axis=1), P(of_groups, of_tokens))
 
 
-def groups_of(rows: int) -> int:
-    """G: into how many groups that are sorted apart rows are split, over the ambient mesh.
+class Shards(NamedTuple):
+    """How a batch `[B, T, ...]` is cut into G groups `[G, N, ...]` that are sorted apart.
 
-    As many as data × fsdp has devices, if the rows can be split over them.
+    One for each device, or for each set of devices that shares the experts.
     """
-    devices = row_devices()
-    return devices // expert_devices() if rows % devices == 0 else 1
+
+    rows: int
+    """The parts of the B rows."""
+    batch: int
+    """B."""
+    tokens: int
+    """The parts of the T tokens of a row."""
+
+
+def shards_of(rows: int, tokens: int) -> Shards:
+    """The groups of a batch on the ambient mesh; one, where it does not divide."""
+    if dividing(ROW_AXES, rows) is None or dividing(TOKEN_AXIS, tokens) is None:
+        return Shards(1, rows, 1)
+    return Shards(row_devices() // expert_devices(), rows, token_devices())
+
+
+def by_shard(x: Array, shards: Shards) -> Array:
+    """`[B, T, ...]` as `[G, N, ...]`."""
+    _, tokens, *rest = x.shape
+    rows = shards.batch // shards.rows
+    parts = x.reshape(shards.rows, rows, shards.tokens, tokens // shards.tokens, *rest)
+    parts = jnp.moveaxis(parts, 2, 1)
+    return parts.reshape(shards.rows * shards.tokens, -1, *rest)
+
+
+def from_shards(x: Array, shards: Shards) -> Array:
+    """`[G, N, ...]` as `[B, T, ...]`."""
+    rest = x.shape[2:]
+    parts = x.reshape(shards.rows, shards.tokens, shards.batch // shards.rows, -1, *rest)
+    parts = jnp.moveaxis(parts, 1, 2)
+    return parts.reshape(shards.batch, -1, *rest)
 
 
 def of_parts(x: Array, parts: int) -> Array:
@@ -136,12 +173,12 @@ def of_parts(x: Array, parts: int) -> Array:
 
 def _is_split(shards: int) -> bool:
     """Whether each device of the ambient mesh has a shard of its own."""
-    return shards == row_devices()
+    return shards == row_devices() * token_devices()
 
 
 def _shard_axes(shards: int) -> tuple[str, ...]:
     """The mesh axes of the shards: where rows do not divide over the mesh, that of the experts."""
-    return ROW_AXES if _is_split(shards) else ("expert",)
+    return (*ROW_AXES, TOKEN_AXIS) if _is_split(shards) else ("expert",)
 
 
 def check_expert_axis(config: DecoderConfig, devices: int, *, source: str) -> None:
@@ -164,10 +201,9 @@ def check_expert_axis(config: DecoderConfig, devices: int, *, source: str) -> No
         )
     count = config.experts.count
     if count % devices:
-        *divisors, largest = [str(size) for size in range(1, count + 1) if count % size == 0]
         raise ValueError(
             f"mesh.expert is {devices}, which does not divide the {count} experts of {source}; "
-            f"{', '.join(divisors)} or {largest} would"
+            f"{alternatives(divisors(count))} would"
         )
 
 
@@ -204,7 +240,7 @@ def product_of(kind: str, *, block: int) -> ExpertProduct:
     def each_shard(x: Array, kernels: Any, rows: Rows) -> Array:
         if len(x) == 1:
             return local(x, kernels, rows)
-        # Kernels come whole over data and fsdp, and stay split over expert and tensor.
+        # Kernels come whole over the other axes, and stay split over expert and tensor.
         axes = _shard_axes(len(x))
         split = P(axes)
         mapped = jax.shard_map(

@@ -16,6 +16,7 @@ from jax import Array, lax
 from lorax_ft.models.config import DecoderConfig, LinearAttention
 from lorax_ft.models.delta_rule import gated_delta_rule
 from lorax_ft.models.parts import ACTIVATIONS, RMSNorm, dense
+from lorax_ft.sharding import keep_tokens_split, split_heads
 
 State = dict[str, Array]
 """`recurrent` `[B, H, Cₖ, Cᵥ]` in float32, and `inputs` `[B, W − 1, M]`, the convolution's last."""
@@ -83,7 +84,9 @@ class GatedDeltaNet(nn.Module):
             name: jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:])) for name, leaf in before.items()
         }
         conv = CausalConv(linear.conv_width, name="conv1d")
-        convolved = conv(mixed, before["inputs"], rows.runs)
+        # Where tokens are split over devices, only those at the borders are exchanged here.
+        mixed = keep_tokens_split(mixed)
+        convolved = keep_tokens_split(conv(mixed, before["inputs"], rows.runs))
         q, k, v = self._heads(ACTIVATIONS[c.activation](convolved))
 
         rate = self.param("A_log", nn.initializers.zeros, (heads,))
@@ -94,19 +97,21 @@ class GatedDeltaNet(nn.Module):
             # A token with ln α = 0 and β = 0 leaves the state as it is.
             log_decay = _zero_padding(log_decay, rows.counts)
             beta = _zero_padding(beta, rows.counts)
+        # The rule goes along the text, so that heads are split in place of tokens.
         y, recurrent = gated_delta_rule(
-            q,
-            k,
-            v,
-            log_decay=log_decay,
-            beta=beta,
+            split_heads(q),
+            split_heads(k),
+            split_heads(v),
+            log_decay=split_heads(log_decay),
+            beta=split_heads(beta),
             state=before["recurrent"],
             runs=rows.runs,
         )
+        y = keep_tokens_split(y)
 
         norm = RMSNorm(c.norm_eps, name="norm")
         y = _gated(norm(y.astype(x.dtype)), z)
-        y = dense(c, c.width, "out_proj")(y)
+        y = dense(c, c.width, "out_proj")(keep_tokens_split(y))
         if state is None:
             return y, None
         inputs = _last_inputs(before["inputs"], mixed, rows.counts)

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lorax_ft.lowrank.experts import ExpertDense, ExpertProduct, Rows
+from lorax_ft.mesh_axes import expert_devices
 from lorax_ft.models import grouped
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.parts import dense, hidden_activations, projections
-from lorax_ft.sharding import expert_devices
 
 ROUTER = "router"
 """The collection of what `router_loss` needs, which `MoE` writes where it is mutable."""
@@ -60,32 +60,29 @@ class MoE(nn.Module):
         c = self.config
         experts = c.experts
         assert experts is not None
-        rows = x.reshape(-1, c.width)
-
-        scores = dense(c, experts.count, "gate")(rows)
+        scores = dense(c, experts.count, "gate")(x)
         scores = scores.astype(jnp.float32)
         p = jax.nn.softmax(scores)
-        weights, chosen = lax.top_k(p, experts.top_k)  # [N, K]
+        weights, chosen = lax.top_k(p, experts.top_k)  # [B, T, K]
         if counted is not None:
-            self._sow_usage(p, chosen, counted.reshape(-1))
+            self._sow_usage(p, chosen, counted)
         if experts.renormalized:
             total = jnp.sum(weights, axis=-1, keepdims=True)
             weights = weights / total
         kind = grouped.product_kind(c)
         if kind == "dense":
-            y = self._all_experts(rows, weights, chosen)
-        else:
-            y = self._chosen_experts(rows, weights, chosen, kind, groups=grouped.groups_of(len(x)))
-        return y.reshape(x.shape)
+            y = self._all_experts(*[_flat(part) for part in (x, weights, chosen)])
+            return y.reshape(x.shape)
+        return self._chosen_experts(x, weights, chosen, kind)
 
     def _sow_usage(self, p: Array, chosen: Array, counted: Array) -> None:
-        """Store sums over the counted tokens `[N]`: see `Usage`."""
+        """Store sums over the counted tokens `[B, T]`: see `Usage`."""
         real = counted.astype(p.dtype)
-        by_copy = jnp.repeat(real, chosen.shape[-1])
+        by_copy = jnp.repeat(real.reshape(-1), chosen.shape[-1])
         usage = Usage(
-            tokens=jnp.sum(real, keepdims=True),
+            tokens=jnp.sum(real)[None],
             chosen=jnp.bincount(chosen.reshape(-1), weights=by_copy, length=p.shape[-1]),
-            probability=jnp.einsum("n,ne->e", real, p),
+            probability=jnp.einsum("bt,bte->e", real, p),
         )
         self.sow(ROUTER, "usage", usage)
 
@@ -100,15 +97,12 @@ class MoE(nn.Module):
         y = AllExperts(self.config, name="experts")(copies)  # [E, N, D]
         return jnp.einsum("end,ne->nd", y, all_weights.astype(y.dtype))
 
-    def _chosen_experts(
-        self, x: Array, weights: Array, chosen: Array, kind: str, *, groups: int
-    ) -> Array:
-        """The chosen experts on copies of each row `[N, D]`, sorted by expert in each group."""
+    def _chosen_experts(self, x: Array, weights: Array, chosen: Array, kind: str) -> Array:
+        """The chosen experts on copies of each token `[B, T, D]`, sorted on each shard."""
         experts = self.config.experts
         assert experts is not None
-        x = _by_group(x, groups)
-        weights = _by_group(weights, groups)
-        chosen = _by_group(chosen, groups)
+        shards = grouped.shards_of(*x.shape[:2])
+        x, weights, chosen = [grouped.by_shard(part, shards) for part in (x, weights, chosen)]
         copies = chosen.shape[1] * experts.top_k
         block = grouped.block_rows(copies, experts.count, kind)
         parts = expert_devices()
@@ -117,7 +111,7 @@ class MoE(nn.Module):
         product = grouped.product_of(kind, block=block)
         mlp = ChosenExperts(self.config, product, name="experts")
         y = mlp(grouped.gather_tokens(x, routed), routed.rows)  # [S, M, D]
-        return grouped.combine_rows(y, weights, routed)
+        return grouped.from_shards(grouped.combine_rows(y, weights, routed), shards)
 
 
 class Usage(NamedTuple):
@@ -195,9 +189,9 @@ class AllExperts(nn.Module):
         return _expert_projection(c, hidden, c.width, "down_proj")
 
 
-def _by_group(x: Array, groups: int) -> Array:
-    """`[G N, ...]` as `[G, N, ...]`."""
-    return x.reshape(groups, -1, x.shape[-1])
+def _flat(x: Array) -> Array:
+    """`[B, T, ...]` as rows `[N, ...]`."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _expert_projection(config: DecoderConfig, x: Array, features: int, name: str) -> Array:

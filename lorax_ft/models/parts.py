@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from lorax_ft.mesh_axes import token_devices
 from lorax_ft.models.config import DecoderConfig
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -116,6 +117,10 @@ def rows_dot_general(
 
     This is faster on CPUs than a product with several leading axes.
     """
+    if token_devices() > 1:
+        # One axis cannot be split over the devices of rows and over those of tokens.
+        last = (x.ndim - 1,)
+        return lax.dot_general(x, kernel, ((last, (0,)), ((), ())), **options)
     *leading, features = x.shape
     rows = x.reshape(-1, features)
     if x.dtype == kernel.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":

@@ -8,24 +8,33 @@ for each key, C channels of a head.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lorax_ft.mesh_axes import ROW_AXES, TOKEN_AXIS, ambient_sizes, dividing, token_devices
+from lorax_ft.models import context
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.sharding import ROW_AXES, row_devices
 
 LANES = 128  # of a TPU's registers: blocks are multiples of it
 LARGEST_BLOCK = 512
 INTERPRET = False  # tests interpret the kernel, as CPUs cannot compile it
+Kernel = Any  # Pallas's, which it does not export
 
 
 def missing(
-    config: DecoderConfig, *, tokens: int, cached: bool, split: int | None = None
+    config: DecoderConfig,
+    *,
+    tokens: int,
+    cached: bool,
+    sizes: Mapping[str, int] | None = None,
 ) -> str | None:
     """What splash attention needs and does not have here; None: nothing.
 
@@ -33,16 +42,19 @@ def missing(
       config: the decoder's.
       tokens: of a row.
       cached: whether keys come from a cache.
-      split: over how many devices heads are split; None: as in the ambient mesh.
+      sizes: of the mesh's axes; None: those of the ambient mesh.
     """
     if cached:
         return "no cache"
-    if tokens % LANES:
-        return f"a data.max_length that is a multiple of {LANES} ({tokens} is not)"
+    if sizes is None:
+        sizes = ambient_sizes()
+    # Each device has whole blocks.
+    multiple = LANES * sizes.get(TOKEN_AXIS, 1)
+    if tokens % multiple:
+        return f"a data.max_length that is a multiple of {multiple} ({tokens} is not)"
     if config.sinks:
         return "a model without attention sinks"
-    if split is None:
-        split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    split = sizes.get("tensor", 1)
     counts = {config.heads_of(layer_type).count for layer_type in config.each_layer}
     if any(count % split for count in counts):
         return f"key/value heads that mesh.tensor {split} divides"
@@ -99,55 +111,86 @@ def splash(
 def _on_mesh(
     q: Array, k: Array, v: Array, segment_ids: Array, *, window: int | None, cap: float | None
 ) -> Array:
-    """The kernel on each device's own rows and heads."""
-    attend = functools.partial(_attend, window=window, cap=cap)
+    """The kernel on each device's own rows, heads and queries: `[B, K, G, T, C]`."""
+    groups, tokens = q.shape[2:4]
+    kernel = _kernel(groups, tokens, window=window, cap=cap)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return attend(q, k, v, segment_ids)
-    rows = ROW_AXES if len(q) % row_devices() == 0 else None
-    heads = P(rows, "tensor")
-    # Pallas cannot be partitioned by XLA.
-    mapped = jax.shard_map(
-        attend,
-        in_specs=(heads, heads, heads, P(rows)),
-        out_specs=heads,
-        check_vma=False,
+        return _attend(kernel, q, k, v, segment_ids)
+    rows = dividing(ROW_AXES, len(q))
+    # Its masks have an axis of heads, which share them, and one of blocks of queries.
+    masks = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, TOKEN_AXIS)))
+    mapped = context.map_devices(
+        _attend,
+        in_specs=(
+            masks,
+            P(rows, "tensor", None, TOKEN_AXIS),
+            P(rows, "tensor", TOKEN_AXIS),
+            P(rows, "tensor", TOKEN_AXIS),
+            P(rows, TOKEN_AXIS),
+        ),
+        out_specs=P(rows, "tensor", None, TOKEN_AXIS),
     )
-    return mapped(q, k, v, segment_ids)
+    y: Array = mapped(kernel, q, k, v, segment_ids)
+    return y
 
 
-def _attend(
-    q: Array, k: Array, v: Array, segment_ids: Array, *, window: int | None, cap: float | None
-) -> Array:
-    """`[B, K, G, T, C]` of queries `[B, K, G, T, C]` and keys and values `[B, K, T, C]`."""
-    groups, tokens = q.shape[2:4]
-    mask: pallas.Mask
+def _attend(kernel: Kernel, q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+    """`[B, K, G, t, C]` of a device's queries `[B, K, G, t, C]` and its keys and values."""
+    k = context.whole_row(k, axis=2)
+    v = context.whole_row(v, axis=2)
+    ids_of_keys = context.whole_row(segment_ids, axis=1)
+    q = context.balanced(q, axis=3)
+    ids_of_queries = context.balanced(segment_ids, axis=1)
+
+    def one_row(q: Array, k: Array, v: Array, own: Array, whole: Array) -> Array:
+        ids = pallas.SegmentIds(own, whole)
+        by_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+        y: Array = by_head(q, k, v, ids)
+        return y
+
+    y = jax.vmap(one_row)(q, k, v, ids_of_queries, ids_of_keys)
+    return context.balanced(y, axis=3)
+
+
+def _kernel(groups: int, tokens: int, *, window: int | None, cap: float | None) -> Kernel:
+    """The kernel for rows of so many tokens, whose mask knows the places of each device's own."""
+    mask: pallas.CausalMask | pallas.LocalMask
     if window is None:
         mask = pallas.CausalMask((tokens, tokens))
     else:
         # So many tokens to the left, none to the right; a token sees itself too.
         mask = pallas.LocalMask((tokens, tokens), (window - 1, 0), offset=0)
-    size = next(size for size in (LARGEST_BLOCK, 256, LANES) if tokens % size == 0)
-    kernel = pallas.make_splash_mqa_single_device(
+    devices = token_devices()
+    mask.q_sequence = _balanced_places(tokens, devices)
+    block_q = _block(tokens // devices)
+    block_kv = _block(tokens)
+    return pallas.make_splash_mqa(
         pallas.MultiHeadMask([mask] * groups),
         block_sizes=pallas.BlockSizes(
-            block_q=size,
-            block_kv=size,
-            block_q_dkv=size,
-            block_kv_dkv=size,
-            block_q_dq=size,
-            block_kv_dq=size,
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
         ),
+        head_shards=1,
+        q_seq_shards=devices,
         attn_logits_soft_cap=cap,
         # With these residuals rematerialization need not run it again.
         residual_checkpoint_name="attended",
         interpret=INTERPRET,
     )
 
-    def one_row(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        ids = pallas.SegmentIds(segments, segments)
-        by_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-        y: Array = by_head(q, k, v, ids)
-        return y
 
-    return jax.vmap(one_row)(q, k, v, segment_ids)
+def _balanced_places(tokens: int, devices: int) -> np.ndarray:
+    """The places in a row of the queries that `context.balanced` gives to each device."""
+    halves = np.arange(tokens, dtype=np.int32).reshape(devices, 2, -1)
+    halves[:, 1] = halves[::-1, 1].copy()
+    return halves.reshape(-1)
+
+
+def _block(tokens: int) -> int:
+    """The largest block that divides so many tokens."""
+    return next(size for size in (LARGEST_BLOCK, 256, LANES) if tokens % size == 0)

@@ -63,7 +63,7 @@ def estimate(program: Program, config: Config, topology: Topology) -> Estimate:
     length = config.data.max_length
     assert length != "auto"
     # Each microbatch reads the weights again, those that other chips hold as well.
-    shards = max(config.mesh.fsdp, 1)
+    shards = config.mesh.fsdp * config.mesh.context
     weights = PASSES * program.weights * shards * config.train.microbatches
     # The temporaries are written and read; the state is read and written.
     moved = weights + 2 * program.temporaries + 2 * (program.trained + program.moments)

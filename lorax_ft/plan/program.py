@@ -102,8 +102,8 @@ def make_model(
     check_expert_axis(decoder, config.mesh.expert, source=source)
     length = config.data.max_length
     if topology.chip.is_tpu and config.model.attention != "xla" and isinstance(length, int):
-        split = config.mesh.tensor
-        if splash.missing(decoder, tokens=length, cached=False, split=split) is None:
+        sizes = dataclasses.asdict(config.mesh)
+        if splash.missing(decoder, tokens=length, cached=False, sizes=sizes) is None:
             decoder = dataclasses.replace(decoder, attention="splash")
     return CausalLM(config=decoder)
 

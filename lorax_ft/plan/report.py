@@ -125,10 +125,11 @@ def describe(config: Config, topology: Topology) -> str:
     train, mesh = config.train, config.mesh
     data = mesh.data
     if data == -1:
-        data = topology.devices // (mesh.fsdp * mesh.expert * mesh.tensor)
+        data = topology.devices // (mesh.fsdp * mesh.expert * mesh.context * mesh.tensor)
     axes = f"data={data} fsdp={mesh.fsdp} tensor={mesh.tensor}"
-    if mesh.expert > 1:
-        axes += f" expert={mesh.expert}"
+    for name in ("expert", "context"):
+        if getattr(mesh, name) > 1:
+            axes += f" {name}={getattr(mesh, name)}"
     parts = [
         f"{topology.devices} × {topology.chip.label}",
         f"mesh {axes}",

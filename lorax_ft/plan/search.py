@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from lorax_ft.config import Config
+from lorax_ft.config import Config, MeshConfig
 from lorax_ft.plan.chips import Topology
 from lorax_ft.plan.estimate import Estimate
 from lorax_ft.plan.program import Program
@@ -86,7 +86,7 @@ def _lighten(
     They need more memory, which weights that are split over more chips may leave.
     """
     assert base.program is not None
-    weights = base.program.weights * _split(base.config)
+    weights = base.program.weights * _shards(base.config)
     meshes = [base.config, *_meshes(base.config, topology, experts)]
     for remat in LIGHTER[_place(base.config) :]:
         while meshes:
@@ -96,18 +96,18 @@ def _lighten(
                 return
             if candidate.fits(topology):
                 break
-            others = candidate.needed - weights / _split(meshes[0])
+            others = candidate.needed - weights / _shards(meshes[0])
             # Only the weights shrink with the mesh.
             meshes = [
                 each
                 for each in meshes[1:]
-                if others + weights / _split(each) <= topology.chip.memory
+                if others + weights / _shards(each) <= topology.chip.memory
             ]
 
 
-def _split(config: Config) -> int:
-    """Over how many chips the weights are split, of which nearly all are those of experts."""
-    return config.mesh.fsdp * config.mesh.expert
+def _shards(config: Config) -> int:
+    """How many chips split the weights, beside those of `tensor`: of experts, nearly all."""
+    return config.mesh.fsdp * config.mesh.expert * config.mesh.context
 
 
 def fastest(candidates: list[Candidate], topology: Topology) -> Candidate | None:
@@ -136,8 +136,9 @@ def _smaller(config: Config, topology: Topology, experts: int) -> Iterator[Confi
     meshes = list(_meshes(config, topology, experts))
     yield from meshes
     last = meshes[-1] if meshes else config
-    # Fewer rows at a time, and then four bits for the base.
+    # Fewer rows at a time, then parts of a row, and then four bits for the base.
     yield from _microbatched(last)
+    yield from _in_parts(config, topology)
     if config.quant.format == "none":
         quant = dataclasses.replace(config.quant, format="nf4")
         for each in (config, *meshes, last):
@@ -153,16 +154,34 @@ def _meshes(config: Config, topology: Topology, experts: int) -> Iterator[Config
     rows = config.train.batch_size // config.train.microbatches
     mesh = config.mesh
     times = 2
-    while times * mesh.fsdp * mesh.expert * mesh.tensor <= topology.chips:
-        rest = times * mesh.fsdp * mesh.expert * mesh.tensor
+    while True:
+        rest = times * mesh.fsdp * mesh.expert * mesh.context * mesh.tensor
+        if rest > topology.chips:
+            return
         data, left = divmod(topology.devices, rest)
-        if not left and rows % (topology.devices // mesh.tensor) == 0:
-            if experts % (times * mesh.expert) == 0:
+        if not left and rows % (rest // (mesh.context * mesh.tensor) * data) == 0:
+            if experts % (times * mesh.expert) == 0 and mesh.context == 1:
                 split = dataclasses.replace(mesh, data=data, expert=times * mesh.expert)
                 yield dataclasses.replace(config, mesh=split)
             split = dataclasses.replace(mesh, data=data, fsdp=times * mesh.fsdp)
             yield dataclasses.replace(config, mesh=split)
         times *= 2
+
+
+def _in_parts(config: Config, topology: Topology) -> Iterator[Config]:
+    """The tokens of a row split over more and more chips, with one row for each such group."""
+    train, length = config.train, config.data.max_length
+    assert length != "auto"
+    context = 2 * config.mesh.context
+    while context * config.mesh.tensor <= topology.chips and length % context == 0:
+        fsdp, rest = divmod(topology.chips, context * config.mesh.tensor)
+        data = topology.slices
+        microbatches, more_rest = divmod(train.batch_size, data * fsdp)
+        if not rest and not more_rest:
+            mesh = MeshConfig(data=data, fsdp=fsdp, context=context, tensor=config.mesh.tensor)
+            changed = dataclasses.replace(train, microbatches=microbatches)
+            yield dataclasses.replace(config, mesh=mesh, train=changed)
+        context *= 2
 
 
 def _microbatched(config: Config) -> Iterator[Config]:

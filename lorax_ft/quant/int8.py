@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_ft.mesh_axes import MeshAxis
 from lorax_ft.tree import Shape
 
 LARGEST = 127
@@ -56,13 +57,13 @@ class Int8:
 
     def axes(
         self,
-        kernel: tuple[str | None, ...],
+        kernel: tuple[MeshAxis, ...],
         sizes: Mapping[str, int],
     ) -> Int8:
         """The mesh axes of each part, from those of the kernel's axes.
 
         Args:
-          kernel: the mesh axis of each of the kernel's axes.
+          kernel: the mesh axes of each of the kernel's axes.
           sizes: the size of each mesh axis.
         """
         # absmax has a size of 1 for an in axis, over which `sharding.fitted` does not split it.

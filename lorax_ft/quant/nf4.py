@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_ft.mesh_axes import MeshAxis, axis_names, devices_along
 from lorax_ft.quant.double import DoubleQuantized
 from lorax_ft.tree import Shape
 
@@ -115,15 +116,15 @@ class NF4:
 
     def axes(
         self,
-        kernel: tuple[str | None, ...],
+        kernel: tuple[MeshAxis, ...],
         sizes: Mapping[str, int],
     ) -> NF4:
         """The mesh axes of each part, from those of the kernel's axes.
 
-        Rows and blocks are split. Where blocks do not divide, rows are split over both mesh axes.
+        Rows and blocks are split. Where blocks do not divide, rows are split over all of them.
 
         Args:
-          kernel: the mesh axis of each of the kernel's axes.
+          kernel: the mesh axes of each of the kernel's axes.
           sizes: the size of each mesh axis.
         """
         n_stack = self.codes.ndim - 2
@@ -141,7 +142,7 @@ class NF4:
 
     def _matrix_axes(
         self,
-        kernel: tuple[str | None, ...],
+        kernel: tuple[MeshAxis, ...],
         sizes: Mapping[str, int],
     ) -> tuple[Any, Any]:
         """The mesh axes of a part's rows and of its blocks, from those of the in and out axes."""
@@ -150,10 +151,10 @@ class NF4:
         if rows <= 1 or len(kernel) != 2:
             return None, None
         i, o = kernel
-        blocks_divide = i is not None and blocks % sizes[i] == 0
+        blocks_divide = i is not None and blocks % devices_along(i, sizes) == 0
         if blocks_divide:
             return o, i
-        both = tuple(axis for axis in (o, i) if axis)
+        both = axis_names(o) + axis_names(i)
         return both or None, None
 
 

@@ -102,6 +102,7 @@ def load_dataset(config: Config, model: Model) -> Dataset:
     """
     positions = model.config.max_positions
     data = load_data(config.data, model.tokenizer, seed=config.train.seed, positions=positions)
+    config.mesh.check_length(data.max_length)
     _check_samples(data.train, model, "training rows")
     for name, split in data.validation_sets.items():
         _check_samples(split, model, f"validation rows {name}".rstrip())
@@ -198,7 +199,8 @@ def _check_attention(config: Config, decoder: DecoderConfig) -> None:
     length = config.data.max_length
     if config.model.attention != "splash" or length == "auto":
         return
-    needed = splash.missing(decoder, tokens=length, cached=False, split=config.mesh.tensor)
+    sizes = dataclasses.asdict(config.mesh)
+    needed = splash.missing(decoder, tokens=length, cached=False, sizes=sizes)
     if needed is not None:
         raise ValueError(f"model.attention is splash, which needs {needed}; use auto")
 

@@ -67,7 +67,7 @@ def trace_step(
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     out_shardings = (state_shardings, sharding.replicated(mesh))
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
-    # The model finds the mesh in the context when it constrains activations (`split_rows`).
+    # The model finds the mesh in the context when it constrains activations (`split_tokens`).
     with jax.set_mesh(mesh):
         return jitted.trace(state, frozen, batch, key)
 

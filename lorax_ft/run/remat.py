@@ -16,7 +16,7 @@ from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import saved_per_token
 from lorax_ft.models.model import Model
 from lorax_ft.run.memory import device_memory
-from lorax_ft.sharding import row_devices
+from lorax_ft.sharding import batch_devices
 
 Remat = Literal["none", "products", "mlp", "full"]
 KINDS: tuple[Remat, ...] = ("products", "mlp", "full")
@@ -87,4 +87,4 @@ def saved_bytes(decoder: DecoderConfig, kind: str, tokens: int, expert_devices: 
 def tokens_a_device(config: Config, mesh: Mesh, length: int) -> int:
     """The tokens of a microbatch on each device."""
     rows = config.train.batch_size // config.train.microbatches
-    return rows * length // row_devices(mesh)
+    return rows * length // batch_devices(mesh)

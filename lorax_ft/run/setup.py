@@ -21,6 +21,7 @@ from lorax_ft.data.batches import Batches
 from lorax_ft.data.dataset import Dataset
 from lorax_ft.evaluation.multiple_choice import Encoded
 from lorax_ft.interop.peft_experts import check_fused
+from lorax_ft.mesh_axes import ROW_AXES, row_devices
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.checkpoints import FOLDER, Checkpoints
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset, load_questions
@@ -179,16 +180,20 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     """
     train = config.train
     rows = train.batch_size // train.microbatches
-    devices = sharding.row_devices(mesh)
+    devices = row_devices(mesh)
     if rows % devices == 0:
         return
     unit = devices * train.microbatches
     below = train.batch_size // unit * unit
     fitting = alternatives([size for size in (below, below + unit) if size > 0])
+    way_out = f"a batch_size of {fitting} would"
+    if devices % rows == 0:
+        context = config.mesh.context * devices // rows
+        way_out += f"; or split each row, with mesh.context {context}"
     raise ValueError(
         f"train.batch_size {train.batch_size} / train.microbatches {train.microbatches} gives "
-        f"{rows} rows, which do not divide over {' × '.join(sharding.ROW_AXES)} = {devices} "
-        f"devices; a batch_size of {fitting} would"
+        f"{rows} rows, which do not divide over {' × '.join(ROW_AXES)} = {devices} "
+        f"devices; {way_out}"
     )
 
 

@@ -16,7 +16,6 @@ from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.lowrank.groups import fully_trained
 from lorax_ft.models.model import HEAD, Model
-from lorax_ft.sharding import row_devices
 from lorax_ft.training.losses import CHUNK_ROWS, supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.step import TrainState, make_eval_step, make_train_step
@@ -124,4 +123,4 @@ def _chunk_rows(config: Config, trained: Tree, count: int, mesh: Mesh) -> int | 
 
 def _rows_of_each(count: int, mesh: Mesh) -> int:
     """Each adapter's part of the rows whose logits a single run holds."""
-    return max(CHUNK_ROWS // count, SMALLEST_CHUNK) * row_devices(mesh)
+    return max(CHUNK_ROWS // count, SMALLEST_CHUNK) * sharding.batch_devices(mesh)

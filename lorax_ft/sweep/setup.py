@@ -20,6 +20,7 @@ from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.data.batches import Batches, evaluation_batches
 from lorax_ft.data.dataset import Dataset, depends_on_seed
+from lorax_ft.mesh_axes import ROW_AXES, TOKEN_AXIS
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset
 from lorax_ft.run.program import check_contract, step_key
@@ -108,7 +109,7 @@ class SweepJob:
             # Segment 0 is padding.
             tokens += int((batch["segment_ids"] > 0).sum())
         # As a single run splits its rows; neither K nor M is split.
-        place = NamedSharding(self.mesh, P(None, None, sharding.ROW_AXES))
+        place = NamedSharding(self.mesh, P(None, None, ROW_AXES, TOKEN_AXIS))
         placed = {}
         for name in rows[0]:
             stacked = np.stack([batch[name] for batch in rows])  # [K, B, T]

@@ -19,10 +19,10 @@ from jax import Array, lax
 
 from lorax_ft.lowrank.adapters import with_dropout
 from lorax_ft.lowrank.terms import dropout as dropout_term
+from lorax_ft.mesh_axes import TOKEN_AXIS, dividing, row_devices, token_devices
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.mlp import router_loss
 from lorax_ft.models.model import CausalLM
-from lorax_ft.sharding import row_devices
 from lorax_ft.tree import Layer, Tree
 
 Batch = dict[str, Array]
@@ -210,7 +210,7 @@ def head_loss(
       weights: `[B, T]` float32; 0 excludes a token.
       score: the logits `[..., V]` of a head and features `[..., D]`.
       chunk_rows: tokens in a chunk, which needs 4 · chunk_rows · V bytes. None: `CHUNK_ROWS` for
-        each device of the ambient mesh that has rows of its own.
+        each device of the ambient mesh that has tokens of its own.
 
     Returns:
       A float32 scalar, the sum.
@@ -219,17 +219,12 @@ def head_loss(
     chex.assert_equal_shape([targets, weights])
     batch, tokens = targets.shape
     if not chunk_rows:
-        chunk_rows = CHUNK_ROWS * row_devices()
+        chunk_rows = CHUNK_ROWS * row_devices() * token_devices()
     needed = math.ceil(batch * tokens / chunk_rows)
-    chunks = min(needed, tokens)
-    # Tokens of weight 0 make all chunks equal.
-    padding = -tokens % chunks
-
-    def chunked(x: Array) -> Array:
-        other_axes = [(0, 0)] * (x.ndim - 2)
-        padded = jnp.pad(x, [(0, 0), (0, padding), *other_axes])
-        return _split(padded, chunks)
-
+    # Of each device's tokens a part is in every chunk.
+    shards = token_devices() if dividing(TOKEN_AXIS, tokens) else 1
+    chunks = min(needed, tokens // shards)
+    chunked = functools.partial(_split, chunks=chunks, shards=shards)
     labels = {
         "targets": chunked(targets),
         "weights": chunked(weights),
@@ -239,14 +234,19 @@ def head_loss(
     return _fused(chunk_loss, layer, chunked(features), labels)
 
 
-def _split(x: Array, chunks: int) -> Array:
-    """`[B, T, ...]` as chunks `[N, B, T / N, ...]`.
+def _split(x: Array, *, chunks: int, shards: int) -> Array:
+    """`[B, T, ...]` as chunks `[N, B, t, ...]`, each with as many tokens of every shard of a row.
 
-    Rows stay whole, so that a batch that is sharded by rows stays where it is.
+    Rows and shards stay whole, so that each token stays on its device.
     """
     batch, tokens, *rest = x.shape
-    by_chunk = x.reshape(batch, chunks, tokens // chunks, *rest)
-    return jnp.moveaxis(by_chunk, 1, 0)
+    by_shard = x.reshape(batch, shards, tokens // shards, *rest)
+    # Zeros, of which the weights are weights, make all chunks equal.
+    padding = -by_shard.shape[2] % chunks
+    padded = jnp.pad(by_shard, [(0, 0), (0, 0), (0, padding), *[(0, 0)] * len(rest)])
+    by_chunk = padded.reshape(batch, shards, chunks, -1, *rest)
+    first = jnp.moveaxis(by_chunk, 2, 0)  # [N, B, shards, t / shards, ...]
+    return first.reshape(chunks, batch, -1, *rest)
 
 
 def _chunk_loss(

@@ -83,6 +83,19 @@ def test_seven_billion_parameters_fit_sixteen_chips(dora: bool) -> None:
     assert [1, 3584, 18944] in report["gathered"]  # one layer's weights at a time
 
 
+def test_a_row_of_32768_tokens_is_split_over_sixteen_chips() -> None:
+    config = Config(
+        model=ModelConfig(dtype="bfloat16"),
+        adapter=AdapterConfig(rank=16),
+        data=DataConfig(max_length=32768, pack=True),
+        train=TrainConfig(batch_size=1),
+        mesh=MeshConfig(data=1, context=16),
+    )
+    report = compile_for("v5e:4x4", config, QWEN_7B)
+    check(report, config, split=16, width=QWEN_7B["hidden_size"])
+    assert report["splash"]
+
+
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_a_quantized_base_is_whole_in_one_layer_at_a_time(format: Any) -> None:
     """7B parameters: the memory of LoRA's step, minus the savings on the base's kernels."""

@@ -11,6 +11,7 @@ from jax import Array
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.dropout import dropped
 from lorax_ft.lowrank.terms.term import Product, Term, highest_matmul
+from lorax_ft.mesh_axes import token_devices
 from lorax_ft.tree import Layer
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"
@@ -79,8 +80,9 @@ def expand(
         y = jnp.einsum("zer,ero->zeo", z_flat, b_flat, precision=product.precision)
     else:
         b_flat = b.reshape(rank, -1)
-        z_flat = z.reshape(-1, rank)
-        y = jnp.matmul(z_flat, b_flat, precision=product.precision)
+        # One axis cannot be split over the devices of rows and over those of tokens.
+        z_rows = z if token_devices() > 1 else z.reshape(-1, rank)
+        y = jnp.matmul(z_rows, b_flat, precision=product.precision)
     return y.reshape(*z.shape[:-1], *out_shape)
 
 

@@ -1,0 +1,66 @@
+"""The names of a mesh's axes, and which of them split an array's axis.
+
+The ambient mesh is that of `jax.set_mesh`: the model's functions find it there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+"""The axes of a mesh. Neighbors along the last ones exchange most."""
+ROW_AXES = ("data", "fsdp", "expert")
+"""The mesh axes that the rows of a batch are split over."""
+TOKEN_AXIS = "context"
+"""The mesh axis that the tokens of a row are split over."""
+SHARDS = ("fsdp", "context")
+"""The mesh axes that weights are split over, beside `tensor`."""
+
+MeshAxis = str | tuple[str, ...] | None
+"""The mesh axes that an array's axis is split over; None: it is whole on every device."""
+
+
+def axis_names(axis: MeshAxis) -> tuple[str, ...]:
+    """The mesh axes as a tuple."""
+    if axis is None:
+        return ()
+    return axis if isinstance(axis, tuple) else (axis,)
+
+
+def devices_along(axis: MeshAxis, sizes: Mapping[str, int]) -> int:
+    """How many parts an array's axis is split into, by the size of each mesh axis."""
+    return math.prod(sizes.get(name, 1) for name in axis_names(axis))
+
+
+def ambient_sizes() -> Mapping[str, int]:
+    """The sizes of the ambient mesh's axes; empty without a mesh."""
+    return jax.sharding.get_abstract_mesh().shape
+
+
+def row_devices(mesh: Mesh | None = None) -> int:
+    """How many devices of a mesh a batch's rows are split over; of the ambient one, or 1."""
+    sizes = ambient_sizes() if mesh is None else mesh.shape
+    return devices_along(ROW_AXES, sizes)
+
+
+def expert_devices() -> int:
+    """How many devices of the ambient mesh the experts are split over; 1 without a mesh."""
+    return devices_along("expert", ambient_sizes())
+
+
+def token_devices() -> int:
+    """How many devices of the ambient mesh a row's tokens are split over; 1 without a mesh."""
+    return devices_along(TOKEN_AXIS, ambient_sizes())
+
+
+def dividing(axis: MeshAxis, size: int) -> MeshAxis:
+    """Axes of the ambient mesh, if they split so many into equal parts; else None."""
+    sizes = ambient_sizes()
+    present = tuple(name for name in axis_names(axis) if name in sizes)
+    if not present or size % devices_along(present, sizes):
+        return None
+    return present
