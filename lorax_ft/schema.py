@@ -112,9 +112,8 @@ class InitSchema(NamedTuple):
     """What is measured on data first: Σ (x − x̄)ᵀ(x − x̄) / N or Σ xᵀx / N of inputs, or ∂L/∂W."""
     options: tuple[str, ...] = ()
     """Fields of AdapterConfig that this init uses and others may not set."""
-    prepare: str | None = None
-    """A function that is called once before, with the plans and statistics of all modules, and may
-    change both."""
+    choose_ranks: str | None = None
+    """A function that gives the plans new ranks by what the inits of all modules `explained`."""
     fits_quantized: bool = False
     """Whether it can fit A and B to what quantizing the base loses (`quant.rounds`)."""
     any_rank: bool = False
@@ -160,7 +159,7 @@ INITS: Mapping[str, InitSchema] = {
     ),
     "eva": InitSchema(
         "eva:eva",
-        prepare="eva:redistribute",
+        choose_ranks="eva:redistribute",
         statistic="covariance",
         options=("calibration_batches", "eva_rho", "svd_iterations"),
         on_host=True,

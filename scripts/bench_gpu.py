@@ -41,6 +41,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 152064,
         "rope_theta": 1000000.0,
     },
+    # For scripts/bench_starts.py.
+    "qwen2_5_1_5b": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+    },
     # To try this script on a CPU.
     "tiny": {
         "model_type": "llama",
@@ -151,7 +164,7 @@ def _our_step(args: argparse.Namespace) -> tuple[Callable[[], None], Callable[[]
 
     changes = OURS[args.variant]
     decoder = decoder_config(
-        SHAPES[args.shape] | COMMON, source=args.shape, dtype="bfloat16", remat=args.remat
+        COMMON | SHAPES[args.shape], source=args.shape, dtype="bfloat16", remat=args.remat
     )
     model = CausalLM(config=decoder)
     key = jax.random.key(0)
@@ -207,7 +220,7 @@ def _peer_step(args: argparse.Namespace) -> tuple[Callable[[], None], Callable[[
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fields = {name: value for name, value in SHAPES[args.shape].items() if name != "model_type"}
-    config = transformers.AutoConfig.for_model(SHAPES[args.shape]["model_type"], **fields | COMMON)
+    config = transformers.AutoConfig.for_model(SHAPES[args.shape]["model_type"], **COMMON | fields)
     with torch.device(device):
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     parameters = sum(parameter.numel() for parameter in base.parameters())

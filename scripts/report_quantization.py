@@ -78,10 +78,11 @@ def reduction(w: Array, start: str, rank: int, rounds: int) -> float:
         rounds=rounds,
     )
     init = pissa if start == "QPiSSA" else loftq
-    last, taken = init(context)
-    assert taken is not None
-    base = rounded(stack - product(*taken))
-    return 100 * (1 - nuclear(stack - base - product(*last)) / nuclear(stack - rounded(stack)))
+    begun = init(context)
+    assert begun.removed is not None
+    base = rounded(stack - product(*begun.removed))
+    left = nuclear(stack - base - product(*begun.factors))
+    return 100 * (1 - left / nuclear(stack - rounded(stack)))
 
 
 def rounded(w: Array) -> Array:

@@ -23,6 +23,7 @@ from lorax_ft.models.model import Model
 from lorax_ft.models.parts import norm
 from lorax_ft.quant.kernels import quantize
 from lorax_ft.sharding import DECODER_RULES, make_mesh, param_shardings, place_batch
+from lorax_ft.training.calibration import measured
 from lorax_ft.training.losses import batch_loss
 from lorax_ft.tree import flatten, modules, unflatten
 
@@ -142,15 +143,46 @@ def test_a_quantized_model_is_measured_as_it_is(
 def test_modules_in_several_groups_are_measured_alike(
     decoder: Any, padded_batches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, config, shares = decoder(), AdapterConfig(rank=2, init="corda"), []
+    model, config, shares = decoder(), AdapterConfig(rank=2, init="lora_one"), []
     want = calibrate(model, config, padded_batches())
-    monkeypatch.setattr("lorax_ft.training.calibration.GROUP_BYTES", 2 * 3 * 33 * 33 * 4)
+    monkeypatch.setattr("lorax_ft.training.calibration.GROUP_BYTES", 2 * 3 * 32 * 32 * 4)
     got = calibrate(model, config, padded_batches(), advance=shares.append)
     assert set(got) == set(want)
     assert len(shares) > 2
     assert abs(sum(shares) - 1) < 1e-6
     for path, leaf in got.items():
         np.testing.assert_allclose(leaf, want[path], rtol=1e-5, atol=1e-6)
+
+
+# -------------------- one at a time
+
+
+def test_sums_of_one_layer_are_held(decoder: Any, padded_batches: Any) -> None:
+    """Of down_proj, the only module with 48 inputs: one matrix, and never those of all layers."""
+    model, config = decoder(), AdapterConfig(rank=2, init="corda")
+    held = []
+    places: list[int] = []
+    for path, place, statistic in measured(model, config, padded_batches()):
+        if path.endswith("down_proj"):
+            places.append(place)
+        assert statistic.shape == ((48, 48) if path.endswith("down_proj") else (32, 32))
+        held.append([leaf.shape for leaf in jax.live_arrays() if leaf.shape[-2:] == (49, 49)])
+    assert places == [0, 1, 2]
+    assert max(map(len, held)) == 1
+    assert all(shape == (49, 49) for shapes in held for shape in shapes)
+
+
+@pytest.mark.parametrize("init", ["eva", "corda"])
+def test_starts_from_single_statistics_are_those_from_stacks(
+    decoder: Any, padded_batches: Any, init: str
+) -> None:
+    model, batches = decoder(), padded_batches(8)
+    config = AdapterConfig(rank=2, init=init, targets=("down_proj", "q_proj", "lm_head"))
+    want, got = (
+        add_adapters(model.params, config, layout=model.layout, key=KEY, statistics=statistics)
+        for statistics in (calibrate(model, config, batches), measured(model, config, batches))
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 # -------------------- ranks

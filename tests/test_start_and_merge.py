@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import chex
@@ -33,6 +34,11 @@ from lorax_ft import (
     merged_kernel,
     unmerge_adapters,
 )
+from lorax_ft.config import QuantConfig
+from lorax_ft.lowrank.inits.context import InitContext, InitResult
+from lorax_ft.lowrank.inits.pissa import pissa
+from lorax_ft.lowrank.module_leaves import _subtracted_in_place
+from lorax_ft.lowrank.quantize import quantize_base
 from lorax_ft.schema import is_adapter
 from lorax_ft.tree import flatten, split, unflatten
 
@@ -255,3 +261,56 @@ def test_an_init_on_the_host_cannot_be_traced(zoo: Any) -> None:
             jax.eval_shape(
                 lambda p, c=config: add_adapters(p, c, layout=case.layout, key=KEY), case.params
             )
+
+
+# -------------------- memory
+
+
+def test_an_init_sees_as_many_matrices_as_fit(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, where no two fit into `CHUNK_BYTES`; and each starts as it does among others."""
+    case = zoo("decoder")
+    config = AdapterConfig(rank=3, init="pissa", targets=("down_proj",))
+    want = add_adapters(case.params, config, layout=case.layout, key=KEY)
+    seen = []
+
+    def counted(context: InitContext) -> InitResult:
+        seen.append(context.shape)
+        return pissa(context)
+
+    monkeypatch.setattr("lorax_ft.lowrank.inits.svd.CHUNK_BYTES", 8 * 48 * 32)
+    got = add_adapters(case.params, config, layout=case.layout, key=KEY, init=counted)
+    assert seen == [(1, 48, 32)] * 3
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_a_donated_base_is_not_held_beside_the_new_one(zoo: Any, format: Any) -> None:
+    case = zoo("decoder")
+    # Copies, since other tests use the zoo's own arrays.
+    params = jax.tree.map(jnp.copy, case.params)
+    originals: Any = {}
+    if format is not None:
+        quantization = QuantConfig(format=format)
+        params, originals = quantize_base(params, quantization, layout=case.layout)
+    config = AdapterConfig(rank=3, init="pissa", svd_iterations=1, targets=("down_proj",))
+    start = functools.partial(
+        add_adapters, params, config, layout=case.layout, key=KEY, originals=originals
+    )
+    want = start()
+    got = start(donate=True)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for path, leaf in flatten(params).items():
+        parts = jax.tree.leaves(leaf)
+        assert all(part.is_deleted() == ("down_proj" in path) for part in parts), path
+
+
+def test_a_start_is_subtracted_in_place() -> None:
+    """Beside the stack itself there are a few matrices in float32, not another stack."""
+    count, size, rank = 16, 64, 2
+    shapes = ((count, size, size), (count, size, rank), (count, rank, size), (count,))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    compiled = _subtracted_in_place.lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    stack, matrix = 4 * count * size**2, 4 * size**2
+    assert memory.alias_size_in_bytes == stack
+    assert memory.temp_size_in_bytes < 4 * matrix

@@ -16,13 +16,22 @@ import numpy as np
 from jax import Array
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.lowrank.inits import Init, find_function, find_init, init_options
-from lorax_ft.lowrank.keys import fold_path
+from lorax_ft.lowrank.inits import (
+    Init,
+    find_function,
+    find_init,
+    init_options,
+    initialize_embedding,
+)
+from lorax_ft.lowrank.inits.context import InitContext
+from lorax_ft.lowrank.keys import fold_path, matrix_keys
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.module_leaves import adapter_leaves, leaf_shapes, without_start
+from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.spec import base_kernel, base_shape, with_kernel
-from lorax_ft.lowrank.statistics import checked_statistics, needed_statistics
+from lorax_ft.lowrank.starts import Stack, find_starts
+from lorax_ft.lowrank.statistics import Statistics, needed_statistics, one_by_one
 from lorax_ft.lowrank.targets import plan_adapters
 from lorax_ft.lowrank.terms import (
     TERMS,
@@ -34,7 +43,7 @@ from lorax_ft.lowrank.terms import (
     scale_leaves,
 )
 from lorax_ft.lowrank.terms import magnitude as magnitude_term
-from lorax_ft.quant.kernels import Quantized
+from lorax_ft.quant.kernels import Quantized, matrices
 from lorax_ft.schema import init_schema
 from lorax_ft.tree import Layer, Tree, combine, from_modules, modules
 
@@ -48,7 +57,8 @@ def add_adapters(
     init: Init | None = None,
     originals: Mapping[str, Original] = MappingProxyType({}),
     rounds: int = 1,
-    statistics: Mapping[str, Array | np.ndarray] = MappingProxyType({}),
+    statistics: Statistics = MappingProxyType({}),
+    donate: bool = False,
     advance: Callable[[float], None] = lambda share: None,
 ) -> Tree:
     """The parameters with adapter leaves beside the kernels that `config.targets` matches.
@@ -64,7 +74,10 @@ def add_adapters(
       originals: by path, reads the matrices that are quantized in `params` in full precision
         (`Model.originals`); needed by inits that change the base.
       rounds: of decomposition and quantization, for PiSSA and LoftQ on a quantized base.
-      statistics: by path, what inits from data start from (`lorax_ft.calibrate`).
+      statistics: what inits from data start from: by path (`lorax_ft.calibrate`), or one by one
+        (`lorax_ft.training.calibration.measured`), of which one at a time is held.
+      donate: whether the kernels of `params` that the init changes are consumed, as by `jax.jit`'s
+        `donate_argnums`: the old base is then not held beside the new one, and cannot be used.
       advance: called with a share of the work whenever it is done; the shares make up 1.
 
     Returns:
@@ -94,27 +107,35 @@ def add_adapters(
     # Whether a custom init changes the base is only known once it is called.
     changes_base = row.changes_base or init is not None
     plans = plan_adapters(config, params, layout=layout, changes_base=changes_base)
-    needed = needed_statistics(config, params, layout=layout)
-    measured = checked_statistics(config, statistics, needed)
-    if init is None and row.prepare is not None:
-        prepare = find_function(row.prepare)
-        plans, measured = prepare(plans, measured, config, key=key)
+    stacks = {}
     for path, plan in plans.items():
         layer = _unadapted_layer(layers, path)
         # A custom init cannot requantize the base.
         needs_original = plan.start == "in_base" and init is None
         original = _original(originals, path, layer) if needs_original else None
-        layers[path] = layer | adapter_leaves(
+        if low_rank.planned(plan):
+            kernel = base_kernel(layers, path, layout[path])
+            stacks[path] = _stack(kernel, plan, init, original, key=key, rounds=rounds)
+    needed = needed_statistics(config, params, layout=layout)
+    starts = find_starts(
+        stacks,
+        one_by_one(statistics, needed, init=config.init),
+        measured=needed,
+        advance=advance,
+    )
+    stacks.clear()  # It holds the kernels.
+    if init is None and row.choose_ranks is not None:
+        explained = {path: np.asarray(starts[path].explained) for path in needed}
+        plans = find_function(row.choose_ranks)(plans, explained, config)
+    # The base stays until all is measured.
+    for path, plan in plans.items():
+        layers[path] = layers.get(path, {}) | adapter_leaves(
             base_kernel(layers, path, layout[path]),
             plan=plan,
-            init=init or find_init(config.init),
-            key=key,
-            options=init_options(config.init, config),
-            statistic=measured.get(path),
-            original=original,
-            rounds=rounds,
+            start=starts.pop(path, None),
+            original=originals.get(path) if init is None else None,
+            donate=donate,
         )
-        advance(1 / len(plans))
     return from_modules(layers)
 
 
@@ -239,6 +260,34 @@ def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:
                 path_key = fold_path(key, path)
                 layers[path] = layer | dropout.leaves(path_key, rate, stack=stack)
     return from_modules(layers)
+
+
+def _stack(
+    kernel: Array | Quantized,
+    plan: Plan,
+    init: Init | None,
+    original: Original | None,
+    *,
+    key: Array,
+    rounds: int,
+) -> Stack:
+    """The matrices of a module whose factors are to start."""
+    spec, config = plan.spec, plan.config
+    stack, rows, _ = spec.sizes(kernel.shape)
+    canonical = spec.canonical("kernel", kernel)
+    context = InitContext(
+        kernel=matrices(canonical, stack=len(plan.paths), rows=rows),
+        rank=plan.width,
+        ranks=plan.ranks.reshape(-1),
+        scales=plan.scales.reshape(-1),
+        keys=matrix_keys(key, plan.paths),
+        options=init_options(config.init, config),
+        rounds=rounds,
+    )
+    reads = init_schema(config.init).changes_base or init is not None
+    if spec.module == "embed":
+        init, reads = initialize_embedding, False
+    return Stack(context, init or find_init(config.init), reads, stack, original)
 
 
 def _base_weights(

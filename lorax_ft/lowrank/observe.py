@@ -1,119 +1,85 @@
-"""Measuring the inputs of layers inside scans, recomputation and shards, where Python cannot reach.
+"""Measuring the inputs of layers: their second moments over the tokens of a batch.
 
-A leaf `input_probe` of zeros is added beside the kernel, and the input x passes it unchanged. The
-derivative of anything with respect to the probe is defined as Σ w [x, 1]ᵀ [x, 1] over the tokens:
-their second moments, their sum and their count. Letters: N tokens, I inputs.
+Letters: N tokens, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-PROBE, WEIGHTS = "input_probe", "input_weights"
+ROWS = 1024  # of a matrix that are in float64 at once
 
 
-def observed(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """A function like `apply` whose Dense layers have their inputs measured.
+def with_inputs(
+    apply: Callable[..., Any],
+    paths: Collection[str],
+) -> Callable[..., tuple[Any, dict[str, Array]]]:
+    """A function like `apply` that also returns the inputs of some modules by slash path.
 
     Args:
-      apply: `model.apply` of a linen model, or any function that calls it. Its parameters hold
-        `input_probe` `[*L, I + 1, I + 1]` and `input_weights` `[*L, N]` beside the kernels of the
-        layers to measure.
+      apply: `module.apply` of a linen module, or any function that calls it.
+      paths: of modules that are not inside a scan.
     """
 
-    def intercept(
-        next_fun: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        context: nn.module.InterceptorContext,
-    ) -> Any:
-        module = context.module
-        if context.method_name != "__call__" or not isinstance(module, nn.Dense):
-            return next_fun(*args, **kwargs)
-        layer = module.variables.get("params", {})
-        if PROBE not in layer:
-            return next_fun(*args, **kwargs)
-        x, *rest = args or (kwargs["inputs"],)
-        x = pass_by(x, layer[PROBE], layer[WEIGHTS])
-        return next_fun(x, *rest)
+    def run(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Array]]:
+        inputs: dict[str, Array] = {}
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+        def intercept(
+            next_fun: Callable[..., Any],
+            args: Any,
+            kwargs: Any,
+            context: nn.module.InterceptorContext,
+        ) -> Any:
+            path = "/".join(context.module.path)
+            if context.method_name == "__call__" and path in paths:
+                inputs[path] = args[0] if args else kwargs["inputs"]
+            return next_fun(*args, **kwargs)
+
         with nn.intercept_methods(intercept):
-            return apply(*args, **kwargs)
+            result = apply(*args, **kwargs)
+        return result, inputs
 
     return run
 
 
-@jax.custom_vjp
-def pass_by(x: Array, probe: Array, weights: Array) -> Array:
-    """x `[..., I]`, unchanged; `probe` `[I + 1, I + 1]` gets the moments of x as its gradient.
+def moments(x: Array, weights: Array) -> Array:
+    """Σ w [x, 1]ᵀ [x, 1] over the tokens, `[I + 1, I + 1]` float32.
+
+    It holds Σ x and the weights' sum beside Σ w xᵀ x.
 
     Args:
-      x: the input of a layer.
-      probe: anything of its shape.
-      weights: `[N]`, of the tokens.
-
-    Raises:
-      ValueError: x does not have as many tokens as there are weights.
+      x: `[..., I]`.
+      weights: w `[...]`.
     """
-    width = x.shape[-1]
-    if x.size != weights.size * width:
-        raise ValueError(
-            f"there are weights for {weights.size} tokens, but a layer's input is {x.shape}"
-        )
-    return x
-
-
-def _forward(x: Array, probe: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
-    residuals = (x, weights)
-    return pass_by(x, probe, weights), residuals
-
-
-def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
-    x, weights = residuals
-    width = x.shape[-1]
-    rows = x.reshape(-1, width).astype(jnp.float32)
-    # A column of ones, so that the product holds Σ x and the count beside Σ xᵀ x.
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     ones = jnp.ones((len(rows), 1))
     rows = jnp.concatenate([rows, ones], axis=1)  # [N, I + 1]
     weighted = weights.reshape(-1, 1) * rows
-    highest = lax.Precision.HIGHEST
-    moments = jnp.einsum("ni,nj->ij", weighted, rows, precision=highest)
-    # x keeps its own gradient g: the probe only listens.
-    return g, moments, jnp.zeros_like(weights)
+    return jnp.einsum("ni,nj->ij", weighted, rows, precision=lax.Precision.HIGHEST)
 
 
-pass_by.defvjp(_forward, _backward)
-
-
-def second_moments(moments: np.ndarray, *, centered: bool) -> np.ndarray:
-    """Σ xᵀ x / N `[*L, I, I]` of a probe's moments, float32.
+def second_moments(sums: np.ndarray, *, centered: bool) -> np.ndarray:
+    """Σ xᵀ x / N `[I, I]` of what `moments` gives, float32.
 
     Args:
-      moments: `[*L, I + 1, I + 1]`.
+      sums: `[I + 1, I + 1]`; the last element is N.
       centered: the covariance Σ (x − x̄)ᵀ (x − x̄) / N in its place.
     """
-    *stack, size, _ = moments.shape
-    matrices = moments.reshape(-1, size, size)
-    # One matrix at a time: the whole stack might not fit into memory in float64.
-    parts = [_second_moment(matrix, centered=centered) for matrix in matrices]
-    inputs = size - 1
-    return np.stack(parts).reshape(*stack, inputs, inputs)
-
-
-def _second_moment(matrix: np.ndarray, *, centered: bool) -> np.ndarray:
-    """The same of one matrix, whose last element is the number of tokens N."""
-    count = matrix[-1, -1]
-    mean = matrix.astype(np.float64) / count
-    second = mean[:-1, :-1]
-    first = mean[:-1, -1]
-    if centered:
-        second = second - np.outer(first, first)
-    return second.astype(np.float32)
+    count = sums[-1, -1]
+    mean = sums[-1, :-1].astype(np.float64) / count
+    inputs = len(mean)
+    result = np.empty((inputs, inputs), np.float32)
+    # Centering needs float64, in which the whole matrix would be twice as large.
+    for first in range(0, inputs, ROWS):
+        rows = slice(first, min(first + ROWS, inputs))
+        second = sums[rows, :-1].astype(np.float64) / count
+        if centered:
+            second -= np.outer(mean[rows], mean)
+        result[rows] = second
+    return result

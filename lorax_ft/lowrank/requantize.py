@@ -14,7 +14,7 @@ from lorax_ft.lowrank.inits.svd import Factors, product
 from lorax_ft.lowrank.terms import kept_start
 from lorax_ft.quant.kernels import Quantized, dense, quantize_as
 from lorax_ft.quant.stream import streamed
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Shape
 
 Original = Callable[[tuple[int, ...]], np.ndarray]
 """Reads the matrix `[*ins, *outs]` at an index of the stack, as it was before it was quantized."""
@@ -27,10 +27,25 @@ def is_requantized(layer: Layer) -> bool:
     return isinstance(layer.get("kernel"), Quantized) and kept_start.is_in_base(layer)
 
 
+def requantizer(kernel: Quantized) -> Quantize:
+    """Quantizes matrices `[L, I, O]` as `kernel` is, and dequantizes them again."""
+
+    def quantize(w: Array) -> Array:
+        return dense(quantize_as(kernel, w, n_stack=1, n_in=1))
+
+    return quantize
+
+
+def read_matrix(original: Original, stack: Shape, i: int) -> Array:
+    """The matrix at place `i` of a stack whose axes have the sizes `stack`, in float32."""
+    index = tuple(int(place) for place in np.unravel_index(i, stack)) if stack else ()
+    return jnp.asarray(original(index), jnp.float32)
+
+
 def requantized(
     kernel: Quantized,
     original: Original,
-    start_of: Callable[[Array, slice, Quantize], Factors],
+    start: Factors,
     scales: np.ndarray,
     *,
     n_in: int,
@@ -40,23 +55,19 @@ def requantized(
     Args:
       kernel: of the shape `[*L, *ins, *outs]`.
       original: reads W.
-      start_of: (one W `[1, I, O]`, its place in the stack, q) -> its A₀ and B₀ `[1, ...]`.
+      start: A₀ `[L, I, R]` and B₀ `[L, R, O]`.
       scales: s, `[*L]`.
       n_in: how many in axes the kernel has.
     """
     stack = scales.shape
     sizes = kernel.shape[scales.ndim :]
     rows = math.prod(sizes[:n_in])
-
-    def quantize(w: Array) -> Array:
-        return dense(quantize_as(kernel, w, n_stack=1, n_in=1))
+    a, b = start
 
     def matrix(index: tuple[int, ...]) -> Quantized:
         i = int(np.ravel_multi_index(index, stack)) if stack else 0
-        w = jnp.asarray(original(index), jnp.float32)
-        w = w.reshape(1, rows, -1)
-        a, b = start_of(w, slice(i, i + 1), quantize)
-        changed = w - scales[index] * product(a, b)
+        w = read_matrix(original, stack, i).reshape(rows, -1)
+        changed = w - scales[index] * product(a[i], b[i])
         return quantize_as(kernel, changed.reshape(sizes), n_stack=0, n_in=n_in)
 
     shardings = jax.tree.map(lambda part: part.sharding, kernel)

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -18,7 +19,22 @@ from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.spec import base_shape
 from lorax_ft.lowrank.targets import plan_adapters
 from lorax_ft.schema import init_schema
-from lorax_ft.tree import Tree, modules
+from lorax_ft.tree import Shape, Tree, modules
+
+
+class Measured(NamedTuple):
+    """The statistic of one matrix."""
+
+    path: str
+    """Of the module."""
+    place: int
+    """Of the matrix in the module's stack."""
+    statistic: Array | np.ndarray
+    """`[I, I]` of the inputs, or the gradient `[I, O]`."""
+
+
+Statistics = Mapping[str, Array | np.ndarray] | Iterable[Measured]
+"""Those of whole stacks by module path, `[*L, I, I]` or `[*L, I, O]`; or of single matrices."""
 
 
 def needed_statistics(
@@ -59,40 +75,65 @@ def needed_statistics(
                 f"than its matrix of {rows} × {columns} has; lower adapter.rank"
             )
         last = columns if statistic == "gradient" else rows
-        needed[path] = jax.ShapeDtypeStruct((*stack, rows, last), jnp.float32)
+        needed[path] = jax.ShapeDtypeStruct((*stack, rows, last), np.float32)
     return needed
 
 
-def checked_statistics(
-    config: AdapterConfig,
-    given: Mapping[str, Array | np.ndarray],
+def one_by_one(
+    statistics: Statistics,
     needed: Mapping[str, jax.ShapeDtypeStruct],
-) -> dict[str, Array]:
-    """The statistics that are needed, each `[L, ...]` with one stack axis.
+    *,
+    init: str,
+) -> Iterator[Measured]:
+    """The statistics of single matrices that are needed, checked, as they are measured.
 
     Raises:
       ValueError: one is missing, has another shape, is not finite, or is 0 for some matrix.
     """
-    statistic = init_schema(config.init).statistic
-    checked = {}
-    for path, expected in needed.items():
-        if path not in given:
+    statistic = init_schema(init).statistic
+    if isinstance(statistics, Mapping):
+        statistics = _of_stacks(statistics, needed)
+    missing = {path: math.prod(shape.shape[:-2]) for path, shape in needed.items()}
+    for one in statistics:
+        if one.path not in needed:
+            continue
+        _check(one, needed[one.path].shape[-2:], f"the {statistic} of {one.path}")
+        missing[one.path] -= 1
+        yield one
+    for path, count in missing.items():
+        if count > 0:
             raise ValueError(
-                f"adapter.init {config.init!r} starts from data, and there is no statistic of "
+                f"adapter.init {init!r} starts from data, and there is no statistic of "
                 f"{path}; measure it with lorax_ft.calibrate and pass it as statistics="
             )
+
+
+def _of_stacks(
+    given: Mapping[str, Array | np.ndarray],
+    needed: Mapping[str, jax.ShapeDtypeStruct],
+) -> Iterator[Measured]:
+    """The statistics of stacks, as single ones."""
+    for path, expected in needed.items():
+        if path not in given:
+            continue
         value = given[path]
         if value.shape != expected.shape:
             raise ValueError(
-                f"the {statistic} of {path} is {value.shape}; it must be {expected.shape}"
+                f"the statistic of {path} is {value.shape}; it must be {expected.shape}"
             )
-        stack = jnp.asarray(value).reshape(-1, *expected.shape[-2:])
-        sizes = np.asarray(jnp.max(jnp.abs(stack), axis=(1, 2)))
-        usable = np.isfinite(sizes) & (sizes > 0)
-        if not usable.all():
-            raise ValueError(
-                f"the {statistic} of {path} is 0 or not finite in matrix {usable.argmin()} of its "
-                "stack; use other calibration batches"
-            )
-        checked[path] = stack
-    return checked
+        matrices = value.reshape(-1, *expected.shape[-2:])
+        for i, matrix in enumerate(matrices):
+            yield Measured(path, i, matrix)
+
+
+def _check(one: Measured, shape: Shape, what: str) -> None:
+    """Raise where a statistic cannot be that of a matrix."""
+    if one.statistic.shape != shape:
+        raise ValueError(f"{what} is {one.statistic.shape}; it must be {shape}")
+    # Two reductions, since |x| would be an array of its own.
+    largest = max(float(one.statistic.max()), -float(one.statistic.min()))
+    if not (math.isfinite(largest) and largest > 0):
+        raise ValueError(
+            f"{what} is 0 or not finite in matrix {one.place} of its stack; use other "
+            "calibration batches"
+        )

@@ -22,7 +22,7 @@ from lorax_ft.models.cache import Cache, slots_of
 from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.linear_attention import GatedDeltaNet, Rows, make_rows
 from lorax_ft.models.mlp import MLP, ROUTER, MoE
-from lorax_ft.models.parts import norm
+from lorax_ft.models.parts import RMSNorm, norm
 from lorax_ft.sharding import split_embedded, split_tokens
 from lorax_ft.tree import member
 
@@ -166,8 +166,8 @@ class Period(nn.Module):
         return x, caches if cache else None
 
 
-def _scanned_layers(config: DecoderConfig, *, recompute: bool) -> Any:
-    """The submodule `layers`: all blocks, or periods of blocks, as one scan.
+def scan_step(config: DecoderConfig, *, recompute: bool = False) -> tuple[Any, tuple[Any, ...]]:
+    """The module of a step of the scan, a block or a period of blocks, and its fields.
 
     With `recompute`, the backward pass computes again what the config's remat names.
     """
@@ -177,10 +177,14 @@ def _scanned_layers(config: DecoderConfig, *, recompute: bool) -> Any:
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         # XLA does not look for common subexpressions across a scan's forward and backward loop.
         block = nn.remat(Block, prevent_cse=False, policy=policy)
-    body: Any = block
-    fields: tuple[Any, ...] = (config, config.each_layer[0])
     if config.period > 1:
-        body, fields = Period, (config, block)
+        return Period, (config, block)
+    return block, (config, config.each_layer[0])
+
+
+def _scanned_layers(config: DecoderConfig, *, recompute: bool) -> Any:
+    """The submodule `layers`: all blocks, or periods of blocks, as one scan."""
+    body, fields = scan_step(config, recompute=recompute)
     scanned = nn.scan(
         body,
         variable_axes={"params": 0, ROUTER: 0},
@@ -191,10 +195,26 @@ def _scanned_layers(config: DecoderConfig, *, recompute: bool) -> Any:
     return scanned(*fields, name="layers")
 
 
+class Entry(NamedTuple):
+    """What the layers are given."""
+
+    # [B, T, D]
+    x: Array
+    shared: Shared
+    # Of each step of the scan: [L], or [L / P, P].
+    type_indices: Array
+
+
 class Decoder(nn.Module):
     """Tokens to features. `Model.head` is applied outside, so that a loss can chunk it."""
 
     config: DecoderConfig
+
+    def setup(self) -> None:
+        """The submodules outside of the layers, which `enter` and `leave` use."""
+        c = self.config
+        self.embed_tokens = nn.Embed(c.vocab_size, c.width, dtype=c.dtype)
+        self.norm = RMSNorm(c.norm_eps, c.norm_offset)
 
     @nn.compact
     def __call__(
@@ -223,6 +243,33 @@ class Decoder(nn.Module):
           counted: `[B, T]`, the tokens whose use of experts goes into the collection `ROUTER`, if
             that is mutable; None: it is not needed.
         """
+        x, shared, type_indices = self.enter(
+            tokens,
+            positions,
+            segment_ids,
+            noise=noise,
+            cache=cache,
+            length=length,
+            counts=counts,
+            counted=counted,
+        )
+        layers = _scanned_layers(self.config, recompute=cache is None)
+        x, cache = layers(x, shared, type_indices, cache)
+        return self.leave(x), cache
+
+    def enter(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        *,
+        noise: Array | None = None,
+        cache: Cache | None = None,
+        length: Array | None = None,
+        counts: Array | None = None,
+        counted: Array | None = None,
+    ) -> Entry:
+        """What the layers are given. The arguments are those of `__call__`."""
         c = self.config
         if positions is None:
             places = jnp.arange(tokens.shape[1])
@@ -233,18 +280,18 @@ class Decoder(nn.Module):
         rope_and_mask, type_indices = make_rope_and_mask(
             c, positions, segment_ids, slots=slots, length=length
         )
+        if c.period > 1:
+            type_indices = type_indices.reshape(-1, c.period)
         rows = make_rows(segment_ids, counts)
         shared = Shared(rope_and_mask, positions, rows, counted)
 
-        x = nn.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed_tokens")(tokens)
-        x = split_embedded(x)
+        x = split_embedded(self.embed_tokens(tokens))
         if noise is not None:
             x = x + noise.astype(x.dtype)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        return Entry(x, shared, type_indices)
 
-        if c.period > 1:
-            type_indices = type_indices.reshape(-1, c.period)
-        layers = _scanned_layers(c, recompute=cache is None)
-        x, cache = layers(x, shared, type_indices, cache)
-        return split_tokens(norm(c, "norm")(x)), cache
+    def leave(self, x: Array) -> Array:
+        """Features `[B, T, D]` of what the last layer gives."""
+        return split_tokens(self.norm(x))

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from lorax_ft.lowrank.intercept import adapt
 from lorax_ft.lowrank.layout import Layout, layout
@@ -22,14 +22,14 @@ from lorax_ft.lowrank.spec import LayerSpec, with_kernel
 from lorax_ft.lowrank.terms import check_layer, magnitude
 from lorax_ft.models.cache import Cache
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.decoder import Decoder
+from lorax_ft.models.decoder import Decoder, Entry, scan_step
 from lorax_ft.models.mlp import ROUTER, Usage
 from lorax_ft.models.parts import rows_dot_general, softcap
-from lorax_ft.quant.kernels import Format
+from lorax_ft.quant.kernels import Format, Quantized
 from lorax_ft.sharding import gathered
-from lorax_ft.tree import Layer, Tree
+from lorax_ft.tree import Layer, Tree, join
 
-TABLE, HEAD = "embed_tokens", "lm_head"
+TABLE, LAYERS, HEAD = "embed_tokens", "layers", "lm_head"
 WITHOUT_START = "start_taken_out"
 """The field of config.json that marks a base from which an adapter's start was subtracted."""
 PART_OF = "text_part_of"
@@ -101,6 +101,38 @@ class CausalLM:
             {"params": params}, tokens, positions, segment_ids, noise=noise, counted=counted
         )
         return features, jax.tree.leaves(sown, is_leaf=lambda node: isinstance(node, Usage))
+
+    def enter(self, params: Tree, *args: Any) -> Entry:
+        """What the first layer is given. The arguments are those of `Decoder.enter`.
+
+        With `step` and `leave` it computes `features` one step of the scan at a time, for what must
+        not be held of all layers at once.
+        """
+        apply = adapt(self.module.apply, gather=gathered)
+        return apply({"params": params}, *args, method="enter")
+
+    def step(self, params: Tree, i: Array, entry: Entry) -> Array:
+        """`[B, T, D]` behind step `i` of the scan, with `entry.x` before it.
+
+        Its modules have the paths of the decoder's without "layers/".
+        """
+        module, fields = scan_step(self.config)
+
+        def own(leaf: Array) -> Array:
+            return lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+
+        def gather(path: str, kernel: Quantized) -> Quantized:
+            return gathered(join(LAYERS, path), kernel)
+
+        apply = adapt(module(*fields).apply, gather=gather)
+        variables = {"params": jax.tree.map(own, params[LAYERS])}
+        x, _ = apply(variables, entry.x, entry.shared, own(entry.type_indices), None)
+        return x
+
+    def leave(self, params: Tree, x: Array) -> Array:
+        """Features `[B, T, D]` of what the last layer gives."""
+        apply = adapt(self.module.apply, gather=gathered)
+        return apply({"params": params}, x, method="leave")
 
     def head(self, params: Tree) -> Layer:
         """The output head as a layer for `linear`, with its adapter.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -21,6 +20,7 @@ from lorax_ft.data.batches import Batches
 from lorax_ft.data.dataset import Dataset
 from lorax_ft.evaluation.multiple_choice import Encoded
 from lorax_ft.interop.peft_experts import check_fused
+from lorax_ft.lowrank.statistics import Measured
 from lorax_ft.mesh_axes import ROW_AXES, row_devices
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.checkpoints import FOLDER, Checkpoints
@@ -31,7 +31,7 @@ from lorax_ft.run.remat import tokens_a_device, with_remat
 from lorax_ft.run.report import make_console
 from lorax_ft.run.standing import Standing
 from lorax_ft.schema import init_schema
-from lorax_ft.training.calibration import calibrate
+from lorax_ft.training.calibration import measured
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.state import fresh_state, owned_leaves, resumed_state
 from lorax_ft.training.step import TrainState
@@ -117,10 +117,9 @@ def set_up(config: Config, *, folder: Path) -> Job:
     if config.train.resume:
         state, frozen = _resumed_state(model, tx, config, checkpoints, mesh=mesh, steps=steps)
     else:
-        state, frozen = _new_state(model, tx, config, batches=batches, mesh=mesh, timer=timer)
+        state, frozen = _new_state(model, tx, config, batches=batches, mesh=mesh)
     _check_state(state, frozen, config, checkpoints)
-    # From here on `frozen` holds the base. Without this the original base would stay in memory
-    # beside the one that an init changed.
+    # From here on `frozen` holds the base: what an init changed is deleted in the model's own.
     functions = with_remat(
         model.without_params(),
         config,
@@ -226,12 +225,8 @@ def _new_state(
     *,
     batches: Batches,
     mesh: Mesh,
-    timer: _Timer,
 ) -> tuple[TrainState, Tree]:
-    """The state of a new run, and its frozen leaves."""
-    statistics = run_statistics(model, config, batches, mesh)
-    if statistics:
-        timer.lap("calibration")
+    """The state of a new run, and its frozen leaves; the model's parameters are consumed."""
     # Adapters and steps (`step_key`) each have their own stream of random numbers.
     key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
     with progress_bar(make_console(), f"initializing with {config.adapter.init}") as advance:
@@ -242,7 +237,8 @@ def _new_state(
             mesh=mesh,
             key=key,
             rounds=config.quant.rounds,
-            statistics=statistics,
+            statistics=run_statistics(model, config, batches, mesh),
+            donate=True,
             advance=advance,
         )
 
@@ -283,18 +279,21 @@ def _check_state(state: TrainState, frozen: Tree, config: Config, checkpoints: C
 
 def run_statistics(
     model: LoadedModel, config: Config, batches: Batches, mesh: Mesh
-) -> dict[str, np.ndarray]:
-    """The statistics of the first training batches that a data-driven init needs, else none."""
+) -> Iterator[Measured]:
+    """The statistics of the first training batches that a data-driven init needs, else none.
+
+    They are measured while they are taken.
+    """
     adapter, size = config.adapter, batches.batch_size
     needs_data = init_schema(adapter.init).statistic is not None
     if not needs_data or adapter.continue_from is not None or not adapter.targets:
-        return {}
+        return
     if adapter.calibration_batches * size > len(batches):
         raise ValueError(
             f"adapter.calibration_batches {adapter.calibration_batches} of train.batch_size "
             f"{size} take more rows than the {len(batches)} to train on; lower one of them"
         )
-    # Calibration runs a backward pass too, so it uses the microbatches that fit in memory.
+    # Gradients take a backward pass, so calibration uses the microbatches that fit in memory.
     rows = size // config.train.microbatches
     placed = []
     for i in range(adapter.calibration_batches):
@@ -302,9 +301,14 @@ def run_statistics(
         for first in range(0, size, rows):
             part = {name: values[first : first + rows] for name, values in batch.items()}
             placed.append(sharding.place_batch(part, mesh))
-    bar = progress_bar(make_console(), f"calibrating {adapter.init}")
-    with bar as advance, jax.set_mesh(mesh):
-        return calibrate(model, adapter, placed, packed=config.data.pack, advance=advance)
+    statistics = measured(model, adapter, placed, packed=config.data.pack)
+    while True:
+        # Not around a loop with `yield`, which would set the mesh for whoever takes them too.
+        with jax.set_mesh(mesh):
+            one = next(statistics, None)
+        if one is None:
+            return
+        yield one
 
 
 class _Timer:

@@ -6,7 +6,7 @@ shape and the sharding of every leaf, and `fresh_state` or `resumed_state` compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.adapters import abstract_adapters, add_adapters, attach_adapters
 from lorax_ft.lowrank.groups import adapter_leaves_of, fully_trained, partition
 from lorax_ft.lowrank.layout import Layout
+from lorax_ft.lowrank.statistics import Statistics
 from lorax_ft.lowrank.terms import is_adapted
 from lorax_ft.models.model import LoadedModel
 from lorax_ft.schema import is_base
@@ -71,10 +72,13 @@ def fresh_state(
     mesh: Mesh,
     key: Array,
     rounds: int = 1,
-    statistics: Mapping[str, Any] = MappingProxyType({}),
+    statistics: Statistics = MappingProxyType({}),
+    donate: bool = False,
     advance: Callable[[float], None] = lambda share: None,
 ) -> tuple[TrainState, Tree]:
     """The state of a new run, and its frozen leaves, each on its devices.
+
+    The arguments are those of `add_adapters`.
 
     Raises:
       ValueError: as `fresh_leaves`.
@@ -86,6 +90,7 @@ def fresh_state(
         key=key,
         rounds=rounds,
         statistics=statistics,
+        donate=donate,
         advance=advance,
     )
     places = jax.tree.map(lambda leaf: leaf.sharding, trained)
@@ -103,7 +108,8 @@ def fresh_leaves(
     mesh: Mesh,
     key: Array,
     rounds: int = 1,
-    statistics: Mapping[str, Any] = MappingProxyType({}),
+    statistics: Statistics = MappingProxyType({}),
+    donate: bool = False,
     advance: Callable[[float], None] = lambda share: None,
 ) -> tuple[Tree, Tree]:
     """The leaves of a new run that train, and its frozen ones, each on its devices.
@@ -122,6 +128,7 @@ def fresh_leaves(
             originals=model.originals,
             rounds=rounds,
             statistics=statistics,
+            donate=donate,
             advance=advance,
         )
     contract.check_active(params)

@@ -1,6 +1,7 @@
 """How A and B start: a file for each initialization, and its row in `lorax_ft.schema.INITS`.
 
-An init is a function of an `InitContext` that returns an `InitResult`.
+An init is a function of an `InitContext` that returns an `InitResult`. It sees a few matrices of a
+stack at a time (`lorax_ft.lowrank.starts`), so what it makes of a matrix depends on that alone.
 """
 
 from __future__ import annotations
@@ -31,19 +32,11 @@ def find_init(name: str) -> Init:
     return find_function(init_schema(name).function)
 
 
-def initialize(init: Init, context: InitContext) -> InitResult:
-    """Where a stack of adapters starts: what the init gives, zero beyond each matrix's own rank."""
-    factors, removed = init(context)
-    if removed is not None:
-        removed = context.within_ranks(removed)
-    return InitResult(context.within_ranks(factors), removed)
-
-
 def initialize_embedding(context: InitContext) -> InitResult:
     """An embedding's adapter starts with A = 0 and a random B, whatever the init: as in PEFT."""
     _, _, columns = context.shape
     b = context.draw(random.normal_b, columns)
-    return InitResult(context.within_ranks((context.zeros_a(), b)))
+    return InitResult((context.zeros_a(), b))
 
 
 def init_options(name: str, config: Any) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from lorax_ft.lowrank.inits.svd import Factors, svd
 from lorax_ft.quant.kernels import Quantized, dense
@@ -25,6 +25,15 @@ class InitResult(NamedTuple):
     """A `[L, I, R]` and B `[L, R, O]`, float32."""
     removed: Factors | None = None
     """A₀ and B₀ of the s A₀ B₀ that is subtracted from the base; None leaves the base as it is."""
+    explained: Array | None = None
+    """What the ranks are chosen by, `[L, R]`; None keeps them."""
+
+    def within_ranks(self, ranks: np.ndarray) -> InitResult:
+        """The same, zero beyond each matrix's own rank `[L]`."""
+        removed = self.removed
+        if removed is not None:
+            removed = within_ranks(removed, ranks)
+        return InitResult(within_ranks(self.factors, ranks), removed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +81,25 @@ class InitContext:
             raise ValueError("this init needs a statistic; pass statistics=lorax_ft.calibrate(...)")
         return self.statistic
 
+    def part(self, first: int, count: int, *, statistic: Any = None) -> InitContext:
+        """Some matrices of the stack, and what was measured for them, `[count, I, I or O]`."""
+        if count == len(self.ranks):
+            return dataclasses.replace(self, statistic=statistic)
+
+        def some(leaf: Array) -> Array:
+            # A slice of constant bounds would be compiled again for each of them.
+            return lax.dynamic_slice_in_dim(leaf, first, count)
+
+        rows = slice(first, first + count)
+        return dataclasses.replace(
+            self,
+            kernel=jax.tree.map(some, self.kernel),
+            ranks=self.ranks[rows],
+            scales=self.scales[rows],
+            keys=some(self.keys),
+            statistic=statistic,
+        )
+
     @property
     def svd_iterations(self) -> int | None:
         """Power iterations of a randomized SVD, or None for the exact one."""
@@ -98,12 +126,7 @@ class InitContext:
 
     def within_ranks(self, factors: Factors) -> Factors:
         """The factors, zero beyond each matrix's own rank."""
-        a, b = factors
-        own_ranks = jnp.asarray(self.ranks)[:, None]
-        used = jnp.arange(self.rank) < own_ranks  # [L, R]
-        a = jnp.where(used[:, None, :], a, 0)
-        b = jnp.where(used[:, :, None], b, 0)
-        return a, b
+        return within_ranks(factors, self.ranks)
 
     def divided_by_scale(self, factors: Factors) -> Factors:
         """A / √s and B / √s, so that s A B is the product of the given factors."""
@@ -132,3 +155,13 @@ class InitContext:
         """B = 0, `[L, R, O]`."""
         count, _, columns = self.shape
         return jnp.zeros((count, self.rank, columns), jnp.float32)
+
+
+def within_ranks(factors: Factors, ranks: np.ndarray) -> Factors:
+    """A `[L, I, R]` and B `[L, R, O]`, zero beyond each matrix's own rank `[L]`."""
+    a, b = factors
+    rank = a.shape[-1]
+    used = jnp.arange(rank) < jnp.asarray(ranks)[:, None]  # [L, R]
+    a = jnp.where(used[:, None, :], a, 0)
+    b = jnp.where(used[:, :, None], b, 0)
+    return a, b

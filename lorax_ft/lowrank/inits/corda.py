@@ -10,9 +10,6 @@ of tokens nor on their size.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +21,7 @@ from lorax_ft.lowrank.inits.svd import (
     HostFactors,
     map_matrices,
     on_host,
+    product,
     root_split,
     smallest_first,
 )
@@ -46,13 +44,19 @@ def corda(context: InitContext) -> InitResult:
 
 def randomized_factors(context: InitContext, w: Array, c: Array) -> Factors:
     """A √s and B √s by a randomized SVD on the device, which finds the first triples only."""
-    damp = jax.vmap(functools.partial(damped, jnp))
+    c = damped(c)
+    a, b = context.svd(product(c, w.astype(jnp.float32)))
     with jax.default_matmul_precision("highest"):
-        c = damp(c)
-        weighted = jnp.matmul(c, w.astype(jnp.float32))
-        a, b = context.svd(weighted)
         unweighted = jnp.linalg.solve(c, a)  # C⁻¹ A
-        return unweighted, b
+    return unweighted, b
+
+
+@jax.jit
+def damped(c: Array) -> Array:
+    """C `[L, I, I]` with a mean eigenvalue of 1, and `DAMP` on its diagonal."""
+    n = c.shape[-1]
+    trace = jnp.trace(c, axis1=1, axis2=2)[:, None, None]
+    return c * (n / trace) + DAMP * jnp.eye(n)
 
 
 def exact_factors(
@@ -73,7 +77,11 @@ def exact_factors(
 
     def factors(w: np.ndarray, c: np.ndarray) -> HostFactors:
         w = w.astype(np.float64)
-        c = damped(np, c.astype(np.float64))
+        c = c.astype(np.float64)
+        # In place, since C may be larger than W.
+        n = len(c)
+        c *= n / np.trace(c)
+        c[np.diag_indices(n)] += DAMP
         u, s, vt = np.linalg.svd(c @ w, full_matrices=False)
         if last:
             u, s, vt = smallest_first(u, s, vt)
@@ -84,10 +92,3 @@ def exact_factors(
     a = a.astype(np.float32)
     b = b.astype(np.float32)
     return jnp.asarray(a), jnp.asarray(b)
-
-
-def damped(xp: Any, c: Any) -> Any:
-    """C with a mean eigenvalue of 1, and `DAMP` on its diagonal. `xp` is numpy or jax.numpy."""
-    n = len(c)
-    scaled = c * (n / xp.trace(c))
-    return scaled + DAMP * xp.eye(n)

@@ -13,62 +13,47 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from lorax_ft.lowrank.inits.context import InitContext, InitResult
-from lorax_ft.lowrank.inits.svd import Factors, nonzero, svd
-from lorax_ft.lowrank.keys import fold_path
+from lorax_ft.lowrank.inits.svd import Factors, nonzero
 from lorax_ft.lowrank.plan import Plan
 
 NOISE = 1e-7  # a share of the variance that float32 cannot distinguish from zero
 
 
 def eva(context: InitContext) -> InitResult:
-    """A from the directions that `redistribute` returned in place of the covariance; B = 0."""
-    return InitResult((context.measured, context.zeros_b()))
+    """A from the directions of most variance, as many as `redistribute` may choose; B = 0."""
+    c = context.measured
+    pair = context.svd(c)
+    directions, share = principal_directions(c, pair)
+    return InitResult((directions, context.zeros_b()), explained=share)
 
 
 def redistribute(
     plans: Mapping[str, Plan],
-    covariances: Mapping[str, Array],
+    explained: Mapping[str, np.ndarray],
     config: Any,
-    *,
-    key: Array,
-) -> tuple[dict[str, Plan], dict[str, Array]]:
-    """The plans with ranks where they explain most, and the directions `[L, I, R]` for A.
+) -> dict[str, Plan]:
+    """The plans with ranks where they explain most.
 
     Alpha follows a matrix's rank, as in PEFT, so that alpha / r stays.
 
     Args:
       plans: by module path, with room for ρ r directions.
-      covariances: by module path, `[L, I, I]`.
+      explained: by module path, λ_i / Σ λ in falling order, `[L, R]`.
       config: the AdapterConfig.
-      key: for the randomized SVD.
     """
-    directions: dict[str, Array] = {}
-    explained: dict[str, np.ndarray] = {}
-    for path, c in covariances.items():
-        path_key = fold_path(key, path)
-        keys = jax.random.split(path_key, len(c))
-        pair = svd(
-            c,
-            rank=plans[path].width,
-            iterations=config.svd_iterations,
-            keys=keys,
-        )
-        directions[path], share = principal_directions(c, pair)
-        explained[path] = np.asarray(share)
     if config.eva_rho == 1 or not explained:
-        return dict(plans), directions
+        return dict(plans)
     ranks = {path: plans[path].ranks.reshape(-1) for path in explained}
     new_ranks = redistributed(ranks, explained, rho=config.eva_rho)
     changed = dict(plans)
     for path, new in new_ranks.items():
         changed[path] = _with_ranks(plans[path], new, config.scaling)
-    return changed, directions
+    return changed
 
 
 def principal_directions(c: Array, pair: Factors) -> tuple[Array, Array]:

@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 OVERSAMPLING = (
     4  # extra columns of the randomized basis, so that the last ones it keeps are accurate
 )
+CHUNK_BYTES = 2**31  # of matrices in float64 that are decomposed at once
 Factors = tuple[Array, Array]
 """A `[L, I, r]` and B `[L, r, O]`."""
 HostFactors = tuple[np.ndarray, np.ndarray]
@@ -94,15 +95,24 @@ def exact(w: np.ndarray, *, rank: int, last: bool = False) -> HostFactors:
 
 def map_matrices(f: Callable[..., HostFactors], *stacks: np.ndarray) -> HostFactors:
     """A and B, stacked, of f(matrix, ...) for the matrices of some stacks, on all cores."""
-    # One BLAS thread per matrix: with more, OpenBLAS's threads wait for each other (up to 50 times
+    # No more BLAS threads than cores, or OpenBLAS's threads wait for each other (up to 50 times
     # slower with numpy 2.4).
-    one_thread = threadpool_limits(1, user_api="blas")
-    with one_thread, ThreadPoolExecutor(os.cpu_count()) as pool:
+    cores = os.cpu_count() or 1
+    workers = min(cores, len(stacks[0]))
+    threads = threadpool_limits(cores // workers, user_api="blas")
+    with threads, ThreadPoolExecutor(workers) as pool:
         pairs = list(pool.map(f, *stacks))
     all_a, all_b = zip(*pairs, strict=True)
     a = np.stack(all_a)
     b = np.stack(all_b)
     return a, b
+
+
+def at_once(rows: int, columns: int) -> int:
+    """How many matrices to decompose at once: one on each core, if they fit into `CHUNK_BYTES`."""
+    cores = jax.process_count() * (os.cpu_count() or 1)
+    fitting = CHUNK_BYTES // (8 * rows * columns)
+    return max(min(cores, fitting), 1)
 
 
 def exact_matrix(matrix: np.ndarray, *, rank: int, last: bool = False) -> HostFactors:

@@ -1,0 +1,93 @@
+"""Where the factors of all modules start, found a few matrices of a stack at a time.
+
+An init needs a matrix in float32 or float64, its decomposition, and maybe a statistic of its size.
+Only the matrices at work have these; the factors that stay are small. Letters: L matrices of a
+stack, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax_ft.lowrank.inits import Init, InitResult
+from lorax_ft.lowrank.inits.context import InitContext
+from lorax_ft.lowrank.inits.svd import at_once
+from lorax_ft.lowrank.requantize import Original, read_matrix, requantizer
+from lorax_ft.lowrank.statistics import Measured
+from lorax_ft.quant.kernels import Quantized
+from lorax_ft.tree import Shape
+
+
+class Stack(NamedTuple):
+    """The matrices of a module, and how their factors start."""
+
+    context: InitContext
+    """Of all of them; without a statistic."""
+    init: Init
+    reads: bool
+    """Whether the init reads W."""
+    shape: Shape
+    """The axes of the stack, `[*L]`."""
+    original: Original | None = None
+    """Reads W where the kernel is quantized and the init changes it."""
+
+
+def find_starts(
+    stacks: Mapping[str, Stack],
+    statistics: Iterable[Measured],
+    *,
+    measured: Collection[str],
+    advance: Callable[[float], None] = lambda share: None,
+) -> dict[str, InitResult]:
+    """What the inits of all stacks return, by module path.
+
+    Args:
+      stacks: by module path.
+      statistics: the statistics of the matrices of `measured`, each of which is used before the
+        next is taken.
+      measured: the modules whose inits use a statistic.
+      advance: called with a share of the work whenever it is done; the shares make up 1.
+    """
+    parts: dict[str, dict[int, InitResult]] = {path: {} for path in stacks}
+    total = sum(len(stack.context.ranks) for stack in stacks.values())
+    for path, stack in stacks.items():
+        if path in measured:
+            continue
+        count, rows, columns = stack.context.shape
+        step = at_once(rows, columns) if stack.reads else count
+        for first in range(0, count, step):
+            taken = min(step, count - first)
+            parts[path][first] = _start(stack, first, taken)
+            advance(taken / total)
+    for path, i, statistic in statistics:
+        parts[path][i] = _start(stacks[path], i, 1, statistic=jnp.asarray(statistic)[None])
+        advance(1 / total)
+    return {path: _joined(of_path) for path, of_path in parts.items()}
+
+
+def _start(stack: Stack, first: int, count: int, *, statistic: Any = None) -> InitResult:
+    """What the init returns for some matrices of a stack."""
+    context = stack.context.part(first, count, statistic=statistic)
+    kernel = context.kernel
+    if stack.original is not None and isinstance(kernel, Quantized):
+        _, rows, columns = kernel.shape
+        matrices = [
+            read_matrix(stack.original, stack.shape, i) for i in range(first, first + count)
+        ]
+        w = jnp.stack(matrices).reshape(count, rows, columns)
+        context = dataclasses.replace(context, kernel=w, quantize=requantizer(kernel))
+    # Dispatch is asynchronous: without this wait many matrices would be in memory at once.
+    return jax.block_until_ready(stack.init(context))
+
+
+def _joined(parts: Mapping[int, InitResult]) -> InitResult:
+    """The results of a whole stack, from those that begin at some of its matrices."""
+    in_order = [parts[first] for first in sorted(parts)]
+    if len(in_order) == 1:
+        return in_order[0]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *in_order)
