@@ -77,6 +77,7 @@ def resumed(main: Main, name: str, folder: Path) -> dict[int, float]:
         else ("adapter", "adapter_model.safetensors")
     )
     shutil.rmtree(crashed / "checkpoints/3")
+    (crashed / "finished.json").unlink()
     shutil.rmtree(crashed / saved[0])
     (crashed / saved[0]).mkdir()
     (crashed / saved[0] / "README.md").write_text("a person's")

@@ -97,7 +97,8 @@ def check_folder(config: Config) -> Start:
         )
     previous = Config.from_json((folder / CONFIG).read_text())
     check_same_run(config, previous)
-    if (folder / FINISHED).is_file() and _ends_alike(config, previous):
+    has_result = any((folder / name).is_dir() for name in ("adapter", "model"))
+    if has_result and (folder / FINISHED).is_file() and _ends_alike(config, previous):
         return Start(previous, finished=True)
     return Start(previous, _find_step(config, folder))
 

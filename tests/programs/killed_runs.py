@@ -2,11 +2,12 @@
 
     python tests/programs/killed_runs.py CONFIG.json MOMENT ...
 
-Each child runs `train` of the same config. A moment is "event N" (the N-th time that the run opens
-for writing, renames, makes or deletes something in its folder), "NAME N" (the N-th of these whose
-path contains NAME), "seconds S", or "never". The children follow one another; a line of JSON for
-each says how it ended and how many events it had. They are forked from a process that has imported
-everything and started nothing, as importing JAX takes longer than the run.
+Each child runs `train` of the same config. When one comes to its end, its folder is renamed (a
+number is put behind it), so that the next one begins anew. A moment is "event N" (the N-th time
+that the run opens for writing, renames, makes or deletes something in its folder), "NAME N" (the
+N-th of these whose path contains NAME), "seconds S", or "never". The children follow one another; a
+line of JSON for each says how it ended and how many events it had. They are forked from a process
+that has imported everything and started nothing, as importing JAX takes longer than the run.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def main(file: str, *moments: str) -> None:
     output = str(Path(config.train.output).absolute())
     train_config = dataclasses.replace(config.train, output=output)
     config = dataclasses.replace(config, train=train_config)
+    ended = 0
     for moment in moments:
         reader, writer = os.pipe()
         pid = os.fork()
@@ -109,6 +111,9 @@ def main(file: str, *moments: str) -> None:
         line = {"moment": moment, "killed": killed, "events": events}
         line["code"] = None if killed else os.WEXITSTATUS(status)
         print(json.dumps(line), flush=True)
+        if line["code"] == 0:
+            Path(output).rename(f"{output}{ended}")
+            ended += 1
 
 
 if __name__ == "__main__":
