@@ -64,7 +64,7 @@ def parse(
         another trainer has for it), is given twice, lacks its value or has the wrong type, or a
         value is invalid.
     """
-    given = sys.argv[1:] if argv is None else argv
+    given = _with_value_of_resume(sys.argv[1:] if argv is None else argv)
     check_given_once(given, args_type)
     captured = io.StringIO()
     defaults = tyro.MISSING_NONPROP if default is None else default
@@ -73,7 +73,7 @@ def parse(
             # Python shows a DeprecationWarning only if the code in __main__ causes it; here tyro
             # does, for an option that the user typed.
             warnings.filterwarnings("always", DEPRECATED_OPTION, DeprecationWarning)
-            args = tyro.cli(args_type, args=argv, default=defaults)
+            args = tyro.cli(args_type, args=given, default=defaults)
     except SystemExit as end:
         if not end.code:  # --help
             raise
@@ -88,6 +88,20 @@ def parse(
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {message}", file=sys.stderr)
     return args
+
+
+def _with_value_of_resume(argv: Sequence[str]) -> list[str]:
+    """The arguments with "always" behind --train.resume where it has no value, as it was a flag.
+
+    >>> _with_value_of_resume(["--train.resume", "--train.steps", "3"])
+    ['--train.resume', 'always', '--train.steps', '3']
+    """
+    given = []
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
+        given.append(argument)
+        if argument == "--train.resume" and following.startswith("--"):
+            given.append("always")
+    return given
 
 
 def parse_run(args_type: type[RunArgs]) -> tuple[RunArgs, Config]:

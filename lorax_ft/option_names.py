@@ -137,9 +137,9 @@ TRAINING = {
     # The run.
     "output_dir": "--train.output",
     "overwrite_output_dir": "--train.overwrite",
-    "resume_from_checkpoint": "--train.resume; it continues from the latest checkpoint in "
+    "resume_from_checkpoint": "--train.resume always; it continues from the latest checkpoint in "
     "train.output",
-    "auto_resume_from_checkpoints": "--train.resume",
+    "auto_resume_from_checkpoints": "--train.resume auto",
     "max_steps": "--train.steps",
     "num_epochs": "--train.epochs",
     "num_train_epochs": "--train.epochs",

@@ -78,7 +78,7 @@ def advice(argv: Sequence[str], args_type: type) -> str | None:
 
 
 def flag_with_value(argv: Sequence[str], args_type: type) -> str | None:
-    """The error of a flag that got a value, such as "--train.resume True"; None if there is none.
+    """The error of a flag that got a value, such as "--adapter.dora True"; None if there is none.
 
     Raises no error itself, as tyro may have found another mistake.
     """

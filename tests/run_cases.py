@@ -77,6 +77,7 @@ def resumed(main: Main, name: str, folder: Path) -> dict[int, float]:
         else ("adapter", "adapter_model.safetensors")
     )
     shutil.rmtree(crashed / "checkpoints/3")
+    (crashed / "finished.json").unlink()
     shutil.rmtree(crashed / saved[0])
     (crashed / saved[0]).mkdir()
     (crashed / saved[0] / "README.md").write_text("a person's")
@@ -99,7 +100,7 @@ def resumed(main: Main, name: str, folder: Path) -> dict[int, float]:
     assert (crashed / saved[0] / "README.md").read_text() == "a person's"
     assert (crashed.joinpath(*saved)).read_bytes() == (whole.joinpath(*saved)).read_bytes()
     assert (crashed / PLOT).stat().st_size > 10_000
-    assert lft.Config.from_json((crashed / "config.json").read_text()).train.resume
+    assert lft.Config.from_json((crashed / "config.json").read_text()).train.resume == "always"
     return expected
 
 

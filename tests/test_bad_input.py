@@ -68,8 +68,9 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         ),
         (["--adapter.continue_from", "notes"], "notes holds no adapter_config.json"),
         (["--train.output", "notes"], "holds no run"),
-        (["--train.output", "old"], "already holds a run"),
-        (["--train.output", "fresh", "--train.resume"], "no run to resume"),
+        (["--train.output", "old", "--train.resume", "never"], "already holds a run"),
+        (["--train.output", "old"], "but the run to resume in old had"),
+        (["--train.output", "fresh", "--train.resume", "always"], "no run to resume"),
         (["--config", "configs/lroa.py"], "no config file"),
         (["--config", "bad.jsonl"], "bad.jsonl is not a .py file with get_config()"),
         (["--quant.rounds", "3"], "quant.rounds is 3, which has no effect here"),
@@ -174,8 +175,11 @@ def test_resuming_another_run_is_refused(main: Main, tmp_path: Path, capsys: Any
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.json").write_text(lft.load_config(ROOT / "configs/lora.py").to_json())
-    assert main(*config("dora"), "--train.output", out, "--train.resume") == 2
-    assert "adapter.dora is True, but the run to resume had False" in capsys.readouterr().err
+    assert main(*config("dora"), "--train.output", out) == 2
+    assert (
+        f"adapter.dora is True, but the run to resume in {out} had False; use the same value, "
+        "--train.overwrite to begin anew, or another --train.output"
+    ) in capsys.readouterr().err
 
 
 def test_too_little_data_to_calibrate_on_costs_one_line(

@@ -106,10 +106,11 @@ def test_a_crashed_run_comes_to_the_same_end(folder: Path, tmp_path: Path, crash
     run(folder, whole, save_every=2, keep_checkpoints=9)
     shutil.copytree(whole, crashed)
     shutil.rmtree(crashed / "adapter")
+    (crashed / "finished.json").unlink()
     for path in (crashed / "checkpoints").iterdir():
         if int(path.name) > crashed_at:
             shutil.rmtree(path)
-    result = run(folder, crashed, save_every=2, keep_checkpoints=9, resume=True)
+    result = run(folder, crashed, save_every=2, keep_checkpoints=9)
     assert (result.steps, result.saved_step) == (8, 4)
     assert (crashed / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
     for name in ("loss", "validation_loss", "best_step"):
@@ -130,12 +131,14 @@ def test_an_interrupt_at_an_evaluation_loses_none(
         with pytest.raises(KeyboardInterrupt, match="interrupted after step 4"):
             run(folder, out)
     assert [line["step"] for line in read_log(out) if "validation_loss" in line] == [0, 2]
-    result = run(folder, out, resume=True)
+    result = run(folder, out)
     assert (result.steps, result.saved_step) == (8, 4)
     assert [line["step"] for line in read_log(out) if "validation_loss" in line] == [0, 2, 4, 6, 8]
-    # Resumed once more, a run that is out of patience trains no further; with more of it, it does.
-    assert run(folder, out, resume=True).steps == 8
-    assert run(folder, out, resume=True, patience=3).saved_step == 12
+    # Started once more, a run that is out of patience trains no further; with more of it, it does.
+    assert train(config(folder, out)) is None
+    (out / "finished.json").unlink()
+    assert run(folder, out).steps == 8
+    assert run(folder, out, patience=3).saved_step == 12
 
 
 def test_a_time_limit_ends_a_run_which_can_go_on(folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -99,6 +99,7 @@ def keep_checkpoints_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return Checkpoints(folder, keep=keep)
 
     monkeypatch.setattr("lorax_ft.run.setup.Checkpoints", local)
+    monkeypatch.setattr("lorax_ft.run.folder.Checkpoints", local)
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -116,12 +117,13 @@ def test_a_run_on_a_bucket_equals_one_on_a_disk(
     assert main(*run_options(url), "--train.steps", 2) == 0
     assert [line["step"] for line in read_log(epath.Path(url))] == [0, 1, 2, 2]
     epath.Path(url, "notes.txt").write_text("mine")
-    assert main(*run_options(url), "--train.steps", 3) == 2
+    assert main(*run_options(url), "--train.steps", 3, "--train.resume", "never") == 2
     assert f"{url} already holds a run" in capsys.readouterr().err
-    assert main(*run_options(url), "--train.steps", 3, "--train.resume") == 0
+    assert main(*run_options(url), "--train.steps", 3) == 0
     assert f"copy {url} to a local folder" in capsys.readouterr().out
 
-    assert names(url) == ["adapter", "config.json", "notes.txt", "tensorboard", LOG, PLOT]
+    files = ["adapter", "config.json", "finished.json", "notes.txt", "tensorboard", LOG, PLOT]
+    assert names(url) == files
     copy = downloaded(url, tmp_path / "copy")
     ours, expected = read_log(copy), read_log(tmp_path / "disk")
     assert [line["loss"] for line in ours if "loss" in line] == [
@@ -141,7 +143,7 @@ def test_a_run_on_a_bucket_equals_one_on_a_disk(
         )
         == 0
     )
-    assert names(url) == ["adapter", "config.json", "notes.txt", "tensorboard", LOG, PLOT]
+    assert names(url) == files
     assert [line["step"] for line in read_log(epath.Path(url))] == [0, 1, 1]
     assert {path.name for path in tmp_path.iterdir()} == {"disk", "checkpoints", "copy"}
 

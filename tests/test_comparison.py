@@ -146,8 +146,9 @@ def test_a_comparison_that_is_overwritten_deletes_its_own_files_only(tmp_path: P
     prepare(folder, config, DESIGN, METHODS)  # nothing was trained yet
     (folder / "dora").mkdir()
     (folder / "dora/results.jsonl").write_text("")
-    with pytest.raises(ValueError, match="not empty"):
-        prepare(folder, config, DESIGN, METHODS)
+    never = dataclasses.replace(config.train, resume="never")
+    with pytest.raises(ValueError, match="already holds a comparison"):
+        prepare(folder, dataclasses.replace(config, train=never), DESIGN, METHODS)
     train = dataclasses.replace(config.train, overwrite=True)
     prepare(folder, dataclasses.replace(config, train=train), DESIGN, METHODS)
     assert sorted(file.name for file in folder.iterdir()) == ["design.json", "notes.txt"]
@@ -205,7 +206,7 @@ def test_methods_that_cannot_be(entries: list[str], error: str) -> None:
 
 def test_a_resumed_method_has_the_same_settings(tmp_path: Path) -> None:
     config = Config(train=TrainConfig(output=str(tmp_path / "run")))
-    resumed = dataclasses.replace(config, train=dataclasses.replace(config.train, resume=True))
+    resumed = dataclasses.replace(config, train=dataclasses.replace(config.train, resume="always"))
     folder = tmp_path / "run-comparison"
     prepare(folder, config, DESIGN, chosen_methods(["lora", "r=lora adapter.rank=4"]))
     prepare(folder, resumed, DESIGN, chosen_methods(["dora", "r=lora adapter.rank=4"]))

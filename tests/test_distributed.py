@@ -328,7 +328,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) ->
     (checkpoint,) = (out / "checkpoints").iterdir()
     for i in range(2):
         assert (
-            f"interrupted after step {checkpoint.name}; continue with --train.resume"
+            f"interrupted after step {checkpoint.name}; the same command goes on"
             in (tmp_path / f"{i}.out").read_text()
         )
 

@@ -72,7 +72,7 @@ def _check_line(name: str, line: str, args_type: type) -> None:
 def test_options_are_those_of_tyro() -> None:
     known = options(Config)
     assert known["optim.clip_norm"] is float
-    assert known["train.resume"] is bool
+    assert known["train.overwrite"] is bool
     argv = [f"--{name}=1" for name in ("optim.learning_rate", "adapter.rank", "train.steps")]
     assert cli.parse(Config, argv=argv).adapter.rank == 1
 
@@ -102,9 +102,9 @@ def test_options_are_those_of_tyro() -> None:
         # The other mistake is found first by tyro, but a foreign name explains it.
         ("--load_in_4bit --adapter.rank x", "use --quant.format nf4 for --load_in_4bit"),
         (
-            "--train.resume True",
-            "--train.resume takes no value; give --train.resume to turn it on, "
-            "--train.no-resume for off",
+            "--train.overwrite True",
+            "--train.overwrite takes no value; give --train.overwrite to turn it on, "
+            "--train.no-overwrite for off",
         ),
     ],
 )
@@ -137,8 +137,8 @@ def test_familiar_names_of_the_other_scripts() -> None:
             "--train.report_to --train.report_to wandb",
             "--train.report_to is given twice: first without a value, then wandb",
         ),
-        ("--train.resume --train.resume", "--train.resume is given twice; give it once"),
-        ("--train.resume --train.no-resume", "--train.resume is given twice, once with no-"),
+        ("--train.overwrite --train.overwrite", "--train.overwrite is given twice; give it once"),
+        ("--adapter.dora --adapter.no-dora", "--adapter.dora is given twice, once with no-"),
         (
             "--adapter.svd_iterations 1 --adapter.svd_iterations None",
             "--adapter.svd_iterations is given twice: first 1, then None; give it once",

@@ -56,7 +56,7 @@ def test_a_checkpoint_is_found_as_latest_best_or_step(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / FOLDER, keep=2)
     restored, _ = checkpoints.restore(state(0), {}, step=20)
     np.testing.assert_array_equal(restored.trained["a"], np.full(3, 20.0))
-    assert checkpoints.standing(keeps_best=True).waited == 3
+    assert checkpoints.standing(50, keeps_best=True).waited == 3
 
 
 @pytest.mark.parametrize(

@@ -233,11 +233,10 @@ def test_an_interrupted_sweep_comes_to_the_same_end(
 
     # Updates of adapters after which a signal comes.
     for number in (3, 9, 13):
-        resume = (tmp_path / "stopped-sweep").exists()
-        fields = {"train__output": str(stopped), "train__resume": resume}
+        fields = {"train__output": str(stopped)}
         with monkeypatch.context() as patch:
             patch.setattr(StopSignal, "requested", lambda self, n, number=number: n >= number)
-            with pytest.raises(KeyboardInterrupt, match=r"--train\.resume"):
+            with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
                 run_sweep(changed(config, **fields), *entries, **options)
     run_sweep(changed(config, **fields), *entries, **options)
     assert results_of(stopped) == results_of(whole)
@@ -308,7 +307,7 @@ def test_options_that_a_sweep_does_not_follow_are_errors(folder: Path, tmp_path:
     with pytest.raises(ValueError, match=r"train\.load_best is True, but a sweep"):
         run_sweep(changed(best, train__load_best=True), rates)
     with pytest.raises(ValueError, match="no sweep to resume"):
-        run_sweep(base_config(folder, train__resume=True), rates)
+        run_sweep(base_config(folder, train__resume="always"), rates)
     with pytest.raises(ValueError, match="pissa changes the quantized base"):
         run_sweep(base_config(folder, adapter__init="pissa", quant__format="nf4"), "train.seed=0,1")
     with pytest.raises(ValueError, match="loftq changes the quantized base"):
@@ -384,6 +383,6 @@ def test_optuna_asks_and_a_resumed_sweep_asks_again(folder: Path, tmp_path: Path
     file = result.folder / "results.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in kept))
     shutil.rmtree(result.folder / "checkpoints" / "2")
-    again = run_sweep(changed(config, train__resume=True), *entries, trials=6, parallel=4)
+    again = run_sweep(changed(config, train__resume="always"), *entries, trials=6, parallel=4)
     assert results_of(tmp_path / "run") == lines
     assert again.best == result.best

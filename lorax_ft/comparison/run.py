@@ -45,6 +45,7 @@ from lorax_ft.comparison.table import (
     rows_at_common_rate,
 )
 from lorax_ft.config import Config
+from lorax_ft.run.folder import is_empty, write_text
 from lorax_ft.run.inputs import check_inputs
 from lorax_ft.run.report import make_console, make_table
 from lorax_ft.sweep.axes import describe
@@ -78,7 +79,7 @@ def compare(
 
     Args:
       config: what all methods share; train.output names the folder, with "-comparison" behind it.
-        train.resume keeps the methods that it already holds.
+        Methods that it already holds are kept (train.resume).
       design: rates, seeds and benchmark.
       methods: names of `METHODS`, or entries such as "r64=lora adapter.rank=64"
         (`chosen_methods`).
@@ -179,28 +180,29 @@ def prepare(folder: Path, config: Config, design: Design, methods: Mapping[str, 
     held: dict[str, Any] = {}
     if file.is_file():
         held = json.loads(file.read_text())
-    if config.train.resume:
-        if not held:
+    # One that ended before its first result, as by a mistake in the data, is no loss.
+    has_results = bool(held) and any(folder.rglob(RESULTS))
+    if not held:
+        if config.train.resume == "always":
             raise ValueError(f"there is no comparison to resume in {folder}")
-        _check_same(folder, held, values)
-        # A resumed comparison may have other methods; those that it leaves out keep their runs.
-        values["methods"] = {**held.get("methods", {}), **values["methods"]}
-    elif folder.is_dir() and any(folder.iterdir()):
-        # Only a comparison is overwritten, never another folder of this name. One that ended before
-        # its first result, as by a mistake in the data, is no loss.
-        if not held:
+        # Only a comparison is overwritten, never another folder of this name.
+        if not is_empty(folder):
             raise ValueError(
                 f"{folder} is not empty, and holds no comparison; give another --train.output"
             )
-        has_results = any(folder.rglob(RESULTS))
-        if has_results and not config.train.overwrite:
-            raise ValueError(
-                f"{folder} is not empty; use --train.resume, --train.overwrite or another "
-                "--train.output"
-            )
+    elif config.train.overwrite or (not has_results and config.train.resume != "always"):
         _remove(folder, held.get("methods", {}))
+    elif config.train.resume == "never":
+        raise ValueError(
+            f"{folder} already holds a comparison; leave train.resume at auto to go on with it, or "
+            "use --train.overwrite or another --train.output"
+        )
+    else:
+        _check_same(folder, held, values)
+        # A resumed comparison may have other methods; those that it leaves out keep their runs.
+        values["methods"] = {**held.get("methods", {}), **values["methods"]}
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values, indent=2) + "\n")
+    write_text(file, json.dumps(values, indent=2) + "\n")
 
 
 def _check_same(folder: Path, held: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -225,7 +227,7 @@ def _check_same(folder: Path, held: Mapping[str, Any], values: Mapping[str, Any]
 
 def _remove(folder: Path, methods: Iterable[str]) -> None:
     """Delete what a comparison writes, and nothing else."""
-    for name in (REPORT, FIGURES, DESIGN, RATES_PLOT, CURVES_PLOT):
+    for name in (REPORT, FIGURES, RATES_PLOT, CURVES_PLOT):
         (folder / name).unlink(missing_ok=True)
     for name in (DATA, *methods):
         shutil.rmtree(folder / name, ignore_errors=True)

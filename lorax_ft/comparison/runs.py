@@ -209,8 +209,12 @@ class Runner:
             return
         job = set_up(group.points, self._load(group.points[0].config))
         checkpoints = Checkpoints(group.folder / FOLDER / "0", keep=1)
-        state, _ = checkpoints.restore(job.state, job.owned)
-        checkpoints.close()
+        found = checkpoints.find()
+        if found.step is None:
+            raise ValueError(
+                f"{group.folder} has no intact checkpoint; delete it, and its runs train again"
+            )
+        state, _ = checkpoints.restore(job.state, job.owned, step=found.step)
         for k in missing:
             correct = self._ask(job.model, job.params(state, k), group.points[k].name)
             line = json.dumps({"point": k, "correct": correct})

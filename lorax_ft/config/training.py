@@ -94,15 +94,17 @@ class TrainConfig:
     """Output folder for the adapter, the log, the loss plot and the checkpoints; may be gs://."""
     overwrite: bool = False
     """Delete the previous run in the output folder once the new run starts; keep other files."""
-    resume: bool = False
-    """Resume from the latest checkpoint in the output folder."""
+    resume: Literal["auto", "always", "never"] = "auto"
+    """What to do with a run in the output folder.
+    auto: go on with an unfinished run of the same settings, and begin where there is none;
+    always: refuse where there is nothing to go on from; never: refuse where there is a run."""
     steps: int | None = None
     """Number of optimizer steps; None computes it from train.epochs."""
     epochs: float | None = None
     """Passes over the training rows; None: one. train.steps wins if both are given."""
     max_minutes: float | None = None
     """End the training after so many minutes, with the evaluation and the adapter of a full run.
-    train.resume with more minutes continues it; the schedule stays that of all steps."""
+    The same command with more minutes continues it; the schedule stays that of all steps."""
     batch_size: int = 16
     """Global batch size: rows per optimizer step, over all devices."""
     microbatches: int = 1
@@ -142,6 +144,9 @@ class TrainConfig:
     """Trackers to log to; none without a value. wandb needs pip install "lorax_ft[wandb]"."""
 
     def __post_init__(self) -> None:
+        # The flag that it was, in the config.json of older runs.
+        if isinstance(self.resume, bool):
+            object.__setattr__(self, "resume", "always" if self.resume else "auto")
         check_types(self)
         check_positive(self, "batch_size", "microbatches", "log_every", "keep_checkpoints")
         for field in ("epochs", "max_minutes"):
@@ -198,8 +203,8 @@ class TrainConfig:
             f"use train.push_to_hub {self.output.removeprefix('hf://')} to upload its adapter",
         )
         check(
-            not (self.resume and self.overwrite),
-            "train.resume and train.overwrite are mutually exclusive; give one of them",
+            not (self.resume == "always" and self.overwrite),
+            "train.resume always and train.overwrite are mutually exclusive; give one of them",
         )
 
 

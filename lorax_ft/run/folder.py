@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import tempfile
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -13,82 +16,171 @@ from jax.experimental import multihost_utils
 from lorax_ft.config import Config
 from lorax_ft.interop.bucket import check_bucket, delete, is_remote, output_path
 from lorax_ft.run.checkpoints import FOLDER as CHECKPOINTS
+from lorax_ft.run.checkpoints import Checkpoints, warn_of_damage
+from lorax_ft.run.lock import LOCK
 from lorax_ft.run.log import LOG, PLOT
 from lorax_ft.run.trace import PROFILE
 
 CONFIG = "config.json"
-# Prefix of the empty folder, on a bucket the object, that `check_folder` makes and deletes again.
+FINISHED = "finished.json"
+"""Written when a run has ended and all of its results are in place."""
+# Prefix of the empty folder, on a bucket the object, that `check_writable` makes and deletes again.
 # Another process of the run may see it, and must not take it for content.
 PROBE = ".writable-"
+TRASH = ".old-"
+# What decides where a run ends, and what it leaves behind: with another value, a finished run goes
+# on, or at least ends anew.
+ENDS = ("steps", "epochs", "max_minutes", "patience", "load_best", "push_to_hub")
+FOLDERS = ("adapter", "nf4_base", "model")
 # Everything that a run writes, and so all that overwriting it deletes.
 RUN_FILES = (
-    CONFIG,
-    "adapter",
-    "nf4_base",
-    "model",
+    FINISHED,
     CHECKPOINTS,
+    *FOLDERS,
     "tensorboard",
     "wandb",
     PROFILE,
     LOG,
     PLOT,
 )
+# The starts of names that a run writes to before it renames them. A killed run leaves them behind.
+LEFTOVERS = (
+    PROBE,
+    TRASH,
+    *(f".{name}" for name in (CONFIG, FINISHED, LOG)),
+    *(f".{name}-" for name in FOLDERS),
+)
 
 
-def check_folder(config: Config) -> Config | None:
-    """Raise if the output folder cannot be used, or if the run would destroy anything there.
+class Start(NamedTuple):
+    """How a run starts in its output folder."""
 
-    Changes nothing on disk.
+    previous: Config | None = None
+    """The config of the run to go on with; None for a new run."""
+    step: int | None = None
+    """The checkpoint to go on from; None: from the beginning."""
+    finished: bool = False
+    """Whether that run has ended, so that nothing is left to do."""
 
-    Returns:
-      The config of the run to resume, or None for a new run.
+
+def check_folder(config: Config) -> Start:
+    """How the run starts; raise if its output folder holds something else.
+
+    Changes nothing on disk. `check_writable` comes first.
 
     Raises:
-      ValueError: the folder is not writable; it holds a run, and neither resume nor overwrite is
-        set; it holds other files; overwriting it would delete an input of this run; there is no run
-        to resume, or that run had another config.
+      ValueError: the folder holds other files, or another run; train.resume is always, and there is
+        nothing to go on from; it is never, and there is a run; all checkpoints are damaged;
+        overwriting the folder would delete an input of this run.
     """
     folder = output_path(config.train.output)
-    check_writable(folder)
-    if config.train.overwrite:
+    resume, overwrite = config.train.resume, config.train.overwrite
+    if overwrite:
         _check_inputs_outside(folder, config)
-    holds_run = _is_run(folder / CONFIG)
-    if config.train.resume:
-        if not holds_run:
-            raise ValueError(f"there is no run to resume in {folder}; start without --train.resume")
-        previous = Config.from_json((folder / CONFIG).read_text())
-        check_same_run(config, previous)
-        return previous
-    if is_empty(folder):
-        return None
-    if not holds_run:
+    if not _is_run(folder / CONFIG):
+        if resume == "always":
+            raise ValueError(
+                f"there is no run to resume in {folder}; leave train.resume at auto to begin one"
+            )
+        if is_empty(folder):
+            return Start()
         raise ValueError(
             f"{folder} is not empty and holds no run, so it is not overwritten; "
             "use another --train.output"
         )
-    if not config.train.overwrite:
+    if overwrite:
+        return Start()
+    if resume == "never":
         raise ValueError(
-            f"{folder} already holds a run; use --train.resume, --train.overwrite or another "
-            "--train.output"
+            f"{folder} already holds a run; leave train.resume at auto to go on with it, or use "
+            "--train.overwrite or another --train.output"
         )
-    return None
+    previous = Config.from_json((folder / CONFIG).read_text())
+    check_same_run(config, previous)
+    has_result = any((folder / name).is_dir() for name in ("adapter", "model"))
+    if has_result and (folder / FINISHED).is_file() and _ends_alike(config, previous):
+        return Start(previous, finished=True)
+    return Start(previous, _find_step(config, folder))
 
 
-def make_folder(config: Config) -> None:
+def _ends_alike(config: Config, previous: Config) -> bool:
+    """Whether two configs end a run after the same steps, with the same results."""
+    return all(getattr(config.train, name) == getattr(previous.train, name) for name in ENDS)
+
+
+def _find_step(config: Config, folder: Path) -> int | None:
+    """The newest intact checkpoint; None if the run was stopped before its first one."""
+    checkpoints = Checkpoints(folder / CHECKPOINTS, keep=config.train.keep_checkpoints)
+    found = checkpoints.find()
+    if found.step is None and found.damaged:
+        # To begin anew would delete what somebody may want to repair.
+        damage = next(iter(found.damaged.values()))
+        raise ValueError(
+            f"all checkpoints in {folder} are damaged ({damage}); restore one of them, or begin "
+            "anew with --train.overwrite"
+        )
+    if found.step is None and config.train.resume == "always":
+        raise ValueError(
+            f"the run in {folder} has no checkpoint to resume from; leave train.resume at auto to "
+            "begin it again"
+        )
+    warn_of_damage(folder, found)
+    return found.step
+
+
+def make_folder(config: Config, start: Start) -> None:
     """Make the output folder, delete the run to overwrite, and write the resolved config.
 
     Call it after the setup: a run that fails to start must not delete the run that it overwrites.
+    A kill at any point leaves a folder that the same command takes: the old config.json stays until
+    nothing else of the old run is left, and is then replaced at once.
     """
     folder = output_path(config.train.output)
     # Several processes share the folder, and one of them writes.
     if jax.process_index() == 0:
         if not is_remote(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        if not config.train.resume:
+            _clean(folder)
+        if start.step is None:
             _remove_run(folder)
-        (folder / CONFIG).write_text(config.to_json() + "\n")
+        # Not finished any more, if it goes on.
+        if (folder / FINISHED).exists():
+            (folder / FINISHED).unlink()
+        write_text(folder / CONFIG, config.to_json() + "\n")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("output folder")
+
+
+def mark_finished(folder: Path, *, steps: int) -> None:
+    """Note that the run has ended, and that its results are in place."""
+    if jax.process_index() == 0:
+        write_text(folder / FINISHED, json.dumps({"steps": steps}) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file such that a kill leaves the old one or the new one."""
+    if is_remote(file):  # objects on a bucket appear whole
+        file.write_text(text)
+        return
+    new = file.with_name(f".{file.name}")
+    new.write_text(text)
+    new.replace(file)
+
+
+def _clean(folder: Path) -> None:
+    """Delete what a killed run has left half-written."""
+    for path in folder.iterdir():
+        if not path.name.startswith(LEFTOVERS):
+            continue
+        # Killed between the two renames that replace a folder (`new_folder`): the old one goes back
+        # to its place, with the files that somebody may have put there.
+        name = path.name.removeprefix(".").partition("-")[0]
+        if name in FOLDERS and (path / "old").is_dir() and not (folder / name).exists():
+            (path / "old").rename(folder / name)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def check_writable(folder: Path) -> None:
@@ -140,22 +232,21 @@ def _is_run(file: Path) -> bool:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether the folder does not exist or holds nothing."""
+    """Whether the folder does not exist, or holds nothing but what a killed run leaves."""
     if not folder.is_dir():
         return True
-    return all(path.name.startswith(PROBE) for path in folder.iterdir())
+    return all(path.name.startswith((LOCK, *LEFTOVERS)) for path in folder.iterdir())
 
 
 def _remove_run(folder: Path) -> None:
-    """Delete the files of a run, and no others."""
+    """Delete the files of a run but its config.json, and no others."""
     if is_remote(folder):
-        # config.json last: after a crash, the next run can still overwrite the rest.
-        for name in reversed(RUN_FILES):
+        for name in RUN_FILES:
             delete(folder / name)
         return
     # Renaming is instant. A crash during the deletion then cannot leave half of the old run in
     # place, where it would be taken for a part of the new one.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".old-") as trash:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=TRASH) as trash:
         for name in RUN_FILES:
             if (folder / name).exists():
                 (folder / name).rename(Path(trash) / name)
@@ -185,8 +276,9 @@ def check_same_run(config: Config, previous: Config) -> None:
             new = getattr(getattr(config, section), field)
             if old != new:
                 raise ValueError(
-                    f"{section}.{field} is {new!r}, but the run to resume had {old!r}; "
-                    "use the same value, or another --train.output"
+                    f"{section}.{field} is {new!r}, but the run to resume in "
+                    f"{config.train.output} had {old!r}; use the same value, --train.overwrite to "
+                    "begin anew, or another --train.output"
                 )
 
 

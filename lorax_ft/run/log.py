@@ -57,13 +57,16 @@ class Log:
             self._scratch = tempfile.TemporaryDirectory()
             self._local = Path(self._scratch.name) / folder.name  # the plot's title is the name
             self._local.mkdir()
-        _drop_lines(folder, self._local, after=resumed)
+        self._kept = {_kind(line) for line in _drop_lines(folder, self._local, after=resumed)}
         self._file = (self._local / LOG).open("a")
         # Imported here: both are slow to import, and wandb is optional.
         if "tensorboard" in trackers:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self._local / "tensorboard"))
+            # TensorBoard hides what a killed run has logged of later steps.
+            self._tensorboard = SummaryWriter(
+                str(self._local / "tensorboard"), purge_step=resumed + 1 if resumed else None
+            )
         if "wandb" in trackers:
             import wandb
 
@@ -78,9 +81,11 @@ class Log:
         for name, value in metrics.items():
             # JSON has neither NaN nor infinity, and some readers refuse them.
             line[name] = value if math.isfinite(value) else None
-        self._file.write(json.dumps(line) + "\n")
-        # A run that is killed keeps every line.
-        self._file.flush()
+        # A run that was killed after this line, and before what came next, writes it once more.
+        if _kind(line) not in self._kept:
+            self._file.write(json.dumps(line) + "\n")
+            # A run that is killed keeps every line.
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -171,8 +176,12 @@ def plot_losses(folder: Path) -> Path | None:
     return folder / PLOT
 
 
-def _drop_lines(folder: Path, local: Path, *, after: int) -> None:
-    """Write the log anew to `local` with its lines up to the step `after`; none for a new run."""
+def _drop_lines(folder: Path, local: Path, *, after: int) -> list[dict[str, Any]]:
+    """Write the log anew to `local` with its lines up to the step `after`; none for a new run.
+
+    Returns:
+      These lines.
+    """
     kept = []
     if after:
         kept = [line for line in read_log(folder) if line["step"] <= after]
@@ -180,3 +189,9 @@ def _drop_lines(folder: Path, local: Path, *, after: int) -> None:
     file = local / f".{LOG}"
     file.write_text("".join(json.dumps(line) + "\n" for line in kept))
     file.replace(local / LOG)
+    return kept
+
+
+def _kind(line: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
+    """What no other line of a log shares: the step, and which metrics the line has."""
+    return line["step"], frozenset(line)

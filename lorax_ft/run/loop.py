@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -21,10 +22,19 @@ from lorax_ft.interop.save import save_model, save_quantized
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.run import report, summary
-from lorax_ft.run.folder import check_folder, make_folder
+from lorax_ft.run.checkpoints import Checkpoints
+from lorax_ft.run.folder import (
+    Start,
+    check_folder,
+    check_writable,
+    make_folder,
+    mark_finished,
+)
+from lorax_ft.run.lock import locked
 from lorax_ft.run.log import Log, check_trackers
 from lorax_ft.run.setup import Job, set_up
 from lorax_ft.run.steps import Trained, run_steps
+from lorax_ft.run.stop_signal import StopSignal
 from lorax_ft.run.summary import Result
 from lorax_ft.run.training_notes import training_notes
 from lorax_ft.run.validation import Evaluation, choose_questions, validation_metrics
@@ -35,47 +45,76 @@ from lorax_ft.tree import combine, modules
 
 def train(config: Config, *, dry_run: bool = False, command: str | None = None) -> Result | None:
     """As `lorax_ft.train`, at a learning rate that is a number."""
-    start_time = time.perf_counter()
-    console = report.make_console()
     folder = output_path(config.train.output)
     check_trackers(config.train.report_to)
-    previous = check_folder(config)
+    check_writable(folder)
+    with StopSignal() as stop_signal:
+        if dry_run:
+            return _train(config, folder, stop_signal, dry_run=True, command=command)
+        with locked(folder):
+            return _train(config, folder, stop_signal, dry_run=False, command=command)
+
+
+def _train(
+    config: Config,
+    folder: Path,
+    stop_signal: StopSignal,
+    *,
+    dry_run: bool,
+    command: str | None,
+) -> Result | None:
+    start_time = time.perf_counter()
+    console = report.make_console()
+    start = check_folder(config)
+    if start.finished:
+        summary.print_finished(console, folder)
+        return None
     if config.train.push_to_hub and not dry_run and jax.process_index() == 0:
         prepare_repo(_repository(config))
     report.print_config(console, config)
 
     devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
     console.print(f"\nLoading {config.model.path} on {devices} …")
-    job = set_up(config, folder=folder)
+    job = set_up(config, folder=folder, resume=start.step)
     summary.print_setup(console, job, dry_run=dry_run)
     if dry_run:
         return None
-    if previous is not None:
-        summary.print_resumed(console, job, previous)
+    if start.previous is not None and start.step is not None:
+        summary.print_resumed(console, job, start.previous)
 
-    result = _run(job, console, folder, command=command, start_time=start_time)
+    result = _run(job, console, stop_signal, folder, start, command=command, began=start_time)
     summary.print_result(console, job, result)
     if config.train.push_to_hub and jax.process_index() == 0:
         _push(result.saved, job, console)
+    mark_finished(folder, steps=result.steps)
     return result
 
 
 def _run(
-    job: Job, console: Console, folder: Path, *, command: str | None, start_time: float
+    job: Job,
+    console: Console,
+    stop_signal: StopSignal,
+    folder: Path,
+    start: Start,
+    *,
+    command: str | None,
+    began: float,
 ) -> Result:
     """Train between two evaluations, and save what was trained."""
     # Evaluate before make_folder: a wrong eval.answer_pattern fails here, and must not delete the
     # run to overwrite.
     before = _evaluate(job, job.state, console, before=True)
-    make_folder(job.config)
+    make_folder(job.config, start)
+    if start.step is not None:
+        job.checkpoints.drop_after(start.step)
     if jax.process_index() == 0:
         job.data.bad_rows.write(folder)
     with _open_log(job, folder) as log:
         if job.first_step == 0:
             log.write(0, summary.metrics(before))
         base = _save_base(job, folder)
-        with contextlib.closing(job.checkpoints):
-            end = run_steps(job, log, console)
+        with _closing(job.checkpoints):
+            end = run_steps(job, log, console, stop_signal)
             trained = _load_best(job, end)
         after = _evaluate(job, trained.state, console, before=False, measured=trained.measured)
         log.write(end.step, summary.final_metrics(job, end.step, trained, after))
@@ -97,10 +136,24 @@ def _run(
         ended_early=end.ended_early,
         before=before,
         after=after,
-        seconds=time.perf_counter() - start_time,
+        seconds=time.perf_counter() - began,
         tokens_per_second=end.tokens_per_second,
         warnings=summary.find_warnings(job, folder, before=before, after=after),
     )
+
+
+@contextlib.contextmanager
+def _closing(checkpoints: Checkpoints) -> Iterator[None]:
+    """Wait for the checkpoints at the end of the block, unless a signal ends it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        # A second Ctrl-C does not wait. After a first one, the loop has waited already.
+        raise
+    except Exception:
+        checkpoints.close()
+        raise
+    checkpoints.close()
 
 
 def _repository(config: Config) -> str:
@@ -124,7 +177,14 @@ def _push(saved: Path, job: Job, console: Console) -> None:
 def _load_best(job: Job, trained: Trained) -> Trained:
     """The weights of the best step, if train.load_best asks for them and another one is better."""
     best = trained.standing.best_step
-    if not job.config.train.load_best or best in (None, trained.step):
+    if not job.config.train.load_best or best is None or best == trained.step:
+        return trained
+    if not job.checkpoints.is_intact(best):
+        warnings.warn(
+            f"the checkpoint of the best step {best} is damaged; the adapter is that of the last "
+            f"step, {trained.step}",
+            stacklevel=2,
+        )
         return trained
     owned = owned_leaves(trained.state.trained, job.frozen)
     # The frozen leaves of the adapters are the same in all checkpoints.

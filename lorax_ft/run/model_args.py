@@ -216,10 +216,10 @@ def _checkpoint_hint(run: Path) -> str:
     try:
         step = resolve_checkpoint(run, "latest")
     except ValueError:
-        return ", and it has saved no checkpoint; start it again with --train.overwrite"
+        return ", and it has saved no checkpoint; start it again with the same command"
     return (
-        f"; give --checkpoint latest to use its state at step {step}, or continue it with "
-        "--train.resume"
+        f"; give --checkpoint latest to use its state at step {step}, or continue it with the "
+        "same command"
     )
 
 

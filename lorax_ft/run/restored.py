@@ -49,10 +49,7 @@ def load_checkpoint(run: Path, config: Config, *, step: int) -> tuple[LoadedMode
     if config.adapter.continue_from is not None:
         started = dataclasses.replace(model, params=load_peft(config.adapter.continue_from, model))
     checkpoints = Checkpoints(run / FOLDER, keep=config.train.keep_checkpoints)
-    try:
-        return model, _params(started, config, checkpoints, step=step, own_base=own_base.is_dir())
-    finally:
-        checkpoints.close()
+    return model, _params(started, config, checkpoints, step=step, own_base=own_base.is_dir())
 
 
 def _params(

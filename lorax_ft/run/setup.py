@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from lorax_ft.lowrank.statistics import Measured
 from lorax_ft.mesh_axes import ROW_AXES, row_devices
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.checkpoints import FOLDER, Checkpoints
+from lorax_ft.run.fingerprint import fingerprint
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset, load_questions
 from lorax_ft.run.program import compile_step, jitted_evaluation
 from lorax_ft.run.progress import progress_bar
@@ -62,6 +64,8 @@ class Job:
     """Steps that are already done: 0 for a new run."""
     questions: Encoded | None
     """The questions of eval.choices."""
+    inputs: Mapping[str, str]
+    """The fingerprint of the data and of the base."""
     standing: Standing
     """How the run stood after those steps."""
     seconds: Mapping[str, float]
@@ -91,12 +95,13 @@ def is_due(batches: Batches, step: int, every: int | str) -> bool:
     return int(every) > 0 and step % int(every) == 0
 
 
-def set_up(config: Config, *, folder: Path) -> Job:
+def set_up(config: Config, *, folder: Path, resume: int | None = None) -> Job:
     """Load the model and the data, add adapters, check the contract, compile the step.
 
     Args:
       config: the run.
       folder: its output folder.
+      resume: the step of the checkpoint to go on from; None: a new run.
 
     Raises:
       ValueError: the config, the data, the checkpoint or the mesh do not fit together.
@@ -109,15 +114,22 @@ def set_up(config: Config, *, folder: Path) -> Job:
     data = load_dataset(config, model)
     questions = load_questions(config.eval, model)
     timer.lap("model and data")
+    inputs = fingerprint(model.params, data)
+    timer.lap("checksums of both")
 
     batches = make_batches(config, data)
     steps = count_steps(config.train, batches)
     tx = make_optimizer(config.optim, steps=steps)
     checkpoints = Checkpoints(folder / FOLDER, keep=config.train.keep_checkpoints)
-    if config.train.resume:
-        state, frozen = _resumed_state(model, tx, config, checkpoints, mesh=mesh, steps=steps)
-    else:
+    standing = Standing()
+    if resume is None:
         state, frozen = _new_state(model, tx, config, batches=batches, mesh=mesh)
+    else:
+        checkpoints.check_inputs(resume, inputs)
+        _check_end(config, done=resume, steps=steps)
+        restore = functools.partial(checkpoints.restore, step=resume)
+        state, frozen = resumed_state(model, config.adapter, tx, mesh=mesh, restore=restore)
+        standing = checkpoints.standing(resume, keeps_best=config.train.load_best)
     _check_state(state, frozen, config, checkpoints)
     # From here on `frozen` holds the base: what an init changed is deleted in the model's own.
     functions = with_remat(
@@ -147,7 +159,8 @@ def set_up(config: Config, *, folder: Path) -> Job:
         checkpoints=checkpoints,
         first_step=first_step,
         questions=questions,
-        standing=_standing(config, checkpoints),
+        inputs=inputs,
+        standing=standing,
         seconds=timer.seconds,
     )
 
@@ -243,31 +256,13 @@ def _new_state(
         )
 
 
-def _resumed_state(
-    model: LoadedModel,
-    tx: optax.GradientTransformation,
-    config: Config,
-    checkpoints: Checkpoints,
-    *,
-    mesh: Mesh,
-    steps: int,
-) -> tuple[TrainState, Tree]:
-    """The state of the last checkpoint, not beyond the run's end, and its frozen leaves."""
-    state, frozen = resumed_state(model, config.adapter, tx, mesh=mesh, restore=checkpoints.restore)
-    done = int(state.step)
+def _check_end(config: Config, *, done: int, steps: int) -> None:
+    """Raise if a run has already made more steps than it is to have."""
     if done > steps:
         raise ValueError(
             f"the run in {config.train.output} is at step {done}, beyond its end at step {steps}; "
             f"give --train.steps {done} or more, or another --train.output"
         )
-    return state, frozen
-
-
-def _standing(config: Config, checkpoints: Checkpoints) -> Standing:
-    """How the run stood at its last checkpoint; the start of a new run."""
-    if not config.train.resume:
-        return Standing()
-    return checkpoints.standing(keeps_best=config.train.load_best)
 
 
 def _check_state(state: TrainState, frozen: Tree, config: Config, checkpoints: Checkpoints) -> None:

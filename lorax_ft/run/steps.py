@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from lorax_ft.run.progress import Progress
 from lorax_ft.run.report import counted
 from lorax_ft.run.setup import Job
 from lorax_ft.run.standing import Standing
-from lorax_ft.run.stop_signal import StopSignal
+from lorax_ft.run.stop_signal import Interrupted, StopSignal
 from lorax_ft.run.trace import Trace
 from lorax_ft.run.validation import describe_metrics, first_loss, validation_metrics
 from lorax_ft.training import contract
@@ -54,7 +54,7 @@ class StepOutput(NamedTuple):
     tokens: int
 
 
-def run_steps(job: Job, log: Log, console: Console) -> Trained:
+def run_steps(job: Job, log: Log, console: Console, stop_signal: StopSignal) -> Trained:
     """The training loop.
 
     Several processes run it alike: they see the same losses, and agree on the time and on signals.
@@ -66,8 +66,8 @@ def run_steps(job: Job, log: Log, console: Console) -> Trained:
     """
     with (
         Progress(console, first=job.first_step, steps=job.steps) as progress,
-        StopSignal() as stop_signal,
         Trace(log.local, steps=job.config.train.profile) as trace,
+        stop_signal.waiting(),
     ):
         return _Loop(job, log, progress, stop_signal, trace).run()
 
@@ -105,10 +105,11 @@ class _Loop:
     def run(self) -> Trained:
         """Train to the end."""
         steps, config = self._job.steps, self._config
-        if self._missed_evaluation():
+        out_of_time = self._clock.is_over()
+        if self._missed_evaluation(last=self._step == steps or out_of_time):
             self._evaluate()
             self._log_measured(last=self._step == steps)
-        ended_early = self._early_end(out_of_time=self._clock.is_over())
+        ended_early = self._early_end(out_of_time=out_of_time)
         while self._step < steps and not ended_early:
             self._train_step()
             # With several processes, all must ask after every step, the last one included.
@@ -178,7 +179,12 @@ class _Loop:
     def _evaluate(self) -> None:
         """Measure the validation metrics; generating answers takes too long during training."""
         self._record()
-        measured = validation_metrics(self._job, self._state)
+        try:
+            # An evaluation may take minutes, which a machine that shuts down does not wait.
+            with self._stop_signal.at_once():
+                measured = validation_metrics(self._job, self._state)
+        except Interrupted:
+            self._stop()
         if measured:
             self._measured = measured
             self._progress.note(f"step {self._step}: {describe_metrics(measured)}")
@@ -187,10 +193,12 @@ class _Loop:
             self._standing = self._standing.evaluated(self._step, loss)
         self._progress.skip()
 
-    def _missed_evaluation(self) -> bool:
+    def _missed_evaluation(self, *, last: bool) -> bool:
         """Whether the run was interrupted at this step before it was evaluated."""
+        every = self._config.eval_every
+        evaluates = self._due(every) or (last and every != 0)
         evaluated = self._standing.evaluated_step == self._step
-        return self._step > 0 and self._due(self._config.eval_every) and not evaluated
+        return self._step > 0 and evaluates and not evaluated
 
     def _log_measured(self, *, last: bool) -> None:
         """Log the validation metrics of this step, unless the line of the run's end has them."""
@@ -227,11 +235,11 @@ class _Loop:
             checkpoints.keep_best(self._standing.best_step)
         owned = owned_leaves(self._state.trained, self._job.frozen)
         standing = dataclasses.replace(self._standing, seconds=self._clock.seconds())
-        checkpoints.save(self._step, self._state, owned, standing)
+        checkpoints.save(self._step, self._state, owned, standing, inputs=self._job.inputs)
         self._log.upload()
         self._progress.skip()
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         """End the run with a checkpoint.
 
         A machine that is about to shut down has no time for an evaluation, which the resumed run
@@ -241,7 +249,7 @@ class _Loop:
         # Wait for orbax: if it cannot write the checkpoint, that is the error to raise.
         self._job.checkpoints.close()
         raise KeyboardInterrupt(
-            f"interrupted after step {self._step}; continue with --train.resume"
+            f"interrupted after step {self._step}; the same command goes on from there"
         )
 
     def _due(self, every: int | str) -> bool:

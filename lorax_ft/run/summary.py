@@ -103,6 +103,14 @@ def print_resumed(console: Console, job: Job, previous: Config) -> None:
         )
 
 
+def print_finished(console: Console, folder: Path) -> None:
+    """Print that the run has ended, and what to do with it."""
+    console.print(
+        f"The run in {folder} has ended, and its results are in place. Give more --train.steps to "
+        "train longer, --train.overwrite to begin anew, or another --train.output."
+    )
+
+
 def print_evaluation(
     console: Console,
     evaluation: Evaluation,

@@ -17,7 +17,7 @@ from lorax_ft.config import Config
 from lorax_ft.interop.bucket import is_remote
 from lorax_ft.interop.peft import BASE
 from lorax_ft.run.checkpoints import FOLDER as CHECKPOINTS
-from lorax_ft.run.folder import check_same_run, check_writable, is_empty
+from lorax_ft.run.folder import check_same_run, is_empty, write_text
 from lorax_ft.sweep.results import LOSSES, RESULTS
 
 SUFFIX = "-sweep"
@@ -26,8 +26,9 @@ SWEEP = "sweep.json"
 BEST = "best.py"
 ADAPTER = "adapter"
 PLOT = "sweep.png"
-FILES = (SWEEP, RESULTS, LOSSES, BEST, ADAPTER, BASE, PLOT, CHECKPOINTS)
-"""Everything that a sweep writes, and so all that overwriting it deletes."""
+FILES = (CHECKPOINTS, RESULTS, LOSSES, BEST, ADAPTER, BASE, PLOT)
+"""Everything that a sweep writes besides sweep.json, and so all that overwriting it deletes.
+sweep.json stays until the new one takes its place: a killed sweep can be started again."""
 
 
 def sweep_folder(config: Config) -> Path:
@@ -58,41 +59,42 @@ def check_sweep_folder(folder: Path, config: Config, options: dict[str, Any]) ->
     Raises:
       ValueError: it holds something else, or another sweep.
     """
-    check_writable(folder)
     file = folder / SWEEP
-    if config.train.resume:
-        if not file.is_file():
-            raise ValueError(
-                f"there is no sweep to resume in {folder}; start without --train.resume"
-            )
-        _check_same_sweep(json.loads(file.read_text()), config, options)
-        return True
-    if is_empty(folder):
-        return False
-    # Overwriting deletes what a sweep writes, so it must be the folder of one.
     if not file.is_file():
+        if config.train.resume == "always":
+            raise ValueError(
+                f"there is no sweep to resume in {folder}; leave train.resume at auto to begin one"
+            )
+        if is_empty(folder):
+            return False
+        # Overwriting deletes what a sweep writes, so it must be the folder of one.
         raise ValueError(
             f"{folder} is not empty and holds no sweep, so it is not overwritten; "
             "use another --train.output"
         )
-    if not config.train.overwrite:
+    if config.train.overwrite:
+        return False
+    if config.train.resume == "never":
         raise ValueError(
-            f"{folder} already holds a sweep; use --train.resume, --train.overwrite or another "
-            "--train.output"
+            f"{folder} already holds a sweep; leave train.resume at auto to go on with it, or use "
+            "--train.overwrite or another --train.output"
         )
-    return False
+    _check_same_sweep(json.loads(file.read_text()), config, options)
+    return True
 
 
-def make_sweep_folder(folder: Path, config: Config, options: dict[str, Any]) -> None:
+def make_sweep_folder(
+    folder: Path, config: Config, options: dict[str, Any], *, resume: bool
+) -> None:
     """Make the folder, delete the sweep to overwrite, and write what the new one is."""
     # Of several processes with one disk, one writes.
     if jax.process_index() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if not config.train.resume:
+    if not resume:
         _remove(folder, FILES)
     text = {"sweep": options, "config": json.loads(config.to_json())}
-    (folder / SWEEP).write_text(json.dumps(text, indent=2) + "\n")
+    write_text(folder / SWEEP, json.dumps(text, indent=2) + "\n")
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ results.jsonl they tell everything else: which points are dropped, and which gro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ import numpy as np
 from jax import Array
 from rich.console import Console
 
-from lorax_ft.run.checkpoints import FOLDER, Checkpoints
+from lorax_ft.run.checkpoints import FOLDER, Checkpoints, warn_of_damage
+from lorax_ft.run.fingerprint import fingerprint
 from lorax_ft.run.setup import is_due
 from lorax_ft.run.standing import Standing
 from lorax_ft.run.stop_signal import StopSignal
@@ -71,16 +72,24 @@ def run_points(
         checkpoints = Checkpoints(folder / FOLDER / str(number), keep=keep)
     # The steps that each point has done in a sweep to resume.
     state, done = job.state, None
-    if checkpoints is not None and resume and checkpoints.latest() is not None:
-        state, _ = checkpoints.restore(job.state, job.owned)
-        done = np.asarray(state.step).tolist()
+    inputs: Mapping[str, str] = {}
+    if checkpoints is not None:
+        inputs = fingerprint(job.base, job.data[0])
+    if checkpoints is not None and resume:
+        found = checkpoints.find()
+        warn_of_damage(checkpoints.folder, found)
+        if found.step is not None:
+            checkpoints.check_inputs(found.step, inputs)
+            state, _ = checkpoints.restore(job.state, job.owned, step=found.step)
+            done = np.asarray(state.step).tolist()
+        checkpoints.drop_after(-1 if found.step is None else found.step)
     results = Results(job.points, folder, steps_done=done)
     settings = len({setting_key(point.settings) for point in job.points})
     ends = rung_ends(budget, settings=settings, steps=job.steps)
     total = _updates(ends, settings, len(job.points))
     display = Display(console, results, done=sum(done or [0]), total=total)
-    with display, StopSignal() as stop_signal:
-        loop = _Loop(job, results, display, stop_signal, checkpoints, state)
+    with display, StopSignal() as stop_signal, stop_signal.waiting():
+        loop = _Loop(job, results, display, stop_signal, checkpoints, state, inputs)
         try:
             loop.run(ends, parallel)
         finally:
@@ -113,9 +122,11 @@ class _Loop:
         stop_signal: StopSignal,
         checkpoints: Checkpoints | None,
         state: TrainState,
+        inputs: Mapping[str, str],
     ) -> None:
         self.state = state
         self._job = job
+        self._inputs = inputs
         self._config = job.config.train
         self._results = results
         self._display = display
@@ -217,7 +228,9 @@ class _Loop:
         self._steps[group.members] = group.step
         updates = self._updates(group)
         if self._checkpoints is not None and updates != self._saved:
-            self._checkpoints.save(updates, self.state, self._job.owned, Standing())
+            self._checkpoints.save(
+                updates, self.state, self._job.owned, Standing(), inputs=self._inputs
+            )
             self._saved = updates
         self._display.skip()
 
@@ -230,7 +243,7 @@ class _Loop:
         self._checkpoints.close()
         raise KeyboardInterrupt(
             f"interrupted after step {group.step} of {len(group.members)} adapters; "
-            "continue with --train.resume"
+            "the same command goes on from there"
         )
 
     def _updates(self, group: _Group) -> int:

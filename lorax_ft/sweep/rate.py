@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from lorax_ft.config import Config
-from lorax_ft.run.folder import check_folder
+from lorax_ft.interop.bucket import output_path
+from lorax_ft.run.folder import check_folder, check_writable
 from lorax_ft.run.loop import Result
 from lorax_ft.run.loop import train as train_at_rate
 from lorax_ft.run.report import make_console
@@ -63,10 +64,12 @@ def train(config: Config, *, dry_run: bool = False, command: str | None = None) 
       command: the command line that started the run, for the model card.
 
     Returns:
-      The result of the run; None for a dry run.
+      The result of the run; None for a dry run, and where the folder holds this run and it has
+      ended.
 
     Raises:
       ValueError: bad input, or a loss that is not finite; files on disk are kept.
+      KeyboardInterrupt: a signal ended the run, after a checkpoint if it has made a step.
       OSError: the disk is full, or the hub cannot be written.
     """
     if config.optim.learning_rate == "find" and dry_run:
@@ -80,7 +83,8 @@ def train(config: Config, *, dry_run: bool = False, command: str | None = None) 
 def with_found_rate(config: Config) -> Config:
     """The config with the learning rate that `find_rate` finds, or that the run to resume has."""
     # A folder that cannot be used is an error before the search, not after it.
-    previous = check_folder(config)
+    check_writable(output_path(config.train.output))
+    previous = check_folder(config).previous
     if previous is not None:
         return with_rate(config, previous.optim.peak)
     console = make_console()
@@ -138,7 +142,7 @@ def find_rate(config: Config, *, console: Console | None = None) -> tuple[float,
 
 def _short(config: Config, steps: int) -> Config:
     """The config of a trial."""
-    options: dict[str, Any] = {"resume": False, "load_best": False, "patience": 0}
+    options: dict[str, Any] = {"resume": "auto", "load_best": False, "patience": 0}
     options |= {"max_minutes": None, "profile": 0}
     train = dataclasses.replace(config.train, steps=steps, eval_every=0, **options)
     return dataclasses.replace(config, train=train)

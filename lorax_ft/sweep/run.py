@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from rich.console import Console
 
 from lorax_ft.config import Config
 from lorax_ft.run import report
+from lorax_ft.run.folder import check_writable
+from lorax_ft.run.lock import locked
 from lorax_ft.sweep.agree import check_axes, check_config, with_shared_base
 from lorax_ft.sweep.axes import Axis, Point, Range, parse_axes, product
 from lorax_ft.sweep.folder import check_sweep_folder, make_sweep_folder, sweep_folder
@@ -55,7 +58,6 @@ def sweep(
       OSError: the disk is full.
       KeyboardInterrupt: a signal ended the sweep, after a checkpoint.
     """
-    start_time = time.perf_counter()
     # Its files are written by one process.
     if jax.process_count() > 1:
         raise ValueError(
@@ -64,12 +66,27 @@ def sweep(
         )
     axes = _checked_axes(config, entries, parallel=parallel, budget=budget, trials=trials)
     folder = sweep_folder(config)
-    options = {"sweep": list(entries), "parallel": parallel, "budget": budget, "trials": trials}
-    run_config = _config_of_runs(config)
     # With trials, optuna draws the points while the sweep runs.
-    points = [] if trials else _all_points(run_config, axes)
-    check_sweep_folder(folder, config, options)
+    points = [] if trials else _all_points(_config_of_runs(config), axes)
+    options = {"sweep": list(entries), "parallel": parallel, "budget": budget, "trials": trials}
+    check_writable(folder)
+    with locked(folder):
+        return _sweep(config, axes, points, folder, options, command=command)
 
+
+def _sweep(
+    config: Config,
+    axes: Sequence[Axis | Range],
+    points: list[Point],
+    folder: Path,
+    options: dict[str, Any],
+    *,
+    command: str | None,
+) -> SweepResult:
+    """As `sweep`, in a folder that is locked."""
+    start_time = time.perf_counter()
+    parallel, budget, trials = options["parallel"], options["budget"], options["trials"]
+    resume = check_sweep_folder(folder, config, options)
     console = report.make_console()
     report.print_config(console, config)
     _print_axes(console, axes, points=len(points), trials=trials, parallel=parallel)
@@ -78,18 +95,18 @@ def sweep(
         console=console,
         folder=folder,
         parallel=parallel,
-        resume=config.train.resume,
+        resume=resume,
         command=command,
     )
     if trials:
-        make_sweep_folder(folder, config, options)
-        generations = tune(run_config, axes, session, trials=trials)
+        make_sweep_folder(folder, config, options, resume=resume)
+        generations = tune(_config_of_runs(config), axes, session, trials=trials)
         steps = session.loaded.steps(config)
     else:
         job = set_up(points, session.loaded)
         _print_job(console, job)
         # A sweep that fails in its setup must not delete the one that it overwrites.
-        make_sweep_folder(folder, config, options)
+        make_sweep_folder(folder, config, options, resume=resume)
         generations = [_train(job, session, budget)]
         steps = job.steps
     seconds = time.perf_counter() - start_time
@@ -110,7 +127,7 @@ def _checked_axes(
 def _config_of_runs(config: Config) -> Config:
     """The config of the sweep's runs, which do not have its folder."""
     # Resuming and overwriting are about the sweep's folder, and not about its points' runs.
-    train = dataclasses.replace(config.train, resume=False, overwrite=False)
+    train = dataclasses.replace(config.train, resume="auto", overwrite=False)
     return dataclasses.replace(config, train=train)
 
 
