@@ -270,6 +270,9 @@ def check_same_run(config: Config, previous: Config) -> None:
     }
     # The checkpoint holds the adapter, so the folder it started from may have moved.
     fixed["adapter"].remove("continue_from")
+    # How the data is read, which does not change what is read.
+    fixed["data"].remove("num_proc")
+    fixed["data"].remove("cache")
     for section, fields in fixed.items():
         for field in fields:
             old = getattr(getattr(previous, section), field)
