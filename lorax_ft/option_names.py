@@ -150,7 +150,7 @@ TRAINING = {
     "gradient_accumulation_steps": f"--train.microbatches; {_GLOBAL_BATCH}",
     "neftune_noise_alpha": "--train.neftune_alpha",
     "router_aux_loss_coef": "--train.router_aux_loss_coef",
-    "output_router_logits": "--train.router_aux_loss_coef above 0",
+    "output_router_logits": "--train.router_aux_loss_coef 0.001",
     "data_seed": "--train.seed",
     "logging_steps": "--train.log_every",
     "eval_steps": "--train.eval_every",

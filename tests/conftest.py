@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import math
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -49,6 +50,10 @@ from lorax_ft.schema import Group, is_adapter, leaf_schema
 from lorax_ft.tree import Tree, flatten, unflatten
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# A shell's background job ignores these, and tests raise them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Imported late: these modules create keys and arrays, which fixes the number of devices.
 import generation_cases

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--train.microbatches", "9"], "microbatches 9; 8 microbatches would"),
         (["--train.router_aux_loss_coef", "0.01"], "has no experts to balance"),
         (["--train.router_aux_loss_coef", "-1"], "train.router_aux_loss_coef is -1"),
-        (["--mesh.fsdp", "3"], "mesh.expert × mesh.tensor must be 1, 2, 4 or 8, not 3"),
+        (["--mesh.fsdp", "3"], "mesh.context × mesh.tensor must be 1, 2, 4 or 8, not 3"),
         (["--mesh.data", "3"], "fit 8 devices; with these others, mesh.data must be 4, or -1"),
         (["--mesh.fsdp", "0"], "mesh.fsdp is 0; it must be above 0"),
         (

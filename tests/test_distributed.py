@@ -88,7 +88,6 @@ MESHES = {  # and the microbatches on it
     "data=8": (MeshConfig(data=8), 1),
     "data=2,fsdp=4": (MeshConfig(data=2, fsdp=4), 1),
     "context=8": (MeshConfig(data=1, context=8), 1),
-    "data=4,context=2": (MeshConfig(data=4, context=2), 1),
     "fsdp=2,context=2,tensor=2": (MeshConfig(data=1, fsdp=2, context=2, tensor=2), 1),
     "data=2,fsdp=2,tensor=2 in 4 microbatches": (MeshConfig(data=2, fsdp=2, tensor=2), 4),
 }
@@ -133,7 +132,7 @@ def one_device(decoder: Build) -> Callable[..., Run]:
 
 @pytest.mark.parametrize(
     ("method", "mesh"),
-    [("lora", mesh) for mesh in MESHES]
+    [("lora", mesh) for mesh in MESHES if mesh != "fsdp=2,context=2,tensor=2"]
     + [(method, list(MESHES)[-1]) for method in ("dora", "full", "lora_fa", "nf4", "int8")]
     + [("nf4", "fsdp=2,context=2,tensor=2")],
 )
@@ -161,7 +160,7 @@ def test_every_kind_of_token_is_the_same_where_tokens_are_split(
     }
     noise = {"dropout": 0.3, "neftune_alpha": 50.0}
     expected = steps(decoder, "lora", None, fields=fields, noise=noise)
-    got = steps(decoder, "lora", *MESHES["data=4,context=2"], fields=fields, noise=noise)
+    got = steps(decoder, "lora", MeshConfig(data=4, context=2), 1, fields=fields, noise=noise)
     np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-5)
     for path, leaf in expected.trained.items():
         np.testing.assert_allclose(got.trained[path], leaf, rtol=1e-5, atol=1e-4, err_msg=path)
@@ -184,7 +183,7 @@ def test_no_activation_of_a_whole_row_is_on_a_device() -> None:
     )
     mesh = sharding.make_mesh(config.mesh)
     shapes = abstract_arguments(model, config, mesh)
-    text = compile_traced(trace(model, config, mesh, shapes), mesh).as_text()
+    _, text = compile_traced(trace(model, config, mesh, shapes), mesh)
     found = set()
     for dtype, numbers in re.findall(r"(\w+)\[([\d,]+)\]", text):
         shape = tuple(map(int, numbers.split(",")))

@@ -88,7 +88,7 @@ def test_qpissa_ends_on_the_decomposition() -> None:
             quantize=coarse,
             rounds=rounds,
         )
-        factors, removed = pissa(context)
+        factors, removed, _ = pissa(context)
         assert removed is not None
         left = w - coarse(w - product(*removed))
         losses = [np.linalg.norm(left - product(*pair)) for pair in (factors, removed)]
