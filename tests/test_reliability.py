@@ -76,9 +76,7 @@ def stopped(whole: Path, tmp_path: Path) -> Path:
     return out
 
 
-MOMENTS = (
-    ".config.json 1",  # the folder is prepared
-    "checkpoints/1 3",  # the first checkpoint is written, so the run begins again
+MOMENTS = (  # and more of them in tests/slow/test_kills.py
     "checkpoints/3 9",
     ".adapter- 4",  # the adapter is written
 )

@@ -12,6 +12,8 @@ from test_reliability import MOMENTS, config
 
 KILLS = 50
 AIMED = (
+    ".config.json 1",  # the folder is prepared
+    "checkpoints/1 3",  # the first checkpoint is written, so the run begins again
     *MOMENTS,
     "trainer_log 3",
     "checksums.json 1",
