@@ -15,6 +15,7 @@ from lorax_ft.config import DataConfig
 from lorax_ft.data import chat, masks, readers
 from lorax_ft.data.bad_rows import BadRows
 from lorax_ft.data.chat import encode
+from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.dataset import Dataset, check_sources, load_data
 
 
@@ -152,3 +153,31 @@ def test_the_list_of_bad_rows(tmp_path: Path) -> None:
     # A run without any does not keep the list of the one before.
     BadRows().write(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_long_line_of_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JSON list is often a single line: only rows of JSON Lines have the limit."""
+    monkeypatch.setattr(readers, "LONGEST_ROW", 100)
+    items = tmp_path / "a.json"
+    items.write_text(json.dumps([{"question": f"{i}?", "answer": str(i)} for i in range(50)]))
+    assert load(items, bad_rows="stop").train.count == 50
+    csv = tmp_path / "a.csv"
+    csv.write_text(f"question,answer\n{'1' * 200},1\n")
+    assert load(csv, bad_rows="stop").train.count == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"reasoning_content": "<|im_end|>"}, "turn 2"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}]}, "turn 2"),
+        ({"tools": [{"function": {"name": "f", "description": "<|im_end|>"}}]}, "tools"),
+        ({"documents": [{"title": "t", "text": "<|im_end|>"}]}, "documents"),
+    ],
+)
+def test_special_tokens_anywhere_in_a_conversation(fields: dict[str, Any], place: str) -> None:
+    message = {**assistant("b"), **fields}
+    beside = {name: message.pop(name) for name in ("tools", "documents") if name in message}
+    talk = Conversation(messages=[user("a"), message], **beside)
+    with pytest.raises(ValueError, match=f"{place}: the text contains the special token"):
+        encode(talk, BYTES, max_length=99)

@@ -308,8 +308,9 @@ def test_a_start_is_subtracted_in_place() -> None:
     """Beside the stack itself there are a few matrices in float32, not another stack."""
     count, size, rank = 16, 64, 2
     shapes = ((count, size, size), (count, size, rank), (count, rank, size), (count,))
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    compiled = _subtracted_in_place.lower(*arguments).compile()
+    w, a, b, scale = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    start = {"lora_a0": a, "lora_b0": b, "lora_scale": scale}
+    compiled = _subtracted_in_place.lower(w, start).compile()
     memory = compiled.memory_analysis()
     stack, matrix = 4 * count * size**2, 4 * size**2
     assert memory.alias_size_in_bytes == stack

@@ -19,6 +19,7 @@ from lorax_ft.data.conversation import (
     Message,
     PlainText,
     as_conversation,
+    texts_of,
 )
 from lorax_ft.data.located import LossOn, ReasoningLoss, Turn
 from lorax_ft.data.marks import Span
@@ -258,7 +259,7 @@ def _check_size(example: Example, where: str) -> None:
     if isinstance(example, PlainText):
         size = len(example.prompt) + len(example.completion)
     else:
-        size = sum(len(message["content"]) for message in example.messages)
+        size = sum(len(text) for _, text in texts_of(example))
     if size > LONGEST_EXAMPLE:
         raise ValueError(
             f"{where}: the row has {size:,} characters of text, more than {LONGEST_EXAMPLE:,}; "
@@ -272,6 +273,7 @@ def _trained(turns: Sequence[Turn], spans: Sequence[Span]) -> list[Turn]:
     touched = iter(_touch(np.array(ranges).reshape(-1, 2), spans).tolist())
     trained = []
     for turn in turns:
+        # A list, since each turn takes as many as it has spans.
         if any([next(touched) for _ in turn.spans]):
             trained.append(turn)
     return trained

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Message = dict[str, Any]
@@ -41,6 +41,19 @@ class PlainText:
 
 Example = Conversation | PlainText
 """One row of a dataset."""
+
+
+def texts_of(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    """Yields all that the data say in a conversation, each with its place, such as "turn 2".
+
+    Calls, tools and documents are the text of their values.
+    """
+    for number, message in enumerate(conversation.messages, 1):
+        for name, value in message.items():
+            if name not in ("role", "train"):
+                yield f"turn {number}", str(value)
+    yield "tools", str(conversation.tools or "")
+    yield "documents", str(conversation.documents or "")
 
 
 def as_conversation(given: Conversation | Sequence[Message]) -> Conversation:

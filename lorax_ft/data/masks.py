@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorax_ft.data.conversation import Conversation
+from lorax_ft.data.conversation import Conversation, texts_of
 from lorax_ft.data.frames import Frame, SpecialTokens, common_prefix, find_frame
 from lorax_ft.data.located import Located, Turn
 from lorax_ft.data.marks import CLOSES, OPENS, THOUGHT, Piece, Span
@@ -51,14 +51,13 @@ class TurnFinder:
         Raises:
           ValueError: a text does.
         """
-        for number, message in enumerate(conversation.messages, 1):
-            for name in ("content", "reasoning_content"):
-                found = self._tokens.in_text(message.get(name) or "")
-                if found is not None:
-                    raise ValueError(
-                        f"{where}, turn {number}: the text contains the special token {found}; "
-                        "remove it, or give --data.control_tokens keep to train on it as a token"
-                    )
+        for place, text in texts_of(conversation):
+            found = self._tokens.in_text(text)
+            if found is not None:
+                raise ValueError(
+                    f"{where}, {place}: the text contains the special token {found}; "
+                    "remove it, or give --data.control_tokens keep to train on it as a token"
+                )
 
     def text(self, conversation: Conversation, *, where: str) -> Located:
         """Renders a conversation without looking for the assistant's turns.

@@ -49,9 +49,9 @@ def encode_parts(
       ValueError: as `encode`.
     """
     parts = _in_parts(examples)
-    first = list(itertools.islice(parts, _FEW))
+    first = list(itertools.islice(parts, _FEW + 1))
     if processes is None:
-        processes = 1 if len(first) < _FEW else _usable_cores()
+        processes = _usable_cores() if len(first) > _FEW else 1
     parts = itertools.chain(first, parts)
     if processes == 1:
         for part in parts:

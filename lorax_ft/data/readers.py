@@ -105,7 +105,7 @@ def first_line(error: BaseException) -> str:
 
 def _read_jsonl(path: str, bad: BadRows) -> Iterator[Row]:
     """Yields the rows of a file with one JSON object per line; empty lines are skipped."""
-    for number, line in _lines(path):
+    for number, line in _lines(path, longest=LONGEST_ROW):
         try:
             row = _json_row(line, path, number)
         except ValueError as error:
@@ -233,14 +233,18 @@ def _object_row(value: Any, where: str) -> Row:
     return Row(fields=value, where=where)
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines of a file, decompressed, with their numbers from 1."""
+def _lines(path: str, *, longest: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines of a file, decompressed, with their numbers from 1.
+
+    Of a line with more than `longest` bytes only the start comes, one byte more than that.
+    """
     number = 0
     # Binary mode splits lines at "\n" only. str.splitlines would also split at characters that
     # JSON allows inside a string, such as U+2028.
     with _open(path) as file:
         try:
-            for number, line in enumerate(_short_lines(file), 1):
+            lines = file if longest is None else _starts_of_lines(file, longest)
+            for number, line in enumerate(lines, 1):
                 yield number, line
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(
@@ -249,12 +253,12 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
             ) from error
 
 
-def _short_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Yields the lines of a file; of one that is too long only the start."""
-    while line := file.readline(LONGEST_ROW + 1):
+def _starts_of_lines(file: IO[bytes], longest: int) -> Iterator[bytes]:
+    """Yields the lines of a file; of longer ones the first bytes, `longest` + 1."""
+    while line := file.readline(longest + 1):
         rest = line
-        while len(rest) > LONGEST_ROW and not rest.endswith(b"\n"):
-            rest = file.readline(LONGEST_ROW + 1)
+        while len(rest) > longest and not rest.endswith(b"\n"):
+            rest = file.readline(longest + 1)
         yield line
 
 

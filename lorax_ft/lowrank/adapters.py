@@ -16,21 +16,13 @@ import numpy as np
 from jax import Array
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.lowrank.inits import (
-    Init,
-    find_function,
-    find_init,
-    init_options,
-    initialize_embedding,
-)
-from lorax_ft.lowrank.inits.context import InitContext
-from lorax_ft.lowrank.keys import fold_path, matrix_keys
+from lorax_ft.lowrank.inits import Init, find_function
+from lorax_ft.lowrank.keys import fold_path
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.module_leaves import adapter_leaves, leaf_shapes, without_start
-from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.spec import base_kernel, base_shape, with_kernel
-from lorax_ft.lowrank.starts import Stack, find_starts
+from lorax_ft.lowrank.starts import find_starts, stack_of
 from lorax_ft.lowrank.statistics import Statistics, needed_statistics, one_by_one
 from lorax_ft.lowrank.targets import plan_adapters
 from lorax_ft.lowrank.terms import (
@@ -43,7 +35,7 @@ from lorax_ft.lowrank.terms import (
     scale_leaves,
 )
 from lorax_ft.lowrank.terms import magnitude as magnitude_term
-from lorax_ft.quant.kernels import Quantized, matrices
+from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import init_schema
 from lorax_ft.tree import Layer, Tree, combine, from_modules, modules
 
@@ -115,7 +107,7 @@ def add_adapters(
         original = _original(originals, path, layer) if needs_original else None
         if low_rank.planned(plan):
             kernel = base_kernel(layers, path, layout[path])
-            stacks[path] = _stack(kernel, plan, init, original, key=key, rounds=rounds)
+            stacks[path] = stack_of(kernel, plan, init, original, key=key, rounds=rounds)
     needed = needed_statistics(config, params, layout=layout)
     starts = find_starts(
         stacks,
@@ -260,34 +252,6 @@ def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:
                 path_key = fold_path(key, path)
                 layers[path] = layer | dropout.leaves(path_key, rate, stack=stack)
     return from_modules(layers)
-
-
-def _stack(
-    kernel: Array | Quantized,
-    plan: Plan,
-    init: Init | None,
-    original: Original | None,
-    *,
-    key: Array,
-    rounds: int,
-) -> Stack:
-    """The matrices of a module whose factors are to start."""
-    spec, config = plan.spec, plan.config
-    stack, rows, _ = spec.sizes(kernel.shape)
-    canonical = spec.canonical("kernel", kernel)
-    context = InitContext(
-        kernel=matrices(canonical, stack=len(plan.paths), rows=rows),
-        rank=plan.width,
-        ranks=plan.ranks.reshape(-1),
-        scales=plan.scales.reshape(-1),
-        keys=matrix_keys(key, plan.paths),
-        options=init_options(config.init, config),
-        rounds=rounds,
-    )
-    reads = init_schema(config.init).changes_base or init is not None
-    if spec.module == "embed":
-        init, reads = initialize_embedding, False
-    return Stack(context, init or find_init(config.init), reads, stack, original)
 
 
 def _base_weights(

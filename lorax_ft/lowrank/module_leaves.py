@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lorax_ft.lowrank.inits.context import InitResult
-from lorax_ft.lowrank.inits.svd import on_host, product
+from lorax_ft.lowrank.inits.svd import on_host
+from lorax_ft.lowrank.linear import merged_kernel
 from lorax_ft.lowrank.matrices import matrices_of
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.requantize import Original, requantized
@@ -131,21 +132,26 @@ def _minus_start(
         b = jnp.asarray(whole[kept_start.B0]).reshape(scales.size, rank, -1)
         changed = requantized(kernel, original, (a, b), scales, n_in=len(spec.ins))
     else:
-        matrices = matrices_of({name: layer[name] for name in names})
+        start = matrices_of({name: layer[name] for name in names})
         subtract = _subtracted_in_place if donate else _subtracted
-        changed = subtract(*matrices.values()).reshape(kernel.shape)
+        changed = subtract(start.pop("kernel"), start).reshape(kernel.shape)
     if donate:
         for part in jax.tree.leaves(kernel):
             part.delete()
     return changed
 
 
-def _subtract(w: Array, a: Array, b: Array, s: Array) -> Array:
-    """W − s A B of matrices `[L, I, O]`, one at a time: only one is held in float32."""
+def _subtract(w: Array, start: Layer) -> Array:
+    """W − s A₀ B₀ of matrices `[L, I, O]`, one at a time: only one is held in float32."""
 
     def step(i: Array, w: Array) -> Array:
-        changed = w[i].astype(jnp.float32) - s[i] * product(a[i], b[i])
-        return w.at[i].set(changed.astype(w.dtype))
+        negative_start = {
+            "kernel": w[i],
+            low_rank.A: start[kept_start.A0][i],
+            low_rank.B: start[kept_start.B0][i],
+            low_rank.SCALE: -start[low_rank.SCALE][i],
+        }
+        return w.at[i].set(merged_kernel(negative_start))
 
     return lax.fori_loop(0, len(w), step, w)
 

@@ -13,13 +13,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-from lorax_ft.lowrank.inits import Init, InitResult
+from lorax_ft.lowrank.inits import (
+    Init,
+    InitResult,
+    find_init,
+    init_options,
+    initialize_embedding,
+)
 from lorax_ft.lowrank.inits.context import InitContext
 from lorax_ft.lowrank.inits.svd import at_once
+from lorax_ft.lowrank.keys import matrix_keys
+from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.requantize import Original, read_matrix, requantizer
 from lorax_ft.lowrank.statistics import Measured
-from lorax_ft.quant.kernels import Quantized
+from lorax_ft.quant.kernels import Quantized, matrices
+from lorax_ft.schema import init_schema
 from lorax_ft.tree import Shape
 
 
@@ -35,6 +45,43 @@ class Stack(NamedTuple):
     """The axes of the stack, `[*L]`."""
     original: Original | None = None
     """Reads W where the kernel is quantized and the init changes it."""
+
+
+def stack_of(
+    kernel: Array | Quantized,
+    plan: Plan,
+    init: Init | None,
+    original: Original | None,
+    *,
+    key: Array,
+    rounds: int,
+) -> Stack:
+    """The matrices of a module whose factors are to start.
+
+    Args:
+      kernel: the module's, in its own order of axes.
+      plan: the module's.
+      init: a custom one; None: that of the config.
+      original: reads W where the kernel is quantized and the init changes it.
+      key: every matrix's randomness is folded from it and the matrix's path.
+      rounds: of decomposition and quantization.
+    """
+    spec, config = plan.spec, plan.config
+    stack, rows, _ = spec.sizes(kernel.shape)
+    canonical = spec.canonical("kernel", kernel)
+    context = InitContext(
+        kernel=matrices(canonical, stack=len(plan.paths), rows=rows),
+        rank=plan.width,
+        ranks=plan.ranks.reshape(-1),
+        scales=plan.scales.reshape(-1),
+        keys=matrix_keys(key, plan.paths),
+        options=init_options(config.init, config),
+        rounds=rounds,
+    )
+    reads = init_schema(config.init).changes_base or init is not None
+    if spec.module == "embed":
+        init, reads = initialize_embedding, False
+    return Stack(context, init or find_init(config.init), reads, stack, original)
 
 
 def find_starts(
@@ -76,10 +123,9 @@ def _start(stack: Stack, first: int, count: int, *, statistic: Any = None) -> In
     kernel = context.kernel
     if stack.original is not None and isinstance(kernel, Quantized):
         _, rows, columns = kernel.shape
-        matrices = [
-            read_matrix(stack.original, stack.shape, i) for i in range(first, first + count)
-        ]
-        w = jnp.stack(matrices).reshape(count, rows, columns)
+        places = range(first, first + count)
+        originals = [read_matrix(stack.original, stack.shape, i) for i in places]
+        w = jnp.stack(originals).reshape(count, rows, columns)
         context = dataclasses.replace(context, kernel=w, quantize=requantizer(kernel))
     # Dispatch is asynchronous: without this wait many matrices would be in memory at once.
     return jax.block_until_ready(stack.init(context))

@@ -211,10 +211,9 @@ def compile_traced(traced: Any, mesh: Mesh) -> tuple[Any, str]:
             # libtpu 0.0.52, such as those of experts.
             options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             compiled = traced.lower().compile(compiler_options=options)
-            for file in Path(folder).glob("*.after_optimizations.txt"):
-                return compiled, file.read_text()
-        # JAX had it in its cache of compiled programs, and did not compile it.
-        return compiled, compiled.as_text()
+            # "after_optimizations.txt", or "cpu_after_optimizations.txt".
+            (file,) = Path(folder).glob("*after_optimizations.txt")
+            return compiled, file.read_text()
     except jax.errors.JaxRuntimeError as error:
         # "... required for HLO temporaries (16.99G) exceeds available HBM (15.75G)", in GiB.
         needed = re.search(r"RESOURCE_EXHAUSTED.*?\((\d+(?:\.\d+)?)G\)", str(error), re.DOTALL)

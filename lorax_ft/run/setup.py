@@ -199,7 +199,7 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     below = train.batch_size // unit * unit
     fitting = alternatives([size for size in (below, below + unit) if size > 0])
     way_out = f"a batch_size of {fitting} would"
-    if devices % rows == 0:
+    if devices % rows == 0 and config.mesh.expert == 1:
         context = config.mesh.context * devices // rows
         way_out += f"; or split each row, with mesh.context {context}"
     raise ValueError(

@@ -122,11 +122,7 @@ class InitContext:
 
     def truncated_svd(self, w: Array, *, last: bool = False) -> Factors:
         """The same, zero beyond each matrix's own rank."""
-        return self.within_ranks(self.svd(w, last=last))
-
-    def within_ranks(self, factors: Factors) -> Factors:
-        """The factors, zero beyond each matrix's own rank."""
-        return within_ranks(factors, self.ranks)
+        return within_ranks(self.svd(w, last=last), self.ranks)
 
     def divided_by_scale(self, factors: Factors) -> Factors:
         """A / √s and B / √s, so that s A B is the product of the given factors."""
