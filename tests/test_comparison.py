@@ -308,4 +308,5 @@ def test_the_script_compares_and_resumes(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert "another config or other rates" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "rates is [" in error and "but the comparison in" in error

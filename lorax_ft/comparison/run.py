@@ -205,18 +205,25 @@ def prepare(folder: Path, config: Config, design: Design, methods: Mapping[str, 
     write_text(file, json.dumps(values, indent=2) + "\n")
 
 
+# These say what to do with the folder and how to read the data; the runs are the same.
+_FREE = {"train": {"resume", "overwrite"}, "data": {"num_proc", "cache"}}
+
+
 def _check_same(folder: Path, held: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Raise if a folder holds runs of another comparison."""
-    configs = []
-    for config in (held["config"], values["config"]):
-        # These say what to do with the folder, and nothing of the runs.
-        train = {**config["train"], "resume": None, "overwrite": None}
-        configs.append({**config, "train": train})
-    if held["design"] != values["design"] or configs[0] != configs[1]:
-        raise ValueError(
-            f"{folder} holds a comparison with another config or other rates and seeds; give the "
-            "same, or another --train.output"
-        )
+    # An older version wrote fewer fields; those have their defaults.
+    old = json.loads(Config.from_json(json.dumps(held["config"])).to_json())
+    sections = {"": (held["design"], values["design"])}
+    for name, section in values["config"].items():
+        sections[f"{name}."] = (old[name], section)
+    for prefix, (before, now) in sections.items():
+        free = _FREE.get(prefix.removesuffix("."), set())
+        for field in sorted(now.keys() - free):
+            if before.get(field) != now[field]:
+                raise ValueError(
+                    f"{prefix}{field} is {now[field]!r}, but the comparison in {folder} had "
+                    f"{before.get(field)!r}; use the same value, or another --train.output"
+                )
     for name, settings in values["methods"].items():
         if held.get("methods", {}).get(name, settings) != settings:
             raise ValueError(
