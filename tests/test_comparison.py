@@ -309,4 +309,5 @@ def test_the_script_compares_and_resumes(
         main()
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert "rates is [" in error and "but the comparison in" in error
+    assert "rates is [" in error
+    assert "but the comparison in" in error
