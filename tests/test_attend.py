@@ -15,7 +15,7 @@ from zoo import TINY
 
 from lorax_ft.config import EMBEDDED_MODEL, Config, MeshConfig, ModelConfig
 from lorax_ft.interop.load import load_model
-from lorax_ft.models import attend, splash
+from lorax_ft.models import attend, attend_in_blocks, splash
 from lorax_ft.models.config import LayerType
 from lorax_ft.models.decoder import Decoder, saved_per_token
 from lorax_ft.models.parts import rows_dot_general, softcap
@@ -26,11 +26,15 @@ from lorax_ft.sharding import make_mesh
 B, K, G, C = 2, 2, 3, 16
 
 
-def plain(scores: attend.Scores, q: Any, k: Any, v: Any, mask: Any, sinks: Any) -> jax.Array:
+def plain(
+    scores: attend_in_blocks.Scores, q: Any, k: Any, v: Any, mask: Any, sinks: Any
+) -> jax.Array:
+    scores: attend_in_blocks.Scores, q: Any, k: Any, v: Any, mask: Any, sinks: Any
+) -> jax.Array:
     """The same by the definition, without blocks, differentiated by JAX."""
     z = softcap(scores.scale * jnp.einsum("bkgtc,bksc->bkgts", q, k), scores.cap)
     if mask is None:
-        visible = attend.causal(jnp.arange(q.shape[3]), k.shape[2])
+        visible = attend_in_blocks.causal(jnp.arange(q.shape[3]), k.shape[2])
     else:
         visible = mask[:, :, None]
     z = jnp.where(visible, z, jnp.finfo(z.dtype).min)
@@ -63,9 +67,9 @@ def test_values_and_gradients_are_those_of_the_definition(
     if packed:
         segments = np.sort(rng.integers(0, 3, (B, keys)))
         places = np.arange(keys - tokens, keys)
-        window = attend.causal(jnp.asarray(places), keys, 20)
+        window = attend_in_blocks.causal(jnp.asarray(places), keys, 20)
         mask = (window & (segments[:, places, None] == segments[:, None]))[:, None]
-    scores = attend.Scores(0.4, cap)
+    scores = attend_in_blocks.Scores(0.4, cap)
     sink = normal(rng, K, G, 1) if sinks else None
 
     def results(values: Any) -> Any:
@@ -76,7 +80,7 @@ def test_values_and_gradients_are_those_of_the_definition(
         return jax.value_and_grad(loss, argnums=given)(q, k, v, sink)
 
     with jax.default_matmul_precision("highest"):
-        ours, theirs = results(attend._weighted_values), results(plain)
+        ours, theirs = results(attend_in_blocks._weighted_values), results(plain)
     for found, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(
             found, expected, atol=1e-5 * float(jnp.abs(expected).max()) + 1e-6

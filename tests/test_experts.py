@@ -21,7 +21,7 @@ from lorax_ft import AdapterConfig, add_adapters, combine, partition
 from lorax_ft.config import MeshConfig, QuantConfig
 from lorax_ft.lowrank.experts import Rows
 from lorax_ft.lowrank.quantize import quantize_base
-from lorax_ft.models import grouped
+from lorax_ft.models import expert_products, grouped
 from lorax_ft.models.config import ClampedGate, Experts
 from lorax_ft.models.mlp import Usage, router_loss
 from lorax_ft.models.model import CausalLM, abstract_params
@@ -143,7 +143,7 @@ def test_quantized_experts(
     kind: str, format: Any, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By XLA's product, so many of the 8 experts are dense at a time."""
-    monkeypatch.setattr(grouped, "DENSE_BYTES", batch * 4 * SPARSE.width * SPARSE.mlp_width)
+    monkeypatch.setattr(expert_products, "DENSE_BYTES", batch * 4 * SPARSE.width * SPARSE.mlp_width)
     model = model_of("blocks")
     base, _ = quantize_base(random_params(), QuantConfig(format=format), layout=model.layout)
     params = adapted(base)
@@ -161,7 +161,7 @@ def test_batches_of_quantized_kernels(sizes: list[int], monkeypatch: pytest.Monk
     quantized = quantize(kernels, format="nf4", n_stack=1, n_in=1)
     x = jnp.asarray(rng.normal(size=(1, 24, 64)), jnp.float32)
     rows = Rows(expert=jnp.zeros((1, 24), jnp.int32), sizes=jnp.asarray([sizes], jnp.int32))
-    monkeypatch.setattr(grouped, "DENSE_BYTES", 2 * kernels[0].nbytes)
+    monkeypatch.setattr(expert_products, "DENSE_BYTES", 2 * kernels[0].nbytes)
     product = grouped.product_of("ragged", block=1)
 
     def total(x: Array, kernels: Any) -> tuple[Array, Array]:

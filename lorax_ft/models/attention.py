@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lorax_ft.models.attend import attend, causal, needs_no_mask
+from lorax_ft.models.attend import attend, needs_no_mask
+from lorax_ft.models.attend_in_blocks import causal
 from lorax_ft.models.config import DecoderConfig, Heads, LayerType
 from lorax_ft.models.parts import dense, norm, normalized, projections
 from lorax_ft.models.rope import rotary, rotate
