@@ -8,6 +8,7 @@ import dataclasses
 import io
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,14 @@ def parse_run(args_type: type[RunArgs]) -> tuple[RunArgs, Config]:
     default: Any = args_type(**_sections(config), config=config_file)  # type: ignore[call-arg]
     args = parse(args_type, default=default)
     return args, Config(**_sections(args))
+
+
+def command_line() -> str:
+    """The command that started this process, as a shell takes it."""
+    program, *arguments = sys.argv
+    if program.endswith(".py"):
+        program = shlex.join(["python", program])
+    return f"{program} {shlex.join(arguments)}".strip()
 
 
 def _sections(config: Config) -> dict[str, Any]:

@@ -4,74 +4,7 @@ python scripts/plan.py --config configs/qwen2_5_7b_ceval.py --topology v5e:4x4 -
 python scripts/plan.py --config C --topology v5p:2x2x1 v5p:4x4x4 v5p:8x8x16 --plot scaling.png
 """
 
-from __future__ import annotations
-
-import dataclasses
-import os
-
-from lorax_ft import cli
-from lorax_ft.config import Config
-from lorax_ft.plan.chips import parse_topology
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Config):
-    """Plan a run: the step is compiled for the chips, of which none is needed here. Of the model
-    only config.json is read. TPUs need pip install "lorax_ft[tpu-compile]"."""
-
-    config: str | None = None
-    """Python file with get_config(); the defaults below are its values."""
-    topology: tuple[str, ...] = ("v5e:4x4",)
-    """TPU topology (v5e, v6e: v5e:4x4; v5p: v5p:4x4x4) or GPUs of one machine (a100, h100, h200:
-    h100:8). With several, the batch grows with the number of chips."""
-    slices: int = 1
-    """Slices of this topology, connected by the data center's network; mesh.data goes across."""
-    search: bool = False
-    """Look for a faster config even if this one fits. One that does not fit is always replaced."""
-    tries: int = 6
-    """Configs to compile in the search, at most."""
-    tokens: float | None = None
-    """Tokens of the whole training, for its time."""
-    price: float | None = None
-    """US dollars an hour and chip, for the cost of these tokens."""
-    json: str | None = None
-    """File for all figures."""
-    plot: str | None = None
-    """File for a plot of several topologies (.png)."""
-
-
-def main() -> None:
-    """Reads the config file, then the options, then plans."""
-    with cli.one_line_errors():
-        args, config = cli.parse_run(Args)
-        if not args.topology:
-            raise ValueError("--topology lacks its value; give one, such as v5e:4x4 or h100:8")
-        topologies = [parse_topology(name, slices=args.slices) for name in args.topology]
-        _prepare(max(topology.devices for topology in topologies))
-        # Imports JAX, which reads the environment once.
-        from lorax_ft.plan.run import plan
-
-        plan(
-            config,
-            topologies,
-            tries=args.tries,
-            always_search=args.search,
-            tokens=args.tokens,
-            price=args.price,
-            json_file=args.json,
-            plot_file=args.plot,
-        )
-
-
-def _prepare(devices: int) -> None:
-    """Set what JAX must know: to compile here, and to ask no machine of Google for its TPU."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # CPUs take the place of GPUs.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
-
+from lorax_ft.commands.plan import main
 
 if __name__ == "__main__":
     main()

@@ -5,55 +5,7 @@ python scripts/train.py --config configs/dora.py --model.path MODEL --data.train
 python scripts/train.py --config configs/lora.py --multihost --mesh.fsdp 16  # on every host
 """
 
-from __future__ import annotations
-
-import dataclasses
-import shlex
-import sys
-
-from lorax_ft import cli
-from lorax_ft.config import Config
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Config):
-    """Fine-tune a model as a config file says; options override the values of the file."""
-
-    config: str | None = None
-    """Python file with get_config(); the defaults below are its values."""
-    dry_run: bool = False
-    """Print what would be trained, the memory it needs and the first batch, then stop."""
-    multihost: bool = False
-    """Join all processes of a TPU pod or a Slurm job into one run: calls
-    jax.distributed.initialize(). Start the same command on every host."""
-
-
-def main() -> None:
-    """Reads the config file, then the options, then trains."""
-    with cli.one_line_errors():
-        args, config = cli.parse_run(Args)
-        if args.multihost:
-            _join_processes()
-        # JAX takes seconds to import: --help and errors in the options should not wait for it.
-        # It must also not look for devices before the processes are joined.
-        from lorax_ft.sweep.rate import train
-
-        command = shlex.join(["python", *sys.argv])
-        train(config, dry_run=args.dry_run, command=command)
-
-
-def _join_processes() -> None:
-    """Joins the processes of all hosts into one JAX runtime."""
-    import jax
-
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        raise ValueError(
-            f"--multihost: JAX found no other processes ({error}); it detects those of TPU pods, "
-            "Slurm, Open MPI and Kubernetes"
-        ) from error
-
+from lorax_ft.commands.train import main
 
 if __name__ == "__main__":
     main()

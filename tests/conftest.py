@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import os
 import signal
@@ -59,7 +58,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import generation_cases
 import nf4_cases
 from method_cases import KEY, Adapted, adapter_config, random_statistics
-from run_cases import ROOT, Main, last_of_each
+from run_cases import Main, last_of_each
 from zoo import TINY, Case, built_case, built_decoder
 
 Randomize = Callable[..., Tree]
@@ -254,17 +253,12 @@ def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Main:
     """scripts/train.py's main, called with a command line; returns its exit status."""
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts/train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_script", module)
-    spec.loader.exec_module(module)
+    from lorax_ft.commands import train
 
     def call(*argv: object) -> int:
         monkeypatch.setattr(sys, "argv", ["train.py", *last_of_each(argv)])
         try:
-            module.main()
+            train.main()
         except SystemExit as end:
             return int(end.code or 0)
         return 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,12 +104,5 @@ def resumed(main: Main, name: str, folder: Path) -> dict[int, float]:
 
 
 def script_main(name: str) -> Any:
-    """The main() of a script."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks up its annotations in the module of its name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module.main
+    """The main() of a command, which scripts/ has too."""
+    return importlib.import_module(f"lorax_ft.commands.{name}").main

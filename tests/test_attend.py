@@ -29,8 +29,6 @@ B, K, G, C = 2, 2, 3, 16
 def plain(
     scores: attend_in_blocks.Scores, q: Any, k: Any, v: Any, mask: Any, sinks: Any
 ) -> jax.Array:
-    scores: attend_in_blocks.Scores, q: Any, k: Any, v: Any, mask: Any, sinks: Any
-) -> jax.Array:
     """The same by the definition, without blocks, differentiated by JAX."""
     z = softcap(scores.scale * jnp.einsum("bkgtc,bksc->bkgts", q, k), scores.cap)
     if mask is None:

@@ -1,18 +1,16 @@
-"""scripts/chat.py: reasoning and tools in a conversation, with answers that are made up here."""
+"""lorax-ft chat: reasoning and tools in a conversation, with answers that are made up here."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
 from data_cases import make_tokenizer, user
-from run_cases import ROOT
 
+from lorax_ft.commands import chat
 from lorax_ft.inference import texts
 from lorax_ft.models.model import Model
 
@@ -24,33 +22,20 @@ TEMPLATE = (
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
 
 
-@pytest.fixture
-def chat(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("chat_script", ROOT / "scripts/chat.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "chat_script", module)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Talk:
     """A chat whose answers are given; keeps the prompts that the model saw."""
 
-    def __init__(self, script: ModuleType, model: Model, patch: pytest.MonkeyPatch) -> None:
-        self.script = script
+    def __init__(self, model: Model, patch: pytest.MonkeyPatch) -> None:
         self.prompts: list[str] = []
         self.answer = ""
         model = dataclasses.replace(model, tokenizer=make_tokenizer(TEMPLATE))
-        self.args = script.Args(model="m", system="S", template_args=("other=1",))
-        self.chat = script.Chat(model=model, adapted={}, params={}, opening=self.args.opening())
+        self.args = chat.Args(model="m", system="S", template_args=("other=1",))
+        self.chat = chat.Chat(model=model, adapted={}, params={}, opening=self.args.opening())
         patch.setattr(texts, "stream_texts", self._stream)
 
     def say(self, message: dict[str, Any], answer: str) -> str:
         self.answer = answer
-        self.script._answer(self.chat, message, self.args)
+        chat._answer(self.chat, message, self.args)
         return self.prompts[-1]
 
     def _stream(self, model: Model, params: Any, prompts: Any, **options: Any) -> Iterator[Any]:
@@ -60,8 +45,8 @@ class Talk:
 
 
 @pytest.fixture
-def talk(chat: ModuleType, model: Model, monkeypatch: pytest.MonkeyPatch) -> Talk:
-    return Talk(chat, model, monkeypatch)
+def talk(model: Model, monkeypatch: pytest.MonkeyPatch) -> Talk:
+    return Talk(model, monkeypatch)
 
 
 def test_reasoning_is_handed_back(talk: Talk, capsys: pytest.CaptureFixture) -> None:
@@ -87,33 +72,33 @@ def test_reasoning_is_dimmed_in_a_terminal(
 
 
 def test_think(talk: Talk) -> None:
-    assert talk.script._command(talk.chat, "/think off") == "think: off"
+    assert chat._command(talk.chat, "/think off") == "think: off"
     assert talk.chat.opening.template_args == {"other": 1, "enable_thinking": False}
     assert talk.say(user("hi"), "42").startswith("NoneFalse")
-    talk.script._command(talk.chat, "/think on")
+    chat._command(talk.chat, "/think on")
     assert talk.say(user("hi"), "42").startswith("NoneTrue")
     with pytest.raises(ValueError, match="/think takes on or off"):
-        talk.script._command(talk.chat, "/think maybe")
+        chat._command(talk.chat, "/think maybe")
     talk.chat.model.tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.raises(ValueError, match="this chat template has no switch for reasoning"):
-        talk.script._command(talk.chat, "/think on")
+        chat._command(talk.chat, "/think on")
 
 
 def test_a_tool_is_called_and_answers(talk: Talk, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(ValueError, match="the last answer called no tool"):
-        talk.script._tool_message(talk.chat, "sunny")
+        chat._tool_message(talk.chat, "sunny")
     talk.say(user("weather?"), CALL)
     called = 'tool call: weather(city="Rome"); /tool TEXT gives its result\n'
     assert capsys.readouterr().out == f"{CALL}\n{called}"
-    result = talk.script._tool_message(talk.chat, "sunny")
+    result = chat._tool_message(talk.chat, "sunny")
     assert result == {"role": "tool", "name": "weather", "content": "sunny"}
     prompt = talk.say(result, "It is sunny.")
     assert prompt.endswith("assistant::weather<|im_end|>tool::sunny<|im_end|>")
 
 
 def test_the_system_message_changes(talk: Talk) -> None:
-    talk.script._command(talk.chat, "/system T")
+    chat._command(talk.chat, "/system T")
     assert "system::T" in talk.say(user("hi"), "42")
-    talk.script._command(talk.chat, "/system")
+    chat._command(talk.chat, "/system")
     assert "system" not in talk.say(user("hi"), "42")
     assert talk.chat.opening.template_args == {"other": 1}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from benchmark_cases import CMMLU, write
 from generation_cases import make_tokenizer
 from run_cases import SHORT, Main, config
 
+from lorax_ft.commands import evaluate as evaluate_command
 from lorax_ft.config import EMBEDDED_DATA, EMBEDDED_MODEL, AdapterConfig, DataConfig, MeshConfig
 from lorax_ft.data.chat import Sample
 from lorax_ft.data.packing import collate
@@ -244,20 +244,12 @@ Script = Callable[..., int]
 
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch) -> Script:
-    """scripts/evaluate.py with a command line; returns its exit status."""
-    from lorax_ft import cli
-
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts/evaluate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "evaluate", module)
-    spec.loader.exec_module(module)
+    """lorax-ft evaluate with a command line; returns its exit status."""
 
     def call(*argv: object) -> int:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
         try:
-            cli.run(module.main, module.Args)
+            evaluate_command.main()
         except SystemExit as end:
             return int(end.code or 0)
         return 0

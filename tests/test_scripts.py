@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from checkpoint_cases import randomized
 from generation_cases import asked
 
 from lorax_ft import cli
+from lorax_ft.commands import export as export_command
 from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig, Config, ModelConfig
 from lorax_ft.inference.texts import answer
 from lorax_ft.interop.load import load_model
@@ -240,19 +240,12 @@ def test_export(
     )
     save_peft(tmp_path / "table", table, speaker)
 
-    spec = importlib.util.spec_from_file_location("export_script", ROOT / "scripts/export.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "export_script", script)
-    spec.loader.exec_module(script)
-
     def export(adapter: str, target: str, output: str, *rest: str) -> str:
         where = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / adapter)]
         given = [*where, "--target", target, "--output", str(tmp_path / output), *rest]
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            script.main(cli.parse(script.Args, argv=given))
+            export_command.export(cli.parse(export_command.Args, argv=given))
         return said.getvalue()
 
     assert "PeftModel" in export("lora", "peft", "peft")

@@ -1,14 +1,15 @@
 """The configuration of a run: frozen dataclasses that validate their values. Imports no JAX.
 
 A config file is a Python file that defines `get_config() -> Config`. It is loaded by
-`scripts/train.py --config FILE`, which accepts overrides such as `--adapter.rank 32`. The docstring
+`lorax-ft train --config FILE`, which accepts overrides such as `--adapter.rank 32`. The docstring
 under each field is its `--help` text; tyro keeps its line breaks, so they stand between clauses.
 """
 
 from lorax_ft.config.adapter import AdapterConfig
 from lorax_ft.config.data import EMBEDDED_DATA, DataConfig
+from lorax_ft.config.load import load_config
 from lorax_ft.config.model import ASSETS, EMBEDDED_MODEL, MeshConfig, ModelConfig, QuantConfig
-from lorax_ft.config.run import Config, load_config
+from lorax_ft.config.run import Config
 from lorax_ft.config.training import EvalConfig, OptimConfig, TrainConfig
 
 __all__ = [

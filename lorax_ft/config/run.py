@@ -1,11 +1,9 @@
-"""The complete configuration of a run, and the files it is read from."""
+"""The complete configuration of a run."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 from lorax_ft.checks import check, check_types
@@ -88,35 +86,3 @@ class Config:
             except TypeError as error:  # an unknown field
                 raise ValueError(f"section {name!r} of the config: {error}") from error
         return Config(**sections)
-
-
-def load_config(path: str | Path) -> Config:
-    """The config that `get_config()` of a Python file returns.
-
-    Raises:
-      ValueError: the file is missing, raises an exception, or does not return a `Config`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        siblings = sorted(p.name for p in path.parent.glob("*.py"))
-        message = f"there is no config file {path}"
-        if siblings:
-            message += f"; files in {path.parent}: {', '.join(siblings)}"
-        raise ValueError(message)
-    # importlib returns no loader for other suffixes.
-    check(path.suffix == ".py", f"{path} is not a .py file with get_config()")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    # The file is user code: it may raise anything.
-    except Exception as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    check(
-        isinstance(config, Config),
-        f"{path}: get_config() returned {type(config).__name__}, not a Config",
-    )
-    return config

@@ -1,0 +1,148 @@
+"""Export a fine-tuned model for another program."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lorax_ft import cli
+from lorax_ft.interop.bucket import is_hub, is_remote, output_path, repo_id
+from lorax_ft.run.model_args import ModelArgs, load_with_adapter, locate
+
+if TYPE_CHECKING:
+    from lorax_ft.models.model import Model
+    from lorax_ft.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(ModelArgs):
+    """Export a fine-tuned model for another program."""
+
+    target: Literal["peft", "vllm", "hf", "gguf"]
+    """Program that will load it: PEFT, vLLM, transformers (hf) or llama.cpp (gguf)."""
+    output: str
+    """Folder to write, local or on a bucket (gs://, s3://), or repository on the hub
+    (hf://owner/name); for gguf, a local .gguf file."""
+    max_lora_rank: int = 16
+    """For vllm: the --max-lora-rank that you will start vLLM with."""
+    gguf_type: Literal["F16", "Q8_0"] = "Q8_0"
+    """For gguf: data type of the weight matrices."""
+    overwrite: bool = False
+    """Replace what is at the output path."""
+
+
+def main() -> None:
+    """Parses the command line, then runs the command."""
+    cli.run(export, Args)
+
+
+def export(args: Args) -> None:
+    """Loads the model and exports it."""
+    output = output_path(args.output)
+    _check(output, args)
+    if is_hub(output):
+        from lorax_ft.interop.hub import prepare_repo
+
+        prepare_repo(output)
+    model, params = load_with_adapter(args)
+    exported = _export(output, model, params, args)
+    if is_hub(output) and exported == "adapter":
+        from lorax_ft.interop.hub import missing_base
+
+        warning = missing_base(model.source)
+        if warning:
+            print(warning)
+    # What the user must know about the base, where it is quantized.
+    if model.base == model.source:
+        return
+    if exported == "model":
+        print(f"The base of the adapter is {model.base}; the merged model contains it dequantized.")
+    else:
+        print(
+            f"The adapter was trained on {model.base}: load the base with the same quantization, "
+            "as the answers differ with another."
+        )
+
+
+def _check(output: Path, args: Args) -> None:
+    """Raises ValueError for what cannot be exported, before the model is loaded."""
+    config, adapter = locate(args)
+    if adapter is None and args.target in ("peft", "vllm"):
+        raise ValueError(
+            f"there is no adapter to export for {args.target}: "
+            f"{args.name_of(config.model.path)} is a whole model; use --target hf"
+        )
+    if args.target == "gguf":
+        if is_remote(output):
+            raise ValueError(f"--output {output}: a .gguf file is written to a local disk only")
+        if output.suffix != ".gguf":
+            raise ValueError(f"--output {output} is not a .gguf file")
+        if output.exists() and (output.is_dir() or not args.overwrite):
+            raise ValueError(f"{output} exists; give another file, or --overwrite to replace it")
+    elif is_hub(output):
+        return
+    elif output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give a folder to write to")
+    elif output.is_dir() and any(output.iterdir()) and not args.overwrite:
+        raise ValueError(
+            f"{output} is not empty; give another folder, or --overwrite to replace what is in it"
+        )
+
+
+def _export(output: Path, model: Model, params: Tree, args: Args) -> Literal["adapter", "model"]:
+    """Writes the output, prints how to load it, and returns whether it is an adapter or a model."""
+    from lorax_ft.interop.model_card import training_notes_of
+    from lorax_ft.interop.peft import save_peft
+    from lorax_ft.interop.save import save_model
+    from lorax_ft.interop.save_gguf import save_gguf
+
+    notes = training_notes_of(_trained_folder(args))
+    if args.target == "peft":
+        save_peft(output, params, model, training_notes=notes)
+        print(f"saved the adapter to {output}; load it with PeftModel.from_pretrained")
+        return "adapter"
+    if args.target == "vllm":
+        return _export_for_vllm(output, model, params, args, notes=notes)
+    if args.target == "hf":
+        save_model(output, params, model, training_notes=notes)
+        print(
+            f"saved the merged model to {output}; load it with AutoModelForCausalLM.from_pretrained"
+        )
+    else:
+        save_gguf(output, params, model, kind=args.gguf_type)
+        print(
+            f"saved the merged model to {output}, in {args.gguf_type}; run it with: "
+            f"llama-cli -m {output}"
+        )
+    return "model"
+
+
+def _trained_folder(args: Args) -> str | Path:
+    """The folder of the adapter, or of the whole model, whose card tells of its training."""
+    config, adapter = locate(args)
+    return adapter or config.model.path
+
+
+def _export_for_vllm(
+    output: Path, model: Model, params: Tree, args: Args, *, notes: str
+) -> Literal["adapter", "model"]:
+    """`_export` for vLLM, which does not support every adapter."""
+    from lorax_ft.interop.vllm import save_for_vllm
+
+    exported = save_for_vllm(
+        output, params, model, max_lora_rank=args.max_lora_rank, training_notes=notes
+    )
+    # vLLM takes the id of a repository.
+    served = repo_id(output) if is_hub(output) else output
+    if exported == "adapter":
+        print(
+            f"saved the adapter to {output}; serve it with: vllm serve {model.source} "
+            f"--enable-lora --max-lora-rank {args.max_lora_rank} --lora-modules tuned={served}"
+        )
+    else:
+        print(
+            f"saved the merged model to {output}, because vLLM does not support this adapter; "
+            f"serve it with: vllm serve {served}"
+        )
+    return exported

@@ -1,0 +1,48 @@
+"""Train many adapters over one base in one program, and find the best settings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lorax_ft import cli
+from lorax_ft.config import Config
+from lorax_ft.sweep.halving import Budget
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(Config):
+    """Sweep a config: the results go to train.output with -sweep behind it."""
+
+    config: str | None = None
+    """Python file with get_config(), the config.json of a run, or a name such as pissa.
+    The defaults below are its values."""
+    sweep: tuple[str, ...] = ()
+    """What varies, each as "section.field=values"; all combinations are trained.
+    optim.learning_rate=1e-4,1e-3: these values; optim.learning_rate=1e-5..1e-2:9: nine values,
+    evenly spaced by their logarithm; optim.learning_rate=1e-5..1e-2: a range for trials."""
+    parallel: int = 16
+    """Adapters that train together, at most; more of them train in groups, one after the other."""
+    budget: Budget = "full"
+    """Budget of a point.
+    full: all steps; halve (successive halving): after equal shares of the steps the half of the
+    settings with the higher validation loss is dropped."""
+    trials: int = 0
+    """Settings for optuna to draw from the ranges and lists, in generations of at most 8.
+    0: all combinations. Needs pip install "lorax_ft[tune]"."""
+
+
+def main() -> None:
+    """Reads the config file, then the options, then sweeps."""
+    with cli.one_line_errors():
+        args, config = cli.parse_run(Args)
+        # JAX takes seconds to import: --help and errors in the options should not wait for it.
+        from lorax_ft.sweep.run import sweep
+
+        sweep(
+            config,
+            args.sweep,
+            parallel=args.parallel,
+            budget=args.budget,
+            trials=args.trials,
+            command=cli.command_line(),
+        )

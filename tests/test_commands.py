@@ -1,0 +1,107 @@
+"""`lorax-ft COMMAND`, the scripts that are the same commands, and the files of --config."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_cases import ROOT, script_main
+
+import lorax_ft as lft
+from lorax_ft import cli
+from lorax_ft.__main__ import COMMANDS, main
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    """`lorax-ft` with a command line; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["lorax-ft", *argv])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help_and_a_script(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    assert f"usage: lorax-ft {command}" in capsys.readouterr().out
+    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / f"{command}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.main is script_main(command)
+
+
+def test_help_and_mistakes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch) == run(monkeypatch, "--help") == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {command} " in out for command in COMMANDS)
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("lorax_ft 0.")
+    assert run(monkeypatch, "trian") == 2
+    assert capsys.readouterr().err == "error: there is no command 'trian'; did you mean train?\n"
+    assert run(monkeypatch, "quantize") == 2
+    assert "commands: train, generate, chat" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lorax_ft", "train", "--adapter.rnak", "4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "did you mean --adapter.rank?" in done.stderr
+
+
+def test_the_command_in_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", "--data.system", "be brief"])
+    assert cli.command_line() == "python scripts/train.py --data.system 'be brief'"
+    monkeypatch.setattr(sys, "argv", ["lorax-ft train", "--config", "pissa"])
+    assert cli.command_line() == "lorax-ft train --config pissa"
+
+
+def test_configs_by_name_and_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_file = lft.load_config(ROOT / "configs/pissa.py")
+    saved = tmp_path / "config.json"
+    saved.write_text(of_file.to_json())
+    # Where there is no folder configs/, the package has the same files.
+    monkeypatch.chdir(tmp_path)
+    for name in ("pissa", "configs/pissa.py", "config.json"):
+        assert lft.load_config(name) == of_file
+    (tmp_path / "pissa.py").write_text("1 / 0")
+    assert lft.load_config("pissa") == of_file
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        lft.load_config("pissa.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("lroa", None, "no config file lroa; configs of the library: .*lora"),
+        ("none.json", None, "no config file none.json"),
+        ("c.toml", "", "neither a .py file with get_config"),
+        ("c.json", "[1]", "c.json is not the config of a run"),
+        ("c.json", "{", "c.json is not the config of a run: Expecting"),
+        ("c.json", '{"adapter": 3}', "c.json is not the config of a run"),
+        ("c.json", '{"adapter": {"rnak": 3}}', "c.json is not the config of a run: .*rnak"),
+    ],
+)
+def test_bad_config_files(
+    name: str, text: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        lft.load_config(name)
