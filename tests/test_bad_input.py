@@ -72,7 +72,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--train.output", "old"], "but the run to resume in old had"),
         (["--train.output", "fresh", "--train.resume", "always"], "no run to resume"),
         (["--config", "configs/lroa.py"], "no config file"),
-        (["--config", "bad.jsonl"], "bad.jsonl is not a .py file with get_config()"),
+        (["--config", "bad.jsonl"], "bad.jsonl is neither a .py file with get_config() nor"),
         (["--quant.rounds", "3"], "quant.rounds is 3, which has no effect here"),
         (
             ["--quant.format", "int8", "--adapter.init", "pissa"],
