@@ -199,23 +199,31 @@ def _slope(costs: Sequence[Cost], measure: str) -> str:
 
 
 def _plot(found: dict[str, list[Cost]], file: Path) -> None:
-    """A panel for each growth: seconds, and the memory of the temporaries."""
+    """A panel for each growth: how many times the first value each cost is."""
     from matplotlib.figure import Figure
 
+    lines = {
+        "seconds": ("seconds", "o-", "#08519c"),
+        "operations": ("products", "^-", "#238b45"),
+        "temporaries": ("memory of temporaries", "s--", "#d94801"),
+    }
     figure = Figure(figsize=(11, 6.5), dpi=120, layout="constrained")
     panels = figure.subplots(2, math.ceil(len(found) / 2), squeeze=False).flatten()
     for axes, (name, costs) in zip(panels, found.items(), strict=False):
         values = [cost.value for cost in costs]
-        axes.plot(values, [cost.seconds for cost in costs], "o-", color="#08519c")
-        axes.set(title=name, xscale="log", yscale="log")
-        axes.set_ylabel("seconds of a step", color="#08519c")
+        proportional = [value / values[0] for value in values]
+        axes.plot(values, proportional, ":", color="gray", label="in proportion")
+        for measure, (label, style, color) in lines.items():
+            first = getattr(costs[0], measure)
+            growth = [getattr(cost, measure) / first for cost in costs]
+            axes.plot(values, growth, style, color=color, label=label)
+        axes.set_title(name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
         axes.set_xticks(values, [str(value) for value in values])
-        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g} ×")
         axes.grid(alpha=0.3)
-        right = axes.twinx()
-        right.plot(values, [cost.temporaries / 1e6 for cost in costs], "s--", color="#d94801")
-        right.set_yscale("log")
-        right.set_ylabel("MB of temporaries", color="#d94801")
+    panels[0].legend(fontsize=8)
     figure.savefig(file)
 
 

@@ -16,10 +16,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lorax_ft.models.parts import softcap
 
-# Blocks of queries. Four leave 5/8 of the products; infinitely many would leave a half.
+# Blocks of queries, at least. Four leave 5/8 of the products; infinitely many would leave a half.
 BLOCKS = 4
 # Below this, blocks are too small to be worth their overhead.
 SMALLEST_BLOCK = 32
+# Above this, there are more blocks, so that the scores of one take memory in proportion to T.
+LARGEST_BLOCK = 256
 
 
 class Scores(NamedTuple):
@@ -160,6 +162,8 @@ def _blocks(queries: int, keys: int) -> list[Block]:
     if queries % BLOCKS or queries < SMALLEST_BLOCK * BLOCKS:
         return [Block(0, queries, keys)]
     size = queries // BLOCKS
+    while size > LARGEST_BLOCK and size % 2 == 0:
+        size //= 2
     stops = range(size, queries + 1, size)
     if queries != keys:
         # With a cache, or where others have the queries before these, a block may see any key.
