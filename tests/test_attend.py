@@ -85,6 +85,22 @@ def test_values_and_gradients_are_those_of_the_definition(
         )
 
 
+def test_long_rows_have_more_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that neither scores behind a block nor all those of a long row are in memory."""
+    for tokens, count in ((1024, 4), (2048, 8), (4096, 16)):
+        blocks = attend_in_blocks._blocks(tokens, tokens)
+        assert [block.stop for block in blocks] == [256 * (i + 1) for i in range(count)]
+        assert all(block.keys == block.stop for block in blocks)
+    rng = np.random.default_rng(0)
+    q = normal(rng, B, K, G, 128, C)
+    k, v = normal(rng, B, K, 128, C), normal(rng, B, K, 128, C)
+    scores = attend_in_blocks.Scores(0.4, None)
+    expected = plain(scores, q, k, v, None, None)
+    monkeypatch.setattr(attend_in_blocks, "LARGEST_BLOCK", 16)
+    found = attend_in_blocks._weighted_values(scores, q, k, v, None, None)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["full", "mlp", "products"])
 def test_each_kind_saves_what_it_says(kind: str) -> None:
     """As many numbers a token as `saved_per_token` counts, beside the input of each layer."""
