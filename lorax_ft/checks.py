@@ -10,6 +10,8 @@ import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from lorax_ft import regexes
+
 TYPE_NAMES = {
     int: "an integer",
     float: "a number",
@@ -86,16 +88,16 @@ def section_name(config: Any) -> str:
     return type(config).__name__.removesuffix("Config").lower()
 
 
-def compile_pattern(pattern: str, option: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str, option: str) -> Any:
     """Compile a regular expression that was given for `option`.
 
     Raises:
       ValueError: it is not a valid regular expression.
     """
     try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{option}: {pattern!r} is not a regular expression: {error}") from error
+        return regexes.compiled(pattern)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def parse_pattern(entry: str, field: str, number: type[int] | type[float]) -> tuple[str, float]:

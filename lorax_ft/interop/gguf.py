@@ -16,6 +16,7 @@ import numpy as np
 
 from lorax_ft.interop import gguf_qwen3_5
 from lorax_ft.interop.gguf_architectures import find_architecture, read_config
+from lorax_ft.interop.gguf_header import check_header
 from lorax_ft.interop.gguf_modules import ENDINGS, is_offset_norm, module_names
 from lorax_ft.interop.gguf_rope import FACTORS, LONG, SHORT
 from lorax_ft.interop.gguf_tokenizer import read_tokenizer
@@ -33,10 +34,13 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
     import gguf
 
     try:
+        check_header(file)
         reader = gguf.GGUFReader(file)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"{file} is not a readable GGUF file: {error}") from error
+    # The package checks little, and raises what NumPy and its enums do.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{file} is not a readable GGUF file: {reason}") from error
     try:
         parts = metadata.get("split.count", 1)
         if parts > 1:
@@ -48,6 +52,9 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
         raise ValueError(f"{file} lacks {error} in its metadata") from error
     except ValueError as error:
         raise ValueError(f"{file} {error}") from error
+    # A key may hold a value of any type, and the Rust library of tokenizers raises Exception.
+    except Exception as error:
+        raise ValueError(f"{file} has metadata of the wrong type: {error}") from error
     decoder = decoder_config(config, source=str(file))
     _check_rotated(decoder, config, file)
     # llama.cpp's converter permutes q and k head by head, so undoing it needs the head counts.
