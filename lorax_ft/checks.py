@@ -48,7 +48,7 @@ def check_positive(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         check(
-            math.isfinite(value) and value > 0,
+            0 < value < math.inf,
             f"{section_name(config)}.{field} is {value}; it must be above 0 and finite",
         )
 
@@ -113,7 +113,7 @@ def parse_pattern(entry: str, field: str, number: type[int] | type[float]) -> tu
     except ValueError:
         parsed = math.nan
     check(
-        bool(pattern) and math.isfinite(parsed) and parsed > 0,
+        bool(pattern) and 0 < parsed < math.inf,
         f'adapter.{field}: {entry!r} is not of the form "pattern=value" with a value above 0',
     )
     compile_pattern(pattern, f"adapter.{field}")

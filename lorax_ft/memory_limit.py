@@ -6,7 +6,6 @@ Linux only: other systems do not heed the limit, and there is none.
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from pathlib import Path
 _STATM = Path("/proc/self/statm")
 _lock = threading.Lock()
 _inside = 0
-_before = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+_before = (-1, -1)
+"""The limits of the process, soft and hard, before the first caller set one."""
 
 
 @contextlib.contextmanager
@@ -36,6 +36,8 @@ def memory_limit(extra: int) -> Iterator[None]:
 
 
 def _enter(extra: int) -> None:
+    import resource  # Windows has none
+
     global _inside, _before
     with _lock:
         _inside += 1
@@ -50,6 +52,8 @@ def _enter(extra: int) -> None:
 
 
 def _leave() -> None:
+    import resource
+
     global _inside
     with _lock:
         _inside -= 1

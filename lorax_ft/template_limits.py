@@ -30,7 +30,8 @@ def template_limits(template: str) -> Iterator[None]:
       MemoryError: it takes more than 2 GB.
     """
     check_template(template)
-    with time_limit(SECONDS), memory_limit(MEMORY):
+    # The limit of time ends first: its error must not come while the limit of memory is lifted.
+    with memory_limit(MEMORY), time_limit(SECONDS):
         yield
 
 

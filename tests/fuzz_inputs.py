@@ -40,7 +40,7 @@ ROWS = [
 ]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 NASTY: list[Any] = [
-    *(None, True, False, -1, 0, 1, 2, 7, 255, 2**31, 2**63, 2**64, 10**100, -(2**63), 0.5, 1e308),
+    *(None, True, False, -1, 0, 1, 2, 7, 255, 2**31, 2**63, 2**64, 10**400, -(2**63), 0.5, 1e308),
     *(float("nan"), float("inf"), float("-inf"), "", "x", "é" * 3000, "\ud800", "\x00", "nan"),
     *("../../../etc/passwd", "/etc/passwd", "/dev/zero", "(a+)+$", "(", "llama", "auto", "[PAD]"),
     *([], {}, [[]], [None], [1, 2, 3], ["q_proj", 5], {"a": 1}, {"": {}}, [{}] * 50),
@@ -316,9 +316,9 @@ class Readers:
         find_damage(self._json(draws, area, "checkpoint", "checksums.json"))
 
     def read_saved_dataset(self, draws: random.Random, area: Path) -> None:
+        shutil.rmtree(area, ignore_errors=True)
         name = draws.choice(["state.json", "dataset_info.json"])
         self._rows(self._json(draws, area, "data/saved", name))
-        shutil.rmtree(area)
 
     def read_questions(self, draws: random.Random, area: Path) -> None:
         from lorax_ft.data.conversation import Conversation

@@ -12,7 +12,7 @@ from lorax_ft.models.config import DecoderConfig
 MOST_LAYERS = 4096
 MOST_MATRICES = 200_000
 """Experts of all layers. Kimi K2 has 23,040."""
-MOST_BYTES = 2**50
+MOST_BYTES = 2**46
 """Of the weights in float32. A model of a trillion parameters takes 2^42."""
 LARGEST = 2**40
 """Of any one size."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lorax_ft.interop import gguf_qwen3_5
+from lorax_ft.interop.config_sizes import MOST_LAYERS
 from lorax_ft.interop.gguf_architectures import find_architecture, read_config
 from lorax_ft.interop.gguf_header import check_header
 from lorax_ft.interop.gguf_modules import ENDINGS, is_offset_norm, module_names
@@ -45,6 +46,7 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
         parts = metadata.get("split.count", 1)
         if parts > 1:
             raise ValueError(f"is one of {parts} files; join them with llama-gguf-split --merge")
+        _check_blocks(metadata)
         data = {tensor.name: tensor.data for tensor in reader.tensors}
         config = read_config(metadata, data)
         tokenizer = read_tokenizer(metadata)
@@ -74,6 +76,13 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
             continue
         tensors.update(_lazy_tensors(tensor, decoder, permuted_heads, names))
     return config, tensors, tokenizer
+
+
+def _check_blocks(metadata: Mapping[str, Any]) -> None:
+    """Raise for a number of layers of which not even a list can be made."""
+    blocks = metadata[f"{metadata['general.architecture']}.block_count"]
+    if not isinstance(blocks, int) or not 0 < blocks <= MOST_LAYERS:
+        raise ValueError(f"has a block_count of {blocks!r}; supported are 1 to {MOST_LAYERS:,}")
 
 
 def _check_rotated(decoder: DecoderConfig, config: Mapping[str, Any], file: Path) -> None:

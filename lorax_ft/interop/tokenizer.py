@@ -37,9 +37,11 @@ def load_tokenizer(folder: str | Path) -> Any:
     check_files(Path(folder), ALL_FILES)
     try:
         # Where a tokenizer_config.json names code in the folder, it is neither run nor asked about.
-        return import_transformers().AutoTokenizer.from_pretrained(
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        _check_template(tokenizer.chat_template)
+        return tokenizer
     # transformers and tokenizers pass on whatever their parsers raise, a panic among it.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != PANIC:
@@ -48,6 +50,13 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise ValueError(
             f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {reason}"
         ) from error
+
+
+def _check_template(template: Any) -> None:
+    """Raise unless a chat template is a text, or are texts by name."""
+    texts = template.values() if isinstance(template, dict) else [template]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise ValueError(f"chat_template is {repr(template)[:80]}; it must be a text")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
