@@ -19,7 +19,7 @@ _IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 # Tokens of Hugging Face.
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 _NAMES = "token|key|api_key|password|signature"
-_IN_QUERY = re.compile(rf"(?<=[?&])((?:{_NAMES})=)[^&\s]+", re.IGNORECASE)
+_IN_QUERY = re.compile(rf"(?<=[?&])((?:{_NAMES})=)[^&\s,;]+", re.IGNORECASE)
 _SHORTEST = 6
 """Characters of a secret; a shorter value would hide parts of words."""
 

@@ -619,6 +619,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> fuzz_inputs.Readers:
     return fuzz_inputs.Readers(folder / "seeds")
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("target", fuzz_inputs.TARGETS)
 def test_drawn_damage(
     readers: fuzz_inputs.Readers, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
