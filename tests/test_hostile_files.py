@@ -72,8 +72,8 @@ def at_once() -> Iterator[None]:
         ({"vocab_size": 0}, "vocab_size 0"),
         ({"intermediate_size": -1}, "mlp_width -1"),
         ({"head_dim": -8}, "head_dim -8"),
-        ({"num_attention_heads": 0, "head_dim": 8}, "heads 0"),
-        ({"num_key_value_heads": 0}, "kv_heads 0"),
+        ({"num_attention_heads": 0, "head_dim": 8}, "num_attention_heads 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0"),
         ({"rms_norm_eps": float("nan")}, "norm_eps"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}}, "theta inf"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta 0.0"),
@@ -307,11 +307,11 @@ def test_a_tokenizer_that_panics_or_hangs(length: int, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="the tokenizer failed on a text: retry-limit"):
         run_tokenizer(panics, "a" * length)
 
-    def interrupted(text: str, **options: Any) -> Any:
-        raise KeyError("x")
+    def compares(text: str, **options: Any) -> Any:
+        return [] < 3  # type: ignore[operator]
 
-    with pytest.raises(KeyError):
-        run_tokenizer(interrupted, "a" * length)
+    with pytest.raises(ValueError, match="failed on a text: '<' not supported"):
+        run_tokenizer(compares, "a" * length)
     if length > encoding.SHORT:
         monkeypatch.setattr(encoding, "SECONDS", -0.9)
         with pytest.raises(ValueError, match="did not finish 20,000 characters"):
@@ -392,7 +392,7 @@ def test_the_limit_of_memory_ends() -> None:
 
 def test_expressions_that_take_forever(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(regexes, "SECONDS", 0.3)
-    slow = "(x+x+)+y"
+    slow = "((x|xx)+(?:y|z))"
     with pytest.raises(ValueError, match="did not finish within 0.3 seconds on 'xxx"):
         matches(slow, "x" * 60)
     with pytest.raises(ValueError, match="did not finish"):

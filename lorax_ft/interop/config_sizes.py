@@ -17,6 +17,8 @@ MOST_BYTES = 2**46
 LARGEST = 2**40
 """Of any one size."""
 # transformers makes a list of that length, or asks for this many names, whatever the model is.
+DIVISORS = ("num_attention_heads", "num_key_value_heads")
+"""What transformers divides by."""
 COUNTS = ("num_hidden_layers", "num_labels", "num_kv_shared_layers")
 
 
@@ -28,6 +30,9 @@ def check_counts(hf_config: Mapping[str, Any], source: str) -> None:
     """
     parts = [hf_config, *(part for part in hf_config.values() if isinstance(part, dict))]
     for part in parts:
+        for key in DIVISORS:
+            if part.get(key) == 0:
+                raise ValueError(f"{source}: its config.json has {key} 0; it must be above 0")
         for key in COUNTS:
             value = part.get(key)
             if isinstance(value, int | float) and not -1 <= value <= MOST_LAYERS:

@@ -18,7 +18,7 @@ def run_tokenizer(tokenizer: Any, texts: str | Sequence[str], **options: Any) ->
     """`tokenizer(texts, **options)` of transformers, in a bounded time.
 
     Raises:
-      ValueError: the tokenizer panics, or does not finish.
+      ValueError: the tokenizer fails, or does not finish.
     """
 
     def call() -> Any:
@@ -60,12 +60,13 @@ def _within(call: Callable[[], Any], seconds: float, size: int) -> Any:
 
 
 def _without_panic(call: Callable[[], Any]) -> Any:
-    """What `call` returns, with a panic of the Rust library as a ValueError."""
+    """What `call` returns; any error as a ValueError, also a panic of the Rust library."""
     try:
         return call()
-    # Its exception is no Exception, and its class cannot be imported.
+    # transformers uses the values of tokenizer_config.json as they are, whatever their types. A
+    # panic is no Exception, and its class cannot be imported.
     except BaseException as error:
-        if type(error).__name__ != PANIC:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
-        reason = str(error).partition("\n")[0][:200]
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise ValueError(f"the tokenizer failed on a text: {reason}") from error
