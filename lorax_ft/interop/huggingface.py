@@ -118,7 +118,7 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
         raise ValueError(f"{source}: its config.json has no model_type; it describes no model")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"{source} has the architecture {model_type!r}; supported: {', '.join(FAMILIES)}"
+            f"{source} has the architecture {repr(model_type)[:80]}; supported: {', '.join(FAMILIES)}"
         )
     check_counts(hf_config, source)
     family = FAMILIES[model_type]
@@ -136,7 +136,7 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
         fields = describe_common(config)
         fields |= family.describe(config)
     except Exception as error:  # transformers validates with exceptions of several types
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]  # it may repeat a value of the file
         raise ValueError(f"{source}: its config.json has {reason}") from error
     decoder = DecoderConfig(**fields, **computing)
     check_sizes(decoder, source)
