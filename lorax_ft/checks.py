@@ -10,6 +10,8 @@ import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from lorax_ft import regexes
+
 TYPE_NAMES = {
     int: "an integer",
     float: "a number",
@@ -46,7 +48,7 @@ def check_positive(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         check(
-            math.isfinite(value) and value > 0,
+            0 < value < math.inf,
             f"{section_name(config)}.{field} is {value}; it must be above 0 and finite",
         )
 
@@ -86,16 +88,16 @@ def section_name(config: Any) -> str:
     return type(config).__name__.removesuffix("Config").lower()
 
 
-def compile_pattern(pattern: str, option: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str, option: str) -> Any:
     """Compile a regular expression that was given for `option`.
 
     Raises:
       ValueError: it is not a valid regular expression.
     """
     try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{option}: {pattern!r} is not a regular expression: {error}") from error
+        return regexes.compiled(pattern)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def parse_pattern(entry: str, field: str, number: type[int] | type[float]) -> tuple[str, float]:
@@ -111,7 +113,7 @@ def parse_pattern(entry: str, field: str, number: type[int] | type[float]) -> tu
     except ValueError:
         parsed = math.nan
     check(
-        bool(pattern) and math.isfinite(parsed) and parsed > 0,
+        bool(pattern) and 0 < parsed < math.inf,
         f'adapter.{field}: {entry!r} is not of the form "pattern=value" with a value above 0',
     )
     compile_pattern(pattern, f"adapter.{field}")

@@ -18,6 +18,7 @@ import tyro
 
 from lorax_ft.config import Config, load_config
 from lorax_ft.options import advice, check_given_once, flag_with_value, wrong_value
+from lorax_ft.secrets import redacted
 
 Args = TypeVar("Args")
 RunArgs = TypeVar("RunArgs", bound=Config)
@@ -143,7 +144,7 @@ def _sections(config: Config) -> dict[str, Any]:
 
 def _show_warning(message: Warning | str, *place: object, **options: object) -> None:
     """Print a warning in one line, without the line of code that it comes from."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(redacted(f"warning: {message}"), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -163,7 +164,7 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("LORAX_FT_DEBUG"):
             raise
         sys.stdout.flush()  # else the error could appear before what was printed earlier
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(redacted(f"error: {_one_line(error)}"), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         # Of JAX, which is not imported here.

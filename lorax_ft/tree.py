@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from flax import traverse_util
 
+from lorax_ft import regexes
+
 Shape = tuple[int, ...]
 Tree = dict[str, Any]
 Layer = dict[str, Any]
@@ -137,6 +139,6 @@ def with_layer_numbers(path: str) -> str:
 def first_match(rules: Iterable[tuple[str, T]], path: str) -> T | None:
     """The value of the first (regular expression, value) rule that matches the whole path."""
     for pattern, value in rules:
-        if re.fullmatch(pattern, path):
+        if regexes.fullmatch(pattern, path):
             return value
     return None

@@ -16,7 +16,7 @@ from lorax_ft.data import fields as fields_module
 from lorax_ft.data import formats, shapes
 from lorax_ft.data.conversation import Conversation, Message, PlainText
 from lorax_ft.data.formats import Defaults, split_answer, to_example
-from lorax_ft.data.readers import Row
+from lorax_ft.data.rows import Row
 from lorax_ft.data.shapes import detect_shape, fitting_shape
 
 CONVERSATION = [user("1 + 1?"), assistant("2")]

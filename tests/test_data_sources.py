@@ -14,7 +14,7 @@ import pytest
 from data_cases import assistant, user, write
 
 from lorax_ft.data import readers, sources
-from lorax_ft.data.readers import Row
+from lorax_ft.data.rows import Row
 from lorax_ft.data.sources import Source, has_split, parse_sources, read_rows
 from lorax_ft.interop.bucket import output_path
 

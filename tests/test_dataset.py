@@ -22,7 +22,7 @@ from lorax_ft.data.chat import Encoder
 from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
 from lorax_ft.data.formats import split_answer
-from lorax_ft.data.readers import Row
+from lorax_ft.data.rows import Row
 from lorax_ft.data.sources import read_rows
 
 TOOL = {"type": "function", "function": {"name": "add"}}

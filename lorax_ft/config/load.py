@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorax_ft.checks import check
 from lorax_ft.config.run import Config
+from lorax_ft.files import read_text
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -75,6 +76,6 @@ def _locate(path: Path) -> Path:
 
 def _from_json(path: Path) -> Config:
     try:
-        return Config.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, AttributeError, TypeError) as error:  # of other JSON
+        return Config.from_json(read_text(path))
+    except ValueError as error:
         raise ValueError(f"{path} is not the config of a run: {error}") from error

@@ -11,7 +11,9 @@ from lorax_ft.config.adapter import AdapterConfig
 from lorax_ft.config.data import DataConfig
 from lorax_ft.config.model import MeshConfig, ModelConfig, QuantConfig
 from lorax_ft.config.training import EvalConfig, OptimConfig, TrainConfig
+from lorax_ft.files import parse_json
 from lorax_ft.schema import INITS
+from lorax_ft.secrets import redacted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._check_secrets()
         self._check_push()
         if isinstance(self.data.max_length, int):
             self.mesh.check_length(self.data.max_length)
@@ -44,6 +47,19 @@ class Config:
             f"quant.rounds is {quant.rounds}, which has no effect here; "
             "set quant.format nf4 and adapter.init pissa or loftq, without adapter.keep_base",
         )
+
+    def _check_secrets(self) -> None:
+        """Raise for a token or a password in an option, which config.json would show to others."""
+        for section in dataclasses.fields(self):
+            for name, value in vars(getattr(self, section.name)).items():
+                texts = value if isinstance(value, tuple) else (value,)
+                for text in texts:
+                    if isinstance(text, str) and redacted(text) != text:
+                        raise ValueError(
+                            f"{section.name}.{name} is {redacted(text)!r}, with a password or a "
+                            "token, which the run's config.json would show; leave it out and give "
+                            "it in the environment, such as HF_TOKEN"
+                        )
 
     def _check_push(self) -> None:
         adapter = self.adapter
@@ -73,11 +89,14 @@ class Config:
         for field in dataclasses.fields(Config):
             section_types[field.name] = field.default_factory
         sections: dict[str, Any] = {}
-        for name, values in json.loads(text).items():
+        content = parse_json(text, "the config")
+        check(isinstance(content, dict), "the config is not a JSON object")
+        for name, values in content.items():
             check(
                 name in section_types,
                 f"unknown section {name!r} of the config; known: {', '.join(section_types)}",
             )
+            check(isinstance(values, dict), f"section {name!r} of the config is not an object")
             for key, value in values.items():
                 if isinstance(value, list):  # JSON has no tuples
                     values[key] = tuple(value)

@@ -25,6 +25,7 @@ from lorax_ft.data.located import LossOn, ReasoningLoss, Turn
 from lorax_ft.data.marks import Span
 from lorax_ft.data.masks import TurnFinder
 from lorax_ft.data.template import Tokenizer, check_tokenizer
+from lorax_ft.interop.encoding import run_tokenizer
 
 LONGEST_EXAMPLE = 4_000_000
 """Characters of an example, about a million tokens. Tokenizing takes 400 bytes for each."""
@@ -122,7 +123,7 @@ def encode_prompt(
     check_tokenizer(tokenizer)
     text = TurnFinder(tokenizer).prompt(as_conversation(conversation), where=where)
     # The template writes the special tokens, the beginning-of-sequence token included.
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    encoded = run_tokenizer(tokenizer, text, add_special_tokens=False)
     return np.asarray(encoded["input_ids"], np.int32)
 
 
@@ -283,13 +284,11 @@ def _tokenize(texts: Sequence[_Text], tokenizer: Tokenizer) -> Iterator[Sample]:
     """Tokenizes examples, which are all conversations or all plain text."""
     for special_tokens, group in itertools.groupby(texts, key=lambda text: text.special_tokens):
         group_texts = list(group)
-        # Without verbose=False, transformers warns about every text that is longer than the
-        # model's context; those are truncated later.
-        encoded = tokenizer(
+        encoded = run_tokenizer(
+            tokenizer,
             [text.text for text in group_texts],
             add_special_tokens=special_tokens,
             return_offsets_mapping=True,
-            verbose=False,
         )
         columns = zip(encoded["input_ids"], encoded["offset_mapping"], group_texts, strict=True)
         for ids, offsets, text in columns:

@@ -13,7 +13,7 @@ from lorax_ft.config import DataConfig
 from lorax_ft.data.bad_rows import BadRows
 from lorax_ft.data.chat import Tokenizer
 from lorax_ft.data.examples import NumberedRows, Seen, examples_of, numbered_rows
-from lorax_ft.data.readers import Row
+from lorax_ft.data.rows import Row
 from lorax_ft.data.sources import has_split, parse_sources
 from lorax_ft.data.splits import Split, make_split, read_split, row_length
 

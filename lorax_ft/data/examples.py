@@ -12,7 +12,7 @@ from lorax_ft.config import DataConfig
 from lorax_ft.data.bad_rows import STOP, BadRows
 from lorax_ft.data.conversation import Conversation, Example, PlainText
 from lorax_ft.data.formats import Defaults, to_example
-from lorax_ft.data.readers import Row
+from lorax_ft.data.rows import Row
 from lorax_ft.data.shapes import Shape, detect_shape, fitting_shape
 from lorax_ft.data.sources import read_rows
 from lorax_ft.data.tools import read_tools

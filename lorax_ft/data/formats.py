@@ -9,7 +9,7 @@ from typing import Any
 
 from lorax_ft.data.conversation import Conversation, Example, Message, PlainText
 from lorax_ft.data.fields import Fields, check_text, parse_json, parse_renames, type_name
-from lorax_ft.data.readers import Row
+from lorax_ft.data.rows import Row
 from lorax_ft.data.shapes import LETTERS, SYNONYMS, Shape
 from lorax_ft.data.tools import document_list, tool_schemas
 from lorax_ft.data.turns import is_blank, to_message

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorax_ft.data.fields import list_names
-from lorax_ft.data.readers import Row
+from lorax_ft.data.rows import Row
 
 # What columns of prompts and answers are called, alone or as parts of a name.
 QUESTION_WORDS = ("question", "prompt", "instruction", "query", "problem", "input", "user", "human")

@@ -1,43 +1,36 @@
 """Reads the rows of single files, compressed or not, one after the other.
 
-A file is never held in memory as a whole, except one that is a single JSON list.
+A file is never held in memory as a whole, however far it is compressed.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
-import dataclasses
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from lorax_ft.data import json_list
 from lorax_ft.data.bad_rows import STOP, BadRows
+from lorax_ft.data.parquet import read_parquet
+from lorax_ft.data.rows import LONGEST_ROW, Row, first_line
+from lorax_ft.files import check_regular
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """File types, in the order in which a folder is searched for them."""
 COMPRESSED = (".gz", ".zst")
 """Suffixes that may follow those of text files."""
-LONGEST_ROW = 32_000_000
-"""Bytes of a row of JSON Lines; a longer one is not read into memory."""
-# A text column may hold whole documents; csv's own limit is 131,072 characters.
-_CSV_FIELD_LIMIT = 2**31 - 1
+# Bytes of a JSON list that are read at a time.
+_CHUNK = 1 << 20
 # What spreadsheets write in place of commas.
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row of a dataset."""
-
-    fields: dict[str, Any]
-    """The row's values by field name."""
-    where: str
-    """The place it came from, such as "train.jsonl, line 12"."""
 
 
 def file_type(path: str) -> str | None:
@@ -73,7 +66,7 @@ def read_file(path: str, *, bad: BadRows = STOP) -> Iterator[Row]:
         case ".csv":
             return _read_csv(path, bad)
         case ".parquet":
-            return _read_parquet(path)
+            return read_parquet(path)
     hint = ""
     if Path(path).suffix.lower() in (".txt", ".md"):
         hint = '; write each text as a line {"text": "..."} of a .jsonl file'
@@ -81,26 +74,6 @@ def read_file(path: str, *, bad: BadRows = STOP) -> Iterator[Row]:
         f"{path} has an unsupported file type; supported: {', '.join(SUFFIXES)} (text files also "
         f"with .gz or .zst), folders saved by datasets.save_to_disk, or a Hub id{hint}"
     )
-
-
-def without_nulls(value: Any) -> Any:
-    """Removes the null fields of objects, at any depth.
-
-    Arrow gives the objects of a column all fields that any of them has, with nulls.
-    """
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message: one line is all that a user should see."""
-    for line in str(error).splitlines():
-        if line.strip():
-            return line.strip()
-    return type(error).__name__
 
 
 def _read_jsonl(path: str, bad: BadRows) -> Iterator[Row]:
@@ -138,30 +111,69 @@ def _json_row(line: bytes, path: str, number: int) -> Row | None:
 
 def _read_json(path: str, bad: BadRows) -> Iterator[Row]:
     """Yields the rows of a file that is one JSON list of objects, or has one object per line."""
-    data = b"".join(line for _, line in _lines(path))
-    try:
-        values = json.loads(_decode(data, path))
-    except json.JSONDecodeError as error:
-        # Python reports a second object after the first as "Extra data". Many files with one object
-        # per line have this suffix.
-        if error.msg == "Extra data":
-            yield from _read_jsonl(path, bad)
+    if _first_character(path) != b"[":
+        yield from _read_no_list(path, bad)
+        return
+    values = json_list.items(_chunks(path), longest=LONGEST_ROW)
+    number = 0
+    while True:
+        number += 1
+        try:
+            value = next(values, _END)
+        except json_list.BadListError as error:
+            raise ValueError(f"{path}, line {error.line}: {error}") from error
+        if value is _END:
             return
-        raise ValueError(f"{path}, line {error.lineno}: {_json_problem(error)}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: {_json_problem(error)}") from error
-    if not isinstance(values, list):
-        raise ValueError(
-            f"{path}: contains one {type(values).__name__}, not a list of objects; "
-            "put the rows into a list, or one object a line"
-        )
-    for number, value in enumerate(values, 1):
         try:
             row = _object_row(value, f"{path}, item {number}")
         except ValueError as error:
             bad.met(error)
             continue
         yield row
+
+
+_END = object()
+
+
+def _read_no_list(path: str, bad: BadRows) -> Iterator[Row]:
+    """Yields the rows of a .json file with one object per line, as many have."""
+    data = b"".join(itertools.islice(_chunks(path), LONGEST_ROW // _CHUNK + 1))
+    try:
+        value = json.loads(_decode(data, path)) if len(data) <= LONGEST_ROW else None
+    except json.JSONDecodeError as error:
+        # Python reports a second object after the first as "Extra data".
+        if error.msg != "Extra data":
+            raise ValueError(f"{path}, line {error.lineno}: {_json_problem(error)}") from error
+        value = None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {_json_problem(error)}") from error
+    if value is not None:
+        raise ValueError(
+            f"{path}: contains one {type(value).__name__}, not a list of objects; "
+            "put the rows into a list, or one object a line"
+        )
+    yield from _read_jsonl(path, bad)
+
+
+def _first_character(path: str) -> bytes:
+    """The first character of a file, without a byte order mark and spaces; b"" of an empty one."""
+    for chunk in _chunks(path):
+        text = chunk.removeprefix(codecs.BOM_UTF8).lstrip()
+        if text:
+            return text[:1]
+    return b""
+
+
+def _chunks(path: str) -> Iterator[bytes]:
+    """Yields a file, decompressed, in pieces."""
+    with _open(path) as file:
+        try:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"{path} cannot be read: {first_line(error)}; the file is damaged or incomplete"
+            ) from error
 
 
 def _read_csv(path: str, bad: BadRows) -> Iterator[Row]:
@@ -172,10 +184,13 @@ def _read_csv(path: str, bad: BadRows) -> Iterator[Row]:
     """
     header: list[str] = []
     first_line_number = 1  # where the row starts; quoted fields may contain line breaks
-    usual_limit = csv.field_size_limit(_CSV_FIELD_LIMIT)
+    # csv has its own limit of 131,072 characters; a column may hold whole documents.
+    usual_limit = csv.field_size_limit(LONGEST_ROW)
+    lines = _RowLines(path)
     try:
-        reader = csv.reader(_text_lines(path), strict=True)
+        reader = csv.reader(lines, strict=True)
         for values in reader:
+            lines.start_row()
             where = f"{path}, line {first_line_number}"
             first_line_number = reader.line_num + 1
             if not header:
@@ -203,28 +218,6 @@ def _check_header(header: Sequence[str], where: str) -> None:
     if repeated:
         # The row is a dict, so one of two columns with the same name would be lost.
         raise ValueError(f"{where}: the header repeats {', '.join(sorted(repeated))}")
-
-
-def _read_parquet(path: str) -> Iterator[Row]:
-    # Imported only when needed: the import is slow, and most runs read JSON Lines.
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield table_row(fields, path, number)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
-
-
-def table_row(fields: dict[str, Any], path: str, number: int) -> Row:
-    """Returns a row of an Arrow table."""
-    cleaned = {name: without_nulls(value) for name, value in fields.items()}
-    return Row(fields=cleaned, where=f"{path}, row {number}")
 
 
 def _object_row(value: Any, where: str) -> Row:
@@ -262,9 +255,32 @@ def _starts_of_lines(file: IO[bytes], longest: int) -> Iterator[bytes]:
         yield line
 
 
+class _RowLines:
+    """The lines of a CSV file, which raise where one row takes too many of them."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lines = _text_lines(path)
+        self._size = 0
+
+    def start_row(self) -> None:
+        """Counts anew, as the next line belongs to another row."""
+        self._size = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._size += len(line)
+        if self._size > LONGEST_ROW:
+            raise ValueError(f"{self._path}: a row has more than {LONGEST_ROW:,} characters")
+        return line
+
+
 def _text_lines(path: str) -> Iterator[str]:
     """Yields the lines of a text file with their ends, as `csv` wants them."""
-    for number, line in _lines(path):
+    for number, line in _lines(path, longest=LONGEST_ROW):
         text = _decode(line, f"{path}, line {number}")
         # newline="" keeps the ends of lines, and splits at the "\r" of old Mac files.
         yield from io.StringIO(text, newline="")
@@ -273,6 +289,7 @@ def _text_lines(path: str) -> Iterator[str]:
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[IO[bytes]]:
     """Opens a file for reading bytes, decompressed."""
+    check_regular(path)
     suffix = Path(path).suffix.lower()
     if suffix == ".gz":
         with gzip.open(path, "rb") as file:

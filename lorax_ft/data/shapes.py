@@ -7,7 +7,7 @@ from typing import Literal
 
 from lorax_ft.data.fields import Fields, parse_renames
 from lorax_ft.data.mistakes import refuse_label, refuse_preference, unknown_shape
-from lorax_ft.data.readers import Row
+from lorax_ft.data.rows import Row
 
 Shape = Literal[
     "messages",

@@ -18,15 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorax_ft.data.bad_rows import STOP, BadRows
-from lorax_ft.data.readers import (
-    COMPRESSED,
-    SUFFIXES,
-    Row,
-    file_type,
-    first_line,
-    read_file,
-    table_row,
-)
+from lorax_ft.data.readers import COMPRESSED, SUFFIXES, file_type, read_file
+from lorax_ft.data.rows import Row, first_line, table_row
+from lorax_ft.files import check_regular, read_json, within
 
 # What `datasets.save_to_disk` writes into the folder of a Dataset and of a DatasetDict.
 _SAVED = "state.json"
@@ -199,6 +193,7 @@ def _read_saved(folder: Path) -> Iterator[Row]:
     # Imported only when needed: the import is slow, and most runs read JSON Lines.
     import datasets
 
+    _check_saved(folder)
     try:
         with _quiet_datasets():
             table = datasets.load_from_disk(str(folder))
@@ -208,6 +203,16 @@ def _read_saved(folder: Path) -> Iterator[Row]:
             f"{folder} cannot be read as a saved dataset: {first_line(_root_cause(error))}"
         ) from error
     yield from _table_rows(table, str(folder))
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise where a saved dataset names a file outside of its folder, or one that is no file."""
+    state = read_json(within(folder, _SAVED))
+    files = state.get("_data_files")
+    for entry in files if isinstance(files, list) else ():
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if isinstance(name, str):
+            check_regular(within(folder, name))
 
 
 def _read_hub(path: str, split: str, revision: str | None) -> Iterator[Row]:

@@ -14,12 +14,10 @@ from typing import Any, cast
 
 from lorax_ft.data.conversation import Conversation, Message
 from lorax_ft.data.marks import Span
-from lorax_ft.time_limit import time_limit
+from lorax_ft.template_limits import MEMORY, SECONDS, template_limits
 
 Tokenizer = Any
 """A transformers tokenizer. The type is not named, so that importing this module stays cheap."""
-# A conversation is rendered in well under a millisecond. A template that takes this long loops.
-SECONDS = 10.0
 # Characters of one rendered conversation. Some templates repeat text without an end.
 LONGEST_TEXT = 64_000_000
 # How transformers finds out that a template marks what the assistant generates.
@@ -110,7 +108,7 @@ def render(
     messages = [_in_form(message, form) for message in conversation.messages]
     marked = marks_generation(template)
     try:
-        with time_limit(SECONDS):
+        with template_limits(template):
             # transformers annotates its return type as str.
             texts, generated = cast(Any, render_jinja_template)(
                 conversations=[messages],
@@ -139,6 +137,11 @@ def _rejection(error: Exception, where: str) -> ValueError:
         return ValueError(
             f"{where}: the chat template did not finish within {SECONDS:g} seconds; "
             "it may loop forever: use another chat template"
+        )
+    if isinstance(error, MemoryError):
+        return ValueError(
+            f"{where}: the chat template took more than {MEMORY / 1e9:g} GB of memory; "
+            "it may repeat text without an end: use another chat template"
         )
     return ValueError(f"{where}: the chat template rejects this conversation: {_first_line(error)}")
 

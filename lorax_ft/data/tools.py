@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from lorax_ft.data.fields import parse_json, type_name
+from lorax_ft.files import read_text
 
 _FIELDS_OF_CALL = ("function", "name", "arguments", "parameters")
 _CALL_EXAMPLE = '{"name": "f", "arguments": {"x": 1}}'
@@ -144,7 +144,7 @@ def read_tools(file: str, option: str) -> list[dict[str, Any]] | None:
       ValueError: the file cannot be read, or a tool has another form.
     """
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        value = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{option}: {file} cannot be read as JSON: {error}") from error
     return tool_schemas(value, option, file)

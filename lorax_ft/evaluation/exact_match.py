@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from lorax_ft import regexes
 from lorax_ft.data.conversation import Conversation, Message, as_conversation
 from lorax_ft.data.formats import split_answer
 from lorax_ft.inference.texts import answer
@@ -150,7 +151,8 @@ def extract(text: str, *, pattern: str | None) -> str | None:
         return text.strip()
     found = None
     # A model may write the answer's marker several times while it reasons; the last match counts.
-    for match in _compile(pattern).finditer(text):
+    _check_pattern(pattern)
+    for match in regexes.finditer(pattern, text):
         # A group in an unused alternative is None, as in "(a)|b".
         if match[1] is not None:
             found = match[1].strip()
@@ -181,13 +183,11 @@ def extract_references(references: Sequence[str], *, pattern: str | None) -> lis
     return extracted
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _check_pattern(pattern: str) -> None:
+    """Raise unless a pattern is a regular expression with a group."""
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"the answer pattern {pattern!r} is not a regular expression: {error}"
-        ) from error
+        compiled = regexes.compiled(pattern)
+    except ValueError as error:
+        raise ValueError(f"the answer pattern {error}") from error
     if not compiled.groups:
         raise ValueError(f"the answer pattern {pattern!r} has no group to take the answer from")
-    return compiled

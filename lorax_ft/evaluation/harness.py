@@ -24,9 +24,11 @@ from lorax_ft.evaluation.likelihood import TokenScores, token_scores
 from lorax_ft.evaluation.next_token import BATCH_TOKENS, next_tokens
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.inference.texts import stream_texts
+from lorax_ft.interop.encoding import run_tokenizer
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft
 from lorax_ft.models.model import LoadedModel
+from lorax_ft.template_limits import template_limits
 from lorax_ft.tree import Tree
 
 MAX_GEN_TOKS = 256
@@ -129,19 +131,20 @@ class LoraxLM(TemplateLM):
             options["add_special_tokens"] = add_special_tokens
         elif bos and string.startswith(bos):
             options["add_special_tokens"] = False
-        ids: list[int] = self.tokenizer.encode(string, **options)
+        ids: list[int] = run_tokenizer(self.tokenizer, string, **options)["input_ids"]
         return ids
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The messages in the model's chat template."""
-        text: str = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        with template_limits(str(self.tokenizer.get_chat_template())):
+            text: str = self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
         return text
 
     def loglikelihood(

@@ -13,6 +13,7 @@ from lorax_ft.data.shapes import LETTERS
 from lorax_ft.evaluation.benchmark import Benchmark
 from lorax_ft.evaluation.next_token import BATCH_TOKENS, next_tokens
 from lorax_ft.evaluation.prompts import PROMPTS, PromptFormat, PromptStyle, prompts_of
+from lorax_ft.interop.encoding import run_tokenizer
 from lorax_ft.models.model import Model
 from lorax_ft.tree import Tree
 
@@ -205,7 +206,7 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
     """Token ids without special tokens."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = run_tokenizer(tokenizer, text, add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -213,7 +214,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], *, chat: bool) -> list[np.nd
     """The token ids of prompts, with the special tokens that the tokenizer starts a text with."""
     if chat:
         return [encode_prompt([{"role": "user", "content": text}], tokenizer) for text in texts]
-    rows = tokenizer(list(texts), verbose=False)["input_ids"]
+    rows = run_tokenizer(tokenizer, list(texts))["input_ids"]
     encoded = []
     for row in rows:
         # T5's tokenizer, for one, ends each text, and nothing would follow.

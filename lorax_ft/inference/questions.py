@@ -108,7 +108,7 @@ def _fields(line: str, place: str, *, is_json: bool) -> dict[str, Any] | None:
     """Returns the JSON object of a line; None if the line is a question."""
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         # A question may start with a brace; this is a conversation that was cut off.
         if is_json or re.match(r'\{\s*"messages"', line):
             raise ValueError(f"{place} is not JSON: {error}") from error

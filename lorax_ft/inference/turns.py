@@ -112,7 +112,7 @@ def thinking_variable(template: str | Mapping[str, str] | None) -> str | None:
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         parsed = environment.parse(text)
-    except jinja2.TemplateSyntaxError:
+    except (jinja2.TemplateSyntaxError, RecursionError):
         return None
     variables = jinja2.meta.find_undeclared_variables(parsed)
     for name in _SWITCHES:
@@ -153,7 +153,7 @@ def _tool_calls(content: str) -> list[dict[str, Any]]:
     for written in _TAGGED_CALL.findall(content):
         try:
             call = json.loads(written)
-        except ValueError:  # the model made a mistake; the text stays
+        except (ValueError, RecursionError):  # the model made a mistake; the text stays
             return []
         name = call.get("name")
         arguments = call.get("arguments", {})

@@ -235,7 +235,15 @@ def _read_state(text: np.ndarray, *, where: str) -> dict[str, Any]:
         shape = [int(size) for size in state["shape"]]
         if "nested_blocksize" in state:
             float(state["nested_offset"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    # RecursionError: of nested lists; OverflowError: of infinite sizes.
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{where}: its {STATE} is damaged ({reason})") from error
     supported = {

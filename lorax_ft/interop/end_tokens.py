@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from lorax_ft.time_limit import time_limit
+from lorax_ft.template_limits import template_limits
 
 # Texts that no template contains, and that templates neither split nor trim.
 QUESTION, ANSWER = "question-6f1c", "answer-2b9e"
-# A template that takes longer loops.
-_SECONDS = 10.0
 
 
 def ids_that_stop(tokenizer: Any, *configs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -23,14 +21,17 @@ def ids_that_stop(tokenizer: Any, *configs: Mapping[str, Any]) -> tuple[int, ...
     Args:
       tokenizer: a transformers tokenizer, or None.
       configs: a checkpoint's config.json and generation_config.json.
+
+    Raises:
+      ValueError: an eos_token_id is no integer.
     """
     ids: set[int | None] = set()
     for config in configs:
         eos = config.get("eos_token_id")
-        if isinstance(eos, list | tuple):
-            ids.update(eos)
-        else:
-            ids.add(eos)
+        listed = eos if isinstance(eos, list | tuple) else [eos]
+        if not all(isinstance(i, int | None) for i in listed):
+            raise ValueError(f"eos_token_id is {eos!r}; it must be a token id or a list of them")
+        ids.update(listed)
     if tokenizer is not None:
         ids.add(tokenizer.eos_token_id)
         end = end_of_turn(tokenizer)
@@ -99,7 +100,7 @@ def _render(tokenizer: Any, template_args: Mapping[str, Any], as_parts: bool) ->
             content = [{"type": "text", "text": text}]
         messages.append({"role": role, "content": content})
     try:
-        with time_limit(_SECONDS):
+        with template_limits(str(tokenizer.get_chat_template())):
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=False, **template_args
             )

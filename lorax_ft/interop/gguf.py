@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from lorax_ft.interop import gguf_qwen3_5
+from lorax_ft.interop.config_sizes import MOST_LAYERS
 from lorax_ft.interop.gguf_architectures import find_architecture, read_config
+from lorax_ft.interop.gguf_header import check_header
 from lorax_ft.interop.gguf_modules import ENDINGS, is_offset_norm, module_names
 from lorax_ft.interop.gguf_rope import FACTORS, LONG, SHORT
 from lorax_ft.interop.gguf_tokenizer import read_tokenizer
@@ -33,14 +35,18 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
     import gguf
 
     try:
+        check_header(file)
         reader = gguf.GGUFReader(file)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"{file} is not a readable GGUF file: {error}") from error
+    # The package checks little, and raises what NumPy and its enums do.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{file} is not a readable GGUF file: {reason}") from error
     try:
         parts = metadata.get("split.count", 1)
         if parts > 1:
             raise ValueError(f"is one of {parts} files; join them with llama-gguf-split --merge")
+        _check_blocks(metadata)
         data = {tensor.name: tensor.data for tensor in reader.tensors}
         config = read_config(metadata, data)
         tokenizer = read_tokenizer(metadata)
@@ -48,6 +54,9 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
         raise ValueError(f"{file} lacks {error} in its metadata") from error
     except ValueError as error:
         raise ValueError(f"{file} {error}") from error
+    # A key may hold a value of any type, and the Rust library of tokenizers raises Exception.
+    except Exception as error:
+        raise ValueError(f"{file} has metadata of the wrong type: {error}") from error
     decoder = decoder_config(config, source=str(file))
     _check_rotated(decoder, config, file)
     # llama.cpp's converter permutes q and k head by head, so undoing it needs the head counts.
@@ -67,6 +76,13 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors, Any]:
             continue
         tensors.update(_lazy_tensors(tensor, decoder, permuted_heads, names))
     return config, tensors, tokenizer
+
+
+def _check_blocks(metadata: Mapping[str, Any]) -> None:
+    """Raise for a number of layers of which not even a list can be made."""
+    blocks = metadata[f"{metadata['general.architecture']}.block_count"]
+    if not isinstance(blocks, int) or not 0 < blocks <= MOST_LAYERS:
+        raise ValueError(f"has a block_count of {blocks!r}; supported are 1 to {MOST_LAYERS:,}")
 
 
 def _check_rotated(decoder: DecoderConfig, config: Mapping[str, Any], file: Path) -> None:

@@ -27,6 +27,8 @@ USER_DEFINED = 4
 UNUSED = 5
 BYTE = 6
 WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)  # found in texts before BPE, and never made by merges
+LONGEST_TOKEN = 4096
+"""Characters of a token whose merges are looked for, at all of its places."""
 SPACE = "▁"  # stands for a space in SentencePiece's tokens
 
 
@@ -252,6 +254,8 @@ def _merges(vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[st
     # SentencePiece's files have no merges: a score decides, and of equal scores the lower id.
     ranked = []
     for token, i in vocabulary.items():
+        if len(token) > LONGEST_TOKEN:
+            raise ValueError(f"has a token of {len(token):,} characters")
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in vocabulary and right in vocabulary:

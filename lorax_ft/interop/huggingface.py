@@ -8,14 +8,15 @@ is `layers/{i}/mlp/up_proj/kernel`.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lorax_ft.files import read_json, within
 from lorax_ft.interop.bitsandbytes import assemble_nf4, check_quantization_config
+from lorax_ft.interop.config_sizes import check_counts, check_sizes
 from lorax_ft.interop.families import FAMILIES
 from lorax_ft.interop.families.family import describe_common, rotating_whole_heads, without_ignored
 from lorax_ft.interop.lazy_tensor import (
@@ -55,7 +56,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
             f"{folder} holds an adapter, not a model; give its base model, and the adapter with "
             "--adapter.continue_from to train it, with --adapter to use it, or with load_peft"
         )
-    config = text_config(read_json(folder / "config.json"))
+    config = text_config(read_json(within(folder, "config.json")))
     quantization = config.pop("quantization_config", None)
     # Before the weights: an unsupported architecture is the more useful error than a missing file.
     decoder_config(config, source=str(folder))
@@ -80,8 +81,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
 def _shards(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's tensors."""
     if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = folder / INDEX
+        return [within(folder, WEIGHTS)]
+    index = within(folder, INDEX)
     if not index.is_file():
         raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read")
     weight_map = read_json(index).get("weight_map")
@@ -91,7 +92,7 @@ def _shards(folder: Path) -> list[Path]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise ValueError(f"{index} maps {name} to {shard!r}, which is not a file name")
-        shards.add(folder / shard)
+        shards.add(within(folder, shard))
     return sorted(shards)
 
 
@@ -117,8 +118,9 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
         raise ValueError(f"{source}: its config.json has no model_type; it describes no model")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"{source} has the architecture {model_type!r}; supported: {', '.join(FAMILIES)}"
+            f"{source} has the architecture {repr(model_type)[:80]}; supported: {', '.join(FAMILIES)}"
         )
+    check_counts(hf_config, source)
     family = FAMILIES[model_type]
     try:
         # A deep copy, because from_dict may change nested values in place.
@@ -134,15 +136,16 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
         fields = describe_common(config)
         fields |= family.describe(config)
     except Exception as error:  # transformers validates with exceptions of several types
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]  # it may repeat a value of the file
         raise ValueError(f"{source}: its config.json has {reason}") from error
-    layers, heads, kv_heads = fields["layers"], fields["heads"], fields["kv_heads"]
-    if heads % kv_heads or layers < 1:
+    decoder = DecoderConfig(**fields, **computing)
+    check_sizes(decoder, source)
+    if decoder.heads % decoder.kv_heads:
         raise ValueError(
-            f"{source}: its config.json has {layers} layers, {heads} heads and "
-            f"{kv_heads} key/value heads, which do not fit"
+            f"{source}: its config.json has {decoder.layers} layers, {decoder.heads} heads and "
+            f"{decoder.kv_heads} key/value heads, which do not fit"
         )
-    return DecoderConfig(**fields, **computing)
+    return decoder
 
 
 def hf_names(path: str, shape: Shape, names: Names) -> Iterator[tuple[str, Any]]:
@@ -227,20 +230,3 @@ def stacks_experts(hf_config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint of this family holds the experts of a layer in one tensor."""
     family = FAMILIES.get(str(hf_config.get("model_type")))
     return family is not None and family.stacks_experts
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads the object in a JSON file.
-
-    Raises:
-      ValueError: the file is missing or malformed, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{file.parent} holds no {file.name}") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
-    return content

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from lorax_ft.files import check_regular
 from lorax_ft.tree import Shape
 
 # safetensors' name -> NumPy dtype.
@@ -61,6 +62,7 @@ def lazy_tensors(file: Path, *, dtypes: Mapping[str, Any] = FLOATS) -> dict[str,
 def _map_file(file: Path) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
     """Returns the header's entry for each tensor, and the bytes that its offsets point into."""
     try:
+        check_regular(file)
         # safetensors validates the header, but its reader copies every tensor, so the file is
         # mapped here: the header's length in 8 bytes, the header in JSON, then the data.
         with safetensors.safe_open(file, framework="numpy") as handle:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from lorax_ft.config import ModelConfig, QuantConfig
+from lorax_ft.files import read_json, within
 from lorax_ft.interop.bitsandbytes import NF4Tensor
 from lorax_ft.interop.expert_stacks import split_experts
 from lorax_ft.interop.gguf import read_gguf
@@ -21,7 +22,6 @@ from lorax_ft.interop.huggingface import (
     decoder_config,
     family_names,
     read_folder,
-    read_json,
     stacks_experts,
 )
 from lorax_ft.interop.lazy_tensor import Index, Read, Tensors
@@ -170,11 +170,10 @@ def _read(location: Path) -> tuple[dict[str, Any], Tensors, Any]:
 
 
 def _generation_config(location: Path) -> dict[str, Any]:
-    file = location / "generation_config.json"
     # Many checkpoints have none, and a .gguf file never does.
-    if not file.is_file():
+    if location.suffix == ".gguf" or not (location / "generation_config.json").is_file():
         return {}
-    return read_json(file)
+    return read_json(within(location, "generation_config.json"))
 
 
 def _quantization(quant: QuantConfig | None, tensors: Tensors, source: str) -> QuantConfig:

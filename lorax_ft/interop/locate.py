@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorax_ft.files import read_json, within
 from lorax_ft.interop.gguf import read_gguf
-from lorax_ft.interop.huggingface import read_json
 from lorax_ft.interop.text_part import text_config
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
@@ -102,7 +102,7 @@ def read_model_config(path: str | Path, *, revision: str | None = None) -> dict[
     if location.suffix == ".gguf":
         hf_config, _, _ = read_gguf(location)
         return hf_config
-    hf_config = text_config(read_json(location / "config.json"))
+    hf_config = text_config(read_json(within(location, "config.json")))
     # The weights are planned as they are computed with, not as they are stored.
     hf_config.pop("quantization_config", None)
     return hf_config

@@ -16,12 +16,20 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax_ft.config import AdapterConfig
+from lorax_ft.files import read_json, within
 from lorax_ft.interop.folder import new_folder
-from lorax_ft.interop.huggingface import read_json, stacks_experts
+from lorax_ft.interop.huggingface import stacks_experts
 from lorax_ft.interop.lazy_tensor import lazy_tensors
 from lorax_ft.interop.model_card import adapter_card, write_card
 from lorax_ft.interop.peft_collect import collect_adapters, differ
-from lorax_ft.interop.peft_config import BIN, CONFIG, WEIGHTS, is_fused, without_tensors
+from lorax_ft.interop.peft_config import (
+    BIN,
+    CONFIG,
+    WEIGHTS,
+    check_fields,
+    is_fused,
+    without_tensors,
+)
 from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
 from lorax_ft.interop.peft_folder import folder_contents
 from lorax_ft.interop.peft_layers import stacked_leaves, with_own_weight
@@ -183,7 +191,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     in_run = folder / "adapter"
     if (in_run / CONFIG).is_file() and not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is the output folder of a run; its adapter is in {in_run}")
-    config = read_json(folder / CONFIG)
+    config = read_json(within(folder, CONFIG))
+    within(folder, WEIGHTS)
+    check_fields(config, folder)
     method_of_config(config, folder).check_config(config, folder)
     return config
 

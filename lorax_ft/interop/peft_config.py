@@ -10,9 +10,30 @@ from typing import Any
 
 import numpy as np
 
+from lorax_ft import regexes
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BIN = "adapter_model.bin"  # what PEFT wrote before version 0.7
+MOST_RANK = 2**20
+LARGEST = 1e30
+TEXTS = ("base_model_name_or_path", "bias", "peft_type", "revision", "task_type")
+"""Fields that hold a text or null."""
+NAMES = ("modules_to_save", "layers_pattern", "target_modules")
+"""Fields that hold a text, a list of texts or null."""
+
+
+def check_fields(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise where a field that every type of adapter has is of the wrong type.
+
+    Raises:
+      ValueError: with the field and its value.
+    """
+    valid = {name: isinstance(config.get(name), str | None) for name in TEXTS}
+    for name in NAMES:
+        value = config.get(name)
+        valid[name] = isinstance(value, str | None) or _is_name_list(value)
+    _check(valid, config, folder)
 
 
 def without_tensors(
@@ -54,7 +75,7 @@ def without_tensors(
 def is_excluded(name: str, excluded: str | Iterable[str] | None) -> bool:
     """Whether `exclude_modules`, a regular expression or names, leave out the module."""
     if isinstance(excluded, str):
-        return bool(excluded) and re.fullmatch(excluded, name) is not None
+        return bool(excluded) and regexes.fullmatch(excluded, name)
     return is_target(name, excluded)
 
 
@@ -127,7 +148,7 @@ def check_values(config: Mapping[str, Any], folder: Path) -> None:
     """Raise where a field of a LoRA config that changes numbers has a value of the wrong type."""
     rank = config.get("r")
     valid = {
-        "r": _is_positive(rank) and isinstance(rank, int),
+        "r": _is_positive(rank) and isinstance(rank, int) and rank <= MOST_RANK,
         "lora_alpha": _is_positive(config.get("lora_alpha")),
     }
     for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
@@ -141,16 +162,22 @@ def check_values(config: Mapping[str, Any], folder: Path) -> None:
     valid["target_parameters"] = _is_name_list(parameters)
     excluded = config.get("exclude_modules") or []
     valid["exclude_modules"] = _is_pattern(excluded) or _is_name_list(excluded)
+    _check(valid, config, folder)
+
+
+def _check(valid: Mapping[str, bool], config: Mapping[str, Any], folder: Path) -> None:
+    """Raise for the first field that is not valid."""
     for name, is_valid in valid.items():
         if not is_valid:
-            value = config.get(name)
-            raise ValueError(f"{folder / CONFIG}: {name} is {value!r}, which is not a valid value")
+            value = repr(config.get(name))[:80]
+            raise ValueError(f"{folder / CONFIG}: {name} is {value}, which is not a valid value")
 
 
 def _is_positive(value: Any) -> bool:
     """Whether a value is a number above 0; bools are ints in Python."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
+    # float32 holds no larger ones, and Python converts no larger integers.
+    return is_number and 0 < value < LARGEST
 
 
 def _is_name_list(names: Any) -> bool:
@@ -163,8 +190,8 @@ def _is_pattern(pattern: Any) -> bool:
     if not isinstance(pattern, str):
         return False
     try:
-        re.compile(pattern)
-    except re.error:
+        regexes.compiled(pattern)
+    except ValueError:
         return False
     return True
 
@@ -185,6 +212,6 @@ def _matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> 
         return default
     for pattern, value in patterns.items():
         # The pattern may leave out the first parts of the name, but not a part of one.
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if regexes.fullmatch(rf"(.*\.)?({pattern})", module):
             return value
     return default

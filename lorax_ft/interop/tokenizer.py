@@ -8,6 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lorax_ft.interop.encoding import PANIC
+from lorax_ft.interop.tokenizer_check import check_files
+
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 ALL_FILES = (
     *FILES,
@@ -31,15 +34,29 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     if not any((Path(folder) / name).is_file() for name in FILES):
         return None
+    check_files(Path(folder), ALL_FILES)
     try:
-        return import_transformers().AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True
+        # Where a tokenizer_config.json names code in the folder, it is neither run nor asked about.
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers and tokenizers pass on whatever their parsers raise
+        _check_template(tokenizer.chat_template)
+        return tokenizer
+    # transformers and tokenizers pass on whatever their parsers raise, a panic among it.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {reason}"
         ) from error
+
+
+def _check_template(template: Any) -> None:
+    """Raise unless a chat template is a text, or are texts by name."""
+    texts = template.values() if isinstance(template, dict) else [template]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise ValueError(f"chat_template is {repr(template)[:80]}; it must be a text")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from lorax_ft import regexes
 from lorax_ft.lowrank.spec import LayerSpec
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ def matches(pattern: str, path: str) -> bool:
     """
     parts = path.split("/")
     for name in (path, path.replace("/", ".")):
-        if re.fullmatch(pattern, name):
+        if regexes.fullmatch(pattern, name):
             return True
     for start in range(len(parts)):
         suffix = "/".join(parts[start:])

@@ -29,7 +29,7 @@ def find_damage(folder: Path) -> str:
         expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {CHECKSUMS}"
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"its {CHECKSUMS} cannot be read"
     files = _files(folder)
     if not isinstance(expected, dict) or not expected:

@@ -14,6 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from lorax_ft.config import Config
+from lorax_ft.files import read_text
 from lorax_ft.interop.bucket import check_bucket, delete, is_remote, output_path
 from lorax_ft.run.checkpoints import FOLDER as CHECKPOINTS
 from lorax_ft.run.checkpoints import Checkpoints, warn_of_damage
@@ -95,7 +96,7 @@ def check_folder(config: Config) -> Start:
             f"{folder} already holds a run; leave train.resume at auto to go on with it, or use "
             "--train.overwrite or another --train.output"
         )
-    previous = Config.from_json((folder / CONFIG).read_text())
+    previous = Config.from_json(_read_config(folder / CONFIG))
     check_same_run(config, previous)
     has_result = any((folder / name).is_dir() for name in ("adapter", "model"))
     if has_result and (folder / FINISHED).is_file() and _ends_alike(config, previous):
@@ -225,10 +226,17 @@ def _check_inputs_outside(folder: Path, config: Config) -> None:
 def _is_run(file: Path) -> bool:
     """Whether a config.json was written by a run: a model's folder holds a config.json too."""
     try:
-        Config.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, AttributeError):  # AttributeError: JSON, but not an object
+        Config.from_json(_read_config(file))
+    except (OSError, ValueError):
         return False
     return True
+
+
+def _read_config(file: Path) -> str:
+    """The text of a run's config.json, on a disk or a bucket."""
+    if is_remote(file):
+        return file.read_text(encoding="utf-8")
+    return read_text(file)
 
 
 def is_empty(folder: Path) -> bool:

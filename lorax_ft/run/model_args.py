@@ -13,6 +13,7 @@ from lorax_ft.checks import check, parse_template_args
 from lorax_ft.config import Config, ModelConfig, QuantConfig
 from lorax_ft.data.conversation import Conversation, Message
 from lorax_ft.data.tools import read_tools
+from lorax_ft.files import read_text
 from lorax_ft.inference.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -178,8 +179,8 @@ def _locate_run(
     """The config and the adapter of a run."""
     config_file = check_contains(run, "run", "config.json") / "config.json"
     try:
-        config = Config.from_json(config_file.read_text(encoding="utf-8"))
-    except (ValueError, AttributeError) as error:
+        config = Config.from_json(read_text(config_file))
+    except ValueError as error:
         # Checkpoints of transformers have a config.json, too.
         raise ValueError(
             f"{config_file} is not the config of a training run; if {run} is a model, use "

@@ -5,13 +5,13 @@ Letters: I inputs, O outputs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lorax_ft import regexes
 from lorax_ft.interop.peft_config import CONFIG, shortened
 from lorax_ft.interop.peft_methods.method import Matrices, Matrix, PeftMethod
 
@@ -56,12 +56,9 @@ def check_ia3_config(config: Mapping[str, Any], folder: Path) -> None:
         )
     if isinstance(patterns, str):
         try:
-            re.compile(patterns)
-        except re.error as error:
-            raise ValueError(
-                f"{folder / CONFIG}: feedforward_modules {patterns!r} is not a regular expression: "
-                f"{error}"
-            ) from error
+            regexes.compiled(patterns)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: feedforward_modules: {error}") from error
 
 
 def complete_ia3(
@@ -100,5 +97,5 @@ IA3 = PeftMethod(
 def _matches_any(patterns: Any, module: str) -> bool:
     """Whether PEFT's patterns, a list of names and suffixes or a regular expression, match."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, module) is not None
+        return regexes.fullmatch(patterns, module)
     return any(module.endswith(pattern) for pattern in patterns or ())

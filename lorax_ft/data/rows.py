@@ -1,0 +1,45 @@
+"""A row of a dataset, and the place it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+LONGEST_ROW = 32_000_000
+"""Bytes of a row; a longer one is not read into memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a dataset."""
+
+    fields: dict[str, Any]
+    """The row's values by field name."""
+    where: str
+    """The place it came from, such as "train.jsonl, line 12"."""
+
+
+def table_row(fields: dict[str, Any], path: str, number: int) -> Row:
+    """Returns a row of an Arrow table."""
+    cleaned = {name: without_nulls(value) for name, value in fields.items()}
+    return Row(fields=cleaned, where=f"{path}, row {number}")
+
+
+def without_nulls(value: Any) -> Any:
+    """Removes the null fields of objects, at any depth.
+
+    Arrow gives the objects of a column all fields that any of them has, with nulls.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message: one line is all that a user should see."""
+    for line in str(error).splitlines():
+        if line.strip():
+            return line.strip()
+    return type(error).__name__

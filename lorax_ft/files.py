@@ -1,0 +1,123 @@
+"""Opens files that came with a folder from somebody else: a model, an adapter, a saved dataset.
+
+Such a file may be anything: a pipe that never ends, a link to another place on this machine, or
+JSON without an end. What is refused here is refused before it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path, PurePath
+from typing import Any
+
+LONGEST_JSON = 64_000_000
+"""Bytes of a JSON file that is read as a whole; the largest index of a known model has 9 MB."""
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def within(folder: str | Path, name: str) -> Path:
+    """The file of this name in a folder. It need not exist.
+
+    A link may lead to another file of the folder, or of its repository in the cache of the hub,
+    where `snapshots/<commit>/config.json` is a link to `../../blobs/<hash>`.
+
+    Raises:
+      ValueError: the name, or a link of that name, leads out of the folder.
+    """
+    place = PurePath(name)
+    if place.is_absolute() or ".." in place.parts:
+        raise ValueError(f"{folder} names the file {name!r}, which is outside of it")
+    file = Path(folder, name)
+    try:
+        target = file.resolve()
+        home = _home(Path(folder).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a zero byte
+        raise ValueError(f"{folder}: {name!r} cannot be opened: {error}") from error
+    if not target.is_relative_to(home):
+        raise ValueError(
+            f"{file} is a link to {target}, which is outside of its folder; put a copy there"
+        )
+    return file
+
+
+def check_regular(file: str | Path) -> None:
+    """Raise unless a path is that of a file, after following links.
+
+    Raises:
+      FileNotFoundError: there is nothing.
+      ValueError: it is a folder, a pipe, a socket or a device.
+    """
+    mode = os.stat(file).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{file} is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file")
+
+
+def read_text(file: str | Path, *, longest: int = LONGEST_JSON) -> str:
+    """The text of a small UTF-8 file, with or without a byte order mark.
+
+    Raises:
+      FileNotFoundError: there is nothing.
+      ValueError: it is no file, is not UTF-8, or has more than `longest` bytes.
+    """
+    check_regular(file)
+    with open(file, "rb") as opened:
+        data = opened.read(longest + 1)
+    if len(data) > longest:
+        raise ValueError(f"{file} has more than {longest:,} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a small JSON file.
+
+    Raises:
+      ValueError: the file is missing or malformed, or holds something else.
+    """
+    try:
+        text = read_text(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file.parent} holds no {file.name}") from error
+    content = parse_json(text, str(file))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of JSON text; `where` is for errors.
+
+    Raises:
+      ValueError: it is malformed, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is not valid JSON: nested too deeply") from error
+
+
+def _home(folder: Path) -> Path:
+    """The folder that links in `folder` may lead to: itself, or its repository in the hub's cache.
+
+    >>> _home(Path("/c/hub/models--a--b/snapshots/12ab")).name
+    'models--a--b'
+    >>> _home(Path("/models/llama")).name
+    'llama'
+    """
+    for parent in folder.parents:
+        is_repository = parent.name.startswith(("models--", "datasets--"))
+        if is_repository and folder.is_relative_to(parent / "snapshots"):
+            return parent
+    return folder
