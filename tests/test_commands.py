@@ -92,7 +92,7 @@ def test_configs_by_name_and_of_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
         ("none.json", None, "no config file none.json"),
         ("c.toml", "", "neither a .py file with get_config"),
         ("c.json", "[1]", "c.json is not the config of a run"),
-        ("c.json", "{", "c.json is not the config of a run: Expecting"),
+        ("c.json", "{", "c.json is not the config of a run: the config is not valid JSON"),
         ("c.json", '{"adapter": 3}', "c.json is not the config of a run"),
         ("c.json", '{"adapter": {"rnak": 3}}', "c.json is not the config of a run: .*rnak"),
     ],
