@@ -91,7 +91,9 @@ def _shards(folder: Path) -> list[Path]:
     shards = set()
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise ValueError(f"{index} maps {name} to {shard!r}, which is not a file name")
+            raise ValueError(
+                f"{index} maps {name[:80]} to {repr(shard)[:80]}, which is not a file name"
+            )
         shards.add(within(folder, shard))
     return sorted(shards)
 
