@@ -36,7 +36,7 @@ def check_types(config: Any) -> None:
             continue
         # The top-level Config has no section name of its own.
         option = f"{section_name(config)}.{field}".removeprefix(".")
-        message = f"{option} is {value!r}; it must be {_describe(annotation)}"
+        message = f"{option} is {repr(value)[:200]}; it must be {_describe(annotation)}"
         matches = difflib.get_close_matches(str(value), _literals(annotation), n=1)
         if matches:
             message += f"; did you mean {matches[0]!r}?"

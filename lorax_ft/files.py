@@ -34,13 +34,15 @@ def within(folder: str | Path, name: str) -> Path:
     """
     place = PurePath(name)
     if place.is_absolute() or ".." in place.parts:
-        raise ValueError(f"{folder} names the file {name!r}, which is outside of it")
+        raise ValueError(f"{folder} names the file {name[:200]!r}, which is outside of it")
     file = Path(folder, name)
     try:
         target = file.resolve()
         home = _home(Path(folder).resolve())
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a zero byte
-        raise ValueError(f"{folder}: {name!r} cannot be opened: {error}") from error
+        raise ValueError(
+            f"{folder}: {name[:200]!r} cannot be opened: {str(error)[:200]}"
+        ) from error
     if not target.is_relative_to(home):
         raise ValueError(
             f"{file} is a link to {target}, which is outside of its folder; put a copy there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import random
@@ -144,7 +145,7 @@ def changed_json(data: bytes, draws: random.Random) -> bytes:
 
 def _changed_value(value: Any, draws: random.Random) -> Any:
     if not isinstance(value, dict | list) or not value or draws.random() < 0.1:
-        return draws.choice(NASTY)
+        return copy.deepcopy(draws.choice(NASTY))
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     key = draws.choice(keys)
     chance = draws.random()

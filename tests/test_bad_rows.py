@@ -156,14 +156,17 @@ def test_the_list_of_bad_rows(tmp_path: Path) -> None:
 
 
 def test_one_long_line_of_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A JSON list is often a single line: only rows of JSON Lines have the limit."""
+    """A JSON list is often a single line: the limit is one of rows, here its items."""
     monkeypatch.setattr(readers, "LONGEST_ROW", 100)
     items = tmp_path / "a.json"
     items.write_text(json.dumps([{"question": f"{i}?", "answer": str(i)} for i in range(50)]))
     assert load(items, bad_rows="stop").train.count == 50
     csv = tmp_path / "a.csv"
+    csv.write_text("question,answer\n" + 50 * "1,1\n")
+    assert load(csv, bad_rows="stop").train.count == 50
     csv.write_text(f"question,answer\n{'1' * 200},1\n")
-    assert load(csv, bad_rows="stop").train.count == 1
+    with pytest.raises(ValueError, match="a row has more than 100 characters"):
+        load(csv, bad_rows="stop")
 
 
 @pytest.mark.parametrize(

@@ -166,13 +166,16 @@ def _first_character(path: str) -> bytes:
 
 def _chunks(path: str) -> Iterator[bytes]:
     """Yields a file, decompressed, in pieces."""
+    lines = 0
     with _open(path) as file:
         try:
             while chunk := file.read(_CHUNK):
+                lines += chunk.count(b"\n")
                 yield chunk
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(
-                f"{path} cannot be read: {first_line(error)}; the file is damaged or incomplete"
+                f"{path} cannot be read after line {lines}: {first_line(error)}; "
+                "the file is damaged or incomplete"
             ) from error
 
 

@@ -207,8 +207,10 @@ def _read_saved(folder: Path) -> Iterator[Row]:
 
 def _check_saved(folder: Path) -> None:
     """Raise where a saved dataset names a file outside of its folder, or one that is no file."""
-    state = read_json(within(folder, _SAVED))
-    files = state.get("_data_files")
+    try:
+        files = read_json(within(folder, _SAVED)).get("_data_files")
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be read as a saved dataset: {error}") from error
     for entry in files if isinstance(files, list) else ():
         name = entry.get("filename") if isinstance(entry, dict) else None
         if isinstance(name, str):

@@ -91,7 +91,9 @@ def _shards(folder: Path) -> list[Path]:
     shards = set()
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise ValueError(f"{index} maps {name} to {shard!r}, which is not a file name")
+            raise ValueError(
+                f"{index} maps {name[:80]} to {repr(shard)[:80]}, which is not a file name"
+            )
         shards.add(within(folder, shard))
     return sorted(shards)
 
@@ -117,8 +119,9 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
     if model_type is None:
         raise ValueError(f"{source}: its config.json has no model_type; it describes no model")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
         raise ValueError(
-            f"{source} has the architecture {repr(model_type)[:80]}; supported: {', '.join(FAMILIES)}"
+            f"{source} has the architecture {repr(model_type)[:80]}; supported: {known}"
         )
     check_counts(hf_config, source)
     family = FAMILIES[model_type]
