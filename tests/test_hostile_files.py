@@ -158,7 +158,7 @@ def test_an_index_names_files_of_its_folder_only(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="which is outside of it"):
             read_folder(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "link.safetensors"}}))
-    with pytest.raises(ValueError, match="is a link to .* outside of its folder; put a copy"):
+    with pytest.raises(ValueError, match=r"is a link to .* outside of its folder; put a copy"):
         read_folder(folder)
 
 
@@ -393,7 +393,7 @@ def test_the_limit_of_memory_ends() -> None:
 def test_expressions_that_take_forever(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(regexes, "SECONDS", 0.3)
     slow = "((x|xx)+(?:y|z))"
-    with pytest.raises(ValueError, match="did not finish within 0.3 seconds on 'xxx"):
+    with pytest.raises(ValueError, match=r"did not finish within 0.3 seconds on 'xxx"):
         matches(slow, "x" * 60)
     with pytest.raises(ValueError, match="did not finish"):
         extract("x" * 5000, pattern=slow)
@@ -546,7 +546,7 @@ def test_a_dataset_with_a_script_is_not_run(tmp_path: Path, monkeypatch: Any) ->
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for path in ("data", "data/data.py"):
-        with pytest.raises(ValueError, match="contains none of|unsupported file type"):
+        with pytest.raises(ValueError, match=r"contains none of|unsupported file type"):
             list(read_rows([path]))
     assert not (tmp_path / "ran").exists()
 
@@ -581,7 +581,7 @@ def test_a_bomb_of_parquet(tmp_path: Path) -> None:
 
     table = pyarrow.table({"text": ["a" * 80_000_000]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
-    with pytest.raises(ValueError, match="the column text has 80,0.* bytes, compressed to"):
+    with pytest.raises(ValueError, match=r"the column text has 80,0.* bytes, compressed to"):
         list(read_rows([str(tmp_path / "a.parquet")]))
 
 
