@@ -128,6 +128,7 @@ def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise ConnectionError("Couldn't reach the Hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     write(tmp_path / "train.jsonl", "{}")
     (tmp_path / "bare").mkdir()
     (tmp_path / "other").mkdir()
@@ -158,6 +159,7 @@ def test_hub_ids_name_a_subset_and_a_split(monkeypatch: pytest.MonkeyPatch) -> N
         return [{"q": "a"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     rows = list(read_rows(("openai/gsm8k:main",), split="test", revision="abc"))
     assert calls == [(("openai/gsm8k", "main"), {"split": "test", "revision": "abc"})]
     assert rows == [Row(fields={"q": "a"}, where="openai/gsm8k:main, row 1")]
