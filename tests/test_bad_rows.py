@@ -64,6 +64,33 @@ def test_a_bad_row(kind: str, tmp_path: Path) -> None:
     assert re.search(place, data.bad_rows.problems[0])
 
 
+def test_copies_are_counted_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([GOOD, talk("hi", "no"), GOOD, GOOD]))
+    train = load(path).train
+    assert (train.count, train.copies, len(train.rows)) == (4, 2, 4)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_texts_of_any_script_stay_as_they_are(suffix: str, tmp_path: Path) -> None:
+    """Right to left, with marks of direction; emoji of several characters; a byte order mark."""
+    question, answer = "\u202bשלום \u202a1+1?", "👩🏽\u200d🚀 \ufeffمرحبا\u2028"
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".jsonl":
+        row = json.dumps({"question": question, "answer": answer}, ensure_ascii=False)
+        path.write_text(row, encoding="utf-8-sig")
+    elif suffix == ".csv":
+        path.write_text(f'question,answer\n"{question}","{answer}"\n', encoding="utf-8-sig")
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        table = pyarrow.table({"question": [question], "answer": [answer]})
+        pyarrow.parquet.write_table(table, path)
+    (row_read,) = readers.read_file(str(path))
+    assert row_read.fields == {"question": question, "answer": answer}
+
+
 def test_other_files(tmp_path: Path) -> None:
     csv = tmp_path / "a.csv"
     csv.write_text("question,answer\n1?,1\n2?\n3?,3\n")

@@ -111,6 +111,16 @@ def test_bytes_that_are_not_text_name_the_line(tmp_path: Path) -> None:
             list(read_rows((str(path),)))
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_another_encoding_is_named(suffix: str, encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text('{"q": 1}\n{"q": 2}\n', encoding=encoding)
+    expected = f"not UTF-8 text .*; it is {encoding.upper()}; save the file as UTF-8"
+    with pytest.raises(ValueError, match=expected):
+        list(read_rows((str(path),)))
+
+
 def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data").mkdir()
@@ -128,6 +138,7 @@ def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise ConnectionError("Couldn't reach the Hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     write(tmp_path / "train.jsonl", "{}")
     (tmp_path / "bare").mkdir()
     (tmp_path / "other").mkdir()
@@ -158,6 +169,7 @@ def test_hub_ids_name_a_subset_and_a_split(monkeypatch: pytest.MonkeyPatch) -> N
         return [{"q": "a"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     rows = list(read_rows(("openai/gsm8k:main",), split="test", revision="abc"))
     assert calls == [(("openai/gsm8k", "main"), {"split": "test", "revision": "abc"})]
     assert rows == [Row(fields={"q": "a"}, where="openai/gsm8k:main, row 1")]

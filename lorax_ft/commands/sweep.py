@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 from lorax_ft import cli
 from lorax_ft.config import Config
@@ -34,6 +35,11 @@ class Args(Config):
 def main() -> None:
     """Reads the config file, then the options, then sweeps."""
     with cli.one_line_errors():
+        if "--multihost" in sys.argv:
+            raise ValueError(
+                "--multihost: a sweep runs in one process; start it on one host without it, or "
+                "train its points as runs with train --multihost"
+            )
         args, config = cli.parse_run(Args)
         # JAX takes seconds to import: --help and errors in the options should not wait for it.
         from lorax_ft.sweep.run import sweep

@@ -30,6 +30,8 @@ class Seen:
     """The number of each example's set."""
     documents: array[int] = dataclasses.field(default_factory=lambda: array("b"))
     """Whether each example is a text without a prompt."""
+    hashes: array[int] = dataclasses.field(default_factory=lambda: array("q"))
+    """A hash of 64 bits of each example, by which copies are counted."""
     empty: int = 0
     """Texts that are empty."""
     unused: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -84,6 +86,7 @@ def examples_of(
             continue
         seen.sets.append(number)
         seen.documents.append(isinstance(example, PlainText) and not example.prompt)
+        seen.hashes.append(hash(repr(example)))
         if isinstance(example, Conversation):
             seen.fields.update(optional_fields(example))
         if seen.examples is not None:

@@ -315,10 +315,22 @@ def _decode(data: bytes, where: str) -> str:
         if ", line" not in where:
             line = data.count(b"\n", 0, error.start) + 1
             where = f"{where}, line {line}"
+        hint = _encoding_hint(data)
         raise ValueError(
-            f"{where}: not UTF-8 text ({error.reason} at byte {error.start + 1}); "
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start + 1}){hint}; "
             "save the file as UTF-8"
         ) from error
+
+
+def _encoding_hint(data: bytes) -> str:
+    """What another encoding a file has, by the mark at its start."""
+    # That of UTF-32 begins with that of UTF-16.
+    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+    marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+    for mark, name in marks.items():
+        if data.startswith(mark):
+            return f"; it is {name}"
+    return ""
 
 
 def _json_problem(error: Exception) -> str:

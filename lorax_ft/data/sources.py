@@ -21,6 +21,7 @@ from lorax_ft.data.bad_rows import STOP, BadRows
 from lorax_ft.data.readers import COMPRESSED, SUFFIXES, file_type, read_file
 from lorax_ft.data.rows import Row, first_line, table_row
 from lorax_ft.files import check_regular, read_json, within
+from lorax_ft.offline import hub_or_cache
 
 # What `datasets.save_to_disk` writes into the folder of a Dataset and of a DatasetDict.
 _SAVED = "state.json"
@@ -221,14 +222,18 @@ def _read_hub(path: str, split: str, revision: str | None) -> Iterator[Row]:
     import datasets
 
     name, _, subset = path.partition(":")
+    unreachable = ""
     try:
-        with _quiet_datasets():
+        with (
+            _quiet_datasets(),
+            hub_or_cache(name, repo_type="dataset", revision=revision) as unreachable,
+        ):
             table = datasets.load_dataset(name, subset or None, split=split, revision=revision)
     # Whether the network, the Hub or the dataset's own files fail, there are no rows to read.
     except Exception as error:
         raise ValueError(
             f"{path}: there is no such file, and loading split {split!r} of a Hub dataset with "
-            f"that name failed: {first_line(error)}"
+            f"that name failed: {unreachable or first_line(error)}"
         ) from error
     yield from _table_rows(table, path)
 

@@ -45,6 +45,8 @@ class Split:
     """How the rows of several sets are mixed."""
     count: int
     """Examples that were read, including dropped ones."""
+    copies: int
+    """Examples that are exactly equal to an earlier one; they are trained on as any other."""
     cut: int
     """Examples truncated to `max_length`."""
     dropped: int
@@ -160,6 +162,7 @@ def make_split(
         rows=store_rows(samples, made),
         sets=tuple(sets),
         count=count,
+        copies=len(seen.hashes) - len(np.unique(np.frombuffer(seen.hashes, np.int64))),
         cut=int((lengths[~documents] > max_length).sum()),
         dropped=count - len({piece.sample for piece in pieces}),
         usual_length=int(np.quantile(lengths, 0.95, method="higher")) if len(lengths) else 0,

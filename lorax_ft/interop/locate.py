@@ -10,6 +10,7 @@ from typing import Any
 from lorax_ft.files import read_json, within
 from lorax_ft.interop.gguf import read_gguf
 from lorax_ft.interop.text_part import text_config
+from lorax_ft.offline import hub_or_cache
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 # Second copies of the weights, in the formats of Mistral (consolidated) and Meta (original).
@@ -68,20 +69,23 @@ def _nearest(missing: Path) -> str:
 def _download(hub_id: str, revision: str | None, files: Sequence[str]) -> Path:
     import huggingface_hub
 
+    unreachable = ""
     try:
-        folder = huggingface_hub.snapshot_download(
-            hub_id,
-            revision=revision,
-            allow_patterns=list(files),
-            ignore_patterns=list(HUB_DUPLICATES),
-        )
+        with hub_or_cache(hub_id, repo_type="model", revision=revision) as unreachable:
+            folder = huggingface_hub.snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=list(files),
+                ignore_patterns=list(HUB_DUPLICATES),
+            )
     except Exception as error:  # no common type for connection, permission and unknown-id errors
         tried = f"the hub id {hub_id}"
         if revision:
             tried += f" at revision {revision}"
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
-            reason = "the hub cannot be reached and the model is not cached; give a local folder"
+            why = unreachable or "HF_HUB_OFFLINE is set; give a local folder"
+            reason = f"the model is not cached, and {why}"
         raise ValueError(
             f"no folder at {hub_id}, and {tried} failed: {type(error).__name__}: {reason}"
         ) from error

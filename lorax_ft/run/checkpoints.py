@@ -27,6 +27,7 @@ from lorax_ft.interop.bucket import is_remote
 from lorax_ft.run.checksums import find_damage, write_checksums
 from lorax_ft.run.fingerprint import check_same_inputs
 from lorax_ft.run.standing import Standing
+from lorax_ft.run.write_errors import write_errors
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree
 
@@ -301,7 +302,7 @@ class Checkpoints:
           inputs: the data and the base that it trains on (`fingerprint`).
 
         Raises:
-          OSError: as `check_room`.
+          OSError: as `check_room`; or this checkpoint, or the one before, cannot be written.
         """
         # Checked here too: the disk may have filled up since the setup.
         self.check_room(state, owned)
@@ -313,11 +314,12 @@ class Checkpoints:
         # orbax refuses an empty tree. Full fine-tuning has no such leaves.
         if owned:
             items["owned"] = ocp.args.StandardSave(owned)
-        manager = self._open()
         # orbax waits for the last checkpoint; its checksums need its step until then.
-        manager.wait_until_finished()
-        self._saving = step
-        manager.save(step, args=ocp.args.Composite(**items))
+        self._wait()
+        with write_errors(self.folder, step):
+            manager = self._open()
+            self._saving = step
+            manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, state: TrainState, owned: Tree, *, step: int) -> tuple[TrainState, Tree]:
         """A checkpoint.
@@ -347,9 +349,13 @@ class Checkpoints:
         return TrainState(**restored), restored_owned
 
     def close(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written.
+
+        Raises:
+          OSError: the last checkpoint cannot be written.
+        """
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            self._wait()
             self._manager.close()
             self._manager = None
 
@@ -369,7 +375,8 @@ class Checkpoints:
 
     def _wait(self) -> None:
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with write_errors(self.folder, self._saving):
+                self._manager.wait_until_finished()
 
     def _write_checksums(self) -> None:
         """Write the checksums of the checkpoint that is complete.

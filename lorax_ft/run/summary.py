@@ -252,6 +252,12 @@ def _print_data(console: Console, data: Dataset, *, packed: bool) -> None:
             style="yellow",
             markup=False,
         )
+    if train.copies:
+        console.print(
+            f"Exact copies of earlier samples: {train.copies:,} of {train.count:,}. They are "
+            "trained on as any other; remove them from the data if they are not meant.",
+            style="yellow",
+        )
     if train.unused:
         parts = [f"{name} ({count:,} times)" for name, count in train.unused.items()]
         console.print(f"Not used: {', '.join(parts)}.", style="yellow")

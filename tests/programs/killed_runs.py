@@ -72,10 +72,7 @@ class Moment:
 
 def child(config: Config, moment: str, report: int) -> int:
     """Run in a forked process, up to the moment."""
-    jax.config.update("jax_num_cpu_devices", 1)
-    if cache := os.environ.get("TESTS_COMPILATION_CACHE"):
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    use_test_cache()
     watched = Moment(moment, Path(config.train.output).absolute())
     watched.report = report
     try:
@@ -85,6 +82,14 @@ def child(config: Config, moment: str, report: int) -> int:
         return 1
     os.write(report, str(watched.events).encode())
     return 0
+
+
+def use_test_cache() -> None:
+    """One device, and the programs that earlier tests have compiled."""
+    jax.config.update("jax_num_cpu_devices", 1)
+    if cache := os.environ.get("TESTS_COMPILATION_CACHE"):
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def main(file: str, *moments: str) -> None:
