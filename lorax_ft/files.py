@@ -14,6 +14,8 @@ from typing import Any
 
 LONGEST_JSON = 64_000_000
 """Bytes of a JSON file that is read as a whole; the largest index of a known model has 9 MB."""
+LONGEST_NAME = 1000
+"""Characters of a file's name in a folder; those of known models have fewer than 100."""
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -32,6 +34,8 @@ def within(folder: str | Path, name: str) -> Path:
     Raises:
       ValueError: the name, or a link of that name, leads out of the folder.
     """
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"{folder} names a file of {len(name):,} characters: {name[:80]!r}…")
     place = PurePath(name)
     if place.is_absolute() or ".." in place.parts:
         raise ValueError(f"{folder} names the file {name[:200]!r}, which is outside of it")

@@ -157,6 +157,9 @@ def test_an_index_names_files_of_its_folder_only(tmp_path: Path) -> None:
         (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
         with pytest.raises(ValueError, match="which is outside of it"):
             read_folder(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "a" * 6000}}))
+    with pytest.raises(ValueError, match=r"a file of 6,000 characters: 'a{80}'…$"):
+        read_folder(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "link.safetensors"}}))
     with pytest.raises(ValueError, match=r"is a link to .* outside of its folder; put a copy"):
         read_folder(folder)
