@@ -224,7 +224,7 @@ def test_skipped_steps_are_shown_logged_and_counted_and_resumed(
 def test_too_many_skipped_steps_end_the_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad_steps(monkeypatch, 3, 4, 5, value=np.inf)
+    bad_steps(monkeypatch, 3, 4, value=np.inf)
     out = tmp_path / "run"
     said = (
         r"2 steps of the last 5 were skipped, the last one at step 4, .* \(train\.max_skipped 1\); "
@@ -243,7 +243,9 @@ def test_no_checkpoint_has_weights_that_are_not_finite(
     """Such as those of a learning rate that no float holds times an update."""
     monkeypatch.setattr(steps, "CHECKED_UPDATES", 0)
     base = config(folder, tmp_path / "run", last=2, save_every=2)
-    optim = dataclasses.replace(base.optim, learning_rate=1e38, clip_norm=0.0, optimizer="sgd")
+    optim = dataclasses.replace(
+        base.optim, learning_rate=1e38, lora_plus_ratio=1e3, clip_norm=0.0, optimizer="sgd"
+    )
     with pytest.raises(ValueError, match="weights at step 2 are no longer finite"):
         train(dataclasses.replace(base, optim=optim))
     assert find_checkpoint(tmp_path / "run/checkpoints") == (None, {})

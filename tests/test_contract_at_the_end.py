@@ -43,7 +43,7 @@ def config(
 WHOLE = AdapterConfig(targets=(), train_whole=("all",))
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
-    "dora and a head": ("lora", {"dora": True, "train_whole": ("lm_head",), "rank": 4}),
+    "dora and a norm": ("lora", {"dora": True, "train_whole": ("norm",), "rank": 4}),
     "pissa": ("lora", {"init": "pissa", "rank": 4}),  # a start in a base that is not quantized
     "dora from pissa": ("lora", {"init": "pissa", "rank": 4, "dora": True}),
     "pissa on nf4": ("pissa", {}),
