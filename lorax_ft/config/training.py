@@ -115,6 +115,16 @@ class TrainConfig:
     router_aux_loss_coef: float = 0.0
     """Weight of the router's load-balancing loss beside the cross-entropy, for models with experts;
     0: off. It is computed of each microbatch."""
+    max_skipped: int = 10
+    """Steps of the last 100 that may be skipped. A step whose loss or gradients are not finite
+    changes nothing; one more ends the run with a checkpoint. 0 ends it at the first."""
+    step_timeout: float | None = None
+    """End the process if a step takes longer than so many seconds, the first ones ten times as long
+    (they may compile): with the stack of each thread and exit status 1; the same command goes on.
+    Evaluations and checkpoints have no limit. None: never."""
+    verify: bool = True
+    """At the end, check that the frozen weights are bitwise what they were, and that the saved
+    adapter, read again from its folder, gives the logits of the trained model."""
     seed: int = 0
     """Random seed for adapter initialization, row order, dropout and NEFTune noise."""
     log_every: int = 1
@@ -149,7 +159,7 @@ class TrainConfig:
             object.__setattr__(self, "resume", "always" if self.resume else "auto")
         check_types(self)
         check_positive(self, "batch_size", "microbatches", "log_every", "keep_checkpoints")
-        for field in ("epochs", "max_minutes"):
+        for field in ("epochs", "max_minutes", "step_timeout"):
             if getattr(self, field) is not None:
                 check_positive(self, field)
         check(
@@ -161,7 +171,14 @@ class TrainConfig:
             f"train.seed is {self.seed}; it must be 0 or more and below 2^32",
         )
         self._check_microbatches()
-        for field in ("neftune_alpha", "eval_every", "save_every", "patience", "profile"):
+        for field in (
+            "neftune_alpha",
+            "eval_every",
+            "save_every",
+            "patience",
+            "profile",
+            "max_skipped",
+        ):
             value = getattr(self, field)
             check(value == "epoch" or value >= 0, f"train.{field} is {value}; it must be 0 or more")
         coef = self.router_aux_loss_coef

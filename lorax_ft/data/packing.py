@@ -115,8 +115,9 @@ def collate(rows: Sequence[Sequence[Sample]], max_length: int) -> Batch:
                 )
             batch["tokens"][b, start:stop] = sample.tokens
             # The last token of a sample has no target: the next one belongs to another sample.
-            batch["targets"][b, start : stop - 1] = sample.tokens[1:]
-            batch["weights"][b, start : stop - 1] = sample.mask[1:]
+            last = max(stop - 1, start)  # a sample may be empty
+            batch["targets"][b, start:last] = sample.tokens[1:]
+            batch["weights"][b, start:last] = sample.mask[1:]
             batch["positions"][b, start:stop] = np.arange(len(sample))
             batch["segment_ids"][b, start:stop] = segment
             start = stop

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_ft.interop.lazy_tensor import Index, LazyTensor, Tensors
+from lorax_ft.interop.lazy_tensor import Index, LazyTensor, Tensors, all_finite
 from lorax_ft.quant import double, nf4
 from lorax_ft.quant.double import DoubleQuantized
 from lorax_ft.quant.kernels import quantize
@@ -170,6 +170,10 @@ def _nf4_tensor(tensors: Tensors, name: str, *, where: str) -> NF4Tensor:
         return jnp.asarray(view).reshape(like.shape)
 
     def read_nf4(dtype: str) -> NF4:
+        scales = stored.absmax
+        floats = scales.scale if isinstance(scales, DoubleQuantized) else scales
+        if not all_finite(np.asarray(floats)):
+            raise ValueError(f"{where}: its absmax holds values that are not finite: {WAY_OUT}")
         leaf = jax.tree.map(to_device, stored, expected)
         return dataclasses.replace(leaf, dtype=dtype)
 

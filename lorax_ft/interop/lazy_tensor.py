@@ -59,6 +59,21 @@ def lazy_tensors(file: Path, *, dtypes: Mapping[str, Any] = FLOATS) -> dict[str,
     return tensors
 
 
+def all_finite(values: np.ndarray) -> bool:
+    """Whether an array of floats holds neither NaN nor infinity.
+
+    The bits of these are above those of all other numbers of their sign. Two maxima of integers
+    need no memory, and for bfloat16 a tenth of the time of `np.isfinite`.
+    """
+    if values.size == 0:
+        return True
+    kinds = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
+    signed, unsigned = kinds[values.dtype.itemsize]
+    infinity, negative = np.array([np.inf, -np.inf]).astype(values.dtype).view(unsigned)
+    is_finite = values.view(signed).max() < infinity and values.view(unsigned).max() < negative
+    return bool(is_finite)
+
+
 def _map_file(file: Path) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
     """Returns the header's entry for each tensor, and the bytes that its offsets point into."""
     try:

@@ -10,12 +10,12 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lorax_ft.interop.huggingface import Names, hf_names
-from lorax_ft.interop.lazy_tensor import Index, LazyTensor, Read, Tensors
+from lorax_ft.interop.lazy_tensor import Index, LazyTensor, Read, Tensors, all_finite
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import abstract_params
 from lorax_ft.tree import Shape, Tree, flatten, unflatten
@@ -42,7 +42,8 @@ def load_params(
     """Reads the parameters of a decoder, tensor by tensor, in the dtype of its config.
 
     Raises:
-      ValueError: a tensor is missing, unexpected, or has another shape.
+      ValueError: a tensor is missing, unexpected, or has another shape, or holds a number that is
+        not finite in this dtype.
     """
     abstract = flatten(abstract_params(config))
     stacked = {}
@@ -65,9 +66,10 @@ def load_params(
         views = {}
         for name, index in stacked[path]:
             parts[index] = tensors[name]
-            views[index] = tensors[name]
+            view = tensors[name]
             if path.endswith("/kernel"):
-                views[index] = _transposed(tensors[name])
+                view = _transposed(view)
+            views[index] = _Named(f"{source}: {name}", view)
         read = functools.partial(_read_leaf, views, leaf.shape, config.dtype)
         params[path] = place(path, leaf.shape, read, parts)
     return unflatten(params)
@@ -139,7 +141,14 @@ def _transposed(tensor: LazyTensor) -> LazyTensor:
     return LazyTensor(tensor.shape[::-1], read)
 
 
-def _read_leaf(parts: Parts, shape: Shape, dtype: str, index: Index) -> np.ndarray:
+class _Named(NamedTuple):
+    """A tensor, and what to call it in an error."""
+
+    name: str
+    tensor: LazyTensor
+
+
+def _read_leaf(parts: Mapping[Shape, _Named], shape: Shape, dtype: str, index: Index) -> np.ndarray:
     """Reads the slice `index` of a leaf `[*stack, in, out]` that stacks `parts`."""
     some_place = next(iter(parts))
     n_stack = len(some_place)
@@ -155,7 +164,15 @@ def _read_leaf(parts: Parts, shape: Shape, dtype: str, index: Index) -> np.ndarr
     sources = itertools.product(*ranges[:n_stack])
 
     def fill(target: Shape, source: Shape) -> None:
-        leaf[target] = parts[source].read(matrix)
+        name, tensor = parts[source]
+        # A cast to bfloat16 may overflow, which the next line finds.
+        with np.errstate(over="ignore"):
+            leaf[target] = tensor.read(matrix)
+        if not all_finite(leaf[target]):
+            raise ValueError(
+                f"{name} holds values that are not finite in {dtype}, so every loss would be NaN; "
+                "is the checkpoint damaged, or a model.dtype too small for it?"
+            )
 
     with ThreadPoolExecutor(READERS) as pool:
         # `list` waits for all of them and raises the first error.

@@ -20,7 +20,7 @@ import numpy as np
 
 from lorax_ft.interop.expert_stacks import STACKS
 from lorax_ft.interop.huggingface import family_names, hf_module, stacks_experts
-from lorax_ft.interop.lazy_tensor import lazy_tensors
+from lorax_ft.interop.lazy_tensor import all_finite, lazy_tensors
 from lorax_ft.interop.peft_config import WEIGHTS, is_target
 from lorax_ft.interop.peft_methods import LORA, PeftMethod
 from lorax_ft.models.model import Model
@@ -68,7 +68,8 @@ def adapter_tensors(
       model: the adapter's base, whose family has the checkpoint's names.
 
     Raises:
-      ValueError: the file is damaged, or holds a tensor that is not of the adapter's type.
+      ValueError: the file is damaged, or holds a tensor that is not of the adapter's type, or a
+        number that is not finite.
     """
     for key, lazy in sorted(lazy_tensors(folder / WEIGHTS).items()):
         module, leaf = _parse(key, method, folder)
@@ -76,6 +77,11 @@ def adapter_tensors(
         if is_target(f"{module}.weight", config.get("target_parameters")):
             target = f"{module}.weight"
         entry = Entry(key=key, module=module, target=target, leaf=leaf, value=lazy.read(()))
+        if not all_finite(entry.value):
+            raise ValueError(
+                f"{folder}: {key} holds values that are not finite; is the file damaged, or did "
+                "its training diverge?"
+            )
         if model.config.experts and ".mlp." in module and method is LORA:
             yield from _expert_entries(entry, config, model, where=folder)
         else:

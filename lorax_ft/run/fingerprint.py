@@ -82,6 +82,17 @@ def weights_checksums(params: Tree) -> dict[str, str]:
         if format_of(leaf) is not None:
             name += f" ({format_of(leaf)}, {jax.default_backend()})"
         leaves[name] = jax.tree.leaves(leaf)
+    return _fetched(leaves)
+
+
+def leaf_checksums(tree: Tree) -> dict[str, str]:
+    """A checksum of each leaf, by its path, which does not depend on how the leaf is sharded."""
+    leaves = {path: jax.tree.leaves(leaf) for path, leaf in flatten(tree).items()}
+    return _fetched(leaves)
+
+
+def _fetched(leaves: Mapping[str, list[Array]]) -> dict[str, str]:
+    """The sums of leaves as hexadecimal numbers."""
     sums = jax.device_get(jax.jit(_sums)(leaves))
     return {name: "".join(f"{int(value):08x}" for value in its) for name, its in sums.items()}
 

@@ -38,6 +38,7 @@ from lorax_ft.run.stop_signal import StopSignal
 from lorax_ft.run.summary import Result
 from lorax_ft.run.training_notes import training_notes
 from lorax_ft.run.validation import Evaluation, choose_questions, validation_metrics
+from lorax_ft.run.verify import verify
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import combine, modules
@@ -127,6 +128,9 @@ def _run(
         command=command,
     )
     saved = _save(job, trained.state, folder, base=base, notes=notes)
+    verified = ""
+    if job.config.train.verify:
+        verified = verify(job, trained.state, saved, base=base)
 
     return Result(
         folder=folder,
@@ -137,6 +141,8 @@ def _run(
         before=before,
         after=after,
         seconds=time.perf_counter() - began,
+        skipped=trained.standing.skipped,
+        verified=verified,
         tokens_per_second=end.tokens_per_second,
         warnings=summary.find_warnings(job, folder, before=before, after=after),
     )

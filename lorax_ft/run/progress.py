@@ -62,8 +62,17 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def advance(self, step: int, metrics: Mapping[str, float], tokens: int) -> float:
-        """Show that `step` is done. Returns the tokens per second since the last step."""
+    def advance(
+        self, step: int, metrics: Mapping[str, float], tokens: int, skipped: int = 0
+    ) -> float:
+        """Show that `step` is done. Returns the tokens per second since the last step.
+
+        Args:
+          step: the step.
+          metrics: its metrics.
+          tokens: its tokens without padding.
+          skipped: steps of the run so far that were skipped.
+        """
         now = time.perf_counter()
         seconds = max(now - self._last, 1e-9)
         tokens_per_second = tokens / seconds
@@ -83,6 +92,8 @@ class Progress:
             parts.append(f"lr {learning_rate:.2e}")
         if self._console.width >= NARROW:
             parts.append(f"{self._tokens_per_second:,.0f} tokens/s")
+        if skipped:
+            parts.append(f"{skipped:,} skipped")
         text = "  ".join(parts)
         self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal and self._prints_line(step):

@@ -25,7 +25,7 @@ from lorax_ft.lowrank.statistics import Measured
 from lorax_ft.mesh_axes import ROW_AXES, row_devices
 from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.checkpoints import FOLDER, Checkpoints
-from lorax_ft.run.fingerprint import fingerprint
+from lorax_ft.run.fingerprint import fingerprint, leaf_checksums
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset, load_questions
 from lorax_ft.run.program import compile_step, jitted_evaluation
 from lorax_ft.run.progress import progress_bar
@@ -66,6 +66,8 @@ class Job:
     """The questions of eval.choices."""
     inputs: Mapping[str, str]
     """The fingerprint of the data and of the base."""
+    frozen_checksums: Mapping[str, str]
+    """Of the frozen leaves before the first step (`leaf_checksums`); empty without train.verify."""
     standing: Standing
     """How the run stood after those steps."""
     seconds: Mapping[str, float]
@@ -140,6 +142,8 @@ def set_up(config: Config, *, folder: Path, resume: int | None = None) -> Job:
     )
     del model
     timer.lap("adapters")
+    frozen_checksums = leaf_checksums(frozen) if config.train.verify else {}
+    timer.lap("checksums of the frozen weights")
 
     first_step = int(state.step)
     batch, _ = _training_batch(batches, first_step, config, mesh)
@@ -160,6 +164,7 @@ def set_up(config: Config, *, folder: Path, resume: int | None = None) -> Job:
         first_step=first_step,
         questions=questions,
         inputs=inputs,
+        frozen_checksums=frozen_checksums,
         standing=standing,
         seconds=timer.seconds,
     )

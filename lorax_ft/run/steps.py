@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import math
+from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
 import jax
@@ -13,15 +14,17 @@ from rich.console import Console
 
 from lorax_ft.lowrank.groups import adapter_leaves_of
 from lorax_ft.run.clock import Clock
+from lorax_ft.run.diagnosis import SPIKE_WINDOW, is_spike
 from lorax_ft.run.log import Log
 from lorax_ft.run.program import step_key
 from lorax_ft.run.progress import Progress
 from lorax_ft.run.report import counted
 from lorax_ft.run.setup import Job
-from lorax_ft.run.standing import Standing
+from lorax_ft.run.standing import WINDOW, Standing
 from lorax_ft.run.stop_signal import Interrupted, StopSignal
 from lorax_ft.run.trace import Trace
 from lorax_ft.run.validation import describe_metrics, first_loss, validation_metrics
+from lorax_ft.run.watchdog import Watchdog
 from lorax_ft.training import contract
 from lorax_ft.training.state import owned_leaves
 from lorax_ft.training.step import TrainState
@@ -60,7 +63,7 @@ def run_steps(job: Job, log: Log, console: Console, stop_signal: StopSignal) -> 
     Several processes run it alike: they see the same losses, and agree on the time and on signals.
 
     Raises:
-      ValueError: a loss is not finite, or an adapter does not move.
+      ValueError: too many losses or gradients are not finite, or an adapter does not move.
       KeyboardInterrupt: a signal ended the loop, after a checkpoint.
       OSError: the disk is full.
     """
@@ -90,6 +93,7 @@ class _Loop:
         self._progress = progress
         self._stop_signal = stop_signal
         self._trace = trace
+        self._watchdog = Watchdog(self._config.step_timeout)
         self._clock = Clock(job.standing.seconds, max_minutes=self._config.max_minutes)
         self._step = job.first_step
         self._state = job.state
@@ -101,6 +105,8 @@ class _Loop:
         self._pending: StepOutput | None = None
         # The adapters before a step that is checked.
         self._before: Tree = {}
+        # The losses of the last steps, with which the next one is compared.
+        self._losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
 
     def run(self) -> Trained:
         """Train to the end."""
@@ -116,6 +122,8 @@ class _Loop:
             stop_requested = self._stop_signal.requested(self._step)
             out_of_time = self._clock.is_over()
             self._check_update()
+            if len(self._standing.skipped_lately) > config.max_skipped:
+                self._give_up()
             last = self._step == steps or out_of_time
             if stop_requested and not last:
                 self._stop()
@@ -137,44 +145,65 @@ class _Loop:
 
     def _train_step(self) -> None:
         """Make a step, and record the one before it."""
-        batch, tokens = self._job.batch(self._step)
-        self._step += 1
-        self._measured = None
-        if self._step <= CHECKED_UPDATES:
-            self._before = _copy_adapters(self._state.trained)
-        self._state, metrics = self._job.step(self._state, self._job.frozen, batch, self._key)
+        with self._watchdog.watching():
+            batch, tokens = self._job.batch(self._step)
+            self._step += 1
+            self._measured = None
+            if self._updates() <= CHECKED_UPDATES:
+                self._before = _copy_adapters(self._state.trained)
+            self._state, metrics = self._job.step(self._state, self._job.frozen, batch, self._key)
         self._trace.after_step(metrics)
         self._record()
         self._pending = StepOutput(self._step, metrics, tokens)
 
+    def _updates(self) -> int:
+        """The updates that the run has made if the last step is one; a skipped step is none."""
+        return self._step - self._standing.skipped
+
     def _check_update(self) -> None:
-        """Raise if an adapter did not move in the first steps of a run."""
-        if self._step > CHECKED_UPDATES or self._pending is None:
+        """Raise if an adapter did not move in the first updates of a run."""
+        updates = self._updates()
+        if updates > CHECKED_UPDATES or self._pending is None:
             return
         metrics = self._pending.metrics
         self._record()
-        _check_moved(self._before, self._state.trained, metrics, updates=self._step)
+        was_skipped = self._updates() < updates
+        if not was_skipped:
+            _check_moved(self._before, self._state.trained, metrics, updates=updates)
         self._before = {}
 
     def _record(self) -> None:
-        """Wait for the metrics of the pending step, check that they are finite, show, log them."""
+        """Wait for the metrics of the pending step; show, count and log them."""
         if self._pending is None:
             return
         step, fetched, tokens = self._pending
         self._pending = None
-        metrics = {name: float(value) for name, value in jax.device_get(fetched).items()}
+        with self._watchdog.watching():
+            metrics = {name: float(value) for name, value in jax.device_get(fetched).items()}
         metrics["tokens"] = metrics.pop("weight")  # the weight of this loss is its labeled tokens
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-            raise ValueError(
-                f"the loss at step {step} is {metrics['loss']} "
-                f"(gradient norm {metrics['grad_norm']}); "
-                "lower optim.learning_rate and start again; earlier checkpoints "
-                "(train.save_every) are kept"
-            )
-        metrics["tokens_per_second"] = self._progress.advance(step, metrics, tokens)
+        was_skipped = metrics.pop("skipped") > 0
+        if was_skipped:
+            metrics["skipped"] = 1.0
+            self._standing = self._standing.skips(step)
+            self._progress.note(_describe_skip(step, metrics))
+        else:
+            self._note_spike(step, metrics["loss"])
+        metrics["tokens_per_second"] = self._progress.advance(
+            step, metrics, tokens, self._standing.skipped
+        )
         metrics["epoch"] = self._job.epoch(step)
-        if step % self._config.log_every == 0:
+        if was_skipped or step % self._config.log_every == 0:
             self._log.write(step, metrics)
+
+    def _note_spike(self, step: int, loss: float) -> None:
+        """Print a loss that stands out from those of the last steps."""
+        usual = is_spike(self._losses, loss)
+        if usual is not None:
+            self._progress.note(
+                f"step {step}: the loss rose to {loss:.4f}, from {usual:.4f} "
+                f"in the last {len(self._losses)} steps"
+            )
+        self._losses.append(loss)
 
     def _evaluate(self) -> None:
         """Measure the validation metrics; generating answers takes too long during training."""
@@ -230,6 +259,11 @@ class _Loop:
         """Save a checkpoint; the best one so far is kept beside the latest."""
         # No checkpoint is saved of a step whose loss was not checked.
         self._record()
+        if not _is_finite(self._state):
+            raise ValueError(
+                f"the weights at step {self._step} are no longer finite, and no checkpoint is "
+                f"saved of them; {self._advice()}"
+            )
         checkpoints = self._job.checkpoints
         if self._config.load_best:
             checkpoints.keep_best(self._standing.best_step)
@@ -252,8 +286,46 @@ class _Loop:
             f"interrupted after step {self._step}; the same command goes on from there"
         )
 
+    def _give_up(self) -> NoReturn:
+        """End the run whose steps are skipped, with the state before them in a checkpoint."""
+        self._save()
+        self._job.checkpoints.close()
+        lately = self._standing.skipped_lately
+        raise ValueError(
+            f"{counted(len(lately), 'step')} of the last {min(self._step, WINDOW)} were skipped, "
+            f"the last one at step {lately[-1]}, as their loss or gradients were not finite "
+            f"(train.max_skipped {self._config.max_skipped}); the checkpoint of step {self._step} "
+            f"has the weights without them; {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        """What to try where losses are not finite."""
+        config = self._job.config
+        options = [f"a lower optim.learning_rate (it was {config.optim.peak:g})"]
+        if self._updates() == 0:  # of the base alone, which no rate has changed
+            options = ["other data (--dry_run shows the first batch)"]
+        if config.model.dtype == "bfloat16":
+            options.append("model.dtype float32")
+        return f"begin anew (--train.overwrite) with {' or '.join(options)}"
+
     def _due(self, every: int | str) -> bool:
         return self._job.is_due(self._step, every)
+
+
+def _describe_skip(step: int, metrics: Mapping[str, float]) -> str:
+    """Why a step was skipped, in a line."""
+    if metrics["tokens"] == 0:
+        return f"step {step} is skipped: no token of its batch is labeled"
+    return (
+        f"step {step} is skipped: the loss is {metrics['loss']:g}, the gradient norm "
+        f"{metrics['grad_norm']:g}"
+    )
+
+
+@jax.jit
+def _is_finite(state: TrainState) -> Array:
+    """Whether all weights and moments are finite. Only checkpoints ask, which fetch them anyway."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
 
 
 def _copy_adapters(trained: Tree) -> Tree:

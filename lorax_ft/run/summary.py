@@ -50,6 +50,10 @@ class Result:
     after: Evaluation
     """Of the saved weights."""
     seconds: float
+    skipped: int
+    """Steps that changed nothing, as their loss or gradients were not finite."""
+    verified: str
+    """What was checked at the end, in words (`train.verify`); empty if nothing was."""
     tokens_per_second: float
     """Training tokens without padding, evaluations and checkpoints left out."""
     warnings: list[str]
@@ -309,6 +313,8 @@ def _summary_rows(job: Job, result: Result) -> list[tuple[str, str]]:
     """Names and values of the final table."""
     steps = describe_steps(job, result.steps, ended_early=result.ended_early)
     rows = [("steps", steps), ("time", f"{result.seconds:.0f} s")]
+    if result.skipped:
+        rows.append(("skipped", f"{counted(result.skipped, 'step')} with a loss not finite"))
     if result.tokens_per_second:
         rows.append(("throughput", f"{result.tokens_per_second:,.0f} tokens/s"))
     rows.append(("peak memory", peak_memory()))
@@ -322,6 +328,8 @@ def _summary_rows(job: Job, result: Result) -> list[tuple[str, str]]:
         base = str(changed_base) if changed_base.is_dir() else job.model.base
         rows.append(("base", base))
     rows.append((result.saved.name, str(result.saved)))
+    if result.verified:
+        rows.append(("verified", result.verified))
     rows.append(("loss plot", str(result.folder / PLOT)))
     rows.append(("log", str(result.folder / LOG)))
     if job.config.train.profile:

@@ -49,7 +49,9 @@ def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, layout: Lay
     Returns:
       The step. Every array of its batch is `[M, ...]`; the microbatches are scanned, and each
       counts by its own weight. Metrics: `loss`, those of the loss (also Σ metric / Σ weight),
-      `weight` (Σ weight), `grad_norm` (before clipping), and the learning rate of each group.
+      `weight` (Σ weight), `grad_norm` (before clipping), the learning rate of each group, and
+      `skipped`: 1 where the loss or a gradient is not finite or the weight is 0, else 0. Such a
+      step changes nothing but the number of the step: no leaf, moment or count.
     """
 
     def total(
@@ -83,7 +85,7 @@ def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, layout: Lay
 
         grads, sums = _summed(microbatch, batch)
         weight = sums["weight"]
-        # A batch without any weight has zero gradients, and must not divide by zero.
+        # A batch without any weight has a loss and gradients of 0, and must not divide by zero.
         divisor = jnp.where(weight != 0, weight, 1)
         grads = jax.tree.map(lambda g: (g / divisor).astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
@@ -91,6 +93,15 @@ def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, layout: Lay
         metrics = {name: value / divisor for name, value in sums["metrics"].items()}
         metrics["weight"] = weight
         metrics["grad_norm"] = optax.tree.norm(grads)
+        # The norm is finite only if every gradient is.
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        learns = is_finite & (weight != 0)
+        metrics["skipped"] = 1.0 - learns.astype(jnp.float32)
+        # Not `optax.apply_if_finite`: it does not see the loss, and takes the bad update in the
+        # end. A choice of each element is fused with the update, where its branches are not.
+        trained, opt_state = _chosen(
+            learns, (trained, opt_state), otherwise=(state.trained, state.opt_state)
+        )
         metrics |= _rates(state.trained, opt_state)
         return TrainState(state.step + 1, trained, opt_state), metrics
 
@@ -109,8 +120,13 @@ def make_eval_step(loss: Loss, *, layout: Layout) -> Callable[[Tree, Batch], tup
     return eval_step
 
 
+def _chosen(condition: Array, tree: Any, *, otherwise: Any) -> Any:
+    """The leaves of one tree or of the other."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), tree, otherwise)
+
+
 def _rates(trained: Tree, opt_state: Any) -> Metrics:
-    """The learning rate of each group of leaves at this step."""
+    """The learning rate of each group of leaves in the last update."""
     labels = label(trained, whole=("all",))
     groups = set(flatten(labels).values())
     rates = learning_rates(opt_state, groups)
