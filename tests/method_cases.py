@@ -48,6 +48,13 @@ TABLE |= {
     "ia3-standard": {"method": "ia3"},
     "ia3_input-standard": {"method": "ia3", "feedforward": (".*/(up|down)(_proj)?",)},
     "miss-standard": {"method": "miss"},
+    "mica-standard": {"init": "mica", "freeze": ("lora_b",)},
+    "vera-standard": {"method": "vera"},
+    "loha-standard": {"method": "loha"},
+    "lokr-standard": {"method": "lokr", "rank": 1},
+    "shira-standard": {"method": "shira"},
+    "hira-standard": {"method": "hira"},
+    "oft-standard": {"method": "oft", "oft_block_size": 8},
 }
 EVERYWHERE = (
     "kaiming-standard",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -24,12 +25,20 @@ from lorax_ft.interop.peft_collect import collect_adapters, differ
 from lorax_ft.interop.peft_config import BIN, CONFIG, WEIGHTS, is_fused, without_tensors
 from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
 from lorax_ft.interop.peft_folder import folder_contents
-from lorax_ft.interop.peft_layers import stacked_leaves, with_own_weight
+from lorax_ft.interop.peft_layers import check_shared, stacked_leaves, with_own_weight
 from lorax_ft.interop.peft_methods import Matrix, method_of_config
 from lorax_ft.interop.peft_names import Place, all_modules, find_module, known_modules
-from lorax_ft.interop.peft_tensors import OWN_SUFFIXES, PREFIX, Entry, adapter_tensors
+from lorax_ft.interop.peft_tensors import (
+    OWN_SUFFIXES,
+    PREFIX,
+    Entry,
+    adapter_tensors,
+    shared_tensors,
+)
 from lorax_ft.interop.text_part import place_in
 from lorax_ft.interop.tokenizer import ALL_FILES, save_tokenizer
+from lorax_ft.lowrank.shared import shared_leaves
+from lorax_ft.lowrank.spec import base_shape
 from lorax_ft.models.model import HEAD, TABLE, LoadedModel, Model
 from lorax_ft.schema import leaf_schema
 from lorax_ft.tree import Layer, Tree, from_modules, modules
@@ -84,6 +93,7 @@ def save_peft(
         whole,
         known=all_modules(model, params),
         model=model,
+        shared=shared_leaves(params),
         base=base,
         dropout=config.dropout if config else 0.0,
         init=config.init if config else None,
@@ -99,15 +109,19 @@ def write_adapter(
     *,
     known: Iterable[str],
     model: Model,
+    shared: Mapping[str, Any] = MappingProxyType({}),
     base: str | Path | None = None,
     dropout: float = 0.0,
     init: str | None = None,
     others: Literal["refuse", "keep"] = "refuse",
     training_notes: str = "",
 ) -> None:
-    """Writes what `collect_adapters` returns; `known` are Hugging Face's names of all modules."""
+    """Writes what `collect_adapters` returns.
+
+    `known` are Hugging Face's names of all modules, `shared` the leaves that all layers share.
+    """
     tensors, peft_config = folder_contents(
-        adapters, whole, known=known, model=model, base=base, dropout=dropout
+        adapters, whole, known=known, model=model, base=base, dropout=dropout, shared=shared
     )
     card = adapter_card(peft_config, init=init, training_notes=training_notes)
     replaces = ALL_FILES if model.tokenizer is not None else ()
@@ -158,6 +172,9 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
         entry = targets[path, index]
         where = f"{folder}: {entry.module}"
         complete = method.complete(matrix, config, entry.target, where)
+        spec = model.layout[path]
+        _, inputs, outputs = spec.sizes(base_shape(layers, path, spec))
+        method.check_fits(complete, inputs, outputs, where)
         if is_fused(path) and "lora_a" in complete and is_filled(complete):
             continue
         stacks.setdefault(path, {})[index] = complete
@@ -165,6 +182,8 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
         layers[path] = layers.get(path, {}) | stacked_leaves(
             matrices, layers, path, model.layout[path], where=folder
         )
+    layers[""] = layers.get("", {}) | shared_tensors(folder, method)
+    check_shared(layers, stacks, model.layout, where=folder)
     return from_modules(layers)
 
 
@@ -212,8 +231,8 @@ def _check_adaptable(entry: Entry, layer: Layer, *, where: Path) -> None:
     if "scale" in layer:
         raise ValueError(f"{where}: {entry.key} adapts a norm, which is not supported")
     # Magnitudes are vectors; PEFT has a vector of IA3 as a matrix with one row or column.
-    vectors = leaf_schema(entry.leaf).axes == ("stack", "out")
-    if entry.value.ndim != 2 and not vectors:
+    is_vector = len(leaf_schema(entry.leaf).axes) == 2
+    if entry.value.ndim != 2 and not is_vector:
         raise ValueError(
             f"{where}: {entry.key} has the shape {entry.value.shape}; it must be a matrix"
         )

@@ -1,4 +1,4 @@
-"""IA3 and MiSS keep their logits from here to PEFT and back. Needs torch and peft."""
+"""All methods but LoRA keep their logits from here to PEFT and back. Needs torch and peft."""
 
 from __future__ import annotations
 
@@ -33,6 +33,22 @@ OURS: dict[str, dict[str, Any]] = {
     "miss": {"method": "miss", "rank": 4},
     "miss_uneven": {"method": "miss", "rank": 5, "targets": ("q_proj", "down_proj")},
     "miss_layers": {"method": "miss", "rank": 3, "layers": (1,), "exclude": ("o_proj",)},
+    "vera": {"method": "vera", "rank": 40, "targets": ("all-linear", "lm_head")},
+    "loha": {"method": "loha", "rank": 3, "scaling": "rank_stabilized"},
+    "loha_ranks": {
+        "method": "loha",
+        "rank": 4,
+        "rank_pattern": ("layers/1/.*=2", "up_proj=3"),
+        "alpha_pattern": ("q_proj=4",),
+        "exclude": ("layers/0/mlp/.*",),
+    },
+    "lokr": {"method": "lokr", "rank": 2, "alpha": 4.0},
+    "lokr_factor": {"method": "lokr", "rank": 3, "lokr_factor": 4, "alpha_pattern": ("q_proj=4",)},
+    "shira": {"method": "shira", "rank": 4, "layers": (1,)},
+    "hira": {"method": "hira", "rank": 4, "rank_pattern": ("layers/1/.*=2",)},
+    "hira_head": {"method": "hira", "rank": 3, "targets": ("q_proj", "lm_head")},
+    "oft": {"method": "oft", "oft_block_size": 10},
+    "vera_layers": {"method": "vera", "rank": 8, "layers": (0, 2), "exclude": ("down_proj",)},
 }
 THEIRS = {
     "ia3": lambda: peft.IA3Config(
@@ -41,8 +57,29 @@ THEIRS = {
     "ia3_regex": lambda: peft.IA3Config(
         target_modules=r".*(q_proj|up_proj)", feedforward_modules=r".*up_proj"
     ),
+    "mica": lambda: peft.LoraConfig(
+        r=4, init_lora_weights="mica", target_modules=["q_proj", "down_proj"]
+    ),
     "miss": lambda: peft.MissConfig(r=4, target_modules=["q_proj", "gate_proj", "down_proj"]),
     "miss_uneven": lambda: peft.MissConfig(r=5, target_modules=["v_proj"]),
+    "loha": lambda: peft.LoHaConfig(
+        r=4,
+        alpha=8,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"layers.1.self_attn.v_proj": 3},
+    ),
+    "lokr": lambda: peft.LoKrConfig(
+        r=2, alpha=4, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 8}
+    ),
+    "shira": lambda: peft.ShiraConfig(r=3, target_modules=["q_proj", "v_proj"]),
+    "hira": lambda: peft.HiraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2}
+    ),
+    "oft": lambda: peft.OFTConfig(
+        oft_block_size=16, target_modules=["q_proj", "down_proj"], use_cayley_neumann=True
+    ),
+    "vera": lambda: peft.VeraConfig(r=40, target_modules=["q_proj", "v_proj", "down_proj"]),
 }
 
 
@@ -95,7 +132,7 @@ def test_we_load_what_peft_saved(
     wrapped = peft.get_peft_model(base, THEIRS[case]())
     torch.manual_seed(2)
     for name, parameter in wrapped.named_parameters():
-        if "ia3" in name or "miss" in name:
+        if parameter.requires_grad:
             torch.nn.init.normal_(parameter, mean=float("ia3" in name), std=0.3)
     expected = their_logits(wrapped)
     wrapped.save_pretrained(tmp_path / "adapter")
@@ -108,6 +145,31 @@ def test_we_load_what_peft_saved(
     assert mine.keys() == other.keys()
     for path, leaf in mine.items():
         np.testing.assert_array_equal(leaf, other[path], err_msg=path)
+
+
+def test_mica_starts_as_in_peft(checkpoint: Path, model: LoadedModel) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    names = ["q_proj", "down_proj", "embed_tokens"]
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, init_lora_weights="mica", target_modules=names)
+    )
+    config = lft.AdapterConfig(rank=4, init="mica", freeze=("lora_b",), targets=tuple(names))
+    ours = lft.add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    layer = theirs.base_model.model.model.layers[1]
+    pairs = {
+        "q": (layer.self_attn.q_proj.lora_B, ours["layers"]["self_attn"]["q_proj"]),
+        "down": (layer.mlp.down_proj.lora_B, ours["layers"]["mlp"]["down_proj"]),
+    }
+    table = theirs.base_model.model.model.embed_tokens.lora_embedding_B["default"]
+    found = {
+        name: (b["default"].weight, leaves["lora_b"][1]) for name, (b, leaves) in pairs.items()
+    }
+    found["table"] = (table, ours["embed_tokens"]["lora_b"])
+    for name, (their_b, our_b) in found.items():
+        # Both span the same directions, in an order and with signs of their own.
+        their_b = their_b.detach().numpy()
+        overlap = np.abs(np.asarray(our_b) @ their_b)
+        np.testing.assert_allclose(overlap, np.eye(4)[::-1], atol=1e-3, err_msg=name)
 
 
 def test_variants_whose_blocks_mean_something_else_are_refused(

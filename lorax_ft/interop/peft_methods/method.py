@@ -14,6 +14,10 @@ Matrices = Mapping[str, Matrix]
 """The same by the full name of the module in the checkpoint."""
 
 
+def _fits(matrix: Matrix, inputs: int, outputs: int, where: str) -> None:
+    """The shapes of all leaves are checked anyway."""
+
+
 class PeftMethod(NamedTuple):
     """One of PEFT's adapter types."""
 
@@ -32,5 +36,10 @@ class PeftMethod(NamedTuple):
     """Raises where the config has an option that changes numbers and is not supported."""
     complete: Callable[[Matrix, Mapping[str, Any], str, str], Matrix]
     """(tensors as read, config, PEFT's name of the target, place for errors) -> all leaves."""
+    check_fits: Callable[[Matrix, int, int, str], None] = _fits
+    """(all leaves, the module's inputs, its outputs, place for errors): raises where the leaves are
+    for other sizes, if their shapes alone do not say so."""
+    shared: Mapping[str, str] = {}
+    """The full names of tensors that all modules share, and the leaves, transposed, they are."""
     dropout: str | None = None
     """The field of the config that holds the dropout rate."""
