@@ -147,7 +147,9 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     folder = Path(folder)
     config = read_config(folder)
     method = method_of_config(config, folder)
-    place_there = place_in(key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS))
+    place_there = place_in(
+        key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes)
+    )
     known = known_modules(model, model.params, place=place_there)
     _check_base(config, folder, model)
     layers = modules(model.params)

@@ -94,7 +94,7 @@ def rank_and_scale(
     """
     rank = rank_of(config, module)
     numerator = _matching(config.get("alpha_pattern"), module, config[alpha])
-    divisor = rank
+    divisor: float = rank
     if config.get("use_rslora"):
         divisor = math.sqrt(rank)
     scale = numerator / divisor

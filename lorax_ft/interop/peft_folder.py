@@ -62,6 +62,7 @@ def folder_contents(
     `known` are Hugging Face's names of all modules, `shared` the leaves that all layers share.
     """
     method = method_of_matrix(next(iter(adapters.values())))
+    adapters = method.fit(adapters)
     has_fused = any(map(is_fused, adapters))
     stacks: dict[str, Matrix] = {}
     if stacks_experts(model.hf_config):

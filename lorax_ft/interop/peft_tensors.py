@@ -72,7 +72,7 @@ def adapter_tensors(
     Raises:
       ValueError: the file is damaged, or holds a tensor that is not of the adapter's type.
     """
-    for key, lazy in sorted(lazy_tensors(folder / WEIGHTS).items()):
+    for key, lazy in sorted(lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes).items()):
         if key in method.shared:
             continue
         module, leaf = _parse(key, method, folder)
@@ -92,7 +92,7 @@ def shared_tensors(folder: Path, method: PeftMethod) -> Layer:
     Raises:
       ValueError: the file lacks one, or it is no matrix.
     """
-    tensors = lazy_tensors(folder / WEIGHTS)
+    tensors = lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes)
     leaves: Layer = {}
     for key, name in method.shared.items():
         if key not in tensors:

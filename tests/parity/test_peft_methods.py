@@ -20,8 +20,11 @@ import lorax_ft as lft  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
 from lorax_ft.interop.peft import load_peft, save_peft  # noqa: E402
 from lorax_ft.lowrank.groups import adapter_leaves_of  # noqa: E402
+from lorax_ft.lowrank.terms import active_leaf  # noqa: E402
 from lorax_ft.models.model import LoadedModel  # noqa: E402
-from lorax_ft.tree import Tree, flatten, unflatten  # noqa: E402
+from lorax_ft.run.module_table import matrix_ranks  # noqa: E402
+from lorax_ft.schema import leaf_schema  # noqa: E402
+from lorax_ft.tree import Tree, flatten, modules, unflatten  # noqa: E402
 
 # torch, transformers and PEFT warn about one another.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -95,11 +98,30 @@ def model(checkpoint: Path) -> LoadedModel:
 
 
 def randomized(params: Tree) -> Tree:
+    """Random values in all trained leaves, but in the padding of smaller ranks."""
     trained, frozen = lft.partition(params)
+    layers = modules(params)
     rng = np.random.default_rng(1)
-    flat = {p: leaf + rng.normal(0, 0.3, leaf.shape) for p, leaf in flatten(trained).items()}
-    moved = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in flat.items()}
+    moved = {}
+    for path, leaf in flatten(trained).items():
+        module, _, name = path.rpartition("/")
+        noise = rng.normal(0, 0.3, leaf.shape) * within_rank(layers[module], name, leaf)
+        moved[path] = jnp.asarray(leaf + noise, jnp.float32)
     return lft.combine(unflatten(moved), frozen)
+
+
+def within_rank(layer: Tree, name: str, leaf: jax.Array) -> np.ndarray:
+    """1 within each matrix's own rank and 0 beyond it, to multiply the leaf with."""
+    axes = leaf_schema(name).axes
+    if "rank" not in axes:
+        return np.ones(())
+    stack = layer[active_leaf(layer)].shape
+    place = axes.index("rank") - len(axes)
+    size = leaf.shape[place]
+    used = np.arange(size) < matrix_ranks(layer).reshape(*stack, 1)
+    behind = (1,) * (-1 - place)
+    between = (1,) * (leaf.ndim - used.ndim - len(behind))
+    return used.reshape(*stack, *between, size, *behind)
 
 
 @pytest.mark.parametrize("case", OURS)

@@ -11,15 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax_ft.interop.peft_config import (
-    CONFIG,
-    WEIGHTS,
-    check_patterns,
-    check_rank,
-    most_common,
-    rank_of,
-    shortened,
-)
+from lorax_ft.interop.peft_config import check_rank, one_rank, shortened
 from lorax_ft.interop.peft_methods.method import Matrices, Matrix, PeftMethod
 
 NAMES = {"hira_A": "hira_a", "hira_B": "hira_b"}
@@ -27,14 +19,21 @@ NAMES = {"hira_A": "hira_a", "hira_B": "hira_b"}
 
 
 def export_hira(matrix: Matrix, base_without_start: bool) -> Matrix:
-    """A and B without padding."""
-    used = np.any([matrix["hira_a"].any(0), matrix["hira_b"].any(1)], axis=0)
-    used[0] |= not used.any()  # PEFT has no rank 0
-    return {
-        "hira_a": matrix["hira_a"][:, used],
-        "hira_b": matrix["hira_b"][used],
-        "hira_active": matrix["hira_active"],
-    }
+    """A and B."""
+    return matrix
+
+
+def fit_hira(adapters: Mapping[str, Matrix]) -> Mapping[str, Matrix]:
+    """All with the largest rank, the others padded with zeros: PEFT 0.21 ignores `rank_pattern`."""
+    largest = max(len(matrix["hira_b"]) for matrix in adapters.values())
+    fitted = {}
+    for path, matrix in adapters.items():
+        missing = largest - len(matrix["hira_b"])
+        fitted[path] = matrix | {
+            "hira_a": np.pad(matrix["hira_a"], ((0, 0), (0, missing))),
+            "hira_b": np.pad(matrix["hira_b"], ((0, missing), (0, 0))),
+        }
+    return fitted
 
 
 def hira_tensors(matrix: Matrix, is_embedding: bool) -> dict[str, np.ndarray]:
@@ -43,23 +42,19 @@ def hira_tensors(matrix: Matrix, is_embedding: bool) -> dict[str, np.ndarray]:
 
 
 def hira_config(adapters: Matrices, modules: Iterable[str]) -> dict[str, Any]:
-    """The most common rank, and a pattern for the modules that have others."""
-    ranks = {name: len(matrix["hira_b"]) for name, matrix in adapters.items()}
-    rank = most_common(ranks)
-    others = {name: value for name, value in ranks.items() if value != rank}
+    """The rank and the targets."""
+    ranks = {len(matrix["hira_b"]) for matrix in adapters.values()}
     return {
         "fan_in_fan_out": False,
         "init_weights": True,
-        "r": rank,
-        "rank_pattern": shortened(others, ranks),
-        "target_modules": sorted(shortened(dict.fromkeys(ranks, True), modules)),
+        "r": one_rank(ranks, "HiRA"),
+        "target_modules": sorted(shortened(dict.fromkeys(adapters, True), modules)),
     }
 
 
 def check_hira_config(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise where a field that changes numbers has a value of the wrong type."""
+    """Raise where the rank is not a whole number above 0."""
     check_rank(config, folder)
-    check_patterns(config, folder)
 
 
 def complete_hira(
@@ -71,16 +66,16 @@ def complete_hira(
     """A `[I, R]` and B `[R, O]`.
 
     Raises:
-      ValueError: a tensor is missing, or its rank is not the config's.
+      ValueError: a tensor is missing, or the two have different ranks.
     """
     for name, leaf in NAMES.items():
         if leaf not in matrix:
             raise ValueError(f"{where} has no {name}")
-    rank = rank_of(config, target)
     a = matrix["hira_a"].T
     b = matrix["hira_b"].T
-    if a.shape[1:] != (rank,) or b.shape[:1] != (rank,):
-        raise ValueError(f"{where} has rank {a.shape[-1]} in {WEIGHTS}, and {rank} in {CONFIG}")
+    # The config's rank pattern says nothing: PEFT 0.21 ignores it.
+    if a.shape[1] != len(b):
+        raise ValueError(f"{where} has hira_A of rank {a.shape[1]} and hira_B of rank {len(b)}")
     return {"hira_a": a, "hira_b": b, "hira_active": np.asarray(1, np.float32)}
 
 
@@ -89,6 +84,7 @@ HIRA = PeftMethod(
     marker="hira_active",
     suffixes={f".{name}": leaf for name, leaf in NAMES.items()},
     export=export_hira,
+    fit=fit_hira,
     tensors=hira_tensors,
     config=hira_config,
     check_config=check_hira_config,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lorax_ft.interop.lazy_tensor import FLOATS_AND_INDICES
 from lorax_ft.interop.peft_config import check_rank, one_rank, shortened
 from lorax_ft.interop.peft_methods.method import Matrices, Matrix, PeftMethod
 
@@ -95,4 +96,5 @@ SHIRA = PeftMethod(
     check_config=check_shira_config,
     complete=complete_shira,
     check_fits=check_shira_fits,
+    dtypes=FLOATS_AND_INDICES,
 )
