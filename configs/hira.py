@@ -1,6 +1,8 @@
 """HiRA (ICLR 2025): the elementwise product of each weight and A B is added.
 
-python scripts/train.py --config configs/hira.py
+    python scripts/train.py --config configs/hira.py
+
+The learning rate is a guess: no run of this config was measured yet.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -1,6 +1,8 @@
 """LoHa (2108.06098): the elementwise product of two low-rank matrices is added.
 
-python scripts/train.py --config configs/loha.py
+    python scripts/train.py --config configs/loha.py
+
+The learning rate is a guess: no run of this config was measured yet.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -1,6 +1,8 @@
 """LoKr (2212.10650): a Kronecker product of two small matrices is added.
 
-python scripts/train.py --config configs/lokr.py
+    python scripts/train.py --config configs/lokr.py
+
+The learning rate is a guess: no run of this config was measured yet.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -1,6 +1,8 @@
 """MiCA (2604.01694): B is frozen at the directions that each weight uses least; only A trains.
 
-python scripts/train.py --config configs/mica.py
+    python scripts/train.py --config configs/mica.py
+
+The learning rate is a guess: no run of this config was measured yet.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -1,6 +1,8 @@
 """OFT v2 (2506.19847): the input of each layer is rotated in blocks.
 
-python scripts/train.py --config configs/oft.py
+    python scripts/train.py --config configs/oft.py
+
+The learning rate is a guess: no run of this config was measured yet.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -1,6 +1,8 @@
 """SHiRA (2406.13175): a few elements of each weight train, at random places.
 
-python scripts/train.py --config configs/shira.py
+    python scripts/train.py --config configs/shira.py
+
+The learning rate is a guess: no run of this config was measured yet.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

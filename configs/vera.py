@@ -1,6 +1,8 @@
 """VeRA (2310.11454): one frozen random A and B for all layers, and two trained vectors in each.
 
-python scripts/train.py --config configs/vera.py
+    python scripts/train.py --config configs/vera.py
+
+The learning rate is a guess: no run of this config was measured yet.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -26,7 +26,7 @@ from lorax_ft.interop.peft_config import BIN, CONFIG, WEIGHTS, is_fused, without
 from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
 from lorax_ft.interop.peft_folder import folder_contents
 from lorax_ft.interop.peft_layers import check_shared, stacked_leaves, with_own_weight
-from lorax_ft.interop.peft_methods import Matrix, method_of_config
+from lorax_ft.interop.peft_methods import Matrix, PeftMethod, method_of_config
 from lorax_ft.interop.peft_names import Place, all_modules, find_module, known_modules
 from lorax_ft.interop.peft_tensors import (
     OWN_SUFFIXES,
@@ -170,13 +170,10 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
             del layers[HEAD]
     _check_complete(config, targets, known, folder)
     stacks: dict[str, dict[tuple[int, ...], Matrix]] = {}
-    for (path, index), matrix in raw.items():
-        entry = targets[path, index]
-        where = f"{folder}: {entry.module}"
-        complete = method.complete(matrix, config, entry.target, where)
-        spec = model.layout[path]
-        _, inputs, outputs = spec.sizes(base_shape(layers, path, spec))
-        method.check_fits(complete, inputs, outputs, where)
+    for place, matrix in raw.items():
+        path, index = place
+        sides = _sides(layers, path, model)
+        complete = _completed(matrix, targets[place], sides, method, config, where=folder)
         if is_fused(path) and "lora_a" in complete and is_filled(complete):
             continue
         stacks.setdefault(path, {})[index] = complete
@@ -226,6 +223,30 @@ def _check_base(config: Mapping[str, Any], folder: Path, model: Model) -> None:
         )
     if named.name == BASE and not (is_own_base and model.without_start):
         raise ValueError(f"{folder} was trained on {named}, not on {model.source}; load {named}")
+
+
+def _completed(
+    matrix: Matrix,
+    entry: Entry,
+    sides: tuple[int, int],
+    method: PeftMethod,
+    config: Mapping[str, Any],
+    *,
+    where: Path,
+) -> Matrix:
+    """All leaves of one matrix with these inputs and outputs, from its tensors."""
+    inputs, outputs = sides
+    place = f"{where}: {entry.module}"
+    complete = method.complete(matrix, config, entry.target, place)
+    method.check_fits(complete, inputs, outputs, place)
+    return complete
+
+
+def _sides(layers: Mapping[str, Layer], path: str, model: Model) -> tuple[int, int]:
+    """The inputs and outputs of the matrices of a module."""
+    spec = model.layout[path]
+    _, inputs, outputs = spec.sizes(base_shape(layers, path, spec))
+    return inputs, outputs
 
 
 def _check_adaptable(entry: Entry, layer: Layer, *, where: Path) -> None:

@@ -51,3 +51,49 @@ def test_gradients_do_not_depend_on_the_mesh(decoder: Any, randomize: Any, metho
         got = flatten(jax.jit(gradient)(placed, tokens))
     for path, leaf in want.items():
         np.testing.assert_allclose(got[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_are_not_adapted_have_no_gradient(
+    decoder: Any, randomize: Any, method: str
+) -> None:
+    model = decoder()
+    options = METHODS[method] | {"targets": ("down_proj",), "layers": (1,)}
+    config = lft.AdapterConfig(method=method, **options)  # type: ignore[arg-type]
+    params = randomize(lft.add_adapters(model.params, config, layout=model.layout, key=KEY))
+    trained, frozen = lft.partition(params)
+    tokens = jnp.arange(16).reshape(2, 8)
+
+    def loss(trained: Tree) -> Array:
+        return jnp.sum(jnp.sin(model.apply({"params": lft.combine(trained, frozen)}, tokens)))
+
+    for path, gradient in flatten(jax.jit(jax.grad(loss))(trained)).items():
+        assert not gradient[0].any(), path
+        assert not gradient[2].any(), path
+        assert gradient[1].any(), path
+    merged = lft.merge_adapters(params, layout=model.layout)["layers"]["mlp"]["down_proj"]
+    base = model.params["layers"]["mlp"]["down_proj"]
+    np.testing.assert_array_equal(merged["kernel"][::2], base["kernel"][::2])
+
+
+@pytest.mark.parametrize("method", ["vera", "shira", "hira"])
+def test_a_whole_matrix_or_a_shared_leaf_in_a_vmapped_sweep(
+    decoder: Any, randomize: Any, method: str
+) -> None:
+    """Adapters side by side, as a sweep computes them, equal each by itself."""
+    model = decoder()
+    config = lft.AdapterConfig(method=method, **METHODS[method])  # type: ignore[arg-type]
+    fresh = lft.add_adapters(model.params, config, layout=model.layout, key=KEY)
+    owned = []
+    for seed in range(2):
+        adapters, base = lft.partition(randomize(fresh, seed=seed), by="ownership")
+        owned.append(adapters)
+    tokens = jnp.arange(16).reshape(2, 8)
+
+    def logits(adapters: Tree) -> Array:
+        return model.apply({"params": lft.combine(adapters, base)}, tokens)
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *owned)
+    got = jax.jit(jax.vmap(logits))(stacked)
+    for i, adapters in enumerate(owned):
+        np.testing.assert_allclose(got[i], jax.jit(logits)(adapters), atol=1e-5)
