@@ -12,7 +12,23 @@ import enum
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-Axis = Literal["stack", "in", "out", "rank"]
+KernelAxis = Literal["stack", "in", "out"]
+KERNEL_AXES: tuple[KernelAxis, ...] = ("stack", "in", "out")
+"""The axes that a leaf shares with its kernel, each of which may be several axes of the array."""
+OwnAxis = Literal[
+    "rank",
+    "left_in",
+    "right_in",
+    "left_out",
+    "right_out",
+    "entry",
+    "block",
+    "pair",
+]
+Axis = KernelAxis | OwnAxis
+"""All others are one axis of the array, with a size of their own."""
+PADDED: tuple[Axis, ...] = ("rank", "entry")
+"""Axes along which zeros add nothing, so that the matrices of a stack may differ in size."""
 
 
 class Owner(enum.Enum):
@@ -35,17 +51,27 @@ class Group(enum.StrEnum):
     WEIGHT = "weight"
     """Other matrices."""
     VECTOR = "vector"
-    """Other vectors: biases, norms, IA3."""
+    """Other vectors: biases, norms, IA3, VeRA."""
 
 
 class LeafSchema(NamedTuple):
     """What a leaf is."""
 
     axes: tuple[Axis, ...]
-    """Its axes in canonical order. "in" and "out" may each be several axes of the array."""
+    """Its axes in canonical order."""
     owner: Owner
     group: Group | None = None
     """Group of the optimizer where the leaf trains; None: it is always frozen."""
+    shared: bool = False
+    """Whether all adapted layers share it. It then lies at the tree's root, and "in" and "out" are
+    the largest of all layers."""
+    indexes: KernelAxis | None = None
+    """The axis that it holds indices of, as int32; None: it holds numbers, as float32."""
+
+    @property
+    def dtype(self) -> str:
+        """Of an adapter's leaf."""
+        return "float32" if self.indexes is None else "int32"
 
 
 BASE, ADAPTER, STEP = Owner.BASE, Owner.ADAPTER, Owner.STEP
@@ -73,6 +99,36 @@ LEAVES: Mapping[str, LeafSchema] = {
     # MiSS: D, and each matrix's own rank r, 0 where it is not adapted.
     "miss_block": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.WEIGHT),
     "miss_rank": LeafSchema(("stack",), ADAPTER),
+    # VeRA: A and B of the whole model, and each layer's d and b.
+    "vera_a": LeafSchema(("in", "rank"), ADAPTER, shared=True),
+    "vera_b": LeafSchema(("rank", "out"), ADAPTER, shared=True),
+    "vera_lambda_d": LeafSchema(("stack", "rank"), ADAPTER, Group.VECTOR),
+    "vera_lambda_b": LeafSchema(("stack", "out"), ADAPTER, Group.VECTOR),
+    "vera_active": LeafSchema(("stack",), ADAPTER),
+    # LoHa: two products A B, and s.
+    "loha_a1": LeafSchema(("stack", "in", "rank"), ADAPTER, Group.WEIGHT),
+    "loha_b1": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.WEIGHT),
+    "loha_a2": LeafSchema(("stack", "in", "rank"), ADAPTER, Group.WEIGHT),
+    "loha_b2": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.WEIGHT),
+    "loha_scale": LeafSchema(("stack",), ADAPTER),
+    # LoKr: K₁, K₂ whole or as A B, and s.
+    "lokr_left": LeafSchema(("stack", "left_in", "left_out"), ADAPTER, Group.WEIGHT),
+    "lokr_right": LeafSchema(("stack", "right_in", "right_out"), ADAPTER, Group.WEIGHT),
+    "lokr_right_a": LeafSchema(("stack", "right_in", "rank"), ADAPTER, Group.WEIGHT),
+    "lokr_right_b": LeafSchema(("stack", "rank", "right_out"), ADAPTER, Group.WEIGHT),
+    "lokr_scale": LeafSchema(("stack",), ADAPTER),
+    # SHiRA: the elements of a sparse matrix, their places, and r, 0 where a matrix is not adapted.
+    "shira_value": LeafSchema(("stack", "entry"), ADAPTER, Group.WEIGHT),
+    "shira_row": LeafSchema(("stack", "entry"), ADAPTER, indexes="in"),
+    "shira_column": LeafSchema(("stack", "entry"), ADAPTER, indexes="out"),
+    "shira_rank": LeafSchema(("stack",), ADAPTER),
+    # HiRA: A and B of a product that multiplies W elementwise.
+    "hira_a": LeafSchema(("stack", "in", "rank"), ADAPTER, Group.WEIGHT),
+    "hira_b": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.WEIGHT),
+    "hira_active": LeafSchema(("stack",), ADAPTER),
+    # OFT: the elements above the diagonal of the skew-symmetric matrices.
+    "oft_pairs": LeafSchema(("stack", "block", "pair"), ADAPTER, Group.WEIGHT),
+    "oft_active": LeafSchema(("stack",), ADAPTER),
     # DoRA: m, and n = ‖W + s A B‖ of the current step.
     "magnitude": LeafSchema(("stack", "out"), ADAPTER, Group.MAGNITUDE),
     "norm": LeafSchema(("stack", "out"), STEP),
@@ -88,7 +144,7 @@ OTHER = LeafSchema((), BASE, Group.VECTOR)
 Factor = Literal["lora_a", "lora_b"]
 """The factors that `adapter.freeze` may freeze."""
 
-AdapterMethod = Literal["lora", "ia3", "miss"]
+AdapterMethod = Literal["lora", "ia3", "miss", "vera", "loha", "lokr", "shira", "hira", "oft"]
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     "lora": (
@@ -97,6 +153,15 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     ),
     "ia3": ("feedforward",),
     "miss": ("rank", "dropout"),
+    "vera": ("rank", "dropout", "vera_d_initial"),
+    "loha": ("rank", "rank_pattern", "alpha", "alpha_pattern", "scaling", "dropout"),
+    "lokr": (
+        *("rank", "rank_pattern", "alpha", "alpha_pattern", "scaling", "dropout"),
+        "lokr_factor",
+    ),
+    "shira": ("rank", "dropout"),
+    "hira": ("rank", "rank_pattern", "dropout"),
+    "oft": ("oft_block_size",),
 }
 """The options of AdapterConfig that a method uses. Others may not be set."""
 
@@ -108,6 +173,12 @@ class InitSchema(NamedTuple):
     """Its function in `lorax_ft.lowrank.inits`, as "module:name"."""
     changes_base: bool = False
     """Whether s A₀ B₀ is subtracted from the base, so that the adapted model starts unchanged."""
+    reads_base: bool = False
+    """Whether it computes the factors from W without changing the base."""
+    adapts_embeddings: bool = False
+    """Whether it also starts embeddings, which else start with A = 0 and a random B."""
+    frozen: Factor | None = None
+    """The factor that `adapter.freeze` must name, since the method is defined so."""
     statistic: Literal["covariance", "moment", "gradient"] | None = None
     """What is measured on data first: Σ (x − x̄)ᵀ(x − x̄) / N or Σ xᵀx / N of inputs, or ∂L/∂W."""
     options: tuple[str, ...] = ()
@@ -129,6 +200,7 @@ InitName = Literal[
     "orthogonal",
     "pissa",
     "milora",
+    "mica",
     "olora",
     "loftq",
     "eva",
@@ -149,6 +221,13 @@ INITS: Mapping[str, InitSchema] = {
         on_host=True,
     ),
     "milora": InitSchema("milora:milora", changes_base=True, options=("keep_base",), on_host=True),
+    "mica": InitSchema(
+        "mica:mica",
+        reads_base=True,
+        adapts_embeddings=True,
+        frozen="lora_b",
+        on_host=True,
+    ),
     "olora": InitSchema("olora:olora", changes_base=True, options=("keep_base",)),
     "loftq": InitSchema(
         "loftq:loftq",

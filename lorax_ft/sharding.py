@@ -33,7 +33,7 @@ from lorax_ft.mesh_axes import (
     token_devices,
 )
 from lorax_ft.quant.kernels import Quantized
-from lorax_ft.schema import is_adapter, leaf_schema
+from lorax_ft.schema import Axis, is_adapter, leaf_schema
 from lorax_ft.tree import Shape, Tree, first_match, flatten, join, unflatten
 
 Rules = Sequence[tuple[str, tuple[MeshAxis, ...]]]
@@ -336,14 +336,21 @@ def fitted(axes: tuple[MeshAxis, ...], shape: Shape, sizes: Mapping[str, int]) -
 def _adapter_axes(path: str, rules: Rules, layout: Layout) -> tuple[MeshAxis, ...]:
     """The mesh axes of an adapter's leaf: those of the kernel's axes that its row names."""
     module, _, name = path.rpartition("/")
+    row = leaf_schema(name)
+    if row.shared:
+        return (None,) * len(row.axes)
     spec = layout[module]
     kernel_path = join(module, spec.weight)
     ndim = len(spec.stack) + len(spec.ins) + len(spec.outs)
     kernel = _rule(kernel_path, ndim, rules)
-    meanings = {"stack": spec.stack, "in": spec.ins, "out": spec.outs}
+    meanings: dict[Axis, tuple[int, ...]] = {
+        "stack": spec.stack,
+        "in": spec.ins,
+        "out": spec.outs,
+    }
     axes: list[MeshAxis] = []
-    for axis in leaf_schema(name).axes:
-        if axis == "rank":
+    for axis in row.axes:
+        if axis not in meanings:
             # Ranks are small, and splitting them would add a sum over devices.
             axes.append(None)
             continue

@@ -233,6 +233,8 @@ def _randomize(params: Tree, seed: int = 0, *, size: float = 0.1) -> Tree:
             return leaf
         noise = jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
         multiplies = group in (Group.MAGNITUDE, Group.VECTOR)
+        # A vector that starts at 0, such as VeRA's b, would stay there.
+        multiplies = multiplies and bool(jnp.any(leaf != 0))
         return leaf * (1 + size * noise) if multiplies else leaf + size * noise
 
     return unflatten({path: move(path, leaf) for path, leaf in flatten(params).items()})

@@ -38,6 +38,8 @@ INITS: dict[str, dict[str, Any]] = {
     },
     "lora_one": {"init": "lora_one", "lora_one_gamma": 1.0},
 }
+DENSE = (".*/(up|down)(_proj)?",)
+"""Layers with one in axis and one out axis, in all models."""
 TABLE: dict[str, dict[str, Any]] = {
     f"{init}-{scaling}{'-dora' if dora else ''}": {**fields, "scaling": scaling, "dora": dora}
     for (init, fields), scaling, dora in itertools.product(
@@ -46,8 +48,15 @@ TABLE: dict[str, dict[str, Any]] = {
 }
 TABLE |= {
     "ia3-standard": {"method": "ia3"},
-    "ia3_input-standard": {"method": "ia3", "feedforward": (".*/(up|down)(_proj)?",)},
+    "ia3_input-standard": {"method": "ia3", "feedforward": DENSE},
     "miss-standard": {"method": "miss"},
+    "mica-standard": {"init": "mica", "freeze": ("lora_b",)},
+    "vera-standard": {"method": "vera"},
+    "loha-standard": {"method": "loha"},
+    "lokr-standard": {"method": "lokr", "rank": 1, "targets": DENSE},
+    "shira-standard": {"method": "shira"},
+    "hira-standard": {"method": "hira"},
+    "oft-standard": {"method": "oft", "oft_block_size": 8, "targets": DENSE},
 }
 EVERYWHERE = (
     "kaiming-standard",

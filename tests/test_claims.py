@@ -92,6 +92,31 @@ def test_claim_2_miloras_adapter_is_orthogonal_to_what_stays(zoo: Any, alpha: fl
             np.testing.assert_allclose(np.linalg.norm(left, axis=(1, 2)), kept, rtol=1e-6)
 
 
+def test_mica_trains_a_over_the_directions_that_the_base_uses_least(zoo: Any) -> None:
+    """B = V_mᵀ is frozen, A = 0, and B is orthogonal to W's other directions (2604.01694)."""
+    case = zoo("decoder")
+    targets = ("q_proj", "down_proj", "embed_tokens")
+    config = AdapterConfig(rank=4, init="mica", freeze=("lora_b",), targets=targets)
+    params = add_adapters(case.params, config, layout=case.layout, key=KEY)
+    trained, _ = partition(params, freeze=config.freeze)
+    assert {path.rpartition("/")[2] for path in flatten(trained)} == {"lora_a"}
+    for layer in modules(params).values():
+        if "lora_b" in layer:
+            w = np.float64(layer["kernel"] if "kernel" in layer else layer["embedding"])
+            b = np.float64(layer["lora_b"])
+            assert not layer["lora_a"].any()
+            product = b @ b.swapaxes(-1, -2)
+            np.testing.assert_allclose(
+                product, np.broadcast_to(np.eye(4), product.shape), atol=1e-6
+            )
+            _, _, vt = np.linalg.svd(w, full_matrices=False)
+            assert np.abs(b @ vt[..., :-4, :].swapaxes(-1, -2)).max() < 1e-5
+    with pytest.raises(
+        ValueError, match=r"init mica .* frozen lora_b; give --adapter.freeze lora_b"
+    ):
+        AdapterConfig(init="mica")
+
+
 @pytest.mark.parametrize("pattern", [(), ("layers/1/.*=2",)])
 def test_an_orthogonal_start_is_the_base_and_both_factors_learn_at_once(
     zoo: Any, pattern: tuple[str, ...]

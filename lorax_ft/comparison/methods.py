@@ -17,7 +17,7 @@ from lorax_ft.schema import INITS, Factor
 from lorax_ft.schema import METHODS as ADAPTER_METHODS
 from lorax_ft.sweep.axes import RATE, make_point, parse_setting
 
-FACTOR_A, _ = get_args(Factor)
+FACTOR_A, FACTOR_B = get_args(Factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ METHODS: Mapping[str, Method] = {
     "lora_fa": Method(label="LoRA-FA", settings={"adapter.freeze": (FACTOR_A,)}),
     "olora": Method(label="OLoRA", settings={"adapter.init": "olora"}),
     "milora": Method(label="MiLoRA", settings={"adapter.init": "milora"}),
+    "mica": Method(label="MiCA", settings={"adapter.init": "mica", "adapter.freeze": (FACTOR_B,)}),
     "orthogonal": Method(label="orthogonal", settings={"adapter.init": "orthogonal"}),
     "eva": Method(label="EVA", settings={"adapter.init": "eva"}),
     "corda": Method(label="CorDA", settings={"adapter.init": "corda"}),
@@ -60,6 +61,12 @@ METHODS: Mapping[str, Method] = {
     ),
     "ia3": Method(label="IA3", settings={"adapter.method": "ia3"}),
     "miss": Method(label="MiSS", settings={"adapter.method": "miss"}),
+    "vera": Method(label="VeRA", settings={"adapter.method": "vera"}),
+    "loha": Method(label="LoHa", settings={"adapter.method": "loha"}),
+    "lokr": Method(label="LoKr", settings={"adapter.method": "lokr"}),
+    "shira": Method(label="SHiRA", settings={"adapter.method": "shira"}),
+    "hira": Method(label="HiRA", settings={"adapter.method": "hira"}),
+    "oft": Method(label="OFT", settings={"adapter.method": "oft"}),
 }
 """By the name that `--methods` takes."""
 DEFAULT = ("full", "lora", "lora_plus", "rslora", "dora", "pissa", "qlora", "neftune")

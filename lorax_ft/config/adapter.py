@@ -18,7 +18,11 @@ class AdapterConfig:
     method: AdapterMethod = "lora"
     """Adapter method.
     lora: A B is added, also with dora and all inits; ia3: a vector scales the output;
-    miss: shards of the input share one matrix."""
+    miss: shards of the input share one matrix;
+    vera: all layers share one random A and B, and train two vectors each;
+    loha, lokr: the elementwise product of two A B, or a Kronecker product, is added;
+    shira: a few elements of the weight train; hira: A B times the weight, elementwise, is added;
+    oft: the input is rotated in blocks."""
     rank: int = 8
     """Rank r of the adapters."""
     alpha: float = 16.0
@@ -29,9 +33,10 @@ class AdapterConfig:
     """Initialization of A and B.
     kaiming, gaussian: random A and B = 0; orthogonal: random A and B with A B = 0;
     pissa, milora: the largest or smallest singular triples of the weight;
+    mica: B from the smallest ones, to be frozen (adapter.freeze lora_b), and A = 0;
     olora: QR decomposition of the weight; loftq: SVD of the quantization error;
     eva, corda: from the layer's inputs on training data; lora_ga, lora_one: from its gradients.
-    Embeddings always start with a random A and B = 0."""
+    Embeddings start with A = 0 and a random B, but for mica."""
     calibration_batches: int = 8
     """Training batches to measure for the data-driven inits (eva, corda, lora_ga, lora_one)."""
     eva_rho: float = 2.0
@@ -55,6 +60,12 @@ class AdapterConfig:
     the forward pass subtracts the initial A B instead."""
     feedforward: tuple[str, ...] = ()
     """IA3: targets whose input is scaled, and not their output (PEFT: feedforward_modules)."""
+    vera_d_initial: float = 0.1
+    """VeRA: the initial value of d, the vector of the ranks."""
+    lokr_factor: int | None = None
+    """LoKr: one factor of inputs and outputs (PEFT: decompose_factor); None: near their roots."""
+    oft_block_size: int = 32
+    """OFT: the size of the rotated blocks, or the nearest that divides the inputs."""
     targets: tuple[str, ...] = ("all-linear",)
     """Modules to adapt: names, suffixes, regular expressions, or all-linear
     (every layer except embeddings, routers and the language model head)."""
@@ -80,9 +91,11 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         check_types(self)
         self._rename_start_from()
-        check_positive(
-            self, "rank", "alpha", "calibration_batches", "lora_ga_gamma", "lora_one_gamma"
-        )
+        check_positive(self, "rank", "alpha", "calibration_batches")
+        check_positive(self, "lora_ga_gamma", "lora_one_gamma", "vera_d_initial")
+        check_positive(self, "oft_block_size")
+        if self.lokr_factor is not None:
+            check_positive(self, "lokr_factor")
         check(
             1 <= self.eva_rho < 1000,
             f"adapter.eva_rho is {self.eva_rho}; it must be at least 1 and below 1000",
@@ -179,6 +192,12 @@ class AdapterConfig:
             bool(self.targets or self.train_whole),
             "adapter.targets and adapter.train_whole are both empty, so nothing would train; "
             "give one of them",
+        )
+        needed = INITS[self.init].frozen
+        check(
+            needed is None or needed in self.freeze,
+            f"adapter.init {self.init} is defined with a frozen {needed}; "
+            f"give --adapter.freeze {needed} too",
         )
         # With both factors frozen, only DoRA magnitudes and fully trained modules are left.
         freezes_both = len(set(self.freeze)) == 2

@@ -18,6 +18,7 @@ from lorax_ft.tree import Shape
 # safetensors' name -> NumPy dtype.
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 FLOATS_AND_BYTES = FLOATS | {"U8": np.uint8}
+FLOATS_AND_INDICES = FLOATS | {"I32": np.int32}
 
 Index = tuple[slice, ...]
 Read = Callable[[Index], np.ndarray]

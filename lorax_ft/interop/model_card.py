@@ -20,7 +20,18 @@ TRAINING = "## Training\n"
 """The heading of the section with the facts of a run, which is the last one."""
 MARK = "<!-- Written by lorax_ft, which replaces this card unless you change it. {} -->\n"
 
-TITLES = {"lora": "LoRA", "ia3": "IA3", "miss": "MiSS"}
+TITLES = {
+    "lora": "LoRA",
+    "ia3": "IA3",
+    "miss": "MiSS",
+    "vera": "VeRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "shira": "SHiRA",
+    "hira": "HiRA",
+    "oft": "OFT",
+}
+"""The names of the adapters' types, by PEFT's, with which the names of their leaves begin."""
 
 USE_ADAPTER = """
 ## Use

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -32,12 +33,20 @@ from lorax_ft.interop.peft_config import (
 )
 from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
 from lorax_ft.interop.peft_folder import folder_contents
-from lorax_ft.interop.peft_layers import stacked_leaves, with_own_weight
-from lorax_ft.interop.peft_methods import Matrix, method_of_config
+from lorax_ft.interop.peft_layers import check_shared, stacked_leaves, with_own_weight
+from lorax_ft.interop.peft_methods import Matrix, PeftMethod, method_of_config
 from lorax_ft.interop.peft_names import Place, all_modules, find_module, known_modules
-from lorax_ft.interop.peft_tensors import OWN_SUFFIXES, PREFIX, Entry, adapter_tensors
+from lorax_ft.interop.peft_tensors import (
+    OWN_SUFFIXES,
+    PREFIX,
+    Entry,
+    adapter_tensors,
+    shared_tensors,
+)
 from lorax_ft.interop.text_part import place_in
 from lorax_ft.interop.tokenizer import ALL_FILES, save_tokenizer
+from lorax_ft.lowrank.shared import shared_leaves
+from lorax_ft.lowrank.spec import base_shape
 from lorax_ft.models.model import HEAD, TABLE, LoadedModel, Model
 from lorax_ft.schema import leaf_schema
 from lorax_ft.tree import Layer, Tree, from_modules, modules
@@ -92,6 +101,7 @@ def save_peft(
         whole,
         known=all_modules(model, params),
         model=model,
+        shared=shared_leaves(params),
         base=base,
         dropout=config.dropout if config else 0.0,
         init=config.init if config else None,
@@ -107,15 +117,19 @@ def write_adapter(
     *,
     known: Iterable[str],
     model: Model,
+    shared: Mapping[str, Any] = MappingProxyType({}),
     base: str | Path | None = None,
     dropout: float = 0.0,
     init: str | None = None,
     others: Literal["refuse", "keep"] = "refuse",
     training_notes: str = "",
 ) -> None:
-    """Writes what `collect_adapters` returns; `known` are Hugging Face's names of all modules."""
+    """Writes what `collect_adapters` returns.
+
+    `known` are Hugging Face's names of all modules, `shared` the leaves that all layers share.
+    """
     tensors, peft_config = folder_contents(
-        adapters, whole, known=known, model=model, base=base, dropout=dropout
+        adapters, whole, known=known, model=model, base=base, dropout=dropout, shared=shared
     )
     card = adapter_card(peft_config, init=init, training_notes=training_notes)
     replaces = ALL_FILES if model.tokenizer is not None else ()
@@ -141,7 +155,9 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     folder = Path(folder)
     config = read_config(folder)
     method = method_of_config(config, folder)
-    place_there = place_in(key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS))
+    place_there = place_in(
+        key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes)
+    )
     known = known_modules(model, model.params, place=place_there)
     _check_base(config, folder, model)
     layers = modules(model.params)
@@ -162,10 +178,10 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
             del layers[HEAD]
     _check_complete(config, targets, known, folder)
     stacks: dict[str, dict[tuple[int, ...], Matrix]] = {}
-    for (path, index), matrix in raw.items():
-        entry = targets[path, index]
-        where = f"{folder}: {entry.module}"
-        complete = method.complete(matrix, config, entry.target, where)
+    for place, matrix in raw.items():
+        path, index = place
+        sides = _sides(layers, path, model)
+        complete = _completed(matrix, targets[place], sides, method, config, where=folder)
         if is_fused(path) and "lora_a" in complete and is_filled(complete):
             continue
         stacks.setdefault(path, {})[index] = complete
@@ -173,6 +189,8 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
         layers[path] = layers.get(path, {}) | stacked_leaves(
             matrices, layers, path, model.layout[path], where=folder
         )
+    layers[""] = layers.get("", {}) | shared_tensors(folder, method)
+    check_shared(layers, stacks, model.layout, where=folder)
     return from_modules(layers)
 
 
@@ -217,13 +235,37 @@ def _check_base(config: Mapping[str, Any], folder: Path, model: Model) -> None:
         raise ValueError(f"{folder} was trained on {named}, not on {model.source}; load {named}")
 
 
+def _completed(
+    matrix: Matrix,
+    entry: Entry,
+    sides: tuple[int, int],
+    method: PeftMethod,
+    config: Mapping[str, Any],
+    *,
+    where: Path,
+) -> Matrix:
+    """All leaves of one matrix with these inputs and outputs, from its tensors."""
+    inputs, outputs = sides
+    place = f"{where}: {entry.module}"
+    complete = method.complete(matrix, config, entry.target, place)
+    method.check_fits(complete, inputs, outputs, place)
+    return complete
+
+
+def _sides(layers: Mapping[str, Layer], path: str, model: Model) -> tuple[int, int]:
+    """The inputs and outputs of the matrices of a module."""
+    spec = model.layout[path]
+    _, inputs, outputs = spec.sizes(base_shape(layers, path, spec))
+    return inputs, outputs
+
+
 def _check_adaptable(entry: Entry, layer: Layer, *, where: Path) -> None:
     """Raise where a tensor belongs to a norm, or has the wrong number of axes."""
     if "scale" in layer:
         raise ValueError(f"{where}: {entry.key} adapts a norm, which is not supported")
     # Magnitudes are vectors; PEFT has a vector of IA3 as a matrix with one row or column.
-    vectors = leaf_schema(entry.leaf).axes == ("stack", "out")
-    if entry.value.ndim != 2 and not vectors:
+    is_vector = len(leaf_schema(entry.leaf).axes) == 2
+    if entry.value.ndim != 2 and not is_vector:
         raise ValueError(
             f"{where}: {entry.key} has the shape {entry.value.shape}; it must be a matrix"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -97,14 +98,27 @@ def is_fused(name: str) -> bool:
     return "experts" in components or components[-1] == "gate"
 
 
-def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, np.float32]:
-    """The rank of a module, or of a target parameter, and alpha / r or alpha / √r (rsLoRA)."""
-    rank = _matching(config.get("rank_pattern"), module, config["r"])
-    alpha = _matching(config.get("alpha_pattern"), module, config["lora_alpha"])
-    divisor = rank
+def rank_of(config: Mapping[str, Any], module: str) -> int:
+    """The rank of a module, or of a target parameter."""
+    return _matching(config.get("rank_pattern"), module, config["r"])
+
+
+def rank_and_scale(
+    config: Mapping[str, Any],
+    module: str,
+    *,
+    alpha: str = "lora_alpha",
+) -> tuple[int, np.float32]:
+    """The rank of a module, or of a target parameter, and alpha / r or alpha / √r (rsLoRA).
+
+    `alpha` is the name of the field with the default alpha.
+    """
+    rank = rank_of(config, module)
+    numerator = _matching(config.get("alpha_pattern"), module, config[alpha])
+    divisor: float = rank
     if config.get("use_rslora"):
         divisor = math.sqrt(rank)
-    scale = alpha / divisor
+    scale = numerator / divisor
     return rank, np.float32(scale)
 
 
@@ -120,6 +134,35 @@ def alpha_of(scale: float, rank: int) -> float:
             return int(alpha)
         return alpha
     return exact
+
+
+def rank_and_alpha_fields(
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+) -> dict[str, Any]:
+    """The most common rank and alpha, and patterns for the modules that have others.
+
+    Args:
+      ranks: by the full name of the module.
+      scales: alpha / r, likewise.
+    """
+    alphas = {name: alpha_of(scales[name], rank) for name, rank in ranks.items()}
+    rank = most_common(ranks)
+    alpha = most_common(alphas)
+    other_ranks = {name: value for name, value in ranks.items() if value != rank}
+    other_alphas = {name: value for name, value in alphas.items() if value != alpha}
+    return {
+        "r": rank,
+        "alpha": alpha,
+        "rank_pattern": shortened(other_ranks, ranks),
+        "alpha_pattern": shortened(other_alphas, ranks),
+    }
+
+
+def most_common(values: Mapping[str, Any]) -> Any:
+    """The value that most of the modules have."""
+    [(value, _)] = collections.Counter(values.values()).most_common(1)
+    return value
 
 
 def shortened(values: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
@@ -144,20 +187,19 @@ def shortened(values: Mapping[str, Any], modules: Iterable[str]) -> dict[str, An
     return short
 
 
-def check_values(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise where a field of a LoRA config that changes numbers has a value of the wrong type."""
-    rank = config.get("r")
-    valid = {
-        "r": _is_positive(rank) and isinstance(rank, int) and rank <= MOST_RANK,
-        "lora_alpha": _is_positive(config.get("lora_alpha")),
-    }
+def check_values(
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    alpha: str = "lora_alpha",
+) -> None:
+    """Raise where a field of a config that changes numbers has a value of the wrong type."""
+    check_rank(config, folder)
+    valid = {alpha: _is_positive(config.get(alpha))}
     for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
         flag = config.get(name, False)
         valid[name] = isinstance(flag, bool)
-    for name in ("rank_pattern", "alpha_pattern"):
-        # null means no patterns.
-        table = config.get(name) or {}
-        valid[name] = _is_pattern_table(table)
+    check_patterns(config, folder)
     parameters = config.get("target_parameters") or []
     valid["target_parameters"] = _is_name_list(parameters)
     excluded = config.get("exclude_modules") or []
@@ -171,6 +213,31 @@ def _check(valid: Mapping[str, bool], config: Mapping[str, Any], folder: Path) -
         if not is_valid:
             value = repr(config.get(name))[:80]
             raise ValueError(f"{folder / CONFIG}: {name} is {value}, which is not a valid value")
+
+
+def check_patterns(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise where a table of ranks or alphas by pattern is not one."""
+    valid = {}
+    for name in ("rank_pattern", "alpha_pattern"):
+        # null means no patterns.
+        valid[name] = _is_pattern_table(config.get(name) or {})
+    _check(valid, config, folder)
+
+
+def check_rank(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise where the config's one rank is not a whole number above 0."""
+    rank = config.get("r")
+    is_rank = isinstance(rank, int) and _is_positive(rank) and rank <= MOST_RANK
+    _check({"r": is_rank}, config, folder)
+
+
+def one_rank(ranks: Collection[int], method: str) -> int:
+    """The rank of all adapters of a type for which PEFT has no `rank_pattern`."""
+    if len(ranks) > 1:
+        found = ", ".join(map(str, sorted(ranks)))
+        raise ValueError(f"save_peft: PEFT's {method} has one rank, and the adapters have {found}")
+    [rank] = ranks
+    return rank
 
 
 def _is_positive(value: Any) -> bool:

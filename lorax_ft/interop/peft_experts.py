@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lorax_ft.interop.huggingface import unstacked
+from lorax_ft.interop.model_card import TITLES
 from lorax_ft.interop.peft_config import is_fused
 from lorax_ft.interop.peft_methods import Matrix
 from lorax_ft.models.model import Model
@@ -55,10 +56,9 @@ def _unsupported(layer: Layer) -> str | None:
     if "magnitude" in layer:
         return "DoRA"
     for name in layer:
-        if name.startswith("ia3"):
-            return "IA3"
-        if name.startswith("miss"):
-            return "MiSS"
+        prefix, _, _ = name.partition("_")
+        if prefix != "lora" and prefix in TITLES:
+            return TITLES[prefix]
     if any(map(is_base, layer)):
         return "full training"
     return None

@@ -55,12 +55,14 @@ def folder_contents(
     model: Model,
     base: str | Path | None,
     dropout: float,
+    shared: Mapping[str, np.ndarray],
 ) -> tuple[Tensors, dict[str, Any]]:
     """The tensors and the config of a folder that holds what `collect_adapters` returns.
 
-    `known` are Hugging Face's names of all modules.
+    `known` are Hugging Face's names of all modules, `shared` the leaves that all layers share.
     """
     method = method_of_matrix(next(iter(adapters.values())))
+    adapters = method.fit(adapters)
     has_fused = any(map(is_fused, adapters))
     stacks: dict[str, Matrix] = {}
     if stacks_experts(model.hf_config):
@@ -83,6 +85,8 @@ def folder_contents(
     tensors = {}
     for name, tensor in {**adapted.tensors, **trained.tensors}.items():
         tensors[PREFIX + name] = np.ascontiguousarray(tensor)
+    for name, leaf in method.shared.items():
+        tensors[name] = np.ascontiguousarray(np.asarray(shared[leaf]).T)
     return tensors, config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from lorax_ft.interop.peft_methods import Matrix
 from lorax_ft.interop.peft_names import Place
 from lorax_ft.interop.peft_tensors import Entry
 from lorax_ft.lowrank.layout import Layout
+from lorax_ft.lowrank.shared import shared_leaves
 from lorax_ft.lowrank.spec import LayerSpec, base_kernel, base_shape, with_kernel
 from lorax_ft.lowrank.terms import magnitude
 from lorax_ft.models.model import HEAD, TABLE
 from lorax_ft.quant.kernels import Quantized
-from lorax_ft.schema import leaf_schema
+from lorax_ft.schema import KERNEL_AXES, PADDED, Axis, leaf_schema
 from lorax_ft.tree import Layer
 
 
@@ -82,7 +83,7 @@ def stacked_leaves(
 ) -> Layer:
     """The adapter leaves of a stack: zeros beyond a matrix's rank, and for matrices without one."""
     kernel_shape = base_shape(layers, path, spec)
-    rank = max(map(_rank, matrices.values()))
+    sizes = _own_sizes(matrices.values())
     names = {frozenset(matrix) for matrix in matrices.values()}
     if len(names) > 1:
         raise ValueError(
@@ -91,13 +92,13 @@ def stacked_leaves(
         )
     leaves = {}
     for name in next(iter(matrices.values())):
-        shape = spec.leaf_shape(name, kernel_shape, rank=rank)
-        leaves[name] = np.zeros(shape, np.float32)
+        shape = spec.leaf_shape(name, kernel_shape, sizes=sizes)
+        leaves[name] = np.zeros(shape, leaf_schema(name).dtype)
     for index, matrix in matrices.items():
         for name, value in matrix.items():
             leaf = leaves[name]
             _check_fits(name, value, leaf[index].shape, path, where=where)
-            # Only a rank axis may be longer than the matrix's own.
+            # Only an axis such as the rank may be longer than the matrix's own.
             own: tuple[Any, ...] = tuple(slice(size) for size in value.shape)
             leaf[index + own] = value
     layer = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
@@ -113,13 +114,37 @@ def stacked_leaves(
     return layer
 
 
-def _rank(matrix: Matrix) -> int:
-    """The rank of a matrix's adapter; 0 where it has none."""
-    for name, value in matrix.items():
-        _, *axes = leaf_schema(name).axes  # without the stack axis
-        if "rank" in axes:
-            return value.shape[axes.index("rank")]
-    return 0
+def check_shared(
+    layers: Mapping[str, Layer],
+    adapted: Iterable[str],
+    layout: Layout,
+    *,
+    where: Path,
+) -> None:
+    """Raise where an adapted module has more inputs or outputs than the leaves that all share."""
+    for name, leaf in shared_leaves(layers[""]).items():
+        for path in adapted:
+            spec = layout[path]
+            _, inputs, outputs = spec.sizes(base_shape(layers, path, spec))
+            needed = {"in": inputs, "out": outputs}
+            for axis, size in zip(leaf_schema(name).axes, leaf.shape, strict=True):
+                if size < needed.get(axis, 0):
+                    raise ValueError(
+                        f"{where}: {name} has the shape {leaf.shape}, and {path} needs "
+                        f"{needed[axis]} {axis}puts"
+                    )
+
+
+def _own_sizes(matrices: Iterable[Matrix]) -> dict[Axis, int]:
+    """The largest sizes of those axes that are not the kernel's, such as the rank."""
+    sizes: dict[Axis, int] = {}
+    for matrix in matrices:
+        for name, value in matrix.items():
+            _, *axes = leaf_schema(name).axes  # without the stack axis
+            for axis, size in zip(axes, value.shape, strict=True):
+                if axis not in KERNEL_AXES:
+                    sizes[axis] = max(size, sizes.get(axis, 0))
+    return sizes
 
 
 def _check_fits(
@@ -130,10 +155,10 @@ def _check_fits(
     *,
     where: Path,
 ) -> None:
-    """Raise where a leaf has another size than the model's module, apart from its rank."""
+    """Raise where a leaf has another size than the model's module, apart from the rank's."""
     axes = leaf_schema(name).axes[1:]
     rank_as_given = [
-        size if axis == "rank" else wanted
+        size if axis in PADDED else wanted
         for axis, size, wanted in zip(axes, value.shape, expected, strict=True)
     ]
     needed = tuple(rank_as_given)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.interop.expert_stacks import STACKS
@@ -24,6 +25,7 @@ from lorax_ft.interop.lazy_tensor import all_finite, lazy_tensors
 from lorax_ft.interop.peft_config import WEIGHTS, is_target
 from lorax_ft.interop.peft_methods import LORA, PeftMethod
 from lorax_ft.models.model import Model
+from lorax_ft.tree import Layer
 
 PREFIX = "base_model.model."
 OWN_SUFFIXES = {
@@ -71,7 +73,9 @@ def adapter_tensors(
       ValueError: the file is damaged, or holds a tensor that is not of the adapter's type, or a
         number that is not finite.
     """
-    for key, lazy in sorted(lazy_tensors(folder / WEIGHTS).items()):
+    for key, lazy in sorted(lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes).items()):
+        if key in method.shared:
+            continue
         module, leaf = _parse(key, method, folder)
         target = module
         if is_target(f"{module}.weight", config.get("target_parameters")):
@@ -86,6 +90,24 @@ def adapter_tensors(
             yield from _expert_entries(entry, config, model, where=folder)
         else:
             yield entry
+
+
+def shared_tensors(folder: Path, method: PeftMethod) -> Layer:
+    """The leaves that all modules share.
+
+    Raises:
+      ValueError: the file lacks one, or it is no matrix.
+    """
+    tensors = lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes)
+    leaves: Layer = {}
+    for key, name in method.shared.items():
+        if key not in tensors:
+            raise ValueError(f"{folder}: {WEIGHTS} has no {key}, which all modules share")
+        value = tensors[key].read(())
+        if value.ndim != 2:
+            raise ValueError(f"{folder}: {key} has the shape {value.shape}; it must be a matrix")
+        leaves[name] = jnp.asarray(value.T, jnp.float32)
+    return leaves
 
 
 def _parse(key: str, method: PeftMethod, folder: Path) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from lorax_ft.lowrank.keys import fold_path
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.module_leaves import adapter_leaves, leaf_shapes, without_start
 from lorax_ft.lowrank.requantize import Original
+from lorax_ft.lowrank.shared import initial_shared, shared_shapes
 from lorax_ft.lowrank.spec import base_kernel, base_shape, with_kernel
 from lorax_ft.lowrank.starts import find_starts, stack_of
 from lorax_ft.lowrank.statistics import Statistics, needed_statistics, one_by_one
@@ -36,7 +37,7 @@ from lorax_ft.lowrank.terms import (
 )
 from lorax_ft.lowrank.terms import magnitude as magnitude_term
 from lorax_ft.quant.kernels import Quantized
-from lorax_ft.schema import init_schema
+from lorax_ft.schema import init_schema, leaf_schema
 from lorax_ft.tree import Layer, Tree, combine, from_modules, modules
 
 
@@ -119,12 +120,14 @@ def add_adapters(
     if init is None and row.choose_ranks is not None:
         explained = {path: np.asarray(starts[path].explained) for path in needed}
         plans = find_function(row.choose_ranks)(plans, explained, config)
+    layers[""] = layers.get("", {}) | initial_shared(plans.values(), key)
     # The base stays until all is measured.
     for path, plan in plans.items():
         layers[path] = layers.get(path, {}) | adapter_leaves(
             base_kernel(layers, path, layout[path]),
             plan=plan,
             start=starts.pop(path, None),
+            key=key,
             original=originals.get(path) if init is None else None,
             donate=donate,
         )
@@ -132,7 +135,7 @@ def add_adapters(
 
 
 def abstract_adapters(config: AdapterConfig, params: Tree, *, layout: Layout) -> Tree:
-    """The shapes of the leaves that `add_adapters` adds, as float32 `jax.ShapeDtypeStruct`.
+    """The shapes of the leaves that `add_adapters` adds, as `jax.ShapeDtypeStruct`.
 
     Nothing is computed and no init runs: the shapes follow from the layers and the config.
 
@@ -145,14 +148,18 @@ def abstract_adapters(config: AdapterConfig, params: Tree, *, layout: Layout) ->
       ValueError: as `plan_adapters`.
     """
     layers = modules(nn.meta.unbox(params))
-    found: dict[str, Layer] = {}
-    for path, plan in plan_adapters(config, params, layout=layout).items():
+    plans = plan_adapters(config, params, layout=layout)
+    found: dict[str, Layer] = {"": {}}
+    for name, shape in shared_shapes(plans.values()).items():
+        found[""][name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    for path, plan in plans.items():
         spec = layout[path]
         shapes = leaf_shapes(plan, base_shape(layers, path, spec))
-        found[path] = {}
+        found.setdefault(path, {})
         for name, shape in shapes.items():
             stored = spec.stored_shape(name, shape)
-            found[path][name] = jax.ShapeDtypeStruct(stored, jnp.float32)
+            dtype = leaf_schema(name).dtype
+            found[path][name] = jax.ShapeDtypeStruct(stored, dtype)
     return from_modules(found)
 
 

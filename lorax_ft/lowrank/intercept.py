@@ -18,6 +18,7 @@ from jax import Array
 
 from lorax_ft.lowrank.experts import ExpertDense, Grouped, Rows
 from lorax_ft.lowrank.linear import linear
+from lorax_ft.lowrank.shared import shared_leaves, with_shared
 from lorax_ft.lowrank.spec import LayerSpec, Module, as_canonical
 from lorax_ft.lowrank.terms import bias, check_layer, is_adapted, magnitude
 from lorax_ft.quant.kernels import Quantized, dense
@@ -69,12 +70,16 @@ def adapt(
     """
 
     def intercept(
+        shared: Layer,
         next_fun: Callable[..., Any],
         args: Any,
         kwargs: Any,
         context: nn.module.InterceptorContext,
     ) -> Any:
         module = context.module
+        if not module.path:
+            # The model itself, whose tree has the leaves that all layers share, or a layer's clone.
+            shared.update(shared_leaves(module.variables.get("params", {})))
         if context.method_name != "__call__" or type(module) not in MODULES:
             return next_fun(*args, **kwargs)
         boxed = module.variables.get("params", {})
@@ -86,17 +91,19 @@ def adapt(
             path = "/".join(module.path)
             raise ValueError(f"{path} has an adapter, but this form of the layer supports none")
         check_layer(layer, "/".join(module.path))
+        layer = with_shared(layer, shared, traced.spec, traced.shape)
         x, *others = args or (_input_of(args, kwargs),)
         if isinstance(module, ExpertDense):
             (rows,) = others
             grouped = Grouped(rows, module.product)
             run = functools.partial(_run_experts, module, gather, grouped)
-            return _adapted_call(module, traced, layer, x, run, grouped=grouped)
+            return _adapted_call(module, traced, layer, x, run, gather, grouped=grouped)
         run = functools.partial(_run_module, module, gather, traced.spec.weight)
-        return _adapted_call(module, traced, layer, x, run)
+        return _adapted_call(module, traced, layer, x, run, gather)
 
     def adapted(*args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(intercept):
+        # A dict for each call, which the model fills before any of its layers reads it.
+        with nn.intercept_methods(functools.partial(intercept, {})):
             return apply(*args, **kwargs)
 
     return adapted
@@ -138,6 +145,7 @@ def _adapted_call(
     layer: Layer,
     x: Array,
     run: Run,
+    gather: Gather,
     *,
     grouped: Grouped | None = None,
 ) -> Array:
@@ -150,12 +158,24 @@ def _adapted_call(
     first_in = len(spec.stack)
     first_out = first_in + len(spec.ins)
     in_shape = tuple(layer["kernel"].shape[first_in:first_out])
+    out_shape = tuple(layer["kernel"].shape[first_out:])
     # The module's own code expects the kernel in its own order of axes.
     layer["kernel"] = own_kernel
     if bias.BIAS in layer:
         x, layer = _promoted(module, x, layer)
+
+    def weights(kernel: Array | Quantized) -> Array:
+        if isinstance(kernel, Quantized):
+            path = "/".join(module.path)
+            kernel = gather(path, kernel)
+        w = spec.canonical("kernel", dense(kernel))
+        return w.reshape(*w.shape[:first_out], -1)
+
+    compute = functools.partial(
+        linear, in_shape=in_shape, out_shape=out_shape, weights=weights, grouped=grouped
+    )
     if traced.einsum is not None:
-        return _adapted_einsum(module, traced, layer, x, run, in_shape)
+        return _adapted_einsum(module, traced, layer, x, run, compute)
 
     def dot(x: Array, kernel: Array) -> Array:
         features = kernel.shape[len(spec.ins) :]
@@ -164,8 +184,7 @@ def _adapted_call(
         # The other modules have one out axis, and want its size as a number.
         return run({"features": features[-1]}, kernel, x)
 
-    precision = getattr(module, "precision", None)
-    return linear(layer, x, dot, precision=precision, in_shape=in_shape, grouped=grouped)
+    return compute(layer, x, dot, precision=getattr(module, "precision", None))
 
 
 def _promoted(module: nn.Module, x: Array, layer: Layer) -> tuple[Array, Layer]:
@@ -189,9 +208,9 @@ def _adapted_einsum(
     layer: Layer,
     x: Array,
     run: Run,
-    in_shape: Shape,
+    compute: Callable[..., Array],
 ) -> Array:
-    """`linear` with output axes (rest, batch, out), put in the equation's order at the end."""
+    """`compute`, which is `linear`, on output axes (rest, batch, out), and then the equation's."""
     assert traced.einsum is not None
     lhs, letters, result = traced.einsum
     batch = _letters(letters, traced.spec.stack)
@@ -214,13 +233,7 @@ def _adapted_einsum(
         fields = {"einsum_str": equation, "shape": kernel.shape}
         return run(fields, kernel, x)
 
-    y = linear(
-        layer,
-        x,
-        dot,
-        precision=module.precision,
-        in_shape=in_shape,
-    )
+    y = compute(layer, x, dot, precision=module.precision)
     return jnp.einsum(f"{own_order}->{result}", y)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,17 @@ def fold_path(key: Array, path: str) -> Array:
     # crc32, since Python's hash of a string differs from process to process.
     number = zlib.crc32(path.encode())
     return jax.random.fold_in(key, number)
+
+
+def drawn(
+    key: Array,
+    paths: list[str],
+    name: str,
+    sample: Callable[[Array], Array],
+) -> Array:
+    """`sample(key)` for each matrix of a stack, `[L, ...]`, by its path and the leaf's name."""
+    keys = matrix_keys(fold_path(key, name), paths)
+    return jax.vmap(sample)(keys)
 
 
 def matrix_keys(key: Array, paths: list[str]) -> Array:

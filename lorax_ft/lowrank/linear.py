@@ -14,6 +14,9 @@ A layer is a dict of leaves, which say which terms it has. The rows of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -32,6 +35,8 @@ def linear(
     *,
     precision: lax.PrecisionLike = None,
     in_shape: Shape | None = None,
+    out_shape: Shape | None = None,
+    weights: Callable[[Any], Array] = dense,
     grouped: Grouped | None = None,
 ) -> Array:
     """y = l ⊙ (b + (m / n) · (x W + s · x̃ A B)), with the terms whose leaves the layer has.
@@ -42,6 +47,8 @@ def linear(
       dot: `dot(x, k)`, the layer's product with any kernel that has W's in axes: W itself, A or A₀.
       precision: of the product with B, as the layer has it.
       in_shape: the sizes of W's in axes; None: W is `[in, out]` with one axis for each.
+      out_shape: those of its out axes; None: likewise.
+      weights: W of the layer's kernel as an array with one out axis, which `dot` takes.
       grouped: the experts of the rows of x, where these are sorted by expert.
 
     Returns:
@@ -55,7 +62,9 @@ def linear(
     """
     if in_shape is None:
         in_shape = layer["kernel"].shape[:1]
-    product = Product(dot, in_shape, precision, grouped)
+    if out_shape is None:
+        out_shape = layer["kernel"].shape[1:]
+    product = Product(dot, in_shape, out_shape, precision, grouped, weights)
     terms = terms_of(layer)
     for term in terms:
         x = term.before(layer, x)
@@ -80,8 +89,11 @@ def merged_kernel(layer: Layer) -> Array:
     return merged_layer(layer)["kernel"]
 
 
-def merged_layer(layer: Layer) -> Layer:
-    """The kernel, and the bias if there is one, with the layer's terms folded into them."""
+def merged_layer(layer: Layer, *, n_out: int | None = None) -> Layer:
+    """The kernel, and the bias if there is one, with the layer's terms folded into them.
+
+    `n_out` is how many of the kernel's axes are of the output; None: as its leaves say, or one.
+    """
     base = {name: leaf for name, leaf in layer.items() if name in ("kernel", "bias")}
     terms = tuple(term for term in terms_of(layer) if term.changes_kernel)
     if not terms:
@@ -89,9 +101,9 @@ def merged_layer(layer: Layer) -> Layer:
     layer = magnitude.with_norm(layer)
     names = set(base)
     for term in terms:
-        names.update(term.all_leaves)
+        names.update(term.all_leaves + term.shared)
     leaves = {name: leaf for name, leaf in layer.items() if name in names}
-    matrices = matrices_of(leaves)
+    matrices = matrices_of(leaves, n_out=n_out)
     merged = over_stack(_merge_matrix, matrices, options=(terms,))
     result = {}
     for name, leaf in base.items():

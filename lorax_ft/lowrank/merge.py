@@ -14,6 +14,7 @@ from jax import Array
 
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.linear import merged_layer
+from lorax_ft.lowrank.shared import shared_leaves, with_shared
 from lorax_ft.lowrank.spec import BIAS, LayerSpec, as_canonical, base_kernel
 from lorax_ft.lowrank.terms import check_layer, is_adapted, terms_of
 from lorax_ft.quant.kernels import dense
@@ -52,11 +53,12 @@ def merged_leaves(
       layout: the layers of the model.
       dtype: of the merged leaves; None: their own.
     """
+    shared = shared_leaves(params)
     for path, layer in _untied(params, layout).items():
         check_layer(layer, path)
         merged = layer
         if is_adapted(layer):
-            merged = layer | _merged(layer, layout[path], dtype)
+            merged = layer | _merged(layer, layout[path], dtype, shared)
         for name in layer:
             if is_base(name):
                 yield join(path, name), dense(merged[name])
@@ -114,10 +116,11 @@ def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout) -> Tree:
       layout: the layers of the model.
 
     Raises:
-      ValueError: an adapter multiplies W (DoRA, IA3), or an embedding or a tied head is adapted: W
-        cannot be computed from the merged weights.
+      ValueError: an adapter multiplies W (DoRA, IA3, HiRA, OFT), or an embedding or a tied head is
+        adapted: W cannot be computed from the merged weights.
     """
     layers = modules(merged)
+    shared = shared_leaves(params)
     for path, layer in modules(params).items():
         if not is_adapted(layer):
             continue
@@ -125,8 +128,8 @@ def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout) -> Tree:
         multiplied = any(term.multiplies for term in terms)
         if "kernel" not in layer or multiplied:
             raise ValueError(
-                f"{path}: the base cannot be recovered from the merged weights of DoRA, IA3, an "
-                "embedding or a tied head"
+                f"{path}: the base cannot be recovered from the merged weights of DoRA, IA3, HiRA, "
+                "OFT, an embedding or a tied head"
             )
         # Merging the negative of what was added takes it away.
         inverse = layer | {"kernel": layers[path]["kernel"]}
@@ -134,19 +137,20 @@ def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout) -> Tree:
             for name in term.negated:
                 if name in layer:
                     inverse[name] = -layer[name]
-        restored = _merged(inverse, layout[path], None)
+        restored = _merged(inverse, layout[path], None, shared)
         layers[path] = layers[path] | {"kernel": restored["kernel"]}
     return from_modules(layers)
 
 
-def _merged(layer: Layer, spec: LayerSpec, dtype: Any) -> Layer:
+def _merged(layer: Layer, spec: LayerSpec, dtype: Any, shared: Layer) -> Layer:
     """The layer's own matrix and bias with its adapter in them, in their own order of axes."""
-    canonical = as_canonical(layer, spec)
+    kernel_shape = layer[spec.weight].shape
+    canonical = with_shared(as_canonical(layer, spec), shared, spec, kernel_shape)
     if dtype is not None:
         canonical["kernel"] = dense(canonical["kernel"], dtype)
         if BIAS in canonical:
             canonical[BIAS] = canonical[BIAS].astype(dtype)
-    merged = merged_layer(canonical)
+    merged = merged_layer(canonical, n_out=len(spec.outs))
     restored = {}
     for name, leaf in merged.items():
         restored[name] = spec.restored(name, leaf)

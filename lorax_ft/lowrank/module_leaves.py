@@ -17,7 +17,7 @@ from lorax_ft.lowrank.matrices import matrices_of
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.requantize import Original, requantized
 from lorax_ft.lowrank.spec import LayerSpec, as_canonical
-from lorax_ft.lowrank.terms import TERMS, kept_start, low_rank, planned_leaves
+from lorax_ft.lowrank.terms import TERMS, kept_start, low_rank, own_sizes, planned_leaves
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.tree import Layer, Shape
 
@@ -29,8 +29,9 @@ def leaf_shapes(plan: Plan, kernel: Shape) -> dict[str, Shape]:
       plan: the module's.
       kernel: the shape of its kernel.
     """
+    sizes = own_sizes(plan)
     names = planned_leaves(plan)
-    return {name: plan.spec.leaf_shape(name, kernel, rank=plan.width) for name in names}
+    return {name: plan.spec.leaf_shape(name, kernel, sizes=sizes) for name in names}
 
 
 def adapter_leaves(
@@ -38,6 +39,7 @@ def adapter_leaves(
     *,
     plan: Plan,
     start: InitResult | None,
+    key: Array,
     original: Original | None = None,
     donate: bool = False,
 ) -> Layer:
@@ -47,6 +49,7 @@ def adapter_leaves(
       kernel: W, in the order of axes that `spec` says.
       plan: the meaning of the kernel's axes, the method, ranks and scales of its matrices.
       start: what the init returned for the stack, for LoRA.
+      key: every matrix's randomness is folded from it and the matrix's path.
       original: reads W again, where the kernel is quantized and the init changes it.
       donate: whether a kernel that changes is consumed.
     """
@@ -63,7 +66,7 @@ def adapter_leaves(
         layer["kernel"] = _minus_start(layer, spec, original, donate=donate)
     shapes = leaf_shapes(plan, kernel.shape)
     for term in TERMS:
-        layer |= term.initial(layer, plan, shapes)
+        layer |= term.initial(layer, plan, shapes, key)
     leaves = {name: spec.restored(name, leaf) for name, leaf in layer.items()}
     changed = leaves.pop("kernel")
     if kept_start.is_in_base(layer):
@@ -103,7 +106,7 @@ def _factor_leaves(start: InitResult, plan: Plan, kernel: Shape) -> Layer:
         leaves[kept_start.B0] = jnp.copy(b0)
     layer: Layer = {}
     for name, leaf in leaves.items():
-        shape = plan.spec.canonical_shape(name, kernel, rank=plan.width)
+        shape = plan.spec.canonical_shape(name, kernel, sizes={"rank": plan.width})
         layer[name] = leaf.reshape(shape)
     layer[low_rank.SCALE] = jnp.asarray(plan.scales)
     if start.removed is not None and plan.start == "kept":

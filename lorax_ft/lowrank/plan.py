@@ -27,6 +27,10 @@ class Plan:
     """alpha / r or alpha / √r, `[*L]` float32; 0 where a matrix is not adapted."""
     width: int
     """R, the columns of A: the largest rank, or the largest that EVA may give."""
+    rows: int
+    """I, the inputs of each matrix."""
+    columns: int
+    """O, the outputs of each matrix."""
     config: AdapterConfig
     """The options, from which each term tells whether it is part of the plan."""
     start: Start = "none"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jax import Array
 
 from lorax_ft.quant.kernels import Quantized
-from lorax_ft.schema import leaf_schema
+from lorax_ft.schema import Axis, leaf_schema
 from lorax_ft.tree import Layer, Shape
 
 Module = Literal["dense", "general", "einsum", "experts", "conv", "embed"]
@@ -88,25 +88,27 @@ class LayerSpec:
         columns = math.prod(_picked(shape, self.outs))
         return stack, rows, columns
 
-    def leaf_shape(self, name: str, kernel: Shape, *, rank: int) -> Shape:
-        """The shape, in canonical order, of a leaf beside a kernel whose own shape is `kernel`."""
+    def leaf_shape(self, name: str, kernel: Shape, *, sizes: Mapping[Axis, int]) -> Shape:
+        """The shape, in canonical order, of a leaf beside a kernel whose own shape is `kernel`.
+
+        `sizes` are those of the axes that are not the kernel's, such as the rank.
+        """
         axes = self.stack + self.ins + self.outs
         canonical = _picked(kernel, axes)
-        return self.canonical_shape(name, canonical, rank=rank)
+        return self.canonical_shape(name, canonical, sizes=sizes)
 
-    def canonical_shape(self, name: str, kernel: Shape, *, rank: int) -> Shape:
+    def canonical_shape(self, name: str, kernel: Shape, *, sizes: Mapping[Axis, int]) -> Shape:
         """The same beside a kernel whose shape is given in canonical order."""
         first_in = len(self.stack)
         first_out = first_in + len(self.ins)
-        sizes = {
+        of_kernel: dict[Axis, Shape] = {
             "stack": kernel[:first_in],
             "in": kernel[first_in:first_out],
             "out": kernel[first_out:],
-            "rank": (rank,),
         }
         shape: Shape = ()
         for axis in leaf_schema(name).axes:
-            shape += sizes[axis]
+            shape += of_kernel[axis] if axis in of_kernel else (sizes[axis],)
         return shape
 
     def stored_shape(self, name: str, canonical: Shape) -> Shape:
@@ -183,7 +185,7 @@ def _keeps_kernel_order(name: str) -> bool:
     """Whether the axes of a leaf follow its kernel's order: those of matrices do."""
     axes = leaf_schema(name).axes
     # A matrix has stack, in or rank, and out or rank; a vector lacks one of them.
-    return len(axes) == 3
+    return len(axes) == 3 and set(axes) <= {"stack", "in", "rank", "out"}
 
 
 def as_canonical(layer: Layer, spec: LayerSpec) -> Layer:

@@ -78,8 +78,9 @@ def stack_of(
         options=init_options(config.init, config),
         rounds=rounds,
     )
-    reads = init_schema(config.init).changes_base or init is not None
-    if spec.module == "embed":
+    row = init_schema(config.init)
+    reads = row.changes_base or row.reads_base or init is not None
+    if spec.module == "embed" and (init is not None or not row.adapts_embeddings):
         init, reads = initialize_embedding, False
     return Stack(context, init or find_init(config.init), reads, stack, original)
 

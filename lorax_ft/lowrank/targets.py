@@ -18,7 +18,7 @@ from lorax_ft.lowrank.patterns import (
 )
 from lorax_ft.lowrank.plan import Plan, Start
 from lorax_ft.lowrank.spec import LayerSpec, base_shape
-from lorax_ft.lowrank.terms import planned_leaves
+from lorax_ft.lowrank.terms import TERMS
 from lorax_ft.schema import init_schema, leaf_schema
 from lorax_ft.tree import Layer, Shape, Tree, modules
 
@@ -96,13 +96,21 @@ def _plan(
         ranks=ranks.reshape(stack),
         scales=scales.reshape(stack),
         width=width,
+        rows=rows,
+        columns=columns,
         config=config,
         start=start,
     )
-    has_rank = any("rank" in leaf_schema(name).axes for name in planned_leaves(plan))
-    if has_rank:
+    if _has_limited_rank(plan):
         _check_rank(config, path, largest, rows, columns)
     return plan
+
+
+def _has_limited_rank(plan: Plan) -> bool:
+    """Whether the plan has leaves with a rank that must not exceed the sides of the matrix."""
+    terms = [term for term in TERMS if not term.any_rank]
+    leaves = [name for term in terms for name in term.planned(plan)]
+    return any("rank" in leaf_schema(name).axes for name in leaves)
 
 
 def _check_rank(config: AdapterConfig, path: str, rank: int, rows: int, columns: int) -> None:

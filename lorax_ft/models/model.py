@@ -18,6 +18,7 @@ from lorax_ft.lowrank.intercept import adapt
 from lorax_ft.lowrank.layout import Layout, layout
 from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.requantize import Original
+from lorax_ft.lowrank.shared import shared_leaves, with_shared
 from lorax_ft.lowrank.spec import LayerSpec, with_kernel
 from lorax_ft.lowrank.terms import check_layer, magnitude
 from lorax_ft.models.cache import Cache
@@ -125,7 +126,8 @@ class CausalLM:
             return gathered(join(LAYERS, path), kernel)
 
         apply = adapt(module(*fields).apply, gather=gather)
-        variables = {"params": jax.tree.map(own, params[LAYERS])}
+        of_step = jax.tree.map(own, params[LAYERS])
+        variables = {"params": of_step | shared_leaves(params)}
         x, _ = apply(variables, entry.x, entry.shared, own(entry.type_indices), None)
         return x
 
@@ -141,7 +143,9 @@ class CausalLM:
         """
         layers = {path: params.get(path, {}) for path in (TABLE, HEAD)}
         check_layer(layers[HEAD], HEAD)
-        layer = magnitude.with_norm(with_kernel(layers, HEAD, self.layout[HEAD]))
+        spec = self.layout[HEAD]
+        layer = magnitude.with_norm(with_kernel(layers, HEAD, spec))
+        layer = with_shared(layer, shared_leaves(params), spec, layer["kernel"].shape)
         return layer | {"kernel": layer["kernel"].astype(self.config.dtype)}
 
     def score(self, head: Layer, features: Array) -> Array:

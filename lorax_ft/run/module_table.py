@@ -94,15 +94,15 @@ def _adapter_row(
     matrices = f"{count}" if adapted.all() else f"{count} of {adapted.size}"
     ranks = matrix_ranks(layer)[adapted]
     # Padding of the ranks, and factors frozen by adapter.freeze, are not counted.
-    sizes = {"in": inputs * count, "out": outputs * count}
+    sides = {"in": inputs, "out": outputs}
     parameters = 0
-    for name in trained:
+    for name, leaf in trained.items():
         _, *axes = leaf_schema(name).axes  # of one matrix
-        if "rank" in axes:
-            other_side = inputs if "in" in axes else outputs
-            parameters += int(ranks.sum()) * other_side
-        else:
-            parameters += sizes[axes[0]]
+        elements = int(ranks.sum()) if "rank" in axes else count
+        for axis, size in zip(axes, leaf.shape[-len(axes) :], strict=True):
+            if axis != "rank":
+                elements *= sides.get(axis, size)
+        parameters += elements
     rank = _span(ranks) if ranks.any() else "–"
     if magnitude.MAGNITUDE in layer:
         rank += " + m"

@@ -21,6 +21,7 @@ STARTS = (
     *("adapter.targets", "adapter.exclude", "adapter.layers"),
     *("adapter.calibration_batches", "adapter.eva_rho", "adapter.corda_mode"),
     *("adapter.lora_ga_gamma", "adapter.lora_one_gamma", "adapter.svd_iterations"),
+    *("adapter.vera_d_initial", "adapter.lokr_factor", "adapter.oft_block_size"),
 )
 """What the leaves of an adapter hold, and how many of them are not zero."""
 SEED = "train.seed"

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_ft import sharding
 from lorax_ft.lowrank.terms import kept_start, low_rank
-from lorax_ft.schema import leaf_name, leaf_schema
+from lorax_ft.schema import PADDED, leaf_name, leaf_schema
 from lorax_ft.tree import Tree, flatten, unflatten
 
 FILLED = (*low_rank.TERM.all_leaves, *kept_start.TERM.all_leaves)
@@ -130,6 +130,6 @@ def _check(path: str, leaves: Sequence[Array], *, count: int) -> None:
         )
     shapes = {str(leaf.shape) for leaf in leaves}
     # Ranks may differ; all other sizes are those of the one model.
-    if len(shapes) > 1 and "rank" not in leaf_schema(name).axes:
+    if len(shapes) > 1 and not set(PADDED) & set(leaf_schema(name).axes):
         found = " and ".join(sorted(shapes))
         raise ValueError(f"{path} has the shapes {found} in adapters of one sweep")

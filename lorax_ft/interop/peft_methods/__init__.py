@@ -10,12 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorax_ft.interop.peft_methods.hira import HIRA
 from lorax_ft.interop.peft_methods.ia3 import IA3
+from lorax_ft.interop.peft_methods.loha import LOHA
+from lorax_ft.interop.peft_methods.lokr import LOKR
 from lorax_ft.interop.peft_methods.lora import LORA
 from lorax_ft.interop.peft_methods.method import Matrix, PeftMethod
 from lorax_ft.interop.peft_methods.miss import MISS
+from lorax_ft.interop.peft_methods.oft import OFT
+from lorax_ft.interop.peft_methods.shira import SHIRA
+from lorax_ft.interop.peft_methods.vera import VERA
 
-METHODS: Mapping[str, PeftMethod] = {"lora": LORA, "ia3": IA3, "miss": MISS}
+METHODS: Mapping[str, PeftMethod] = {
+    "lora": LORA,
+    "ia3": IA3,
+    "miss": MISS,
+    "vera": VERA,
+    "loha": LOHA,
+    "lokr": LOKR,
+    "shira": SHIRA,
+    "hira": HIRA,
+    "oft": OFT,
+}
 """By `AdapterConfig.method`."""
 
 

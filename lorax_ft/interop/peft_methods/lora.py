@@ -5,7 +5,6 @@ Letters: I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,21 @@ from lorax_ft.interop.peft_config import (
     alpha_of,
     check_values,
     is_fused,
+    most_common,
     rank_and_scale,
     shortened,
 )
 from lorax_ft.interop.peft_methods.method import Matrices, Matrix, PeftMethod
 
-SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that keep the base
+SAFE_INITS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+    "orthogonal",
+    "mica",
+)  # those that keep the base
 UNSUPPORTED_LORA = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -100,8 +108,8 @@ def lora_config(adapters: Matrices, modules: Iterable[str]) -> dict[str, Any]:
         alphas[name] = alpha_of(scale, ranks[name])
     # PEFT matches no pattern with experts that it fuses: they need the default.
     fused = [name for name in adapters if is_fused(name)]
-    rank = _most_common({name: ranks[name] for name in fused or ranks})
-    alpha = _most_common({name: alphas[name] for name in fused or alphas})
+    rank = most_common({name: ranks[name] for name in fused or ranks})
+    alpha = most_common({name: alphas[name] for name in fused or alphas})
     other_ranks = {name: value for name, value in ranks.items() if value != rank}
     other_alphas = {name: value for name, value in alphas.items() if value != alpha}
     return {
@@ -178,8 +186,3 @@ LORA = PeftMethod(
     complete=complete_lora,
     dropout="lora_dropout",
 )
-
-
-def _most_common(values: Mapping[str, Any]) -> Any:
-    [(value, _)] = collections.Counter(values.values()).most_common(1)
-    return value

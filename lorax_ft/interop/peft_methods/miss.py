@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax_ft.interop.peft_config import CONFIG, WEIGHTS, shortened
+from lorax_ft.interop.peft_config import CONFIG, WEIGHTS, check_rank, one_rank, shortened
 from lorax_ft.interop.peft_methods.method import Matrices, Matrix, PeftMethod
 
 
@@ -38,12 +38,10 @@ def miss_config(adapters: Matrices, modules: Iterable[str]) -> dict[str, Any]:
       ValueError: there are several ranks.
     """
     ranks = {int(matrix["miss_rank"]) for matrix in adapters.values()}
-    if len(ranks) > 1:
-        raise ValueError(f"save_peft: PEFT's MiSS has one rank, and the adapters have {ranks}")
     return {
         "bias": "none",
         "init_weights": True,
-        "r": ranks.pop(),
+        "r": one_rank(ranks, "MiSS"),
         "target_modules": sorted(shortened(dict.fromkeys(adapters, True), modules)),
     }
 
@@ -55,9 +53,7 @@ def check_miss_config(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder} uses init_weights {config['init_weights']!r} in its {CONFIG}, which is not "
             "supported"
         )
-    rank = config.get("r")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{folder / CONFIG}: r is {rank!r}, which is not a valid value")
+    check_rank(config, folder)
 
 
 def complete_miss(

@@ -1,6 +1,8 @@
 """The terms of an adapted layer's equation, in the equation's order. Each file is one of them.
 
-    y = l ⊙ (b + (m / n) · (x W − s₀ x A₀ B₀ + s x̃ A B) + x̃ P D)
+    y = l ⊙ (b + (m / n) · (x W − s₀ x A₀ B₀ + s x̃ A B) + x̃ ΔW)
+
+ΔW is that of MiSS, VeRA, LoHa, LoKr, SHiRA or HiRA, and OFT rotates x first.
 
 A layer is computed (`linear`) and merged (`merged_layer`) by folding over those terms whose leaves
 it has. The file of a term says which leaves it needs, how it acts and how it merges.
@@ -9,9 +11,23 @@ it has. The file of a term says which leaves it needs, how it acts and how it me
 from __future__ import annotations
 
 from lorax_ft.lowrank.plan import Plan
-from lorax_ft.lowrank.terms import bias, dropout, ia3, kept_start, low_rank, magnitude, miss
+from lorax_ft.lowrank.terms import (
+    bias,
+    dropout,
+    hira,
+    ia3,
+    kept_start,
+    loha,
+    lokr,
+    low_rank,
+    magnitude,
+    miss,
+    oft,
+    shira,
+    vera,
+)
 from lorax_ft.lowrank.terms.term import Term
-from lorax_ft.schema import is_adapter
+from lorax_ft.schema import Axis, is_adapter, leaf_schema
 from lorax_ft.tree import Layer
 
 TERMS: tuple[Term, ...] = (
@@ -20,6 +36,12 @@ TERMS: tuple[Term, ...] = (
     low_rank.TERM,
     magnitude.TERM,
     miss.TERM,
+    vera.TERM,
+    loha.TERM,
+    lokr.TERM,
+    shira.TERM,
+    hira.TERM,
+    oft.TERM,
     bias.TERM,
     ia3.TERM,
 )
@@ -69,9 +91,18 @@ def planned_leaves(plan: Plan) -> list[str]:
     return [name for term in TERMS for name in term.planned(plan)]
 
 
+def own_sizes(plan: Plan) -> dict[Axis, int]:
+    """The sizes of the axes of a module's leaves that are not its kernel's."""
+    sizes: dict[Axis, int] = {"rank": plan.width}
+    for term in TERMS:
+        if term.planned(plan):
+            sizes |= term.sizes(plan)
+    return sizes
+
+
 def is_adapted(layer: Layer) -> bool:
-    """Whether a layer has adapter leaves."""
-    return any(is_adapter(name) for name in layer)
+    """Whether a layer has adapter leaves of its own."""
+    return any(is_adapter(name) and not leaf_schema(name).shared for name in layer)
 
 
 def active_leaf(layer: Layer) -> str:

@@ -47,7 +47,7 @@ def planned(plan: Plan) -> tuple[str, ...]:
     return (INPUT, ACTIVE)
 
 
-def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape]) -> Layer:
+def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape], key: Array) -> Layer:
     """l = 1, so that the base is unchanged at first."""
     leaves: Layer = {}
     for name in (INPUT, OUTPUT):

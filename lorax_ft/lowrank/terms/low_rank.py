@@ -93,11 +93,14 @@ def expanded_to(s: Array, ndim: int) -> Array:
 
 
 def ranks(layer: Layer) -> np.ndarray:
+    """r of each matrix, `[L]`."""
+    return used_ranks(layer[A], layer[B], layer[SCALE])
+
+
+def used_ranks(a: Array, b: Array, s: Array) -> np.ndarray:
     """The columns of A, or rows of B, that are not padding, of each matrix: `[L]`."""
-    scale = np.asarray(layer[SCALE])
+    scale = np.asarray(s)
     n = scale.ndim
-    a = layer[A]
-    b = layer[B]
     in_axes = tuple(range(n, a.ndim - 1))
     out_axes = tuple(range(n + 1, b.ndim))
     # Computed where the factors are: they may be spread over several hosts.

@@ -33,7 +33,7 @@ def planned(plan: Plan) -> tuple[str, ...]:
     return (MAGNITUDE,) if plan.config.dora else ()
 
 
-def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape]) -> Layer:
+def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape], key: Array) -> Layer:
     """m = ‖W + s A B‖, so that m / n = 1."""
     return {MAGNITUDE: column_norm(layer)} if plan.config.dora else {}
 

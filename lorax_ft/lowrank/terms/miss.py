@@ -30,7 +30,7 @@ def planned(plan: Plan) -> tuple[str, ...]:
     return (D, RANK)
 
 
-def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape]) -> Layer:
+def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape], key: Array) -> Layer:
     """D = 0, so that the base is unchanged at first."""
     if D not in shapes:
         return {}

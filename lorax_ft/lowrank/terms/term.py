@@ -5,7 +5,7 @@ Letters: I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,8 @@ from jax import Array, lax
 
 from lorax_ft.lowrank.experts import Grouped
 from lorax_ft.lowrank.plan import Plan
+from lorax_ft.quant.kernels import dense
+from lorax_ft.schema import Axis
 from lorax_ft.tree import Layer, Shape
 
 Dot = Callable[[Array, Any], Array]
@@ -26,10 +28,14 @@ class Product(NamedTuple):
     dot: Dot
     in_shape: Shape
     """The sizes of W's in axes."""
+    out_shape: Shape
+    """The sizes of W's out axes."""
     precision: lax.PrecisionLike = None
     """Of the product with B, as the layer has it."""
     grouped: Grouped | None = None
     """Where rows are sorted by expert; None: x has an axis of experts, or there are none."""
+    weights: Callable[[Any], Array] = dense
+    """W of the layer's kernel as an array for `dot`, with one out axis: `[*E, *in, O]`."""
 
     def leaf(self, leaf: Array) -> Array:
         """A leaf of the outputs as they meet it: by row, where rows are sorted by expert."""
@@ -76,10 +82,19 @@ class Term(NamedTuple):
     """Leaves whose negative makes merging subtract what the term adds."""
     takes_dropout: bool = False
     """Whether its input is dropped out in training."""
+    shared: tuple[str, ...] = ()
+    """Leaves at the tree's root that all of its layers share (`lorax_ft.lowrank.shared`)."""
+    any_rank: bool = False
+    """Whether a rank may be above the sides of a matrix."""
     planned: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
     """The leaves that a layer with this plan gets."""
-    initial: Callable[[Layer, Plan, dict[str, Shape]], Layer] = _nothing
-    """Their values where no init gives them: (layer in canonical order, plan, shapes) -> leaves."""
+    sizes: Callable[[Plan], dict[Axis, int]] = lambda plan: {}
+    """The sizes of their axes that are neither the kernel's nor the rank."""
+    initial: Callable[[Layer, Plan, dict[str, Shape], Array], Layer] = _nothing
+    """Their values where no init gives them: (layer in canonical order, plan, shapes, key) ->
+    leaves."""
+    initial_shared: Callable[[Mapping[str, Shape], Array], Layer] = _nothing
+    """The values of the shared leaves: (shapes, key) -> leaves."""
     before: Callable[[Layer, Array], Array] = _unchanged_input
     """What it does to the layer's input."""
     after: Callable[[Layer, Array, Array, Product], Array] = _unchanged_output
@@ -98,6 +113,35 @@ class Term(NamedTuple):
     def changes_kernel(self) -> bool:
         """Whether merging does anything."""
         return self.merge is not _unchanged_base
+
+
+def check_no_embedding(plan: Plan) -> None:
+    """Raise where a method that has no form for embeddings would adapt one."""
+    if plan.spec.module == "embed":
+        title = plan.config.method
+        raise ValueError(f"{plan.paths[0]}: {title} is not for embeddings; exclude them")
+
+
+def check_single_matrix(plan: Plan) -> None:
+    """Raise where a method that forms a matrix of W's size would form one for each expert."""
+    check_no_embedding(plan)
+    if plan.spec.module == "experts":
+        title = plan.config.method
+        raise ValueError(
+            f"{plan.paths[0]}: {title} would form a whole matrix for each expert at once; exclude "
+            "the experts"
+        )
+
+
+def check_dense(plan: Plan) -> None:
+    """Raise where a method whose input is a vector would adapt another layer than a dense one."""
+    check_no_embedding(plan)
+    if plan.spec.module != "dense":
+        title = plan.config.method
+        raise ValueError(
+            f"{plan.paths[0]} is of the type {plan.spec.module}, and {title} is for dense layers "
+            "only; exclude it"
+        )
 
 
 def highest_matmul(a: Array, b: Array) -> Array:

@@ -1,0 +1,18 @@
+"""LoHa (2108.06098): the elementwise product of two low-rank matrices is added.
+
+    python scripts/train.py --config configs/loha.py
+
+The learning rate is a guess: no run of this config was measured yet.
+"""
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        adapter=AdapterConfig(method="loha", rank=8, alpha=16),
+        data=DataConfig(max_length=80),
+        optim=OptimConfig(learning_rate=5e-3),
+        train=TrainConfig(output="out/loha", steps=150, batch_size=32, eval_every=30),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=32),
+    )

@@ -1,0 +1,18 @@
+"""MiCA (2604.01694): B is frozen at the directions that each weight uses least; only A trains.
+
+    python scripts/train.py --config configs/mica.py
+
+The learning rate is a guess: no run of this config was measured yet.
+"""
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        adapter=AdapterConfig(rank=16, alpha=32, init="mica", freeze=("lora_b",)),
+        data=DataConfig(max_length=80),
+        optim=OptimConfig(learning_rate=5e-3),
+        train=TrainConfig(output="out/mica", steps=150, batch_size=32, eval_every=30),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=32),
+    )

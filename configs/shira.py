@@ -1,0 +1,18 @@
+"""SHiRA (2406.13175): a few elements of each weight train, at random places.
+
+    python scripts/train.py --config configs/shira.py
+
+The learning rate is a guess: no run of this config was measured yet.
+"""
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        adapter=AdapterConfig(method="shira", rank=8),
+        data=DataConfig(max_length=80),
+        optim=OptimConfig(learning_rate=5e-3),
+        train=TrainConfig(output="out/shira", steps=150, batch_size=32, eval_every=30),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=32),
+    )

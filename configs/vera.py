@@ -1,0 +1,18 @@
+"""VeRA (2310.11454): one frozen random A and B for all layers, and two trained vectors in each.
+
+    python scripts/train.py --config configs/vera.py
+
+The learning rate is a guess: no run of this config was measured yet.
+"""
+
+from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        adapter=AdapterConfig(method="vera", rank=64),
+        data=DataConfig(max_length=80),
+        optim=OptimConfig(learning_rate=5e-2),
+        train=TrainConfig(output="out/vera", steps=300, batch_size=32, eval_every=30),
+        eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=32),
+    )

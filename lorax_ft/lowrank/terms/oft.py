@@ -1,0 +1,127 @@
+"""OFT v2 (2506.19847): the input is rotated in blocks of b, by the matrices that train.
+
+    y = (x R) W,    R block-diagonal,    R_k = (I + Q_k) (I + Q_k + Q_k² + Q_k³)
+
+Q_k is skew-symmetric, `[b, b]`, and its elements above the diagonal train. For small Q_k the sum is
+close to (I − Q_k)⁻¹, and R_k to Cayley's rotation, so the angles between the columns of W, and
+their norms, are kept. As the input is rotated and not the weight, the base's product stays the only
+one. x R is rounded to the dtype of x: in bfloat16, rotations below 0.004 are lost in it.
+
+Letters: K blocks, P the pairs b (b − 1) / 2 above a diagonal.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from lorax_ft.lowrank.plan import Plan
+from lorax_ft.lowrank.terms.low_rank import expanded_to
+from lorax_ft.lowrank.terms.term import Term, check_dense
+from lorax_ft.schema import Axis
+from lorax_ft.tree import Layer, Shape
+
+PAIRS, ACTIVE = "oft_pairs", "oft_active"
+
+
+def planned(plan: Plan) -> tuple[str, ...]:
+    """The elements of Q, where the method is OFT.
+
+    Raises:
+      ValueError: the module is not a dense layer.
+    """
+    if plan.config.method != "oft":
+        return ()
+    check_dense(plan)
+    return (PAIRS, ACTIVE)
+
+
+def own_sizes(plan: Plan) -> dict[Axis, int]:
+    """The number of blocks and of the pairs in each."""
+    b = block_size(plan.rows, plan.config.oft_block_size)
+    return {"block": plan.rows // b, "pair": b * (b - 1) // 2}
+
+
+def block_size(rows: int, wanted: int) -> int:
+    """The divisor of `rows` that is nearest to the wanted block size, the smaller of two: PEFT's.
+
+    >>> block_size(576, 32), block_size(100, 32), block_size(48, 64), block_size(97, 32)
+    (32, 25, 48, 1)
+    """
+    if wanted >= rows:
+        return rows
+    smaller = next(b for b in range(wanted, 0, -1) if rows % b == 0)
+    larger = next(b for b in range(wanted, rows + 1) if rows % b == 0)
+    return smaller if wanted - smaller <= larger - wanted else larger
+
+
+def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape], key: Array) -> Layer:
+    """Q = 0, so that R = I."""
+    if ACTIVE not in shapes:
+        return {}
+    return {
+        PAIRS: jnp.zeros(shapes[PAIRS], jnp.float32),
+        ACTIVE: jnp.asarray(plan.ranks > 0, jnp.float32),
+    }
+
+
+def before(layer: Layer, x: Array) -> Array:
+    """x R, in float32 and then in the dtype of x."""
+    r = rotations(layer)
+    blocks, b, _ = r.shape
+    x_blocks = x.reshape(*x.shape[:-1], blocks, b).astype(jnp.float32)
+    rotated = jnp.einsum("...kb,kbc->...kc", x_blocks, r, precision=lax.Precision.HIGHEST)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def merge(layer: Layer, base: Layer) -> Layer:
+    """R W."""
+    kernel = base["kernel"]
+    r = rotations(layer)
+    blocks, b, _ = r.shape
+    w = kernel.reshape(blocks, b, -1)
+    rotated = jnp.einsum("kbc,kco->kbo", r, w, precision=lax.Precision.HIGHEST)
+    return base | {"kernel": rotated.reshape(kernel.shape)}
+
+
+def rotations(layer: Layer) -> Array:
+    """R `[K, b, b]`; I in matrices of a stack that are not adapted."""
+    pairs = layer[PAIRS]
+    active = expanded_to(layer[ACTIVE], pairs.ndim)
+    q = skew_symmetric(active * pairs)
+    identity = jnp.eye(q.shape[-1])
+    squared = jnp.matmul(q, q, precision=lax.Precision.HIGHEST)
+    cubed = jnp.matmul(squared, q, precision=lax.Precision.HIGHEST)
+    fourth = jnp.matmul(squared, squared, precision=lax.Precision.HIGHEST)
+    return identity + 2 * (q + squared + cubed) + fourth
+
+
+def skew_symmetric(pairs: Array) -> Array:
+    """Q `[K, b, b]` of its elements above the diagonal `[K, P]`, row by row."""
+    blocks, count = pairs.shape
+    b = side(count)
+    rows, columns = np.triu_indices(b, 1)
+    upper = jnp.zeros((blocks, b, b), pairs.dtype).at[:, rows, columns].set(pairs)
+    return upper - upper.transpose(0, 2, 1)
+
+
+def side(pairs: int) -> int:
+    """b of b (b − 1) / 2 pairs.
+
+    >>> side(496), side(0)
+    (32, 1)
+    """
+    return (1 + round((1 + 8 * pairs) ** 0.5)) // 2
+
+
+TERM = Term(
+    leaves=(PAIRS, ACTIVE),
+    active=ACTIVE,
+    multiplies=True,
+    planned=planned,
+    sizes=own_sizes,
+    initial=initial,
+    before=before,
+    merge=merge,
+)
