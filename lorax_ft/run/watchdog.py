@@ -40,7 +40,7 @@ class Watchdog:
             self._first -= 1
             seconds *= LONGER
         # A notebook replaces stderr by an object without a file.
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
         try:
             yield
         finally:
