@@ -7,6 +7,9 @@ import dataclasses
 from lorax_ft import cli
 from lorax_ft.config import Config
 
+HEARTBEAT_SECONDS = 30
+"""A process that says nothing for so long is taken for dead, and JAX ends the others."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Config):
@@ -41,7 +44,7 @@ def _join_processes() -> None:
     import jax
 
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         raise ValueError(
             f"--multihost: JAX found no other processes ({error}); it detects those of TPU pods, "
