@@ -29,7 +29,6 @@ def main(port: int, processes: int, index: int, devices: int, *files: str) -> No
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if cache := os.environ.get("TESTS_COMPILATION_CACHE"):
         jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, index)
     assert jax.device_count() == processes * devices
     from lorax_ft.run.loop import train
