@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
@@ -96,18 +95,10 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, script: str, *argv: str) -> int:
-    """Run a script and return its exit status."""
-    spec = importlib.util.spec_from_file_location(
-        f"{script}_script", ROOT / "scripts" / f"{script}.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    """Run a command and return its exit status."""
     monkeypatch.setattr(sys, "argv", [script, *argv])
     try:
-        module.main() if script == "train" else cli.run(module.main, module.Args)
+        script_main(script)()
     except SystemExit as end:
         return int(end.code or 0)
     return 0

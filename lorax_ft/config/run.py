@@ -50,7 +50,8 @@ class Config:
 
     def _check_secrets(self) -> None:
         """Raise for a token or a password in an option, which config.json would show to others."""
-        for section in dataclasses.fields(self):
+        # A command adds options of its own to the sections.
+        for section in dataclasses.fields(Config):
             for name, value in vars(getattr(self, section.name)).items():
                 texts = value if isinstance(value, tuple) else (value,)
                 for text in texts:
