@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from run_cases import script_main
 from safetensors.numpy import load_file, save_file
 
-from lorax_ft import cli
 from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import save_peft

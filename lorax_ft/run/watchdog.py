@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import sys
 from collections.abc import Iterator
 
 FIRST = 4
 """Blocks that may take longer: in the first two steps devices meet and programs load."""
 LONGER = 10.0
 """How many times as long."""
+STDERR = 2
 
 
 class Watchdog:
@@ -39,8 +39,8 @@ class Watchdog:
         if self._first:
             self._first -= 1
             seconds *= LONGER
-        # A notebook replaces stderr by an object without a file.
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
+        # By its number: a notebook replaces sys.stderr by an object without a file.
+        faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
         try:
             yield
         finally:
