@@ -169,7 +169,7 @@ class Results:
         return None
 
     def _note_divergence(self, step: int, members: Sequence[int]) -> list[int]:
-        # Once a loss is NaN all later ones are, so each point is noted once.
+        # Such a step changes nothing, so that later losses may be finite; a point is noted once.
         new = [k for k in members if k not in self.diverged]
         for k in new:
             self.diverged[k] = step
