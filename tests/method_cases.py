@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax import Array
+from run_cases import ALL_TESTS
 
 from lorax_ft import AdapterConfig
 from lorax_ft.lowrank.layout import logical_paths
@@ -50,14 +51,17 @@ TABLE |= {
     "ia3-standard": {"method": "ia3"},
     "ia3_input-standard": {"method": "ia3", "feedforward": DENSE},
     "miss-standard": {"method": "miss"},
-    "mica-standard": {"init": "mica", "freeze": ("lora_b",)},
     "vera-standard": {"method": "vera"},
-    "loha-standard": {"method": "loha"},
-    "lokr-standard": {"method": "lokr", "rank": 1, "targets": DENSE},
     "shira-standard": {"method": "shira"},
-    "hira-standard": {"method": "hira"},
-    "oft-standard": {"method": "oft", "oft_block_size": 8, "targets": DENSE},
 }
+if ALL_TESTS:
+    TABLE |= {
+        "mica-standard": {"init": "mica", "freeze": ("lora_b",)},
+        "loha-standard": {"method": "loha"},
+        "lokr-standard": {"method": "lokr", "rank": 1, "targets": DENSE},
+        "hira-standard": {"method": "hira"},
+        "oft-standard": {"method": "oft", "oft_block_size": 8, "targets": DENSE},
+    }
 EVERYWHERE = (
     "kaiming-standard",
     "gaussian-standard-dora",

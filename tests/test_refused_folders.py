@@ -164,7 +164,7 @@ def test_save_peft_refuses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "VERA"}, "type 'VERA'; supported: 'LORA'"),
+        ({"peft_type": "FOURIERFT"}, "type 'FOURIERFT'; supported: 'LORA'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed its base"),
         ({"lora_bias": True}, "uses lora_bias"),
         (

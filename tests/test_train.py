@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import pytest
-from run_cases import CONFIGS, SHORT, Main, config, losses, resumed, trained
+from run_cases import ALL_TESTS, CONFIGS, SHORT, Main, config, losses, resumed, trained
 
 import lorax_ft as lft
 from lorax_ft.config import EMBEDDED_DATA
@@ -57,7 +57,11 @@ RESUMED = ("combined", "full", "lora_fa", "lora_ga", "qpissa")
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# Methods of one term each, whose forward and gradients test_shapes_of_updates.py tests.
+SECOND_TIER = ("hira", "loha", "lokr", "mica", "oft")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if ALL_TESTS or name not in SECOND_TIER])
 def test_a_config_trains(name: str, main: Main, tmp_path: Path) -> None:
     """A run resumed after a crash equals an uninterrupted one (the second tier: every config)."""
     found = resumed(main, name, tmp_path) if name in RESUMED else trained(main, name, tmp_path)
