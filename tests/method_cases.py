@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax import Array
-from run_cases import ALL_TESTS
 
 from lorax_ft import AdapterConfig
 from lorax_ft.lowrank.layout import logical_paths
@@ -53,15 +52,12 @@ TABLE |= {
     "miss-standard": {"method": "miss"},
     "vera-standard": {"method": "vera"},
     "shira-standard": {"method": "shira"},
+    "mica-standard": {"init": "mica", "freeze": ("lora_b",)},
+    "loha-standard": {"method": "loha"},
+    "lokr-standard": {"method": "lokr", "rank": 1, "targets": DENSE},
+    "hira-standard": {"method": "hira"},
+    "oft-standard": {"method": "oft", "oft_block_size": 8, "targets": DENSE},
 }
-if ALL_TESTS:
-    TABLE |= {
-        "mica-standard": {"init": "mica", "freeze": ("lora_b",)},
-        "loha-standard": {"method": "loha"},
-        "lokr-standard": {"method": "lokr", "rank": 1, "targets": DENSE},
-        "hira-standard": {"method": "hira"},
-        "oft-standard": {"method": "oft", "oft_block_size": 8, "targets": DENSE},
-    }
 EVERYWHERE = (
     "kaiming-standard",
     "gaussian-standard-dora",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,6 @@ SHORT = [
 ]
 SHORT += ["--train.batch_size", "8", "--mesh.fsdp", "2", "--mesh.tensor", "1"]
 
-ALL_TESTS = bool(os.environ.get("LORAX_FT_ALL_TESTS"))
-"""Whether tests and cases that belong to the second tier run too."""
-second_tier = pytest.mark.skipif(not ALL_TESTS, reason="second tier: LORAX_FT_ALL_TESTS=1")
 CONFIGS = [
     path.stem
     for path in sorted((ROOT / "configs").glob("*.py"))
@@ -38,6 +34,11 @@ CONFIGS = [
 ]
 
 Main = Callable[..., int]
+
+
+def slow_cases(cases: Iterable[Any], slow: Container[Any]) -> list[Any]:
+    """The cases, of which those in `slow` belong to the second tier."""
+    return [pytest.param(case, marks=pytest.mark.slow) if case in slow else case for case in cases]
 
 
 def last_of_each(argv: Sequence[object]) -> list[str]:

@@ -13,7 +13,7 @@ import lorax_ft as lft
 from lorax_ft.config import Config, OptimConfig
 from lorax_ft.run.log import read_log
 from lorax_ft.sweep import rate as rate_room
-from lorax_ft.sweep.rate import with_found_rate
+from lorax_ft.sweep.rate import rate_by_width, with_found_rate
 from lorax_ft.training.optimizer import make_optimizer
 
 SHORT = [
@@ -59,6 +59,33 @@ def test_a_folder_that_cannot_be_used_is_an_error_before_the_search(
     run = dataclasses.replace(run, train=train, optim=OptimConfig(learning_rate="find"))
     with pytest.raises(ValueError, match="not empty"):
         with_found_rate(run)
+
+
+def test_auto_is_the_rule_by_width(
+    main: Main,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    few_devices: None,
+    standard_promotion: None,
+) -> None:
+    """The embedded model is 128 wide: 5e-4 · (2000 / 128)^0.781."""
+    argv = [*config("lora"), *SHORT, "--optim.learning_rate", "auto", "--dry_run"]
+    assert main(*argv, "--train.output", tmp_path / "run") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "optim.learning_rate auto: 0.004279 for a width of 128 (LoRA Without Regret" in printed
+    assert "learning_rate 0.004279" in printed
+    for option, said in (
+        (("--adapter.alpha", "16"), "is a rule for adapter.alpha 32, and it is 16"),
+        (("--adapter.scaling", "rank_stabilized"), "adapter.scaling standard, and it is"),
+        (("--optim.optimizer", "lion"), "is a rule for Adam, and optim.optimizer is lion"),
+    ):
+        assert main(*argv, *option, "--train.output", tmp_path / "run") == 2
+        assert said in capsys.readouterr().err
+
+
+def test_qwens_rate_hardly_depends_on_the_width() -> None:
+    assert rate_by_width(4096, family="qwen3") == pytest.approx(4.73e-4, rel=1e-3)
+    assert rate_by_width(4096, family="llama", in_full=True) == pytest.approx(2.857e-5, rel=1e-3)
 
 
 def test_elsewhere_the_rate_must_be_a_number() -> None:

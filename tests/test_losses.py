@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -115,6 +117,32 @@ def test_weights_of_zero_leave_tokens_out() -> None:
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("labels", range(T + 1))
+def test_chunks_without_labels_are_skipped(labels: int) -> None:
+    """Labeled tokens come first, wherever in a row they are."""
+    trained, fixed, features, targets, _ = problem("lora")
+    labeled = np.random.default_rng(labels).permuted(np.tile(np.arange(T) < labels, (B, 1)), axis=1)
+    computed = []
+
+    def counted(layer: dict[str, Array], x: Array) -> Array:
+        jax.debug.callback(lambda: computed.append(x.shape))
+        return score(layer, x)
+
+    def loss(features: Array, score: Any) -> Array:
+        weights = jnp.asarray(labeled, jnp.float32)
+        return head_loss(fixed | trained, features, targets, weights, score=score, chunk_rows=8)
+
+    value, gradient = jax.jit(jax.value_and_grad(functools.partial(loss, score=counted)))(features)
+    jax.effects_barrier()
+    assert computed == math.ceil(labels / 4) * [(B, 4, D)]
+    np.testing.assert_allclose(
+        value,
+        plain(fixed | trained, features, targets, jnp.asarray(labeled, jnp.float32)),
+        rtol=1e-6,
+    )
+    assert np.array_equal(gradient.any(axis=-1), labeled)
+
+
 @pytest.mark.parametrize("kind", ["whole", "lora"])
 def test_bfloat16_sums_gradients_over_chunks_in_float32(kind: str) -> None:
     trained, fixed, features, targets, weights = problem(kind, jnp.bfloat16)
@@ -153,7 +181,8 @@ def test_chunks_drop_differently() -> None:
     x, t = jnp.ones((1, 8, D)), jnp.zeros((1, 8), jnp.int32)
 
     def loss_of(i: int) -> float:
-        weights = jnp.zeros((1, 8)).at[0, i].set(1)
+        # All are labeled, so that each stays in its place.
+        weights = jnp.full((1, 8), 1e-9).at[0, i].set(1)
         return float(head_loss(fixed | trained, x, t, weights, score=score, chunk_rows=1))
 
     assert len({round(loss_of(i), 4) for i in range(8)}) > 4

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorax_ft import cli
+from lorax_ft.config import load_config
 from lorax_ft.interop.bucket import is_hub, is_remote, output_path, repo_id
 from lorax_ft.run.model_args import ModelArgs, load_with_adapter, locate
 
 if TYPE_CHECKING:
-    from lorax_ft.models.model import Model
+    from lorax_ft.models.model import LoadedModel, Model
     from lorax_ft.tree import Tree
 
 
@@ -26,6 +27,11 @@ class Args(ModelArgs):
     (hf://owner/name); for gguf, a local .gguf file."""
     max_lora_rank: int = 16
     """For vllm: the --max-lora-rank that you will start vLLM with."""
+    as_lora: int | None = None
+    """For peft and vllm: first replace any other adapter, or a model that was trained in full, by
+    plain LoRA of this rank, the SVD of what it changed; prints the error."""
+    base: str | None = None
+    """For --as_lora of a --model that was trained in full: the model that it was trained from."""
     gguf_type: Literal["F16", "Q8_0"] = "Q8_0"
     """For gguf: data type of the weight matrices."""
     overwrite: bool = False
@@ -46,6 +52,8 @@ def export(args: Args) -> None:
 
         prepare_repo(output)
     model, params = load_with_adapter(args)
+    if args.as_lora is not None:
+        model, params = _as_lora(model, params, args, rank=args.as_lora)
     exported = _export(output, model, params, args)
     if is_hub(output) and exported == "adapter":
         from lorax_ft.interop.hub import missing_base
@@ -68,10 +76,12 @@ def export(args: Args) -> None:
 def _check(output: Path, args: Args) -> None:
     """Raises ValueError for what cannot be exported, before the model is loaded."""
     config, adapter = locate(args)
-    if adapter is None and args.target in ("peft", "vllm"):
+    _check_as_lora(args, whole=adapter is None)
+    if adapter is None and args.target in ("peft", "vllm") and args.as_lora is None:
         raise ValueError(
             f"there is no adapter to export for {args.target}: "
-            f"{args.name_of(config.model.path)} is a whole model; use --target hf"
+            f"{args.name_of(config.model.path)} is a whole model; use --target hf, or --as_lora "
+            "RANK for the difference from its base as LoRA"
         )
     if args.target == "gguf":
         if is_remote(output):
@@ -88,6 +98,52 @@ def _check(output: Path, args: Args) -> None:
         raise ValueError(
             f"{output} is not empty; give another folder, or --overwrite to replace what is in it"
         )
+
+
+def _check_as_lora(args: Args, *, whole: bool) -> None:
+    """Raises ValueError for options of --as_lora that contradict one another, or the model."""
+    if args.as_lora is not None and args.as_lora < 1:
+        raise ValueError(f"--as_lora is {args.as_lora}; it must be above 0")
+    if args.as_lora is not None and args.target not in ("peft", "vllm"):
+        raise ValueError(
+            f"--as_lora makes an adapter, and --target {args.target} a whole model; leave it out"
+        )
+    needs_base = args.as_lora is not None and whole and args.run is None
+    if needs_base and args.base is None:
+        raise ValueError(
+            f"--as_lora needs --base: the model that {args.model} was trained from in full"
+        )
+    if args.base is not None and not needs_base:
+        raise ValueError(
+            "--base is for --as_lora of a --model that was trained in full; leave it out"
+        )
+
+
+def _as_lora(model: LoadedModel, params: Tree, args: Args, *, rank: int) -> tuple[LoadedModel, Tree]:
+    """The base, and its parameters with plain LoRA in place of what was trained."""
+    from lorax_ft.lowrank.approximate import as_lora
+
+    base = model
+    if locate(args)[1] is None:
+        base = _base_of_whole(args, dtype=model.config.dtype)
+        if base.config != model.config:
+            raise ValueError(f"{model.source} and {base.source} are models of different shapes")
+    lora, errors = as_lora(params, base.params, layout=model.layout, rank=rank)
+    print(f"Plain LoRA of rank {rank}; relative error of ΔW by module:")
+    for path, error in errors.items():
+        print(f"  {path:<32} {error:.2%}")
+    return base, lora
+
+
+def _base_of_whole(args: Args, *, dtype: Literal["float32", "bfloat16"]) -> LoadedModel:
+    """The model that a whole one was trained from: --base, or the model of the run."""
+    from lorax_ft.interop.load import load_model
+
+    if args.run is None:
+        assert args.base is not None
+        return load_model(args.base, dtype=dtype)
+    source = load_config(Path(args.run) / "config.json").model
+    return load_model(source.path, revision=source.revision, dtype=dtype)
 
 
 def _export(output: Path, model: Model, params: Tree, args: Args) -> Literal["adapter", "model"]:

@@ -22,13 +22,19 @@ from lorax_ft.checks import (
 class OptimConfig:
     """The optimizer, its learning rates and their schedule."""
 
-    # Elementwise optimizers only: scanned layers share one leaf, and norms over a whole leaf (LAMB,
-    # Adafactor) would mix them.
-    optimizer: Literal["adamw", "adam", "nadamw", "lion", "sgd"] = "adamw"
-    """Optimizer, from optax."""
-    learning_rate: float | Literal["find"] = 2e-4
+    # Optimizers that work element by element, or matrix by matrix: scanned layers share one leaf,
+    # and norms over a whole leaf (LAMB, Adafactor) would mix them.
+    optimizer: Literal["adamw", "adam", "nadamw", "lion", "sgd", "lora_muon"] = "adamw"
+    """Optimizer, from optax.
+    lora_muon: LoRA-Muon (2606.12921), spectral steepest descent on the product A B; its learning
+    rates are larger, and what is not A or B is trained by AdamW."""
+    riemannian: bool = False
+    """Riemannian preconditioning (2402.02347): the gradients of A and B are multiplied by the
+    inverse Gram matrix of the other factor before the optimizer sees them."""
+    learning_rate: float | Literal["find", "auto"] = 2e-4
     """Peak learning rate; the two ratios below scale it for B and for DoRA's magnitudes.
-    find: short runs at several rates first, in one program; the run takes the best one."""
+    find: short runs at several rates first, in one program; the run takes the best one;
+    auto: by the model's width, the rule of LoRA Without Regret, which needs adapter.alpha 32."""
     lora_plus_ratio: float = 1.0
     """LoRA+: ratio of B's learning rate to A's; the paper recommends 16."""
     magnitude_ratio: float = 1.0
@@ -53,7 +59,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.learning_rate != "find":
+        check(
+            not self.riemannian or self.optimizer != "lora_muon",
+            "optim.riemannian and optim.optimizer lora_muon both precondition A and B; give one",
+        )
+        if not isinstance(self.learning_rate, str):
             check_positive(self, "learning_rate")
         check_positive(self, "lora_plus_ratio", "magnitude_ratio")
         check_fraction(self, "warmup_fraction", "final_fraction")
@@ -78,10 +88,10 @@ class OptimConfig:
         Raises:
           ValueError: it is still to be found.
         """
-        if self.learning_rate == "find":
+        if isinstance(self.learning_rate, str):
             raise ValueError(
-                "optim.learning_rate is find, which lorax_ft.train and scripts/train.py resolve; "
-                "give a number here"
+                f"optim.learning_rate is {self.learning_rate}, which lorax_ft.train and "
+                "scripts/train.py resolve; give a number here"
             )
         return self.learning_rate
 

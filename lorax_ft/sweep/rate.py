@@ -1,4 +1,4 @@
-"""Runs whose learning rate is found first, by a short sweep of `optim.learning_rate`."""
+"""Runs whose learning rate is found first: by a short sweep of it, or by a rule."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rich.console import Console
 
 from lorax_ft.config import Config
 from lorax_ft.interop.bucket import output_path
+from lorax_ft.interop.huggingface import decoder_config
+from lorax_ft.interop.locate import read_model_config
 from lorax_ft.run.folder import check_folder, check_writable
 from lorax_ft.run.loop import Result
 from lorax_ft.run.loop import train as train_at_rate
@@ -56,7 +58,8 @@ class RateCost:
 def train(config: Config, *, dry_run: bool = False, command: str | None = None) -> Result | None:
     """Run a fine-tuning, from the config to the saved adapter, the log and the plot.
 
-    If `optim.learning_rate` is "find", short runs find it first. A resumed run keeps its own.
+    If `optim.learning_rate` is "find", short runs find it first, and a resumed run keeps its own.
+    If it is "auto", it comes from the model's width (`rate_by_width`).
 
     Args:
       config: the run.
@@ -72,12 +75,71 @@ def train(config: Config, *, dry_run: bool = False, command: str | None = None) 
       KeyboardInterrupt: a signal ended the run, after a checkpoint if it has made a step.
       OSError: the disk is full, or the hub cannot be written.
     """
-    if config.optim.learning_rate == "find" and dry_run:
+    if config.optim.learning_rate == "auto":
+        config = with_rule(config)
+    elif config.optim.learning_rate == "find" and dry_run:
         make_console().print(f"A dry run finds no learning rate; it shows {START:g}.")
         config = with_rate(config, START)
     elif config.optim.learning_rate == "find":
         config = with_found_rate(config)
     return train_at_rate(config, dry_run=dry_run, command=command)
+
+
+def with_rule(config: Config) -> Config:
+    """The config at the learning rate of `rate_by_width`; prints it with its source.
+
+    Raises:
+      ValueError: the rule does not hold for this adapter or optimizer, or there is no model.
+    """
+    adapter, optim = config.adapter, config.optim
+    in_full = "all" in adapter.train_whole
+    needs = {
+        "adapter.method": (adapter.method, "lora"),
+        "adapter.alpha": (f"{adapter.alpha:g}", "32"),
+        "adapter.scaling": (adapter.scaling, "standard"),
+    }
+    for option, (value, needed) in needs.items():
+        if value != needed and not in_full:
+            raise ValueError(
+                f"optim.learning_rate auto is a rule for {option} {needed}, and it is {value}; "
+                f"give --{option} {needed}, or a number"
+            )
+    if not optim.optimizer.startswith(("adam", "nadam")):
+        raise ValueError(
+            f"optim.learning_rate auto is a rule for Adam, and optim.optimizer is "
+            f"{optim.optimizer}; give a number"
+        )
+    hf_config = read_model_config(config.model.path, revision=config.model.revision)
+    width = decoder_config(hf_config, source=config.model.path).width
+    family = str(hf_config.get("model_type", ""))
+    rate = rate_by_width(width, family=family, in_full=in_full)
+    make_console().print(
+        f"optim.learning_rate auto: {rate:g} for a width of {width:,} "
+        "(LoRA Without Regret, Schulman et al., 2025)"
+    )
+    return with_rate(config, rate)
+
+
+def rate_by_width(width: int, *, family: str, in_full: bool = False) -> float:
+    """The learning rate of LoRA with alpha 32, at any rank: ten times that of full fine-tuning.
+
+        5e-5 · 10 · (2000 / width)^p,    p = 0.0775 for Qwen's families, 0.781 for others
+
+    A fit over Llama's and Qwen's models from 1B to 70B: "LoRA Without Regret" (Schulman et al.,
+    Thinking Machines, 2025), with the constants that its authors published as tinker-cookbook's
+    `hyperparam_utils`.
+
+    Args:
+      width: the hidden size.
+      family: the `model_type` of the config.json.
+      in_full: the rate of full fine-tuning.
+
+    >>> f"{rate_by_width(4096, family='llama'):.2e}"
+    '2.86e-04'
+    """
+    exponent = 0.0775 if family.startswith("qwen") else 0.781
+    full = 5e-5 * (2000 / width) ** exponent
+    return rounded(full if in_full else 10 * full)
 
 
 def with_found_rate(config: Config) -> Config:
@@ -117,7 +179,7 @@ def find_rate(config: Config, *, console: Console | None = None) -> tuple[float,
     if console is None:
         console = make_console()
     own = config.optim.learning_rate
-    middle = START if own == "find" else own
+    middle = START if isinstance(own, str) else own
     loaded = load(config)
     whole = loaded.steps(with_rate(config, middle))
     steps = min(max(round(SHARE * whole), FEWEST_STEPS), whole)

@@ -200,6 +200,9 @@ def head_loss(
 ) -> Array:
     """Σ weights · cross-entropy of softmax(head(features)), in chunks of the tokens' axis.
 
+    Only chunks with labeled tokens are computed, and labeled tokens come first in them, so that
+    the head costs about as much as there are labels.
+
     The gradient to the features, and to those leaves of the head that train, is computed in the
     forward pass beside the loss, so that logits are neither kept nor computed twice.
 
@@ -224,7 +227,18 @@ def head_loss(
     # Of each device's tokens a part is in every chunk.
     shards = token_devices() if dividing(TOKEN_AXIS, tokens) else 1
     chunks = min(needed, tokens // shards)
-    chunked = functools.partial(_split, chunks=chunks, shards=shards)
+
+    def by_shard(x: Array) -> Array:
+        return x.reshape(batch, shards, tokens // shards, *x.shape[2:])
+
+    # Labeled tokens first: the last chunks have only prompts and padding, and are skipped.
+    order = jnp.argsort(by_shard(weights) == 0, axis=2)
+
+    def chunked(x: Array) -> Array:
+        x = by_shard(x)
+        places = order.reshape(*order.shape, *[1] * (x.ndim - 3))
+        return _split(jnp.take_along_axis(x, places, axis=2), chunks=chunks)
+
     labels = {
         "targets": chunked(targets),
         "weights": chunked(weights),
@@ -234,18 +248,17 @@ def head_loss(
     return _fused(chunk_loss, layer, chunked(features), labels)
 
 
-def _split(x: Array, *, chunks: int, shards: int) -> Array:
-    """`[B, T, ...]` as chunks `[N, B, t, ...]`, each with as many tokens of every shard of a row.
+def _split(x: Array, *, chunks: int) -> Array:
+    """`[B, S, T / S, ...]` as chunks `[N, B, t, ...]`, each with as many tokens of every shard S.
 
     Rows and shards stay whole, so that each token stays on its device.
     """
-    batch, tokens, *rest = x.shape
-    by_shard = x.reshape(batch, shards, tokens // shards, *rest)
+    batch, shards, tokens, *rest = x.shape
     # Zeros, of which the weights are weights, make all chunks equal.
-    padding = -by_shard.shape[2] % chunks
-    padded = jnp.pad(by_shard, [(0, 0), (0, 0), (0, padding), *[(0, 0)] * len(rest)])
+    padding = -tokens % chunks
+    padded = jnp.pad(x, [(0, 0), (0, 0), (0, padding), *[(0, 0)] * len(rest)])
     by_chunk = padded.reshape(batch, shards, chunks, -1, *rest)
-    first = jnp.moveaxis(by_chunk, 2, 0)  # [N, B, shards, t / shards, ...]
+    first = jnp.moveaxis(by_chunk, 2, 0)  # [N, B, S, t / S, ...]
     return first.reshape(chunks, batch, -1, *rest)
 
 
@@ -272,8 +285,11 @@ def _fused(
     labels: Batch,
 ) -> Array:
     """The sum of `loss` over chunks `[N, B, t, ...]`."""
-    sums = lax.map(lambda chunk: loss(layer, *chunk), (features, labels))  # [N]
-    return jnp.sum(sums)
+
+    def value_of(chunk: tuple[Array, Batch]) -> Array:
+        return lax.cond(_has_labels(chunk[1]), lambda: loss(layer, *chunk), lambda: jnp.zeros(()))
+
+    return jnp.sum(lax.map(value_of, (features, labels)))
 
 
 def _fused_forward(
@@ -299,11 +315,15 @@ def _fused_forward(
     value_and_grads = jax.value_and_grad(chunk_value, argnums=(0, 1))
 
     def add_chunk(carry: tuple[Array, Layer], xs: tuple[Array, Batch]) -> tuple[Any, Array]:
-        total, d_layer = carry
         x, chunk = xs
-        value, (d_chunk, d_x) = value_and_grads(trained, x, chunk)
-        d_layer = jax.tree.map(lambda t, d: t + d.astype(t.dtype), d_layer, d_chunk)
-        return (total + value, d_layer), d_x
+
+        def labeled() -> tuple[Any, Array]:
+            total, d_layer = carry
+            value, (d_chunk, d_x) = value_and_grads(trained, x, chunk)
+            d_layer = jax.tree.map(lambda t, d: t + d.astype(t.dtype), d_layer, d_chunk)
+            return (total + value, d_layer), d_x
+
+        return lax.cond(_has_labels(chunk), labeled, lambda: (carry, jnp.zeros_like(x)))
 
     # Summed in float32, whatever the dtype of the leaves.
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
@@ -315,6 +335,10 @@ def _fused_forward(
     for name, leaf in trained.items():
         d_leaves[name] = d_layer[name].astype(leaf.dtype)
     return total, (d_leaves, d_features)
+
+
+def _has_labels(chunk: Batch) -> Array:
+    return jnp.any(chunk["weights"] != 0)
 
 
 def _fused_backward(loss: Callable[..., Array], residuals: Any, g: Array) -> tuple[Any, Any, None]:

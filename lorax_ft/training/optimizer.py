@@ -20,9 +20,11 @@ from jax import Array
 from lorax_ft.config import OptimConfig
 from lorax_ft.lowrank.groups import label
 from lorax_ft.schema import Group
+from lorax_ft.training.pairs import precondition_pairs, scale_by_lora_muon
 from lorax_ft.tree import Tree
 
-DECAYED = (Group.LORA_A, Group.LORA_B, Group.WEIGHT)
+PAIR = (Group.LORA_A, Group.LORA_B)
+DECAYED = (*PAIR, Group.WEIGHT)
 
 
 class RateState(NamedTuple):
@@ -55,7 +57,13 @@ def make_optimizer(config: OptimConfig, *, steps: int) -> optax.GradientTransfor
     clip = optax.identity()
     if config.clip_norm:
         clip = optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(clip, optax.multi_transform(transforms, _labels))
+    # These need A and B together, which are two groups.
+    of_pairs = []
+    if config.riemannian:
+        of_pairs.append(precondition_pairs())
+    if config.optimizer == "lora_muon":
+        of_pairs.append(scale_by_lora_muon(config.b1))
+    return optax.chain(clip, *of_pairs, optax.multi_transform(transforms, _labels))
 
 
 def unit_schedule(config: OptimConfig, *, steps: int) -> optax.Schedule:
@@ -162,16 +170,20 @@ def _group_transform(
 ) -> optax.GradientTransformation:
     """The optimizer of one group."""
     decay = config.weight_decay if group in DECAYED else 0.0
+    if config.optimizer == "lora_muon" and group in PAIR:
+        decay /= 2  # of each factor, so that A B decays as a whole matrix would
     peak = peak_rates(config)[group.value]
     return optax.chain(
-        _direction(config),
+        _direction(config, group),
         optax.add_decayed_weights(decay),  # decoupled: behind the moments
         scale_by_rate(peak, unit),
     )
 
 
-def _direction(config: OptimConfig) -> optax.GradientTransformation:
+def _direction(config: OptimConfig, group: Group) -> optax.GradientTransformation:
     """What the optimizer makes of a gradient, before decay and rate."""
+    if config.optimizer == "lora_muon" and group in PAIR:
+        return optax.identity()
     if config.optimizer == "sgd":
         return optax.trace(config.b1)
     if config.optimizer == "lion":
