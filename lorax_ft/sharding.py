@@ -275,6 +275,16 @@ def split_embedded(x: Array) -> Array:
     return split_tokens(lax.with_sharding_constraint(x, spec))
 
 
+def gather_inputs(kernel: Array) -> Array:
+    """A kernel `[I, O]` with its inputs whole on every device, and its outputs split over tensor.
+
+    For a kernel that a loop uses: XLA would else gather it in each iteration.
+    """
+    if math.prod(ambient_sizes().values()) == 1:
+        return kernel
+    return lax.with_sharding_constraint(kernel, P(None, dividing("tensor", kernel.shape[1])))
+
+
 def keep_tokens_split(x: Array) -> Array:
     """x `[B, T, ...]` with its tokens split where the ambient mesh splits them, and the rest free.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -64,13 +65,30 @@ from zoo import TINY, Case, built_case, built_decoder
 Randomize = Callable[..., Tree]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave all but each n-th case of a test marked `sampled(n)` to the second tier."""
+    seen: collections.Counter[str] = collections.Counter()
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % sampled.args[0]:
+            item.add_marker(pytest.mark.slow)
+        seen[test] += 1
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Drop compiled programs: each maps memory, and Linux allows 65,530 maps per process."""
+    """Drop compiled programs: several thousand take 9 GB, and more maps than Linux allows."""
     yield
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
-        jax.clear_caches()
+    if Path("/proc/self").exists():
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        maps = Path("/proc/self/maps").read_bytes().count(b"\n")
+        if maps < 20_000 and resident < 3 * 2**30:
+            return
+    jax.clear_caches()
 
 
 @pytest.fixture

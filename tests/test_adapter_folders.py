@@ -46,6 +46,7 @@ def test_adapters_come_back_bitwise(tmp_path: Path, name: str, tied: bool) -> No
     assert again["norm"]["scale"] is model.params["norm"]["scale"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("keep_base", [True, False])
 @pytest.mark.parametrize("dora", [True, False])
 def test_a_start_becomes_twice_the_rank_on_the_original_base(

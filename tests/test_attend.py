@@ -47,6 +47,7 @@ def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("tokens", "keys", "cap", "packed", "sinks"),
     [
@@ -164,6 +165,7 @@ def test_bfloat16_products_are_summed_in_float32() -> None:
         np.testing.assert_allclose(found.astype(jnp.float32), right, atol=0.01 * scale)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("cap", "mesh", "length"),
     [

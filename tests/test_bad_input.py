@@ -182,6 +182,7 @@ def test_resuming_another_run_is_refused(main: Main, tmp_path: Path, capsys: Any
     ) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_too_little_data_to_calibrate_on_costs_one_line(
     main: Main, tmp_path: Path, capsys: Any
 ) -> None:

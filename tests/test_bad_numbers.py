@@ -194,6 +194,7 @@ def test_a_sample_of_no_tokens() -> None:
 # The run.
 
 
+@pytest.mark.sampled(2)
 def test_skipped_steps_are_shown_logged_and_counted_and_resumed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -98,6 +98,7 @@ def test_the_best_step_is_saved_and_patience_ends_the_run(
     assert short.saved_step == 4
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("judged")
 @pytest.mark.parametrize("crashed_at", [4, 8])
 def test_a_crashed_run_comes_to_the_same_end(folder: Path, tmp_path: Path, crashed_at: int) -> None:
@@ -229,6 +230,7 @@ def test_a_token_beyond_the_vocabulary_in_validation_rows(folder: Path, tmp_path
         train(wrong)
 
 
+@pytest.mark.slow
 def test_two_processes_choose_the_same_step(folder: Path, tmp_path: Path) -> None:
     """A rate that is far too high makes each evaluation worse; then a limit of time."""
     first = config(folder, tmp_path / "first", patience=1, last=8)

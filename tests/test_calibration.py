@@ -66,6 +66,7 @@ def inputs_of(model: Model, batch: dict[str, np.ndarray]) -> dict[str, Array]:
     }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("init", ["eva", "corda"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_inputs_are_measured_inside_the_scan(

@@ -81,6 +81,7 @@ def check_last_checkpoint(name: str, main: Main, tmp_path: Path, capsys: Any) ->
 QUICK = ("pissa", "full")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", QUICK)
 def test_the_last_checkpoint_is_what_the_run_saved(
     name: str, main: Main, tmp_path: Path, capsys: Any

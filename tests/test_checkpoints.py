@@ -91,6 +91,7 @@ print(peak - before, sum(leaf.nbytes for leaf in leaves), max(leaf.nbytes for le
 """
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("format", ["none", "nf4", "int8"])
 def test_loading_holds_the_model_and_a_tensor(tmp_path: Path, format: str) -> None:

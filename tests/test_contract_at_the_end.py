@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", CASES)
 def test_the_saved_adapter_gives_the_trained_logits(
     folder: Path, tmp_path: Path, case: str

@@ -131,6 +131,7 @@ def one_device(decoder: Build) -> Callable[..., Run]:
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("method", "mesh"),
     [("lora", mesh) for mesh in MESHES if mesh != "fsdp=2,context=2,tensor=2"]
@@ -147,6 +148,7 @@ def test_steps_do_not_depend_on_the_mesh(
     check_places(got.state)
 
 
+@pytest.mark.slow
 def test_every_kind_of_token_is_the_same_where_tokens_are_split(
     decoder: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +213,7 @@ def test_no_activation_of_a_whole_row_is_on_a_device() -> None:
 TENSOR_RTOL = 1e-5 if jax.__version_info__ < (0, 12) else 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "rtol", "drift"),
     [
@@ -258,6 +261,7 @@ def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("method", "last"), [("lora", 3), ("pissa", 5), ("corda", 3), ("lora_ga", 3)]
 )
@@ -317,6 +321,7 @@ def test_one_process_on_another_mesh_goes_on_with_a_run_of_two(
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) -> None:
     """Two processes of a Slurm job run `train.py --multihost`; the second one gets a SIGTERM."""
     root, out = Path(__file__).parents[1], tmp_path / "run"

@@ -71,6 +71,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layers", LAYERS)
 def test_a_shared_start_changes_nothing(layers: str, decoder: Callable[..., Model]) -> None:
     model: Any = decoder(layer_types=LAYERS[layers])
@@ -295,6 +296,7 @@ def test_script_with_an_adapter(
     assert (output / "evaluation.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_accuracy_during_training(
     main: Main, evaluate: Script, tmp_path: Path, standard_promotion: None
 ) -> None:

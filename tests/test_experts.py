@@ -117,6 +117,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
@@ -136,6 +137,7 @@ def test_sorted_tokens_give_what_all_experts_give(kind: str, method: str) -> Non
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "format", "batch"), [("blocks", "nf4", 8), ("ragged", "int8", 8), ("ragged", "nf4", 2)]
 )
@@ -187,6 +189,7 @@ MIXED = jnp.concatenate([TOKENS[:2, :20], TOKENS[:2, :20], jnp.full((4, 20), 5, 
 """Four rows of random tokens, and four that all choose the same two experts."""
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "shape", "format"),
     [

@@ -38,6 +38,7 @@ def reference(model: Model, params: Tree, prompts: list[list[int]], new: int) ->
     return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_equals_full_forward_passes(
     model: Model, params: Callable[[str], Tree], case: str

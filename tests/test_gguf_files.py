@@ -43,6 +43,7 @@ def random_model(fields: dict[str, Any], tokenizer: Any = None) -> Model:
     return LoadedModel(config=config, params=params, hf_config=fields, tokenizer=tokenizer)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", FAMILIES)
 def test_there_and_back(tmp_path: Path, case: str) -> None:
     model = random_model(FAMILIES[case])

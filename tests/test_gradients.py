@@ -59,6 +59,7 @@ def test_gradients_of_a_layer_equal_a_float64_reference(
         assert distance(got[name], want[name]) < 2e-6, name
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model", ["decoder", "vit_rematted", "convolutions", "einsums"])
 def test_gradients_of_a_model_equal_those_through_merging_in_float64(
     zoo: Any, adapted: Adapted, randomize: Any, model: str

@@ -91,6 +91,7 @@ def test_what_depends_on_a_step_belongs_to_no_adapter(zoo: Any, adapted: Adapted
     }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", TABLE)
 def test_trained_leaves_share_no_buffer_with_frozen_ones(adapted: Adapted, method: str) -> None:
     """The step donates trained leaves; a frozen leaf in the same buffer would be deleted too."""

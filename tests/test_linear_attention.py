@@ -72,6 +72,7 @@ def in_float32(inputs: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value, jnp.float32) for name, value in inputs.items()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_chunks_equal_the_recurrence(tokens: int) -> None:
     inputs = random_inputs(tokens)
@@ -231,6 +232,7 @@ def test_generation_equals_the_whole_text(model: tuple[Model, Tree]) -> None:
         assert row == expected.tolist()
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_what_is_recomputed(model: tuple[Model, Tree]) -> None:
     decoder, params = model
     adapted = add_adapters(
@@ -250,6 +252,7 @@ def test_gradients_do_not_depend_on_what_is_recomputed(model: tuple[Model, Tree]
         np.testing.assert_allclose(leaf, theirs[path], atol=1e-4 * size + 1e-6, err_msg=path)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "mesh",
     [MeshConfig(fsdp=2), MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, context=2)],

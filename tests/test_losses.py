@@ -70,6 +70,7 @@ def plain(layer: Tree, features: Array, targets: Array, weights: Array) -> Array
     return -jnp.sum(weights * picked)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("chunk_rows", [1, 8, 10, 1000])
 @pytest.mark.parametrize("kind", ["frozen", "whole", "lora", "all"])
 def test_equals_plain_cross_entropy_and_its_gradients(kind: str, chunk_rows: int) -> None:

@@ -25,6 +25,7 @@ def test_a_magnitude_without_its_norm_raises() -> None:
         linear(layer, jnp.ones((1, 3)), jnp.matmul)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("model", ["decoder", "vit_scanned", "convolutions", "einsums"])
 def test_norms_computed_beforehand_equal_those_inside_the_layer(
     zoo: Any, adapted: Adapted, randomize: Any, model: str

@@ -46,6 +46,7 @@ class Asking(Sampling):
     """Random seed."""
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TRAINING)
 def test_the_tables_name_our_options_in_training(name: str) -> None:
     _check_line(name, TRAINING[name], Config)

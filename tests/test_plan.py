@@ -184,7 +184,16 @@ HloModule step
   ROOT %compare.1 = pred[] compare(%i, %constant.9), direction=LT
 }
 
+%labeled.1 (p: f32[8]) -> f32[8] {
+  %shuffled = f32[8]{0} all-to-all(%p), replica_groups=[2,4]<=[8]
+}
+
+%skipped.1 (p: f32[8]) -> f32[8] {
+  %zero = f32[8]{0} constant(0)
+}
+
 ENTRY %main (a: f32[8]) -> f32[8] {
+  %loss = f32[8]{0} conditional(%i, %t, %t), branch_computations={%skipped.1, %labeled.1}
   %while.1 = (f32[8], s32[]) while(%t), condition=%condition.1, body=%body.1
   %sum = f32[100]{0} all-reduce(%a), replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%add
 }
@@ -198,12 +207,14 @@ def test_collectives_by_hand() -> None:
         "collective-permute": 6,
         "reduce-scatter": 6,
         "all-reduce": 1,
+        "all-to-all": 1,
     }
     assert found.received == {
         "all-gather": 6 * 0.75 * 64,
         "collective-permute": 6 * 64,
         "reduce-scatter": 6 * 3 * 32,
         "all-reduce": 2 * 0.5 * 400,
+        "all-to-all": 0.75 * 32,
     }
 
 
@@ -348,6 +359,7 @@ def run_plan(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return call
 
 
+@pytest.mark.slow
 def test_the_script_plans_for_gpus(
     run_plan: Callable[..., int],
     tmp_path: Path,

@@ -26,17 +26,17 @@ def test_every_public_name_can_be_imported() -> None:
 def test_importing_everything_pulls_in_no_other_framework_and_is_quick() -> None:
     code = """
 import sys, time, jax
-began = time.perf_counter()
+began = time.process_time()
 import lorax_ft
 from lorax_ft import config
 for name in lorax_ft.__all__: getattr(lorax_ft, name)
 heavy = ("torch", "tensorflow", "tensorboardX", "matplotlib")
-print(time.perf_counter() - began, *[name for name in heavy if name in sys.modules])
+print(time.process_time() - began, *[name for name in heavy if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, *frameworks = done.stdout.split()
     assert frameworks == []
-    assert float(seconds) < 6  # a third of that on an idle machine
+    assert float(seconds) < 6  # of CPU time; it takes about two
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

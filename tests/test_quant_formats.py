@@ -61,6 +61,7 @@ def rounded_error(blocks: np.ndarray, codebook: np.ndarray) -> float:
     return float(((codebook[codes] * absmax - blocks) ** 2).mean())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("shape", [(3, 576, 1536), (3, 576, 576), (2, 1536, 192)])
 def test_a_parameter_takes_4_127_bits(shape: tuple[int, ...]) -> None:
     """Counted in bytes; double quantization adds almost no error (QLoRA, section 3)."""
@@ -100,6 +101,7 @@ def test_codes_lie_as_bitsandbytes_has_them() -> None:
         np.testing.assert_array_equal(np.asarray(leaf.absmax).reshape(-1), absmax)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @example(stack=(), ins=[30], outs=[1], name="nf4", dtype="float32")  # a single row of whole blocks
 @given(

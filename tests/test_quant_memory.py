@@ -34,6 +34,7 @@ HF_CONFIG = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("remat", ["none", "products", "mlp", "full"])
 def test_a_layer_at_a_time(remat: Any, format: Any) -> None:

@@ -120,6 +120,7 @@ def dequantized(params: Tree) -> Tree:
 # -------------------- the table
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_starts_as_the_dequantized_base_or_nearer_to_the_original(
     model: Model, quantized: Any, adapted: Build, forward: Any, name: str, method: str
@@ -158,6 +159,7 @@ def errors(model: Model, params: Tree) -> dict[str, float]:
     }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_merged_equals_forward_with_random_factors(
     model: Model, adapted: Build, randomize: Any, forward: Any, name: str, method: str
@@ -170,6 +172,7 @@ def test_merged_equals_forward_with_random_factors(
     assert distance(forward(model.params), got) > 1e-2
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "method"), [case for case in CASES if case[1].startswith(GROUPS)])
 def test_gradients_equal_those_over_the_dequantized_base(
     model: Model, adapted: Build, randomize: Any, name: str, method: str
@@ -198,6 +201,7 @@ def gradients(model: Model) -> Any:
     return _gradients(CausalLM(config=model.config))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", ["kaiming-standard", "pissa-rank_stabilized-dora"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_three_steps_leave_the_quantized_base_bitwise_alone(
@@ -231,6 +235,7 @@ def test_three_steps_leave_the_quantized_base_bitwise_alone(
         assert not np.array_equal(leaf, flatten(start)[path]), path
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -296,6 +301,7 @@ def test_more_rounds_come_nearer(model: Model, quantized: Any, adapted: Build) -
 # -------------------- any model
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 @pytest.mark.parametrize("zoo_name", ["vit_rematted", "convolutions", "einsums", "boxed"])
 def test_any_linen_model_takes_a_quantized_base(

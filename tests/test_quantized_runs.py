@@ -59,6 +59,7 @@ def adapted(model: Model, config: AdapterConfig, *, rounds: int = 1) -> dict:
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CHANGING)
 def test_a_base_without_its_start_goes_with_its_adapter(
     source: Path, tmp_path: Path, name: str
@@ -137,6 +138,7 @@ def test_a_start_can_be_taken_out_of_a_packed_checkpoint(packed: Path, tmp_path:
         assert 0 < jnp.abs(leaf_at(whole, path) - w).max() < 0.3 * jnp.abs(w).max()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize(
     "config",

@@ -17,6 +17,7 @@ from lorax_ft.tree import Tree, flatten
 pytestmark = pytest.mark.usefixtures("strict")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("method", "fields"),
     [
@@ -64,6 +65,7 @@ def test_scanned_equals_unscanned(
     assert distance(zoo("vit_rematted").forward(stacked), y) < 1e-6
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("method", "fields"),
     [

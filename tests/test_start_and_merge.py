@@ -45,6 +45,7 @@ from lorax_ft.tree import flatten, split, unflatten
 pytestmark = pytest.mark.usefixtures("strict")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_starts_as_the_base(zoo: Any, adapted: Adapted, model: str, method: str) -> None:
     case = zoo(model)
@@ -60,6 +61,7 @@ def test_starts_as_the_base(zoo: Any, adapted: Adapted, model: str, method: str)
         np.testing.assert_array_equal(start, base)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_merged_equals_forward_with_random_factors(
     zoo: Any, adapted: Adapted, randomize: Any, model: str, method: str
@@ -208,6 +210,7 @@ def test_adding_leaves_the_base_as_it_was(
         assert leaf.dtype == leaf_schema(path.rpartition("/")[2]).dtype, path
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["params", "activations"])
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_zero_adapter_is_bitwise_the_base_in_bfloat16(

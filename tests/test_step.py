@@ -80,6 +80,7 @@ def test_lora_plus_with_ratio_one_is_lora_and_with_ratio_16_moves_b_16_times_as_
     jax.tree.map(np.testing.assert_array_equal, plain.trained, same.trained)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["adamw", "adam", "nadamw", "lion", "sgd"])
 def test_every_optimizer_lowers_the_loss(name: str, model: Model) -> None:
     rate = {"sgd": 0.5, "lion": 3e-3}.get(name, 2e-2)
@@ -177,6 +178,7 @@ def test_packed_loss_equals_unpacked_loss(model: Model) -> None:
     assert abs(float(leaking) - float(loose)) > 1e-3
 
 
+@pytest.mark.sampled(2)
 def test_frozen_leaves_are_bitwise_the_same_and_every_trained_leaf_moves(model: Model) -> None:
     trained, frozen = adapted(model, dora=True, init="pissa")
     kept = jax.tree.map(np.array, frozen)

@@ -118,6 +118,7 @@ CASES: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES)
 def test_each_curve_is_that_of_a_run_of_its_own(folder: Path, tmp_path: Path, case: str) -> None:
     fields, entries = CASES[case]
@@ -221,6 +222,7 @@ def test_a_sweep_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch
         sweep(Config(), ["optim.learning_rate=1e-4,1e-3"])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("budget", ["full", "halve"])
 def test_an_interrupted_sweep_comes_to_the_same_end(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: Any

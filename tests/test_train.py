@@ -57,11 +57,10 @@ RESUMED = ("combined", "full", "lora_fa", "lora_ga", "qpissa")
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-# Methods of one term each, whose forward and gradients test_shapes_of_updates.py tests.
-SECOND_TIER = ("hira", "loha", "lokr", "mica", "oft")
+FIRST_TIER = {"combined", "dora", "full", "lora", "qpissa"}
 
 
-@pytest.mark.parametrize("name", slow_cases(CONFIGS, SECOND_TIER))
+@pytest.mark.parametrize("name", slow_cases(CONFIGS, {*CONFIGS} - FIRST_TIER))
 def test_a_config_trains(name: str, main: Main, tmp_path: Path) -> None:
     """A run resumed after a crash equals an uninterrupted one (the second tier: every config)."""
     found = resumed(main, name, tmp_path) if name in RESUMED else trained(main, name, tmp_path)

@@ -27,6 +27,7 @@ SAVED = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("save", SAVED)
 def test_a_disk_that_is_full_leaves_the_place_as_it_was(tmp_path: Path, save: str) -> None:
     """A file size limit simulates the full disk: writes fail halfway."""

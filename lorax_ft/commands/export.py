@@ -119,7 +119,9 @@ def _check_as_lora(args: Args, *, whole: bool) -> None:
         )
 
 
-def _as_lora(model: LoadedModel, params: Tree, args: Args, *, rank: int) -> tuple[LoadedModel, Tree]:
+def _as_lora(
+    model: LoadedModel, params: Tree, args: Args, *, rank: int
+) -> tuple[LoadedModel, Tree]:
     """The base, and its parameters with plain LoRA in place of what was trained."""
     from lorax_ft.lowrank.approximate import as_lora
 

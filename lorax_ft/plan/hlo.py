@@ -19,7 +19,10 @@ BYTES = {
 }
 HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][a-z-]*)\(")
-CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.-]+)")
+CALLED = re.compile(
+    r"(?:calls|to_apply|called_computations|true_computation|false_computation)=\{?%?([\w.-]+)"
+)
+BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
 ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
 # A collective that runs beside computations is spread over several of them, with one number.
@@ -67,6 +70,10 @@ def traffic(text: str) -> Traffic:
                 continue
             for called in CALLED.findall(line):
                 add(called, times)
+            # Only one branch runs, and the others have no collectives: chunks without labels.
+            for branches in BRANCHES.findall(line):
+                for called in branches.replace("%", "").split(", "):
+                    add(called, times)
 
     add(entry, 1)
     return Traffic(count=dict(count), received=dict(received))

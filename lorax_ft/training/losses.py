@@ -23,6 +23,7 @@ from lorax_ft.mesh_axes import TOKEN_AXIS, dividing, row_devices, token_devices
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.mlp import router_loss
 from lorax_ft.models.model import CausalLM
+from lorax_ft.sharding import gather_inputs
 from lorax_ft.tree import Layer, Tree
 
 Batch = dict[str, Array]
@@ -33,7 +34,7 @@ Loss = Callable[[Tree, Batch, Array | None], tuple[Array, Array, Metrics]]
 The key is None in evaluation, where nothing is random.
 """
 Score = Callable[[Layer, Array], Array]
-CHUNK_ROWS = 1024  # tokens whose logits exist at once, on each device
+CHUNK_ROWS = 512  # tokens whose logits exist at once, on each device
 
 
 def supervised_loss(
@@ -244,6 +245,7 @@ def head_loss(
         "weights": chunked(weights),
         "chunk": jnp.arange(chunks),
     }
+    layer = layer | {"kernel": gather_inputs(layer["kernel"])}
     chunk_loss = functools.partial(_chunk_loss, score)
     return _fused(chunk_loss, layer, chunked(features), labels)
 
