@@ -26,6 +26,7 @@ from lorax_ft.config import AdapterConfig
 from lorax_ft.interop.bucket import output_path
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.run.checkpoints import Checkpoints
+from lorax_ft.run.checksums import find_damage, write_checksums
 from lorax_ft.run.log import LOG, PLOT, Log, read_log
 from lorax_ft.tree import flatten
 
@@ -185,6 +186,19 @@ def test_an_upload_that_fails_leaves_no_marker(
     with pytest.raises(OSError, match=r"^gs://bucket/model cannot be written: quota exceeded$"):
         lft.save_model("gs://bucket/model", model.params, model)
     assert not epath.Path("gs://bucket/model/config.json").exists()
+
+
+def test_checksums_of_a_checkpoint_on_a_bucket(bucket: type[Bucket]) -> None:
+    folder = epath.Path("gs://bucket/checkpoints/2")
+    values = folder / "state/d/values"
+    values.write_text("1.5")
+    write_checksums(folder)
+    (folder / "commit_success.txt").write_text("")
+    assert not find_damage(folder)
+    values.write_text("2.5")
+    assert find_damage(folder) == "state/d/values has another checksum"
+    values.unlink()
+    assert find_damage(folder) == "state/d/values is missing"
 
 
 def test_a_log_on_a_bucket_is_there_after_each_upload(bucket: type[Bucket]) -> None:

@@ -177,6 +177,34 @@ def test_batches_of_quantized_kernels(sizes: list[int], monkeypatch: pytest.Monk
     np.testing.assert_allclose(d_got, d_expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("batch", "whole"), [(2, False), (6, True)])
+def test_quantized_kernels_are_dense_a_batch_at_a_time(
+    batch: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program of a gradient holds the dense kernels of so many of six experts, and no more."""
+    kernels = jnp.ones((6, 64, 5))
+    quantized = quantize(kernels, format="nf4", n_stack=1, n_in=1)
+    rows = Rows(expert=jnp.zeros((1, 24), jnp.int32), sizes=jnp.full((1, 6), 4))
+    monkeypatch.setattr(expert_products, "DENSE_BYTES", batch * kernels[0].nbytes)
+    product = grouped.product_of("ragged", block=1)
+
+    def total(x: Array, kernels: Any) -> Array:
+        return jnp.sum(jnp.sin(product(x, kernels, rows)))
+
+    program = str(jax.make_jaxpr(jax.grad(total))(jnp.ones((1, 24, 64)), quantized))
+    assert f"f32[{batch},64,5]" in program
+    assert ("f32[6,64,5]" in program) == whole
+
+
+def test_routers_are_frozen_by_default() -> None:
+    """ "all-linear" adapts the experts and not their router."""
+    trained, frozen = partition(adapted(random_params()))
+    modules = {path.rpartition("/")[0] for path in flatten(trained)}
+    assert "layers/mlp/experts/gate_proj" in modules
+    assert not [module for module in modules if module.endswith("mlp/gate")]
+    assert "layers/mlp/gate/kernel" in flatten(frozen)
+
+
 def test_clamped_gates() -> None:
     params = adapted(random_params())
     close(

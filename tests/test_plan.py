@@ -403,6 +403,18 @@ def test_the_script_plans_for_gpus(
         (["--topology", "h100:3"], "which do not divide over data × fsdp × expert = 3"),
         (["--topology", "h100:2", "--model.path", "nowhere"], "no model at nowhere"),
         (["--topology", "h100:2", "--data.max_length", "auto"], "data.max_length is auto"),
+        (["--topology", "h100:2", "--mesh.expert", "2"], "has no experts"),
+        (["--topology", "h100:12", "h100:5"], "is no whole number of rows on the 5 of h100:5"),
+        (["--topology", "h100:4", "h100:6", "--mesh.fsdp", "4"], "does not fit 6 devices"),
+        (["--tokens", "-1"], "--tokens is -1; it must be above 0"),
+        (["--tokens", "nan"], "--tokens is nan; it must be above 0"),
+        (["--tokens", "1e9", "--price", "0"], "--price is 0; it must be above 0"),
+        (["--price", "2"], "--price is that of --tokens, which is not given"),
+        (["--tries", "-1"], "--tries is -1; it must be 0 or more"),
+        (["--plot", "plan.png"], "give several topologies"),
+        (["--topology", "h100:2", "h100:4", "--plot", "plan.txt"], "ends in .png or .svg or .pdf"),
+        (["--json", "nowhere/plan.json"], "the folder nowhere does not exist"),
+        (["--json", "."], "--json . is a folder; give a file"),
     ],
 )
 def test_bad_input_is_one_line(

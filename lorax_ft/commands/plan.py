@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from pathlib import Path
 
 from lorax_ft import cli
 from lorax_ft.config import Config
 from lorax_ft.plan.chips import parse_topology
+
+PLOTS = (".png", ".svg", ".pdf")
+"""Kinds of files that a plot can be written to."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,7 @@ def main() -> None:
         args, config = cli.parse_run(Args)
         if not args.topology:
             raise ValueError("--topology lacks its value; give one, such as v5e:4x4 or h100:8")
+        _check(args)
         topologies = [parse_topology(name, slices=args.slices) for name in args.topology]
         _prepare(max(topology.devices for topology in topologies))
         # Imports JAX, which reads the environment once.
@@ -58,6 +64,31 @@ def main() -> None:
             json_file=args.json,
             plot_file=args.plot,
         )
+
+
+def _check(args: Args) -> None:
+    """Raise for options that would be of no use after minutes of compiling."""
+    for name in ("tokens", "price"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} is {value:g}; it must be above 0 and finite")
+    if args.price is not None and args.tokens is None:
+        raise ValueError("--price is that of --tokens, which is not given")
+    if args.tries < 0:
+        raise ValueError(f"--tries is {args.tries}; it must be 0 or more")
+    if args.plot is not None and len(args.topology) < 2:
+        raise ValueError(
+            "--plot shows how a plan grows with the chips; give several topologies, such as "
+            "--topology v5e:2x2 v5e:4x4"
+        )
+    if args.plot is not None and Path(args.plot).suffix not in PLOTS:
+        raise ValueError(f"--plot {args.plot}: give a file that ends in {' or '.join(PLOTS)}")
+    for name in ("json", "plot"):
+        file = getattr(args, name)
+        if file is not None and not Path(file).parent.is_dir():
+            raise ValueError(f"--{name} {file}: the folder {Path(file).parent} does not exist")
+        if file is not None and Path(file).is_dir():
+            raise ValueError(f"--{name} {file} is a folder; give a file")
 
 
 def _prepare(devices: int) -> None:

@@ -104,18 +104,20 @@ def local_copy(folder: Path) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory() as scratch:
-        _copy_folder(folder, Path(scratch))
+        for file in files_below(folder):
+            target = Path(scratch) / str(file.relative_to(folder))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
         yield Path(scratch)
 
 
-def _copy_folder(source: Path, target: Path) -> None:
-    """Copy the files in a folder. Not by rglob, which clients of gs:// refuse."""
-    target.mkdir(exist_ok=True)
-    for entry in source.iterdir():
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in the folders below it. Not by rglob, which epath refuses on gs://."""
+    for entry in folder.iterdir():
         if entry.is_dir():
-            _copy_folder(entry, target / entry.name)
+            yield from files_below(entry)
         else:
-            (target / entry.name).write_bytes(entry.read_bytes())
+            yield entry
 
 
 def check_bucket(folder: Path, *, probe: str) -> None:

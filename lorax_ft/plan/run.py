@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,12 @@ def plan(
     """
     console = make_console()
     fields = read_model_config(config.model.path, revision=config.model.revision)
+    runs = [(topology, _scaled(config, topology, topologies[0])) for topology in topologies]
+    for topology, scaled in runs:
+        # What is wrong with the last is said before the first is compiled, which takes minutes.
+        make_mesh(scaled, topology)
     planned = []
-    for topology in topologies:
-        scaled = _scaled(config, topology, topologies[0])
+    for topology, scaled in runs:
         found = _plan_one(
             console,
             scaled,
@@ -164,7 +168,19 @@ def _measure(config: Config, topology: Topology, fields: Mapping[str, Any]) -> C
 
 
 def _scaled(config: Config, topology: Topology, first: Topology) -> Config:
-    """The config with as many rows a chip as on the first topology."""
-    rows = config.train.batch_size * topology.devices // first.devices
+    """The config with as many rows a chip as on the first topology.
+
+    Raises:
+      ValueError: that is no whole number of rows.
+    """
+    batch = config.train.batch_size
+    rows, rest = divmod(batch * topology.devices, first.devices)
+    if rest:
+        unit = first.devices // math.gcd(first.devices, topology.devices)
+        raise ValueError(
+            f"train.batch_size {batch} on the {first.devices} chips of {first.name} is no whole "
+            f"number of rows on the {topology.devices} of {topology.name}; give a multiple of "
+            f"{unit}, or the smallest topology first"
+        )
     train = dataclasses.replace(config.train, batch_size=rows)
     return dataclasses.replace(config, train=train)

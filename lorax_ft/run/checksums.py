@@ -10,6 +10,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from lorax_ft.interop.bucket import files_below
+
 CHECKSUMS = "checksums.json"
 # orbax writes these when it commits the checkpoint, after the checksums. Nothing is read from them.
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -45,9 +47,9 @@ def find_damage(folder: Path) -> str:
 def _files(folder: Path) -> dict[str, Path]:
     """The files that have checksums, by their names below the folder."""
     files = {}
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(files_below(folder)):
         name = str(file.relative_to(folder))
-        if file.is_file() and name not in (*LATER, CHECKSUMS):
+        if name not in (*LATER, CHECKSUMS):
             files[name] = file
     return files
 
