@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 import lorax_ft as lft
 from lorax_ft.run.log import LOG, PLOT, read_log
@@ -28,9 +25,6 @@ SHORT = [
 ]
 SHORT += ["--train.batch_size", "8", "--mesh.fsdp", "2", "--mesh.tensor", "1"]
 
-ALL_TESTS = bool(os.environ.get("LORAX_FT_ALL_TESTS"))
-"""Whether tests and cases that belong to the second tier run too."""
-second_tier = pytest.mark.skipif(not ALL_TESTS, reason="second tier: LORAX_FT_ALL_TESTS=1")
 CONFIGS = [
     path.stem
     for path in sorted((ROOT / "configs").glob("*.py"))

@@ -303,6 +303,12 @@ def test_numbers_that_are_not_finite_are_found(value: float, dtype: Any) -> None
     assert all_finite(array[:0])
 
 
+@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.uint8, np.int32, np.int64])
+def test_integers_are_always_finite(dtype: Any) -> None:
+    """A folder of SHiRA holds the positions of its weights."""
+    assert all_finite(np.array([0, 1, 0]).astype(dtype))
+
+
 def changed(file: Path, name: str, value: float) -> None:
     """Write a value into the middle of a tensor of a file."""
     tensors = load_file(file)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from run_cases import ROOT, SHORT, config, script_main, second_tier
+from run_cases import ROOT, SHORT, config, script_main
 
 from lorax_ft.comparison.cost import Cost
 from lorax_ft.comparison.design import Design, points, with_two_sets
@@ -259,7 +259,7 @@ def test_without_validation_rows_there_is_no_comparison(tmp_path: Path) -> None:
         with_two_sets(Config(data=DataConfig(train=(str(file),))), tmp_path / "data")
 
 
-@second_tier
+@pytest.mark.slow
 def test_the_script_compares_and_resumes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmark_cases import CMMLU, write
-from run_cases import SHORT, config, script_main, second_tier
+from run_cases import SHORT, config, script_main
 
 from lorax_ft.comparison.accuracy import ALL, accuracy_rows
 from lorax_ft.comparison.benchmark import read_task
@@ -96,7 +96,7 @@ def test_a_question_is_asked_as_it_is_trained(folder: Path, tmp_path: Path) -> N
         assert not sample.mask[:length].any()
 
 
-@second_tier
+@pytest.mark.slow
 def test_the_script_asks_the_questions(
     folder: Path,
     tmp_path: Path,

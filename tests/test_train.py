@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import pytest
-from run_cases import ALL_TESTS, CONFIGS, SHORT, Main, config, losses, resumed, trained
+from run_cases import CONFIGS, SHORT, Main, config, losses, resumed, slow_cases, trained
 
 import lorax_ft as lft
 from lorax_ft.config import EMBEDDED_DATA
@@ -61,7 +61,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 SECOND_TIER = ("hira", "loha", "lokr", "mica", "oft")
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if ALL_TESTS or name not in SECOND_TIER])
+@pytest.mark.parametrize("name", slow_cases(CONFIGS, SECOND_TIER))
 def test_a_config_trains(name: str, main: Main, tmp_path: Path) -> None:
     """A run resumed after a crash equals an uninterrupted one (the second tier: every config)."""
     found = resumed(main, name, tmp_path) if name in RESUMED else trained(main, name, tmp_path)
@@ -280,16 +280,16 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+def test_losses_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(
     main: Main, tmp_path: Path, capsys: Any
 ) -> None:
     out = tmp_path / "run"
-    bad = ["--optim.learning_rate", "1e30", "--train.steps", 9, "--train.save_every", 1]
+    bad = ["--optim.learning_rate", "1e30", "--train.steps", 9, "--train.max_skipped", 2]
     assert main(*config("lora"), *SHORT, *bad, "--train.output", out) == 2
     error = capsys.readouterr().err
-    assert "the loss at step 2 is nan" in error
+    assert "3 steps of the last 4 were skipped, the last one at step 4" in error
     assert error.count("\n") == 1
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["1"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["4"]
     assert math.isfinite(losses(out)[1])
 
 

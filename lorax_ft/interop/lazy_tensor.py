@@ -61,12 +61,12 @@ def lazy_tensors(file: Path, *, dtypes: Mapping[str, Any] = FLOATS) -> dict[str,
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether an array of floats holds neither NaN nor infinity.
+    """Whether an array holds neither NaN nor infinity; integers and booleans never do.
 
     The bits of these are above those of all other numbers of their sign. Two maxima of integers
     need no memory, and for bfloat16 a tenth of the time of `np.isfinite`.
     """
-    if values.size == 0:
+    if values.size == 0 or values.dtype.kind in "iub":
         return True
     kinds = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
     signed, unsigned = kinds[values.dtype.itemsize]

@@ -88,7 +88,8 @@ class Log:
             self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+                if math.isfinite(value):  # tensorboardX warns of others, once for each
+                    self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
