@@ -28,9 +28,11 @@ import lorax_ft as lft
 from lorax_ft import regexes, template_limits
 from lorax_ft.cli import one_line_errors
 from lorax_ft.config import EMBEDDED_MODEL, Config, DataConfig, ModelConfig
-from lorax_ft.data import json_list
+from lorax_ft.data import json_list, rows, sources
+from lorax_ft.data.bad_rows import BadRows
 from lorax_ft.data.chat import encode_prompt
 from lorax_ft.data.sources import read_rows
+from lorax_ft.evaluation.benchmark import read_benchmark
 from lorax_ft.evaluation.exact_match import extract
 from lorax_ft.files import read_json, within
 from lorax_ft.interop import encoding
@@ -143,6 +145,10 @@ def test_devices_by_their_own_names(tmp_path: Path) -> None:
         pipe(tmp_path / name)
         with pytest.raises(ValueError, match="no file"):
             list(read_rows([str(tmp_path / name)]))
+    (tmp_path / "test").mkdir()
+    pipe(tmp_path / "test/law.csv")
+    with pytest.raises(ValueError, match="is a named pipe"):
+        read_benchmark(tmp_path, shots=0)
 
 
 # Names and links that lead elsewhere
@@ -578,13 +584,65 @@ def test_compressed_bombs(tmp_path: Path, name: str) -> None:
     assert len(str(error.value)) < 300
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_enormous_cells_of_tables(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long lines of JSON: refused with the row, or left out."""
+    import datasets
+
+    monkeypatch.setattr(rows, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(sources, "LONGEST_ROW", 1000)
+    table = datasets.Dataset.from_dict({"text": ["a" * 9, "a" * 5000, "a" * 99]})
+    path = str(tmp_path / "a.parquet")
+    if kind == "saved":
+        path = str(tmp_path / "saved")
+        table.save_to_disk(path)
+    else:
+        table.to_parquet(path)
+    with pytest.raises(ValueError, match="row 2: the row has more than 1,000 bytes; split it"):
+        list(read_rows([path]))
+    bad = BadRows(skip=True)
+    read = list(read_rows([path], bad=bad))
+    assert [(len(row.fields["text"]), row.where) for row in read] == [
+        (9, f"{path}, row 1"),
+        (99, f"{path}, row 3"),
+    ]
+    assert bad.count == 1
+
+
+def test_a_compressed_arrow_file_is_refused(tmp_path: Path) -> None:
+    """It would be decompressed as a whole; a file of kilobytes may be gigabytes."""
+    import datasets
+    import pyarrow
+    import pyarrow.ipc
+
+    folder = tmp_path / "saved"
+    texts = pyarrow.array(["a" * 100_000] * 3)
+    datasets.Dataset.from_dict({"text": texts.to_pylist()}).save_to_disk(str(folder))
+    [file] = folder.glob("*.arrow")
+    assert len(list(read_rows([str(folder)]))) == 3
+    codes = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 0, 0], "int8"), texts)
+    for column in (texts, codes):
+        table = pyarrow.table({"text": column})
+        for compression in ("zstd", "lz4"):
+            options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+            with pyarrow.ipc.new_stream(str(file), table.schema, options=options) as stream:
+                stream.write_table(table)
+            with pytest.raises(ValueError, match=r"arrow is compressed, .* save it with"):
+                list(read_rows([str(folder)]))
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match="cannot be read as a saved dataset"):
+        list(read_rows([str(folder)]))
+
+
 def test_a_bomb_of_parquet(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
     table = pyarrow.table({"text": ["a" * 80_000_000]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
-    with pytest.raises(ValueError, match=r"the column text has 80,0.* bytes, compressed to"):
+    with pytest.raises(ValueError, match=r"row group 0 has 80,0.* bytes, in a file of"):
         list(read_rows([str(tmp_path / "a.parquet")]))
 
 
