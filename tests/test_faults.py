@@ -36,6 +36,7 @@ from lorax_ft.interop.locate import locate
 from lorax_ft.memory_limit import memory_limit
 from lorax_ft.run import room
 from lorax_ft.run.folder import check_writable, write_text
+from lorax_ft.run.lock import LOCK, locked
 from lorax_ft.run.log import LOG, PLOT, Log, plot_losses
 
 
@@ -120,9 +121,16 @@ def write_samples(disk: Path) -> None:
         store_samples([sample])
 
 
+def write_lock(disk: Path) -> None:
+    fill(disk)
+    with locked(disk):
+        pass
+
+
 @pytest.mark.parametrize(
     ("write", "named"),
     [
+        (write_lock, LOCK),
         (write_log, LOG),
         (write_plot, PLOT),
         (write_config, "config.json"),

@@ -13,6 +13,7 @@ import re
 import struct
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -634,6 +635,32 @@ def test_a_compressed_arrow_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ValueError, match="cannot be read as a saved dataset"):
         list(read_rows([str(folder)]))
+
+
+# A histogram of a column is one number too long; pyarrow 26 ends the process where it is asked for.
+DAMAGED_COLUMN = (
+    "eNqNVd2O2kYUHhsvIelKZSONZVeoQihBVUM2xgubJdqL2mxYe0t3N64wYEVCxh6ME9tQbEJgtVKvcpmrKE/Q3uUJ"
+    "+hx9hCoP0avODD/LtpVaX5w553znfN/MGWMuFaMMOfgt3G/iBdwHAF5yAIBpjCZ38WrHsR8ndpRAAL+GhRLMwCxM"
+    "wzQAXx6xGE/dIzbDMal7uF+ClSauIDTCyx0MyPlHeZnBToUYm5g+ZsrDB1tM2eNtJjb1BxD3WFG4u9EWBY7sB7Ii"
+    "D8Qix4kmIKXLsh2qIQpM/594jjfgCQ+AyFdI8JmBDRplAeTEoAqEdOwMUWhDFlRZIROiOLY9FEMWppvHmKLKCVyA"
+    "90DwRLiDAhQiPAoOwN2HrMBNRgF6CJo5XEkTd5xRlOCCVY7nxJxYKoIc3BWrIJ0VtY0CZV3zUR7I8hn+HcO/Z4pG"
+    "MZM7BN/QM29NYW8PiCVySXg32GTxcsxXts8L+N9S8Cv+EwvPwX/LrndLld8z/Eem+JkpfmSINtNfzfVfRbO3RX9P"
+    "wRz/Jwu/A/wHlueKGf4XFojHgrAS6Llo4EfI7TnDafTajzyhcVUI/WgZ92J/gQrP8vKhXK5USvlCaL+9jZSlylH1"
+    "6SGGotEk7AXoDQpwWroGwhfDqedhxoHtIOFX5qrgR4MRxq4KA2Qn0wmKabA+/zZCfTJ56rjJfEy8QpxMMF8Bi/XW"
+    "KdMOpqhwjVOrA/3fjuvtXBOPHqeu8a53FcO4aD9bvnvCzztPyFPzVEVRXijL53tFqSiqpzQUxVPqHs2p6i18Rtbn"
+    "G/xCWcVrForrZFXpSorqEiWiDC3iPdXDYGqFR/6FT3wr6HaMshOaC/3VyEPzs8TqnC+6bTdw5vqhrsW+FZpDVzPn"
+    "1o/L2Alr8dq3NKPqnLYwl+I7B8bcblcj3Z95elCTUEcNCKceWMO+ZgZ6JMV6/exVX65KVrsqrfReu1owo3z1s4Wr"
+    "nY37oeM364rfObjhNsNG7LZb/qBDOQZbPT/YnXNJj8o1jJFTNomxNTOyZHxO2Rp25dZqPsSoFTJ64pyoNOlt5rMc"
+    "ZZeYOjGn5cA5OB9asrmgsHaCOx+NNv2G97d+nXiUtLG5FHXsnprJ8gZJ/5Puul81lI2eqmwejSbl2hT3TV3lRCf1"
+    "eGctIoXfD211zy9ump436M7V2c37cKM/78tvg3WsrnAg5Mf25KcpSh474/FjezIZzfJv0CT2RxH+Xe5L+2WxhL9o"
+    "5KNWw5/1S/yn8RdZoowX"
+)
+
+
+def test_a_damaged_column_of_parquet(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(zlib.decompress(base64.b64decode(DAMAGED_COLUMN)))
+    with pytest.raises(ValueError, match=r"cannot be read as Parquet: .*histogram size mismatch"):
+        list(read_rows([str(tmp_path / "a.parquet")]))
 
 
 def test_a_bomb_of_parquet(tmp_path: Path) -> None:
