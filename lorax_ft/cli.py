@@ -160,24 +160,25 @@ def one_line_errors() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
+        sys.stdout.flush()
     except (ValueError, OSError) as error:
         if os.environ.get("LORAX_FT_DEBUG"):
             raise
-        sys.stdout.flush()  # else the error could appear before what was printed earlier
+        _flush()  # else the error could appear before what was printed earlier
         print(redacted(f"error: {_one_line(error)}"), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         # Of JAX, which is not imported here.
         if OUT_OF_MEMORY not in str(error) or os.environ.get("LORAX_FT_DEBUG"):
             raise
-        sys.stdout.flush()
+        _flush()
         _, _, reason = str(error).partition(f"{OUT_OF_MEMORY}: ")
         print(f"error: {_out_of_memory(reason)}", file=sys.stderr)
         sys.exit(2)
     except MemoryError as error:  # of NumPy and of Python
         if os.environ.get("LORAX_FT_DEBUG"):
             raise
-        sys.stdout.flush()
+        _flush()
         print(f"error: {_out_of_memory(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
@@ -185,18 +186,25 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
 
 
+def _flush() -> None:
+    """Write what was printed; drop it where it cannot be written: a full disk, a closed pipe."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python tries once more at its end, and would end with another status.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _out_of_memory(reason: str) -> str:
     """That memory ran out, how much there is, and what to do, in one line."""
     first = " ".join(reason.partition("\n")[0].split()).rstrip(".")
     first = re.sub(r"\b(\d{7,}) bytes", lambda size: f"{int(size[1]) / 1e9:,.2f} GB", first)
     # It imports JAX, which takes seconds and is imported already where memory ran out.
-    from lorax_ft.run.memory import describe_memory
+    from lorax_ft.run.memory import ADVICE, describe_memory
 
     return (
         f"the memory is too small: {first or 'an allocation failed'}, but {describe_memory()}; "
-        "use a smaller --train.batch_size, --model.remat full, more "
-        "--train.microbatches, --quant.format nf4, or more --mesh.fsdp, which splits the weights; "
-        "scripts/plan.py finds what fits"
+        f"{ADVICE}"
     )
 
 

@@ -6,9 +6,11 @@ JSON without an end. What is refused here is refused before it is read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -112,6 +114,26 @@ def parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{where} is not valid JSON: nested too deeply") from error
+
+
+@contextlib.contextmanager
+def named_errors(file: str | Path) -> Iterator[None]:
+    """Raise the system's errors within the block with the name of the file that it writes.
+
+    What fails to open a file has its name; what fails to write to it, as on a full disk, has none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or not error.strerror:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write a UTF-8 file. Errors have its name (`named_errors`)."""
+    with named_errors(file):
+        file.write_text(text, encoding="utf-8")
 
 
 def _home(folder: Path) -> Path:

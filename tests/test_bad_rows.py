@@ -192,7 +192,7 @@ def test_one_long_line_of_other_files(tmp_path: Path, monkeypatch: pytest.Monkey
     csv.write_text("question,answer\n" + 50 * "1,1\n")
     assert load(csv, bad_rows="stop").train.count == 50
     csv.write_text(f"question,answer\n{'1' * 200},1\n")
-    with pytest.raises(ValueError, match="a row has more than 100 characters"):
+    with pytest.raises(ValueError, match="line 2: not CSV: the row has more than 100 characters"):
         load(csv, bad_rows="stop")
 
 

@@ -67,7 +67,7 @@ HEADER = ",Question,A,B,C,D,Answer\n"
         ("test/agronomy.csv", "text,label\nq,1\n", "line 1: a row of 2 columns"),
         ("test/agronomy.csv", "", "line 1: a row of 0 columns that ends in nothing"),
         ("test/virology.csv", "q,a,b,c,d,A\n", "line 1: the header is q,a,b,c,d,A, but"),
-        ("test/virology.csv", HEADER + '0,q,a"b,"c"c,c,d,A\n', "line 2: not a .csv row"),
+        ("test/virology.csv", HEADER + '0,q,a"b,"c"c,c,d,A\n', "line 2: not CSV"),
         ("dev/virology.csv", HEADER + "0,q,a,b,c,d,A\n", "has 1 dev rows, but there are 2 shots"),
         ("dev/virology.csv", None, "the subject virology .* has no dev rows"),
     ],
@@ -90,7 +90,7 @@ def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no subject law; it has agronomy, virology"):
         read_benchmark(folder, subjects=["law"])
     (folder / "test" / "agronomy.csv").write_bytes("土壤".encode("gbk"))
-    with pytest.raises(ValueError, match=r"agronomy.csv is not UTF-8"):
+    with pytest.raises(ValueError, match=r"agronomy.csv, line 1: not UTF-8"):
         read_benchmark(folder, shots=1)
     ceval = write(tmp_path / "ceval", CEVAL)
     with pytest.raises(ValueError, match=r"law_test.csv, line 1: the file has no answers"):

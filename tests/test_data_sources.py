@@ -164,9 +164,9 @@ def test_hub_ids_name_a_subset_and_a_split(monkeypatch: pytest.MonkeyPatch) -> N
 
     calls = []
 
-    def load_dataset(*args: Any, **options: Any) -> list[dict[str, str]]:
+    def load_dataset(*args: Any, **options: Any) -> datasets.Dataset:
         calls.append((args, options))
-        return [{"q": "a"}]
+        return datasets.Dataset.from_list([{"q": "a"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

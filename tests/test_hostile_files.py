@@ -13,6 +13,7 @@ import re
 import struct
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ import lorax_ft as lft
 from lorax_ft import regexes, template_limits
 from lorax_ft.cli import one_line_errors
 from lorax_ft.config import EMBEDDED_MODEL, Config, DataConfig, ModelConfig
-from lorax_ft.data import json_list
+from lorax_ft.data import json_list, rows, sources
+from lorax_ft.data.bad_rows import BadRows
 from lorax_ft.data.chat import encode_prompt
 from lorax_ft.data.sources import read_rows
+from lorax_ft.evaluation.benchmark import read_benchmark
 from lorax_ft.evaluation.exact_match import extract
 from lorax_ft.files import read_json, within
 from lorax_ft.interop import encoding
@@ -143,6 +146,10 @@ def test_devices_by_their_own_names(tmp_path: Path) -> None:
         pipe(tmp_path / name)
         with pytest.raises(ValueError, match="no file"):
             list(read_rows([str(tmp_path / name)]))
+    (tmp_path / "test").mkdir()
+    pipe(tmp_path / "test/law.csv")
+    with pytest.raises(ValueError, match="is a named pipe"):
+        read_benchmark(tmp_path, shots=0)
 
 
 # Names and links that lead elsewhere
@@ -578,13 +585,91 @@ def test_compressed_bombs(tmp_path: Path, name: str) -> None:
     assert len(str(error.value)) < 300
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_enormous_cells_of_tables(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long lines of JSON: refused with the row, or left out."""
+    import datasets
+
+    monkeypatch.setattr(rows, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(sources, "LONGEST_ROW", 1000)
+    table = datasets.Dataset.from_dict({"text": ["a" * 9, "a" * 5000, "a" * 99]})
+    path = str(tmp_path / "a.parquet")
+    if kind == "saved":
+        path = str(tmp_path / "saved")
+        table.save_to_disk(path)
+    else:
+        table.to_parquet(path)
+    with pytest.raises(ValueError, match="row 2: the row has more than 1,000 bytes; split it"):
+        list(read_rows([path]))
+    bad = BadRows(skip=True)
+    read = list(read_rows([path], bad=bad))
+    assert [(len(row.fields["text"]), row.where) for row in read] == [
+        (9, f"{path}, row 1"),
+        (99, f"{path}, row 3"),
+    ]
+    assert bad.count == 1
+
+
+def test_a_compressed_arrow_file_is_refused(tmp_path: Path) -> None:
+    """It would be decompressed as a whole; a file of kilobytes may be gigabytes."""
+    import datasets
+    import pyarrow
+    import pyarrow.ipc
+
+    folder = tmp_path / "saved"
+    texts = pyarrow.array(["a" * 100_000] * 3)
+    datasets.Dataset.from_dict({"text": texts.to_pylist()}).save_to_disk(str(folder))
+    [file] = folder.glob("*.arrow")
+    assert len(list(read_rows([str(folder)]))) == 3
+    codes = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 0, 0], "int8"), texts)
+    for column in (texts, codes):
+        table = pyarrow.table({"text": column})
+        for compression in ("zstd", "lz4"):
+            options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+            with pyarrow.ipc.new_stream(str(file), table.schema, options=options) as stream:
+                stream.write_table(table)
+            with pytest.raises(ValueError, match=r"arrow is compressed, .* save it with"):
+                list(read_rows([str(folder)]))
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match="cannot be read as a saved dataset"):
+        list(read_rows([str(folder)]))
+
+
+# A histogram of a column is one number too long; pyarrow 26 ends the process where it is asked for.
+DAMAGED_COLUMN = (
+    "eNqNVd2O2kYUHhsvIelKZSONZVeoQihBVUM2xgubJdqL2mxYe0t3N64wYEVCxh6ME9tQbEJgtVKvcpmrKE/Q3uUJ"
+    "+hx9hCoP0avODD/LtpVaX5w553znfN/MGWMuFaMMOfgt3G/iBdwHAF5yAIBpjCZ38WrHsR8ndpRAAL+GhRLMwCxM"
+    "wzQAXx6xGE/dIzbDMal7uF+ClSauIDTCyx0MyPlHeZnBToUYm5g+ZsrDB1tM2eNtJjb1BxD3WFG4u9EWBY7sB7Ii"
+    "D8Qix4kmIKXLsh2qIQpM/594jjfgCQ+AyFdI8JmBDRplAeTEoAqEdOwMUWhDFlRZIROiOLY9FEMWppvHmKLKCVyA"
+    "90DwRLiDAhQiPAoOwN2HrMBNRgF6CJo5XEkTd5xRlOCCVY7nxJxYKoIc3BWrIJ0VtY0CZV3zUR7I8hn+HcO/Z4pG"
+    "MZM7BN/QM29NYW8PiCVySXg32GTxcsxXts8L+N9S8Cv+EwvPwX/LrndLld8z/Eem+JkpfmSINtNfzfVfRbO3RX9P"
+    "wRz/Jwu/A/wHlueKGf4XFojHgrAS6Llo4EfI7TnDafTajzyhcVUI/WgZ92J/gQrP8vKhXK5USvlCaL+9jZSlylH1"
+    "6SGGotEk7AXoDQpwWroGwhfDqedhxoHtIOFX5qrgR4MRxq4KA2Qn0wmKabA+/zZCfTJ56rjJfEy8QpxMMF8Bi/XW"
+    "KdMOpqhwjVOrA/3fjuvtXBOPHqeu8a53FcO4aD9bvnvCzztPyFPzVEVRXijL53tFqSiqpzQUxVPqHs2p6i18Rtbn"
+    "G/xCWcVrForrZFXpSorqEiWiDC3iPdXDYGqFR/6FT3wr6HaMshOaC/3VyEPzs8TqnC+6bTdw5vqhrsW+FZpDVzPn"
+    "1o/L2Alr8dq3NKPqnLYwl+I7B8bcblcj3Z95elCTUEcNCKceWMO+ZgZ6JMV6/exVX65KVrsqrfReu1owo3z1s4Wr"
+    "nY37oeM364rfObjhNsNG7LZb/qBDOQZbPT/YnXNJj8o1jJFTNomxNTOyZHxO2Rp25dZqPsSoFTJ64pyoNOlt5rMc"
+    "ZZeYOjGn5cA5OB9asrmgsHaCOx+NNv2G97d+nXiUtLG5FHXsnprJ8gZJ/5Puul81lI2eqmwejSbl2hT3TV3lRCf1"
+    "eGctIoXfD211zy9ump436M7V2c37cKM/78tvg3WsrnAg5Mf25KcpSh474/FjezIZzfJv0CT2RxH+Xe5L+2WxhL9o"
+    "5KNWw5/1S/yn8RdZoowX"
+)
+
+
+def test_a_damaged_column_of_parquet(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(zlib.decompress(base64.b64decode(DAMAGED_COLUMN)))
+    with pytest.raises(ValueError, match=r"cannot be read as Parquet: .*histogram size mismatch"):
+        list(read_rows([str(tmp_path / "a.parquet")]))
+
+
 def test_a_bomb_of_parquet(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
     table = pyarrow.table({"text": ["a" * 80_000_000]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
-    with pytest.raises(ValueError, match=r"the column text has 80,0.* bytes, compressed to"):
+    with pytest.raises(ValueError, match=r"row group 0 has 80,0.* bytes, in a file of"):
         list(read_rows([str(tmp_path / "a.parquet")]))
 
 

@@ -21,8 +21,9 @@ from resume_cases import outcome, run_killed
 from safetensors.numpy import load_file, save_file
 from test_distributed import run_config, write_model_and_data
 
+from lorax_ft.cli import one_line_errors
 from lorax_ft.config import Config
-from lorax_ft.run import steps
+from lorax_ft.run import setup, steps
 from lorax_ft.run.checkpoints import Checkpoints, find_checkpoint, resolve_checkpoint
 from lorax_ft.run.checksums import LATER
 from lorax_ft.run.fingerprint import weights_checksums
@@ -251,6 +252,33 @@ def test_what_resume_refuses(folder: Path, stopped: Path, tmp_path: Path) -> Non
     # The flag of older configs.
     assert Config.from_json(json.dumps({"train": {"resume": True}})).train.resume == "always"
     assert Config.from_json(json.dumps({"train": {"resume": False}})).train.resume == "auto"
+
+
+@pytest.mark.parametrize("lost", ["data.jsonl", "model/model.safetensors", "model/tokenizer.json"])
+def test_a_file_vanishes_while_the_run_loads(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lost: str,
+) -> None:
+    """Between the look at the data and its use: one line, and no output folder."""
+    inputs = tmp_path / "inputs"
+    shutil.copytree(folder, inputs)
+    load = setup.load_base
+
+    def lose(*args: Any) -> Any:
+        (inputs / lost).unlink()
+        return load(*args)
+
+    monkeypatch.setattr(setup, "load_base", lose)
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        train(config(inputs, tmp_path / "run"))
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert str(inputs / lost.partition("/")[0]) in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_kills_leave_behind_is_cleaned_up(folder: Path, stopped: Path) -> None:

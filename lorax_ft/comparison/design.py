@@ -16,6 +16,7 @@ from lorax_ft.config import Config, DataConfig
 from lorax_ft.data.bad_rows import BadRows
 from lorax_ft.data.dataset import name_sets
 from lorax_ft.data.sources import has_split, parse_sources, read_rows
+from lorax_ft.files import write_file
 from lorax_ft.sweep.axes import Point, Settings, make_point
 
 CHOOSE, TEST = "choose", "test"
@@ -120,7 +121,7 @@ def with_sets(config: Config, sets: Mapping[str, Sequence[str]]) -> Config:
 def write_lines(file: Path, lines: Sequence[str]) -> Path:
     """Write a file of lines, and return it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_file(file, "\n".join(lines) + "\n")
     return file
 
 

@@ -45,6 +45,7 @@ from lorax_ft.comparison.table import (
     rows_at_common_rate,
 )
 from lorax_ft.config import Config
+from lorax_ft.files import write_file
 from lorax_ft.run.folder import is_empty, write_text
 from lorax_ft.run.inputs import check_inputs
 from lorax_ft.run.report import make_console, make_table
@@ -154,7 +155,7 @@ def _write(result: Comparison, design: Design, *, command: str | None, config: C
     plot_rates(methods, design, folder / RATES_PLOT)
     plot_curves(methods, design, folder / CURVES_PLOT)
     figures = as_json(methods, result.common, result.best)
-    (folder / FIGURES).write_text(figures, encoding="utf-8")
+    write_file(folder / FIGURES, figures)
     text = markdown(
         methods,
         result.common,
@@ -164,7 +165,7 @@ def _write(result: Comparison, design: Design, *, command: str | None, config: C
         command=command,
         notes=_notes(config, methods),
     )
-    (folder / REPORT).write_text(text, encoding="utf-8")
+    write_file(folder / REPORT, text)
 
 
 def prepare(folder: Path, config: Config, design: Design, methods: Mapping[str, Method]) -> None:

@@ -23,6 +23,7 @@ from lorax_ft.comparison.design import Design, points
 from lorax_ft.comparison.methods import Method, config_of
 from lorax_ft.config import Config
 from lorax_ft.evaluation.multiple_choice import Encoded
+from lorax_ft.files import named_errors
 from lorax_ft.models.model import Model
 from lorax_ft.run.checkpoints import FOLDER, Checkpoints
 from lorax_ft.run.progress import progress_bar
@@ -219,7 +220,7 @@ class Runner:
             correct = self._ask(job.model, job.params(state, k), group.points[k].name)
             line = json.dumps({"point": k, "correct": correct})
             if jax.process_index() == 0:
-                with file.open("a") as lines:
+                with named_errors(file), file.open("a") as lines:
                     lines.write(line + "\n")
 
     def answers_before(self, config: Config) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from lorax_ft.files import write_file
+
 FILE = "bad_rows.txt"
 """The file in a run's output folder that lists them."""
 _MOST_LISTED = 10_000
@@ -41,7 +43,7 @@ class BadRows:
         lines = list(self.problems)
         if self.count > len(lines):
             lines.append(f"and {self.count - len(lines):,} more")
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_file(file, "\n".join(lines) + "\n")
 
 
 STOP = BadRows()

@@ -66,7 +66,7 @@ def read_file(path: str, *, bad: BadRows = STOP) -> Iterator[Row]:
         case ".csv":
             return _read_csv(path, bad)
         case ".parquet":
-            return read_parquet(path)
+            return read_parquet(path, bad)
     hint = ""
     if Path(path).suffix.lower() in (".txt", ".md"):
         hint = '; write each text as a line {"text": "..."} of a .jsonl file'
@@ -186,6 +186,28 @@ def _read_csv(path: str, bad: BadRows) -> Iterator[Row]:
     null), pads short rows, truncates long ones, and does not report the line of a row.
     """
     header: list[str] = []
+    for line, values in csv_rows(path):
+        where = f"{path}, line {line}"
+        if not header:
+            header = values
+            _check_header(header, where)
+        elif len(values) == len(header):
+            yield Row(fields=dict(zip(header, values, strict=True)), where=where)
+        else:
+            problem = ValueError(
+                f"{where}: the row's number of fields is {len(values)}, "
+                f"but the header's is {len(header)}; put quotes around fields with commas"
+            )
+            bad.met(problem)
+
+
+def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the rows of a CSV file that are not empty, each with the line on which it starts.
+
+    Raises:
+      ValueError: it is no file, or a row is malformed, not UTF-8 or has more than 32,000,000
+        characters. After such a row nobody knows where the next one starts.
+    """
     first_line_number = 1  # where the row starts; quoted fields may contain line breaks
     # csv has its own limit of 131,072 characters; a column may hold whole documents.
     usual_limit = csv.field_size_limit(LONGEST_ROW)
@@ -194,20 +216,10 @@ def _read_csv(path: str, bad: BadRows) -> Iterator[Row]:
         reader = csv.reader(lines, strict=True)
         for values in reader:
             lines.start_row()
-            where = f"{path}, line {first_line_number}"
+            if values:  # the reader returns an empty list for an empty line
+                yield first_line_number, values
             first_line_number = reader.line_num + 1
-            if not header:
-                header = values
-                _check_header(header, where)
-            elif len(values) == len(header):
-                yield Row(fields=dict(zip(header, values, strict=True)), where=where)
-            elif values:  # the reader returns an empty list for an empty line
-                problem = ValueError(
-                    f"{where}: the row's number of fields is {len(values)}, "
-                    f"but the header's is {len(header)}; put quotes around fields with commas"
-                )
-                bad.met(problem)
-    except csv.Error as error:
+    except (csv.Error, _LongRowError) as error:
         raise ValueError(f"{path}, line {first_line_number}: not CSV: {error}") from error
     finally:
         csv.field_size_limit(usual_limit)
@@ -258,11 +270,14 @@ def _starts_of_lines(file: IO[bytes], longest: int) -> Iterator[bytes]:
         yield line
 
 
+class _LongRowError(ValueError):
+    """A row has too many characters."""
+
+
 class _RowLines:
     """The lines of a CSV file, which raise where one row takes too many of them."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
         self._lines = _text_lines(path)
         self._size = 0
 
@@ -277,7 +292,9 @@ class _RowLines:
         line = next(self._lines)
         self._size += len(line)
         if self._size > LONGEST_ROW:
-            raise ValueError(f"{self._path}: a row has more than {LONGEST_ROW:,} characters")
+            raise _LongRowError(
+                f"the row has more than {LONGEST_ROW:,} characters; split it, or end its quotes"
+            )
         return line
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
+
+from lorax_ft.data.bad_rows import BadRows
 
 LONGEST_ROW = 32_000_000
 """Bytes of a row; a longer one is not read into memory."""
@@ -23,6 +26,32 @@ def table_row(fields: dict[str, Any], path: str, number: int) -> Row:
     """Returns a row of an Arrow table."""
     cleaned = {name: without_nulls(value) for name, value in fields.items()}
     return Row(fields=cleaned, where=f"{path}, row {number}")
+
+
+def table_rows(table: Any, path: str, bad: BadRows, *, first: int) -> Iterator[Row]:
+    """Yields the rows of an Arrow table, or of a batch of one, numbered from `first` on.
+
+    A row of more than 32 MB is not made Python's own, which would copy it.
+    """
+    if table.nbytes <= LONGEST_ROW:
+        for number, fields in enumerate(table.to_pylist(), first):
+            yield table_row(fields, path, number)
+        return
+    for i in range(table.num_rows):
+        row = table.slice(i, 1)  # copies nothing
+        if row.nbytes > LONGEST_ROW:
+            bad.met(long_row(path, first + i))
+            continue
+        (fields,) = row.to_pylist()
+        yield table_row(fields, path, first + i)
+
+
+def long_row(path: str, number: int) -> ValueError:
+    """Returns the error of a row of a table that has too many bytes."""
+    return ValueError(
+        f"{path}, row {number}: the row has more than {LONGEST_ROW:,} bytes; split it into several "
+        "rows"
+    )
 
 
 def without_nulls(value: Any) -> Any:

@@ -17,15 +17,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorax_ft.data.arrow import check_uncompressed
 from lorax_ft.data.bad_rows import STOP, BadRows
 from lorax_ft.data.readers import COMPRESSED, SUFFIXES, file_type, read_file
-from lorax_ft.data.rows import Row, first_line, table_row
+from lorax_ft.data.rows import LONGEST_ROW, Row, first_line, long_row, table_row
 from lorax_ft.files import check_regular, read_json, within
 from lorax_ft.offline import hub_or_cache
 
 # What `datasets.save_to_disk` writes into the folder of a Dataset and of a DatasetDict.
 _SAVED = "state.json"
 _SAVED_SPLITS = "dataset_dict.json"
+# Rows of a dataset that are decoded at a time.
+_BATCH = 256
 
 
 class Source(NamedTuple):
@@ -133,7 +136,7 @@ def _open(path: str, split: str, revision: str | None, bad: BadRows) -> Iterator
             raise ValueError(f"no file matches {path}")
         return _read_files(files, bad)
     if _is_hub_id(path):
-        return _read_hub(path, split, revision)
+        return _read_hub(path, split, revision, bad)
     raise ValueError(_missing(file))
 
 
@@ -146,9 +149,9 @@ def _read_folder(folder: Path, split: str, bad: BadRows) -> Iterator[Row]:
                 f"{folder} has no split {split!r}; it has {', '.join(splits)}: "
                 f"give --data.split or --data.validation_split"
             )
-        return _read_saved(folder / split)
+        return _read_saved(folder / split, bad)
     if (folder / _SAVED).is_file():
-        return _read_saved(folder)
+        return _read_saved(folder, bad)
     files = _split_files(folder, split)
     if files:
         return _read_files(files, bad)
@@ -189,7 +192,7 @@ def _read_files(files: Iterable[str], bad: BadRows) -> Iterator[Row]:
     return itertools.chain.from_iterable(read_file(file, bad=bad) for file in files)
 
 
-def _read_saved(folder: Path) -> Iterator[Row]:
+def _read_saved(folder: Path, bad: BadRows) -> Iterator[Row]:
     """Yields the rows of a Dataset that `save_to_disk` wrote; they are not loaded into memory."""
     # Imported only when needed: the import is slow, and most runs read JSON Lines.
     import datasets
@@ -203,11 +206,11 @@ def _read_saved(folder: Path) -> Iterator[Row]:
         raise ValueError(
             f"{folder} cannot be read as a saved dataset: {first_line(_root_cause(error))}"
         ) from error
-    yield from _table_rows(table, str(folder))
+    yield from _table_rows(table, str(folder), bad)
 
 
 def _check_saved(folder: Path) -> None:
-    """Raise where a saved dataset names a file outside of its folder, or one that is no file."""
+    """Raise where a saved dataset names a file elsewhere, one that is no file or is compressed."""
     try:
         files = read_json(within(folder, _SAVED)).get("_data_files")
     except ValueError as error:
@@ -215,10 +218,12 @@ def _check_saved(folder: Path) -> None:
     for entry in files if isinstance(files, list) else ():
         name = entry.get("filename") if isinstance(entry, dict) else None
         if isinstance(name, str):
-            check_regular(within(folder, name))
+            file = within(folder, name)
+            check_regular(file)
+            check_uncompressed(file)
 
 
-def _read_hub(path: str, split: str, revision: str | None) -> Iterator[Row]:
+def _read_hub(path: str, split: str, revision: str | None, bad: BadRows) -> Iterator[Row]:
     import datasets
 
     name, _, subset = path.partition(":")
@@ -235,12 +240,24 @@ def _read_hub(path: str, split: str, revision: str | None) -> Iterator[Row]:
             f"{path}: there is no such file, and loading split {split!r} of a Hub dataset with "
             f"that name failed: {unreachable or first_line(error)}"
         ) from error
-    yield from _table_rows(table, path)
+    yield from _table_rows(table, path, bad)
 
 
-def _table_rows(table: Iterable[dict[str, Any]], path: str) -> Iterator[Row]:
-    for number, fields in enumerate(table, 1):
-        yield table_row(dict(fields), path, number)
+def _table_rows(table: Any, path: str, bad: BadRows) -> Iterator[Row]:
+    """Yields the rows of a `datasets.Dataset`, which decodes them from Arrow."""
+    arrow = table.with_format("arrow")
+    for start in range(0, len(table), _BATCH):
+        part = range(start, min(start + _BATCH, len(table)))
+        if arrow[start : part.stop].nbytes <= LONGEST_ROW:
+            columns = table[start : part.stop]
+            for number, values in enumerate(zip(*columns.values(), strict=True), start + 1):
+                yield table_row(dict(zip(columns, values, strict=True)), path, number)
+            continue
+        for i in part:
+            if arrow[i].nbytes > LONGEST_ROW:
+                bad.met(long_row(path, i + 1))
+            else:
+                yield table_row(table[i], path, i + 1)
 
 
 def _is_hub_id(path: str) -> bool:

@@ -15,6 +15,7 @@ from typing import IO, NamedTuple, overload
 import numpy as np
 
 from lorax_ft.data.chat import Sample
+from lorax_ft.files import named_errors
 
 
 class Piece(NamedTuple):
@@ -93,9 +94,17 @@ class StoredRows(Sequence[list[Sample]]):
 
 
 def store_samples(samples: Iterable[Sample]) -> StoredSamples:
-    """Writes samples to temporary files, in the folder that `TMPDIR` names, and maps them."""
+    """Writes samples to temporary files, in the folder that `TMPDIR` names, and maps them.
+
+    Raises:
+      OSError: that folder has no room, or cannot be written.
+    """
     borders = array("q", [0])
-    with tempfile.TemporaryFile() as tokens, tempfile.TemporaryFile() as mask:
+    with (
+        named_errors(f"the temporary folder {tempfile.gettempdir()} (TMPDIR names another one)"),
+        tempfile.TemporaryFile() as tokens,
+        tempfile.TemporaryFile() as mask,
+    ):
         for sample in samples:
             sample_tokens = np.asarray(sample.tokens, np.int32)
             sample_mask = np.asarray(sample.mask, np.bool_)

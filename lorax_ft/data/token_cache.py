@@ -83,13 +83,16 @@ class TokenCache:
                     np.savez(file, allow_pickle=False, **arrays)
                     file.close()
                     os.replace(file.name, self._file(key))
-                except OSError:
+                except (OSError, ValueError):
                     os.unlink(file.name)
                     raise
-        except OSError as error:
+        # On a full disk zipfile may raise a ValueError, as its file was not ended.
+        except (OSError, ValueError) as error:
             self._writes = False
             logging.getLogger(__name__).warning(
-                "tokens are not kept in %s: %s", self._folder, error.strerror or error
+                "tokens are not kept in %s: %s",
+                self._folder,
+                getattr(error, "strerror", None) or error,
             )
 
     def delete_old(self) -> None:

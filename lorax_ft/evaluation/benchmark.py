@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import json
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorax_ft.config import ASSETS
+from lorax_ft.data.readers import csv_rows
 from lorax_ft.data.shapes import LETTERS
 
 Format = Literal["mmlu", "ceval", "cmmlu"]
@@ -253,20 +253,7 @@ def _read_file(file: Path, benchmark_format: Format) -> list[Question]:
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """The rows of a .csv file that are not empty, each with the line on which it starts."""
-    line = 1
-    try:
-        # Some editors start a file with a byte order mark. A quoted cell may hold line breaks.
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, strict=True)
-            for row in reader:
-                if row:
-                    yield line, row
-                # line_num is the last line of this row.
-                line = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from error
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {line}: not a .csv row: {error}") from error
+    return csv_rows(str(file))
 
 
 def _lowered(row: Sequence[str]) -> list[str]:

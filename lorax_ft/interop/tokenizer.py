@@ -64,15 +64,15 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
     A tokenizer that is as it was loaded from a folder is copied: its files stay as they are, byte
     for byte, unless only the config.json of the model names its class and `folder` holds none.
+    Files that have vanished since are written anew, as transformers writes them.
 
     Raises:
       OSError: they cannot be written.
     """
-    if _is_untouched(tokenizer):
-        _copy(Path(tokenizer.name_or_path), folder)
-        # An adapter's folder has no config.json.
-        if (folder / "config.json").is_file() or _names_its_class(folder):
-            return
+    copied = _is_untouched(tokenizer) and _copied(Path(tokenizer.name_or_path), folder)
+    # An adapter's folder has no config.json.
+    if copied and ((folder / "config.json").is_file() or _names_its_class(folder)):
+        return
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises a plain Exception when the disk is full
@@ -92,7 +92,7 @@ def _is_untouched(tokenizer: Any) -> bool:
         return False
     try:
         again = load_tokenizer(tokenizer.name_or_path)
-    except ValueError:  # the files are no longer what they were
+    except (ValueError, OSError):  # the files are no longer what they were, or where
         return False
     return again is not None and _state(tokenizer) == _state(again)
 
@@ -115,13 +115,17 @@ def _state(tokenizer: Any) -> dict[str, Any]:
     return state
 
 
-def _copy(source: Path, folder: Path) -> None:
-    """Copies a tokenizer's files."""
-    for name in ALL_FILES:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
-        elif (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+def _copied(source: Path, folder: Path) -> bool:
+    """Copies a tokenizer's files. Returns whether all of them were still there."""
+    try:
+        for name in ALL_FILES:
+            if (source / name).is_dir():
+                shutil.copytree(source / name, folder / name)
+            elif (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _make_readable_by_transformers_4(file: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lorax_ft import sharding
 from lorax_ft.config import Config
+from lorax_ft.files import write_file
 from lorax_ft.interop.locate import read_model_config
 from lorax_ft.plan.chips import Topology
 from lorax_ft.plan.estimate import estimate
@@ -86,7 +87,7 @@ def plan(
             plot_scaling(planned, Path(plot_file))
     if json_file is not None:
         figures = [as_json(candidate, topology) for topology, candidate in planned]
-        Path(json_file).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_file(Path(json_file), json.dumps(figures, indent=1) + "\n")
     return planned
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lorax_ft.evaluation.estimates import NORMAL_95, Estimate
 from lorax_ft.evaluation.items import Scores
+from lorax_ft.files import named_errors, write_file
 from lorax_ft.run.evaluation import Result, describe
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ def write_results(folder: Path, results: Sequence[Result], *, model: Mapping[str
     folder.mkdir(parents=True, exist_ok=True)
     content = {"model": dict(model), "results": [result.to_json() for result in results]}
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    plot_results(results).savefig(folder / "evaluation.png")
+    write_file(folder / "evaluation.json", text + "\n")
+    plot = folder / "evaluation.png"
+    with named_errors(plot):
+        plot_results(results).savefig(plot)
     # With numbers, as a kind of task may come several times.
     for number, result in enumerate(results, 1):
         for name, outcome in result.outcomes.items():
@@ -63,7 +66,7 @@ def write_results(folder: Path, results: Sequence[Result], *, model: Mapping[str
                 continue
             lines = [json.dumps(line, ensure_ascii=False) for line in outcome.answers]
             file = folder / f"answers_{number}_{result.task.name}_{name}.jsonl"
-            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_file(file, "\n".join(lines) + "\n")
 
 
 def plot_results(results: Sequence[Result]) -> Figure:

@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from lorax_ft.config import Config
-from lorax_ft.files import read_text
+from lorax_ft.files import named_errors, read_text
 from lorax_ft.interop.bucket import check_bucket, delete, is_remote, output_path
 from lorax_ft.run.checkpoints import FOLDER as CHECKPOINTS
 from lorax_ft.run.checkpoints import Checkpoints, warn_of_damage
@@ -164,7 +164,8 @@ def write_text(file: Path, text: str) -> None:
         file.write_text(text)
         return
     new = file.with_name(f".{file.name}")
-    new.write_text(text)
+    with named_errors(file):
+        new.write_text(text)
     new.replace(file)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from lorax_ft.files import named_errors
 from lorax_ft.interop.bucket import is_remote
 
 LOCK = ".lock"
@@ -81,9 +82,14 @@ class Lock:
                 break
             # The run that held the lock has just ended, and has deleted the file.
             os.close(descriptor)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._descriptor = descriptor
+        try:
+            with named_errors(self._file):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError:  # the disk is full
+            self.release()
+            raise
         return ""
 
     def release(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lorax_ft.files import named_errors, write_file
 from lorax_ft.interop.bucket import is_remote, upload
 from lorax_ft.run.plot import plot_lines
 
@@ -83,9 +84,10 @@ class Log:
             line[name] = value if math.isfinite(value) else None
         # A run that was killed after this line, and before what came next, writes it once more.
         if _kind(line) not in self._kept:
-            self._file.write(json.dumps(line) + "\n")
-            # A run that is killed keeps every line.
-            self._file.flush()
+            with named_errors(self._local / LOG):
+                self._file.write(json.dumps(line) + "\n")
+                # A run that is killed keeps every line.
+                self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 if math.isfinite(value):  # tensorboardX warns of others, once for each
@@ -127,7 +129,8 @@ class Log:
         """Close the file and the trackers, and draw the plot."""
         if not self._writes:
             return
-        self._file.close()
+        with named_errors(self._local / LOG):
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -173,7 +176,8 @@ def plot_losses(folder: Path) -> Path | None:
     figure = plot_lines(read_log(folder), title=folder.name)
     if figure is None:
         return None
-    figure.savefig(folder / PLOT)
+    with named_errors(folder / PLOT):
+        figure.savefig(folder / PLOT)
     return folder / PLOT
 
 
@@ -188,7 +192,7 @@ def _drop_lines(folder: Path, local: Path, *, after: int) -> list[dict[str, Any]
         kept = [line for line in read_log(folder) if line["step"] <= after]
     # Written to another file first, so that a crash or a full disk leaves the old log intact.
     file = local / f".{LOG}"
-    file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_file(file, "".join(json.dumps(line) + "\n" for line in kept))
     file.replace(local / LOG)
     return kept
 

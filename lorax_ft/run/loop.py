@@ -32,6 +32,7 @@ from lorax_ft.run.folder import (
 )
 from lorax_ft.run.lock import locked
 from lorax_ft.run.log import Log, check_trackers
+from lorax_ft.run.room import check_room
 from lorax_ft.run.setup import Job, set_up
 from lorax_ft.run.steps import Trained, run_steps
 from lorax_ft.run.stop_signal import StopSignal
@@ -78,6 +79,7 @@ def _train(
     console.print(f"\nLoading {config.model.path} on {devices} …")
     job = set_up(config, folder=folder, resume=start.step)
     summary.print_setup(console, job, dry_run=dry_run)
+    check_room(job.step)
     if dry_run:
         return None
     if start.previous is not None and start.step is not None:

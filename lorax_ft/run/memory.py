@@ -9,6 +9,12 @@ from pathlib import Path
 import jax
 
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+ADVICE = (
+    "use a smaller --train.batch_size, --model.remat full, more --train.microbatches, "
+    "--quant.format nf4, or more --mesh.fsdp, which splits the weights; scripts/plan.py finds what "
+    "fits"
+)
+"""What to do where memory is too small."""
 UNKNOWN_MEMORY = 8e9  # a guess, where the system does not say
 
 
@@ -52,11 +58,11 @@ def describe_memory() -> str:
         free = f"{(whole - statistics.get('bytes_in_use', 0)) / 1e9:,.2f} GB are free"
         return f"a device has {whole / 1e9:,.2f} GB, of which {free}"
     words = f"this machine has {host_memory() / 1e9:,.2f} GB"
-    limit = _process_limit()
+    limit = process_limit()
     return words if limit is None else f"{words}, and a limit of {limit / 1e9:,.2f} GB a process"
 
 
-def _process_limit() -> int | None:
+def process_limit() -> int | None:
     """The limit of `ulimit -v` in bytes; None: there is none."""
     try:
         import resource

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from lorax_ft.files import write_file
 from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_quantized
 from lorax_ft.lowrank.requantize import is_requantized
@@ -53,7 +54,7 @@ def save_best(session: Session, job: SweepJob, state: TrainState, k: int, *, los
         f"    python scripts/train.py --config {folder / BEST}\n\n"
         f"Validation loss {loss:.4f} after {job.steps} steps.\n"
     )
-    (folder / BEST).write_text(config_file(point.config, docstring=heading))
+    write_file(folder / BEST, config_file(point.config, docstring=heading))
     # The weights of full fine-tuning are no adapter; best.py trains them again.
     if not point.config.adapter.targets:
         return

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lorax_ft.files import named_errors, write_file
 from lorax_ft.run.validation import METRIC, first_metric
 from lorax_ft.sweep.agree import SEED
 from lorax_ft.sweep.axes import Point, Settings
@@ -185,7 +186,8 @@ class Results:
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if self._folder is not None:
-            with (self._folder / name).open("a") as file:
+            path = self._folder / name
+            with named_errors(path), path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
 
@@ -220,7 +222,7 @@ def _keep_lines(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     """Write the file anew with the lines to keep, through another file that a crash may leave."""
     kept = [line for line in read_lines(file) if keep(line)]
     new = file.with_name(f".{file.name}")
-    new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_file(new, "".join(json.dumps(line) + "\n" for line in kept))
     new.replace(file)
 
 

@@ -25,6 +25,7 @@ from lorax_ft.models.model import LoadedModel, Model
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset
 from lorax_ft.run.program import check_contract, step_key
 from lorax_ft.run.remat import tokens_a_device, with_remat
+from lorax_ft.run.room import check_room
 from lorax_ft.run.setup import count_steps, make_batches, run_mesh
 from lorax_ft.run.validation import METRIC
 from lorax_ft.sweep.agree import shared_values
@@ -172,6 +173,7 @@ class SweepJob:
                 mesh=self.mesh,
                 shares_validation=self.shares_validation,
             )
+            check_room(self.programs[kind].step)
         return self.programs[kind]
 
     def params(self, state: TrainState, k: int) -> Tree:
