@@ -9,6 +9,8 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import lorax_ft as lft
 from lorax_ft.run.log import LOG, PLOT, read_log
 
