@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from lorax_ft.tree import Tree
 
 
+LARGE_ERROR = 0.1
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(ModelArgs):
     """Export a fine-tuned model for another program."""
@@ -134,6 +137,8 @@ def _as_lora(
     print(f"Plain LoRA of rank {rank}; relative error of ΔW by module:")
     for path, error in errors.items():
         print(f"  {path:<32} {error:.2%}")
+    if max(errors.values()) > LARGE_ERROR:
+        print("A higher rank has a smaller error; --target hf merges without one.")
     return base, lora
 
 

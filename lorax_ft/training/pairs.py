@@ -20,8 +20,6 @@ from jax import Array, lax
 from lorax_ft.tree import Layer, Tree, from_modules, modules
 
 A, B = "lora_a", "lora_b"
-SMALLEST = 1e-6
-"""Eigenvalues of a Gram matrix below this part of the largest count as 0."""
 
 
 class Pair(NamedTuple):
@@ -57,7 +55,8 @@ def precondition_pairs(damping: float = 1e-6) -> optax.GradientTransformation:
     """
 
     def inverse(gram: Array) -> Array:
-        return _function_of(gram, lambda values: 1 / (values + damping))
+        root = _inverse_root(gram + damping * jnp.eye(gram.shape[-1], dtype=gram.dtype))
+        return _product(root, root)
 
     def precondition(gradients: Pair, factors: Pair) -> Pair:
         return Pair(
@@ -84,7 +83,7 @@ def scale_by_lora_muon(b1: float = 0.9) -> optax.GradientTransformation:
     M are means of the gradients. A step of rate η changes each of the two parts of A B, ΔA B and
     A ΔB, by η / 2 in every direction that it has. While B is 0, only B moves.
 
-    The signs are computed from Gram matrices of R × R: no decomposition of a large matrix.
+    The signs are computed from Gram matrices of R × R, by products alone.
 
     Args:
       b1: decay rate of the mean.
@@ -183,20 +182,29 @@ def _matrices(pair: Layer) -> Pair:
 
 
 def _inverse_root(gram: Array) -> Array:
-    """G^-½ of positive semidefinite matrices `[L, R, R]`, and 0 where G is 0."""
+    """G^-½ of positive semidefinite matrices `[L, R, R]`, and 0 where G is 0.
 
-    def inverse_roots(values: Array) -> Array:
-        largest = jnp.max(values, axis=-1, keepdims=True)
-        is_zero = values <= SMALLEST * largest
-        return jnp.where(is_zero, 0, lax.rsqrt(jnp.where(is_zero, 1, values)))
+    By Newton's coupled iteration (Higham, Functions of Matrices, 2008, 6.35), Y → G^½ and
+    Z → G^-½, which is products alone: `eigh` calls LAPACK, whose calls deadlock when a program on
+    two cores runs several at once (jaxlib 0.10.2), and is slow on accelerators. Eigenvalues are
+    raised by the rounding of the largest.
+    """
+    rank = gram.shape[-1]
+    rounding = 8 * float(jnp.finfo(gram.dtype).eps)
+    # An eigenvalue grows by up to 1.5² in an iteration; the last ones square the error.
+    iterations = math.ceil(math.log(1 / rounding, 1.5**2)) + 8
+    one = jnp.eye(rank, dtype=gram.dtype)
+    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    scale = jnp.where(trace > 0, trace, 1)
 
-    return _function_of(gram, inverse_roots)
+    def iterate(_: int, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+        y, z = pair
+        t = (3 * one - _product(z, y)) / 2
+        return _product(y, t), _product(t, z)
 
-
-def _function_of(gram: Array, f: Callable[[Array], Array]) -> Array:
-    """U f(S) Uᵀ of symmetric matrices `[L, R, R]` with the eigenvalues S."""
-    values, vectors = jnp.linalg.eigh(gram)
-    return _product(vectors * f(values)[..., None, :], vectors.mT)
+    start = (gram / scale + rounding * one, jnp.broadcast_to(one, gram.shape))
+    _, root = lax.fori_loop(0, iterations, iterate, start)
+    return jnp.where(trace > 0, root * lax.rsqrt(scale), 0)
 
 
 def _product(x: Array, y: Array) -> Array:
