@@ -431,6 +431,22 @@ def run_config(folder: Path, method: str, steps: int, *, resume: bool = False) -
 
 def train_in_processes(folder: Path, configs: list[Path], *, processes: int, devices: int) -> None:
     """Train in several processes of one machine; the output of each goes to process{i}.out."""
+    started = start_processes(folder, configs, processes=processes, devices=devices)
+    try:
+        codes = [process.wait(timeout=600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert codes == [0] * processes, "\n".join(
+        (folder / f"process{i}.out").read_text()[-3000:] for i in range(processes)
+    )
+
+
+def start_processes(
+    folder: Path, configs: list[Path], *, processes: int, devices: int
+) -> list[subprocess.Popen[bytes]]:
+    """Start what `train_in_processes` waits for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -450,14 +466,7 @@ def train_in_processes(folder: Path, configs: list[Path], *, processes: int, dev
             started.append(
                 subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
             )
-    try:
-        codes = [process.wait(timeout=600) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert codes == [0] * processes, "\n".join(
-        (folder / f"process{i}.out").read_text()[-3000:] for i in range(processes)
-    )
+    return started
 
 
 def steps(

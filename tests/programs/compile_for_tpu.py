@@ -62,6 +62,7 @@ def main() -> None:
         "state_bytes_a_chip": sharding.bytes_a_device(state),
         "gathered": gathered(text),
         "splash": "splash" in text,
+        "token_pairs": token_pairs(text, config),
         "kernels": sorted({tuple(leaf.shape) for leaf in jax.tree.leaves(kernels)}),
     }
     print(json.dumps(report))
@@ -78,6 +79,25 @@ def gathered(text: str) -> list[list[int]]:
                 for s in re.findall(r"\w+\[([\d,]+)\]", result.split(" = ", 1)[1])
             }
     return sorted(map(list, shapes))
+
+
+def token_pairs(text: str, config: Config) -> list[tuple[int, ...]]:
+    """The distinct shapes with a number for each query and key, such as those of masks and scores.
+
+    A device has its own part of a row's queries, and the keys of whole rows.
+    """
+    keys = config.data.max_length
+    assert isinstance(keys, int)
+    queries = keys // config.mesh.context
+    shapes = set()
+    for numbers in re.findall(r"\w+\[([\d,]+)\]", text):
+        shape = tuple(map(int, numbers.split(",")))
+        others = list(shape)
+        if keys in others:
+            others.remove(keys)
+            if keys in others or queries in others:
+                shapes.add(shape)
+    return sorted(shapes)
 
 
 def total_bytes(tree: Tree) -> int:
