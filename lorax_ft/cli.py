@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -212,9 +213,12 @@ def _one_line(error: Exception) -> str:
     """The message of an error in one line; for errors of the system, file and reason only."""
     if isinstance(error, OSError) and error.strerror:
         # str(error) would start with "[Errno 2]".
+        reason = error.strerror
+        if error.errno == errno.EMFILE:
+            reason += "; allow more of them, as with ulimit -n 1024"
         if error.filename:
-            return f"{error.filename}: {error.strerror}"
-        return error.strerror
+            return f"{error.filename}: {reason}"
+        return reason
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -14,8 +14,8 @@ MOST_MATRICES = 200_000
 """Experts of all layers. Kimi K2 has 23,040."""
 MOST_BYTES = 2**46
 """Of the weights in float32. A model of a trillion parameters takes 2^42."""
-LARGEST = 2**40
-"""Of any one size."""
+LARGEST = 2**31 - 1
+"""Of any one number; JAX's integers have 32 bits."""
 # transformers makes a list of that length, or asks for this many names, whatever the model is.
 DIVISORS = ("num_attention_heads", "num_key_value_heads")
 """What transformers divides by."""

@@ -52,11 +52,6 @@ def use_inodes(disk: Path) -> None:
         return
 
 
-def make_read_only(disk: Path) -> None:
-    """As a kernel does after an error of the disk; files that are open for writing hinder it."""
-    mount("-o", "remount,ro", disk)
-
-
 def lose_checkpoints(disk: Path) -> None:
     """Delete the checkpoints while the run uses them."""
     shutil.rmtree(disk / "run/checkpoints")
@@ -70,7 +65,6 @@ def lose_run(disk: Path) -> None:
 ACTIONS: dict[str, Callable[[Path], None]] = {
     "fill": fill,
     "inodes": use_inodes,
-    "read-only": make_read_only,
     "lose-checkpoints": lose_checkpoints,
     "lose-run": lose_run,
 }
@@ -92,7 +86,6 @@ class Fault(Moment):
 
 def mend(disk: Path) -> None:
     """What somebody does who reads the error."""
-    mount("-o", "remount,rw", disk)
     (disk / "filler").unlink(missing_ok=True)
     shutil.rmtree(disk / "fillers", ignore_errors=True)
 
