@@ -13,7 +13,7 @@ def get_config() -> Config:
     return Config(
         adapter=AdapterConfig(rank=16, alpha=32),
         data=DataConfig(max_length=80),
-        optim=OptimConfig(optimizer="lora_muon", learning_rate=0.05),
+        optim=OptimConfig(optimizer="lora_muon", learning_rate=0.01),
         train=TrainConfig(output="out/lora_muon", steps=150, batch_size=32, eval_every=30),
         eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=32),
     )
