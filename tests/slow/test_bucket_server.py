@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,7 +143,7 @@ def download(server: str, prefix: str, folder: Path) -> None:
     for name in objects(server, prefix):
         file = folder / os.path.relpath(name, prefix)
         file.parent.mkdir(parents=True, exist_ok=True)
-        quoted = urllib.request.quote(name, safe="")  # type: ignore[attr-defined]
+        quoted = urllib.parse.quote(name, safe="")
         with urllib.request.urlopen(f"{server}/storage/v1/b/bucket/o/{quoted}?alt=media") as reply:
             file.write_bytes(reply.read())
 
