@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/riemannian.py
 
-150 steps of 32 rows, 57 s on two CPU cores shared with other work.
-Exact match on unseen questions: 0 % before, 98 % after.
+150 steps of 32 rows, 188 s on two CPU cores shared with other work.
+Exact match on unseen questions: 0 % before, 99 % after.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -232,6 +232,7 @@ def test_splash_attention_says_what_it_needs() -> None:
     assert not attend.needs_no_mask(TINY, tokens=128, cached=False)  # this is no TPU
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("attention", ["splash", "cudnn"])
 def test_a_run_is_used_on_another_machine(tmp_path: Path, attention: Any) -> None:
     """What it was trained with on a TPU or a GPU does not run here."""

@@ -17,6 +17,7 @@ import lorax_ft as lft
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

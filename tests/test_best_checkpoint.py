@@ -121,6 +121,7 @@ def test_a_crashed_run_comes_to_the_same_end(folder: Path, tmp_path: Path, crash
         assert curves[0] == curves[1], name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("judged")
 def test_an_interrupt_at_an_evaluation_loses_none(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

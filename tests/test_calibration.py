@@ -141,6 +141,7 @@ def test_a_quantized_model_is_measured_as_it_is(
         )
 
 
+@pytest.mark.slow
 def test_modules_in_several_groups_are_measured_alike(
     decoder: Any, padded_batches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def test_switched_off_is_disable_adapters(decoder: Any, adapted: Adapted) -> Non
     chex.assert_trees_all_equal(old, new)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_step_of_a_model_is_that_of_its_supervised_loss(
     decoder: Callable[..., Model], padded_batches: Any

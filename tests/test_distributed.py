@@ -261,7 +261,7 @@ def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("method", "last"), [("lora", 3), ("pissa", 5), ("corda", 3), ("lora_ga", 3)]
 )

@@ -22,6 +22,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_trains_at_the_rate_that_it_found(
     main: Main,
     tmp_path: Path,

@@ -101,6 +101,7 @@ def test_a_run_is_pushed(
     assert f"the run has ended well, and {out}/adapter holds its result" in error
 
 
+@pytest.mark.slow
 def test_scripts_write_to_the_hub(hub: Hub, tmp_path: Path) -> None:
     """In processes of their own, whose client reads HF_ENDPOINT and HF_TOKEN itself."""
     model = lft.load_model(lft.ModelConfig().path)

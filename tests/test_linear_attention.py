@@ -117,6 +117,7 @@ def test_texts_start_anew_at_their_borders(borders: str) -> None:
     np.testing.assert_allclose(state, last, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_strong_decay_and_repeated_keys_stay_finite() -> None:
     """Keys that repeat make powers of the system huge; strong decays underflow."""
     inputs = random_inputs(2 * CHUNK)

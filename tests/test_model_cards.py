@@ -102,6 +102,7 @@ def test_a_tokenizer_whose_class_only_the_model_names(tmp_path: Path) -> None:
     assert "tokenizer_class" in json.loads((tmp_path / "adapter/tokenizer_config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_run_describes_itself(main: Main, tmp_path: Path) -> None:
     out = tmp_path / "run"

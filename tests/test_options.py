@@ -162,7 +162,10 @@ def test_two_adapters() -> None:
     ("argv", "said"),
     [
         ("--adapter.rank 8.5", "--adapter.rank is '8.5'; it takes a whole number"),
-        ("--optim.learning-rate abc", "--optim.learning_rate is 'abc'; it takes a number or find"),
+        (
+            "--optim.learning-rate abc",
+            "--optim.learning_rate is 'abc'; it takes a number or find or auto",
+        ),
         ("--train.steps 1e3", "--train.steps is '1e3'; it takes a whole number or None"),
         ("--train.steps", "--train.steps needs a value: a whole number or None"),
         ("--data.max_length all", "--data.max_length is 'all'; it takes a whole number or auto"),

@@ -48,7 +48,7 @@ class Reordered(nn.Module):
         return nn.Einsum((4, 4, 5), "bei,eio->boe", name="experts")(nn.tanh(x))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "ia3", "miss"])
 def test_a_bias_in_the_results_order_is_merged_rightly(randomize: Any, method: str) -> None:
     module, x = Reordered(), jax.random.normal(KEY, (3, 6))
@@ -72,7 +72,7 @@ def test_shards_are_identity_matrices_one_below_another() -> None:
     assert not p[2].any()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ia3", "ia3_input", "miss"])
 def test_layers_that_are_not_adapted_have_no_gradient(
     decoder: Any, adapted: Adapted, randomize: Any, method: str

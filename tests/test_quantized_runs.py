@@ -59,7 +59,7 @@ def adapted(model: Model, config: AdapterConfig, *, rounds: int = 1) -> dict:
     )
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", CHANGING)
 def test_a_base_without_its_start_goes_with_its_adapter(
     source: Path, tmp_path: Path, name: str

@@ -83,6 +83,7 @@ MOMENTS = (  # and more of them in tests/slow/test_kills.py
 )
 
 
+@pytest.mark.sampled(2)
 def test_a_killed_run_ends_as_one_that_never_was(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     lines = run_killed(config(folder, out), ("never", *MOMENTS, "never"), tmp_path / "config.json")

@@ -118,7 +118,7 @@ CASES: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", CASES)
 def test_each_curve_is_that_of_a_run_of_its_own(folder: Path, tmp_path: Path, case: str) -> None:
     fields, entries = CASES[case]
@@ -139,6 +139,7 @@ def test_each_curve_is_that_of_a_run_of_its_own(folder: Path, tmp_path: Path, ca
                 np.testing.assert_allclose(mine[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 def test_the_program_holds_no_copy_of_the_base_for_each_adapter(folder: Path) -> None:
     count = 7  # no size of the model
     config = base_config(folder, data__max_length=44, adapter__rank=3)

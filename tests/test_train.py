@@ -59,7 +59,7 @@ RESUMED = ("combined", "full", "lora_fa", "lora_ga", "qpissa")
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-FIRST_TIER = {"combined", "dora", "full", "lora", "qpissa"}
+FIRST_TIER = {"combined", "dora", "full", "lora"}
 
 
 @pytest.mark.parametrize("name", slow_cases(CONFIGS, {*CONFIGS} - FIRST_TIER))
@@ -223,6 +223,7 @@ def test_overwriting_deletes_a_run_and_nothing_else(main: Main, tmp_path: Path) 
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_on(main: Main, tmp_path: Path, capsys: Any) -> None:
     """From a PEFT folder, as if its run had continued; also stopped and resumed."""
     first, second, halves = tmp_path / "first", tmp_path / "second", tmp_path / "halves"

@@ -17,7 +17,7 @@ from lorax_ft.lowrank.inits.svd import at_once, product, svd
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.merge import merged_leaves
 from lorax_ft.lowrank.spec import LayerSpec
-from lorax_ft.lowrank.terms import is_adapted
+from lorax_ft.lowrank.terms import is_adapted, low_rank
 from lorax_ft.quant.kernels import Quantized, dense
 from lorax_ft.tree import Layer, Tree, join, modules, unflatten
 
@@ -106,7 +106,7 @@ def _factors(
     # A scale of 0 says that a matrix has no adapter.
     scale = jnp.any(change != 0, axis=(1, 2)).astype(jnp.float32)  # [L]
     canonical = tuple(merged.shape[axis] for axis in spec.stack + spec.ins + spec.outs)
-    leaves = {"lora_a": a, "lora_b": b, "lora_scale": scale}
+    leaves = {low_rank.A: a, low_rank.B: b, low_rank.SCALE: scale}
     factors = {}
     for name, leaf in leaves.items():
         shape = spec.canonical_shape(name, canonical, sizes={"rank": rank})

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from lorax_ft.lowrank.terms.low_rank import A, B
 from lorax_ft.tree import Layer, Tree, from_modules, modules
-
-A, B = "lora_a", "lora_b"
 
 
 class Pair(NamedTuple):

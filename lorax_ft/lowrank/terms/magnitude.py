@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -16,12 +17,13 @@ from lorax_ft.lowrank.matrices import matrices_of, over_stack
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import kept_start, low_rank
 from lorax_ft.lowrank.terms.dropout import dropped
-from lorax_ft.lowrank.terms.term import Product, Term, highest_matmul
+from lorax_ft.lowrank.terms.term import Product, Term
 from lorax_ft.quant.kernels import dense
+from lorax_ft.schema import leaf_schema
 from lorax_ft.tree import Layer, Shape
 
 MAGNITUDE, NORM = "magnitude", "norm"
-NORM_BLOCK = 2**22  # elements of W that the norm holds in float32 at once
+NORM_BLOCK = 2**22  # elements of W + s A B that the norm holds at once
 DIRECTION = (kept_start.TERM, low_rank.TERM)
 """The terms whose sum with W is the direction that m / n scales."""
 
@@ -107,54 +109,30 @@ def column_norm(layer: Layer) -> Array:
 
 
 def _norm(layer: Layer, largest: int) -> Array:
-    """‖W + A B‖ of one matrix over its rows, `[O]`, without W + A B itself.
-
-        n² = ‖W‖² + 2 Σ B ∘ (Aᵀ W) + Σ B ∘ (Aᵀ A B),    with ‖ ‖ and Σ of each column
-
-    W is read in blocks of at most `largest` elements, in float32.
-    """
-    a, b = _update(layer)  # [I, R], [R, O]
-    squares, products = _sums_over_rows(dense(layer["kernel"]), a, largest)  # [O], [R, O]
-    crossed = jnp.sum(b * products, axis=0)
-    gram = highest_matmul(a.T, a)  # [R, R]
-    own = jnp.sum(b * highest_matmul(gram, b), axis=0)
-    # Rounding may leave a column that cancels slightly below 0.
-    return jnp.sqrt(jnp.maximum(squares + 2 * crossed + own, 0))
-
-
-def _update(layer: Layer) -> tuple[Array, Array]:
-    """What is added to W as one A B: the adapter, and the start that is taken away."""
-    a, b = layer[low_rank.A], layer[low_rank.SCALE] * layer[low_rank.B]
-    if kept_start.SCALE in layer:
-        start = layer[kept_start.SCALE] * layer[kept_start.B0]
-        a = jnp.concatenate([a, layer[kept_start.A0]], axis=1)
-        b = jnp.concatenate([b, -start])
-    return a, b
-
-
-def _sums_over_rows(kernel: Array, a: Array, largest: int) -> tuple[Array, Array]:
-    """Σ W² `[O]` and Aᵀ W `[R, O]`, over blocks of rows, in float32."""
-
-    def sums(w: Array, a: Array) -> tuple[Array, Array]:
-        w = w.astype(jnp.float32)
-        return jnp.sum(w**2, axis=0), highest_matmul(a.T, w)
-
+    """‖W + s A B‖ of one matrix over its rows, `[O]`, in blocks of at most `largest` elements."""
+    kernel = dense(layer["kernel"])
+    layer = layer | {"kernel": kernel}
     rows, columns = kernel.shape
+    # A slice of the rows needs those rows of W, A and A₀, and all of the others.
+    by_row = {name: leaf for name, leaf in layer.items() if "in" in leaf_schema(name).axes}
     blocks = _blocks(rows, columns, largest)
     if blocks == 1:
-        return sums(kernel, a)
-    # Every k-th row, so that a sharded axis stays sharded.
-    strided = [leaf.reshape(rows // blocks, blocks, -1) for leaf in (kernel, a)]
-    take: Callable[[Array, Array], Array] = functools.partial(
-        lax.dynamic_index_in_dim, axis=1, keepdims=False
-    )
+        squares = _squares(layer, by_row)
+        return jnp.sqrt(squares)
+    strided = {}
+    for name, leaf in by_row.items():
+        strided[name] = leaf.reshape(rows // blocks, blocks, -1)
 
-    def add_block(i: Array, total: tuple[Array, Array]) -> tuple[Array, Array]:
-        block = sums(*(take(leaf, i) for leaf in strided))
-        return total[0] + block[0], total[1] + block[1]
+    def add_block(i: Array, squares: Array) -> Array:
+        take: Callable[[Array], Array] = functools.partial(
+            lax.dynamic_index_in_dim, index=i, axis=1, keepdims=False
+        )
+        block = jax.tree.map(take, strided)
+        return squares + _squares(layer, block)
 
-    zeros = (jnp.zeros(columns, jnp.float32), jnp.zeros((a.shape[1], columns), jnp.float32))
-    return lax.fori_loop(0, blocks, add_block, zeros)
+    zeros = jnp.zeros(columns, jnp.float32)
+    squares = lax.fori_loop(0, blocks, add_block, zeros)
+    return jnp.sqrt(squares)
 
 
 def _blocks(rows: int, columns: int, largest: int) -> int:
@@ -164,6 +142,15 @@ def _blocks(rows: int, columns: int, largest: int) -> int:
         if rows % blocks == 0 and elements <= largest:
             return blocks
     return rows
+
+
+def _squares(layer: Layer, part: Layer) -> Array:
+    """The sum of squares of W + s A B over some of its rows, `[O]`."""
+    base = {"kernel": part["kernel"].astype(jnp.float32)}
+    for term in DIRECTION:
+        if term.leaves[0] in layer:
+            base = term.merge(layer | part, base)
+    return jnp.sum(base["kernel"] ** 2, axis=0)
 
 
 TERM = Term(
