@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from lorax_ft.run.log import plot_losses
     from lorax_ft.sweep.rate import train
     from lorax_ft.training.calibration import calibrate
-    from lorax_ft.training.losses import head_loss, supervised_loss
+    from lorax_ft.training.head_loss import head_loss
+    from lorax_ft.training.losses import supervised_loss
     from lorax_ft.training.optimizer import make_optimizer
     from lorax_ft.training.step import TrainState, make_eval_step, make_train_step
     from lorax_ft.tree import combine
@@ -76,7 +77,8 @@ _ROOMS = {
     "inference.sampling": ("Sampling",),
     "inference.texts": ("answer", "stream_texts"),
     "training.calibration": ("calibrate",),
-    "training.losses": ("head_loss", "supervised_loss"),
+    "training.head_loss": ("head_loss",),
+    "training.losses": ("supervised_loss",),
     "training.optimizer": ("make_optimizer",),
     "training.step": ("TrainState",),
     "run.log": ("plot_losses",),

@@ -52,7 +52,7 @@ from lorax_ft.run.log import LOG, read_log
 from lorax_ft.run.loop import train
 from lorax_ft.schema import INITS
 from lorax_ft.sharding import DECODER_RULES
-from lorax_ft.training import losses
+from lorax_ft.training import head_loss
 from lorax_ft.training.losses import supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.step import TrainState, make_train_step
@@ -153,7 +153,7 @@ def test_every_kind_of_token_is_the_same_where_tokens_are_split(
     decoder: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows, sinks and a soft cap, chunks of the loss, dropout and NEFTune's noise."""
-    monkeypatch.setattr(losses, "CHUNK_ROWS", 2)  # on a mesh; one device has another number
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 2)  # on a mesh; one device has another number
     rope = TINY.layer_types[0].rope
     fields = {
         "layer_types": (LayerType(rope=rope, window=5), LayerType(rope=rope)),

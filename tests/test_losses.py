@@ -15,7 +15,7 @@ from jax import Array
 from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.terms.magnitude import column_norm
 from lorax_ft.models.parts import rows_dot_general
-from lorax_ft.training.losses import head_loss
+from lorax_ft.training.head_loss import head_loss
 from lorax_ft.tree import Tree
 
 

@@ -108,7 +108,6 @@ def test_a_step_of_muon_is_the_steepest() -> None:
 def test_b_moves_first() -> None:
     params = pair(0)
     params["m"]["lora_b"] = jnp.zeros((R, O))
-    before = params["m"]["lora_a"]
     for make in (muon, lambda rate: optax.chain(precondition_pairs(), optax.scale(-rate))):
         tx = make(0.1)
         gradients = {"m": {"lora_a": jnp.zeros((I, R)), "lora_b": pair(1)["m"]["lora_b"]}}
@@ -116,7 +115,6 @@ def test_b_moves_first() -> None:
         assert not updates["m"]["lora_a"].any()
         assert jnp.all(jnp.isfinite(updates["m"]["lora_b"]))
         assert updates["m"]["lora_b"].any()
-    assert params["m"]["lora_a"] is before
 
 
 @pytest.mark.parametrize("make", [scale_by_lora_muon, precondition_pairs])

@@ -6,22 +6,20 @@ A file is never held in memory as a whole, however far it is compressed.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
-import gzip
 import io
 import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lorax_ft.data import json_list
 from lorax_ft.data.bad_rows import STOP, BadRows
 from lorax_ft.data.parquet import read_parquet
 from lorax_ft.data.rows import LONGEST_ROW, Row, first_line
-from lorax_ft.files import check_regular
+from lorax_ft.data.text_lines import decode, lines_of, open_bytes
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """File types, in the order in which a folder is searched for them."""
@@ -78,7 +76,7 @@ def read_file(path: str, *, bad: BadRows = STOP) -> Iterator[Row]:
 
 def _read_jsonl(path: str, bad: BadRows) -> Iterator[Row]:
     """Yields the rows of a file with one JSON object per line; empty lines are skipped."""
-    for number, line in _lines(path, longest=LONGEST_ROW):
+    for number, line in lines_of(path, longest=LONGEST_ROW):
         try:
             row = _json_row(line, path, number)
         except ValueError as error:
@@ -95,7 +93,7 @@ def _json_row(line: bytes, path: str, number: int) -> Row | None:
         raise ValueError(
             f"{where}: the row has more than {LONGEST_ROW:,} bytes; split it into several rows"
         )
-    text = _decode(line, where).strip()
+    text = decode(line, where).strip()
     if not text:
         return None
     try:
@@ -139,7 +137,7 @@ def _read_no_list(path: str, bad: BadRows) -> Iterator[Row]:
     """Yields the rows of a .json file with one object per line, as many have."""
     data = b"".join(itertools.islice(_chunks(path), LONGEST_ROW // _CHUNK + 1))
     try:
-        value = json.loads(_decode(data, path)) if len(data) <= LONGEST_ROW else None
+        value = json.loads(decode(data, path)) if len(data) <= LONGEST_ROW else None
     except json.JSONDecodeError as error:
         # Python reports a second object after the first as "Extra data".
         if error.msg != "Extra data":
@@ -167,7 +165,7 @@ def _first_character(path: str) -> bytes:
 def _chunks(path: str) -> Iterator[bytes]:
     """Yields a file, decompressed, in pieces."""
     lines = 0
-    with _open(path) as file:
+    with open_bytes(path) as file:
         try:
             while chunk := file.read(_CHUNK):
                 lines += chunk.count(b"\n")
@@ -241,35 +239,6 @@ def _object_row(value: Any, where: str) -> Row:
     return Row(fields=value, where=where)
 
 
-def _lines(path: str, *, longest: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines of a file, decompressed, with their numbers from 1.
-
-    Of a line with more than `longest` bytes only the start comes, one byte more than that.
-    """
-    number = 0
-    # Binary mode splits lines at "\n" only. str.splitlines would also split at characters that
-    # JSON allows inside a string, such as U+2028.
-    with _open(path) as file:
-        try:
-            lines = file if longest is None else _starts_of_lines(file, longest)
-            for number, line in enumerate(lines, 1):
-                yield number, line
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{path} cannot be read after line {number}: {first_line(error)}; "
-                "the file is damaged or incomplete"
-            ) from error
-
-
-def _starts_of_lines(file: IO[bytes], longest: int) -> Iterator[bytes]:
-    """Yields the lines of a file; of longer ones the first bytes, `longest` + 1."""
-    while line := file.readline(longest + 1):
-        rest = line
-        while len(rest) > longest and not rest.endswith(b"\n"):
-            rest = file.readline(longest + 1)
-        yield line
-
-
 class _LongRowError(ValueError):
     """A row has too many characters."""
 
@@ -300,54 +269,10 @@ class _RowLines:
 
 def _text_lines(path: str) -> Iterator[str]:
     """Yields the lines of a text file with their ends, as `csv` wants them."""
-    for number, line in _lines(path, longest=LONGEST_ROW):
-        text = _decode(line, f"{path}, line {number}")
+    for number, line in lines_of(path, longest=LONGEST_ROW):
+        text = decode(line, f"{path}, line {number}")
         # newline="" keeps the ends of lines, and splits at the "\r" of old Mac files.
         yield from io.StringIO(text, newline="")
-
-
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[IO[bytes]]:
-    """Opens a file for reading bytes, decompressed."""
-    check_regular(path)
-    suffix = Path(path).suffix.lower()
-    if suffix == ".gz":
-        with gzip.open(path, "rb") as file:
-            yield file  # type: ignore[misc]
-    elif suffix == ".zst":
-        import pyarrow
-
-        with pyarrow.input_stream(path, compression="zstd") as stream:
-            yield io.BufferedReader(stream)
-    else:
-        with open(path, "rb") as file:
-            yield file
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")  # some editors write a byte order mark first
-    except UnicodeDecodeError as error:
-        # For a whole file, `where` is only its path, and the line must be counted.
-        if ", line" not in where:
-            line = data.count(b"\n", 0, error.start) + 1
-            where = f"{where}, line {line}"
-        hint = _encoding_hint(data)
-        raise ValueError(
-            f"{where}: not UTF-8 text ({error.reason} at byte {error.start + 1}){hint}; "
-            "save the file as UTF-8"
-        ) from error
-
-
-def _encoding_hint(data: bytes) -> str:
-    """What another encoding a file has, by the mark at its start."""
-    # That of UTF-32 begins with that of UTF-16.
-    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
-    marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
-    for mark, name in marks.items():
-        if data.startswith(mark):
-            return f"; it is {name}"
-    return ""
 
 
 def _json_problem(error: Exception) -> str:

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from lorax_ft.constraints import split_embedded, split_tokens
 from lorax_ft.models.attention import Attention, RopeAndMask, make_rope_and_mask
 from lorax_ft.models.cache import Cache, slots_of
 from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.linear_attention import GatedDeltaNet, Rows, make_rows
 from lorax_ft.models.mlp import MLP, ROUTER, MoE
 from lorax_ft.models.parts import RMSNorm, norm
-from lorax_ft.sharding import split_embedded, split_tokens
 from lorax_ft.tree import member
 
 SAVED_NAMES: dict[str, tuple[str, ...]] = {

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lorax_ft.constraints import keep_tokens_split, split_heads
 from lorax_ft.models.config import DecoderConfig, LinearAttention
 from lorax_ft.models.delta_rule import gated_delta_rule
 from lorax_ft.models.parts import ACTIVATIONS, RMSNorm, dense
-from lorax_ft.sharding import keep_tokens_split, split_heads
 
 State = dict[str, Array]
 """`recurrent` `[B, H, Cₖ, Cᵥ]` in float32, and `inputs` `[B, W − 1, M]`, the convolution's last."""

@@ -16,7 +16,8 @@ from lorax_ft import sharding
 from lorax_ft.config import Config
 from lorax_ft.lowrank.groups import fully_trained
 from lorax_ft.models.model import HEAD, Model
-from lorax_ft.training.losses import CHUNK_ROWS, supervised_loss
+from lorax_ft.training.head_loss import CHUNK_ROWS
+from lorax_ft.training.losses import supervised_loss
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.step import TrainState, make_eval_step, make_train_step
 from lorax_ft.tree import Tree, combine, modules

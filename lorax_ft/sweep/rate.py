@@ -125,7 +125,7 @@ def rate_by_width(width: int, *, family: str, in_full: bool = False) -> float:
 
         5e-5 · 10 · (2000 / width)^p,    p = 0.0775 for Qwen's families, 0.781 for others
 
-    A fit over Llama's and Qwen's models from 1B to 70B: "LoRA Without Regret" (Schulman et al.,
+    A fit over Llama's and Qwen's models: "LoRA Without Regret" (Schulman et al.,
     Thinking Machines, 2025), with the constants that its authors published as tinker-cookbook's
     `hyperparam_utils`.
 

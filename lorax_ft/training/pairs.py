@@ -18,6 +18,7 @@ import optax
 from jax import Array, lax
 
 from lorax_ft.lowrank.terms.low_rank import A, B
+from lorax_ft.lowrank.terms.term import highest_matmul as matmul
 from lorax_ft.tree import Layer, Tree, from_modules, modules
 
 
@@ -55,12 +56,12 @@ def precondition_pairs(damping: float = 1e-6) -> optax.GradientTransformation:
 
     def inverse(gram: Array) -> Array:
         root = _inverse_root(gram + damping * jnp.eye(gram.shape[-1], dtype=gram.dtype))
-        return _product(root, root)
+        return matmul(root, root)
 
     def precondition(gradients: Pair, factors: Pair) -> Pair:
         return Pair(
-            _product(gradients.a, inverse(_product(factors.b, factors.b.mT))),
-            _product(inverse(_product(factors.a.mT, factors.a)), gradients.b),
+            matmul(gradients.a, inverse(matmul(factors.b, factors.b.mT))),
+            matmul(inverse(matmul(factors.a.mT, factors.a)), gradients.b),
         )
 
     def update(updates: Tree, state: optax.EmptyState, params: Tree | None = None) -> Any:
@@ -94,13 +95,13 @@ def scale_by_lora_muon(b1: float = 0.9) -> optax.GradientTransformation:
     """
 
     def direction(means: Pair, factors: Pair) -> Pair:
-        root_a = _inverse_root(_product(factors.a.mT, factors.a))
-        root_b = _inverse_root(_product(factors.b, factors.b.mT))
-        whitened_a = _product(means.a, root_b)  # [L, I, R]
-        whitened_b = _product(root_a, means.b)  # [L, R, O]
-        sign_a = _product(whitened_a, _inverse_root(_product(whitened_a.mT, whitened_a)))
-        sign_b = _product(_inverse_root(_product(whitened_b, whitened_b.mT)), whitened_b)
-        return Pair(_product(sign_a, root_b) / 2, _product(root_a, sign_b) / 2)
+        root_a = _inverse_root(matmul(factors.a.mT, factors.a))
+        root_b = _inverse_root(matmul(factors.b, factors.b.mT))
+        whitened_a = matmul(means.a, root_b)  # [L, I, R]
+        whitened_b = matmul(root_a, means.b)  # [L, R, O]
+        sign_a = matmul(whitened_a, _inverse_root(matmul(whitened_a.mT, whitened_a)))
+        sign_b = matmul(_inverse_root(matmul(whitened_b, whitened_b.mT)), whitened_b)
+        return Pair(matmul(sign_a, root_b) / 2, matmul(root_a, sign_b) / 2)
 
     def init(params: Tree) -> MuonState:
         _check(params)
@@ -198,13 +199,9 @@ def _inverse_root(gram: Array) -> Array:
 
     def iterate(_: int, pair: tuple[Array, Array]) -> tuple[Array, Array]:
         y, z = pair
-        t = (3 * one - _product(z, y)) / 2
-        return _product(y, t), _product(t, z)
+        t = (3 * one - matmul(z, y)) / 2
+        return matmul(y, t), matmul(t, z)
 
     start = (gram / scale + rounding * one, jnp.broadcast_to(one, gram.shape))
     _, root = lax.fori_loop(0, iterations, iterate, start)
     return jnp.where(trace > 0, root * lax.rsqrt(scale), 0)
-
-
-def _product(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
