@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         MeshConfig,
         ModelConfig,
         OptimConfig,
+        PromptConfig,
         QuantConfig,
         TrainConfig,
         load_config,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from lorax_ft.lowrank.linear import linear, merged_kernel
     from lorax_ft.lowrank.merge import merge_adapters, merge_weighted, unmerge_adapters
     from lorax_ft.lowrank.quantize import quantize_base
+    from lorax_ft.models.soft_prompt import add_soft_prompt
     from lorax_ft.run.log import plot_losses
     from lorax_ft.sweep.rate import train
     from lorax_ft.training.calibration import calibrate
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "config": (
         *("AdapterConfig", "Config", "DataConfig", "EvalConfig", "MeshConfig", "ModelConfig"),
-        *("OptimConfig", "QuantConfig", "TrainConfig", "load_config"),
+        *("OptimConfig", "PromptConfig", "QuantConfig", "TrainConfig", "load_config"),
     ),
     "tree": ("combine",),
     # With their old forms of calls; in 0.2 they come from their own modules.
@@ -73,6 +75,7 @@ _ROOMS = {
     "interop.load": ("load_model",),
     "interop.peft": ("load_peft", "save_peft"),
     "interop.save": ("save_model", "save_quantized"),
+    "models.soft_prompt": ("add_soft_prompt",),
     "inference.generate": ("generate", "stream"),
     "inference.sampling": ("Sampling",),
     "inference.texts": ("answer", "stream_texts"),

@@ -24,6 +24,15 @@ OwnAxis = Literal[
     "entry",
     "block",
     "pair",
+    "virtual",
+    "width",
+    "hidden",
+    "layer",
+    "key_or_value",
+    "head",
+    "channel",
+    "direction",
+    "gates",
 ]
 Axis = KernelAxis | OwnAxis
 """All others are one axis of the array, with a size of their own."""
@@ -52,6 +61,20 @@ class Group(enum.StrEnum):
     """Other matrices."""
     VECTOR = "vector"
     """Other vectors: biases, norms, IA3, VeRA."""
+    PROMPT = "prompt"
+    """Soft prompts and their encoders."""
+
+
+class Place(enum.Enum):
+    """Where a leaf lies."""
+
+    MODULE = "module"
+    """Beside a kernel, or as a parameter of the model."""
+    ROOT = "root"
+    """At the tree's root: all adapted layers share it. Its "in" and "out" are the largest of all
+    layers."""
+    DOOR = "door"
+    """Where the model takes virtual tokens (`lorax_ft.soft_prompts`)."""
 
 
 class LeafSchema(NamedTuple):
@@ -62,9 +85,8 @@ class LeafSchema(NamedTuple):
     owner: Owner
     group: Group | None = None
     """Group of the optimizer where the leaf trains; None: it is always frozen."""
-    shared: bool = False
-    """Whether all adapted layers share it. It then lies at the tree's root, and "in" and "out" are
-    the largest of all layers."""
+    place: Place = Place.MODULE
+    """Where it lies."""
     indexes: KernelAxis | None = None
     """The axis that it holds indices of, as int32; None: it holds numbers, as float32."""
 
@@ -75,6 +97,12 @@ class LeafSchema(NamedTuple):
 
 
 BASE, ADAPTER, STEP = Owner.BASE, Owner.ADAPTER, Owner.STEP
+
+
+def _prompt(*axes: Axis) -> LeafSchema:
+    """A leaf of a soft prompt."""
+    return LeafSchema(axes, ADAPTER, Group.PROMPT, place=Place.DOOR)
+
 
 LEAVES: Mapping[str, LeafSchema] = {
     # The base: W and b. Anything else that a model has is `OTHER`.
@@ -100,8 +128,8 @@ LEAVES: Mapping[str, LeafSchema] = {
     "miss_block": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.WEIGHT),
     "miss_rank": LeafSchema(("stack",), ADAPTER),
     # VeRA: A and B of the whole model, and each layer's d and b.
-    "vera_a": LeafSchema(("in", "rank"), ADAPTER, shared=True),
-    "vera_b": LeafSchema(("rank", "out"), ADAPTER, shared=True),
+    "vera_a": LeafSchema(("in", "rank"), ADAPTER, place=Place.ROOT),
+    "vera_b": LeafSchema(("rank", "out"), ADAPTER, place=Place.ROOT),
     "vera_lambda_d": LeafSchema(("stack", "rank"), ADAPTER, Group.VECTOR),
     "vera_lambda_b": LeafSchema(("stack", "out"), ADAPTER, Group.VECTOR),
     "vera_active": LeafSchema(("stack",), ADAPTER),
@@ -129,9 +157,36 @@ LEAVES: Mapping[str, LeafSchema] = {
     # OFT: the elements above the diagonal of the skew-symmetric matrices.
     "oft_pairs": LeafSchema(("stack", "block", "pair"), ADAPTER, Group.WEIGHT),
     "oft_active": LeafSchema(("stack",), ADAPTER),
+    # Bottleneck adapters: A of the layer's output or of its input, B, and their biases.
+    "bottleneck_a_output": LeafSchema(("stack", "out", "rank"), ADAPTER, Group.WEIGHT),
+    "bottleneck_a_input": LeafSchema(("stack", "in", "rank"), ADAPTER, Group.WEIGHT),
+    "bottleneck_b": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.WEIGHT),
+    "bottleneck_bias_a": LeafSchema(("stack", "rank"), ADAPTER, Group.VECTOR),
+    "bottleneck_bias_b": LeafSchema(("stack", "out"), ADAPTER, Group.VECTOR),
+    "bottleneck_active": LeafSchema(("stack",), ADAPTER),
     # DoRA: m, and n = ‖W + s A B‖ of the current step.
     "magnitude": LeafSchema(("stack", "out"), ADAPTER, Group.MAGNITUDE),
     "norm": LeafSchema(("stack", "out"), STEP),
+    # Soft prompts: what virtual tokens have in the place of an embedding, or of keys and values.
+    "prompt": _prompt("virtual", "width"),
+    "prefix_key": _prompt("stack", "virtual", "head", "channel"),
+    "prefix_value": _prompt("stack", "virtual", "head", "channel"),
+    # The encoder of a soft prompt, an MLP or an LSTM: its input, its layers, and its output's.
+    "encoder_input": _prompt("virtual", "width"),
+    "encoder_kernel_0": _prompt("width", "hidden"),
+    "encoder_bias_0": _prompt("hidden"),
+    "encoder_kernel_1": _prompt("hidden", "hidden"),
+    "encoder_bias_1": _prompt("hidden"),
+    "lstm_input_0": _prompt("direction", "width", "gates"),
+    "lstm_hidden_0": _prompt("direction", "hidden", "gates"),
+    "lstm_bias_0": _prompt("direction", "gates"),
+    "lstm_input_1": _prompt("direction", "hidden", "gates"),
+    "lstm_hidden_1": _prompt("direction", "hidden", "gates"),
+    "lstm_bias_1": _prompt("direction", "gates"),
+    "encoder_to_prompt": _prompt("hidden", "width"),
+    "encoder_prompt_bias": _prompt("width"),
+    "encoder_to_prefix": _prompt("hidden", "layer", "key_or_value", "head", "channel"),
+    "encoder_prefix_bias": _prompt("layer", "key_or_value", "head", "channel"),
     # Dropout on the adapter branch's input, in a training step.
     "dropout_key": LeafSchema(("stack",), STEP),
     "dropout_rate": LeafSchema(("stack",), STEP),
@@ -144,7 +199,18 @@ OTHER = LeafSchema((), BASE, Group.VECTOR)
 Factor = Literal["lora_a", "lora_b"]
 """The factors that `adapter.freeze` may freeze."""
 
-AdapterMethod = Literal["lora", "ia3", "miss", "vera", "loha", "lokr", "shira", "hira", "oft"]
+AdapterMethod = Literal[
+    "lora",
+    "ia3",
+    "miss",
+    "vera",
+    "loha",
+    "lokr",
+    "shira",
+    "hira",
+    "oft",
+    "bottleneck",
+]
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     "lora": (
@@ -162,6 +228,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "shira": ("rank", "dropout"),
     "hira": ("rank", "rank_pattern", "dropout"),
     "oft": ("oft_block_size",),
+    "bottleneck": ("rank", "rank_pattern", "dropout", "bottleneck_input"),
 }
 """The options of AdapterConfig that a method uses. Others may not be set."""
 

@@ -31,7 +31,7 @@ from lorax_ft.mesh_axes import (
     devices_along,
 )
 from lorax_ft.quant.kernels import Quantized
-from lorax_ft.schema import Axis, is_adapter, leaf_schema
+from lorax_ft.schema import Axis, Place, is_adapter, leaf_schema
 from lorax_ft.tree import Shape, Tree, first_match, flatten, join, unflatten
 
 Rules = Sequence[tuple[str, tuple[MeshAxis, ...]]]
@@ -284,7 +284,7 @@ def _adapter_axes(path: str, rules: Rules, layout: Layout) -> tuple[MeshAxis, ..
     """The mesh axes of an adapter's leaf: those of the kernel's axes that its row names."""
     module, _, name = path.rpartition("/")
     row = leaf_schema(name)
-    if row.shared:
+    if row.place is not Place.MODULE:
         return (None,) * len(row.axes)
     spec = layout[module]
     kernel_path = join(module, spec.weight)

@@ -9,6 +9,7 @@ from lorax_ft.config.adapter import AdapterConfig
 from lorax_ft.config.data import EMBEDDED_DATA, DataConfig
 from lorax_ft.config.load import load_config
 from lorax_ft.config.model import ASSETS, EMBEDDED_MODEL, MeshConfig, ModelConfig, QuantConfig
+from lorax_ft.config.prompt import PromptConfig
 from lorax_ft.config.run import Config
 from lorax_ft.config.training import EvalConfig, OptimConfig, TrainConfig
 
@@ -23,6 +24,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
+    "PromptConfig",
     "QuantConfig",
     "TrainConfig",
     "load_config",

@@ -22,7 +22,8 @@ class AdapterConfig:
     vera: all layers share one random A and B, and train two vectors each;
     loha, lokr: the elementwise product of two A B, or a Kronecker product, is added;
     shira: a few elements of the weight train; hira: A B times the weight, elementwise, is added;
-    oft: the input is rotated in blocks."""
+    oft: the input is rotated in blocks;
+    bottleneck: a small network with a ReLU acts on the output, or stands beside the layer."""
     rank: int = 8
     """Rank r of the adapters."""
     alpha: float = 16.0
@@ -64,6 +65,8 @@ class AdapterConfig:
     """VeRA: the initial value of d, the vector of the ranks."""
     lokr_factor: int | None = None
     """LoKr: one factor of inputs and outputs (PEFT: decompose_factor); None: near their roots."""
+    bottleneck_input: Literal["output", "input"] = "output"
+    """Bottleneck: what it sees, the layer's output (Houlsby, Pfeiffer) or its input (parallel)."""
     oft_block_size: int = 32
     """OFT: the size of the rotated blocks, or the nearest that divides the inputs."""
     targets: tuple[str, ...] = ("all-linear",)
@@ -188,11 +191,6 @@ class AdapterConfig:
     def _check_trained_modules(self) -> None:
         for pattern in (*self.targets, *self.exclude, *self.feedforward, *self.train_whole):
             compile_pattern(pattern, "adapter.targets, exclude or train_whole")
-        check(
-            bool(self.targets or self.train_whole),
-            "adapter.targets and adapter.train_whole are both empty, so nothing would train; "
-            "give one of them",
-        )
         needed = INITS[self.init].frozen
         check(
             needed is None or needed in self.freeze,

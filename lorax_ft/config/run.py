@@ -10,6 +10,7 @@ from lorax_ft.checks import check, check_types
 from lorax_ft.config.adapter import AdapterConfig
 from lorax_ft.config.data import DataConfig
 from lorax_ft.config.model import MeshConfig, ModelConfig, QuantConfig
+from lorax_ft.config.prompt import PromptConfig
 from lorax_ft.config.training import EvalConfig, OptimConfig, TrainConfig
 from lorax_ft.files import parse_json
 from lorax_ft.schema import INITS
@@ -23,6 +24,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -33,6 +35,7 @@ class Config:
         check_types(self)
         self._check_secrets()
         self._check_push()
+        self._check_trains()
         if isinstance(self.data.max_length, int):
             self.mesh.check_length(self.data.max_length)
         quant, adapter = self.quant, self.adapter
@@ -61,6 +64,26 @@ class Config:
                             "token, which the run's config.json would show; leave it out and give "
                             "it in the environment, such as HF_TOKEN"
                         )
+
+    def _check_trains(self) -> None:
+        """Raise where nothing would train, or the soft prompt leaves no room for a sample."""
+        adapter, prompt, length = self.adapter, self.prompt, self.data.max_length
+        check(
+            bool(adapter.targets or adapter.train_whole) or prompt.kind != "none",
+            "adapter.targets and adapter.train_whole are both empty, so nothing would train; "
+            "give one of them, or prompt.kind",
+        )
+        check(
+            prompt.kind == "none" or bool(adapter.targets) or not adapter.train_whole,
+            "a soft prompt trains alone or beside an adapter, and not beside adapter.train_whole "
+            "alone; give adapter.targets too",
+        )
+        room = 8  # as for data.max_length itself
+        check(
+            prompt.kind == "none" or length == "auto" or length - prompt.virtual_tokens >= room,
+            f"prompt.virtual_tokens is {prompt.virtual_tokens}, which leaves fewer than {room} "
+            f"tokens of data.max_length {length} for a sample; raise data.max_length",
+        )
 
     def _check_push(self) -> None:
         adapter = self.adapter

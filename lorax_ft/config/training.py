@@ -39,6 +39,8 @@ class OptimConfig:
     """LoRA+: ratio of B's learning rate to A's; the paper recommends 16."""
     magnitude_ratio: float = 1.0
     """Ratio of the learning rate of DoRA's magnitudes to A's."""
+    prompt_ratio: float = 1.0
+    """Ratio of the learning rate of the soft prompt to A's."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Learning rate schedule after warmup.
     wsd (warmup-stable-decay): constant, with a linear decay over the last fifth."""
@@ -65,7 +67,7 @@ class OptimConfig:
         )
         if not isinstance(self.learning_rate, str):
             check_positive(self, "learning_rate")
-        check_positive(self, "lora_plus_ratio", "magnitude_ratio")
+        check_positive(self, "lora_plus_ratio", "magnitude_ratio", "prompt_ratio")
         check_fraction(self, "warmup_fraction", "final_fraction")
         for field in ("b1", "b2"):
             value = getattr(self, field)

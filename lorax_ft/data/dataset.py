@@ -16,6 +16,7 @@ from lorax_ft.data.examples import NumberedRows, Seen, examples_of, numbered_row
 from lorax_ft.data.rows import Row
 from lorax_ft.data.sources import has_split, parse_sources
 from lorax_ft.data.splits import Split, make_split, read_split, row_length
+from lorax_ft.data.store import NO_PROMPT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,12 @@ class Dataset:
 
 
 def load_data(
-    config: DataConfig, tokenizer: Tokenizer, *, seed: int, positions: int | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    positions: int | None = None,
+    prompt: np.ndarray = NO_PROMPT,
 ) -> Dataset:
     """Reads, converts and tokenizes the data of a run, a part at a time.
 
@@ -52,6 +58,8 @@ def load_data(
       tokenizer: the model's.
       seed: of the choice of held-out rows.
       positions: the longest sample that the model takes, for `max_length` auto; None: any length.
+      prompt: the virtual tokens of a soft prompt (`virtual_ids`), which stand before each sample
+        and take their part of a row.
 
     Raises:
       ValueError: a source or a row cannot be used (see `read_rows`, `to_example`, `encode`),
@@ -72,10 +80,12 @@ def load_data(
         chosen = _choose_held_out(config, seed)
     rows = numbered_rows(_paths(config), config.split, config, limit=config.limit, bad=bad)
     # The rows that are held out are collected while the others are read.
-    train = read_split(_without(rows, chosen, held_out), config, tokenizer, bad)
+    train = read_split(_without(rows, chosen, held_out), config, tokenizer, bad, prompt=prompt)
     validation_sets = {}
     for name, its_rows in validation.items():
-        validation_sets[name] = read_split(its_rows, config, tokenizer, bad, keep=True)
+        validation_sets[name] = read_split(
+            its_rows, config, tokenizer, bad, keep=True, prompt=prompt
+        )
     max_length = config.max_length
     if max_length == "auto":
         max_length = row_length([train, *validation_sets.values()], positions)

@@ -56,7 +56,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return rows
 
 
-def cut(lengths: Sequence[int], max_length: int) -> list[list[Piece]]:
+def cut(lengths: Sequence[int], max_length: int, *, prompt: int = 0) -> list[list[Piece]]:
     """Cuts documents, one behind the other, into rows of `max_length` tokens; the last is shorter.
 
     A document that is cut goes on in the next row.
@@ -64,6 +64,7 @@ def cut(lengths: Sequence[int], max_length: int) -> list[list[Piece]]:
     Args:
       lengths: tokens of each document.
       max_length: tokens of a row.
+      prompt: tokens of a soft prompt, which stands before each piece.
 
     Returns:
       The pieces of documents in each row.
@@ -73,12 +74,13 @@ def cut(lengths: Sequence[int], max_length: int) -> list[list[Piece]]:
     for document, length in enumerate(lengths):
         start = 0
         while start < length:
-            if room == 0:
+            # A piece has at least one token behind the prompt.
+            if room <= prompt:
                 rows.append([])
                 room = max_length
-            stop = min(start + room, length)
+            stop = min(start + room - prompt, length)
             rows[-1].append(Piece(document, start, stop))
-            room -= stop - start
+            room -= prompt + stop - start
             start = stop
     return rows
 

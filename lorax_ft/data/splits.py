@@ -18,7 +18,14 @@ from lorax_ft.data.conversation import Example
 from lorax_ft.data.examples import NumberedRows, Seen, examples_of
 from lorax_ft.data.packing import cut, pack
 from lorax_ft.data.parts import encode_parts
-from lorax_ft.data.store import Piece, StoredRows, StoredSamples, store_rows, store_samples
+from lorax_ft.data.store import (
+    NO_PROMPT,
+    Piece,
+    StoredRows,
+    StoredSamples,
+    store_rows,
+    store_samples,
+)
 from lorax_ft.data.token_cache import TokenCache, cache_folder
 from lorax_ft.data.usage import unknown_fields
 
@@ -72,6 +79,7 @@ def read_split(
     bad: BadRows,
     *,
     keep: bool = False,
+    prompt: np.ndarray = NO_PROMPT,
 ) -> ReadSplit:
     """Converts and tokenizes the rows of a split.
 
@@ -81,6 +89,7 @@ def read_split(
       tokenizer: the model's.
       bad: what happens to rows that cannot be used.
       keep: whether the examples are kept.
+      prompt: the virtual tokens of a soft prompt, which stand before each sample.
     """
     seen = Seen(examples=[] if keep else None, bad=bad)
     encoder = Encoder(
@@ -107,7 +116,7 @@ def read_split(
             first += len(part.lengths)
             yield from part.samples()
 
-    stored = store_samples(samples())
+    stored = store_samples(samples(), prompt=prompt)
     if seen.examples is not None:
         for index in reversed(not_encoded):
             del seen.examples[index]
@@ -128,7 +137,9 @@ def _encode(
 
 def row_length(splits: Sequence[ReadSplit], positions: int | None) -> int:
     """The length of rows that hold the longest sample: a multiple of 32, of 128 above 1024."""
-    longest = max(int(read.samples.lengths.max(initial=1)) for read in splits)
+    longest = max(
+        int(read.samples.lengths.max(initial=1)) + len(read.samples.prompt) for read in splits
+    )
     multiple = 32 if longest <= 1024 else 128
     length = math.ceil(longest / multiple) * multiple
     return length if positions is None else min(length, positions)
@@ -163,7 +174,7 @@ def make_split(
         sets=tuple(sets),
         count=count,
         copies=len(seen.hashes) - len(np.unique(np.frombuffer(seen.hashes, np.int64))),
-        cut=int((lengths[~documents] > max_length).sum()),
+        cut=int((lengths[~documents] > max_length - len(samples.prompt)).sum()),
         dropped=count - len({piece.sample for piece in pieces}),
         usual_length=int(np.quantile(lengths, 0.95, method="higher")) if len(lengths) else 0,
         tokens=sum(piece.stop - piece.start for piece in pieces),
@@ -184,18 +195,19 @@ def _make_rows(
 ) -> list[list[Piece]]:
     """Makes the rows of a set: `ours` and `documents` tell which samples are of it and are cut."""
     lengths = samples.lengths
+    prompt = len(samples.prompt)
     whole = []
     for sample in np.flatnonzero(ours & ~documents).tolist():
-        piece = Piece(sample, 0, min(int(lengths[sample]), max_length))
+        piece = Piece(sample, 0, min(int(lengths[sample]), max_length - prompt))
         if samples.labels(piece):
             whole.append(piece)
     rows = [[piece] for piece in whole]
     if packed:
-        packs = pack([piece.stop for piece in whole], max_length)
+        packs = pack([prompt + piece.stop for piece in whole], max_length)
         rows = [[whole[i] for i in row] for row in packs]
     # Documents are cut across rows, so none of their text is lost.
     texts = np.flatnonzero(ours & documents)
-    for row in cut(lengths[texts].tolist(), max_length):
+    for row in cut(lengths[texts].tolist(), max_length, prompt=prompt):
         pieces = [Piece(int(texts[piece.sample]), piece.start, piece.stop) for piece in row]
         if any(map(samples.labels, pieces)):
             rows.append(pieces)

@@ -17,6 +17,8 @@ import numpy as np
 from lorax_ft.data.chat import Sample
 from lorax_ft.files import named_errors
 
+NO_PROMPT = np.zeros(0, np.int32)
+
 
 class Piece(NamedTuple):
     """Tokens `start` to `stop` of a stored sample."""
@@ -36,26 +38,31 @@ class StoredSamples:
     """Whether they count as labels, bool."""
     borders: np.ndarray
     """Where each sample starts, and where the last one ends, int64 [samples + 1]."""
+    prompt: np.ndarray
+    """The virtual tokens of a soft prompt, which are read in front of each piece, int32."""
 
     def __len__(self) -> int:
         return len(self.borders) - 1
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample, int64 [samples]."""
+        """Tokens of each sample without the soft prompt, int64 [samples]."""
         return np.diff(self.borders)
 
     def read(self, piece: Piece) -> Sample:
-        """Returns a piece of a sample."""
+        """Returns a piece of a sample, with the soft prompt before it."""
         first = int(self.borders[piece.sample])
         place = slice(first + piece.start, first + piece.stop)
         tokens = np.asarray(self.tokens[place])
         mask = np.asarray(self.mask[place])
+        if len(self.prompt):
+            tokens = np.concatenate([self.prompt, tokens])
+            mask = np.concatenate([np.zeros(len(self.prompt), np.bool_), mask])
         return Sample(tokens, mask)
 
     def labels(self, piece: Piece) -> int:
         """Returns how many tokens of a piece count in the loss."""
-        # The first token is never a target: no token before it predicts it.
+        # The first token, unless a soft prompt is before it, is never a target.
         return int(self.read(piece).mask[1:].sum())
 
 
@@ -93,8 +100,12 @@ class StoredRows(Sequence[list[Sample]]):
         return samples
 
 
-def store_samples(samples: Iterable[Sample]) -> StoredSamples:
+def store_samples(samples: Iterable[Sample], *, prompt: np.ndarray = NO_PROMPT) -> StoredSamples:
     """Writes samples to temporary files, in the folder that `TMPDIR` names, and maps them.
+
+    Args:
+      samples: without a soft prompt.
+      prompt: its virtual tokens.
 
     Raises:
       OSError: that folder has no room, or cannot be written.
@@ -115,6 +126,7 @@ def store_samples(samples: Iterable[Sample]) -> StoredSamples:
             tokens=_mapped(tokens, np.int32),
             mask=_mapped(mask, np.bool_),
             borders=np.array(borders, np.int64),
+            prompt=prompt,
         )
 
 

@@ -19,9 +19,10 @@ from jax.sharding import Mesh
 from lorax_ft.data.chat import Sample
 from lorax_ft.evaluation.next_token import BATCH_TOKENS, batches_of
 from lorax_ft.inference.decode import replicate, row_shards, shard_rows
-from lorax_ft.inference.generate import mesh_of, with_all_norms
+from lorax_ft.inference.generate import mesh_of, with_all_norms, with_virtual_tokens
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import CausalLM, Model
+from lorax_ft.soft_prompts.door import virtual_tokens
 from lorax_ft.tree import Tree
 
 CHUNK_ROWS = 1024
@@ -94,13 +95,14 @@ def token_scores(
     Raises:
       ValueError: a text is longer than the model's positions.
     """
-    positions = model.config.max_positions
+    virtual = virtual_tokens(params)
+    positions = model.config.max_positions - virtual
     for number, text in enumerate(texts, 1):
         # The last token is not an input.
         if len(text) > positions + 1:
-            raise ValueError(
-                f"text {number} has {len(text)} tokens, but the model has {positions} positions"
-            )
+            room = f"{positions} positions" + (" beside its soft prompt" if virtual else "")
+            raise ValueError(f"text {number} has {len(text)} tokens, but the model has {room}")
+    texts = with_virtual_tokens(texts, params, model.config)
     params = with_all_norms(model, params)
     mesh = mesh_of(params)
     scores: list[TokenScores] = [TokenScores(np.zeros(0), np.zeros(0, bool))] * len(texts)
@@ -120,8 +122,9 @@ def token_scores(
         found = _token_scores(params, inputs, targets, counts, config=model.config, mesh=mesh)
         log_probs, greedy = jax.device_get(found)
         for row, i in enumerate(batch.rows):
-            count = len(texts[i]) - 1
-            scores[i] = TokenScores(log_probs[row, :count], greedy[row, :count])
+            # The first token has no score, with a soft prompt before it or without one.
+            own = slice(virtual, len(texts[i]) - 1)
+            scores[i] = TokenScores(log_probs[row, own], greedy[row, own])
         advance(len(batch.rows))
     return scores
 

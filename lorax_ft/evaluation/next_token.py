@@ -21,10 +21,16 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lorax_ft.inference.decode import replicate, row_shards, shard_rows
-from lorax_ft.inference.generate import check_prompts, mesh_of, with_all_norms
+from lorax_ft.inference.generate import (
+    check_prompts,
+    mesh_of,
+    with_all_norms,
+    with_virtual_tokens,
+)
 from lorax_ft.models.cache import Cache, empty_cache, with_slots
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import CausalLM, Model
+from lorax_ft.soft_prompts.door import virtual_tokens
 from lorax_ft.tree import Tree
 
 BATCH_TOKENS = 2048
@@ -85,7 +91,8 @@ def next_tokens(
     """
     # A prompt may take all positions: the token after it is not an input.
     config = dataclasses.replace(model.config, max_positions=model.config.max_positions + 1)
-    check_prompts(prompts, 1, config)
+    check_prompts(prompts, 1, config, virtual=virtual_tokens(params))
+    prompts = with_virtual_tokens(prompts, params, config)
     params = with_all_norms(model, params)
     mesh = mesh_of(params)
     log_probs = np.zeros(targets.shape, np.float32)

@@ -21,6 +21,8 @@ from lorax_ft.interop.end_tokens import ids_that_stop
 from lorax_ft.lowrank.adapters import norms
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import CausalLM, Model, decoder_layout
+from lorax_ft.soft_prompts.door import virtual_ids, virtual_tokens
+from lorax_ft.soft_prompts.encoder import encoded
 from lorax_ft.tree import Tree, combine
 
 GREEDY = Sampling()
@@ -93,13 +95,13 @@ def stream(
       The new tokens of each row so far, up to its first stop id; the last result is what `generate`
       returns.
     """
-    check_prompts(prompts, max_new_tokens, model.config)
+    check_prompts(prompts, max_new_tokens, model.config, virtual=virtual_tokens(params))
     if sampling.temperature > 0 and key is None:
         raise ValueError(f"temperature {sampling.temperature} needs key=jax.random.key(seed)")
     if not len(prompts):
         yield []
         return
-    tokens, lengths = _pad(prompts)
+    tokens, lengths = _pad(with_virtual_tokens(prompts, params, model.config))
     mesh = mesh_of(params)
     sampling_params = _sampling_params(
         sampling,
@@ -135,6 +137,7 @@ def check_prompts(
     config: DecoderConfig,
     *,
     where: Sequence[str] | None = None,
+    virtual: int = 0,
 ) -> None:
     """Checks that the model can continue every prompt.
 
@@ -143,6 +146,7 @@ def check_prompts(
       max_new_tokens: maximum number of new tokens of each row.
       config: the decoder's.
       where: the source of each prompt, for errors; None numbers them.
+      virtual: virtual tokens of the soft prompt, which are put before each prompt.
 
     Raises:
       ValueError: a prompt is empty, too long or has token ids outside the vocabulary; or
@@ -154,9 +158,10 @@ def check_prompts(
         place = where[i] if where else f"prompt {i + 1}"
         if len(prompt) == 0:
             raise ValueError(f"{place} has no tokens")
-        if len(prompt) + max_new_tokens > config.max_positions:
+        length = virtual + len(prompt)
+        if length + max_new_tokens > config.max_positions:
             raise ValueError(
-                f"{place}: {len(prompt)} tokens plus max_new_tokens {max_new_tokens} exceed the "
+                f"{place}: {length} tokens plus max_new_tokens {max_new_tokens} exceed the "
                 f"{config.max_positions} positions of the model; shorten the prompt or lower "
                 "max_new_tokens"
             )
@@ -181,11 +186,20 @@ def bucket(length: int) -> int:
     return max(32, 2 ** math.ceil(math.log2(length)))
 
 
+def with_virtual_tokens(
+    texts: Sequence[Sequence[int] | np.ndarray], params: Tree, config: DecoderConfig
+) -> list[np.ndarray]:
+    """The token ids of each text, with the virtual tokens of the parameters' soft prompt before."""
+    prompt = virtual_ids(virtual_tokens(params), vocab_size=config.vocab_size)
+    return [np.concatenate([prompt, np.asarray(text, np.int32)]) for text in texts]
+
+
 def with_all_norms(model: CausalLM, params: Tree) -> Tree:
-    """The parameters with DoRA's column norms, which are computed where they are missing.
+    """The parameters with what depends on them alone, and is missing: DoRA's norms, soft prompts.
 
     `generate` calls this. Call it yourself once before many calls with the same adapter.
     """
+    params = encoded(params)
     return combine(params, _norms(params, model.config))
 
 

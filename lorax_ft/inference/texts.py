@@ -14,6 +14,7 @@ from lorax_ft.data.conversation import Conversation, Message
 from lorax_ft.inference.generate import GREEDY, check_prompts, stream, with_all_norms
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.models.model import Model
+from lorax_ft.soft_prompts.door import virtual_tokens
 from lorax_ft.tree import Tree
 
 # Tokens between two searches for stop strings: each search decodes the whole text on the host.
@@ -62,7 +63,9 @@ def answer(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be above 0")
-    prompts = _encode_prompts(model, conversations, where, max_new_tokens=max_new_tokens)
+    prompts = _encode_prompts(
+        model, conversations, where, max_new_tokens=max_new_tokens, virtual=virtual_tokens(params)
+    )
     params = with_all_norms(model, params)
     # Only a stop string needs the text before its end.
     chunk = STOP_CHUNK if stop_strings else max_new_tokens
@@ -140,6 +143,7 @@ def _encode_prompts(
     where: Sequence[str] | None,
     *,
     max_new_tokens: int,
+    virtual: int,
 ) -> list[np.ndarray]:
     """The token ids of each conversation, all of which the model can continue."""
     if model.tokenizer is None:
@@ -152,7 +156,7 @@ def _encode_prompts(
     prompts = []
     for conversation, place in zip(conversations, where, strict=True):
         prompts.append(encode_prompt(conversation, model.tokenizer, where=place))
-    check_prompts(prompts, max_new_tokens, model.config, where=where)
+    check_prompts(prompts, max_new_tokens, model.config, where=where, virtual=virtual)
     return prompts
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import safetensors
+from etils import epath
 
 from lorax_ft.interop.bucket import MARKERS, is_hub, is_remote, output_path, upload
 from lorax_ft.interop.hub import push_folder
@@ -90,7 +91,10 @@ def _new_remote_folder(
         # An interruption may leave a mix of old and new files. Without a marker, no reader takes
         # them for a model.
         for name in _names(target):
-            if name in MARKERS or _matches(name, replaces):
+            if (target / name).is_dir():
+                if _matches(name, replaces):
+                    epath.Path(target / name).rmtree()
+            elif name in MARKERS or _matches(name, replaces):
                 (target / name).unlink()
         upload(fresh, target)
 

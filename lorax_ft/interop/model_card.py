@@ -30,6 +30,10 @@ TITLES = {
     "shira": "SHiRA",
     "hira": "HiRA",
     "oft": "OFT",
+    "lorax_ft_bottleneck": "Bottleneck",
+    "prompt_tuning": "Prompt tuning",
+    "p_tuning": "P-tuning",
+    "prefix_tuning": "Prefix tuning",
 }
 """The names of the adapters' types, by PEFT's, with which the names of their leaves begin."""
 
@@ -44,6 +48,19 @@ adapter = "."  # this folder, or the name of its repository on the hub
 model = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(model, adapter)
 tokenizer = AutoTokenizer.from_pretrained(adapter)
+```
+"""
+USE_OWN_ADAPTER = """
+## Use
+
+PEFT has no such adapter. lorax_ft, which trained it, loads it:
+
+```python
+import lorax_ft as lft
+
+adapter = "."  # this folder
+model = lft.load_model("{base}")
+params = lft.load_peft(adapter, model)
 ```
 """
 USE_MODEL = """
@@ -85,8 +102,10 @@ def adapter_card(
         tags.insert(0, f"base_model:adapter:{base_id}")
     title = f"{TITLES.get(method, method)} adapter of {Path(base).name}"
     text = f"# {title}\n\nBase model: {_link(base)}\n"
-    text += USE_ADAPTER.format(base=base)
-    return _card(text, base_id, library="peft", tags=tags, training_notes=training_notes)
+    is_own = method.startswith("lorax_ft")
+    text += (USE_OWN_ADAPTER if is_own else USE_ADAPTER).format(base=base)
+    library = "lorax_ft" if is_own else "peft"
+    return _card(text, base_id, library=library, tags=tags, training_notes=training_notes)
 
 
 def model_card(model: Model, *, training_notes: str = "") -> str:

@@ -36,6 +36,13 @@ from lorax_ft.interop.peft_folder import folder_contents
 from lorax_ft.interop.peft_layers import check_shared, stacked_leaves, with_own_weight
 from lorax_ft.interop.peft_methods import Matrix, PeftMethod, method_of_config
 from lorax_ft.interop.peft_names import Place, all_modules, find_module, known_modules
+from lorax_ft.interop.peft_prompts import (
+    BESIDE,
+    check_prompt_config,
+    holds_soft_prompt,
+    load_soft_prompt,
+    prompt_contents,
+)
 from lorax_ft.interop.peft_tensors import (
     OWN_SUFFIXES,
     PREFIX,
@@ -48,9 +55,12 @@ from lorax_ft.interop.tokenizer import ALL_FILES, save_tokenizer
 from lorax_ft.lowrank.shared import shared_leaves
 from lorax_ft.lowrank.spec import base_shape
 from lorax_ft.models.model import HEAD, TABLE, LoadedModel, Model
-from lorax_ft.schema import leaf_schema
-from lorax_ft.tree import Layer, Tree, from_modules, modules
+from lorax_ft.models.soft_prompt import soft_prompt_of
+from lorax_ft.schema import is_adapter, leaf_schema
+from lorax_ft.tree import Layer, Tree, combine, flatten, from_modules, modules
 
+Contents = tuple[dict[str, np.ndarray], dict[str, Any]]
+"""The tensors of a folder, and its adapter_config.json."""
 BASE = "nf4_base"  # the folder beside a run's adapter with its base, if no other checkpoint is it
 
 
@@ -69,7 +79,9 @@ def save_peft(
     Fully trained modules are written too, and biases beside a LoRA adapter. A start (PiSSA) becomes
     plain LoRA of twice the rank on the original, and nothing on `base`. Alpha is the scale times
     the rank. Experts and routers all get one rank and one alpha, since PEFT fuses them.
-    The model's tokenizer and a model card, README.md, lie beside the adapter.
+    A soft prompt is a folder too: this one, or `soft_prompt` in it where there is an adapter, since
+    PEFT loads one at a time. The model's tokenizer and a model card, README.md, lie beside the
+    adapter.
 
     Args:
       folder: on a disk, a bucket (gs://, s3://) or the hub (hf://owner/name); written to a
@@ -89,6 +101,11 @@ def save_peft(
       ValueError: there is no adapter, a module is both adapted and trained in full, `base` is
         needed, or the folder holds other files.
     """
+    prompt, params = soft_prompt_of(params)
+    if prompt and not any(map(is_adapter, flatten(params))):
+        contents = prompt_contents(prompt, model)
+        _write(folder, contents, model=model, others=others, training_notes=training_notes)
+        return
     adapters, whole = collect_adapters(params, model, config, base=base)
     fully_trained: dict[str, Matrix] = {}
     for path, weight in whole.items():
@@ -107,6 +124,7 @@ def save_peft(
         init=config.init if config else None,
         others=others,
         training_notes=training_notes,
+        prompt=prompt,
     )
 
 
@@ -123,22 +141,55 @@ def write_adapter(
     init: str | None = None,
     others: Literal["refuse", "keep"] = "refuse",
     training_notes: str = "",
+    prompt: Tree | None = None,
 ) -> None:
     """Writes what `collect_adapters` returns.
 
-    `known` are Hugging Face's names of all modules, `shared` the leaves that all layers share.
+    `known` are Hugging Face's names of all modules, `shared` the leaves that all layers share, and
+    `prompt` those of a soft prompt.
     """
-    tensors, peft_config = folder_contents(
+    contents = folder_contents(
         adapters, whole, known=known, model=model, base=base, dropout=dropout, shared=shared
     )
+    _write(
+        folder,
+        contents,
+        model=model,
+        init=init,
+        others=others,
+        training_notes=training_notes,
+        beside=prompt_contents(prompt, model) if prompt else None,
+    )
+
+
+def _write(
+    folder: str | Path,
+    contents: Contents,
+    *,
+    model: Model,
+    init: str | None = None,
+    others: Literal["refuse", "keep"],
+    training_notes: str,
+    beside: Contents | None = None,
+) -> None:
+    """Writes a folder of tensors and a config, and a soft prompt beside them."""
+    _, peft_config = contents
     card = adapter_card(peft_config, init=init, training_notes=training_notes)
     replaces = ALL_FILES if model.tokenizer is not None else ()
-    with new_folder(folder, replaces=replaces, others=others) as new:
-        (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+    with new_folder(folder, replaces=(*replaces, BESIDE), others=others) as new:
+        _write_contents(new, contents)
+        if beside is not None:
+            (new / BESIDE).mkdir()
+            _write_contents(new / BESIDE, beside)
         write_card(new, card, target=folder)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, new)
+
+
+def _write_contents(new: Path, contents: Contents) -> None:
+    tensors, peft_config = contents
+    (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
+    save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
@@ -154,6 +205,8 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     """
     folder = Path(folder)
     config = read_config(folder)
+    if holds_soft_prompt(config):
+        return combine(model.params, load_soft_prompt(folder, config, model))
     method = method_of_config(config, folder)
     place_there = place_in(
         key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes)
@@ -191,7 +244,11 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
         )
     layers[""] = layers.get("", {}) | shared_tensors(folder, method)
     check_shared(layers, stacks, model.layout, where=folder)
-    return from_modules(layers)
+    params = from_modules(layers)
+    beside = folder / BESIDE
+    if not beside.is_dir():
+        return params
+    return combine(params, load_soft_prompt(beside, read_config(beside), model))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -212,7 +269,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(within(folder, CONFIG))
     within(folder, WEIGHTS)
     check_fields(config, folder)
-    method_of_config(config, folder).check_config(config, folder)
+    if holds_soft_prompt(config):
+        check_prompt_config(config, folder)
+    else:
+        method_of_config(config, folder).check_config(config, folder)
     return config
 
 

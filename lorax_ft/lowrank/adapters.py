@@ -37,8 +37,8 @@ from lorax_ft.lowrank.terms import (
 )
 from lorax_ft.lowrank.terms import magnitude as magnitude_term
 from lorax_ft.quant.kernels import Quantized
-from lorax_ft.schema import init_schema, leaf_schema
-from lorax_ft.tree import Layer, Tree, combine, from_modules, modules
+from lorax_ft.schema import Place, init_schema, leaf_name, leaf_schema
+from lorax_ft.tree import Layer, Tree, combine, from_modules, modules, split
 
 
 def add_adapters(
@@ -197,13 +197,15 @@ def disable_adapters(params: Tree, base: Tree, *, layout: Layout) -> Tree:
 
     Weights that were trained in full are the base's again. The leaf that says which matrices are
     adapted becomes 0, such as s. Where an init changed the base, A and B become A₀ and B₀ instead,
-    W − s A₀ B₀ + s A₀ B₀ = W, and DoRA's magnitude becomes the norm of W.
+    W − s A₀ B₀ + s A₀ B₀ = W, and DoRA's magnitude becomes the norm of W. A soft prompt is left
+    out; texts then have no virtual tokens.
 
     Args:
       params: a tree with adapters.
       base: the model's own parameters, as they were loaded.
       layout: the layers of the model.
     """
+    params, _ = split(params, lambda path: leaf_schema(leaf_name(path)).place is not Place.DOOR)
     layers, own = modules(params), modules(base)
     for path, layer in layers.items():
         check_layer(layer, path)

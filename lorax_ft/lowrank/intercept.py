@@ -22,6 +22,7 @@ from lorax_ft.lowrank.shared import shared_leaves, with_shared
 from lorax_ft.lowrank.spec import LayerSpec, Module, as_canonical
 from lorax_ft.lowrank.terms import bias, check_layer, is_adapted, magnitude
 from lorax_ft.quant.kernels import Quantized, dense
+from lorax_ft.soft_prompts.door import VirtualTokens, pass_door
 from lorax_ft.tree import Layer, Shape
 
 Gather = Callable[[str, Quantized], Quantized]
@@ -80,6 +81,9 @@ def adapt(
         if not module.path:
             # The model itself, whose tree has the leaves that all layers share, or a layer's clone.
             shared.update(shared_leaves(module.variables.get("params", {})))
+        if context.method_name == "__call__" and isinstance(module, VirtualTokens):
+            numbers, *arrays = args
+            return pass_door(dict(module.variables.get("params", {})), numbers, tuple(arrays))
         if context.method_name != "__call__" or type(module) not in MODULES:
             return next_fun(*args, **kwargs)
         boxed = module.variables.get("params", {})

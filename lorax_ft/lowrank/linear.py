@@ -96,6 +96,12 @@ def merged_layer(layer: Layer, *, n_out: int | None = None) -> Layer:
     """
     base = {name: leaf for name, leaf in layer.items() if name in ("kernel", "bias")}
     terms = tuple(term for term in terms_of(layer) if term.changes_kernel)
+    for term in terms:
+        if term.merge is None:
+            raise ValueError(
+                f"the leaf {term.leaves[0]!r} belongs to an adapter that is no change of a kernel, "
+                "such as a bottleneck, so it cannot be merged; use it as an adapter"
+            )
     if not terms:
         return base | {"kernel": dense(layer["kernel"])}
     layer = magnitude.with_norm(layer)
@@ -118,6 +124,7 @@ def _merge_matrix(layer: Layer, terms: tuple[Term, ...]) -> Layer:
     if "bias" in layer:
         base["bias"] = layer["bias"].astype(jnp.float32)
     for term in terms:
+        assert term.merge is not None
         base = term.merge(layer, base)
     # Cast here, while only one matrix is held in float32.
     merged = {}

@@ -14,7 +14,7 @@ import jax
 from jax import lax
 
 from lorax_ft.quant.kernels import Quantized, matrices
-from lorax_ft.schema import KERNEL_AXES, Axis, leaf_schema
+from lorax_ft.schema import KERNEL_AXES, Axis, Place, leaf_schema
 from lorax_ft.tree import Layer, Shape
 
 
@@ -67,7 +67,7 @@ def over_stack(f: Callable[..., Any], layers: Layer, options: tuple[Any, ...] = 
 
     Leaves that all layers share are given to each.
     """
-    shared = {name: leaf for name, leaf in layers.items() if leaf_schema(name).shared}
+    shared = {name: leaf for name, leaf in layers.items() if leaf_schema(name).place is Place.ROOT}
     layers = {name: leaf for name, leaf in layers.items() if name not in shared}
     count = layers["kernel"].shape[0]
     if count == 1:

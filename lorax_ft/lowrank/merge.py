@@ -19,6 +19,7 @@ from lorax_ft.lowrank.spec import BIAS, LayerSpec, as_canonical, base_kernel
 from lorax_ft.lowrank.terms import check_layer, is_adapted, terms_of
 from lorax_ft.quant.kernels import dense
 from lorax_ft.schema import is_base
+from lorax_ft.soft_prompts.door import virtual_tokens
 from lorax_ft.tree import Layer, Tree, flatten, from_modules, join, modules, unflatten
 
 
@@ -53,6 +54,7 @@ def merged_leaves(
       layout: the layers of the model.
       dtype: of the merged leaves; None: their own.
     """
+    _check_mergeable(params)
     shared = shared_leaves(params)
     for path, layer in _untied(params, layout).items():
         check_layer(layer, path)
@@ -62,6 +64,22 @@ def merged_leaves(
         for name in layer:
             if is_base(name):
                 yield join(path, name), dense(merged[name])
+
+
+def _check_mergeable(params: Tree) -> None:
+    """Raise where the parameters hold what no kernel can take."""
+    if virtual_tokens(params):
+        raise ValueError(
+            "a soft prompt cannot be merged: it stands before the tokens, and in no weight; save "
+            "it as a PEFT folder (save_peft, export.py --target peft)"
+        )
+    for path, layer in modules(params).items():
+        if any(term.merge is None for term in terms_of(layer)):
+            raise ValueError(
+                f"{path}: a bottleneck adapter cannot be merged: it is a network behind or beside "
+                "the layer, and no change of its kernel; use it as an adapter (save_peft, "
+                "export.py --target peft)"
+            )
 
 
 def merge_weighted(

@@ -16,13 +16,13 @@ from jax import Array
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.spec import LayerSpec
 from lorax_ft.lowrank.terms import TERMS
-from lorax_ft.schema import Axis, leaf_schema
+from lorax_ft.schema import Axis, Place, leaf_schema
 from lorax_ft.tree import Layer, Shape
 
 
 def shared_leaves(root: Mapping[str, object]) -> Layer:
     """The shared leaves of a tree of parameters."""
-    return {name: leaf for name, leaf in root.items() if leaf_schema(name).shared}
+    return {name: leaf for name, leaf in root.items() if leaf_schema(name).place is Place.ROOT}
 
 
 def with_shared(layer: Layer, shared: Layer, spec: LayerSpec, kernel: Shape) -> Layer:

@@ -19,6 +19,7 @@ from lorax_ft.models.attend_in_blocks import causal
 from lorax_ft.models.config import DecoderConfig, Heads, LayerType
 from lorax_ft.models.parts import dense, norm, normalized, projections
 from lorax_ft.models.rope import rotary, rotate
+from lorax_ft.soft_prompts.door import VirtualTokens
 
 KeysAndValues = dict[str, Array]
 
@@ -54,6 +55,7 @@ class Attention(nn.Module):
         x: Array,
         rope_and_mask: RopeAndMask,
         positions: Array,
+        virtual: Array,
         cache: KeysAndValues | None,
     ) -> tuple[Array, KeysAndValues | None]:
         """`[B, T, D]` to `[B, T, D]`, and the cache with the new keys and values.
@@ -62,6 +64,7 @@ class Attention(nn.Module):
           x: `[B, T, D]`.
           rope_and_mask: of this layer's type, without the axis N.
           positions: `[B, T]`.
+          virtual: `[B, T]`, the numbers of virtual tokens; below 0 at all other tokens.
           cache: keys and values `[B, S, K, C]`, or `[1, S, K, C]` of a start that all rows share.
         """
         c = self.config
@@ -74,6 +77,7 @@ class Attention(nn.Module):
         sin = sin[..., : dim // 2]
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
+        k, v = VirtualTokens(name="prefix")(virtual, k, v)
         # The names that policies of rematerialization save.
         q = checkpoint_name(q, "qkv")
         k = checkpoint_name(k, "qkv")

@@ -24,6 +24,7 @@ from lorax_ft.models.config import DecoderConfig, LayerType
 from lorax_ft.models.linear_attention import GatedDeltaNet, Rows, make_rows
 from lorax_ft.models.mlp import MLP, ROUTER, MoE
 from lorax_ft.models.parts import RMSNorm, norm
+from lorax_ft.soft_prompts.door import VirtualTokens
 from lorax_ft.tree import member
 
 SAVED_NAMES: dict[str, tuple[str, ...]] = {
@@ -66,6 +67,8 @@ class Shared(NamedTuple):
     rope_and_mask: RopeAndMask
     # [B, T]
     positions: Array
+    # [B, T], of the virtual tokens of a soft prompt; below 0 at all other tokens.
+    virtual: Array
     rows: Rows
     # [B, T], the tokens that the router's loss counts.
     counted: Array | None
@@ -108,7 +111,7 @@ class Block(nn.Module):
         else:
             rope_and_mask = _of_type(shared.rope_and_mask, type_index)
             attention = Attention(c, c.heads_of(self.layer_type), name="self_attn")
-            y, cache = attention(y, rope_and_mask, shared.positions, cache)
+            y, cache = attention(y, rope_and_mask, shared.positions, shared.virtual, cache)
         if norm_after:
             y = norm(c, "post_attention_layernorm")(y)
         x = checkpoint_name(x + y, "residual")
@@ -214,6 +217,7 @@ class Decoder(nn.Module):
         """The submodules outside of the layers, which `enter` and `leave` use."""
         c = self.config
         self.embed_tokens = nn.Embed(c.vocab_size, c.width, dtype=c.dtype)
+        self.soft_prompt = VirtualTokens()
         self.norm = RMSNorm(c.norm_eps, c.norm_offset)
 
     @nn.compact
@@ -232,7 +236,8 @@ class Decoder(nn.Module):
         """Features `[B, T, D]` before the head, and the cache with the tokens written to it.
 
         Args:
-          tokens: `[B, T]`.
+          tokens: `[B, T]`; ids from the vocabulary's size on are virtual tokens, see
+            `lorax_ft.soft_prompts`.
           positions: `[B, T]`, from 0; None: 0 to T − 1. With a cache, the slots to write.
           segment_ids: `[B, T]`; a token sees only its segment. None: one segment for each row.
           noise: `[B, T, D]`, added to the embeddings.
@@ -283,13 +288,16 @@ class Decoder(nn.Module):
         if c.period > 1:
             type_indices = type_indices.reshape(-1, c.period)
         rows = make_rows(segment_ids, counts)
-        shared = Shared(rope_and_mask, positions, rows, counted)
+        virtual = tokens - c.vocab_size
+        shared = Shared(rope_and_mask, positions, virtual, rows, counted)
 
-        x = split_embedded(self.embed_tokens(tokens))
+        # Virtual tokens have no row in the table; a soft prompt gives them one, or keys and values.
+        x = split_embedded(self.embed_tokens(jnp.minimum(tokens, c.vocab_size - 1)))
         if noise is not None:
             x = x + noise.astype(x.dtype)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        (x,) = self.soft_prompt(virtual, x)
         return Entry(x, shared, type_indices)
 
     def leave(self, x: Array) -> Array:

@@ -28,6 +28,7 @@ from lorax_ft.models.mlp import ROUTER, Usage
 from lorax_ft.models.parts import rows_dot_general, softcap
 from lorax_ft.quant.kernels import Format, Quantized
 from lorax_ft.sharding import gathered
+from lorax_ft.soft_prompts.encoder import encoded
 from lorax_ft.tree import Layer, Tree, join
 
 TABLE, LAYERS, HEAD = "embed_tokens", "layers", "lm_head"
@@ -71,7 +72,7 @@ class CausalLM:
         The arguments are those of `Decoder.__call__`.
         """
         apply = adapt(self.module.apply, gather=gathered)
-        variables = {"params": params}
+        variables = {"params": encoded(params)}
         return apply(
             variables,
             tokens,
@@ -99,7 +100,12 @@ class CausalLM:
         """
         apply = functools.partial(self.module.apply, mutable=[ROUTER])
         (features, _), sown = adapt(apply, gather=gathered)(
-            {"params": params}, tokens, positions, segment_ids, noise=noise, counted=counted
+            {"params": encoded(params)},
+            tokens,
+            positions,
+            segment_ids,
+            noise=noise,
+            counted=counted,
         )
         return features, jax.tree.leaves(sown, is_leaf=lambda node: isinstance(node, Usage))
 
@@ -110,7 +116,7 @@ class CausalLM:
         not be held of all layers at once.
         """
         apply = adapt(self.module.apply, gather=gathered)
-        return apply({"params": params}, *args, method="enter")
+        return apply({"params": encoded(params)}, *args, method="enter")
 
     def step(self, params: Tree, i: Array, entry: Entry) -> Array:
         """`[B, T, D]` behind step `i` of the scan, with `entry.x` before it.

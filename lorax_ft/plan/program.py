@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import re
 import tempfile
@@ -22,6 +23,7 @@ from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.models import splash
 from lorax_ft.models.grouped import check_expert_axis
 from lorax_ft.models.model import CausalLM, abstract_params
+from lorax_ft.models.soft_prompt import add_soft_prompt
 from lorax_ft.plan.chips import Topology
 from lorax_ft.plan.flops import count_flops
 from lorax_ft.plan.hlo import Traffic, traffic
@@ -149,9 +151,8 @@ def abstract_arguments(model: CausalLM, config: Config, mesh: Mesh) -> Shapes:
     for path, leaf in flatten(abstract_params(model.config)).items():
         base[path] = _base_leaf(path, leaf, config, model)
     tx = make_optimizer(config.optim, steps=STEPS)
-    state, frozen = abstract_state(
-        unflatten(base), config.adapter, tx, layout=model.layout, mesh=mesh
-    )
+    params = _with_soft_prompt(unflatten(base), config, model)
+    state, frozen = abstract_state(params, config.adapter, tx, layout=model.layout, mesh=mesh)
     train, length = config.train, config.data.max_length
     if length == "auto":
         raise ValueError("data.max_length is auto, which needs the data; give the number of tokens")
@@ -162,6 +163,18 @@ def abstract_arguments(model: CausalLM, config: Config, mesh: Mesh) -> Shapes:
     for name, dtype in {**dtypes, "weights": jnp.float32}.items():
         batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     return Shapes(state=state, frozen=frozen, batch=batch)
+
+
+def _with_soft_prompt(params: Tree, config: Config, model: CausalLM) -> Tree:
+    """The shapes of the parameters, with those of a soft prompt."""
+    if config.prompt.kind == "none":
+        return params
+    # Its shapes do not depend on what it starts from, and this needs neither text nor weights.
+    prompt = dataclasses.replace(config.prompt, init="random", text=None)
+    if prompt.encoder != "none":
+        prompt = config.prompt
+    add = functools.partial(add_soft_prompt, config=prompt, model=model)
+    return jax.eval_shape(lambda params, key: add(params, key=key), params, jax.random.key(0))
 
 
 def _base_leaf(path: str, leaf: Any, config: Config, model: CausalLM) -> Any:

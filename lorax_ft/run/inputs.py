@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from lorax_ft import sharding
@@ -16,13 +17,16 @@ from lorax_ft.evaluation.multiple_choice import Encoded, encode_benchmark
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, read_config
 from lorax_ft.interop.peft_methods import method_name
+from lorax_ft.interop.peft_prompts import holds_soft_prompt
 from lorax_ft.lowrank.groups import fully_trained
 from lorax_ft.models import splash
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.grouped import check_expert_axis
 from lorax_ft.models.model import HEAD, LoadedModel, Model
+from lorax_ft.models.soft_prompt import add_soft_prompt
 from lorax_ft.schema import METHODS, init_schema
 from lorax_ft.sharding import DECODER_RULES
+from lorax_ft.soft_prompts.door import virtual_ids
 from lorax_ft.training.losses import check_router_loss
 from lorax_ft.tree import flatten
 
@@ -36,10 +40,11 @@ def check_inputs(config: Config) -> None:
 
 
 def load_base(config: Config, mesh: Mesh) -> LoadedModel:
-    """The model on its devices, with its adapter if the run trains an existing one.
+    """The model on its devices, with its soft prompt, or the adapter that the run continues.
 
     Raises:
-      ValueError: as `load_model` and `load_peft`, or the model does not fit the rows or the mesh.
+      ValueError: as `load_model`, `load_peft` and `add_soft_prompt`, or the model does not fit the
+        rows or the mesh.
     """
 
     def shard(path: str, leaf: Any) -> Any:
@@ -68,9 +73,20 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
         raise ValueError(
             f"{config.model.path} holds no tokenizer; put its tokenizer.json beside the weights"
         )
-    if config.adapter.continue_from is None:
+    if config.adapter.continue_from is not None:
+        model = _load_adapter(model, Path(config.adapter.continue_from), config)
+    with jax.set_mesh(mesh):
+        return with_soft_prompt(model, config)
+
+
+def with_soft_prompt(model: LoadedModel, config: Config) -> LoadedModel:
+    """The model with the soft prompt that a run starts with, if it has one."""
+    if config.prompt.kind == "none":
         return model
-    return _load_adapter(model, Path(config.adapter.continue_from), config)
+    # A stream of random numbers of its own, beside those of adapters and steps.
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 2)
+    params = add_soft_prompt(model.params, config.prompt, model, key=key)
+    return dataclasses.replace(model, params=params)
 
 
 def load_questions(config: EvalConfig, model: Model) -> Encoded | None:
@@ -93,19 +109,30 @@ def _read_questions(config: EvalConfig) -> Benchmark | None:
     return read_benchmark(config.choices, shots=config.shots, limit=config.choices_limit)
 
 
-def load_dataset(config: Config, model: Model) -> Dataset:
+def load_dataset(config: Config, model: Model, *, virtual: int = 0) -> Dataset:
     """The data of the run, checked against the model's vocabulary and positions.
+
+    Args:
+      config: the run.
+      model: for which the data are.
+      virtual: the number of virtual tokens of its soft prompt, which stand before each sample.
 
     Raises:
       ValueError: as `load_data`, or a row does not fit the model, or there are no validation rows
         although the run chooses the best checkpoint by them.
     """
     positions = model.config.max_positions
-    data = load_data(config.data, model.tokenizer, seed=config.train.seed, positions=positions)
+    data = load_data(
+        config.data,
+        model.tokenizer,
+        seed=config.train.seed,
+        positions=positions,
+        prompt=virtual_ids(virtual, vocab_size=model.config.vocab_size),
+    )
     config.mesh.check_length(data.max_length)
-    _check_samples(data.train, model, "training rows")
+    _check_samples(data.train, model, "training rows", virtual=virtual)
     for name, split in data.validation_sets.items():
-        _check_samples(split, model, f"validation rows {name}".rstrip())
+        _check_samples(split, model, f"validation rows {name}".rstrip(), virtual=virtual)
     for option in ("load_best", "patience"):
         value = getattr(config.train, option)
         if value and not data.validation.rows:
@@ -127,7 +154,7 @@ def _check_length(data: DataConfig, positions: int) -> None:
     )
 
 
-def _check_samples(split: Split, model: Model, rows: str) -> None:
+def _check_samples(split: Split, model: Model, rows: str, *, virtual: int) -> None:
     """Raise if a sample has a token or a position that the model does not have."""
     positions, vocabulary = model.config.max_positions, model.config.vocab_size
     # One row at a time: all samples may be more than memory holds.
@@ -135,7 +162,7 @@ def _check_samples(split: Split, model: Model, rows: str) -> None:
     for row in split.rows:
         for sample in row:
             longest = max(longest, len(sample))
-            largest = max(largest, int(sample.tokens.max()))
+            largest = max(largest, int(sample.tokens[virtual:].max()))
     if longest > positions:
         raise ValueError(
             f"a sample of the {rows} has {longest} tokens, but the model has {positions} "
@@ -153,7 +180,8 @@ def _load_adapter(model: LoadedModel, folder: Path, config: Config) -> LoadedMod
     """The model with the adapter of `adapter.continue_from`."""
     params = load_peft(folder, model)
     peft_config = read_config(folder)
-    _check_method(method_name(peft_config, folder), folder, config)
+    if not holds_soft_prompt(peft_config):
+        _check_method(method_name(peft_config, folder), folder, config)
     for module in peft_config.get("modules_to_save") or ():
         # PEFT saves a copy of a tied head; here the head and the embeddings are one leaf.
         if module == HEAD and module not in params:

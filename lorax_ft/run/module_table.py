@@ -13,7 +13,7 @@ from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.spec import base_shape
 from lorax_ft.lowrank.terms import TERMS, active_leaf, is_adapted, low_rank, magnitude
 from lorax_ft.quant.kernels import Quantized
-from lorax_ft.schema import is_base, leaf_schema
+from lorax_ft.schema import Place, is_base, leaf_schema
 from lorax_ft.tree import Layer, Tree, flatten, modules
 
 
@@ -37,7 +37,9 @@ def module_rows(params: Tree, trained: Tree, *, layout: Layout) -> list[ModuleRo
     rows = []
     for path, leaves in modules(trained).items():
         layer = layers[path]
-        if is_adapted(layer):
+        if any(leaf_schema(name).place is Place.DOOR for name in leaves):
+            rows.append(_prompt_row(path, leaves))
+        elif is_adapted(layer):
             spec = layout[path]
             shape = base_shape(layers, path, spec)
             _, inputs, outputs = spec.sizes(shape)
@@ -116,6 +118,12 @@ def _adapter_row(
         sharding=_sharding(trained),
         parameters=parameters,
     )
+
+
+def _prompt_row(path: str, trained: Mapping[str, Any]) -> ModuleRow:
+    """The row of a soft prompt, or of its encoder."""
+    row = _full_row(path, trained)
+    return row._replace(rank="–", scale="–", matrices="–")
 
 
 def _full_row(path: str, trained: Mapping[str, Any]) -> ModuleRow:

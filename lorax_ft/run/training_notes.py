@@ -56,7 +56,14 @@ def training_notes(
 
 def _method(config: Config) -> str:
     """The method and its options, as they were set."""
-    adapter = config.adapter
+    adapter, prompt = config.adapter, config.prompt
+    soft_prompt = ""
+    if prompt.kind != "none":
+        soft_prompt = f"soft {prompt.kind} of {prompt.virtual_tokens} virtual tokens"
+        if prompt.encoder != "none":
+            soft_prompt += f", encoder {prompt.encoder}"
+    if soft_prompt and not adapter.targets:
+        return soft_prompt
     if not adapter.targets:
         return f"full fine-tuning of {_codes(adapter.train_whole)}"
     parts: list[str] = [adapter.method]
@@ -71,6 +78,8 @@ def _method(config: Config) -> str:
         if value not in (None, "", False):
             parts.append(f"{option} {value}")
     parts.append(f"targets {_codes(adapter.targets)}")
+    if soft_prompt:
+        parts.append(soft_prompt)
     if adapter.train_whole:
         parts.append(f"fully trained {_codes(adapter.train_whole)}")
     return ", ".join(parts)

@@ -59,6 +59,10 @@ def supervised_loss(
     """
     check_router_loss(model.config, router_aux_loss_coef, source="the model")
 
+    def is_real(batch: Batch) -> Array:
+        """Neither padding, which has segment 0, nor a virtual token of a soft prompt."""
+        return (batch["segment_ids"] > 0) & (batch["tokens"] < model.config.vocab_size)
+
     def loss(params: Tree, batch: Batch, key: Array | None) -> tuple[Array, Array, Metrics]:
         noise = None
         if key is not None:
@@ -67,7 +71,7 @@ def supervised_loss(
             if neftune_alpha:
                 noise = neftune(
                     jax.random.fold_in(key, 1),
-                    batch["segment_ids"],
+                    jnp.where(is_real(batch), batch["segment_ids"], 0),
                     alpha=neftune_alpha,
                     width=model.config.width,
                 )
@@ -84,7 +88,7 @@ def supervised_loss(
             batch["positions"],
             segments if packed else None,
             noise=noise,
-            counted=segments > 0,  # segment 0 is padding
+            counted=is_real(batch),
         )
         value = _batch_head_loss(model, params, features, batch, chunk_rows)
         # A mean over tokens, which the step divides by the weight as it does the cross-entropy.
@@ -159,7 +163,7 @@ def neftune(
 
     Args:
       key: for the noise.
-      segment_ids: `[B, T]`, 0 on padding.
+      segment_ids: `[B, T]`, 0 where there is to be no noise.
       alpha: α.
       width: D.
 

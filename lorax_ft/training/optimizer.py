@@ -47,8 +47,9 @@ def make_optimizer(config: OptimConfig, *, steps: int) -> optax.GradientTransfor
 
     Returns:
       A transformation for the tree of trained leaves (`partition(params)[0]`). λ · rate goes to
-      every B, an embedding's too; `magnitude_ratio` · rate to magnitudes; the rate itself to the
-      rest. A, B and whole matrices are decayed; magnitudes, biases, norms and IA3 are not.
+      every B, an embedding's too; `magnitude_ratio` · rate to magnitudes, `prompt_ratio` · rate to
+      soft prompts; the rate itself to the rest. A, B and whole matrices are decayed; magnitudes,
+      biases, norms, IA3 and soft prompts are not.
     """
     unit = unit_schedule(config, steps=steps)
     transforms: dict[Any, Any] = {}
@@ -133,6 +134,7 @@ def peak_rates(config: OptimConfig) -> dict[str, float]:
     ratios = {
         Group.LORA_B: config.lora_plus_ratio,
         Group.MAGNITUDE: config.magnitude_ratio,
+        Group.PROMPT: config.prompt_ratio,
     }
     return {group.value: config.peak * ratios.get(group, 1.0) for group in Group}
 

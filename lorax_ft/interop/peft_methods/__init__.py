@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorax_ft.interop.peft_methods.bottleneck import BOTTLENECK
 from lorax_ft.interop.peft_methods.hira import HIRA
 from lorax_ft.interop.peft_methods.ia3 import IA3
 from lorax_ft.interop.peft_methods.loha import LOHA
@@ -31,6 +32,7 @@ METHODS: Mapping[str, PeftMethod] = {
     "shira": SHIRA,
     "hira": HIRA,
     "oft": OFT,
+    "bottleneck": BOTTLENECK,
 }
 """By `AdapterConfig.method`."""
 

@@ -2,7 +2,8 @@
 
     y = l ⊙ (b + (m / n) · (x W − s₀ x A₀ B₀ + s x̃ A B) + x̃ ΔW)
 
-ΔW is that of MiSS, VeRA, LoHa, LoKr, SHiRA or HiRA, and OFT rotates x first.
+ΔW is that of MiSS, VeRA, LoHa, LoKr, SHiRA or HiRA, OFT rotates x first, and a bottleneck acts on
+the sum.
 
 A layer is computed (`linear`) and merged (`merged_layer`) by folding over those terms whose leaves
 it has. The file of a term says which leaves it needs, how it acts and how it merges.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import (
     bias,
+    bottleneck,
     dropout,
     hira,
     ia3,
@@ -27,7 +29,7 @@ from lorax_ft.lowrank.terms import (
     vera,
 )
 from lorax_ft.lowrank.terms.term import Term
-from lorax_ft.schema import Axis, is_adapter, leaf_schema
+from lorax_ft.schema import Axis, Place, is_adapter, leaf_schema
 from lorax_ft.tree import Layer
 
 TERMS: tuple[Term, ...] = (
@@ -43,6 +45,7 @@ TERMS: tuple[Term, ...] = (
     hira.TERM,
     oft.TERM,
     bias.TERM,
+    bottleneck.TERM,
     ia3.TERM,
 )
 
@@ -102,7 +105,7 @@ def own_sizes(plan: Plan) -> dict[Axis, int]:
 
 def is_adapted(layer: Layer) -> bool:
     """Whether a layer has adapter leaves of its own."""
-    return any(is_adapter(name) and not leaf_schema(name).shared for name in layer)
+    return any(is_adapter(name) and leaf_schema(name).place is Place.MODULE for name in layer)
 
 
 def active_leaf(layer: Layer) -> str:

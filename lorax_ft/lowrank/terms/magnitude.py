@@ -149,6 +149,7 @@ def _squares(layer: Layer, part: Layer) -> Array:
     base = {"kernel": part["kernel"].astype(jnp.float32)}
     for term in DIRECTION:
         if term.leaves[0] in layer:
+            assert term.merge is not None
             base = term.merge(layer | part, base)
     return jnp.sum(base["kernel"] ** 2, axis=0)
 

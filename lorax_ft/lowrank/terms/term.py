@@ -99,8 +99,9 @@ class Term(NamedTuple):
     """What it does to the layer's input."""
     after: Callable[[Layer, Array, Array, Product], Array] = _unchanged_output
     """What it makes of the output so far: (layer, x, y, product) -> y."""
-    merge: Callable[[Layer, Layer], Layer] = _unchanged_base
-    """The same on one matrix: (its leaves, kernel `[I, O]` and bias) -> both, in float32."""
+    merge: Callable[[Layer, Layer], Layer] | None = _unchanged_base
+    """The same on one matrix: (its leaves, kernel `[I, O]` and bias) -> both, in float32. None: no
+    kernel can hold it."""
     ranks: Callable[[Layer], np.ndarray] | None = None
     """The rank of each matrix of the stack, `[L]`; None for a term without ranks."""
 
