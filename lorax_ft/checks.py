@@ -32,15 +32,23 @@ def check_types(config: Any) -> None:
     """Raise ValueError unless the value of every field has its annotated type."""
     for field, annotation in get_type_hints(type(config)).items():
         value = getattr(config, field)
-        if _has_type(value, annotation):
-            continue
         # The top-level Config has no section name of its own.
         option = f"{section_name(config)}.{field}".removeprefix(".")
+        if _has_type(value, annotation):
+            _check_size(value, option)
+            continue
         message = f"{option} is {repr(value)[:200]}; it must be {_describe(annotation)}"
         matches = difflib.get_close_matches(str(value), _literals(annotation), n=1)
         if matches:
             message += f"; did you mean {matches[0]!r}?"
         raise ValueError(message)
+
+
+def _check_size(value: Any, option: str) -> None:
+    """Raise for a whole number that no array could hold, such as one of hundreds of digits."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int) and abs(number) >= 2**63:
+            raise ValueError(f"{option} is {repr(number)[:40]}; it must be below 2^63")
 
 
 def check_positive(config: Any, *fields: str) -> None:
