@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -266,3 +267,26 @@ def test_the_limit_of_a_container(
     with pytest.warns(UserWarning, match=r"but this container has 0\.00 GB left"):
         room.check_room(large_step)
     assert [left.free for left in room.rooms()][1:] == [800]
+
+
+OPEN_FILES = """
+import resource
+from lorax_ft.run.room import check_open_files
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+check_open_files()
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "said"),
+    [
+        (32, 32, r"may open only 32 files, and a run needs 64; .* ulimit -n 1024"),
+        (32, 500, r"^\(64, 500\)"),
+        (100, 500, r"^\(100, 500\)"),
+    ],
+)
+def test_few_open_files_are_said_or_raised(soft: int, hard: int, said: str) -> None:
+    program = OPEN_FILES.format(soft=soft, hard=hard)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert re.search(said, ended.stdout + ended.stderr), ended

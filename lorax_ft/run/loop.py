@@ -32,7 +32,7 @@ from lorax_ft.run.folder import (
 )
 from lorax_ft.run.lock import locked
 from lorax_ft.run.log import Log, check_trackers
-from lorax_ft.run.room import check_room
+from lorax_ft.run.room import check_open_files, check_room
 from lorax_ft.run.setup import Job, set_up
 from lorax_ft.run.steps import Trained, run_steps
 from lorax_ft.run.stop_signal import StopSignal
@@ -48,6 +48,7 @@ from lorax_ft.tree import combine, modules
 def train(config: Config, *, dry_run: bool = False, command: str | None = None) -> Result | None:
     """As `lorax_ft.train`, at a learning rate that is a number."""
     folder = output_path(config.train.output)
+    check_open_files()
     check_trackers(config.train.report_to)
     check_writable(folder)
     with StopSignal() as stop_signal:

@@ -1,4 +1,4 @@
-"""Says before training whether a step fits into the memory that is left."""
+"""Says before training whether the process may have what a run takes: memory, open files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lorax_ft.run.memory import ADVICE, process_limit
 GROUPS = Path("/sys/fs/cgroup")
 """Where Linux shows the control groups, which bound containers and jobs."""
 MACHINE = Path("/proc/meminfo")
+OPEN_FILES = 64
+"""With fewer, a run fails somewhere: checkpoints are written by many threads."""
 
 
 class Room(NamedTuple):
@@ -62,6 +64,27 @@ def check_room(step: Any) -> None:
     if room.is_strict:
         raise ValueError(message)
     warnings.warn(message, stacklevel=2)
+
+
+def check_open_files() -> None:
+    """Allow this process enough open files for a run, where its hard limit lets it.
+
+    Raises:
+      ValueError: it does not.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= OPEN_FILES or soft == resource.RLIM_INFINITY:
+        return
+    if hard < OPEN_FILES and hard != resource.RLIM_INFINITY:
+        raise ValueError(
+            f"this process may open only {hard} files, and a run needs {OPEN_FILES}; allow more of "
+            "them, as with ulimit -n 1024"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
 
 
 def rooms() -> list[Room]:
