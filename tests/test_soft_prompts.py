@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from generation_cases import make_tokenizer
-from run_cases import SHORT, Main, config
+from run_cases import SHORT, Main, config, losses
 from zoo import TINY, built_decoder
 
 import lorax_ft as lft
@@ -253,6 +253,8 @@ def test_a_run_resumes_bitwise(
 ) -> None:
     steps = [*config(name), *SHORT, *options, "--train.steps", 4, "--train.save_every", 2]
     assert main(*steps, "--train.output", tmp_path / "whole") == 0
+    found = losses(tmp_path / "whole")
+    assert found[4] < found[1]
     stopped = [*steps, "--train.output", tmp_path / "stopped"]
     assert main(*stopped, "--train.steps", 2, "--optim.schedule", "constant") == 0
     assert main(*steps, "--train.output", tmp_path / "again", "--optim.schedule", "constant") == 0

@@ -142,10 +142,12 @@ def _batch_head_loss(
 ) -> Array:
     """Σ weights · cross-entropy of the features of a batch."""
     head = model.head(params)
+    # The virtual tokens of a soft prompt are no labels, but their ids would be out of bounds.
+    targets = jnp.minimum(batch["targets"], model.config.vocab_size - 1)
     return head_loss(
         head,
         features,
-        batch["targets"],
+        targets,
         batch["weights"],
         score=model.score,
         chunk_rows=chunk_rows,
