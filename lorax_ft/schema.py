@@ -31,6 +31,8 @@ OwnAxis = Literal[
     "key_or_value",
     "head",
     "channel",
+    "token",
+    "batch",
     "direction",
     "gates",
 ]
@@ -87,8 +89,8 @@ class LeafSchema(NamedTuple):
     """Group of the optimizer where the leaf trains; None: it is always frozen."""
     place: Place = Place.MODULE
     """Where it lies."""
-    indexes: KernelAxis | None = None
-    """The axis that it holds indices of, as int32; None: it holds numbers, as float32."""
+    indexes: KernelAxis | Literal["vocabulary"] | None = None
+    """What it holds indices of, as int32; None: it holds numbers, as float32."""
 
     @property
     def dtype(self) -> str:
@@ -115,6 +117,9 @@ LEAVES: Mapping[str, LeafSchema] = {
     "lora_a": LeafSchema(("stack", "in", "rank"), ADAPTER, Group.LORA_A),
     "lora_b": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.LORA_B),
     "lora_scale": LeafSchema(("stack",), ADAPTER),
+    # Activated LoRA: the invocation, and 1 for the tokens of a batch from it on.
+    "lora_invocation": LeafSchema(("token",), ADAPTER, place=Place.ROOT, indexes="vocabulary"),
+    "lora_rows": LeafSchema(("stack", "batch", "token"), STEP),
     # A₀ and B₀ of an init that changes the base. `start_scale` is s where the base was kept as it
     # was, so that the forward subtracts s · x A₀ B₀.
     "lora_a0": LeafSchema(("stack", "in", "rank"), ADAPTER),
@@ -215,7 +220,7 @@ AdapterMethod = Literal[
 METHODS: Mapping[str, tuple[str, ...]] = {
     "lora": (
         *("rank", "rank_pattern", "alpha", "alpha_pattern", "scaling", "init", "dora", "dropout"),
-        "freeze",
+        *("freeze", "invocation"),
     ),
     "ia3": ("feedforward",),
     "miss": ("rank", "dropout"),

@@ -83,6 +83,9 @@ class AdapterConfig:
     continue_from: str | None = None
     """PEFT adapter folder to continue training from.
     Its rank, alpha, targets and use of DoRA replace the options given here."""
+    invocation: str | None = None
+    """Activated LoRA: a text, such as "<|im_start|>assistant", from whose last occurrence in a
+    sample on the adapter acts. What is before it is computed by the base alone."""
     train_whole: tuple[str, ...] = ()
     """Modules whose own weights are trained (PEFT: modules_to_save); "all": full fine-tuning.
     Same syntax as adapter.targets."""
@@ -191,6 +194,13 @@ class AdapterConfig:
     def _check_trained_modules(self) -> None:
         for pattern in (*self.targets, *self.exclude, *self.feedforward, *self.train_whole):
             compile_pattern(pattern, "adapter.targets, exclude or train_whole")
+        changes_base = INITS[self.init].changes_base
+        check(
+            self.invocation is None or not (self.dora or changes_base),
+            f"adapter.invocation is {self.invocation!r}, and nothing may change before it, but "
+            f"adapter.{'dora' if self.dora else f'init {self.init}'} changes the whole layer; "
+            "remove one of them",
+        )
         needed = INITS[self.init].frozen
         check(
             needed is None or needed in self.freeze,

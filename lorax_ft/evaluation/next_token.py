@@ -27,6 +27,7 @@ from lorax_ft.inference.generate import (
     with_all_norms,
     with_virtual_tokens,
 )
+from lorax_ft.lowrank.activation import INVOCATION
 from lorax_ft.models.cache import Cache, empty_cache, with_slots
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import CausalLM, Model
@@ -220,7 +221,8 @@ def _read_start(
 ) -> tuple[int, Cache | None]:
     """The number of tokens that the prompts share, and their cache; 0 and None: not worth it."""
     shared = shared_length(prompts, model.config)
-    if not shared:
+    # Whether an activated LoRA acts in the rest depends on the start.
+    if not shared or INVOCATION in params:
         return 0, None
     # Padded more coarsely than the rest: each length makes programs for all lengths of the rest.
     tokens = np.zeros((1, padded(shared, steps=2)), np.int32)

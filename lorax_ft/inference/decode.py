@@ -57,6 +57,9 @@ class DecodeState(NamedTuple):
     """Which rows have reached a stop id, [B]."""
     seen: Array
     """Which tokens of the vocabulary occur in each row, [B, V]."""
+    active: Array | None
+    """Whether an activated LoRA acts in the new tokens of each row, 1 or 0, [B]; None: it is not
+    one."""
     cache: Cache
 
 
@@ -90,8 +93,15 @@ def prefill(
     lengths = shard_rows(lengths, mesh)
     batch, padded = tokens.shape
     cache: Cache | None = empty_cache(config, batch, padded + max_new_tokens)
+    is_text = (jnp.arange(padded) < lengths[:, None]).astype(jnp.int32)
+    active = model.active_tokens(params, tokens, is_text)
     features, cache = model.features(
-        params, tokens, cache=cache, length=sampling_params.max_length, counts=lengths
+        params,
+        tokens,
+        cache=cache,
+        length=sampling_params.max_length,
+        counts=lengths,
+        active=active,
     )
     assert cache is not None
     # Prompts are padded on the right, so the last token of each row is at a different column.
@@ -108,6 +118,7 @@ def prefill(
         counts=zeros,
         stopped=jnp.zeros(batch, bool),
         seen=seen,
+        active=None if active is None else jnp.max(active, axis=1),
         cache=cache,
     )
     logits = model.logits(params, last)
@@ -146,6 +157,7 @@ def decode(
             state.position[:, None],
             cache=state.cache,
             length=sampling_params.max_length,
+            active=None if state.active is None else state.active[:, None],
         )
         assert cache is not None
         state = state._replace(cache=cache)
@@ -218,6 +230,7 @@ def _append_token(
         counts=state.counts + counted,
         stopped=stopped,
         seen=state.seen.at[rows, token].set(True),
+        active=state.active,
         cache=state.cache,
     )
 

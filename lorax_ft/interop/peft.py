@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -52,6 +53,7 @@ from lorax_ft.interop.peft_tensors import (
 )
 from lorax_ft.interop.text_part import place_in
 from lorax_ft.interop.tokenizer import ALL_FILES, save_tokenizer
+from lorax_ft.lowrank.activation import INVOCATION, check_activated
 from lorax_ft.lowrank.shared import shared_leaves
 from lorax_ft.lowrank.spec import base_shape
 from lorax_ft.models.model import HEAD, TABLE, LoadedModel, Model
@@ -243,8 +245,12 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
             matrices, layers, path, model.layout[path], where=folder
         )
     layers[""] = layers.get("", {}) | shared_tensors(folder, method)
+    if config.get("alora_invocation_tokens"):
+        layers[""][INVOCATION] = jnp.asarray(_invocation(config, folder, model), jnp.int32)
     check_shared(layers, stacks, model.layout, where=folder)
     params = from_modules(layers)
+    if INVOCATION in params:
+        check_activated(params)
     beside = folder / BESIDE
     if not beside.is_dir():
         return params
@@ -274,6 +280,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     else:
         method_of_config(config, folder).check_config(config, folder)
     return config
+
+
+def _invocation(config: Mapping[str, Any], folder: Path, model: Model) -> list[int]:
+    """The token ids at which an activated LoRA starts to act."""
+    tokens: list[int] = config["alora_invocation_tokens"]
+    size = model.config.vocab_size
+    if not isinstance(tokens, list) or not all(
+        type(token) is int and 0 <= token < size for token in tokens
+    ):
+        raise ValueError(
+            f"{folder / CONFIG}: alora_invocation_tokens is {str(tokens)[:80]}; it must be a list "
+            f"of ids of the model's {size} tokens"
+        )
+    return tokens
 
 
 def _check_base(config: Mapping[str, Any], folder: Path, model: Model) -> None:

@@ -77,6 +77,8 @@ def folder_contents(
         "modules_to_save": sorted(trained.modules) or None,
         **target_parameters(method.config(adapted.by_module, known), adapted.parameters),
     }
+    if "lora_invocation" in shared:
+        config["alora_invocation_tokens"] = np.asarray(shared["lora_invocation"]).tolist()
     if trained.biases != "none":
         config["bias"] = trained.biases
     if method.dropout is not None:

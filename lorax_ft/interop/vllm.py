@@ -15,7 +15,9 @@ from lorax_ft.interop.peft_config import is_fused
 from lorax_ft.interop.peft_experts import fit_fused, unified
 from lorax_ft.interop.peft_names import all_modules
 from lorax_ft.interop.save import save_model
+from lorax_ft.lowrank.activation import INVOCATION
 from lorax_ft.models.model import Model
+from lorax_ft.soft_prompts.door import virtual_tokens
 from lorax_ft.tree import Tree
 
 # vLLM loads adapters on these for a few families only (`embedding_modules` in its model classes).
@@ -55,6 +57,11 @@ def save_for_vllm(
     if max_lora_rank not in RANKS:
         raise ValueError(
             f"max_lora_rank is {max_lora_rank}; vLLM takes {', '.join(map(str, RANKS))}"
+        )
+    if virtual_tokens(params) or INVOCATION in params:
+        kind = "activated LoRA" if INVOCATION in params else "soft prompt"
+        raise ValueError(
+            f"no {kind} is written for vLLM, and it cannot be merged; export it with --target peft"
         )
     adapters, modules_to_save = collect_adapters(params, model, None)
     is_plain_lora = all(matrix.keys() == PLAIN_LORA for matrix in adapters.values())

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_ft.lowrank.activation import INVOCATION
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.linear import merged_layer
 from lorax_ft.lowrank.shared import shared_leaves, with_shared
@@ -72,6 +73,12 @@ def _check_mergeable(params: Tree) -> None:
         raise ValueError(
             "a soft prompt cannot be merged: it stands before the tokens, and in no weight; save "
             "it as a PEFT folder (save_peft, export.py --target peft)"
+        )
+    if INVOCATION in params:
+        raise ValueError(
+            "an activated LoRA (adapter.invocation) cannot be merged: a merged kernel acts in all "
+            "tokens, also before the invocation; use it as an adapter (save_peft, export.py "
+            "--target peft)"
         )
     for path, layer in modules(params).items():
         if any(term.merge is None for term in terms_of(layer)):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lorax_ft.lowrank.activation import INVOCATION, active_rows, with_rows
 from lorax_ft.lowrank.intercept import adapt
 from lorax_ft.lowrank.layout import Layout, layout
 from lorax_ft.lowrank.linear import linear
@@ -66,13 +67,17 @@ class CausalLM:
         cache: Cache | None = None,
         length: Array | None = None,
         counts: Array | None = None,
+        active: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Features `[B, T, D]` before the head, and the cache.
 
-        The arguments are those of `Decoder.__call__`.
+        The other arguments are those of `Decoder.__call__`. `active` are the tokens `[B, T]` in
+        which an activated LoRA acts; None: those that `active_tokens` finds.
         """
+        if active is None:
+            active = self.active_tokens(params, tokens, segment_ids)
         apply = adapt(self.module.apply, gather=gathered)
-        variables = {"params": encoded(params)}
+        variables = {"params": _of_batch(params, active)}
         return apply(
             variables,
             tokens,
@@ -93,14 +98,17 @@ class CausalLM:
         *,
         noise: Array | None = None,
         counted: Array,
+        active: Array | None = None,
     ) -> tuple[Array, list[Usage]]:
         """Features `[B, T, D]`, and how the tokens `counted` use the experts of the layers.
 
-        The arguments are those of `Decoder.__call__`. Layers that are scanned share a `Usage`.
+        The arguments are those of `features`. Layers that are scanned share a `Usage`.
         """
+        if active is None:
+            active = self.active_tokens(params, tokens, segment_ids)
         apply = functools.partial(self.module.apply, mutable=[ROUTER])
         (features, _), sown = adapt(apply, gather=gathered)(
-            {"params": encoded(params)},
+            {"params": _of_batch(params, active)},
             tokens,
             positions,
             segment_ids,
@@ -108,6 +116,12 @@ class CausalLM:
             counted=counted,
         )
         return features, jax.tree.leaves(sown, is_leaf=lambda node: isinstance(node, Usage))
+
+    def active_tokens(self, params: Tree, tokens: Array, segment_ids: Array | None) -> Array | None:
+        """The tokens `[B, T]` in which an activated LoRA acts: 1, else 0. None: in all of them."""
+        if INVOCATION not in params:
+            return None
+        return active_rows(tokens, params[INVOCATION], segment_ids)
 
     def enter(self, params: Tree, *args: Any) -> Entry:
         """What the first layer is given. The arguments are those of `Decoder.enter`.
@@ -177,6 +191,12 @@ class CausalLM:
         params = variables["params"]
         features, _ = self.features(params, tokens, *args, **kwargs)
         return self.logits(params, features)
+
+
+def _of_batch(params: Tree, active: Array | None) -> Tree:
+    """The parameters as the module takes them: prompts encoded, and with LoRA's active tokens."""
+    params = encoded(params)
+    return params if active is None else with_rows(params, active)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,6 @@ from lorax_ft.run.remat import tokens_a_device, with_remat
 from lorax_ft.run.report import make_console
 from lorax_ft.run.standing import Standing
 from lorax_ft.schema import init_schema
-from lorax_ft.soft_prompts.door import virtual_tokens
 from lorax_ft.training.calibration import measured
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.state import fresh_state, owned_leaves, resumed_state
@@ -114,7 +113,7 @@ def set_up(config: Config, *, folder: Path, resume: int | None = None) -> Job:
     mesh = run_mesh(config)
     check_inputs(config)
     model = load_base(config, mesh)
-    data = load_dataset(config, model, virtual=virtual_tokens(model.params))
+    data = load_dataset(config, model)
     questions = load_questions(config.eval, model)
     timer.lap("model and data")
     inputs = fingerprint(model.params, data)

@@ -89,6 +89,7 @@ def supervised_loss(
             segments if packed else None,
             noise=noise,
             counted=is_real(batch),
+            active=model.active_tokens(params, batch["tokens"], segments),
         )
         value = _batch_head_loss(model, params, features, batch, chunk_rows)
         # A mean over tokens, which the step divides by the weight as it does the cross-entropy.
@@ -133,6 +134,8 @@ def batch_loss(
         batch["positions"],
         segments,
         noise=noise,
+        # Of a row's one sample too: an invocation is not looked for in its padding.
+        active=model.active_tokens(params, batch["tokens"], batch["segment_ids"]),
     )
     return _batch_head_loss(model, params, features, batch, chunk_rows)
 

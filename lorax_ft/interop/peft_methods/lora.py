@@ -33,7 +33,6 @@ SAFE_INITS = (
     "mica",
 )  # those that keep the base
 UNSUPPORTED_LORA = (
-    "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
     "layer_replication",

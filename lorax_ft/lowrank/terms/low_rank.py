@@ -16,6 +16,8 @@ from lorax_ft.tree import Layer
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"
 FACTORS = (A, B)
+ROWS = "lora_rows"
+"""1 for the tokens `[B, T]` in which an activated LoRA acts, else 0; see `lowrank.activation`."""
 
 
 def planned(plan: Plan) -> tuple[str, ...]:
@@ -31,7 +33,10 @@ def after(
 ) -> Array:
     """y + s · x̃ A B."""
     x_dropped = dropped(layer, x)
-    return y + low_rank(x_dropped, layer[A], layer[B], layer[SCALE], y.dtype, product)
+    change = low_rank(x_dropped, layer[A], layer[B], layer[SCALE], y.dtype, product)
+    if ROWS in layer:
+        change = jnp.where(expanded_to(layer[ROWS], change.ndim) != 0, change, 0)
+    return y + change
 
 
 def merge(layer: Layer, base: Layer) -> Layer:
@@ -114,6 +119,7 @@ def used_ranks(a: Array, b: Array, s: Array) -> np.ndarray:
 
 TERM = Term(
     leaves=(A, B, SCALE),
+    optional=(ROWS,),
     active=SCALE,
     negated=(SCALE,),
     takes_dropout=True,
