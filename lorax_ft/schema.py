@@ -173,7 +173,7 @@ LEAVES: Mapping[str, LeafSchema] = {
     "magnitude": LeafSchema(("stack", "out"), ADAPTER, Group.MAGNITUDE),
     "norm": LeafSchema(("stack", "out"), STEP),
     # Soft prompts: what virtual tokens have in the place of an embedding, or of keys and values.
-    "prompt": _prompt("virtual", "width"),
+    "prompt_embedding": _prompt("virtual", "width"),
     "prefix_key": _prompt("stack", "virtual", "head", "channel"),
     "prefix_value": _prompt("stack", "virtual", "head", "channel"),
     # The encoder of a soft prompt, an MLP or an LSTM: its input, its layers, and its output's.

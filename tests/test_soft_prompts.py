@@ -180,9 +180,9 @@ def test_noise_on_embeddings_leaves_virtual_tokens_alone() -> None:
     loss = supervised_loss(model, packed=False, neftune_alpha=5.0)
     seen = {}
 
-    def features(params: Tree, *args: Any, noise: Any = None) -> Any:
+    def features(params: Tree, *args: Any, noise: Any = None, **options: Any) -> Any:
         seen["noise"] = noise
-        return Model.features(model, params, *args, noise=noise)
+        return Model.features(model, params, *args, noise=noise, **options)
 
     spied = dataclasses.replace(model)
     object.__setattr__(spied, "features", features)

@@ -14,10 +14,8 @@ import numpy as np
 from jax import Array
 
 from lorax_ft.lowrank.terms import kept_start, low_rank, magnitude
-from lorax_ft.lowrank.terms.low_rank import ROWS
+from lorax_ft.lowrank.terms.low_rank import INVOCATION, ROWS
 from lorax_ft.tree import Tree, combine, from_modules, modules
-
-INVOCATION = "lora_invocation"
 
 
 def with_invocation(params: Tree, tokens: Sequence[int] | np.ndarray) -> Tree:
@@ -104,3 +102,12 @@ def check_activated(params: Tree) -> None:
                 "before its invocation: use plain LoRA on linear layers, with another adapter.init "
                 "or adapter.exclude"
             )
+
+
+__all__ = [
+    "INVOCATION",
+    "active_rows",
+    "check_activated",
+    "with_invocation",
+    "with_rows",
+]

@@ -43,7 +43,7 @@ def add_soft_prompt(params: Tree, config: PromptConfig, model: CausalLM, *, key:
       key: for random starts.
 
     Returns:
-      A new tree. Prompt: `soft_prompt/prompt` `[V, D]`, the embeddings behind any embedding scale.
+      A new tree. Prompt: `soft_prompt/prompt_embedding` `[V, D]`, the embeddings behind any scale.
       Prefix: `layers/self_attn/prefix/prefix_key` and `prefix_value` `[L, V, K, C]`, the keys
       behind the rotation. With an encoder, its leaves are there instead.
 

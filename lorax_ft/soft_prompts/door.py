@@ -12,7 +12,7 @@ from jax import Array
 
 from lorax_ft.tree import Layer, Tree, modules
 
-PROMPT = "prompt"
+PROMPT = "prompt_embedding"
 KEY, VALUE = "prefix_key", "prefix_value"
 FILLINGS = ((PROMPT,), (KEY, VALUE))
 """The leaves of a door, one for each array that passes it."""

@@ -16,8 +16,9 @@ from lorax_ft.tree import Layer
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"
 FACTORS = (A, B)
-ROWS = "lora_rows"
-"""1 for the tokens `[B, T]` in which an activated LoRA acts, else 0; see `lowrank.activation`."""
+INVOCATION, ROWS = "lora_invocation", "lora_rows"
+"""Of an activated LoRA (`lorax_ft.lowrank.activation`): the tokens that activate it, at the tree's
+root, and for each token of a batch, `[B, T]`, whether it acts there."""
 
 
 def planned(plan: Plan) -> tuple[str, ...]:
