@@ -16,10 +16,12 @@ from run_cases import SHORT, Main, config, losses
 from zoo import TINY, built_decoder
 
 import lorax_ft as lft
+from lorax_ft import sharding
 from lorax_ft.data.chat import Sample
 from lorax_ft.data.packing import collate
 from lorax_ft.evaluation.likelihood import token_scores
 from lorax_ft.evaluation.next_token import next_tokens
+from lorax_ft.lowrank.activation import with_invocation
 from lorax_ft.models.config import LayerType, LinearAttention
 from lorax_ft.models.model import Model
 from lorax_ft.models.rope import Rope
@@ -239,6 +241,45 @@ def test_refusals() -> None:
     long = np.zeros(TINY.max_positions - VIRTUAL, int)
     with pytest.raises(ValueError, match="64 tokens plus max_new_tokens 1 exceed"):
         lft.generate(model, with_prompt("prompt"), [long], max_new_tokens=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, "activated"])
+def test_gradients_do_not_depend_on_the_mesh(kind: str, randomize: Any) -> None:
+    """Of packed rows on data, fsdp and tensor axes; of an activated LoRA too."""
+    model = model_of("plain")
+    count = 0 if kind == "activated" else VIRTUAL
+    if kind == "activated":
+        adapter = lft.AdapterConfig(rank=2)
+        added = lft.add_adapters(model.params, adapter, layout=model.layout, key=KEY)
+        params = with_invocation(randomize(added), (5, 6))
+    else:
+        params = with_prompt(kind)
+    ids = virtual_ids(count, vocab_size=97)
+    rng = np.random.default_rng(4)
+    rows = []
+    for _ in range(4):
+        texts = [np.append(rng.integers(0, 97, 4), (5, 6, 9)) for _ in range(2)]
+        tokens = [np.concatenate([ids, text]) for text in texts]
+        rows.append([Sample(one, np.arange(len(one)) > count) for one in tokens])
+    batch = {name: jnp.asarray(value) for name, value in collate(rows, 24).items()}
+    loss = supervised_loss(model, packed=True)
+    trained, frozen = lft.partition(params)
+
+    def gradient(trained: Tree, frozen: Tree, batch: Any) -> Tree:
+        return jax.grad(lambda t: loss(lft.combine(t, frozen), batch, None)[0])(trained)
+
+    want = flatten(jax.jit(gradient)(trained, frozen, batch))
+    mesh = sharding.make_mesh(lft.MeshConfig(data=2, fsdp=2, tensor=2))
+    places = sharding.param_shardings(
+        params, sharding.DECODER_RULES, layout=model.layout, mesh=mesh
+    )
+    trained, frozen = lft.partition(jax.device_put(params, places))
+    placed = sharding.place_batch({name: np.asarray(v) for name, v in batch.items()}, mesh)
+    with jax.set_mesh(mesh):
+        got = flatten(jax.jit(gradient)(trained, frozen, placed))
+    for path, leaf in want.items():
+        np.testing.assert_allclose(got[path], leaf, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "shira": {"rank": 2},
     "hira": {"rank": 2},
     "oft": {"oft_block_size": 8},
+    "bottleneck": {"rank": 2},
 }
 
 
