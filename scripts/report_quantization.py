@@ -22,10 +22,10 @@ from threadpoolctl import threadpool_limits
 
 import lorax_ft as lft
 from lorax_ft import cli
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.inits.context import InitContext
 from lorax_ft.lowrank.inits.loftq import loftq
 from lorax_ft.lowrank.inits.pissa import pissa
-from lorax_ft.lowrank.inits.svd import product
 from lorax_ft.quant.kernels import dense, quantize
 from lorax_ft.tree import modules
 
@@ -80,8 +80,8 @@ def reduction(w: Array, start: str, rank: int, rounds: int) -> float:
     init = pissa if start == "QPiSSA" else loftq
     begun = init(context)
     assert begun.removed is not None
-    base = rounded(stack - product(*begun.removed))
-    left = nuclear(stack - base - product(*begun.factors))
+    base = rounded(stack - highest_matmul(*begun.removed))
+    left = nuclear(stack - base - highest_matmul(*begun.factors))
     return 100 * (1 - left / nuclear(stack - rounded(stack)))
 
 

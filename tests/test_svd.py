@@ -11,9 +11,10 @@ import pytest
 from method_cases import KEY, distance
 
 from lorax_ft import AdapterConfig, add_adapters, merged_kernel
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.inits.context import InitContext
 from lorax_ft.lowrank.inits.pissa import pissa
-from lorax_ft.lowrank.inits.svd import exact, product, randomized, svd
+from lorax_ft.lowrank.inits.svd import exact, randomized, svd
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -90,8 +91,8 @@ def test_qpissa_ends_on_the_decomposition() -> None:
         )
         factors, removed, _ = pissa(context)
         assert removed is not None
-        left = w - coarse(w - product(*removed))
-        losses = [np.linalg.norm(left - product(*pair)) for pair in (factors, removed)]
+        left = w - coarse(w - highest_matmul(*removed))
+        losses = [np.linalg.norm(left - highest_matmul(*pair)) for pair in (factors, removed)]
         best = np.linalg.svd(np.asarray(left[0]), compute_uv=False)[4:]
         assert rounds == 1 or losses[0] == pytest.approx(np.linalg.norm(best), rel=1e-4)
         return losses[0], losses[1]

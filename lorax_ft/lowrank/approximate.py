@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_ft.lowrank.inits.svd import at_once, product, svd
+from lorax_ft.lowrank.highest import highest_matmul
+from lorax_ft.lowrank.inits.svd import at_once, svd
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.merge import merged_leaves
 from lorax_ft.lowrank.spec import LayerSpec
@@ -102,7 +103,7 @@ def _factors(
     a = jnp.concatenate([part[0] for part in parts])  # [L, I, R]
     b = jnp.concatenate([part[1] for part in parts])  # [L, R, O]
     norm = float(jnp.linalg.norm(change))
-    rest = float(jnp.linalg.norm(change - product(a, b)))
+    rest = float(jnp.linalg.norm(change - highest_matmul(a, b)))
     # A scale of 0 says that a matrix has no adapter.
     scale = jnp.any(change != 0, axis=(1, 2)).astype(jnp.float32)  # [L]
     canonical = tuple(merged.shape[axis] for axis in spec.stack + spec.ins + spec.outs)

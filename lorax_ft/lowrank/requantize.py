@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_ft.lowrank.inits.svd import Factors, product
+from lorax_ft.lowrank.highest import highest_matmul
+from lorax_ft.lowrank.inits.svd import Factors
 from lorax_ft.lowrank.terms import kept_start
 from lorax_ft.quant.kernels import Quantized, dense, quantize_as
 from lorax_ft.quant.stream import streamed
@@ -67,7 +68,7 @@ def requantized(
     def matrix(index: tuple[int, ...]) -> Quantized:
         i = int(np.ravel_multi_index(index, stack)) if stack else 0
         w = read_matrix(original, stack, i).reshape(rows, -1)
-        changed = w - scales[index] * product(a[i], b[i])
+        changed = w - scales[index] * highest_matmul(a[i], b[i])
         return quantize_as(kernel, changed.reshape(sizes), n_stack=0, n_in=n_in)
 
     shardings = jax.tree.map(lambda part: part.sharding, kernel)

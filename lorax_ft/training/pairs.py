@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.terms.low_rank import A, B
-from lorax_ft.lowrank.terms.term import highest_matmul as matmul
 from lorax_ft.tree import Layer, Tree, from_modules, modules
 
 
@@ -56,12 +56,12 @@ def precondition_pairs(damping: float = 1e-6) -> optax.GradientTransformation:
 
     def inverse(gram: Array) -> Array:
         root = _inverse_root(gram + damping * jnp.eye(gram.shape[-1], dtype=gram.dtype))
-        return matmul(root, root)
+        return highest_matmul(root, root)
 
     def precondition(gradients: Pair, factors: Pair) -> Pair:
         return Pair(
-            matmul(gradients.a, inverse(matmul(factors.b, factors.b.mT))),
-            matmul(inverse(matmul(factors.a.mT, factors.a)), gradients.b),
+            highest_matmul(gradients.a, inverse(highest_matmul(factors.b, factors.b.mT))),
+            highest_matmul(inverse(highest_matmul(factors.a.mT, factors.a)), gradients.b),
         )
 
     def update(updates: Tree, state: optax.EmptyState, params: Tree | None = None) -> Any:
@@ -95,13 +95,17 @@ def scale_by_lora_muon(b1: float = 0.9) -> optax.GradientTransformation:
     """
 
     def direction(means: Pair, factors: Pair) -> Pair:
-        root_a = _inverse_root(matmul(factors.a.mT, factors.a))
-        root_b = _inverse_root(matmul(factors.b, factors.b.mT))
-        whitened_a = matmul(means.a, root_b)  # [L, I, R]
-        whitened_b = matmul(root_a, means.b)  # [L, R, O]
-        sign_a = matmul(whitened_a, _inverse_root(matmul(whitened_a.mT, whitened_a)))
-        sign_b = matmul(_inverse_root(matmul(whitened_b, whitened_b.mT)), whitened_b)
-        return Pair(matmul(sign_a, root_b) / 2, matmul(root_a, sign_b) / 2)
+        root_a = _inverse_root(highest_matmul(factors.a.mT, factors.a))
+        root_b = _inverse_root(highest_matmul(factors.b, factors.b.mT))
+        whitened_a = highest_matmul(means.a, root_b)  # [L, I, R]
+        whitened_b = highest_matmul(root_a, means.b)  # [L, R, O]
+        sign_a = highest_matmul(
+            whitened_a, _inverse_root(highest_matmul(whitened_a.mT, whitened_a))
+        )
+        sign_b = highest_matmul(
+            _inverse_root(highest_matmul(whitened_b, whitened_b.mT)), whitened_b
+        )
+        return Pair(highest_matmul(sign_a, root_b) / 2, highest_matmul(root_a, sign_b) / 2)
 
     def init(params: Tree) -> MuonState:
         _check(params)
@@ -199,8 +203,8 @@ def _inverse_root(gram: Array) -> Array:
 
     def iterate(_: int, pair: tuple[Array, Array]) -> tuple[Array, Array]:
         y, z = pair
-        t = (3 * one - matmul(z, y)) / 2
-        return matmul(y, t), matmul(t, z)
+        t = (3 * one - highest_matmul(z, y)) / 2
+        return highest_matmul(y, t), highest_matmul(t, z)
 
     start = (gram / scale + rounding * one, jnp.broadcast_to(one, gram.shape))
     _, root = lax.fori_loop(0, iterations, iterate, start)

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.inits.context import InitContext, InitResult
 from lorax_ft.lowrank.inits.svd import (
     Factors,
     HostFactors,
     map_matrices,
     on_host,
-    product,
     root_split,
     smallest_first,
 )
@@ -45,7 +45,7 @@ def corda(context: InitContext) -> InitResult:
 def randomized_factors(context: InitContext, w: Array, c: Array) -> Factors:
     """A √s and B √s by a randomized SVD on the device, which finds the first triples only."""
     c = damped(c)
-    a, b = context.svd(product(c, w.astype(jnp.float32)))
+    a, b = context.svd(highest_matmul(c, w.astype(jnp.float32)))
     with jax.default_matmul_precision("highest"):
         unweighted = jnp.linalg.solve(c, a)  # C⁻¹ A
     return unweighted, b

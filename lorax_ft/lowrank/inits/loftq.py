@@ -5,8 +5,8 @@ Q_t = q(W − s A_{t−1} B_{t−1}),   A_t B_t = SVD_r(W − Q_t) / s,   A_0 B_
 
 from __future__ import annotations
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.inits.context import InitContext, InitResult
-from lorax_ft.lowrank.inits.svd import product
 
 
 def loftq(context: InitContext) -> InitResult:
@@ -25,7 +25,7 @@ def loftq(context: InitContext) -> InitResult:
     latest = (context.zeros_a(), context.zeros_b())
     for _ in range(context.rounds):
         previous = latest
-        quantized = context.quantize(w - product(*previous))
+        quantized = context.quantize(w - highest_matmul(*previous))
         latest = context.truncated_svd(w - quantized)
     factors = context.divided_by_scale(latest)
     removed = context.divided_by_scale(previous)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.inits.context import InitContext, InitResult
-from lorax_ft.lowrank.inits.svd import Factors, product
+from lorax_ft.lowrank.inits.svd import Factors
 
 
 def olora(context: InitContext) -> InitResult:
@@ -32,6 +33,6 @@ def qr_factors(w: Array, *, rank: int) -> Factors:
     w = w.astype(jnp.float32)
     first_columns = w[:, :rank].swapaxes(1, 2)  # [L, O, r]
     q, _ = jnp.linalg.qr(first_columns)  # [L, O, r]
-    a = product(w, q)
+    a = highest_matmul(w, q)
     b = q.swapaxes(1, 2)
     return a, b

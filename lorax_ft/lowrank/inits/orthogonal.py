@@ -13,8 +13,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.inits.context import InitContext, InitResult
 from lorax_ft.lowrank.inits.svd import Factors
 
@@ -65,7 +66,6 @@ def orthogonal_pair(
     q, _ = jnp.linalg.qr(blocks)
     left = jax.random.normal(a_key, (rank // 2, rows))
     right = jax.random.normal(b_key, (rank // 2, columns))
-    matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    a = matmul(left.T, q[0::2]) / 10
-    b = matmul(q[1::2].T, right) / 10
+    a = highest_matmul(left.T, q[0::2]) / 10
+    b = highest_matmul(q[1::2].T, right) / 10
     return a, b

@@ -13,8 +13,8 @@ best for the base Q that they are trained on.
 
 from __future__ import annotations
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.inits.context import InitContext, InitResult
-from lorax_ft.lowrank.inits.svd import product
 
 
 def pissa(context: InitContext) -> InitResult:
@@ -25,7 +25,7 @@ def pissa(context: InitContext) -> InitResult:
     if context.quantize is not None and context.rounds > 1:
         for _ in range(context.rounds):
             removed = latest
-            quantized = context.quantize(w - product(*removed))
+            quantized = context.quantize(w - highest_matmul(*removed))
             latest = context.truncated_svd(w - quantized)
     factors = context.divided_by_scale(latest)
     return InitResult(factors, removed=context.divided_by_scale(removed))

@@ -20,6 +20,8 @@ from jax import Array, lax
 from jax.experimental import multihost_utils
 from threadpoolctl import threadpool_limits
 
+from lorax_ft.lowrank.highest import highest_matmul
+
 OVERSAMPLING = (
     4  # extra columns of the randomized basis, so that the last ones it keeps are accurate
 )
@@ -62,11 +64,6 @@ def svd(
     else:
         a, b = _shared_by_hosts(exactly, w)
     return jnp.asarray(a), jnp.asarray(b)
-
-
-def product(a: Array, b: Array) -> Array:
-    """A B of a stack, in float32 at the highest precision."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def nonzero(x: Array) -> Array:
@@ -216,7 +213,6 @@ def _randomized_matrix(
     Q is made orthonormal in every iteration, Q ← qr(M Mᵀ Q): powers alone would lose all but the
     first directions.
     """
-    matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     rows, columns = w.shape
     wide = rows <= columns
     short = w if wide else w.T
@@ -224,19 +220,19 @@ def _randomized_matrix(
     n, long = m.shape
     width = min(rank + OVERSAMPLING, n)
     noise = jax.random.normal(key, (long, width))
-    y = matmul(m, noise)
+    y = highest_matmul(m, noise)
     for _ in range(iterations):
         q, _ = jnp.linalg.qr(y)
-        projected = matmul(m.T, q)
-        y = matmul(m, projected)
+        projected = highest_matmul(m.T, q)
+        y = highest_matmul(m, projected)
     q, _ = jnp.linalg.qr(y)  # [n, width]
-    b = matmul(q.T, m)  # [width, long]
-    gram = matmul(b, b.T)
+    b = highest_matmul(q.T, m)  # [width, long]
+    gram = highest_matmul(b, b.T)
     squares, u = jnp.linalg.eigh(gram)  # S² and U, ascending
     u = u[:, ::-1][:, :rank]
     squares = squares[::-1][:rank]
     # Rounding may leave a square slightly below 0.
     root = jnp.maximum(squares, 0) ** 0.25  # √S
-    near = matmul(q, u) * root
-    far = matmul(u.T, b) / nonzero(root)[:, None]
+    near = highest_matmul(q, u) * root
+    far = highest_matmul(u.T, b) / nonzero(root)[:, None]
     return _oriented(near, far, wide=wide)

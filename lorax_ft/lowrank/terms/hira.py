@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.inits.context import within_ranks
 from lorax_ft.lowrank.inits.random import uniform_a
 from lorax_ft.lowrank.keys import drawn
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import low_rank
 from lorax_ft.lowrank.terms.dropout import dropped
-from lorax_ft.lowrank.terms.term import Product, Term, check_single_matrix, highest_matmul
+from lorax_ft.lowrank.terms.term import Product, Term, check_single_matrix
 from lorax_ft.tree import Layer, Shape
 
 A, B, ACTIVE = "hira_a", "hira_b", "hira_active"

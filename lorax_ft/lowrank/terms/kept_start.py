@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from jax import Array
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import low_rank
-from lorax_ft.lowrank.terms.term import Product, Term, highest_matmul
+from lorax_ft.lowrank.terms.term import Product, Term
 from lorax_ft.tree import Layer
 
 A0, B0, SCALE = "lora_a0", "lora_b0", "start_scale"

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.inits.context import within_ranks
 from lorax_ft.lowrank.inits.random import uniform_a
 from lorax_ft.lowrank.keys import drawn
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import low_rank
 from lorax_ft.lowrank.terms.dropout import dropped
-from lorax_ft.lowrank.terms.term import Product, Term, check_no_embedding, highest_matmul
+from lorax_ft.lowrank.terms.term import Product, Term, check_no_embedding
 from lorax_ft.tree import Layer, Shape
 
 A1, B1, A2, B2, SCALE = "loha_a1", "loha_b1", "loha_a2", "loha_b2", "loha_scale"

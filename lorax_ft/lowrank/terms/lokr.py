@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.inits.random import uniform_a
 from lorax_ft.lowrank.keys import drawn
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.dropout import dropped
-from lorax_ft.lowrank.terms.term import Product, Term, check_dense, highest_matmul
+from lorax_ft.lowrank.terms.term import Product, Term, check_dense
 from lorax_ft.schema import Axis
 from lorax_ft.tree import Layer, Shape
 

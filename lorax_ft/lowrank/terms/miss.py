@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.dropout import dropped
 from lorax_ft.lowrank.terms.low_rank import expand
-from lorax_ft.lowrank.terms.term import Product, Term, highest_matmul
+from lorax_ft.lowrank.terms.term import Product, Term
 from lorax_ft.tree import Layer, Shape
 
 D, RANK = "miss_block", "miss_rank"

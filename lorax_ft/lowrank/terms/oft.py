@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.low_rank import expanded_to
 from lorax_ft.lowrank.terms.term import Term, check_dense
@@ -91,9 +92,9 @@ def rotations(layer: Layer) -> Array:
     active = expanded_to(layer[ACTIVE], pairs.ndim)
     q = skew_symmetric(active * pairs)
     identity = jnp.eye(q.shape[-1])
-    squared = jnp.matmul(q, q, precision=lax.Precision.HIGHEST)
-    cubed = jnp.matmul(squared, q, precision=lax.Precision.HIGHEST)
-    fourth = jnp.matmul(squared, squared, precision=lax.Precision.HIGHEST)
+    squared = highest_matmul(q, q)
+    cubed = highest_matmul(squared, q)
+    fourth = highest_matmul(squared, squared)
     return identity + 2 * (q + squared + cubed) + fourth
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax import Array, lax
 
@@ -143,8 +142,3 @@ def check_dense(plan: Plan) -> None:
             f"{plan.paths[0]} is of the type {plan.spec.module}, and {title} is for dense layers "
             "only; exclude it"
         )
-
-
-def highest_matmul(a: Array, b: Array) -> Array:
-    """A B in float32. Accelerators multiply float32 in fewer bits unless told otherwise."""
-    return jax.numpy.matmul(a, b, precision=lax.Precision.HIGHEST)

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.keys import fold_path
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import low_rank
 from lorax_ft.lowrank.terms.dropout import dropped
-from lorax_ft.lowrank.terms.term import Product, Term, check_no_embedding, highest_matmul
+from lorax_ft.lowrank.terms.term import Product, Term, check_no_embedding
 from lorax_ft.tree import Layer, Shape
 
 A, B = "vera_a", "vera_b"
