@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft, save_peft
     from lorax_ft.interop.save import save_model, save_quantized
+    from lorax_ft.lowrank.activation import with_invocation
     from lorax_ft.lowrank.adapters import (
         abstract_adapters,
         add_adapters,
@@ -65,6 +66,7 @@ _ROOMS = {
         *("attach_adapters", "disable_adapters", "make_eval_step", "make_train_step"),
         *("merge_adapters", "merge_weighted", "switched_off", "unmerge_adapters", "with_norms"),
     ),
+    "lowrank.activation": ("with_invocation",),
     "lowrank.adapters": ("abstract_adapters", "add_adapters", "with_dropout"),
     "lowrank.groups": ("label", "partition"),
     "lowrank.inits.context": ("InitContext", "InitResult"),

@@ -79,10 +79,10 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
     if config.adapter.continue_from is not None:
         model = _load_adapter(model, Path(config.adapter.continue_from), config)
     with jax.set_mesh(mesh):
-        return with_root_leaves(model, config)
+        return with_prompt_and_invocation(model, config)
 
 
-def with_root_leaves(model: LoadedModel, config: Config) -> LoadedModel:
+def with_prompt_and_invocation(model: LoadedModel, config: Config) -> LoadedModel:
     """The model with what of a new run's adapter is beside no kernel: soft prompt, invocation.
 
     Raises:

@@ -14,7 +14,7 @@ from lorax_ft.interop.peft import BASE, load_peft
 from lorax_ft.lowrank.terms import kept_start
 from lorax_ft.models.model import LoadedModel
 from lorax_ft.run.checkpoints import FOLDER, Checkpoints
-from lorax_ft.run.inputs import with_root_leaves
+from lorax_ft.run.inputs import with_prompt_and_invocation
 from lorax_ft.sharding import make_mesh
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.state import abstract_state, owned_leaves, resumed_state
@@ -49,7 +49,7 @@ def load_checkpoint(run: Path, config: Config, *, step: int) -> tuple[LoadedMode
     started = model
     if config.adapter.continue_from is not None:
         started = dataclasses.replace(model, params=load_peft(config.adapter.continue_from, model))
-    started = with_root_leaves(started, config)
+    started = with_prompt_and_invocation(started, config)
     checkpoints = Checkpoints(run / FOLDER, keep=config.train.keep_checkpoints)
     return model, _params(started, config, checkpoints, step=step, own_base=own_base.is_dir())
 

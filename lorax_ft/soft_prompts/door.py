@@ -14,6 +14,7 @@ from lorax_ft.tree import Layer, Tree, modules
 
 PROMPT = "prompt_embedding"
 KEY, VALUE = "prefix_key", "prefix_value"
+ENCODER_INPUT = "encoder_input"
 FILLINGS = ((PROMPT,), (KEY, VALUE))
 """The leaves of a door, one for each array that passes it."""
 
@@ -51,7 +52,7 @@ def _filled(leaf: Array, numbers: Array, x: Array) -> Array:
 def virtual_tokens(params: Tree) -> int:
     """V: how many virtual tokens the soft prompt in the parameters has; 0 without one."""
     for layer in modules(params).values():
-        for name, axis in ((PROMPT, 0), ("encoder_input", 0), (KEY, -3)):
+        for name, axis in ((PROMPT, 0), (ENCODER_INPUT, 0), (KEY, -3)):
             if name in layer:
                 size: int = layer[name].shape[axis]
                 return size

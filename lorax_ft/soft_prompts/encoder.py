@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lorax_ft.soft_prompts.door import KEY, PROMPT, VALUE
+from lorax_ft.soft_prompts.door import ENCODER_INPUT, KEY, PROMPT, VALUE
 from lorax_ft.tree import Layer, Shape, Tree, from_modules, modules
 
-INPUT = "encoder_input"
 TO_PROMPT = ("encoder_to_prompt", "encoder_prompt_bias")
 TO_PREFIX = ("encoder_to_prefix", "encoder_prefix_bias")
 DENSE = (("encoder_kernel_0", "encoder_bias_0"), ("encoder_kernel_1", "encoder_bias_1"))
@@ -28,7 +27,7 @@ LSTM = (
 
 def prompt_encoder_shapes(kind: str, *, tokens: int, width: int, hidden: int) -> dict[str, Shape]:
     """The leaves of an encoder, "mlp" or "lstm", of a prompt `[V, D]`."""
-    shapes: dict[str, Shape] = {INPUT: (tokens, width)}
+    shapes: dict[str, Shape] = {ENCODER_INPUT: (tokens, width)}
     if kind == "lstm":
         # Two layers of both directions, whose outputs stand beside one another.
         inputs = width
@@ -57,7 +56,7 @@ def prefix_encoder_shapes(
     kernel, bias = TO_PREFIX
     outputs = (layers, 2, heads, channels)
     return {
-        INPUT: (tokens, width),
+        ENCODER_INPUT: (tokens, width),
         first: (width, hidden),
         first_bias: (hidden,),
         kernel: (hidden, *outputs),
@@ -73,7 +72,7 @@ def initial_encoder(shapes: dict[str, Shape], key: Array) -> Layer:
     leaves = {}
     for i, (name, shape) in enumerate(shapes.items()):
         own = jax.random.fold_in(key, i)
-        if name == INPUT:
+        if name == ENCODER_INPUT:
             leaves[name] = jax.random.normal(own, shape)
             continue
         bound = _fan_in(name, shapes) ** -0.5
@@ -84,7 +83,7 @@ def initial_encoder(shapes: dict[str, Shape], key: Array) -> Layer:
 def encoded(params: Tree) -> Tree:
     """The parameters with what encoders compute in the place of the encoders' leaves."""
     layers = modules(params)
-    found = {path: layer for path, layer in layers.items() if INPUT in layer}
+    found = {path: layer for path, layer in layers.items() if ENCODER_INPUT in layer}
     if not found:
         return params
     return from_modules(layers | {path: _encode(layer) for path, layer in found.items()})
@@ -92,7 +91,7 @@ def encoded(params: Tree) -> Tree:
 
 def _encode(layer: Layer) -> Layer:
     """The leaves of a door from those of its encoder."""
-    x = layer[INPUT]
+    x = layer[ENCODER_INPUT]
     if TO_PREFIX[0] in layer:
         kernel, bias = (layer[name] for name in TO_PREFIX)
         hidden = jnp.tanh(_dense(layer, 0, x))

@@ -80,11 +80,9 @@ def check_config(config: Config, axes: Sequence[Axis | Range]) -> None:
                 f"{field} is {value}, but a sweep trains all points for the same steps and "
                 f"compares their last ones; remove {field}"
             )
-    if config.prompt.kind != "none":
-        raise ValueError(
-            f"prompt.kind is {config.prompt.kind}, but a sweep trains adapters alone; use a run "
-            "for each value"
-        )
+    if config.prompt.kind != "none" or config.adapter.invocation is not None:
+        option = "adapter.invocation" if config.prompt.kind == "none" else "prompt.kind"
+        raise ValueError(f"{option} is set, which a sweep does not train; use a run for each value")
     if config.adapter.continue_from is None:
         return
     # An adapter to continue from brings its leaves, whatever the config says of their start.

@@ -155,7 +155,7 @@ def test_our_encoders_compute_what_pefts_do() -> None:
     first, _, second = projected.transform
     shape = (3, 2, 2, 4)
     layer = {
-        encoder.INPUT: array(projected.embedding.weight),
+        encoder.ENCODER_INPUT: array(projected.embedding.weight),
         "encoder_kernel_0": array(first.weight).T,
         "encoder_bias_0": array(first.bias),
         "encoder_to_prefix": array(second.weight).T.reshape(6, *shape),
@@ -176,7 +176,7 @@ def array(tensor: Any) -> np.ndarray:
 
 def mlp_leaves(theirs: Any) -> Tree:
     first, _, second, _, third = theirs.mlp_head
-    layer = {encoder.INPUT: array(theirs.embedding.weight)}
+    layer = {encoder.ENCODER_INPUT: array(theirs.embedding.weight)}
     for number, linear in enumerate((first, second)):
         layer[f"encoder_kernel_{number}"] = array(linear.weight).T
         layer[f"encoder_bias_{number}"] = array(linear.bias)
@@ -187,7 +187,7 @@ def mlp_leaves(theirs: Any) -> Tree:
 
 
 def lstm_leaves(theirs: Any) -> Tree:
-    layer = {encoder.INPUT: array(theirs.embedding.weight)}
+    layer = {encoder.ENCODER_INPUT: array(theirs.embedding.weight)}
     lstm = theirs.lstm_head
     for number in (0, 1):
         for ours, kind in (("input", "ih"), ("hidden", "hh")):
