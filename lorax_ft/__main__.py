@@ -17,6 +17,8 @@ COMMANDS = {
     "sweep": "train many adapters in one program, and find the best settings",
     "compare": "compare methods, each at its best learning rate",
     "plan": "plan a run on other chips: whether it fits, and how fast it could be",
+    "autotrain": "fine-tune a model with the options of AutoTrain",
+    "convert-config": "write a config of another trainer as one of ours",
 }
 
 
@@ -34,12 +36,12 @@ def main() -> None:
         sys.exit(2)
     # The program's name in the help and in reports.
     sys.argv = [f"lorax-ft {name}", *arguments]
-    importlib.import_module(f"lorax_ft.commands.{name}").main()
+    importlib.import_module(f"lorax_ft.commands.{name.replace('-', '_')}").main()
 
 
 def _help() -> str:
     lines = ["usage: lorax-ft COMMAND [OPTIONS]", "", "commands:"]
-    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<15} {text}" for name, text in COMMANDS.items()]
     lines += ["", "lorax-ft COMMAND --help lists the options of a command.", "First steps:"]
     lines += ["  lorax-ft train --config pissa --train.output out/pissa"]
     lines += ['  lorax-ft generate --run out/pissa "What is 12 + 30?"']

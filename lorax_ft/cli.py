@@ -13,12 +13,20 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import tyro
 
-from lorax_ft.config import Config, load_config
-from lorax_ft.options import advice, check_given_once, flag_with_value, wrong_value
+from lorax_ft.config import Config
+from lorax_ft.config.foreign.source import Source
+from lorax_ft.config.load import Loaded, read_config
+from lorax_ft.options import (
+    advice,
+    check_given_once,
+    flag_with_value,
+    given_options,
+    wrong_value,
+)
 from lorax_ft.secrets import redacted
 
 Args = TypeVar("Args")
@@ -107,26 +115,55 @@ def _with_value_of_resume(argv: Sequence[str]) -> list[str]:
     return given
 
 
-def parse_run(args_type: type[RunArgs]) -> tuple[RunArgs, Config]:
+class Run(NamedTuple, Generic[RunArgs]):
+    """What a command line says about a run."""
+
+    args: RunArgs
+    config: Config
+    """The config alone."""
+    source: Source | None
+    """The file of --config, if it is that of another trainer."""
+
+
+def parse_run(args_type: type[RunArgs]) -> Run[RunArgs]:
     """Parse the command line of a script that runs a `Config`: the file of --config, then options.
 
     Args:
       args_type: a subclass of `Config` with further options, among them `config`.
 
-    Returns:
-      The arguments, and the config alone.
-
     Raises:
-      ValueError: as `load_config` and `parse`.
+      ValueError: as `read_config` and `parse`.
     """
     # Before the full parser, whose defaults are the values of the config file.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", nargs="?")
     config_file = first.parse_known_args()[0].config
-    config = load_config(config_file) if config_file else Config()
-    default: Any = args_type(**_sections(config), config=config_file)  # type: ignore[call-arg]
-    args = parse(args_type, default=default)
-    return args, Config(**_sections(args))
+    loaded = Loaded(Config())
+    if config_file:
+        loaded = read_config(config_file, given_options(sys.argv[1:]))
+    return parse_over(args_type, loaded, config=config_file)
+
+
+def parse_over(
+    args_type: type[RunArgs],
+    loaded: Loaded,
+    *,
+    argv: Sequence[str] | None = None,
+    **others: Any,
+) -> Run[RunArgs]:
+    """Parse options over the values of a config.
+
+    Args:
+      args_type: a subclass of `Config` with further options.
+      loaded: the config.
+      argv: the arguments; None uses those of the process.
+      others: the values of further options, unless they are given.
+
+    Raises:
+      ValueError: as `parse`.
+    """
+    args = parse(args_type, default=args_type(**_sections(loaded.config), **others), argv=argv)
+    return Run(args, Config(**_sections(args)), loaded.source)
 
 
 def command_line() -> str:

@@ -8,7 +8,7 @@ options, such as learning_rate, need no line: `lorax_ft.options` finds them.
 from __future__ import annotations
 
 _GLOBAL_BATCH = "batch_size is global: per-device size x devices x accumulation steps"
-_ROWS = "a number of rows, not a fraction"
+_ROWS = "a number of rows, or a fraction of them below 1"
 _STEPS_OR_EPOCH = "a number of steps, or epoch"
 _TOKENIZER = "the chat template comes from the tokenizer in the model's folder"
 
@@ -125,7 +125,6 @@ TRAINING = {
     "lr_scheduler": "--optim.schedule",
     "lr_scheduler_type": "--optim.schedule",
     "warmup_ratio": "--optim.warmup_fraction",
-    "warmup_steps": "--optim.warmup_fraction; a fraction of all steps",
     "min_lr_ratio": "--optim.final_fraction",
     "cosine_min_lr_ratio": "--optim.final_fraction",
     "adam_beta1": "--optim.b1",

@@ -32,6 +32,11 @@ def options(args_type: type) -> dict[str, Any]:
     return found
 
 
+def given_options(argv: Sequence[str]) -> set[str]:
+    """The names of the options on a command line."""
+    return {name for name, _ in _given(argv)}
+
+
 def check_given_once(argv: Sequence[str], args_type: type) -> None:
     """Raises ValueError if an option is given twice; the last one would win without a word."""
     known = options(args_type)

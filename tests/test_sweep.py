@@ -25,7 +25,7 @@ from lorax_ft.run.stop_signal import StopSignal
 from lorax_ft.sweep import setup
 from lorax_ft.sweep.agree import check_axes, with_shared_base
 from lorax_ft.sweep.axes import Axis, parse_axes, product
-from lorax_ft.sweep.config_file import config_file
+from lorax_ft.config.python_file import config_file
 from lorax_ft.sweep.halving import groups, rung_ends, survivors
 from lorax_ft.sweep.loop import run_points
 from lorax_ft.sweep.rate import find_rate

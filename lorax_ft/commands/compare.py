@@ -14,8 +14,9 @@ class Args(Config):
     """Compare methods: the report goes to train.output with -comparison behind it."""
 
     config: str | None = None
-    """Python file with get_config(), the config.json of a run, or a name such as pissa.
-    The defaults below are its values."""
+    """Config: a Python file with get_config(), a name such as pissa, a .yaml or .json file with
+    our sections or of LLaMA-Factory, or PEFT's adapter_config.json. The defaults below are its
+    values."""
     methods: tuple[str, ...] = DEFAULT
     """Methods to compare, or all. "r64=lora adapter.rank=64 adapter.alpha=128" is one with other
     settings, under the name r64. The reference is lora, or the first one without it."""
@@ -40,10 +41,11 @@ class Args(Config):
 def main() -> None:
     """Reads the config file, then the options, then compares."""
     with cli.one_line_errors():
-        args, config = cli.parse_run(Args)
+        args, config, source = cli.parse_run(Args)
         # JAX takes seconds to import: --help and errors in the options should not wait for it.
         from lorax_ft.comparison.design import Design
         from lorax_ft.comparison.run import compare
+        from lorax_ft.run.translated import announced
 
         design = Design(
             rates=args.rates,
@@ -54,7 +56,7 @@ def main() -> None:
             benchmark_limit=args.benchmark_limit,
         )
         compare(
-            config,
+            announced(config, source),
             design,
             methods=args.methods,
             parallel=args.parallel,

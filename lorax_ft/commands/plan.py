@@ -21,8 +21,9 @@ class Args(Config):
     only config.json is read. TPUs need pip install "lorax_ft[tpu-compile]"."""
 
     config: str | None = None
-    """Python file with get_config(), the config.json of a run, or a name such as pissa.
-    The defaults below are its values."""
+    """Config: a Python file with get_config(), a name such as pissa, a .yaml or .json file with
+    our sections or of LLaMA-Factory, or PEFT's adapter_config.json. The defaults below are its
+    values."""
     topology: tuple[str, ...] = ("v5e:4x4",)
     """TPU topology (v5e, v6e: v5e:4x4; v5p: v5p:4x4x4) or GPUs of one machine (a100, h100, h200:
     h100:8). With several, the batch grows with the number of chips."""
@@ -45,7 +46,7 @@ class Args(Config):
 def main() -> None:
     """Reads the config file, then the options, then plans."""
     with cli.one_line_errors():
-        args, config = cli.parse_run(Args)
+        args, config, source = cli.parse_run(Args)
         if not args.topology:
             raise ValueError("--topology lacks its value; give one, such as v5e:4x4 or h100:8")
         _check(args)
@@ -53,9 +54,10 @@ def main() -> None:
         _prepare(max(topology.devices for topology in topologies))
         # Imports JAX, which reads the environment once.
         from lorax_ft.plan.run import plan
+        from lorax_ft.run.translated import announced
 
         plan(
-            config,
+            announced(config, source, devices=topologies[0].devices),
             topologies,
             tries=args.tries,
             always_search=args.search,

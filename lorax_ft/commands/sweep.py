@@ -15,8 +15,9 @@ class Args(Config):
     """Sweep a config: the results go to train.output with -sweep behind it."""
 
     config: str | None = None
-    """Python file with get_config(), the config.json of a run, or a name such as pissa.
-    The defaults below are its values."""
+    """Config: a Python file with get_config(), a name such as pissa, a .yaml or .json file with
+    our sections or of LLaMA-Factory, or PEFT's adapter_config.json. The defaults below are its
+    values."""
     sweep: tuple[str, ...] = ()
     """What varies, each as "section.field=values"; all combinations are trained.
     optim.learning_rate=1e-4,1e-3: these values; optim.learning_rate=1e-5..1e-2:9: nine values,
@@ -40,12 +41,13 @@ def main() -> None:
                 "--multihost: a sweep runs in one process; start it on one host without it, or "
                 "train its points as runs with train --multihost"
             )
-        args, config = cli.parse_run(Args)
+        args, config, source = cli.parse_run(Args)
         # JAX takes seconds to import: --help and errors in the options should not wait for it.
+        from lorax_ft.run.translated import announced
         from lorax_ft.sweep.run import sweep
 
         sweep(
-            config,
+            announced(config, source),
             args.sweep,
             parallel=args.parallel,
             budget=args.budget,

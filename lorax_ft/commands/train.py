@@ -16,8 +16,9 @@ class Args(Config):
     """Fine-tune a model as a config file says; options override the values of the file."""
 
     config: str | None = None
-    """Python file with get_config(), the config.json of a run, or a name such as pissa.
-    The defaults below are its values."""
+    """Config: a Python file with get_config(), a name such as pissa, a .yaml or .json file with
+    our sections or of LLaMA-Factory, or PEFT's adapter_config.json. The defaults below are its
+    values."""
     dry_run: bool = False
     """Print what would be trained, the memory it needs and the first batch, then stop."""
     multihost: bool = False
@@ -28,13 +29,15 @@ class Args(Config):
 def main() -> None:
     """Reads the config file, then the options, then trains."""
     with cli.one_line_errors():
-        args, config = cli.parse_run(Args)
+        args, config, source = cli.parse_run(Args)
         if args.multihost:
             _join_processes()
         # JAX takes seconds to import: --help and errors in the options should not wait for it.
         # It must also not look for devices before the processes are joined.
+        from lorax_ft.run.translated import announced
         from lorax_ft.sweep.rate import train
 
+        config = announced(config, source)
         command = cli.command_line()
         train(config, dry_run=args.dry_run, command=command)
 

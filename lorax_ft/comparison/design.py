@@ -15,7 +15,7 @@ from pathlib import Path
 from lorax_ft.config import Config, DataConfig
 from lorax_ft.data.bad_rows import BadRows
 from lorax_ft.data.dataset import name_sets
-from lorax_ft.data.sources import has_split, parse_sources, read_rows
+from lorax_ft.data.sources import has_split, parse_sources, split_limit, read_rows
 from lorax_ft.files import write_file
 from lorax_ft.sweep.axes import Point, Settings, make_point
 
@@ -131,7 +131,7 @@ def _training_folder(data: DataConfig) -> list[str]:
     # Of several sources, or of one without such a split, a run would hold out training rows, other
     # ones for each seed.
     if len(paths) == 1 and has_split(paths[0], data.validation_split):
-        return paths
+        return [split_limit(paths[0])[0]]
     raise ValueError(
         "a comparison needs validation rows that are not trained on; give data.validation"
     )

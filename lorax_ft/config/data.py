@@ -22,7 +22,7 @@ class DataConfig:
     """Training data: files (.jsonl, .json, .csv, .parquet; also .gz, .zst), patterns ("d/*.jsonl"),
     a folder with a file per split or saved by datasets.save_to_disk, or a Hub id ("owner/name" or
     "owner/name:subset"). Several are mixed; "PATH=2" takes the rows of PATH twice in an epoch,
-    "PATH=0.5" half of them."""
+    "PATH=0.5" half of them; "PATH[:1000]" are its first 1000 rows."""
     validation: tuple[str, ...] = ()
     """Validation data: files, a folder or a Hub id.
     "name=path" makes sets with losses of their own, such as easy=a.jsonl hard=b.jsonl;
@@ -35,8 +35,9 @@ class DataConfig:
     """Branch, tag or commit, if data.train or data.validation is a Hub id."""
     validation_split: str = "test"
     """Split to read if the validation data is a folder or Hub id."""
-    validation_rows: int = 200
-    """Training rows to hold out if there is no validation data, at most a tenth; 0: none."""
+    validation_rows: int | float = 200
+    """Training rows to hold out if there is no validation data: a number of them, at most a tenth,
+    or below 1 a fraction of them, such as 0.2; 0: none."""
     limit: int | None = None
     """Maximum number of training rows to read; None reads all."""
     shape: Literal[
@@ -96,8 +97,10 @@ class DataConfig:
             f"data.max_length is {self.max_length}; it must be at least 8 tokens, or auto",
         )
         check(
-            self.validation_rows >= 0,
-            f"data.validation_rows is {self.validation_rows}; it must be 0 or more",
+            0 <= self.validation_rows < 1
+            or (self.validation_rows >= 1 and isinstance(self.validation_rows, int)),
+            f"data.validation_rows is {self.validation_rows}; it must be a whole number, 0 or "
+            "more, or a fraction below 1",
         )
         check(
             self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be above 0"

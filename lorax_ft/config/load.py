@@ -1,47 +1,72 @@
-"""Config files: Python with `get_config()`, or the config.json of a run."""
+"""Config files: Python with `get_config()`, YAML or JSON, of ours and of other trainers."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib.util
+import re
+import warnings
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from lorax_ft.checks import check
+from lorax_ft.config.document import Document, read_document
+from lorax_ft.config.foreign.source import LLAMA_FACTORY, PEFT, Source, read_foreign
 from lorax_ft.config.run import Config
-from lorax_ft.files import read_text
 
 PACKAGE = Path(__file__).parents[1]
+SUFFIXES = (".yaml", ".yml", ".json")
+"""Of files that hold values; others are Python."""
+_SECTIONS = [field.name for field in dataclasses.fields(Config)]
+
+
+class Loaded(NamedTuple):
+    """A config, and where it comes from if it was translated."""
+
+    config: Config
+    source: Source | None = None
 
 
 def load_config(path: str | Path) -> Config:
     """The config of a file.
 
     Args:
-      path: a .py file with `get_config()`, the config.json of a run, or the name of a config that
-        comes with the library, such as "pissa".
+      path: a .py file with `get_config()`; a .yaml or .json file with our sections, such as the
+        config.json of a run; LLaMA-Factory's YAML; PEFT's adapter_config.json; or the name of a
+        config that comes with the library, such as "pissa". A batch size per device is taken for
+        one device.
+
+    Warns:
+      UserWarning: keys of another trainer that are not honored.
 
     Raises:
       ValueError: the file is missing, raises an exception, or holds no valid config.
     """
-    path = _locate(Path(path))
-    if path.suffix == ".json":
-        return _from_json(path)
-    # importlib returns no loader for other suffixes.
-    check(path.suffix == ".py", f"{path} is neither a .py file with get_config() nor a config.json")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    # The file is user code: it may raise anything.
-    except Exception as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    check(
-        isinstance(config, Config),
-        f"{path}: get_config() returned {type(config).__name__}, not a Config",
-    )
+    config, source = read_config(path)
+    if source is not None and source.unused:
+        keys = ", ".join(source.unused)
+        warnings.warn(f"{source.path}: not honored: {keys}", stacklevel=2)
     return config
+
+
+def read_config(path: str | Path, overridden: Collection[str] = ()) -> Loaded:
+    """As `load_config`, with what is to be said of a file of another trainer.
+
+    Args:
+      path: the file.
+      overridden: options that are given beside the file, and win; its keys for them are not read.
+    """
+    path = _locate(Path(path))
+    if path.suffix in SUFFIXES:
+        return _from_values(read_document(str(path)), overridden)
+    # importlib returns no loader for other suffixes.
+    check(
+        path.suffix == ".py",
+        f"{path} is neither a .py file with get_config() nor a config.json nor a .yaml file",
+    )
+    return Loaded(_from_python(path))
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -74,8 +99,59 @@ def _locate(path: Path) -> Path:
     raise ValueError(message)
 
 
-def _from_json(path: Path) -> Config:
+def _from_python(path: Path) -> Config:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     try:
-        return Config.from_json(read_text(path))
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    # The file is user code: it may raise anything.
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    check(
+        isinstance(config, Config),
+        f"{path}: get_config() returned {type(config).__name__}, not a Config",
+    )
+    return config
+
+
+def _from_values(document: Document, overridden: Collection[str]) -> Loaded:
+    """The config of a file of ours or of another trainer: its keys decide."""
+    keys = list(document.values)
+    if all(key in _SECTIONS for key in keys):
+        return Loaded(_from_sections(document))
+    if "peft_type" in keys:
+        return Loaded(*read_foreign(document, PEFT, overridden))
+    if "base_model" in keys:
+        other = "AutoTrain" if "task" in keys else "axolotl"
+        advice = (
+            "give its values to lorax-ft autotrain llm"
+            if other == "AutoTrain"
+            else "lorax-ft train takes most of its names as hints, such as --micro_batch_size"
+        )
+        raise ValueError(f"{document.where('base_model')}: a YAML of {other} is not read; {advice}")
+    # Keys of ours among them are a misspelled section, not another trainer's.
+    if any(key in LLAMA_FACTORY.table for key in keys):
+        return Loaded(*read_foreign(document, LLAMA_FACTORY, overridden))
+    unknown = next(key for key in keys if key not in _SECTIONS)
+    near = difflib.get_close_matches(str(unknown), [*_SECTIONS, *LLAMA_FACTORY.table], n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ValueError(
+        f"{document.where(str(unknown))}: unknown key {unknown!r}{hint}; a config has the sections "
+        f"{', '.join(_SECTIONS)}, or LLaMA-Factory's keys (model_name_or_path, …), or those of a "
+        "PEFT adapter_config.json (peft_type, …)"
+    )
+
+
+def _from_sections(document: Document) -> Config:
+    """The config of our own sections."""
+    try:
+        return Config.from_sections(document.values)
     except ValueError as error:
-        raise ValueError(f"{path} is not the config of a run: {error}") from error
+        option = re.match(r"[a-z]+\.\w+", str(error))
+        place = document.where(option[0]) if option else document.path
+        # YAML and JSON have lists.
+        message = str(error).replace("it must be a tuple", "it must be a list")
+        raise ValueError(f"{place}: {message}") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from lorax_ft.checks import check, check_types
@@ -109,23 +111,33 @@ class Config:
         Raises:
           ValueError: a section or a field is unknown, or a value is invalid.
         """
-        section_types: dict[str, Any] = {}
-        for field in dataclasses.fields(Config):
-            section_types[field.name] = field.default_factory
-        sections: dict[str, Any] = {}
         content = parse_json(text, "the config")
         check(isinstance(content, dict), "the config is not a JSON object")
+        return Config.from_sections(content)
+
+    @staticmethod
+    def from_sections(content: Mapping[str, Any]) -> Config:
+        """The config of the sections in a JSON or YAML file, each with the values that are set.
+
+        Raises:
+          ValueError: a section or a field is unknown, or a value is invalid.
+        """
+        section_types = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+        sections: dict[str, Any] = {}
         for name, values in content.items():
             check(
                 name in section_types,
                 f"unknown section {name!r} of the config; known: {', '.join(section_types)}",
             )
             check(isinstance(values, dict), f"section {name!r} of the config is not an object")
-            for key, value in values.items():
-                if isinstance(value, list):  # JSON has no tuples
-                    values[key] = tuple(value)
-            try:
-                sections[name] = section_types[name](**values)
-            except TypeError as error:  # an unknown field
-                raise ValueError(f"section {name!r} of the config: {error}") from error
+            section: Any = section_types[name]
+            known = [field.name for field in dataclasses.fields(section)]
+            for key in values:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {name}.{near[0]}?" if near else ""
+                check(key in known, f"{name}.{key} is no option{hint}")
+            # JSON and YAML have no tuples.
+            sections[name] = section(
+                **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+            )
         return Config(**sections)

@@ -46,6 +46,8 @@ class OptimConfig:
     wsd (warmup-stable-decay): constant, with a linear decay over the last fifth."""
     warmup_fraction: float = 0.03
     """Fraction of all steps used for linear warmup."""
+    warmup_steps: int | None = None
+    """Steps of linear warmup, in place of the fraction; None: the fraction."""
     final_fraction: float = 0.0
     """Final learning rate as a fraction of the peak, for schedules that decay."""
     weight_decay: float = 0.0
@@ -69,6 +71,10 @@ class OptimConfig:
             check_positive(self, "learning_rate")
         check_positive(self, "lora_plus_ratio", "magnitude_ratio", "prompt_ratio")
         check_fraction(self, "warmup_fraction", "final_fraction")
+        check(
+            self.warmup_steps is None or 0 <= self.warmup_steps < 2**31,
+            f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more and below 2^31",
+        )
         for field in ("b1", "b2"):
             value = getattr(self, field)
             check(0 <= value < 1, f"optim.{field} is {value}; it must be at least 0 and below 1")

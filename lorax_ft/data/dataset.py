@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from lorax_ft.data.bad_rows import BadRows
 from lorax_ft.data.chat import Tokenizer
 from lorax_ft.data.examples import NumberedRows, Seen, examples_of, numbered_rows
 from lorax_ft.data.rows import Row
-from lorax_ft.data.sources import has_split, parse_sources
+from lorax_ft.data.sources import has_split, parse_sources, split_limit
 from lorax_ft.data.splits import Split, make_split, read_split, row_length
 from lorax_ft.data.store import NO_PROMPT
 
@@ -74,7 +75,7 @@ def load_data(
         for name, paths in name_sets(config.validation).items():
             validation[name] = numbered_rows(paths, config.validation_split, config, bad=bad)
     elif _has_validation_split(config):
-        paths = _paths(config)
+        paths = [split_limit(path)[0] for path in _paths(config)]
         validation = {"": numbered_rows(paths, config.validation_split, config, bad=bad)}
     elif config.validation_rows:
         chosen = _choose_held_out(config, seed)
@@ -202,8 +203,11 @@ def _choose_held_out(config: DataConfig, seed: int) -> set[int]:
     bad = _bad_rows(config)
     rows = numbered_rows(_paths(config), config.split, config, limit=config.limit, bad=bad)
     total = sum(1 for _ in rows)
-    # A small dataset keeps nine tenths of its rows for training.
-    count = min(config.validation_rows, total // 10)
+    if config.validation_rows < 1:
+        count = math.ceil(config.validation_rows * total)
+    else:
+        # A small dataset keeps nine tenths of its rows for training.
+        count = min(int(config.validation_rows), total // 10)
     return set(np.random.default_rng(seed).permutation(total)[:count].tolist())
 
 

@@ -79,7 +79,7 @@ def read_rows(
       paths: files (.jsonl, .json, .csv, .parquet; text files also with .gz or .zst), patterns of
         files such as "data/*.jsonl", folders with one file per split, such as `train.jsonl`,
         folders that `datasets.save_to_disk` wrote, or Hub ids as "owner/name" or
-        "owner/name:subset".
+        "owner/name:subset". "path[:N]" is the first N rows of a source.
       split: the split to read of a folder or a Hub dataset.
       limit: the largest number of rows over all sources; rows after that are not read.
       revision: branch, tag or commit of a Hub dataset.
@@ -93,9 +93,21 @@ def read_rows(
     return itertools.islice(rows, limit)
 
 
+def split_limit(path: str) -> tuple[str, int | None]:
+    """The source of "path[:N]", and N, the largest number of its rows to read; else None.
+
+    >>> split_limit("chat.jsonl[:1000]"), split_limit("chat.jsonl")
+    (('chat.jsonl', 1000), ('chat.jsonl', None))
+    """
+    limited = re.fullmatch(r"(.+)\[:(\d{1,12})\]", path)
+    if limited is None or Path(path).exists():
+        return path, None
+    return limited[1], int(limited[2])
+
+
 def has_split(path: str, split: str) -> bool:
     """Whether a path is a folder that holds this split."""
-    folder = Path(path).expanduser()
+    folder = Path(split_limit(path)[0]).expanduser()
     if not folder.is_dir():
         return False
     if (folder / _SAVED_SPLITS).is_file():
@@ -105,9 +117,12 @@ def has_split(path: str, split: str) -> bool:
 
 def _read(path: str, split: str, revision: str | None, bad: BadRows) -> Iterator[Row]:
     """Yields the rows of one source, which must have at least one."""
+    path, limit = split_limit(path)
+    if limit == 0:
+        raise ValueError(f"{path}[:0] takes no rows; give a number above 0")
     empty = True
     bad_before = bad.count
-    for row in _open(path, split, revision, bad):
+    for row in itertools.islice(_open(path, split, revision, bad), limit):
         empty = False
         yield row
     if not empty:

@@ -72,8 +72,11 @@ def unit_schedule(config: OptimConfig, *, steps: int) -> optax.Schedule:
 
     Warm-up ends at 1, and its first value is above 0, so that no step is idle.
     """
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_fraction * steps)
     # At least one step is left after the warm-up.
-    warmup = min(round(config.warmup_fraction * steps), steps - 1)
+    warmup = min(warmup, steps - 1)
     rest = max(steps - warmup, 1)
     last = config.final_fraction
     if config.schedule == "cosine":

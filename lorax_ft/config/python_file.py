@@ -1,4 +1,4 @@
-"""A `Config` as a Python file that scripts/train.py takes. Imports no JAX."""
+"""A `Config` as a Python file that scripts/train.py takes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lorax_ft.config import Config
+from lorax_ft.config.run import Config
+
+WIDTH = 100
+"""Columns of a line, as ruff's of the files in configs/."""
 
 
 def config_file(config: Config, *, docstring: str) -> str:
@@ -30,7 +33,8 @@ def config_file(config: Config, *, docstring: str) -> str:
         classes.add(type(section).__name__)
     # The order of ruff's import sorting, so that the file passes a linter as it is.
     names = sorted(classes)
-    lines = [f'"""{docstring}"""', "", f"from lorax_ft.config import {', '.join(names)}", "", ""]
+    text = docstring.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+    lines = [f'"""{text}"""', "", *_import(names), "", ""]
     lines.append("def get_config() -> Config:")
     if not sections:
         lines.append("    return Config()")
@@ -39,11 +43,37 @@ def config_file(config: Config, *, docstring: str) -> str:
         for name, (section, values) in sections.items():
             lines.append(f"        {name}={type(section).__name__}(")
             for field, value in values.items():
-                # Fields are numbers, strings, booleans and tuples of them, whose repr is Python.
-                lines.append(f"            {field}={value!r},")
+                lines.extend(_argument(field, value, " " * 12))
             lines.append("        ),")
         lines.append("    )")
     return "\n".join(lines) + "\n"
+
+
+def _import(names: list[str]) -> list[str]:
+    line = f"from lorax_ft.config import {', '.join(names)}"
+    if len(line) <= WIDTH:
+        return [line]
+    return ["from lorax_ft.config import (", *(f"    {name}," for name in names), ")"]
+
+
+def _argument(field: str, value: Any, indent: str) -> list[str]:
+    """The lines of a field and its value."""
+    line = f"{indent}{field}={_literal(value)},"
+    if len(line) <= WIDTH or not isinstance(value, tuple):
+        return [line]
+    items = [f"{indent}    {_literal(item)}," for item in value]
+    return [f"{indent}{field}=(", *items, f"{indent}),"]
+
+
+def _literal(value: Any) -> str:
+    """A number, a text, a boolean, None or a tuple of them in Python, as ruff formats it."""
+    if isinstance(value, tuple):
+        items = ", ".join(map(_literal, value))
+        return f"({items},)" if len(value) == 1 else f"({items})"
+    text = repr(value)
+    if isinstance(value, str) and text.startswith("'") and '"' not in text:
+        return f'"{text[1:-1]}"'
+    return text
 
 
 def _changed_sections(config: Config) -> Mapping[str, tuple[Any, dict[str, Any]]]:

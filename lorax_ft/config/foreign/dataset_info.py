@@ -1,0 +1,204 @@
+"""LLaMA-Factory's dataset_info.json: where a dataset is, and what its fields are called."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from lorax_ft.config.foreign.rules import Keys
+from lorax_ft.files import read_json
+
+FILE = "dataset_info.json"
+ONLINE = "ONLINE"
+"""A dataset_dir whose datasets are Hub ids."""
+# Our names of the fields of a row and of a turn, by theirs.
+_COLUMNS: Mapping[str, Mapping[str, str]] = {
+    "alpaca": {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+        "history": "history",
+        "system": "system",
+        "tools": "tools",
+    },
+    "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
+}
+_TURN = {"role_tag": "role", "content_tag": "content"}
+# What a turn's fields may be called without a word.
+_FOUND = ("role", "from", "content", "value")
+# The names of roles that each of their tags may have, of those that lorax_ft.data.turns knows.
+_ROLES: Mapping[str, tuple[str, ...]] = {
+    "user_tag": ("human", "user", "prompter"),
+    "assistant_tag": ("gpt", "assistant", "chatgpt", "model", "bot", "ai"),
+    "observation_tag": (
+        *("observation", "tool", "function", "tool_response", "function_response", "ipython"),
+    ),
+    "function_tag": ("function_call", "tool_call"),
+    "system_tag": ("system", "developer"),
+}
+_ELSEWHERE = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+_OTHER_DATA = ("ranking", "images", "videos", "audios", "chosen", "rejected", "kto_tag")
+_KNOWN = (
+    *("file_name", "hf_hub_url", "formatting", "subset", "split", "num_samples", "columns"),
+    *("tags", "folder", "ranking", *_ELSEWHERE),
+)
+
+
+class Described(NamedTuple):
+    """A dataset as data.train and the other options of the data name it."""
+
+    name: str
+    source: str
+    split: str = "train"
+    shape: Literal["alpaca", "sharegpt", "messages"] = "alpaca"
+    fields: Mapping[str, str] = MappingProxyType({})
+    """The data's own names of the fields, by ours."""
+
+
+def describe(
+    names: Sequence[str], folder: str, keys: Keys, *, key: str, most: int | None
+) -> list[Described]:
+    """The datasets of these names.
+
+    Args:
+      names: the datasets.
+      folder: that of dataset_info.json.
+      keys: of the config that names them, for errors.
+      key: the one that names them.
+      most: the largest number of rows of each.
+
+    Raises:
+      ValueError: there is no such dataset, or it cannot be read here.
+    """
+    if not names:
+        return []
+    if folder == ONLINE:
+        return [Described(name, _limited(name, most)) for name in names]
+    if folder.startswith("REMOTE:"):
+        raise keys.error("dataset_dir", f"dataset_dir {folder}: download it, and name its folder")
+    file = Path(folder).expanduser() / FILE
+    if not file.is_file():
+        raise keys.error(
+            key,
+            f"{key}: there is no {file}, which says what {', '.join(names)} is; start where it "
+            "is, set dataset_dir, or give --data.train",
+        )
+    known = read_json(file)
+    return [_described(name, known, file, keys, key=key, most=most) for name in names]
+
+
+def common_fields(datasets: Sequence[Described], keys: Keys) -> tuple[str, ...]:
+    """data.fields for all of these datasets.
+
+    Raises:
+      ValueError: two of them call the same field differently.
+    """
+    fields: dict[str, tuple[str, str]] = {}
+    for dataset in datasets:
+        for ours, theirs in dataset.fields.items():
+            first, name = fields.setdefault(ours, (dataset.name, theirs))
+            if name != theirs:
+                raise keys.error(
+                    "dataset",
+                    f"dataset: {first} calls the field {ours} {name}, and {dataset.name} calls it "
+                    f"{theirs}; data.fields is one for all, so rename the field in one of them",
+                )
+    renamed = {ours: theirs for ours, (_, theirs) in fields.items() if ours != theirs}
+    return tuple(f"{ours}={theirs}" for ours, theirs in renamed.items())
+
+
+def _described(
+    name: str, known: Mapping[str, Any], file: Path, keys: Keys, *, key: str, most: int | None
+) -> Described:
+    """The dataset of this name."""
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(list(known)[:20])}"
+        raise keys.error(key, f"{key}: {file} has no dataset {name!r}; {hint}")
+    entry = known[name]
+    where = f"{file}: {name}"
+    _check(entry, where)
+    shape = entry.get("formatting", "alpaca")
+    # Its own name for ShareGPT with other tags.
+    shape = "sharegpt" if shape == "openai" else shape
+    if shape not in _COLUMNS:
+        raise ValueError(f"{where}: formatting is {shape!r}; it can be {' or '.join(_COLUMNS)}")
+    rows = [number for number in (entry.get("num_samples"), most) if number is not None]
+    source = _limited(_source(entry, file.parent, where), min(rows, default=None))
+    fields = _fields(entry, shape, where)
+    if fields.get("conversations") == "messages":
+        shape = "messages"
+        del fields["conversations"]
+    return Described(name, source, entry.get("split") or "train", shape, fields)
+
+
+def _check(entry: Any, where: str) -> None:
+    """Raise for an entry whose data is of another kind, or whose values have wrong types."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is not an object")
+    for name, value in entry.items():
+        if name not in _KNOWN:
+            near = difflib.get_close_matches(name, _KNOWN, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KNOWN)}"
+            raise ValueError(f"{where}: there is no {name!r}; {hint}")
+        kind: type = {"columns": dict, "tags": dict, "num_samples": int, "ranking": bool}.get(
+            name, str
+        )
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{where}: {name} is {value!r:.60}, not of the type {kind.__name__}")
+    for name in _OTHER_DATA:
+        if entry.get(name) or (entry.get("columns") or {}).get(name):
+            raise ValueError(f"{where} has {name}, and only texts with one answer are trained on")
+
+
+def _source(entry: Mapping[str, Any], folder: Path, where: str) -> str:
+    """The path or the Hub id of a dataset."""
+    hub = entry.get("hf_hub_url")
+    if hub:
+        if entry.get("folder"):
+            raise ValueError(f"{where}: a folder of a Hub dataset cannot be read; download it")
+        return f"{hub}:{entry['subset']}" if entry.get("subset") else hub
+    for name in _ELSEWHERE:
+        if entry.get(name):
+            raise ValueError(f"{where}: {name} cannot be read; download it, and give file_name")
+    if not entry.get("file_name"):
+        raise ValueError(f"{where} has no file_name and no hf_hub_url")
+    path = folder / entry["file_name"]
+    if not path.is_dir():
+        return str(path)
+    # All files of the folder, which are of one type; ours reads one file for each split.
+    suffixes = sorted({file.suffix for file in path.iterdir() if file.suffix})
+    if len(suffixes) != 1:
+        raise ValueError(f"{where}: {path} holds files of the types {suffixes}; one is needed")
+    return str(path / f"*{suffixes[0]}")
+
+
+def _limited(source: str, most: int | None) -> str:
+    """The first rows of a source."""
+    return source if most is None else f"{source}[:{most}]"
+
+
+def _fields(entry: Mapping[str, Any], shape: str, where: str) -> dict[str, str]:
+    """The data's own names of the fields, by ours."""
+    columns = entry.get("columns") or {}
+    ours = _COLUMNS[shape]
+    fields = {ours[name]: str(own) for name, own in columns.items() if name in ours and own}
+    unknown = sorted(set(columns) - {*_COLUMNS["alpaca"], *_COLUMNS["sharegpt"], *_OTHER_DATA})
+    if unknown:
+        raise ValueError(f"{where}: there is no column {unknown[0]!r}; known: {', '.join(ours)}")
+    if shape != "sharegpt":
+        return fields
+    for name, own in (entry.get("tags") or {}).items():
+        if name in _TURN:
+            if own not in _FOUND:
+                fields[_TURN[name]] = str(own)
+        elif name not in _ROLES:
+            raise ValueError(f"{where}: there is no tag {name!r}; known: {', '.join(_ROLES)}")
+        elif own not in _ROLES[name]:
+            raise ValueError(
+                f"{where}: {name} is {own!r}; the role can be named {', '.join(_ROLES[name])}"
+            )
+    return fields

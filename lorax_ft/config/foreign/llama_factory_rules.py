@@ -1,0 +1,361 @@
+"""What LLaMA-Factory's keys mean where several of them mean something together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lorax_ft.config.foreign.dataset_info import Described, common_fields, describe
+from lorax_ft.config.foreign.rules import Keys, Options
+
+OTHER_STAGES = ("pt", "rm", "ppo", "dpo", "kto")
+_NAMES_OF_ADAMW = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_hf", "adamw_apex_fused"),
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw", "paged_adamw_32bit"),
+)
+OPTIMIZERS = {
+    **dict.fromkeys(_NAMES_OF_ADAMW, "adamw"),
+    **dict.fromkeys(("lion", "lion_32bit", "lion_8bit", "paged_lion_8bit"), "lion"),
+    "sgd": "sgd",
+}
+_SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "cosine_with_min_lr": "cosine",
+    "warmup_stable_decay": "wsd",
+}
+_QUANTIZATIONS = {"bnb": "", "bitsandbytes": "", "hqq": "HQQ", "eetq": "EETQ"}
+_TRACKERS = ("tensorboard", "wandb")
+_SHARDED = "shard"
+"""In the names of FSDP's strategies that split the weights: full_shard, hybrid_shard."""
+
+
+def stage(keys: Keys) -> Options:
+    """Raises for stages other than supervised fine-tuning."""
+    name = keys.choose("stage", {name: name for name in ("sft", *OTHER_STAGES)}, "sft")
+    if name != "sft":
+        raise keys.error("stage", f"stage {name} cannot be run: lorax_ft has stage sft only")
+    if not keys.read("do_train", "flag", True):
+        raise keys.error("do_train", "do_train is false, so there is nothing to run")
+    return {}
+
+
+def model(keys: Keys) -> Options:
+    """The base model."""
+    path = keys.read("model_name_or_path", "text")
+    if path is None:
+        raise keys.error(
+            "model_name_or_path", "model_name_or_path is missing; add it, or give --model.path"
+        )
+    return {"model.path": path}
+
+
+def dtype(keys: Keys) -> Options:
+    """The dtype of weights and activations."""
+    if keys.read("bf16", "flag", False) or keys.read("pure_bf16", "flag", False):
+        return {"model.dtype": "bfloat16"}
+    if keys.read("fp16", "flag", False):
+        keys.note("fp16", "model.dtype bfloat16, as there is no float16")
+        return {"model.dtype": "bfloat16"}
+    keys.note("bf16", "absent, so model.dtype is float32; bfloat16 takes half of the memory")
+    return {"model.dtype": "float32"}
+
+
+def method(keys: Keys) -> Options:
+    """The method, and the modules that it trains."""
+    known = {name: name for name in ("lora", "oft", "full", "freeze")}
+    name = keys.choose("finetuning_type", known, "lora")
+    if name == "freeze":
+        raise keys.error(
+            "finetuning_type",
+            "finetuning_type freeze cannot be run: name the modules that train in "
+            "adapter.train_whole, as in finetuning_type full with --adapter.train_whole "
+            "'layers/(30|31)/.*'",
+        )
+    if name == "full":
+        return {"adapter.targets": (), "adapter.train_whole": ("all",)}
+    targets = keys.read(f"{name}_target", "names", ("all",))
+    whole = keys.read("additional_target", "names", ())
+    return {
+        "adapter.method": name,
+        "adapter.targets": ("all-linear",) if targets == ("all",) else targets,
+        "adapter.train_whole": whole,
+    }
+
+
+def scale(keys: Keys) -> Options:
+    """Alpha, which is twice the rank unless it is given."""
+    alpha = keys.read("lora_alpha", "number") or 2 * keys.read("lora_rank", "whole", 8)
+    return {"adapter.alpha": alpha}
+
+
+def pissa(keys: Keys) -> Options:
+    """PiSSA's start, from a randomized SVD."""
+    if not keys.read("pissa_init", "flag", False):
+        return {}
+    iterations = keys.read("pissa_iter", "whole", 16)
+    return {
+        "adapter.init": "pissa",
+        "adapter.svd_iterations": None if iterations == -1 else iterations,
+    }
+
+
+def continued(keys: Keys) -> Options:
+    """The adapter that the run goes on from."""
+    adapters = keys.read("adapter_name_or_path", "names")
+    if not adapters:
+        return {}
+    key = "adapter_name_or_path"
+    if len(adapters) > 1 or keys.read("create_new_adapter", "flag", False):
+        raise keys.error(
+            key, f"{key}: merge {', '.join(adapters)} into the model first (lorax-ft merge)"
+        )
+    folder = keys.read("adapter_folder", "text", "")
+    return {"adapter.continue_from": str(Path(adapters[0], folder))}
+
+
+def quantization(keys: Keys) -> Options:
+    """The format of the frozen base."""
+    bits = keys.read("quantization_bit", "whole")
+    if bits is None:
+        return {}
+    formats = {4: "nf4", 8: "int8"}
+    format_ = keys.choose("quantization_bit", formats, None)
+    method_ = keys.choose("quantization_method", _QUANTIZATIONS, "bnb")
+    if method_:
+        keys.note("quantization_method", f"quant.format {format_}, in place of {method_}")
+    if keys.choose("quantization_type", {"nf4": "nf4", "fp4": "fp4"}, "nf4") == "fp4":
+        keys.note("quantization_type", "quant.format nf4, as there is no fp4")
+    return {"quant.format": format_, "quant.double": keys.read("double_quantization", "flag", True)}
+
+
+def training_data(keys: Keys) -> Options:
+    """The training data, and how its rows are read."""
+    names = keys.read("dataset", "names")
+    if not names:
+        raise keys.error("dataset", "dataset is missing; add it, or give --data.train")
+    train = _described(keys, "dataset")
+    validation = [] if "data.validation" in keys.overridden else _described(keys, "eval_dataset")
+    splits = {one.split for one in train}
+    if len(splits) > 1:
+        raise keys.error("dataset", f"dataset: one split for all of them, not {sorted(splits)}")
+    shapes = {one.shape for one in (*train, *validation)}
+    return {
+        "data.train": tuple(one.source for one in train),
+        "data.split": splits.pop(),
+        "data.shape": shapes.pop() if len(shapes) == 1 else "auto",
+        "data.fields": common_fields((*train, *validation), keys),
+    }
+
+
+def validation_data(keys: Keys) -> Options:
+    """The validation data: sets of its own, or a part of the training rows."""
+    sets = _described(keys, "eval_dataset")
+    size = keys.read("val_size", "number", 0)
+    if sets and size:
+        raise keys.error("val_size", "val_size and eval_dataset exclude each other; give one")
+    if sets:
+        apart = keys.read("eval_on_each_dataset", "flag", False)
+        paths = tuple(f"{one.name}={one.source}" if apart else one.source for one in sets)
+        return {
+            "data.validation": paths,
+            "data.validation_split": sets[0].split,
+            "data.validation_rows": 0,
+        }
+    if size >= 1:
+        size = int(size)
+        keys.note("val_size", f"data.validation_rows {size}, at most a tenth of the rows")
+    return {"data.validation_rows": size}
+
+
+def _described(keys: Keys, key: str) -> list[Described]:
+    """The datasets that a key names."""
+    names = keys.read(key, "names", ())
+    folder = keys.read("dataset_dir", "text", "data")
+    return describe(names, folder, keys, key=key, most=keys.read("max_samples", "whole"))
+
+
+def loss_on(keys: Keys) -> Options:
+    """What counts in the loss."""
+    if keys.read("train_on_prompt", "flag", False):
+        return {"data.loss_on": "all"}
+    if keys.read("mask_history", "flag", False):
+        return {"data.loss_on": "last"}
+    return {}
+
+
+def packing(keys: Keys) -> Options:
+    """Several samples in a row."""
+    packs = keys.read("packing", "flag", False)
+    apart = keys.read("neat_packing", "flag", False)
+    if packs and not apart:
+        keys.note("packing", "data.pack, where samples do not attend to one another (neat_packing)")
+    if not packs and not apart:
+        length = keys.read("cutoff_len", "whole", 2048)
+        keys.note(
+            "cutoff_len",
+            f"data.max_length {length}: all rows are padded to it; --data.max_length auto pads "
+            "them to the longest sample, --data.pack fills them",
+        )
+    return {"data.pack": packs or apart}
+
+
+def template(keys: Keys) -> Options:
+    """Says that the tokenizer's own template is used."""
+    name = keys.read("template", "text")
+    if name is not None:
+        keys.note("template", f"{name} is not used: the model's tokenizer has the chat template")
+    return {}
+
+
+def thinking(keys: Keys) -> Options:
+    """The variable that switches a reasoning model's thoughts."""
+    value = keys.read("enable_thinking", "flag")
+    return {} if value is None else {"data.template_args": (f"enable_thinking={value}".lower(),)}
+
+
+def batch(keys: Keys) -> Options:
+    """The rows of a step on one device; the devices are counted when the run starts."""
+    rows = keys.read("per_device_train_batch_size", "whole", 8)
+    accumulation = keys.read("gradient_accumulation_steps", "whole", 1)
+    keys.batch_per_device = True
+    return {"train.batch_size": rows * accumulation, "train.microbatches": accumulation}
+
+
+def schedule(keys: Keys) -> Options:
+    """The schedule, and the fraction of the peak that it ends at."""
+    name = keys.read("lr_scheduler_type", "any", "linear")
+    ours = keys.choose("lr_scheduler_type", _SCHEDULES, "linear")
+    arguments = dict(keys.read("lr_scheduler_kwargs", "any", {}))
+    last = 0.0
+    if name == "cosine_with_min_lr":
+        peak = keys.read("learning_rate", "number", 5e-5)
+        last = arguments.pop("min_lr_rate", 0.0) or arguments.pop("min_lr", 0.0) / peak
+    elif name == "warmup_stable_decay":
+        keys.note("lr_scheduler_type", "optim.schedule wsd, which falls over the last fifth")
+        arguments = {}
+    if arguments:
+        raise keys.error(
+            "lr_scheduler_kwargs",
+            f"lr_scheduler_kwargs {', '.join(arguments)}: {name} takes none here",
+        )
+    return {"optim.schedule": ours, "optim.final_fraction": last}
+
+
+def warmup(keys: Keys) -> Options:
+    """The warm-up, in steps or as a fraction of all steps."""
+    ratio = keys.read("warmup_ratio", "number", 0.0)
+    steps = keys.read("warmup_steps", "number", 0)
+    if keys.read("lr_scheduler_type", "any", "linear") == "constant" and (ratio or steps):
+        key = "warmup_steps" if steps else "warmup_ratio"
+        keys.note(key, "none, as lr_scheduler_type constant has no warm-up (constant_with_warmup)")
+        ratio = steps = 0
+    if steps >= 1:
+        return {"optim.warmup_fraction": 0.0, "optim.warmup_steps": int(steps)}
+    return {"optim.warmup_fraction": steps or ratio}
+
+
+def steps(keys: Keys) -> Options:
+    """The steps of the run, if they are given."""
+    number = keys.read("max_steps", "whole", -1)
+    return {"train.steps": number} if number > 0 else {}
+
+
+def logging(keys: Keys) -> Options:
+    """How often a step is logged."""
+    if not keys.given("logging_steps"):
+        return {}
+    return {"train.log_every": _steps(keys, "logging_steps", 500)}
+
+
+def evaluation(keys: Keys) -> Options:
+    """How often the validation loss is measured."""
+    key = "eval_strategy" if keys.given("eval_strategy") else "evaluation_strategy"
+    strategy = _strategy(keys, key, "no")
+    if strategy == "steps":
+        every = _steps(keys, "logging_steps", 500)
+        return {"train.eval_every": _steps(keys, "eval_steps", every)}
+    return {"train.eval_every": "epoch" if strategy == "epoch" else 0}
+
+
+def saving(keys: Keys) -> Options:
+    """How often a checkpoint is saved."""
+    strategy = _strategy(keys, "save_strategy", "steps")
+    if strategy == "steps":
+        return {"train.save_every": _steps(keys, "save_steps", 500)}
+    return {"train.save_every": "epoch" if strategy == "epoch" else 0}
+
+
+def _strategy(keys: Keys, key: str, default: str) -> Any:
+    # YAML reads a bare no as false.
+    return keys.choose(key, {"no": "no", False: "no", "steps": "steps", "epoch": "epoch"}, default)
+
+
+def _steps(keys: Keys, key: str, default: int) -> int:
+    """A number of steps, which may be a fraction of all steps there and not here."""
+    value = keys.read(key, "number", default)
+    if value < 1:
+        raise keys.error(key, f"{key} is {value}, a fraction of all steps; give a number of steps")
+    return int(value)
+
+
+def resume(keys: Keys) -> Options:
+    """Whether the run goes on from its last checkpoint, or starts anew."""
+    value = keys.read("resume_from_checkpoint", "any", False)
+    if not isinstance(value, bool):
+        raise keys.error(
+            "resume_from_checkpoint",
+            f"resume_from_checkpoint {value}: a checkpoint of another trainer cannot be resumed; "
+            "adapter.continue_from takes the adapter in it",
+        )
+    if value:
+        return {"train.resume": "always"}
+    return {"train.overwrite": keys.read("overwrite_output_dir", "flag", False)}
+
+
+def upload(keys: Keys) -> Options:
+    """The repository on the Hub that the result goes to."""
+    if not keys.read("push_to_hub", "flag", False):
+        return {}
+    name = keys.read("hub_model_id", "text")
+    if name is None:
+        raise keys.error("push_to_hub", "push_to_hub needs hub_model_id: owner/name")
+    return {"train.push_to_hub": name}
+
+
+def trackers(keys: Keys) -> Options:
+    """The trackers to log to."""
+    names = keys.read("report_to", "names", ())
+    known = _TRACKERS if names == ("all",) else tuple(name for name in names if name in _TRACKERS)
+    others = [name for name in names if name not in (*_TRACKERS, "all", "none")]
+    if others:
+        keys.note("report_to", f"without {', '.join(others)}: trackers are tensorboard and wandb")
+    return {"train.report_to": known}
+
+
+def shards(keys: Keys) -> Options:
+    """Whether the weights are split over the devices, which are counted when the run starts."""
+    wanted = keys.read("deepspeed", "any")
+    strategies = keys.read("fsdp", "any") or ""
+    keys.shards_weights = _is_stage_3(wanted) or _SHARDED in str(strategies)
+    if keys.given("deepspeed") and not keys.shards_weights:
+        keys.note("deepspeed", "not needed: the batch is shared by all devices (mesh.data)")
+    return {}
+
+
+def _is_stage_3(wanted: Any) -> bool:
+    """Whether a DeepSpeed config, or the file of one, splits the weights (ZeRO-3)."""
+    if isinstance(wanted, str):
+        file = Path(wanted)
+        if not file.is_file():
+            # As LLaMA-Factory names its own files.
+            return "z3" in file.name
+        try:
+            wanted = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            return False
+    zero = wanted.get("zero_optimization") if isinstance(wanted, dict) else None
+    return isinstance(zero, dict) and zero.get("stage") == 3

@@ -1,0 +1,206 @@
+"""PEFT's LoraConfig, as an adapter_config.json: the adapter section of a config.
+
+The other sections are ours. The weights beside the file are not read: `adapter.continue_from` takes
+them.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+
+from lorax_ft.config.foreign.rules import (
+    Keys,
+    Options,
+    Rule,
+    choice,
+    holds,
+    refused,
+    same,
+    together,
+    unused,
+)
+
+NAME = "PEFT"
+
+_INITS = {
+    True: "kaiming",
+    "true": "kaiming",
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+    "pissa": "pissa",
+    "olora": "olora",
+    "loftq": "loftq",
+    "eva": "eva",
+    "corda": "corda",
+    "lora_ga": "lora_ga",
+    "mica": "mica",
+}
+_ONLY_LORA = "LoRA has no such part here"
+
+
+def kind(keys: Keys) -> Options:
+    """Raises for adapters other than LoRA, and for models that are not causal."""
+    peft_type = keys.read("peft_type", "text", "LORA")
+    if peft_type.upper() != "LORA":
+        raise keys.error(
+            "peft_type",
+            f"peft_type {peft_type}: only a LoraConfig is read as a config; the folder of a "
+            "trained adapter of any type is read by adapter.continue_from",
+        )
+    task = keys.read("task_type", "text", "CAUSAL_LM")
+    if task.upper() != "CAUSAL_LM":
+        raise keys.error("task_type", f"task_type {task} cannot be run: CAUSAL_LM only")
+    return {}
+
+
+def targets(keys: Keys) -> Options:
+    """The modules to adapt."""
+    return {"adapter.targets": _modules(keys, "target_modules")}
+
+
+def excluded(keys: Keys) -> Options:
+    """The modules to leave out."""
+    return {"adapter.exclude": _modules(keys, "exclude_modules")}
+
+
+def init(keys: Keys) -> Options:
+    """The start of A and B."""
+    value = keys.read("init_lora_weights", "any", True)
+    randomized = re.fullmatch(r"pissa_niter_(\d+)", value) if isinstance(value, str) else None
+    if randomized is not None:
+        return {"adapter.init": "pissa", "adapter.svd_iterations": int(randomized[1])}
+    if value is False:
+        raise keys.error(
+            "init_lora_weights",
+            "init_lora_weights false: A and B both random change the model; every start here "
+            "leaves it as it is",
+        )
+    chosen = keys.choose("init_lora_weights", _INITS, True)
+    options: Options = {"adapter.init": chosen}
+    if chosen == "mica":
+        options["adapter.freeze"] = ("lora_b",)
+    return options | _init_options(chosen, keys)
+
+
+def _init_options(chosen: str, keys: Keys) -> Options:
+    """The options of a start, which have objects of their own."""
+    section = {"eva": "eva_config", "corda": "corda_config", "loftq": "loftq_config"}.get(chosen)
+    given = dict(keys.read(section, "any", {})) if section else {}
+    match chosen:
+        case "eva":
+            return {"adapter.eva_rho": given.get("rho", 2.0)}
+        case "corda":
+            return {"adapter.corda_mode": given.get("corda_method", "ipm")}
+        case "loftq":
+            formats = {4: "nf4", 8: "int8"}
+            bits = given.get("loftq_bits", 4)
+            if bits not in formats:
+                raise keys.error("loftq_config", f"loftq_bits is {bits}; it can be 4 or 8")
+            return {"quant.format": formats[bits], "quant.rounds": given.get("loftq_iter", 1)}
+    return {}
+
+
+def ranks(keys: Keys) -> Options:
+    """The ranks of single modules."""
+    return {"adapter.rank_pattern": _patterns(keys, "rank_pattern")}
+
+
+def alphas(keys: Keys) -> Options:
+    """The alphas of single modules."""
+    return {"adapter.alpha_pattern": _patterns(keys, "alpha_pattern")}
+
+
+def layers(keys: Keys) -> Options:
+    """The layers to adapt."""
+    value = keys.read("layers_to_transform", "any", [])
+    return {"adapter.layers": tuple(value) if isinstance(value, list) else (value,)}
+
+
+_given = functools.partial(together, absent=False)
+
+_KIND = together(kind, remark="LORA and CAUSAL_LM")
+_INIT = _given(
+    init,
+    *("adapter.init", "adapter.svd_iterations", "adapter.freeze", "quant.format", "quant.rounds"),
+    remark="true: kaiming; pissa_niter_N: pissa with svd_iterations N; loftq quantizes the base",
+)
+
+TABLE: Mapping[str, Rule] = {
+    "peft_type": _KIND,
+    "task_type": _KIND,
+    "base_model_name_or_path": same("model.path", "text"),
+    "revision": same("model.revision", "text"),
+    "r": same("adapter.rank", "whole", default=8),
+    "lora_alpha": same("adapter.alpha", "number", default=8),
+    "lora_dropout": same("adapter.dropout", "number"),
+    "target_modules": _given(targets, "adapter.targets", remark="names or a regular expression"),
+    "exclude_modules": _given(excluded, "adapter.exclude"),
+    "rank_pattern": _given(ranks, "adapter.rank_pattern"),
+    "alpha_pattern": _given(alphas, "adapter.alpha_pattern"),
+    "layers_to_transform": _given(layers, "adapter.layers"),
+    "modules_to_save": same("adapter.train_whole", "names"),
+    "use_rslora": choice("adapter.scaling", {True: "rank_stabilized", False: "standard"}),
+    "use_dora": same("adapter.dora", "flag"),
+    "init_lora_weights": _INIT,
+    "eva_config": _INIT,
+    "corda_config": _INIT,
+    "loftq_config": _INIT,
+    "bias": refused("biases do not train beside an adapter", harmless=("none",)),
+    "lora_bias": refused(_ONLY_LORA),
+    "target_parameters": refused("name modules in target_modules", harmless=([],)),
+    "layer_replication": refused("the layers are those of the model", harmless=([],)),
+    "trainable_token_indices": refused("adapter.train_whole trains all tokens", harmless=([],)),
+    "use_qalora": refused(_ONLY_LORA),
+    "use_bdlora": refused(_ONLY_LORA),
+    "alora_invocation_tokens": refused(_ONLY_LORA, harmless=([],)),
+    "arrow_config": refused(_ONLY_LORA),
+    "kasa_config": refused(_ONLY_LORA),
+    "velora_config": refused(_ONLY_LORA),
+    "monteclora_config": refused(_ONLY_LORA),
+    "megatron_config": refused("Megatron's layers are not used"),
+    "megatron_core": holds("Megatron's layers are not used"),
+    "lora_ga_config": unused("adapter.lora_ga_gamma has its one option"),
+    "layers_pattern": holds("layers are found by their numbers"),
+    "fan_in_fan_out": holds("a kernel's axes are those of the model"),
+    "qalora_group_size": holds("it belongs to use_qalora"),
+    "ensure_weight_tying": unused("tied weights stay tied"),
+    "runtime_config": unused("it is about PyTorch"),
+    "auto_mapping": holds("the model's family is found by its config.json"),
+    "inference_mode": holds("the adapter of a run trains"),
+    "peft_version": holds("the file's version"),
+}
+
+
+def _modules(keys: Keys, key: str) -> tuple[str, ...]:
+    """The patterns of modules: a list of names, or one regular expression."""
+    value = keys.read(key, "any")
+    if isinstance(value, str):
+        return ("all-linear",) if value.lower() == "all-linear" else (_pattern(value),)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise keys.error(key, f"{key} is {value!r:.80}; it must be names or a regular expression")
+    return tuple(map(_without_root, value))
+
+
+def _patterns(keys: Keys, key: str) -> tuple[str, ...]:
+    """Entries "pattern=value" of a table of PEFT, which may leave out the first parts of a name."""
+    table = keys.read(key, "any")
+    if not isinstance(table, dict):
+        raise keys.error(key, f"{key} is {table!r:.80}; it must be an object")
+    entries = []
+    for pattern, value in table.items():
+        is_name = re.fullmatch(r"[\w.]+", pattern) is not None
+        own = _without_root(pattern) if is_name else rf"(.*\.)?({_pattern(pattern)})"
+        entries.append(f"{own}={value}")
+    return tuple(entries)
+
+
+def _without_root(name: str) -> str:
+    """A module's name without the model's own, which our names do not have."""
+    return re.sub(r"^(base_model\.model\.)?model\.(?=.)", "", name)
+
+
+def _pattern(pattern: str) -> str:
+    """A regular expression of PEFT's names as one of ours: without the name of the model."""
+    return re.sub(r"^\^?(base_model\\?\.model\\?\.)?model\\?\.(?=.)", "", pattern)
