@@ -19,13 +19,13 @@ from test_distributed import run_config, write_model_and_data
 
 import lorax_ft as lft
 from lorax_ft.config import Config, load_config
+from lorax_ft.config.python_file import config_file
 from lorax_ft.run import setup as run_setup
 from lorax_ft.run.program import step_key
 from lorax_ft.run.stop_signal import StopSignal
 from lorax_ft.sweep import setup
 from lorax_ft.sweep.agree import check_axes, with_shared_base
 from lorax_ft.sweep.axes import Axis, parse_axes, product
-from lorax_ft.config.python_file import config_file
 from lorax_ft.sweep.halving import groups, rung_ends, survivors
 from lorax_ft.sweep.loop import run_points
 from lorax_ft.sweep.rate import find_rate

@@ -15,7 +15,7 @@ from pathlib import Path
 from lorax_ft.config import Config, DataConfig
 from lorax_ft.data.bad_rows import BadRows
 from lorax_ft.data.dataset import name_sets
-from lorax_ft.data.sources import has_split, parse_sources, split_limit, read_rows
+from lorax_ft.data.sources import has_split, parse_sources, read_rows, split_limit
 from lorax_ft.files import write_file
 from lorax_ft.sweep.axes import Point, Settings, make_point
 

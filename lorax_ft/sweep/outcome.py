@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from lorax_ft.config.python_file import config_file
 from lorax_ft.files import write_file
 from lorax_ft.interop.peft import BASE, save_peft
 from lorax_ft.interop.save import save_quantized
@@ -17,7 +18,6 @@ from lorax_ft.models.model import Model
 from lorax_ft.run.report import print_summary
 from lorax_ft.run.training_notes import training_notes
 from lorax_ft.sweep.axes import Point, describe
-from lorax_ft.config.python_file import config_file
 from lorax_ft.sweep.display import points_table
 from lorax_ft.sweep.folder import ADAPTER, BEST, PLOT
 from lorax_ft.sweep.plot import plot_sweep

@@ -61,6 +61,9 @@ _BATCH = together(
     *("train.batch_size", "train.microbatches"),
     remark="batch_size = per device × accumulation × devices; microbatches = accumulation",
 )
+_DURATION = together(
+    rules.duration, *("train.epochs", "train.steps"), remark="max_steps above 0 wins"
+)
 _SCHEDULE = together(
     rules.schedule,
     *("optim.schedule", "optim.final_fraction"),
@@ -158,8 +161,8 @@ TABLE: Mapping[str, Rule] = {
     "resume_from_checkpoint": _RESUME,
     "per_device_train_batch_size": _BATCH,
     "gradient_accumulation_steps": _BATCH,
-    "num_train_epochs": same("train.epochs", "number", default=3.0),
-    "max_steps": together(rules.steps, "train.steps", remark="-1: by num_train_epochs"),
+    "num_train_epochs": _DURATION,
+    "max_steps": _DURATION,
     "seed": same("train.seed", "whole", default=42),
     "logging_steps": together(rules.logging, "train.log_every", remark="absent: each step"),
     "eval_strategy": _EVALUATION,

@@ -197,8 +197,8 @@ def packing(keys: Keys) -> Options:
         length = keys.read("cutoff_len", "whole", 2048)
         keys.note(
             "cutoff_len",
-            f"data.max_length {length}: all rows are padded to it; --data.max_length auto pads "
-            "them to the longest sample, --data.pack fills them",
+            f"all rows are padded to {length} tokens; with --data.max_length auto only to the "
+            "longest sample",
         )
     return {"data.pack": packs or apart}
 
@@ -258,10 +258,14 @@ def warmup(keys: Keys) -> Options:
     return {"optim.warmup_fraction": steps or ratio}
 
 
-def steps(keys: Keys) -> Options:
-    """The steps of the run, if they are given."""
-    number = keys.read("max_steps", "whole", -1)
-    return {"train.steps": number} if number > 0 else {}
+def duration(keys: Keys) -> Options:
+    """The steps of the run, if they are given, else its epochs."""
+    steps = keys.read("max_steps", "whole", -1)
+    if steps > 0:
+        return {"train.steps": steps}
+    if "train.steps" in keys.overridden:
+        return {}
+    return {"train.epochs": keys.read("num_train_epochs", "number", 3.0)}
 
 
 def logging(keys: Keys) -> Options:

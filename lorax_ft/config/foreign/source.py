@@ -97,8 +97,10 @@ def for_devices(
     if source.batch_per_device:
         rows = train.batch_size // train.microbatches
         size = train.batch_size * sharing
+        plural = "" if sharing == 1 else "s"
         text = (
-            f"{size} = {rows} per device × {train.microbatches} of accumulation × {sharing} devices"
+            f"{size} = {rows} per device × {train.microbatches} of accumulation × "
+            f"{sharing} device{plural}"
         )
         remarks.append(("train.batch_size", text))
         train = dataclasses.replace(train, batch_size=size)
