@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import tyro
 from lorax_ft import cli
 from lorax_ft.config.foreign.source import for_devices
 from lorax_ft.config.load import read_config
-from lorax_ft.config.python_file import config_file
+from lorax_ft.config.python_file import WIDTH, config_file
 from lorax_ft.files import write_file
 
 
@@ -61,5 +62,7 @@ def converted(path: str, output: str, *, devices: int) -> str:
     if source is not None:
         config, of_devices = for_devices(config, source, devices)
         lines[0] = f"{Path(path).name}, a config of {source.trainer}."
-        lines += [f"{keys}: {text}" for keys, text in [*source.remarks(), *of_devices]]
-    return config_file(config, docstring="\n".join(lines).rstrip() + "\n")
+        for keys, text in [*source.remarks(), *of_devices]:
+            lines += textwrap.wrap(f"{keys}: {text}", WIDTH, subsequent_indent="    ")
+    lines.append("Options that are not here have their defaults.")
+    return config_file(config, docstring="\n".join(lines) + "\n")

@@ -20,6 +20,13 @@ PACKAGE = Path(__file__).parents[1]
 SUFFIXES = (".yaml", ".yml", ".json")
 """Of files that hold values; others are Python."""
 _SECTIONS = [field.name for field in dataclasses.fields(Config)]
+# Keys that only files of other kinds have.
+_NOT_READ = {
+    "task": ("AutoTrain", "give its values to lorax-ft autotrain llm"),
+    "base_model": ("axolotl", "lorax-ft train names its own option for most of axolotl's names"),
+    "model_class": ("LLaMA-Factory's v1", "its other form, with model_name_or_path, is"),
+    "compute_environment": ("accelerate", "it starts processes, and mesh.* splits a run here"),
+}
 
 
 class Loaded(NamedTuple):
@@ -124,19 +131,18 @@ def _from_values(document: Document, overridden: Collection[str]) -> Loaded:
         return Loaded(_from_sections(document))
     if "peft_type" in keys:
         return Loaded(*read_foreign(document, PEFT, overridden))
-    if "base_model" in keys:
-        other = "AutoTrain" if "task" in keys else "axolotl"
-        advice = (
-            "give its values to lorax-ft autotrain llm"
-            if other == "AutoTrain"
-            else "lorax-ft train takes most of its names as hints, such as --micro_batch_size"
-        )
-        raise ValueError(f"{document.where('base_model')}: a YAML of {other} is not read; {advice}")
-    # Keys of ours among them are a misspelled section, not another trainer's.
-    if any(key in LLAMA_FACTORY.table for key in keys):
+    for key, (trainer, advice) in _NOT_READ.items():
+        if key in keys:
+            raise ValueError(f"{document.where(key)}: a YAML of {trainer} is not read; {advice}")
+    theirs = [key for key in keys if LLAMA_FACTORY.knows(str(key))]
+    # optim is a section of ours, and a text in LLaMA-Factory's files.
+    values = document.values
+    has_sections = any(key in _SECTIONS and isinstance(values[key], dict) for key in keys)
+    if len(theirs) * 2 >= len(keys) and not has_sections:
         return Loaded(*read_foreign(document, LLAMA_FACTORY, overridden))
-    unknown = next(key for key in keys if key not in _SECTIONS)
-    near = difflib.get_close_matches(str(unknown), [*_SECTIONS, *LLAMA_FACTORY.table], n=1)
+    known = _SECTIONS if has_sections else [*_SECTIONS, *LLAMA_FACTORY.table]
+    unknown = next(key for key in keys if key not in known)
+    near = difflib.get_close_matches(str(unknown), known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ValueError(
         f"{document.where(str(unknown))}: unknown key {unknown!r}{hint}; a config has the sections "

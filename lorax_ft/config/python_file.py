@@ -41,10 +41,7 @@ def config_file(config: Config, *, docstring: str) -> str:
     else:
         lines.append("    return Config(")
         for name, (section, values) in sections.items():
-            lines.append(f"        {name}={type(section).__name__}(")
-            for field, value in values.items():
-                lines.extend(_argument(field, value, " " * 12))
-            lines.append("        ),")
+            lines.extend(_section(f"{name}={type(section).__name__}", values, " " * 8))
         lines.append("    )")
     return "\n".join(lines) + "\n"
 
@@ -54,6 +51,18 @@ def _import(names: list[str]) -> list[str]:
     if len(line) <= WIDTH:
         return [line]
     return ["from lorax_ft.config import (", *(f"    {name}," for name in names), ")"]
+
+
+def _section(start: str, values: Mapping[str, Any], indent: str) -> list[str]:
+    """The lines of a section: one, if it is short."""
+    arguments = ", ".join(f"{field}={_literal(value)}" for field, value in values.items())
+    line = f"{indent}{start}({arguments}),"
+    if len(line) <= WIDTH:
+        return [line]
+    lines = [f"{indent}{start}("]
+    for field, value in values.items():
+        lines.extend(_argument(field, value, indent + "    "))
+    return [*lines, f"{indent}),"]
 
 
 def _argument(field: str, value: Any, indent: str) -> list[str]:

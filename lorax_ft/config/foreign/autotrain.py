@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorax_ft.config.document import Document
-from lorax_ft.config.foreign.llama_factory_rules import OPTIMIZERS
+from lorax_ft.config.foreign.llama_factory_rules import optimizer_of
 from lorax_ft.config.foreign.rules import (
     Keys,
     Kind,
@@ -125,6 +125,11 @@ def batch(keys: Keys) -> Options:
     return {"train.batch_size": size, "train.microbatches": accumulation}
 
 
+def optimizer(keys: Keys) -> Options:
+    """The optimizer."""
+    return optimizer_of("optimizer", keys)
+
+
 def evaluation(keys: Keys) -> Options:
     """How often the validation loss is measured."""
     key = "eval_strategy" if keys.given("eval_strategy") else "evaluation_strategy"
@@ -201,7 +206,9 @@ TABLE: Mapping[str, Rule] = {
     "batch_size": _BATCH,
     "gradient_accumulation": _BATCH,
     "warmup_ratio": same("optim.warmup_fraction", "number", default=0.1),
-    "optimizer": choice("optim.optimizer", OPTIMIZERS, default="adamw_torch"),
+    "optimizer": together(
+        optimizer, "optim.optimizer", remark="the variants of AdamW and of Lion, and sgd"
+    ),
     "scheduler": choice("optim.schedule", _SCHEDULES, default="linear"),
     "weight_decay": same("optim.weight_decay", "number"),
     "max_grad_norm": same("optim.clip_norm", "number"),

@@ -84,7 +84,7 @@ def describe(
         raise keys.error(
             key,
             f"{key}: there is no {file}, which says what {', '.join(names)} is; start where it "
-            "is, set dataset_dir, or give --data.train",
+            f"is, set dataset_dir, or give --data.{'train' if key == 'dataset' else 'validation'}",
         )
     known = read_json(file)
     return [_described(name, known, file, keys, key=key, most=most) for name in names]

@@ -135,16 +135,16 @@ TABLE: Mapping[str, Rule] = {
     "template": _TEMPLATE,
     "enable_thinking": together(rules.thinking, "data.template_args"),
     "default_system": same("data.system", "text"),
-    "cutoff_len": same(
-        "data.max_length", "whole", default=2048, remark="rows are cut at their end"
-    ),
+    "cutoff_len": same("data.max_length", "whole", default=2048, remark="absent: 2048"),
     "train_on_prompt": _LOSS,
     "mask_history": _LOSS,
     "packing": _PACKING,
     "neat_packing": _PACKING,
     "preprocessing_num_workers": same("data.num_proc", "whole"),
     # The optimizer.
-    "optim": choice("optim.optimizer", rules.OPTIMIZERS, default="adamw_torch"),
+    "optim": together(
+        rules.optimizer, "optim.optimizer", remark="the variants of AdamW and of Lion, and sgd"
+    ),
     "learning_rate": same("optim.learning_rate", "number", default=5e-5),
     "lr_scheduler_type": _SCHEDULE,
     "lr_scheduler_kwargs": _SCHEDULE,

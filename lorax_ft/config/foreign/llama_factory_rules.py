@@ -225,6 +225,19 @@ def batch(keys: Keys) -> Options:
     return {"train.batch_size": rows * accumulation, "train.microbatches": accumulation}
 
 
+def optimizer(keys: Keys) -> Options:
+    """The optimizer."""
+    return optimizer_of("optim", keys)
+
+
+def optimizer_of(key: str, keys: Keys) -> Options:
+    """The optimizer that transformers' Trainer has under a name."""
+    ours = keys.choose(key, OPTIMIZERS, "adamw_torch")
+    if "8bit" in keys.read(key, "text", ""):
+        keys.note(key, f"optim.optimizer {ours}, whose moments are in float32")
+    return {"optim.optimizer": ours}
+
+
 def schedule(keys: Keys) -> Options:
     """The schedule, and the fraction of the peak that it ends at."""
     name = keys.read("lr_scheduler_type", "any", "linear")

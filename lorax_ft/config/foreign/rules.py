@@ -126,6 +126,8 @@ def same(option: str, kind: Kind, *, default: Any = None, remark: str = "") -> R
     def apply(key: str, keys: Keys) -> Options:
         return {option: keys.read(key, kind, default)}
 
+    if default is not None and not remark:
+        remark = f"absent: {_shown(default)}"
     return Rule(apply, (option,), remark, absent=default is not None)
 
 

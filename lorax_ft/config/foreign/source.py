@@ -23,6 +23,10 @@ class Trainer(NamedTuple):
     beside: Mapping[str, Any] = {}
     """Options that no key sets, and that its runs have otherwise than ours."""
 
+    def knows(self, key: str) -> bool:
+        """Whether it has a key of this name."""
+        return key in self.table or key.startswith(tuple(self.families))
+
 
 LLAMA_FACTORY = Trainer(
     llama_factory.NAME, llama_factory.TABLE, llama_factory.FAMILIES, llama_factory.BESIDE

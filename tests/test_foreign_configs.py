@@ -1,0 +1,587 @@
+"""Configs of LLaMA-Factory, PEFT and AutoTrain, and YAML of our own: what they mean here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_cases import ROOT
+
+import lorax_ft as lft
+from lorax_ft.commands.convert_config import converted
+from lorax_ft.config.foreign import llama_factory, peft_lora
+from lorax_ft.config.foreign.autotrain import FLAGS, TABLE, read_flags
+from lorax_ft.config.foreign.source import AUTOTRAIN, Source, for_devices, read_foreign
+from lorax_ft.config.load import Loaded, read_config
+
+MIRROR = Path("/work/.mirror/hiyouga+LLaMA-Factory/repo")
+"""A bare git repository of LLaMA-Factory, where there is one."""
+
+SHORT = {"model_name_or_path": "my/model", "dataset": "sums", "output_dir": "out/it"}
+ALPACA = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a folder data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_info(sums={"file_name": "sums.json"})
+    return tmp_path
+
+
+def write_info(**datasets: dict[str, Any]) -> None:
+    Path("data/dataset_info.json").write_text(json.dumps(datasets))
+
+
+def yaml_of(keys: dict[str, Any]) -> str:
+    # JSON is YAML.
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items())
+
+
+def read(text: str, name: str = "run.yaml", **overridden: Any) -> Loaded:
+    Path(name).write_text(text)
+    return read_config(name, **overridden)
+
+
+def llama(**keys: Any) -> lft.Config:
+    return read(yaml_of(SHORT | keys)).config
+
+
+def remarks(loaded: Loaded) -> dict[str, str]:
+    assert loaded.source is not None
+    return dict(loaded.source.remarks())
+
+
+def test_absent_keys_have_the_defaults_of_llama_factory() -> None:
+    config = llama()
+    assert config.model == lft.ModelConfig(path="my/model", dtype="float32")
+    assert config.adapter == lft.AdapterConfig(rank=8, alpha=16)
+    assert config.data == lft.DataConfig(
+        train=("data/sums.json",), shape="alpaca", max_length=2048, validation_rows=0
+    )
+    optim = lft.OptimConfig(learning_rate=5e-5, schedule="linear", warmup_fraction=0.0)
+    assert config.optim == optim
+    assert config.train == lft.TrainConfig(
+        output="out/it", epochs=3.0, batch_size=8, seed=42, save_every=500, report_to=()
+    )
+    assert (config.eval.rows, config.eval.exact_match_rows, config.eval.samples) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "option", "value"),
+    [
+        ({"lora_rank": 4}, "adapter.alpha", 8),
+        ({"lora_rank": 4, "lora_alpha": 4}, "adapter.alpha", 4),
+        ({"lora_dropout": 0.1}, "adapter.dropout", 0.1),
+        ({"lora_target": "q_proj, v_proj"}, "adapter.targets", ("q_proj", "v_proj")),
+        ({"lora_target": ["q_proj"]}, "adapter.targets", ("q_proj",)),
+        ({"additional_target": "lm_head"}, "adapter.train_whole", ("lm_head",)),
+        ({"use_rslora": True}, "adapter.scaling", "rank_stabilized"),
+        ({"use_dora": True}, "adapter.dora", True),
+        ({"pissa_init": True}, "adapter.svd_iterations", 16),
+        ({"pissa_init": True, "pissa_iter": -1}, "adapter.svd_iterations", None),
+        ({"pissa_init": True}, "adapter.init", "pissa"),
+        ({"pissa_init": False, "pissa_iter": 4}, "adapter.init", "kaiming"),
+        ({"loraplus_lr_ratio": 16.0}, "optim.lora_plus_ratio", 16.0),
+        ({"finetuning_type": "full"}, "adapter.train_whole", ("all",)),
+        ({"finetuning_type": "full"}, "adapter.targets", ()),
+        ({"finetuning_type": "oft", "oft_block_size": 8}, "adapter.oft_block_size", 8),
+        ({"adapter_name_or_path": "a/b"}, "adapter.continue_from", "a/b"),
+        ({"quantization_bit": 4}, "quant.format", "nf4"),
+        ({"quantization_bit": 8, "quantization_method": "bnb"}, "quant.format", "int8"),
+        ({"quantization_bit": 4, "double_quantization": False}, "quant.double", False),
+        ({"bf16": True}, "model.dtype", "bfloat16"),
+        ({"fp16": True}, "model.dtype", "bfloat16"),
+        ({"flash_attn": "disabled"}, "model.attention", "xla"),
+        ({"disable_gradient_checkpointing": True}, "model.remat", "none"),
+        ({"cutoff_len": 1024}, "data.max_length", 1024),
+        ({"packing": True}, "data.pack", True),
+        ({"neat_packing": True}, "data.pack", True),
+        ({"train_on_prompt": True}, "data.loss_on", "all"),
+        ({"mask_history": True}, "data.loss_on", "last"),
+        ({"enable_thinking": False}, "data.template_args", ("enable_thinking=false",)),
+        ({"default_system": "Be brief."}, "data.system", "Be brief."),
+        ({"preprocessing_num_workers": 16}, "data.num_proc", 16),
+        ({"max_samples": 30}, "data.train", ("data/sums.json[:30]",)),
+        ({"val_size": 0.1}, "data.validation_rows", 0.1),
+        ({"val_size": 20}, "data.validation_rows", 20),
+        ({"eval_dataset": "sums"}, "data.validation", ("data/sums.json",)),
+        ({"per_device_train_batch_size": 2}, "train.batch_size", 2),
+        ({"gradient_accumulation_steps": 4}, "train.batch_size", 32),
+        ({"gradient_accumulation_steps": 4}, "train.microbatches", 4),
+        ({"max_steps": 70}, "train.steps", 70),
+        ({"max_steps": 70, "num_train_epochs": 2}, "train.epochs", None),
+        ({"max_steps": -1, "num_train_epochs": 2}, "train.epochs", 2),
+        ({"learning_rate": 1e-4}, "optim.learning_rate", 1e-4),
+        ({"lr_scheduler_type": "cosine"}, "optim.schedule", "cosine"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "optim.schedule", "wsd"),
+        (
+            {
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr": 1e-5},
+                "learning_rate": 1e-4,
+            },
+            "optim.final_fraction",
+            pytest.approx(0.1),
+        ),
+        ({"warmup_ratio": 0.1}, "optim.warmup_fraction", 0.1),
+        ({"warmup_ratio": 0.1, "warmup_steps": 20}, "optim.warmup_steps", 20),
+        ({"warmup_steps": 0.2}, "optim.warmup_fraction", 0.2),
+        (
+            {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
+            "optim.warmup_fraction",
+            0.0,
+        ),
+        ({"weight_decay": 0.01}, "optim.weight_decay", 0.01),
+        ({"max_grad_norm": 0.5}, "optim.clip_norm", 0.5),
+        ({"optim": "paged_adamw_8bit"}, "optim.optimizer", "adamw"),
+        ({"optim": "lion_32bit"}, "optim.optimizer", "lion"),
+        ({"adam_beta2": 0.95}, "optim.b2", 0.95),
+        ({"neftune_noise_alpha": 5}, "train.neftune_alpha", 5),
+        ({"logging_steps": 10}, "train.log_every", 10),
+        ({"eval_strategy": "steps", "eval_steps": 50}, "train.eval_every", 50),
+        ({"eval_strategy": "steps", "logging_steps": 7}, "train.eval_every", 7),
+        ({"eval_strategy": "epoch"}, "train.eval_every", "epoch"),
+        ({"eval_strategy": False}, "train.eval_every", 0),  # YAML's bare no
+        ({"save_strategy": "epoch"}, "train.save_every", "epoch"),
+        ({"save_total_limit": 5}, "train.keep_checkpoints", 5),
+        ({"overwrite_output_dir": True}, "train.overwrite", True),
+        ({"resume_from_checkpoint": True}, "train.resume", "always"),
+        ({"report_to": "all"}, "train.report_to", ("tensorboard", "wandb")),
+        ({"report_to": ["wandb", "swanlab"]}, "train.report_to", ("wandb",)),
+        ({"seed": 7}, "train.seed", 7),
+        ({"push_to_hub": True, "hub_model_id": "me/it"}, "train.push_to_hub", "me/it"),
+    ],
+)
+def test_keys_of_llama_factory(keys: dict[str, Any], option: str, value: Any) -> None:
+    section, field = option.split(".")
+    assert getattr(getattr(llama(**keys), section), field) == value
+
+
+def test_what_is_not_obvious_or_not_honored_is_said() -> None:
+    keys = {"template": "qwen", "fp16": True, "packing": True, "report_to": "mlflow"}
+    keys |= {"ddp_timeout": 9, "dataloader_num_workers": 4, "use_unsloth": True, "plot_loss": True}
+    keys |= {"quantization_bit": 4, "quantization_method": "hqq", "val_size": 500, "galore_rank": 3}
+    said = remarks(read(yaml_of(SHORT | keys)))
+    assert said["template"] == "qwen is not used: the model's tokenizer has the chat template"
+    assert "there is no float16" in said["fp16"]
+    assert "do not attend" in said["packing"]
+    assert "without mlflow" in said["report_to"]
+    assert "in place of HQQ" in said["quantization_method"]
+    assert "at most a tenth" in said["val_size"]
+    assert said["ddp_timeout"].startswith("not honored: ")
+    assert said["use_unsloth"].startswith("not honored: ")
+    assert "plot_loss" not in said  # it is always drawn
+    assert "galore_rank" in said
+    # A switch that is off asks for nothing.
+    assert "use_unsloth" not in remarks(read(yaml_of(SHORT | {"use_unsloth": False})))
+
+
+def test_load_config_warns_of_what_is_not_honored() -> None:
+    Path("run.yaml").write_text(yaml_of(SHORT | {"ddp_timeout": 9}))
+    with pytest.warns(UserWarning, match="not honored: ddp_timeout"):
+        assert lft.load_config("run.yaml").model.path == "my/model"
+
+
+def test_the_batch_is_that_of_all_devices() -> None:
+    keys = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    config, source = read(yaml_of(SHORT | keys))
+    assert source is not None
+    on_eight, said = for_devices(config, source, 8)
+    assert (on_eight.train.batch_size, on_eight.train.microbatches) == (64, 4)
+    assert said == [("train.batch_size", "64 = 2 per device × 4 of accumulation × 8 devices")]
+    # Devices that share a row have no rows of their own.
+    split = dataclasses.replace(config, mesh=lft.MeshConfig(tensor=4))
+    assert for_devices(split, source, 8)[0].train.batch_size == 16
+    # An option of the command line is the batch of all devices.
+    _, source = read(yaml_of(SHORT | keys), overridden={"train.batch_size"})
+    assert source is not None
+    assert for_devices(config, source, 8) == (config, [])
+
+
+@pytest.mark.parametrize(
+    ("keys", "splits"),
+    [
+        ({"deepspeed": "examples/ds_z3_config.json"}, True),
+        ({"deepspeed": "data/stage.json"}, True),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, False),
+        ({"fsdp": ["full_shard", "auto_wrap"]}, True),
+        ({"fsdp": ""}, False),
+        ({}, False),
+    ],
+)
+def test_weights_that_are_split_over_the_devices(keys: dict[str, Any], splits: bool) -> None:
+    Path("data/stage.json").write_text('{"zero_optimization": {"stage": 3}}')
+    config, source = read(yaml_of(SHORT | keys))
+    assert source is not None
+    expected = lft.MeshConfig(data=1, fsdp=4) if splits else lft.MeshConfig()
+    assert for_devices(config, source, 4)[0].mesh == expected
+
+
+def test_datasets_of_dataset_info() -> None:
+    named = {"prompt": "question", "query": "hint", "response": "reply", "system": "rules"}
+    turns = {"messages": "dialog", "system": "rules"}
+    tags = {"role_tag": "who", "content_tag": "said", "user_tag": "user", "assistant_tag": "gpt"}
+    write_info(
+        qa={"file_name": "qa.jsonl", "columns": named, "num_samples": 9},
+        chat={"file_name": "chat.json", "formatting": "sharegpt", "columns": turns, "tags": tags},
+        openai={"hf_hub_url": "o/n", "formatting": "sharegpt", "columns": {"messages": "messages"}},
+        part={"hf_hub_url": "o/n", "subset": "en", "split": "dev"},
+        files={"file_name": "many"},
+    )
+    Path("data/many").mkdir()
+    Path("data/many/a.jsonl").write_text("")
+    data = llama(dataset="qa, chat").data
+    assert data.train == ("data/qa.jsonl[:9]", "data/chat.json")
+    assert data.shape == "auto"
+    fields = {"instruction=question", "input=hint", "output=reply", "system=rules"}
+    assert set(data.fields) == fields | {"conversations=dialog", "role=who", "content=said"}
+    assert llama(dataset="qa", max_samples=5).data.train == ("data/qa.jsonl[:5]",)
+    data = llama(dataset="openai").data
+    assert (data.train, data.shape, data.fields) == (("o/n",), "messages", ())
+    data = llama(dataset="part").data
+    assert (data.train, data.split) == (("o/n:en",), "dev")
+    assert llama(dataset="files").data.train == ("data/many/*.jsonl",)
+    assert llama(dataset="a/b", dataset_dir="ONLINE").data.train == ("a/b",)
+    data = llama(dataset="qa", eval_dataset="qa,files", eval_on_each_dataset=True).data
+    assert data.validation == ("qa=data/qa.jsonl[:9]", "files=data/many/*.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (None, "data/dataset_info.json has no dataset 'sums'; did you mean sum?"),
+        ({"file_name": 3}, "file_name is 3, not of the type str"),
+        ({"file": "a.json"}, "there is no 'file'; did you mean file_name?"),
+        ({}, "has no file_name and no hf_hub_url"),
+        ({"ms_hub_url": "a/b"}, "ms_hub_url cannot be read; download it"),
+        ({"file_name": "a.json", "formatting": "chatml"}, "formatting is 'chatml'; it can be"),
+        ({"file_name": "a.json", "ranking": True}, "has ranking, and only texts with one answer"),
+        ({"file_name": "a.json", "columns": {"images": "images"}}, "has images, and only texts"),
+        ({"file_name": "a.json", "columns": {"promt": "q"}}, "there is no column 'promt'"),
+        (
+            {"file_name": "a.json", "formatting": "sharegpt", "tags": {"user_tag": "client"}},
+            "user_tag is 'client'; the role can be named human, user",
+        ),
+    ],
+)
+def test_datasets_that_cannot_be_read(entry: dict[str, Any] | None, message: str) -> None:
+    write_info(**({"sum": {}} if entry is None else {"sums": entry}))
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        llama()
+
+
+def test_datasets_with_other_names_of_a_field() -> None:
+    columns = {"prompt": "question", "response": "output"}
+    write_info(a={"file_name": "a.json", "columns": columns}, b={"file_name": "b.json"})
+    # b has the default names, so nothing of it contradicts a.
+    assert llama(dataset="a,b").data.fields == ("instruction=question",)
+    columns = {"prompt": "q", "response": "output"}
+    write_info(
+        a={"file_name": "a.json", "columns": columns},
+        b={"file_name": "b.json", "columns": {"prompt": "instruction", "response": "output"}},
+    )
+    with pytest.raises(ValueError, match="a calls the field instruction q, and b calls it"):
+        llama(dataset="a,b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "run.yaml is empty"),
+        ("# nothing\n", "run.yaml is empty"),
+        ("- a\n- b\n", "run.yaml holds a list at the top"),
+        ("just text\n", "run.yaml holds str 'just text' at the top"),
+        ("stage: sft\n\tlora_rank: 8\n", "run.yaml, line 2: not valid YAML: a tab"),
+        ("stage: sft\nlora_rank: 8\nstage: sft\n", "line 3: stage is given twice, first in line 1"),
+        ("adapter:\n  rank: 8\n  rank: 9\n", "line 3: rank is given twice, first in line 2"),
+        ("stage: [sft\nlora_rank: 8\n", "run.yaml, line 2: not valid YAML"),
+        ("stage: sft\n---\nstage: sft\n", "run.yaml, line 2: not valid YAML"),
+        ("? [a]\n: b\n", "run.yaml, line 1: a key is a sequence; give a name"),
+        ("stage: !!python/object/apply:os.system [ls]\n", "line 1: .*makes an object"),
+        ("stage: &a [*a]\n", "line 1: an anchor contains itself"),
+        ("stage: " + "[" * 3000, "run.yaml is not valid YAML: nested too deeply"),
+        ("stage: \x07\n", "run.yaml is not valid YAML"),
+        ("lora_rank: " + "9" * 5000 + "\n", "run.yaml is not valid YAML: .*4300 digits"),
+        ("sgate: sft\nlora_rank: 8\n", "line 1: LLaMA-Factory has no key 'sgate'; .* mean stage"),
+        ("stage: sft\nlora_rnak: 8\n", "line 2: .*did you mean lora_rank"),
+        ("stage: dpo\n", "line 1: stage dpo cannot be run: lorax_ft has stage sft only"),
+        ("stage: pt\n", "line 1: stage pt cannot be run"),
+        ("stage: sfft\n", "line 1: stage is sfft; it can be sft, pt, rm, ppo, dpo or kto"),
+        ("do_train: false\n", "line 1: do_train is false"),
+        ("lora_rank: eight\n", "line 1: lora_rank is 'eight'; it must be a whole number"),
+        ("lora_rank: 2.5\n", "line 1: lora_rank is 2.5; it must be a whole number"),
+        ("lora_rank: true\n", "line 1: lora_rank is True; it must be a whole number"),
+        ("lora_rank: -2\n", r"line 1 \(lora_rank\): adapter.rank is -2; it must be above 0"),
+        ("use_dora: 'yes'\n", "line 1: use_dora is 'yes'; it must be true or false"),
+        ("lora_target: 3\n", "line 1: lora_target is 3; it must be names"),
+        ("finetuning_type: freeze\n", "line 1: finetuning_type freeze cannot be run"),
+        ("use_galore: true\n", "line 1: use_galore true cannot be honored: it is another opt"),
+        ("use_dft_loss: true\n", "line 1: use_dft_loss true cannot be honored: the loss"),
+        ("quantization_bit: 3\n", "line 1: quantization_bit is 3; it can be 4 or 8"),
+        ("quantization_bit: 4\nquantization_method: gptq\n", "line 2: quantization_method is gptq"),
+        ("optim: adafactor\n", "line 1: optim is adafactor; it can be"),
+        ("lr_scheduler_type: polynomial\n", "line 1: lr_scheduler_type is polynomial"),
+        ("lr_scheduler_kwargs: {power: 2}\n", "line 1: lr_scheduler_kwargs power"),
+        ("logging_steps: 0.1\n", "line 1: logging_steps is 0.1, a fraction of all steps"),
+        ("resume_from_checkpoint: out/checkpoint-5\n", "cannot be resumed"),
+        ("adapter_name_or_path: a,b\n", "line 1: adapter_name_or_path: merge a, b"),
+        ("mix_strategy: interleave_under\n", "line 1: mix_strategy interleave_under cannot"),
+        ("dataset: suns\n", "line 1: dataset: data/dataset_info.json has no dataset 'suns'"),
+        ("base_model: a/b\nadapter: lora\n", "line 1: a YAML of axolotl is not read"),
+        (
+            "task: llm-sft\nbase_model: a/b\n",
+            "line 2: a YAML of AutoTrain is not read; .*autotrain",
+        ),
+        ("model_class: llm\n", "line 1: a YAML of LLaMA-Factory's v1 is not read"),
+        ("compute_environment: x\n", "line 1: a YAML of accelerate is not read"),
+        ("colour: red\nshape: round\n", "line 1: unknown key 'colour'; a config has the sections"),
+        ("adapter: {rank: 8}\nmodle: {}\n", "line 2: unknown key 'modle' .did you mean model"),
+        ("adapter:\n  rank: eight\n", "line 2: adapter.rank is 'eight'; it must be an integer"),
+        ("adapter:\n  rnak: 8\n", "line 2: adapter.rnak is no option; did you mean adapter.rank"),
+        ("adapter:\n  targets: q_proj\n", "line 2: adapter.targets is .*it must be a list"),
+        ("adapter: 3\n", "section 'adapter' of the config is not an object"),
+    ],
+)
+def test_bad_yaml_is_one_line_with_its_place(text: str, message: str) -> None:
+    if "model_name_or_path" not in text and ":" in text and "sections" not in message:
+        is_theirs = any(f"{key}:" in text for key in llama_factory.TABLE)
+        needed = {"model_name_or_path": "m", "dataset": "sums"}
+        rest = {key: value for key, value in needed.items() if f"{key}:" not in text}
+        if is_theirs and text.endswith("\n") and "base_model" not in text:
+            text += yaml_of(rest)
+    with pytest.raises(ValueError, match=message):
+        read(text)
+
+
+def test_anchors_that_explode() -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    for n in range(1, 12):
+        lines.append(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]")
+    with pytest.raises(ValueError, match="values with its anchors, above 10,000"):
+        read("\n".join(lines))
+    # Those of a file that somebody wrote are fine.
+    config = read("adapter: &a\n  targets: &t [q_proj]\n  exclude: *t\n").config
+    assert config.adapter.exclude == ("q_proj",)
+
+
+def test_numbers_as_python_writes_them() -> None:
+    assert read("optim:\n  learning_rate: 1e-4\n  eps: 1.e-6\n").config.optim.learning_rate == 1e-4
+    assert read("model:\n  path: '1e-4'\n").config.model.path == "1e-4"
+    assert read("train:\n  output: 2026-11-28\n").config.train.output == "2026-11-28"
+
+
+def test_yaml_of_our_sections() -> None:
+    text = "adapter:\n  rank: 4\n  targets: [q_proj]\ntrain:\n  eval_every: epoch\n"
+    config = read(text).config
+    assert config.adapter == lft.AdapterConfig(rank=4, targets=("q_proj",))
+    assert config == dataclasses.replace(
+        lft.Config(), adapter=config.adapter, train=lft.TrainConfig(eval_every="epoch")
+    )
+    of_run = lft.load_config("pissa")
+    assert read(of_run.to_json(), "config.json") == Loaded(of_run)
+    assert read(of_run.to_json(), "config.yml") == Loaded(of_run)
+
+
+LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32}
+
+
+def peft(**keys: Any) -> lft.Config:
+    return read(json.dumps(LORA | keys), "adapter_config.json").config
+
+
+@pytest.mark.parametrize(
+    ("keys", "option", "value"),
+    [
+        ({}, "adapter.rank", 16),
+        ({}, "adapter.alpha", 32),
+        ({"lora_alpha": None}, "adapter.alpha", 8),
+        ({"base_model_name_or_path": "my/model"}, "model.path", "my/model"),
+        ({"target_modules": "all-linear"}, "adapter.targets", ("all-linear",)),
+        ({"target_modules": ["q_proj", "v_proj"]}, "adapter.targets", ("q_proj", "v_proj")),
+        ({"target_modules": r".*\.q_proj"}, "adapter.targets", (r".*\.q_proj",)),
+        (
+            {"target_modules": r"model\.layers\.0\..*"},
+            "adapter.targets",
+            (r"layers\.0\..*",),
+        ),
+        ({"exclude_modules": ["lm_head"]}, "adapter.exclude", ("lm_head",)),
+        ({"use_rslora": True}, "adapter.scaling", "rank_stabilized"),
+        ({"use_dora": True}, "adapter.dora", True),
+        ({"lora_dropout": 0.1}, "adapter.dropout", 0.1),
+        ({"modules_to_save": ["lm_head"]}, "adapter.train_whole", ("lm_head",)),
+        ({"layers_to_transform": 3}, "adapter.layers", (3,)),
+        ({"layers_to_transform": [0, 1]}, "adapter.layers", (0, 1)),
+        ({"rank_pattern": {"q_proj": 4}}, "adapter.rank_pattern", ("q_proj=4",)),
+        (
+            {"alpha_pattern": {"model.layers.0.mlp.up_proj": 4}},
+            "adapter.alpha_pattern",
+            ("layers.0.mlp.up_proj=4",),
+        ),
+        (
+            {"rank_pattern": {r"layers\.[01]\..*": 4}},
+            "adapter.rank_pattern",
+            (r"(.*\.)?(layers\.[01]\..*)=4",),
+        ),
+        ({"init_lora_weights": "pissa_niter_4"}, "adapter.svd_iterations", 4),
+        ({"init_lora_weights": "pissa"}, "adapter.init", "pissa"),
+        ({"init_lora_weights": True}, "adapter.init", "kaiming"),
+        ({"init_lora_weights": "eva", "eva_config": {"rho": 1.5}}, "adapter.eva_rho", 1.5),
+        ({"init_lora_weights": "corda"}, "adapter.corda_mode", "ipm"),
+        ({"init_lora_weights": "mica"}, "adapter.freeze", ("lora_b",)),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}}, "quant.rounds", 5),
+    ],
+)
+def test_fields_of_a_lora_config(keys: dict[str, Any], option: str, value: Any) -> None:
+    section, field = option.split(".")
+    assert getattr(getattr(peft(**keys), section), field) == value
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type IA3: only a LoraConfig"),
+        ({"task_type": "SEQ_CLS"}, "task_type SEQ_CLS cannot be run"),
+        ({"bias": "all"}, "bias all cannot be honored: biases do not train"),
+        ({"init_lora_weights": False}, "init_lora_weights false"),
+        ({"init_lora_weights": "pizza"}, "init_lora_weights is pizza; it can be"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*it must be an object"),
+        ({"target_modules": 3}, "target_modules is 3; it must be names or"),
+        ({"lora_alpah": 3}, "PEFT has no key 'lora_alpah'; did you mean lora_alpha"),
+        ({"use_qalora": True}, "use_qalora true cannot be honored"),
+    ],
+)
+def test_lora_configs_that_cannot_be_honored(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"adapter_config.json: {message}"):
+        peft(**keys)
+
+
+FLAGS_OF_A_RUN = (
+    "--train --model my/model --project-name out/it --data-path data --peft --lora-r 8 "
+    "--lora-alpha 16 --lora-dropout 0.1 --target-modules q_proj,v_proj --lr 2e-4 --epochs 2 "
+    "--batch-size 4 --gradient-accumulation 2 --block-size 512 --warmup-ratio 0.05 "
+    "--scheduler cosine --quantization int4 --mixed-precision bf16 --train.steps 5 --dry-run"
+)
+
+
+def autotrain(text: str) -> tuple[lft.Config, Source, list[str]]:
+    document, ours = read_flags(text.split())
+    config, source = read_foreign(document, AUTOTRAIN)
+    return config, source, ours
+
+
+def test_options_of_autotrain() -> None:
+    config, source, ours = autotrain(FLAGS_OF_A_RUN)
+    assert ours == ["--train.steps", "5", "--dry-run"]
+    assert config.model == lft.ModelConfig(path="my/model", dtype="bfloat16")
+    assert config.quant.format == "nf4"
+    targets = ("q_proj", "v_proj")
+    assert config.adapter == lft.AdapterConfig(rank=8, alpha=16, dropout=0.1, targets=targets)
+    assert config.data == lft.DataConfig(train=("data",), max_length=512, validation_rows=0)
+    assert config.optim == lft.OptimConfig(
+        learning_rate=2e-4, schedule="cosine", warmup_fraction=0.05
+    )
+    assert (config.train.epochs, config.train.output) == (2, "out/it")
+    assert (config.train.batch_size, config.train.microbatches) == (8, 2)
+    assert source.batch_per_device
+    # Without options of LoRA, and with AutoTrain's defaults.
+    config, source, _ = autotrain("--train --model m --data-path d --log wandb --padding left")
+    assert config.adapter.train_whole == ("all",)
+    assert config.quant.format == "none"
+    assert (config.optim.learning_rate, config.train.batch_size) == (3e-5, 8)
+    assert config.train.report_to == ("wandb",)
+    assert dict(source.remarks())["padding"].startswith("not honored")
+    assert autotrain("--model m --data-path d --peft")[0].quant.format == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("--train --model m", "--data-path is missing"),
+        ("--model m --data-path d --lora-r eight", "lora_r is 'eight'; it must be a whole number"),
+        ("--model m --data-path d --trainer dpo", "trainer dpo cannot be run: sft only"),
+        ("--model m --data-path d --deploy", "--deploy: only --train is run"),
+        ("--model m --data-path d --lr", "--lr needs a value"),
+        ("--model m --model n", "--model is given twice"),
+        ("--model m n", "'n' belongs to no option"),
+        ("--train m", "'m' belongs to no option"),
+        ("--modle m", "AutoTrain has no key 'modle'; did you mean model"),
+        ("--model m --data-path d --push-to-hub", "--push-to-hub needs --username"),
+        ("--model m --data-path d --quantization int2", "quantization is int2; it can be int4"),
+    ],
+)
+def test_bad_options_of_autotrain(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        autotrain(text)
+
+
+def test_configs_as_python() -> None:
+    Path("adapter_config.json").write_text(json.dumps(LORA))
+    keys = {"lora_target": [f"layers/{n}/mlp/up_proj" for n in range(9)], "template": 'q"""w\\'}
+    keys |= {"default_system": 'it\'s "so"', "val_size": 0.1, "max_samples": 3, "bf16": True}
+    Path("run.yaml").write_text(yaml_of(SHORT | keys))
+    Path("own.yaml").write_text("adapter: {rank: 2}\n")
+    for name in ("run.yaml", "adapter_config.json", "own.yaml"):
+        Path("written.py").write_text(converted(name, "written.py", devices=1))
+        assert lft.load_config("written.py") == read_config(name).config
+        checks = (["format", "--check"], ["check", "--select", "E,F,I"])
+        for check in checks:
+            command = [sys.executable, "-m", "ruff", *check, "--line-length", "100", "written.py"]
+            assert subprocess.run(command, capture_output=True).returncode == 0, check
+    text = converted("run.yaml", "written.py", devices=2)
+    assert "batch_size=16" in text
+    assert "template: q" in text
+
+
+def test_the_documentation_has_all_keys() -> None:
+    text = (ROOT / "docs" / "MIGRATION.md").read_text()
+    for table in (llama_factory.TABLE, peft_lora.TABLE, TABLE):
+        for name, rule in table.items():
+            shown = f"--{name.replace('_', '-')}" if table is TABLE else name
+            rows = [line for line in text.splitlines() if f"`{shown}`" in line]
+            assert rows, f"docs/MIGRATION.md has no {shown}"
+            assert any(all(f"`{option}`" in row for option in rule.options) for row in rows), name
+    assert set(FLAGS) <= {*TABLE}
+
+
+# What lorax_ft does not have, in files of the examples.
+REFUSED = (
+    *("use_adam_mini", "use_apollo", "use_badam", "use_galore", "use_muon", "use_dft_loss"),
+    *("use_asft_loss", "use_eaft_loss"),
+    *("freeze\n", "mixture_of_depths", "use_kt", "model_parallel_size"),
+)
+
+
+@pytest.mark.skipif(not MIRROR.is_dir(), reason=f"needs a mirror of LLaMA-Factory at {MIRROR}")
+def test_examples_of_llama_factory() -> None:
+    git = ["git", f"--git-dir={MIRROR}"]
+    tree = [*git, "ls-tree", "-r", "HEAD", "--name-only", "examples"]
+    names = subprocess.run(tree, capture_output=True, text=True, check=True).stdout.split()
+    fine = 0
+    for name in names:
+        if not name.endswith("sft.yaml") or "/v1/" in name:
+            continue
+        shown = subprocess.run([*git, "show", f"HEAD:{name}"], capture_output=True, text=True)
+        text = shown.stdout
+        values = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+        if any(word in text for word in REFUSED):
+            with pytest.raises(ValueError, match=r", line \d+: .*(cannot be|has no key|it can be)"):
+                read(text, overridden={"model.path", "data.train"})
+            continue
+        config, _ = read(text, overridden={"model.path", "data.train"})
+        fine += 1
+        assert config.optim.learning_rate == float(values.get("learning_rate", 5e-5)), name
+        rows = int(values.get("per_device_train_batch_size", 8))
+        assert config.train.microbatches == int(
+            values.get("gradient_accumulation_steps", "1").split()[0]
+        )
+        assert config.train.batch_size == rows * config.train.microbatches, name
+        assert config.adapter.rank == int(values.get("lora_rank", 8)), name
+        assert config.quant.format == ("nf4" if "quantization_bit: 4" in text else "none"), name
+    assert fine >= 10
