@@ -31,12 +31,13 @@ def test_each_command_has_help_and_a_script(
 ) -> None:
     assert run(monkeypatch, command, "--help") == 0
     assert f"usage: lorax-ft {command}" in capsys.readouterr().out
-    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / f"{command}.py")
+    module = command.replace("-", "_")
+    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / f"{module}.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.main is script_main(command)
+    assert script.main is script_main(module)
 
 
 def test_help_and_mistakes(
@@ -91,10 +92,10 @@ def test_configs_by_name_and_of_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
         ("lroa", None, "no config file lroa; configs of the library: .*lora"),
         ("none.json", None, "no config file none.json"),
         ("c.toml", "", "neither a .py file with get_config"),
-        ("c.json", "[1]", "c.json is not the config of a run"),
-        ("c.json", "{", "c.json is not the config of a run: the config is not valid JSON"),
-        ("c.json", '{"adapter": 3}', "c.json is not the config of a run"),
-        ("c.json", '{"adapter": {"rnak": 3}}', "c.json is not the config of a run: .*rnak"),
+        ("c.json", "[1]", "c.json holds a list at the top"),
+        ("c.json", "{", "c.json is not valid JSON"),
+        ("c.json", '{"adapter": 3}', "c.json: section 'adapter' of the config is not an object"),
+        ("c.json", '{"adapter": {"rnak": 3}}', "c.json: adapter.rnak is no option; .*adapter.rank"),
     ],
 )
 def test_bad_config_files(

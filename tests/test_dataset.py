@@ -23,7 +23,7 @@ from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
 from lorax_ft.data.formats import split_answer
 from lorax_ft.data.rows import Row
-from lorax_ft.data.sources import read_rows
+from lorax_ft.data.sources import read_rows, split_limit
 
 TOOL = {"type": "function", "function": {"name": "add"}}
 
@@ -88,6 +88,27 @@ def test_validation_rows_are_held_out_by_seed(questions: str) -> None:
     assert answers(0) == (train, validation) != answers(1)
     many = load_data(DataConfig(train=(questions,), validation_rows=20), BYTES, seed=0)
     assert many.validation.count == 2  # a tenth at most
+    part = load_data(DataConfig(train=(questions,), validation_rows=0.26), BYTES, seed=0)
+    assert (part.train.count, part.validation.count) == (14, 6)  # a fraction has no limit
+
+
+def test_the_first_rows_of_a_source(questions: str, tmp_path: Path) -> None:
+    data = load(f"{questions}[:3]", f"{questions}[:2]=2", validation=(f"{questions}[:4]",))
+    assert labels(data.train) == ["1", "2", "3", "1", "2"]
+    assert data.train.sets == ((3, 1.0), (2, 2.0))
+    assert data.validation.count == 4
+    with pytest.raises(ValueError, match=r"questions.jsonl\[:0\] takes no rows"):
+        load(f"{questions}[:0]")
+    # A file of that name is itself.
+    odd = lines(tmp_path / "odd.jsonl[:1]", numbers(3))
+    assert split_limit(odd) == (odd, None)
+    # The validation split of a folder is read as a whole.
+    folder = tmp_path / "both"
+    folder.mkdir()
+    for split in ("train", "test"):
+        lines(folder / f"{split}.jsonl", numbers(5))
+    data = load_data(DataConfig(train=(f"{folder}[:3]",)), BYTES, seed=0)
+    assert (data.train.count, data.validation.count) == (3, 5)
 
 
 def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:

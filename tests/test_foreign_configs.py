@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import subprocess
@@ -9,15 +10,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from run_cases import ROOT
 
 import lorax_ft as lft
+from lorax_ft.__main__ import main
 from lorax_ft.commands.convert_config import converted
 from lorax_ft.config.foreign import llama_factory, peft_lora
 from lorax_ft.config.foreign.autotrain import FLAGS, TABLE, read_flags
-from lorax_ft.config.foreign.source import AUTOTRAIN, Source, for_devices, read_foreign
+from lorax_ft.config.foreign.source import (
+    AUTOTRAIN,
+    LLAMA_FACTORY,
+    Source,
+    for_devices,
+    read_foreign,
+)
 from lorax_ft.config.load import Loaded, read_config
+from lorax_ft.sweep import rate
 
 MIRROR = Path("/work/.mirror/hiyouga+LLaMA-Factory/repo")
 """A bare git repository of LLaMA-Factory, where there is one."""
@@ -306,7 +316,7 @@ def test_datasets_with_other_names_of_a_field() -> None:
         ("? [a]\n: b\n", "run.yaml, line 1: a key is a sequence; give a name"),
         ("stage: !!python/object/apply:os.system [ls]\n", "line 1: .*makes an object"),
         ("stage: &a [*a]\n", "line 1: an anchor contains itself"),
-        ("stage: " + "[" * 3000, "run.yaml is not valid YAML: nested too deeply"),
+        ("stage: " + "[" * 1200, "run.yaml is not valid YAML: nested too deeply"),
         ("stage: \x07\n", "run.yaml is not valid YAML"),
         ("lora_rank: " + "9" * 5000 + "\n", "run.yaml is not valid YAML: .*4300 digits"),
         ("sgate: sft\nlora_rank: 8\n", "line 1: LLaMA-Factory has no key 'sgate'; .* mean stage"),
@@ -337,7 +347,7 @@ def test_datasets_with_other_names_of_a_field() -> None:
         ("base_model: a/b\nadapter: lora\n", "line 1: a YAML of axolotl is not read"),
         (
             "task: llm-sft\nbase_model: a/b\n",
-            "line 2: a YAML of AutoTrain is not read; .*autotrain",
+            "line 1: a YAML of AutoTrain is not read; .*autotrain",
         ),
         ("model_class: llm\n", "line 1: a YAML of LLaMA-Factory's v1 is not read"),
         ("compute_environment: x\n", "line 1: a YAML of accelerate is not read"),
@@ -534,9 +544,61 @@ def test_configs_as_python() -> None:
         for check in checks:
             command = [sys.executable, "-m", "ruff", *check, "--line-length", "100", "written.py"]
             assert subprocess.run(command, capture_output=True).returncode == 0, check
-    text = converted("run.yaml", "written.py", devices=2)
-    assert "batch_size=16" in text
+    text = converted("run.yaml", "written.py", devices=4)
+    assert "batch_size=32" in text
     assert "template: q" in text
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    """`lorax-ft` with a command line; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["lorax-ft", *argv])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    trained: list[tuple[lft.Config, bool]] = []
+
+    def train(config: lft.Config, *, dry_run: bool, command: str) -> None:
+        trained.append((config, dry_run))
+
+    monkeypatch.setattr(rate, "train", train)
+    monkeypatch.setenv("COLUMNS", "100")
+    keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "ddp_timeout": 9}
+    Path("run.yaml").write_text(yaml_of(SHORT | keys | {"dataset": "nowhere"}))
+    # What the command line gives wins, and the dataset of the file is not looked for.
+    options = ["--model.path", "other", "--data.train", "a.jsonl", "--train.steps", "5"]
+    assert command(monkeypatch, "train", "--config", "run.yaml", *options, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "run.yaml is a config of LLaMA-Factory." in out
+    assert "not honored: it is about PyTorch" in out
+    devices = jax.device_count()
+    assert f"{2 * devices} = 1 per device × 2 of accumulation × {devices} devices" in out
+    [(config, dry_run)] = trained
+    assert dry_run
+    assert (config.model.path, config.data.train) == ("other", ("a.jsonl",))
+    assert (config.train.steps, config.train.batch_size) == (5, 2 * devices)
+    assert (config.train.epochs, config.train.output) == (None, "out/it")
+
+    assert command(monkeypatch, "autotrain", "llm", *FLAGS_OF_A_RUN.split()) == 0
+    assert trained[1][0].train.steps == 5
+    assert trained[1][0].train.batch_size == 8 * devices
+    assert command(monkeypatch, "autotrain", "image-classification", "--train") == 2
+    assert capsys.readouterr().err.startswith("error: autotrain image-classification: only llm")
+
+    assert command(monkeypatch, "train", "--config", "run.yaml") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: run.yaml, line 2: dataset: data/dataset_info.json has no dataset")
+    assert err.count("\n") == 1
+    write_info(nowhere={"file_name": "a.json"})
+    assert command(monkeypatch, "convert-config", "run.yaml", "--output", "run.py") == 0
+    assert lft.load_config("run.py") == read_config("run.yaml").config
+    assert command(monkeypatch, "convert-config", "run.yaml", "--output", "run.py") == 2
+    assert "run.py exists; give another one, or --overwrite" in capsys.readouterr().err
+    assert command(monkeypatch, "convert-config", "run.yaml", "--output", "run.txt") == 2
 
 
 def test_the_documentation_has_all_keys() -> None:
@@ -585,3 +647,19 @@ def test_examples_of_llama_factory() -> None:
         assert config.adapter.rank == int(values.get("lora_rank", 8)), name
         assert config.quant.format == ("nf4" if "quantization_bit: 4" in text else "none"), name
     assert fine >= 10
+
+
+@pytest.mark.skipif(not MIRROR.is_dir(), reason=f"needs a mirror of LLaMA-Factory at {MIRROR}")
+def test_every_key_of_llama_factory_is_known() -> None:
+    for name in ("data_args", "finetuning_args", "model_args", "training_args", "generating_args"):
+        file = f"HEAD:src/llamafactory/hparams/{name}.py"
+        shown = subprocess.run(
+            ["git", f"--git-dir={MIRROR}", "show", file], capture_output=True, text=True, check=True
+        )
+        for node in ast.walk(ast.parse(shown.stdout)):
+            if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+                continue
+            # Fields that are derived are no keys.
+            value = ast.unparse(node.value) if node.value else ""
+            if value.startswith("field(") and "init=False" not in value:
+                assert LLAMA_FACTORY.knows(node.target.id), node.target.id

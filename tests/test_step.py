@@ -115,6 +115,11 @@ def test_schedules_rise_to_the_peak_and_fall_as_they_are_named() -> None:
     assert (rates("wsd")[10:82] == 1).all()
     assert rates("wsd")[91] == pytest.approx(0.5)
     assert rates("wsd")[100] == pytest.approx(0)
+    # Steps of warm-up replace the fraction, and leave at least one step.
+    in_steps = rates("constant", warmup_steps=4)
+    np.testing.assert_allclose(in_steps[:5], [0.25, 0.5, 0.75, 1, 1], rtol=1e-6)
+    assert (rates("constant", warmup_steps=0) == 1).all()
+    assert rates("linear", warmup_steps=500)[98] == pytest.approx(1, abs=0.02)
     single = unit_schedule(lft.OptimConfig(learning_rate=1.0), steps=1)
     assert float(single(0)) == 1
 
