@@ -55,6 +55,10 @@ def read_document(path: str) -> Document:
         raise ValueError(f"{path} is not valid YAML: nested too deeply") from error
 
 
+# A merge is "<<: *anchor".
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML that makes plain values only, with the numbers that Python writes."""
 
@@ -148,6 +152,11 @@ def _lines(node: yaml.Node, path: str, section: str = "") -> Iterator[tuple[str,
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise ValueError(f"{path}, line {line}: a key is a {key.id}; give a name")
+        if key.tag not in _KEY_TAGS:
+            raise ValueError(
+                f"{path}, line {line}: YAML reads the key {key.value} as something else than a "
+                f'text; write "{key.value}"'
+            )
         if key.value in first:
             raise ValueError(
                 f"{path}, line {line}: {key.value} is given twice, first in line "

@@ -134,18 +134,20 @@ def _from_values(document: Document, overridden: Collection[str]) -> Loaded:
     for key, (trainer, advice) in _NOT_READ.items():
         if key in keys:
             raise ValueError(f"{document.where(key)}: a YAML of {trainer} is not read; {advice}")
-    theirs = [key for key in keys if LLAMA_FACTORY.knows(str(key))]
+    theirs = [key for key in keys if LLAMA_FACTORY.knows(key)]
     # optim is a section of ours, and a text in LLaMA-Factory's files.
     values = document.values
     has_sections = any(key in _SECTIONS and isinstance(values[key], dict) for key in keys)
     if len(theirs) * 2 >= len(keys) and not has_sections:
         return Loaded(*read_foreign(document, LLAMA_FACTORY, overridden))
+    unknown = [key for key in keys if key not in _SECTIONS and (has_sections or key not in theirs)]
+    if not unknown:  # names of sections with something else than a section behind them
+        return Loaded(_from_sections(document))
     known = _SECTIONS if has_sections else [*_SECTIONS, *LLAMA_FACTORY.table]
-    unknown = next(key for key in keys if key not in known)
-    near = difflib.get_close_matches(str(unknown), known, n=1)
+    near = difflib.get_close_matches(unknown[0], known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ValueError(
-        f"{document.where(str(unknown))}: unknown key {unknown!r}{hint}; a config has the sections "
+        f"{document.where(unknown[0])}: unknown key {unknown[0]!r}{hint}; a config has the sections "
         f"{', '.join(_SECTIONS)}, or LLaMA-Factory's keys (model_name_or_path, …), or those of a "
         "PEFT adapter_config.json (peft_type, …)"
     )

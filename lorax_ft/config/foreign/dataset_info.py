@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -79,7 +80,7 @@ def describe(
         return [Described(name, _limited(name, most)) for name in names]
     if folder.startswith("REMOTE:"):
         raise keys.error("dataset_dir", f"dataset_dir {folder}: download it, and name its folder")
-    file = Path(folder).expanduser() / FILE
+    file = Path(os.path.expanduser(folder)) / FILE
     if not file.is_file():
         raise keys.error(
             key,

@@ -242,11 +242,11 @@ def schedule(keys: Keys) -> Options:
     """The schedule, and the fraction of the peak that it ends at."""
     name = keys.read("lr_scheduler_type", "any", "linear")
     ours = keys.choose("lr_scheduler_type", _SCHEDULES, "linear")
-    arguments = dict(keys.read("lr_scheduler_kwargs", "any", {}))
-    last = 0.0
+    arguments = dict(keys.read("lr_scheduler_kwargs", "object", {}))
+    last: Any = 0.0
     if name == "cosine_with_min_lr":
-        peak = keys.read("learning_rate", "number", 5e-5)
-        last = arguments.pop("min_lr_rate", 0.0) or arguments.pop("min_lr", 0.0) / peak
+        last = _final_fraction(arguments, keys)
+        arguments = {}
     elif name == "warmup_stable_decay":
         keys.note("lr_scheduler_type", "optim.schedule wsd, which falls over the last fifth")
         arguments = {}
@@ -256,6 +256,20 @@ def schedule(keys: Keys) -> Options:
             f"lr_scheduler_kwargs {', '.join(arguments)}: {name} takes none here",
         )
     return {"optim.schedule": ours, "optim.final_fraction": last}
+
+
+def _final_fraction(arguments: dict[str, Any], keys: Keys) -> float:
+    """The last rate over the peak, of cosine_with_min_lr."""
+    for name, over in (
+        ("min_lr_rate", 1.0),
+        ("min_lr", keys.read("learning_rate", "number", 5e-5)),
+    ):
+        value = arguments.get(name)
+        if isinstance(value, int | float) and over > 0:
+            return value / over
+    raise keys.error(
+        "lr_scheduler_kwargs", "lr_scheduler_kwargs needs min_lr or min_lr_rate, a number"
+    )
 
 
 def warmup(keys: Keys) -> Options:
@@ -357,7 +371,8 @@ def shards(keys: Keys) -> Options:
     """Whether the weights are split over the devices, which are counted when the run starts."""
     wanted = keys.read("deepspeed", "any")
     strategies = keys.read("fsdp", "any") or ""
-    keys.shards_weights = _is_stage_3(wanted) or _SHARDED in str(strategies)
+    by_fsdp = strategies is True or _SHARDED in str(strategies)
+    keys.shards_weights = by_fsdp or _is_stage_3(wanted)
     if keys.given("deepspeed") and not keys.shards_weights:
         keys.note("deepspeed", "not needed: the batch is shared by all devices (mesh.data)")
     return {}

@@ -87,18 +87,18 @@ def init(keys: Keys) -> Options:
 def _init_options(chosen: str, keys: Keys) -> Options:
     """The options of a start, which have objects of their own."""
     section = {"eva": "eva_config", "corda": "corda_config", "loftq": "loftq_config"}.get(chosen)
-    given = dict(keys.read(section, "any", {})) if section else {}
+    given = keys.read(section, "object", {}) if section else {}
     match chosen:
         case "eva":
             return {"adapter.eva_rho": given.get("rho", 2.0)}
         case "corda":
             return {"adapter.corda_mode": given.get("corda_method", "ipm")}
         case "loftq":
-            formats = {4: "nf4", 8: "int8"}
             bits = given.get("loftq_bits", 4)
-            if bits not in formats:
+            if bits not in (4, 8):
                 raise keys.error("loftq_config", f"loftq_bits is {bits}; it can be 4 or 8")
-            return {"quant.format": formats[bits], "quant.rounds": given.get("loftq_iter", 1)}
+            format_ = "nf4" if bits == 4 else "int8"
+            return {"quant.format": format_, "quant.rounds": given.get("loftq_iter", 1)}
     return {}
 
 
@@ -166,7 +166,7 @@ TABLE: Mapping[str, Rule] = {
     "fan_in_fan_out": holds("a kernel's axes are those of the model"),
     "qalora_group_size": holds("it belongs to use_qalora"),
     "ensure_weight_tying": unused("tied weights stay tied"),
-    "runtime_config": unused("it is about PyTorch"),
+    "runtime_config": holds("it is about PyTorch"),
     "auto_mapping": holds("the model's family is found by its config.json"),
     "inference_mode": holds("the adapter of a run trains"),
     "peft_version": holds("the file's version"),

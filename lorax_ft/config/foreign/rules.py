@@ -7,14 +7,13 @@ or refuses it where the run would be another one without it.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from lorax_ft.checks import alternatives
 from lorax_ft.config.document import Document
 
-Kind = Literal["text", "whole", "number", "flag", "names", "any"]
+Kind = Literal["text", "whole", "number", "flag", "names", "object", "any"]
 """The type of a value; names: a list, or a text with commas between them."""
 Options = dict[str, Any]
 """Values by option, such as "adapter.rank"."""
@@ -25,6 +24,7 @@ _KINDS: Mapping[Kind, str] = {
     "number": "a number",
     "flag": "true or false",
     "names": "names, as a list or with commas between them",
+    "object": "keys with values",
 }
 
 
@@ -243,7 +243,10 @@ def _split_names(value: Any) -> Any:
 
 
 def _is_kind(value: Any, kind: Kind) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Python converts no larger whole number to a float; not-a-number is no number either.
+    is_number = (
+        isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
+    )
     match kind:
         case "text":
             return isinstance(value, str)
@@ -254,7 +257,9 @@ def _is_kind(value: Any, kind: Kind) -> bool:
         case "number":
             return is_number
         case "whole":
-            return is_number and math.isfinite(value) and value == int(value)
+            return is_number and value == int(value)
+        case "object":
+            return isinstance(value, dict)
     return True
 
 
