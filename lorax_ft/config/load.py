@@ -147,9 +147,9 @@ def _from_values(document: Document, overridden: Collection[str]) -> Loaded:
     near = difflib.get_close_matches(unknown[0], known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ValueError(
-        f"{document.where(unknown[0])}: unknown key {unknown[0]!r}{hint}; a config has the sections "
-        f"{', '.join(_SECTIONS)}, or LLaMA-Factory's keys (model_name_or_path, …), or those of a "
-        "PEFT adapter_config.json (peft_type, …)"
+        f"{document.where(unknown[0])}: unknown key {unknown[0]!r}{hint}; a config has our "
+        f"sections ({', '.join(_SECTIONS)}), LLaMA-Factory's keys (model_name_or_path, …) or those "
+        "of a PEFT adapter_config.json (peft_type, …)"
     )
 
 

@@ -260,10 +260,8 @@ def schedule(keys: Keys) -> Options:
 
 def _final_fraction(arguments: dict[str, Any], keys: Keys) -> float:
     """The last rate over the peak, of cosine_with_min_lr."""
-    for name, over in (
-        ("min_lr_rate", 1.0),
-        ("min_lr", keys.read("learning_rate", "number", 5e-5)),
-    ):
+    peak = keys.read("learning_rate", "number", 5e-5)
+    for name, over in (("min_lr_rate", 1.0), ("min_lr", peak)):
         value = arguments.get(name)
         if isinstance(value, int | float) and over > 0:
             return value / over
