@@ -337,7 +337,7 @@ def test_datasets_with_other_names_of_a_field() -> None:
         ("use_dft_loss: true\n", "line 1: use_dft_loss true cannot be honored: the loss"),
         ("quantization_bit: 3\n", "line 1: quantization_bit is 3; it can be 4 or 8"),
         ("quantization_bit: 4\nquantization_method: gptq\n", "line 2: quantization_method is gptq"),
-        ("optim: adafactor\n", "line 1: optim is adafactor; it can be"),
+        ("optim: adafactor\nseed: 1\n", "line 1: optim is adafactor; it can be"),
         ("lr_scheduler_type: polynomial\n", "line 1: lr_scheduler_type is polynomial"),
         ("lr_scheduler_kwargs: {power: 2}\n", "line 1: lr_scheduler_kwargs power"),
         ("lr_scheduler_kwargs: 3\n", "line 1: lr_scheduler_kwargs is 3; it must be keys with"),
