@@ -586,7 +586,7 @@ def test_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     options = ["--model.path", "other", "--data.train", "a.jsonl", "--train.steps", "5"]
     assert command(monkeypatch, "train", "--config", "run.yaml", *options, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "run.yaml is a config of LLaMA-Factory." in out
+    assert "run.yaml, read as LLaMA-Factory's:" in out
     assert "not honored: it is about PyTorch" in out
     devices = jax.device_count()
     assert f"{2 * devices} = 1 per device × 2 of accumulation × {devices} devices" in out

@@ -34,7 +34,7 @@ def announced(config: Config, source: Source | None, *, devices: int | None = No
     for keys, text in [*source.remarks(), *of_devices]:
         grid.add_row(Text(keys, style="cyan"), Text(text))
     console = make_console()
-    console.print(f"{source.path} is a config of {source.trainer}.", markup=False)
+    console.print(f"{source.path}, read as {source.trainer}'s:", markup=False)
     console.print(grid)
     console.print()
     return config

@@ -64,6 +64,6 @@ def test_an_example_of_llama_factory_is_a_dry_run(
     ours += ["--data.max_length", "80", "--data.num_proc", "1"]
     assert main("--config", "run.yaml", *ours, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "run.yaml is a config of LLaMA-Factory." in out
+    assert "run.yaml, read as LLaMA-Factory's:" in out
     assert "of accumulation" in out
     assert "trainable parameters" in out

@@ -46,16 +46,19 @@ def kind(keys: Keys) -> Options:
 
 def method(keys: Keys) -> Options:
     """LoRA if --peft is given, else full fine-tuning."""
-    if not _is_lora(keys):
-        keys.note("peft", "not given, so all weights train")
-        return {"adapter.targets": (), "adapter.train_whole": ("all",)}
-    targets = keys.read("target_modules", "names", ("all-linear",))
-    return {
-        "adapter.targets": targets,
-        "adapter.rank": keys.read("lora_r", "whole", 16),
-        "adapter.alpha": keys.read("lora_alpha", "number", 32),
-        "adapter.dropout": keys.read("lora_dropout", "number", 0.05),
-    }
+    if _is_lora(keys):
+        return {"adapter.targets": keys.read("target_modules", "names", ("all-linear",))}
+    keys.note("peft", "not given, so all weights train")
+    return {"adapter.targets": (), "adapter.train_whole": ("all",)}
+
+
+def of_lora(key: str, option: str, kind: Kind, default: float) -> Rule:
+    """A key that means something only with LoRA, and its default there."""
+
+    def read(keys: Keys) -> Options:
+        return {option: keys.read(key, kind, default)} if _is_lora(keys) else {}
+
+    return together(read, option, remark=f"absent: {default}")
 
 
 def _is_lora(keys: Keys) -> bool:
@@ -97,15 +100,22 @@ def data(keys: Keys) -> Options:
     path = keys.read("data_path", "text")
     if path is None:
         raise keys.error("data_path", "--data-path is missing; give it, or --data.train")
-    split = keys.read("train_split", "text", "train")
-    valid = keys.read("valid_split", "text")
-    options: Options = {"data.train": (path,), "data.split": split, "data.validation_rows": 0}
-    if valid is not None:
-        options |= {"data.validation": (path,), "data.validation_split": valid}
-    return options | _fields(keys)
+    return {"data.train": (path,)}
 
 
-def _fields(keys: Keys) -> Options:
+def validation(keys: Keys) -> Options:
+    """The validation split of the same data; none without its name."""
+    split, path = keys.read("valid_split", "text"), keys.read("data_path", "text")
+    if split is None or path is None:
+        return {"data.validation_rows": 0}
+    return {
+        "data.validation": (path,),
+        "data.validation_split": split,
+        "data.validation_rows": 0,
+    }
+
+
+def columns(keys: Keys) -> Options:
     """The column of the text: a plain text, or a conversation where a chat template is named."""
     column = keys.read("text_column", "text")
     template = keys.read("chat_template", "text", "none")
@@ -157,17 +167,22 @@ def upload(keys: Keys) -> Options:
 _KIND = together(kind, remark="the trainers default and sft only")
 _METHOD = together(
     method,
-    *("adapter.targets", "adapter.rank", "adapter.alpha", "adapter.dropout"),
-    remark="rank 16, alpha 32, dropout 0.05; without --peft and these, all weights train",
+    *("adapter.targets", "adapter.train_whole"),
+    remark="absent: all linear layers; without --peft or an option of LoRA, all weights train",
 )
 _QUANTIZATION = together(
     quantization, "quant.format", remark="int4: nf4; absent: int4 with LoRA; none: none"
 )
 _LENGTH = together(length, "data.max_length", remark="the smaller one; absent: 2048")
-_DATA = together(
-    data,
-    *("data.train", "data.split", "data.validation", "data.validation_split", "data.fields"),
-    remark="without --valid-split there is no validation",
+_VALIDATION = together(
+    validation,
+    *("data.validation", "data.validation_split", "data.validation_rows"),
+    remark="absent: no validation",
+)
+_COLUMNS = together(
+    columns,
+    *("data.fields", "data.shape"),
+    remark="with a chat template a conversation, else plain text",
 )
 _BATCH = together(
     batch,
@@ -184,17 +199,17 @@ TABLE: Mapping[str, Rule] = {
     "trainer": _KIND,
     "model": same("model.path", "text"),
     "project_name": same("train.output", "text", default="project-name"),
-    "data_path": _DATA,
-    "train_split": _DATA,
-    "valid_split": _DATA,
-    "text_column": _DATA,
-    "chat_template": _DATA,
+    "data_path": together(data, "data.train", remark="a folder, a file or a Hub id"),
+    "train_split": same("data.split", "text"),
+    "valid_split": _VALIDATION,
+    "text_column": _COLUMNS,
+    "chat_template": _COLUMNS,
     "peft": _METHOD,
     "use_peft": _METHOD,
     "target_modules": _METHOD,
-    "lora_r": _METHOD,
-    "lora_alpha": _METHOD,
-    "lora_dropout": _METHOD,
+    "lora_r": of_lora("lora_r", "adapter.rank", "whole", 16),
+    "lora_alpha": of_lora("lora_alpha", "adapter.alpha", "number", 32),
+    "lora_dropout": of_lora("lora_dropout", "adapter.dropout", "number", 0.05),
     "quantization": _QUANTIZATION,
     "use_int4": _QUANTIZATION,
     "use_int8": _QUANTIZATION,
