@@ -461,6 +461,17 @@ def test_fields_of_a_lora_config(keys: dict[str, Any], option: str, value: Any) 
     assert getattr(getattr(peft(**keys), section), field) == value
 
 
+def test_objects_of_starts_in_a_lora_config() -> None:
+    keys = {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "tau": 0.9}}
+    keys |= {"corda_config": {"corda_method": "kpm"}, "loftq_config": {}}
+    said = remarks(read(json.dumps(LORA | keys), "adapter_config.json"))
+    assert said["eva_config"] == "only rho of it is honored"
+    assert said["corda_config"] == "not honored: it belongs to init_lora_weights corda"
+    assert "loftq_config" not in said
+    keys = {"init_lora_weights": "lora_ga", "lora_ga_config": {"stable_gamma": 64}}
+    assert peft(**keys).adapter.lora_ga_gamma == 64
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -2,8 +2,8 @@
 
 A config file is a Python file that defines `get_config() -> Config`, or YAML or JSON, also that of
 another trainer (`foreign`). It is loaded by `lorax-ft train --config FILE`, which accepts overrides
-such as `--adapter.rank 32`. The docstring under each field is its `--help` text; tyro keeps its line
-breaks, so they stand between clauses.
+such as `--adapter.rank 32`. The docstring under each field is its `--help` text; tyro keeps its
+line breaks, so they stand between clauses.
 """
 
 from lorax_ft.config.adapter import AdapterConfig

@@ -224,7 +224,9 @@ TABLE: Mapping[str, Rule] = {
     "optimizer": together(
         optimizer, "optim.optimizer", remark="the variants of AdamW and of Lion, and sgd"
     ),
-    "scheduler": choice("optim.schedule", _SCHEDULES, default="linear"),
+    "scheduler": choice(
+        "optim.schedule", _SCHEDULES, default="linear", remark="linear, cosine or constant"
+    ),
     "weight_decay": same("optim.weight_decay", "number"),
     "max_grad_norm": same("optim.clip_norm", "number"),
     "seed": same("train.seed", "whole", default=42),
@@ -238,6 +240,7 @@ TABLE: Mapping[str, Rule] = {
         "train.report_to",
         {"none": (), "tensorboard": ("tensorboard",), "wandb": ("wandb",)},
         default="none",
+        remark="none, tensorboard or wandb",
     ),
     "push_to_hub": _UPLOAD,
     "repo_id": _UPLOAD,

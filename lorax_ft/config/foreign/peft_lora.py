@@ -37,6 +37,13 @@ _INITS = {
     "lora_ga": "lora_ga",
     "mica": "mica",
 }
+_INIT_CONFIGS: Mapping[str, tuple[str, ...]] = {
+    "eva_config": ("rho",),
+    "corda_config": ("corda_method",),
+    "lora_ga_config": ("stable_gamma",),
+    "loftq_config": ("loftq_bits", "loftq_iter"),
+}
+"""The objects of starts, with their keys that have an option here."""
 _ONLY_LORA = "LoRA has no such part here"
 
 
@@ -85,14 +92,22 @@ def init(keys: Keys) -> Options:
 
 
 def _init_options(chosen: str, keys: Keys) -> Options:
-    """The options of a start, which have objects of their own."""
-    section = {"eva": "eva_config", "corda": "corda_config", "loftq": "loftq_config"}.get(chosen)
-    given = keys.read(section, "object", {}) if section else {}
+    """The options of a start, which have an object of their own in PEFT."""
+    own = f"{chosen}_config"
+    for section, known in _INIT_CONFIGS.items():
+        for name in keys.read(section, "object", {}):
+            if section != own:
+                keys.note(section, f"not honored: it belongs to init_lora_weights {section[:-7]}")
+            elif name not in known:
+                keys.note(section, f"only {' and '.join(known)} of it is honored")
+    given = keys.read(own, "object", {}) if own in _INIT_CONFIGS else {}
     match chosen:
         case "eva":
             return {"adapter.eva_rho": given.get("rho", 2.0)}
         case "corda":
             return {"adapter.corda_mode": given.get("corda_method", "ipm")}
+        case "lora_ga":
+            return {"adapter.lora_ga_gamma": given.get("stable_gamma", 16)}
         case "loftq":
             bits = given.get("loftq_bits", 4)
             if bits not in (4, 8):
@@ -124,7 +139,8 @@ _KIND = together(kind, remark="LORA and CAUSAL_LM")
 _INIT = _given(
     init,
     *("adapter.init", "adapter.svd_iterations", "adapter.freeze", "quant.format", "quant.rounds"),
-    remark="true: kaiming; pissa_niter_N: pissa with svd_iterations N; loftq quantizes the base",
+    remark="true: kaiming; pissa_niter_N: pissa with svd_iterations N; loftq quantizes the base; "
+    "of the objects only rho, corda_method, stable_gamma, loftq_bits and loftq_iter",
 )
 
 TABLE: Mapping[str, Rule] = {
@@ -147,6 +163,7 @@ TABLE: Mapping[str, Rule] = {
     "eva_config": _INIT,
     "corda_config": _INIT,
     "loftq_config": _INIT,
+    "lora_ga_config": _INIT,
     "bias": refused("biases do not train beside an adapter", harmless=("none",)),
     "lora_bias": refused(_ONLY_LORA),
     "target_parameters": refused("name modules in target_modules", harmless=([],)),
@@ -161,7 +178,6 @@ TABLE: Mapping[str, Rule] = {
     "monteclora_config": refused(_ONLY_LORA),
     "megatron_config": refused("Megatron's layers are not used"),
     "megatron_core": holds("Megatron's layers are not used"),
-    "lora_ga_config": unused("adapter.lora_ga_gamma has its one option"),
     "layers_pattern": holds("layers are found by their numbers"),
     "fan_in_fan_out": holds("a kernel's axes are those of the model"),
     "qalora_group_size": holds("it belongs to use_qalora"),

@@ -131,14 +131,16 @@ def same(option: str, kind: Kind, *, default: Any = None, remark: str = "") -> R
     return Rule(apply, (option,), remark, absent=default is not None)
 
 
-def choice(option: str, choices: Mapping[Any, Any], *, default: Any = None) -> Rule:
+def choice(
+    option: str, choices: Mapping[Any, Any], *, default: Any = None, remark: str = ""
+) -> Rule:
     """A key whose values have other names here."""
 
     def apply(key: str, keys: Keys) -> Options:
         return {option: keys.choose(key, choices, default)}
 
     pairs = [f"{_shown(theirs)}: {_shown(ours)}" for theirs, ours in choices.items()]
-    return Rule(apply, (option,), ", ".join(pairs), absent=default is not None)
+    return Rule(apply, (option,), remark or ", ".join(pairs), absent=default is not None)
 
 
 def together(
