@@ -55,8 +55,9 @@ def read_document(path: str) -> Document:
         raise ValueError(f"{path} is not valid YAML: nested too deeply") from error
 
 
-# A merge is "<<: *anchor".
-_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_TAG = "tag:yaml.org,2002:"
+_KEY_TAGS = (f"{_TAG}str", f"{_TAG}merge")  # a merge is "<<: *anchor"
+_TAGS = (*_KEY_TAGS, *(_TAG + name for name in ("null", "bool", "int", "float", "seq", "map")))
 
 
 class _Loader(yaml.SafeLoader):
@@ -73,7 +74,7 @@ def _resolvers() -> dict[str, list[tuple[str, Any]]]:
         r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$"
         r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
     )
-    float_tag, date_tag = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
+    float_tag, date_tag = f"{_TAG}float", f"{_TAG}timestamp"
     resolvers = {}
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items():
         resolvers[first] = [pair for pair in pairs if pair[0] not in (float_tag, date_tag)]
@@ -95,10 +96,10 @@ def _parse(path: str, text: str) -> Document:
         if size > MOST_VALUES:
             raise ValueError(f"{path} has {size:,} values with its anchors, above {MOST_VALUES:,}")
         lines = dict(_lines(root, path))
-        # A number or a date that Python cannot hold, such as 1e99999999 of digits.
+        # A number of thousands of digits, or a text that is marked as a number: !!int a.
         try:
             values = loader.construct_document(root)
-        except (ValueError, OverflowError) as error:
+        except (ValueError, LookupError, OverflowError) as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
     finally:
         loader.dispose()
@@ -116,7 +117,11 @@ def _mapping(path: str, values: Any, lines: Mapping[str, int]) -> Document:
 
 
 def _size(node: yaml.Node, known: dict[int, int | None], path: str) -> int:
-    """The values of a node; those of an alias count each time that it stands for them."""
+    """The values of a node; those of an alias count each time that it stands for them.
+
+    Raises:
+      ValueError: the node contains itself, or one with a tag that makes an object.
+    """
     key = id(node)
     if key in known:
         size = known[key]
@@ -124,6 +129,9 @@ def _size(node: yaml.Node, known: dict[int, int | None], path: str) -> int:
             line = node.start_mark.line + 1
             raise ValueError(f"{path}, line {line}: an anchor contains itself")
         return size
+    if node.tag not in _TAGS:
+        tag, line = node.tag.removeprefix(_TAG), node.start_mark.line + 1
+        raise ValueError(f"{path}, line {line}: the tag {tag} makes an object; give plain values")
     known[key] = None
     size = 1 + sum(_size(child, known, path) for child in _children(node))
     known[key] = size
@@ -174,7 +182,4 @@ def _problem(path: str, error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or error.context or "it cannot be read"
     if "\\t" in problem:
         problem = "a tab; YAML is indented by spaces"
-    elif "could not determine a constructor" in problem:
-        tag = problem.rpartition(" ")[2]
-        problem = f"the tag {tag} makes an object; give plain values"
     return f"{place}: not valid YAML: {problem}"
