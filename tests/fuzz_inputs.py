@@ -24,6 +24,7 @@ TARGETS = {
     "template": 6,
     "pattern": 8,
     "run_config": 8,
+    "foreign_config": 8,
     "checksums": 2,
     "saved_dataset": 1,
     "questions": 3,
@@ -46,6 +47,33 @@ NASTY: list[Any] = [
     *("../../../etc/passwd", "/etc/passwd", "/dev/zero", "(a+)+$", "(", "llama", "auto", "[PAD]"),
     *([], {}, [[]], [None], [1, 2, 3], ["q_proj", 5], {"a": 1}, {"": {}}, [{}] * 50),
 ]
+FOREIGN: list[dict[str, Any]] = [
+    {
+        "model_name_or_path": "m",
+        "stage": "sft",
+        "lora_rank": 8,
+        "lora_target": "q_proj,v_proj",
+        "deepspeed": {"zero_optimization": {"stage": 3}},
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": 1e-6},
+        "learning_rate": 1e-4,
+        "val_size": 0.1,
+        "report_to": ["wandb", "none"],
+        "warmup_steps": 20,
+    },
+    {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"v_proj": 4},
+        "layers_to_transform": [0, 1],
+        "init_lora_weights": "loftq",
+        "loftq_config": {"loftq_bits": 4, "loftq_iter": 2},
+    },
+    {"model": {"path": "m"}, "adapter": {"rank": 8, "targets": ["q_proj"]}},
+]
+"""Configs of LLaMA-Factory, of PEFT and of our own sections."""
 NUMBERS = [0, 1, 2**31, 2**60, 2**64 - 1]
 PIECES = [
     *("{{ 'a' * 10**9 }}", "{{ 9**9**9 }}", "{% for i in range(99999) %}", "{% endfor %}", "{{"),
@@ -310,6 +338,19 @@ class Readers:
             changed_json((self._seeds / "run.json").read_bytes(), draws)
         )
         Config.from_json(read_text(area / "config.json"))
+
+    def read_foreign_config(self, draws: random.Random, area: Path) -> None:
+        from lorax_ft.config.load import read_config
+
+        area.mkdir(exist_ok=True)
+        text = json.dumps(draws.choice(FOREIGN), indent=draws.choice([None, 2])).encode()
+        if draws.random() < 0.5:
+            (area / "a.json").write_bytes(changed_json(text, draws))
+            read_config(area / "a.json", {"data.train"})
+        else:
+            # JSON is YAML too.
+            (area / "a.yaml").write_bytes(damaged(text, draws))
+            read_config(area / "a.yaml", {"data.train"})
 
     def read_checksums(self, draws: random.Random, area: Path) -> None:
         from lorax_ft.run.checksums import find_damage

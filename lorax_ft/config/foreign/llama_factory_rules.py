@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_ft.config.foreign.dataset_info import Described, common_fields, describe
-from lorax_ft.config.foreign.rules import Keys, Options
+from lorax_ft.config.foreign.rules import Keys, Options, is_number
 
 OTHER_STAGES = ("pt", "rm", "ppo", "dpo", "kto")
 _NAMES_OF_ADAMW = (
@@ -262,8 +262,8 @@ def _final_fraction(arguments: dict[str, Any], keys: Keys) -> float:
     """The last rate over the peak, of cosine_with_min_lr."""
     peak = keys.read("learning_rate", "number", 5e-5)
     for name, over in (("min_lr_rate", 1.0), ("min_lr", peak)):
-        value = arguments.get(name)
-        if isinstance(value, int | float) and over > 0:
+        value: Any = arguments.get(name)
+        if is_number(value) and over > 0:
             return value / over
     raise keys.error(
         "lr_scheduler_kwargs", "lr_scheduler_kwargs needs min_lr or min_lr_rate, a number"

@@ -244,11 +244,12 @@ def _split_names(value: Any) -> Any:
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold, and not NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
+
+
 def _is_kind(value: Any, kind: Kind) -> bool:
-    # Python converts no larger whole number to a float; not-a-number is no number either.
-    is_number = (
-        isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
-    )
     match kind:
         case "text":
             return isinstance(value, str)
@@ -257,9 +258,9 @@ def _is_kind(value: Any, kind: Kind) -> bool:
         case "names":
             return isinstance(value, tuple)
         case "number":
-            return is_number
+            return is_number(value)
         case "whole":
-            return is_number and value == int(value)
+            return is_number(value) and value == int(value)
         case "object":
             return isinstance(value, dict)
     return True
