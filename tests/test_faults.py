@@ -6,6 +6,7 @@ docs/RELIABILITY.md lists them. The faults are real ones; more of them are in te
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -39,6 +40,7 @@ from lorax_ft.run import room
 from lorax_ft.run.folder import check_writable, write_text
 from lorax_ft.run.lock import LOCK, locked
 from lorax_ft.run.log import LOG, PLOT, Log, plot_losses
+from lorax_ft.run.write_errors import write_errors
 
 
 @pytest.fixture(params=["silent", "refused", "no such host"])
@@ -290,3 +292,16 @@ def test_few_open_files_are_said_or_raised(soft: int, hard: int, said: str) -> N
     program = OPEN_FILES.format(soft=soft, hard=hard)
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert re.search(said, ended.stdout + ended.stderr), ended
+
+
+@pytest.mark.parametrize("file", [None, "checkpoints/3.tmp/state", "other"])
+def test_an_error_of_a_checkpoint_says_what_to_do(
+    tmp_path: Path, file: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As orbax raises it: without a file, with one of the checkpoint's, or with another one."""
+    monkeypatch.chdir(tmp_path)
+    named = None if file is None else str(tmp_path / file)
+    said = r"checkpoints: the checkpoint of step 3 cannot be written: No space .* the same command"
+    expected = pytest.raises(OSError, match="other" if file == "other" else said)
+    with expected, write_errors(Path("checkpoints"), 3):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), named)

@@ -23,14 +23,15 @@ def write_errors(folder: Path, step: int) -> Iterator[None]:
       step: the checkpoint that is being written.
 
     Raises:
-      OSError: the block cannot write. One that names its file is passed on.
+      OSError: the block cannot write. One that names a file elsewhere is passed on.
     """
     # Adding it again changes nothing.
     logging.getLogger("absl").addFilter(_is_not_raised)
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.filename:
+        named = getattr(error, "filename", None)
+        if named and not Path(named).absolute().is_relative_to(Path(folder).absolute()):
             raise
         raise OSError(
             f"{folder}: the checkpoint of step {step} cannot be written: {_reason(error)}; once "
