@@ -6,7 +6,6 @@ import difflib
 import json
 import math
 import re
-import sys
 import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -137,8 +136,6 @@ def _has_type(value: Any, annotation: Any) -> bool:
         return isinstance(value, tuple) and all(_has_type(item, args[0]) for item in value)
     if origin in (Union, types.UnionType):
         return any(_has_type(value, choice) for choice in args)
-    if annotation is float and isinstance(value, int) and abs(value) > sys.float_info.max:
-        return False
     if annotation in (int, float):
         # A float field accepts an int. No number field accepts a bool, which is a subclass of int.
         return isinstance(value, int | annotation) and not isinstance(value, bool)
