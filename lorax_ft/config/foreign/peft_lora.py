@@ -21,6 +21,7 @@ from lorax_ft.config.foreign.rules import (
     together,
     unused,
 )
+from lorax_ft.schema import INITS
 
 NAME = "PEFT"
 
@@ -86,8 +87,9 @@ def init(keys: Keys) -> Options:
         )
     chosen = keys.choose("init_lora_weights", _INITS, True)
     options: Options = {"adapter.init": chosen}
-    if chosen == "mica":
-        options["adapter.freeze"] = ("lora_b",)
+    frozen = INITS[chosen].frozen
+    if frozen is not None:
+        options["adapter.freeze"] = (frozen,)
     return options | _init_options(chosen, keys)
 
 
