@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import posixpath
 import re
@@ -51,7 +52,7 @@ def _card(name: str) -> str:
     """A config's docstring: command, time and measured result."""
     text = _docstring(REPOSITORY / "configs" / f"{name}.py")
     body = text.partition("\n\n")[2]
-    return f"## Config and result\n\n{body}\n\n`configs/{name}.py` has the values."
+    return f"## Config and result\n\n{body}"
 
 
 def _equation(source: str) -> str:
@@ -83,7 +84,7 @@ def _field_texts(file: Path) -> dict[str, str]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef))
     texts = {}
-    for field, text in zip(body, body[1:], strict=False):
+    for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             default = ast.unparse(field.value) if field.value else ""
             words = " ".join(ast.literal_eval(text.value).split()).replace("|", "\\|")
