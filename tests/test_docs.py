@@ -1,0 +1,87 @@
+"""The documentation: its examples run, and nothing is missing. Needs no mkdocs."""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lorax_ft
+from lorax_ft.config import load_config
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+NAV = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+RECIPES = {"own", "qwen2_5_7b_ceval", "smollm2_gsm8k"}
+
+
+def run_example(page: str) -> dict[str, Any]:
+    """The names that a page's tested block defines."""
+    text = (DOCS / page).read_text()
+    (code,) = re.findall(r"<!-- tested -->\n```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(code, page, "exec"), names)
+    return names
+
+
+def test_the_loop_learns_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    losses = run_example("loop.md")["losses"]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_flax_model_starts_as_its_base_learns_and_merges() -> None:
+    names = run_example("own_model.md")
+    base_logits = names["model"].apply({"params": names["base"]}, names["x"])
+    np.testing.assert_allclose(names["start"], base_logits, atol=1e-6)
+    assert names["losses"][-1] < names["losses"][0]
+    np.testing.assert_allclose(names["merged_logits"], names["adapted_logits"], atol=1e-5)
+
+
+def test_each_config_has_its_page() -> None:
+    configs = {file.stem for file in (ROOT / "configs").glob("*.py")} - RECIPES
+    pages = {file.stem for file in (DOCS / "methods").glob("*.md")} - {"index"}
+    assert pages == configs
+    for name in pages:
+        text = (DOCS / "methods" / f"{name}.md").read_text()
+        assert re.search(rf"<!-- method: config={name}\b", text)
+
+
+def test_the_navigation_lists_each_page_once() -> None:
+    pages = {file.relative_to(DOCS).as_posix() for file in DOCS.rglob("*.md")}
+    listed = re.findall(r"[\w/]+\.md", NAV)
+    assert sorted(listed) == sorted(pages)
+
+
+def test_the_api_page_has_each_public_name() -> None:
+    listed = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    for path in listed:
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), path
+    names = {path.rpartition(".")[2] for path in listed}
+    # It is deprecated.
+    assert names == set(lorax_ft.__all__) - {"switched_off"}
+
+
+def our_side() -> list[str]:
+    """The code in the right column of the tables of migration.md."""
+    rows = re.findall(r"^\| .* \| (.*) \|$", (DOCS / "migration.md").read_text(), re.MULTILINE)
+    return [code for row in rows for code in re.findall(r"`([^`]+)`", row)]
+
+
+def test_our_side_of_the_migration_tables_exists() -> None:
+    sides = our_side()
+    options = {name for side in sides for name in re.findall(r"--([a-z]+\.[a-z_]+)", side)}
+    functions = {name for side in sides for name in re.findall(r"lft\.(\w+)", side)}
+    assert options
+    assert functions
+    assert functions <= set(lorax_ft.__all__)
+    config = load_config(ROOT / "configs" / "lora.py")
+    for option in options:
+        section, field = option.split(".")
+        assert hasattr(getattr(config, section), field), option
+    for name in {name for side in sides for name in re.findall(r"lorax-ft (\w+)", side)}:
+        assert (ROOT / "lorax_ft" / "commands" / f"{name}.py").is_file(), name
