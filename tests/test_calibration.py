@@ -50,7 +50,7 @@ def inputs_of(model: Model, batch: dict[str, np.ndarray]) -> dict[str, Array]:
     tokens = jnp.asarray(batch["tokens"])
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     rope_and_mask, types = make_rope_and_mask(c, positions, None, slots=None, length=None)
-    shared = Shared(rope_and_mask, positions, make_rows(None, None), None)
+    shared = Shared(rope_and_mask, positions, tokens - c.vocab_size, make_rows(None, None), None)
     x = params["embed_tokens"]["embedding"][tokens]
     with nn.intercept_methods(record):
         for i in range(c.layers):
