@@ -147,11 +147,11 @@ def test_folders_and_refusals(speaker: Any, tmp_path: Path, trees: tuple[Tree, T
 
 
 def test_a_run(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = [*config("lora"), *SHORT, "--train.steps", 4, "--data.pack"]
+    steps = [*config("lora"), *SHORT, "--train.steps", 3, "--data.pack"]
     out = tmp_path / "run"
     invoked = ["--adapter.invocation", "<|im_start|>assistant"]
     assert main(*steps, *invoked, "--train.output", out) == 0
     found = losses(out)
-    assert found[4] < found[1]
+    assert found[3] < found[1]
     assert main(*steps, "--adapter.invocation", "zzz zzz", "--train.output", tmp_path / "no") == 2
     assert "have no invocation" in capsys.readouterr().err

@@ -79,6 +79,7 @@ def text_ids() -> np.ndarray:
     return ids
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_a_start_from_a_text_equals_the_text(kind: str, name: str) -> None:
@@ -94,6 +95,7 @@ def test_a_start_from_a_text_equals_the_text(kind: str, name: str) -> None:
     assert np.abs(found - model.apply({"params": model.params}, tokens)).max() > 0.05
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_samples_have_a_prompt_each(kind: str) -> None:
     model, params = model_of("plain"), with_prompt(kind)
@@ -112,6 +114,7 @@ def test_packed_samples_have_a_prompt_each(kind: str) -> None:
         start = stop
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_leaf_trains_and_nothing_else(kind: str, padded_batches: Any) -> None:
     model, params = model_of("plain"), with_prompt(kind)
@@ -198,6 +201,7 @@ def test_noise_on_embeddings_leaves_virtual_tokens_alone() -> None:
     assert np.all(seen["noise"][0, VIRTUAL:10] != 0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [*KINDS, "lora"])
 def test_folders_keep_logits(kind: str, speaker: Any, tmp_path: Path, randomize: Any) -> None:
     model = dataclasses.replace(speaker, params=model_of("plain").params)
@@ -282,11 +286,19 @@ def test_gradients_do_not_depend_on_the_mesh(kind: str, randomize: Any) -> None:
         np.testing.assert_allclose(got[path], leaf, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
+def test_a_run_learns(main: Main, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(*config("p_tuning_v2"), *SHORT, "--train.steps", 3, "--train.output", out) == 0
+    found = losses(out)
+    assert found[3] < found[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("prompt_tuning", ()),
-        pytest.param("prefix_tuning", ("--data.pack",), marks=pytest.mark.slow),
+        ("prefix_tuning", ("--data.pack",)),
     ],
 )
 def test_a_run_resumes_bitwise(
