@@ -362,6 +362,11 @@ def is_adapter(path: str) -> bool:
     return leaf_schema(leaf_name(path)).owner is Owner.ADAPTER
 
 
+def is_soft_prompt(path: str) -> bool:
+    """Whether the leaf at a slash path belongs to a soft prompt."""
+    return leaf_schema(leaf_name(path)).place is Place.DOOR
+
+
 def init_schema(name: str) -> InitSchema:
     """The row of an init.
 

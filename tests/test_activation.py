@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,11 @@ def test_keys_and_values_before_it_are_the_bases(trees: tuple[Tree, Tree]) -> No
         assert np.abs(own[:, :, 3:6] - base[:, :, 3:6]).max() > 1e-3
     # So the base's cache can be gone on with.
     rest, _ = model.features(
-        activated, tokens[:, 3:], jnp.asarray([[3, 4, 5]]), cache=caches[0], active=jnp.ones((1, 3))
+        activated,
+        tokens[:, 3:],
+        jnp.asarray([[3, 4, 5]]),
+        cache=caches[0],
+        active=jnp.ones((1, 3), bool),
     )
     whole, _ = model.features(activated, tokens)
     np.testing.assert_allclose(rest, whole[:, 3:], atol=1e-5)
@@ -106,7 +111,7 @@ def test_generation_goes_on_as_the_whole_text_would(trees: tuple[Tree, Tree]) ->
         for _ in range(5):
             # An invocation in the answer itself would not count.
             active = active_rows(jnp.asarray([prompt]), jnp.asarray(CALL))
-            later = jnp.full((1, len(text) - len(prompt)), active.max())
+            later = jnp.full((1, len(text) - len(prompt)), active.any())
             features, _ = model.features(
                 activated,
                 jnp.asarray([text]),
@@ -140,9 +145,17 @@ def test_folders_and_refusals(speaker: Any, tmp_path: Path, trees: tuple[Tree, T
         lft.AdapterConfig(invocation="x", init="pissa")
     with pytest.raises(ValueError, match=r"invocation is x, but adapter.method ia3 does not"):
         lft.AdapterConfig(invocation="x", method="ia3")
+    file = tmp_path / "adapter/adapter_config.json"
+    saved = json.loads(file.read_text())
+    for wrong in ([7, 97], [7.0], "7 8"):
+        file.write_text(json.dumps({**saved, "alora_invocation_tokens": wrong}))
+        with pytest.raises(
+            ValueError, match=r"alora_invocation_tokens is .* of ids of the model's"
+        ):
+            lft.load_peft(tmp_path / "adapter", model)
     head = lft.AdapterConfig(rank=2, targets=("lm_head",))
     added = lft.add_adapters(model.params, head, layout=model.layout, key=KEY)
-    with pytest.raises(ValueError, match=r"lm_head is outside of the layers, and an activated"):
+    with pytest.raises(ValueError, match=r"lm_head is no dense layer of a stack"):
         model.apply({"params": with_invocation(added, CALL)}, jnp.asarray([[1]]))
 
 

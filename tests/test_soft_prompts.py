@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from zoo import TINY, built_decoder
 import lorax_ft as lft
 from lorax_ft import sharding
 from lorax_ft.data.chat import Sample
+from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.packing import collate
 from lorax_ft.evaluation.likelihood import token_scores
 from lorax_ft.evaluation.next_token import next_tokens
@@ -25,8 +27,11 @@ from lorax_ft.lowrank.activation import with_invocation
 from lorax_ft.models.config import LayerType, LinearAttention
 from lorax_ft.models.model import Model
 from lorax_ft.models.rope import Rope
-from lorax_ft.models.soft_prompt import is_soft_prompt, soft_prompt_of
+from lorax_ft.models.soft_prompt import soft_prompt_of
+from lorax_ft.run.validation import choose_questions
+from lorax_ft.schema import is_soft_prompt
 from lorax_ft.soft_prompts.door import virtual_ids, virtual_tokens
+from lorax_ft.sweep.rate import find_rate
 from lorax_ft.training.losses import neftune, supervised_loss
 from lorax_ft.tree import Tree, flatten, split
 
@@ -182,7 +187,6 @@ def test_noise_on_embeddings_leaves_virtual_tokens_alone() -> None:
     model, params = model_of("plain"), with_prompt("prompt")
     tokens = np.asarray(behind(np.arange(6)))
     batch = collate([[Sample(tokens[0], np.ones(tokens.size))]], 12)
-    loss = supervised_loss(model, packed=False, neftune_alpha=5.0)
     seen = {}
 
     def features(params: Tree, *args: Any, noise: Any = None, **options: Any) -> Any:
@@ -220,6 +224,25 @@ def test_folders_keep_logits(kind: str, speaker: Any, tmp_path: Path, randomize:
 LINEAR = LinearAttention(key_heads=2, value_heads=4, key_dim=8, value_dim=8, conv_width=4)
 
 
+def test_a_question_that_has_no_room_beside_the_prompt_is_left_out() -> None:
+    """64 positions: 4 of the prompt, 10 of an answer, and a question of 50 tokens but not of 51."""
+    model, (trained, _) = model_of("plain"), lft.partition(with_prompt("prefix"))
+    examples = []
+    for words in (47, 48):  # three more are the template's
+        question = {"role": "user", "content": " ".join(["w1"] * words)}
+        answer = {"role": "assistant", "content": "w2"}
+        examples.append(Conversation(messages=[question, answer]))
+    for tree, fitting in ((trained, 1), ({}, 2)):
+        job: Any = types.SimpleNamespace(
+            config=lft.Config(eval=lft.EvalConfig(max_new_tokens=10)),
+            model=model,
+            state=types.SimpleNamespace(trained=tree),
+            data=types.SimpleNamespace(validation=types.SimpleNamespace(examples=examples)),
+        )
+        chosen, skipped = choose_questions(job)
+        assert (len(chosen), skipped) == (fitting, 2 - fitting)
+
+
 def test_refusals() -> None:
     model = model_of("plain")
     with pytest.raises(ValueError, match=r"cannot be merged.*--target peft"):
@@ -239,6 +262,8 @@ def test_refusals() -> None:
         lft.Config(prompt=lft.PromptConfig(kind="prompt", virtual_tokens=250))
     with pytest.raises(ValueError, match=r"nothing would train; give one of them, or prompt.kind"):
         lft.Config(adapter=lft.AdapterConfig(targets=()))
+    with pytest.raises(ValueError, match=r"which sweeps, .* and optim\.learning_rate find"):
+        find_rate(lft.Config(prompt=lft.PromptConfig(kind="prompt")))
     hybrid = built_decoder(layer_types=(LayerType(rope=None, linear=LINEAR), FULL, FULL))
     with pytest.raises(ValueError, match="have linear attention, which has none"):
         lft.add_soft_prompt(hybrid.params, prompt_config("prefix"), hybrid, key=KEY)

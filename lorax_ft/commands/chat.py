@@ -66,12 +66,13 @@ class Chat:
         import jax
 
         from lorax_ft.data.chat import encode_prompt
+        from lorax_ft.inference.generate import text_positions
         from lorax_ft.inference.texts import stream_texts
 
         tokenizer = self.model.tokenizer
         messages = [*self.messages, message]
         prompt = encode_prompt(ask(self.opening, messages), tokenizer)
-        positions = self.model.config.max_positions
+        positions = text_positions(self.params, self.model.config)
         if len(prompt) >= positions:
             raise ValueError(
                 f"the conversation has {len(prompt)} tokens, too many for the model's {positions} "

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lorax_ft.config import QuantConfig
 from lorax_ft.evaluation.likelihood import TokenScores, token_scores
 from lorax_ft.evaluation.next_token import BATCH_TOKENS, next_tokens
+from lorax_ft.inference.generate import text_positions
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.inference.texts import stream_texts
 from lorax_ft.interop.encoding import run_tokenizer
@@ -110,8 +111,8 @@ class LoraxLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """The positions of the model."""
-        return self._model.config.max_positions
+        """The positions that a text may take."""
+        return text_positions(self._params, self._model.config)
 
     @property
     def tokenizer_name(self) -> str:

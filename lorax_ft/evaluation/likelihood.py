@@ -19,7 +19,12 @@ from jax.sharding import Mesh
 from lorax_ft.data.chat import Sample
 from lorax_ft.evaluation.next_token import BATCH_TOKENS, batches_of
 from lorax_ft.inference.decode import replicate, row_shards, shard_rows
-from lorax_ft.inference.generate import mesh_of, with_all_norms, with_virtual_tokens
+from lorax_ft.inference.generate import (
+    mesh_of,
+    text_positions,
+    with_all_norms,
+    with_virtual_tokens,
+)
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import CausalLM, Model
 from lorax_ft.soft_prompts.door import virtual_tokens
@@ -96,7 +101,7 @@ def token_scores(
       ValueError: a text is longer than the model's positions.
     """
     virtual = virtual_tokens(params)
-    positions = model.config.max_positions - virtual
+    positions = text_positions(params, model.config)
     for number, text in enumerate(texts, 1):
         # The last token is not an input.
         if len(text) > positions + 1:

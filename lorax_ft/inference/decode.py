@@ -58,8 +58,7 @@ class DecodeState(NamedTuple):
     seen: Array
     """Which tokens of the vocabulary occur in each row, [B, V]."""
     active: Array | None
-    """Whether an activated LoRA acts in the new tokens of each row, 1 or 0, [B]; None: it is not
-    one."""
+    """Whether an activated LoRA acts in the new tokens of each row, [B]; None: LoRA acts in all."""
     cache: Cache
 
 
@@ -118,7 +117,7 @@ def prefill(
         counts=zeros,
         stopped=jnp.zeros(batch, bool),
         seen=seen,
-        active=None if active is None else jnp.max(active, axis=1),
+        active=None if active is None else jnp.any(active, axis=1),
         cache=cache,
     )
     logits = model.logits(params, last)

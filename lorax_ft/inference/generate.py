@@ -186,6 +186,11 @@ def bucket(length: int) -> int:
     return max(32, 2 ** math.ceil(math.log2(length)))
 
 
+def text_positions(params: Tree, config: DecoderConfig) -> int:
+    """The positions that a text may take: the model's, without those of its soft prompt."""
+    return config.max_positions - virtual_tokens(params)
+
+
 def with_virtual_tokens(
     texts: Sequence[Sequence[int] | np.ndarray], params: Tree, config: DecoderConfig
 ) -> list[np.ndarray]:

@@ -7,7 +7,6 @@ B' = [B; −B₀], on the original base.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +14,6 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from lorax_ft.config import AdapterConfig
 from lorax_ft.files import read_json, within
@@ -33,9 +31,10 @@ from lorax_ft.interop.peft_config import (
     without_tensors,
 )
 from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
-from lorax_ft.interop.peft_folder import folder_contents
+from lorax_ft.interop.peft_folder import Contents, folder_contents, write_contents
 from lorax_ft.interop.peft_layers import check_shared, stacked_leaves, with_own_weight
 from lorax_ft.interop.peft_methods import Matrix, PeftMethod, method_of_config
+from lorax_ft.interop.peft_methods.lora import invocation_of
 from lorax_ft.interop.peft_names import Place, all_modules, find_module, known_modules
 from lorax_ft.interop.peft_prompts import (
     BESIDE,
@@ -61,8 +60,6 @@ from lorax_ft.models.soft_prompt import soft_prompt_of
 from lorax_ft.schema import is_adapter, leaf_schema
 from lorax_ft.tree import Layer, Tree, combine, flatten, from_modules, modules
 
-Contents = tuple[dict[str, np.ndarray], dict[str, Any]]
-"""The tensors of a folder, and its adapter_config.json."""
 BASE = "nf4_base"  # the folder beside a run's adapter with its base, if no other checkpoint is it
 
 
@@ -179,19 +176,13 @@ def _write(
     card = adapter_card(peft_config, init=init, training_notes=training_notes)
     replaces = ALL_FILES if model.tokenizer is not None else ()
     with new_folder(folder, replaces=(*replaces, BESIDE), others=others) as new:
-        _write_contents(new, contents)
+        write_contents(new, contents)
         if beside is not None:
             (new / BESIDE).mkdir()
-            _write_contents(new / BESIDE, beside)
+            write_contents(new / BESIDE, beside)
         write_card(new, card, target=folder)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, new)
-
-
-def _write_contents(new: Path, contents: Contents) -> None:
-    tensors, peft_config = contents
-    (new / CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
-    save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
@@ -246,7 +237,9 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
         )
     layers[""] = layers.get("", {}) | shared_tensors(folder, method)
     if config.get("alora_invocation_tokens"):
-        layers[""][INVOCATION] = jnp.asarray(_invocation(config, folder, model), jnp.int32)
+        layers[""][INVOCATION] = jnp.asarray(
+            invocation_of(config, folder, vocab_size=model.config.vocab_size), jnp.int32
+        )
     check_shared(layers, stacks, model.layout, where=folder)
     params = from_modules(layers)
     if INVOCATION in params:
@@ -280,20 +273,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     else:
         method_of_config(config, folder).check_config(config, folder)
     return config
-
-
-def _invocation(config: Mapping[str, Any], folder: Path, model: Model) -> list[int]:
-    """The token ids at which an activated LoRA starts to act."""
-    tokens: list[int] = config["alora_invocation_tokens"]
-    size = model.config.vocab_size
-    if not isinstance(tokens, list) or not all(
-        type(token) is int and 0 <= token < size for token in tokens
-    ):
-        raise ValueError(
-            f"{folder / CONFIG}: alora_invocation_tokens is {str(tokens)[:80]}; it must be a list "
-            f"of ids of the model's {size} tokens"
-        )
-    return tokens
 
 
 def _check_base(config: Mapping[str, Any], folder: Path, model: Model) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from lorax_ft.interop.huggingface import LEAVES, family_names, hf_module, stacks_experts
-from lorax_ft.interop.peft_config import is_fused
+from lorax_ft.interop.peft_config import CONFIG, WEIGHTS, is_fused
 from lorax_ft.interop.peft_methods import Matrix, PeftMethod, method_of_matrix
 from lorax_ft.interop.peft_stacks import (
     one_expert,
@@ -24,6 +26,8 @@ from lorax_ft.interop.text_part import peft_place
 from lorax_ft.models.model import TABLE, Model
 
 Tensors = dict[str, np.ndarray]
+Contents = tuple[Tensors, dict[str, Any]]
+"""The tensors of a folder, and its adapter_config.json."""
 BIASES = ("none", "lora_only", "all")
 """PEFT's values of `bias`: which biases train beside the adapters, from none to all."""
 
@@ -56,7 +60,7 @@ def folder_contents(
     base: str | Path | None,
     dropout: float,
     shared: Mapping[str, np.ndarray],
-) -> tuple[Tensors, dict[str, Any]]:
+) -> Contents:
     """The tensors and the config of a folder that holds what `collect_adapters` returns.
 
     `known` are Hugging Face's names of all modules, `shared` the leaves that all layers share.
@@ -90,6 +94,13 @@ def folder_contents(
     for name, leaf in method.shared.items():
         tensors[name] = np.ascontiguousarray(np.asarray(shared[leaf]).T)
     return tensors, config
+
+
+def write_contents(new: Path, contents: Contents) -> None:
+    """Write the two files of a folder that exists."""
+    tensors, config = contents
+    (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
 
 
 def _adapted(

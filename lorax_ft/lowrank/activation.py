@@ -34,9 +34,9 @@ def with_invocation(params: Tree, tokens: Sequence[int] | np.ndarray) -> Tree:
 
 
 def active_rows(tokens: Array, invocation: Array, segment_ids: Array | None = None) -> Array:
-    """1 from the start of the last invocation of each sample on, and 0 before it, `[B, T]` float32.
+    """Whether LoRA acts in each token, `[B, T]`: from the start of a sample's last invocation on.
 
-    A sample without an invocation is 0 everywhere: its tokens are computed by the base.
+    It acts nowhere in a sample without an invocation: its tokens are computed by the base.
 
     Args:
       tokens: `[B, T]`.
@@ -61,8 +61,7 @@ def active_rows(tokens: Array, invocation: Array, segment_ids: Array | None = No
         return jax.ops.segment_max(starts, sample, num_segments=count + 1)[sample]
 
     last = jax.vmap(last_of_sample)(starts, segment_ids)
-    active = (last >= 0) & (places >= last)
-    return active.astype(jnp.float32)
+    return (last >= 0) & (places >= last)
 
 
 def with_rows(params: Tree, rows: Array) -> Tree:
@@ -92,10 +91,8 @@ def check_activated(params: Tree) -> None:
             reason = "has a DoRA magnitude"
         elif kept_start.A0 in layer:
             reason = "has an init that changes the base"
-        elif low_rank.A in layer and not path.startswith("layers/"):
-            reason = "is outside of the layers"
-        elif low_rank.A in layer and layer[low_rank.A].ndim != 3:
-            reason = "is no dense layer, or has experts"
+        elif low_rank.A in layer and layer[low_rank.A].ndim != 3:  # [L, I, R]
+            reason = "is no dense layer of a stack of layers"
         if reason is not None:
             raise ValueError(
                 f"{path} {reason}, and an activated LoRA (adapter.invocation) changes nothing "

@@ -37,7 +37,7 @@ from lorax_ft.lowrank.terms import (
 )
 from lorax_ft.lowrank.terms import magnitude as magnitude_term
 from lorax_ft.quant.kernels import Quantized
-from lorax_ft.schema import Place, init_schema, leaf_name, leaf_schema
+from lorax_ft.schema import init_schema, is_soft_prompt, leaf_schema
 from lorax_ft.tree import Layer, Tree, combine, from_modules, modules, split
 
 
@@ -205,7 +205,7 @@ def disable_adapters(params: Tree, base: Tree, *, layout: Layout) -> Tree:
       base: the model's own parameters, as they were loaded.
       layout: the layers of the model.
     """
-    params, _ = split(params, lambda path: leaf_schema(leaf_name(path)).place is not Place.DOOR)
+    params, _ = split(params, lambda path: not is_soft_prompt(path))
     layers, own = modules(params), modules(base)
     for path, layer in layers.items():
         check_layer(layer, path)

@@ -118,7 +118,7 @@ class CausalLM:
         return features, jax.tree.leaves(sown, is_leaf=lambda node: isinstance(node, Usage))
 
     def active_tokens(self, params: Tree, tokens: Array, segment_ids: Array | None) -> Array | None:
-        """The tokens `[B, T]` in which an activated LoRA acts: 1, else 0. None: in all of them."""
+        """Whether an activated LoRA acts in each token, `[B, T]`; None: LoRA acts in all."""
         if INVOCATION not in params:
             return None
         return active_rows(tokens, params[INVOCATION], segment_ids)

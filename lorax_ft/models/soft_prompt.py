@@ -17,7 +17,7 @@ from lorax_ft.config import PromptConfig
 from lorax_ft.models.cache import Cache, empty_cache
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import LAYERS, TABLE, CausalLM
-from lorax_ft.schema import Place, is_adapter, leaf_name, leaf_schema
+from lorax_ft.schema import is_soft_prompt
 from lorax_ft.soft_prompts.door import KEY, PROMPT, VALUE, virtual_tokens
 from lorax_ft.soft_prompts.encoder import (
     initial_encoder,
@@ -64,11 +64,6 @@ def add_soft_prompt(params: Tree, config: PromptConfig, model: CausalLM, *, key:
 def soft_prompt_of(params: Tree) -> tuple[Tree, Tree]:
     """The leaves of the soft prompt, and all others."""
     return split(params, is_soft_prompt)
-
-
-def is_soft_prompt(path: str) -> bool:
-    """Whether the leaf at a slash path belongs to a soft prompt."""
-    return is_adapter(path) and leaf_schema(leaf_name(path)).place is Place.DOOR
 
 
 def prefix_doors(config: DecoderConfig) -> list[str]:

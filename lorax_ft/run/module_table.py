@@ -13,7 +13,7 @@ from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.spec import base_shape
 from lorax_ft.lowrank.terms import TERMS, active_leaf, is_adapted, low_rank, magnitude
 from lorax_ft.quant.kernels import Quantized
-from lorax_ft.schema import Place, is_base, leaf_schema
+from lorax_ft.schema import is_base, is_soft_prompt, leaf_schema
 from lorax_ft.tree import Layer, Tree, flatten, modules
 
 
@@ -37,7 +37,7 @@ def module_rows(params: Tree, trained: Tree, *, layout: Layout) -> list[ModuleRo
     rows = []
     for path, leaves in modules(trained).items():
         layer = layers[path]
-        if any(leaf_schema(name).place is Place.DOOR for name in leaves):
+        if any(map(is_soft_prompt, leaves)):
             rows.append(_prompt_row(path, leaves))
         elif is_adapted(layer):
             spec = layout[path]

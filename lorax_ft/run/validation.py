@@ -15,6 +15,7 @@ from lorax_ft.data.conversation import Conversation
 from lorax_ft.data.formats import has_answer, split_answer
 from lorax_ft.evaluation.exact_match import Answers
 from lorax_ft.evaluation.multiple_choice import evaluate_choices
+from lorax_ft.inference.generate import text_positions
 from lorax_ft.run.setup import Job
 from lorax_ft.training.step import TrainState
 from lorax_ft.tree import Tree, combine
@@ -114,6 +115,7 @@ def choose_questions(job: Job) -> tuple[list[Conversation], int]:
     """The first validation conversations to answer, and how many were skipped as too long."""
     config, model = job.config.eval, job.model
     wanted = max(config.exact_match_rows, config.samples)
+    positions = text_positions(job.state.trained, model.config)
     skipped = 0
     chosen: list[Conversation] = []
     for example in job.data.validation.examples:
@@ -126,7 +128,7 @@ def choose_questions(job: Job) -> tuple[list[Conversation], int]:
         question = dataclasses.replace(example, messages=messages)
         prompt = encode_prompt(question, model.tokenizer)
         # `generate` refuses a prompt that leaves no room for the longest answer.
-        if len(prompt) + config.max_new_tokens <= model.config.max_positions:
+        if len(prompt) + config.max_new_tokens <= positions:
             chosen.append(example)
         else:
             skipped += 1

@@ -66,6 +66,24 @@ def shared_values(config: Config) -> str:
     return json.dumps(sections)
 
 
+def check_trained(config: Config) -> None:
+    """Raise if the config trains what stands beside no kernel, which is not stacked.
+
+    Raises:
+      ValueError: with the option.
+    """
+    option = None
+    if config.prompt.kind != "none":
+        option = "prompt.kind"
+    elif config.adapter.invocation is not None:
+        option = "adapter.invocation"
+    if option is not None:
+        raise ValueError(
+            f"{option} is set, which sweeps, comparisons and optim.learning_rate find do not "
+            "train; use a run for each value"
+        )
+
+
 def check_config(config: Config, axes: Sequence[Axis | Range]) -> None:
     """Raise if the config has options that a sweep does not follow.
 
@@ -80,9 +98,6 @@ def check_config(config: Config, axes: Sequence[Axis | Range]) -> None:
                 f"{field} is {value}, but a sweep trains all points for the same steps and "
                 f"compares their last ones; remove {field}"
             )
-    if config.prompt.kind != "none" or config.adapter.invocation is not None:
-        option = "adapter.invocation" if config.prompt.kind == "none" else "prompt.kind"
-        raise ValueError(f"{option} is set, which a sweep does not train; use a run for each value")
     if config.adapter.continue_from is None:
         return
     # An adapter to continue from brings its leaves, whatever the config says of their start.

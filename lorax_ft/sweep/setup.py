@@ -28,7 +28,7 @@ from lorax_ft.run.remat import tokens_a_device, with_remat
 from lorax_ft.run.room import check_room
 from lorax_ft.run.setup import count_steps, make_batches, run_mesh
 from lorax_ft.run.validation import METRIC
-from lorax_ft.sweep.agree import shared_values
+from lorax_ft.sweep.agree import check_trained, shared_values
 from lorax_ft.sweep.axes import Point
 from lorax_ft.sweep.program import Program, compile_program
 from lorax_ft.sweep.stack import Shapes, shapes_of, stack, take, unstack
@@ -188,6 +188,7 @@ def load(config: Config) -> Loaded:
     Raises:
       ValueError: as for a single run, before any data is read but the first row.
     """
+    check_trained(config)
     mesh = run_mesh(config)
     check_inputs(config)
     return Loaded(mesh=mesh, model=load_base(config, mesh), datasets={}, programs={})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lorax_ft.config.foreign import llama_factory_data as data
 from lorax_ft.config.foreign import llama_factory_rules as rules
 from lorax_ft.config.foreign.llama_factory_unused import FAMILIES, UNUSED
 from lorax_ft.config.foreign.rules import Rule, choice, holds, refused, same, together
@@ -42,19 +43,19 @@ _DTYPE = together(
 )
 _CONTINUE = together(rules.continued, "adapter.continue_from", remark="one adapter")
 _DATA = together(
-    rules.training_data,
+    data.training_data,
     *("data.train", "data.shape", "data.fields", "data.split"),
     remark="names in dataset_dir/dataset_info.json; max_samples: data.train PATH[:N]",
 )
 _VALIDATION = together(
-    rules.validation_data,
+    data.validation_data,
     *("data.validation", "data.validation_split", "data.validation_rows"),
     remark="absent: no validation",
 )
-_LOSS = together(rules.loss_on, "data.loss_on", remark="all, or last")
-_PACKING = together(rules.packing, "data.pack", remark="samples never attend to one another")
+_LOSS = together(data.loss_on, "data.loss_on", remark="all, or last")
+_PACKING = together(data.packing, "data.pack", remark="samples never attend to one another")
 _TEMPLATE = together(
-    rules.template, remark="the chat template is that of the model's tokenizer; it is not replaced"
+    data.template, remark="the chat template is that of the model's tokenizer; it is not replaced"
 )
 _BATCH = together(
     rules.batch,
@@ -133,7 +134,7 @@ TABLE: Mapping[str, Rule] = {
     "eval_on_each_dataset": _VALIDATION,
     "val_size": _VALIDATION,
     "template": _TEMPLATE,
-    "enable_thinking": together(rules.thinking, "data.template_args"),
+    "enable_thinking": together(data.thinking, "data.template_args"),
     "default_system": same("data.system", "text"),
     "cutoff_len": same("data.max_length", "whole", default=2048, remark="absent: 2048"),
     "train_on_prompt": _LOSS,

@@ -173,7 +173,7 @@ TABLE: Mapping[str, Rule] = {
     "trainable_token_indices": refused("adapter.train_whole trains all tokens", harmless=([],)),
     "use_qalora": refused(_ONLY_LORA),
     "use_bdlora": refused(_ONLY_LORA),
-    "alora_invocation_tokens": refused(_ONLY_LORA, harmless=([],)),
+    "alora_invocation_tokens": refused("give their text as adapter.invocation", harmless=([],)),
     "arrow_config": refused(_ONLY_LORA),
     "kasa_config": refused(_ONLY_LORA),
     "velora_config": refused(_ONLY_LORA),

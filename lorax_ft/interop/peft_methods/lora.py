@@ -139,6 +139,23 @@ def check_lora_config(config: Mapping[str, Any], folder: Path) -> None:
             raise ValueError(f"{folder} uses {name} in its {CONFIG}, which is not supported")
 
 
+def invocation_of(config: Mapping[str, Any], folder: Path, *, vocab_size: int) -> list[int]:
+    """The token ids at which an activated LoRA starts to act.
+
+    Raises:
+      ValueError: they are no ids of a vocabulary of this size.
+    """
+    tokens: list[int] = config["alora_invocation_tokens"]
+    if not isinstance(tokens, list) or not all(
+        type(token) is int and 0 <= token < vocab_size for token in tokens
+    ):
+        raise ValueError(
+            f"{folder / CONFIG}: alora_invocation_tokens is {str(tokens)[:80]}; it must be a list "
+            f"of ids of the model's {vocab_size} tokens"
+        )
+    return tokens
+
+
 def complete_lora(
     matrix: Matrix,
     config: Mapping[str, Any],

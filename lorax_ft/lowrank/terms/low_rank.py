@@ -37,7 +37,7 @@ def after(
     x_dropped = dropped(layer, x)
     change = low_rank(x_dropped, layer[A], layer[B], layer[SCALE], y.dtype, product)
     if ROWS in layer:
-        change = jnp.where(expanded_to(layer[ROWS], change.ndim) != 0, change, 0)
+        change = jnp.where(expanded_to(layer[ROWS], change.ndim), change, 0)
     return y + change
 
 

@@ -1,0 +1,91 @@
+"""What LLaMA-Factory's keys of the data mean where several of them mean something together."""
+
+from __future__ import annotations
+
+from lorax_ft.config.foreign.dataset_info import Described, common_fields, describe
+from lorax_ft.config.foreign.rules import Keys, Options
+
+
+def training_data(keys: Keys) -> Options:
+    """The training data, and how its rows are read."""
+    names = keys.read("dataset", "names")
+    if not names:
+        raise keys.error("dataset", "dataset is missing; add it, or give --data.train")
+    train = _described(keys, "dataset")
+    validation = [] if "data.validation" in keys.overridden else _described(keys, "eval_dataset")
+    splits = {one.split for one in train}
+    if len(splits) > 1:
+        raise keys.error("dataset", f"dataset: one split for all of them, not {sorted(splits)}")
+    shapes = {one.shape for one in (*train, *validation)}
+    return {
+        "data.train": tuple(one.source for one in train),
+        "data.split": splits.pop(),
+        "data.shape": shapes.pop() if len(shapes) == 1 else "auto",
+        "data.fields": common_fields((*train, *validation), keys),
+    }
+
+
+def validation_data(keys: Keys) -> Options:
+    """The validation data: sets of its own, or a part of the training rows."""
+    sets = _described(keys, "eval_dataset")
+    size = keys.read("val_size", "number", 0)
+    if sets and size:
+        raise keys.error("val_size", "val_size and eval_dataset exclude each other; give one")
+    if sets:
+        apart = keys.read("eval_on_each_dataset", "flag", False)
+        paths = tuple(f"{one.name}={one.source}" if apart else one.source for one in sets)
+        return {
+            "data.validation": paths,
+            "data.validation_split": sets[0].split,
+            "data.validation_rows": 0,
+        }
+    if size >= 1:
+        size = int(size)
+        keys.note("val_size", f"data.validation_rows {size}, at most a tenth of the rows")
+    return {"data.validation_rows": size}
+
+
+def _described(keys: Keys, key: str) -> list[Described]:
+    """The datasets that a key names."""
+    names = keys.read(key, "names", ())
+    folder = keys.read("dataset_dir", "text", "data")
+    return describe(names, folder, keys, key=key, most=keys.read("max_samples", "whole"))
+
+
+def loss_on(keys: Keys) -> Options:
+    """What counts in the loss."""
+    if keys.read("train_on_prompt", "flag", False):
+        return {"data.loss_on": "all"}
+    if keys.read("mask_history", "flag", False):
+        return {"data.loss_on": "last"}
+    return {}
+
+
+def packing(keys: Keys) -> Options:
+    """Several samples in a row."""
+    packs = keys.read("packing", "flag", False)
+    apart = keys.read("neat_packing", "flag", False)
+    if packs and not apart:
+        keys.note("packing", "data.pack, where samples do not attend to one another (neat_packing)")
+    if not packs and not apart:
+        length = keys.read("cutoff_len", "whole", 2048)
+        keys.note(
+            "cutoff_len",
+            f"all rows are padded to {length} tokens; with --data.max_length auto only to the "
+            "longest sample",
+        )
+    return {"data.pack": packs or apart}
+
+
+def template(keys: Keys) -> Options:
+    """Says that the tokenizer's own template is used."""
+    name = keys.read("template", "text")
+    if name is not None:
+        keys.note("template", f"{name} is not used: the model's tokenizer has the chat template")
+    return {}
+
+
+def thinking(keys: Keys) -> Options:
+    """The variable that switches a reasoning model's thoughts."""
+    value = keys.read("enable_thinking", "flag")
+    return {} if value is None else {"data.template_args": (f"enable_thinking={value}".lower(),)}
