@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorax_ft.inference.sampling import Sampling
     from lorax_ft.inference.texts import answer, stream_texts
     from lorax_ft.interop.load import load_model
+    from lorax_ft.interop.new_tokens import add_tokens, with_tokens_of
     from lorax_ft.interop.peft import load_peft, save_peft
     from lorax_ft.interop.save import save_model, save_quantized
     from lorax_ft.lowrank.activation import with_invocation
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from lorax_ft.lowrank.merge import merge_adapters, merge_weighted, unmerge_adapters
     from lorax_ft.lowrank.quantize import quantize_base
     from lorax_ft.models.soft_prompt import add_soft_prompt
+    from lorax_ft.models.trainable_tokens import add_trainable_tokens
     from lorax_ft.run.log import plot_losses
     from lorax_ft.sweep.rate import train
     from lorax_ft.training.calibration import calibrate
@@ -75,9 +77,11 @@ _ROOMS = {
     "lowrank.linear": ("linear", "merged_kernel"),
     "lowrank.quantize": ("quantize_base",),
     "interop.load": ("load_model",),
+    "interop.new_tokens": ("add_tokens", "with_tokens_of"),
     "interop.peft": ("load_peft", "save_peft"),
     "interop.save": ("save_model", "save_quantized"),
     "models.soft_prompt": ("add_soft_prompt",),
+    "models.trainable_tokens": ("add_trainable_tokens",),
     "inference.generate": ("generate", "stream"),
     "inference.sampling": ("Sampling",),
     "inference.texts": ("answer", "stream_texts"),

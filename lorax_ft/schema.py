@@ -169,6 +169,11 @@ LEAVES: Mapping[str, LeafSchema] = {
     "bottleneck_bias_a": LeafSchema(("stack", "rank"), ADAPTER, Group.VECTOR),
     "bottleneck_bias_b": LeafSchema(("stack", "out"), ADAPTER, Group.VECTOR),
     "bottleneck_active": LeafSchema(("stack",), ADAPTER),
+    # Trainable tokens: their ids, and their rows of an embedding or columns of a head.
+    "token_rows": LeafSchema(("stack", "token", "out"), ADAPTER, Group.WEIGHT),
+    "token_columns": LeafSchema(("stack", "in", "token"), ADAPTER, Group.WEIGHT),
+    "token_ids": LeafSchema(("stack", "token"), ADAPTER, indexes="vocabulary"),
+    "token_active": LeafSchema(("stack",), ADAPTER),
     # DoRA: m, and n = ‖W + s A B‖ of the current step.
     "magnitude": LeafSchema(("stack", "out"), ADAPTER, Group.MAGNITUDE),
     "norm": LeafSchema(("stack", "out"), STEP),

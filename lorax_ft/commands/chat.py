@@ -157,6 +157,7 @@ def _adapter(chat: Chat, argument: str) -> str:
     if argument in ("on", "off") and not chat.has_adapter:
         raise ValueError("no adapter is loaded; /adapter PATH loads one")
     from lorax_ft.inference.generate import with_all_norms
+    from lorax_ft.interop.new_tokens import with_tokens_of
     from lorax_ft.interop.peft import load_peft
     from lorax_ft.lowrank.adapters import disable_adapters
 
@@ -171,6 +172,7 @@ def _adapter(chat: Chat, argument: str) -> str:
                 "compare with the original model"
             )
     else:
+        chat.model = with_tokens_of(argument, chat.model)
         chat.adapted = with_all_norms(chat.model, load_peft(argument, chat.model))
         chat.params = chat.adapted
     return f"adapter: {argument}"

@@ -89,6 +89,9 @@ class AdapterConfig:
     train_whole: tuple[str, ...] = ()
     """Modules whose own weights are trained (PEFT: modules_to_save); "all": full fine-tuning.
     Same syntax as adapter.targets."""
+    trainable_tokens: tuple[int | str, ...] = ()
+    """Tokens whose rows of the embedding and the head train while the others stay (PEFT:
+    trainable_token_indices), each as its id or its text. data.new_tokens need not be named."""
     freeze: tuple[Factor, ...] = ()
     """Adapter factors to freeze at their initial values; freezing lora_a is LoRA-FA."""
     start_from: str | None = dataclasses.field(default=None, metadata={"deprecated": True})
@@ -200,6 +203,11 @@ class AdapterConfig:
             f"adapter.invocation is {self.invocation!r}, and nothing may change before it, but "
             f"adapter.{'dora' if self.dora else f'init {self.init}'} changes the whole layer; "
             "remove one of them",
+        )
+        check(
+            not self.trainable_tokens or self.method == "lora" or not self.targets,
+            f"adapter.trainable_tokens is set, which PEFT knows beside LoRA only, and "
+            f"adapter.method is {self.method}; remove one of them",
         )
         needed = INITS[self.init].frozen
         check(

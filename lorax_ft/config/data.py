@@ -57,6 +57,9 @@ class DataConfig:
     """Field names in the data, each as "expected=actual", such as "question=prompt"."""
     system: str | None = None
     """System message for conversations that have none."""
+    new_tokens: tuple[str, ...] = ()
+    """Texts that become one token each, such as "<tool>". Their rows of the embedding and the head
+    start as the mean of those of the tokens that they were before, and train."""
     tools: str | None = None
     """JSON file of tools, a list of function schemas, for conversations that have none."""
     template_args: tuple[str, ...] = ()

@@ -70,10 +70,21 @@ class Config:
     def _check_trains(self) -> None:
         """Raise where nothing would train, or the soft prompt leaves no room for a sample."""
         adapter, prompt, length = self.adapter, self.prompt, self.data.max_length
+        has_tokens = bool(adapter.trainable_tokens or self.data.new_tokens)
         check(
-            bool(adapter.targets or adapter.train_whole) or prompt.kind != "none",
+            bool(adapter.targets or adapter.train_whole) or has_tokens or prompt.kind != "none",
             "adapter.targets and adapter.train_whole are both empty, so nothing would train; "
-            "give one of them, or prompt.kind",
+            "give one of them, adapter.trainable_tokens, or prompt.kind",
+        )
+        check(
+            not self.data.new_tokens or adapter.method == "lora" or not adapter.targets,
+            "data.new_tokens is set, whose rows PEFT knows beside LoRA only, and adapter.method is "
+            f"{adapter.method}; remove one of them",
+        )
+        check(
+            not has_tokens or prompt.kind == "none" or bool(adapter.targets),
+            "trainable tokens and a soft prompt train together beside an adapter only; give "
+            "adapter.targets too",
         )
         check(
             prompt.kind == "none" or bool(adapter.targets) or not adapter.train_whole,

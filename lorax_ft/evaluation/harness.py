@@ -27,6 +27,7 @@ from lorax_ft.inference.sampling import Sampling
 from lorax_ft.inference.texts import stream_texts
 from lorax_ft.interop.encoding import run_tokenizer
 from lorax_ft.interop.load import load_model
+from lorax_ft.interop.new_tokens import with_tokens_of
 from lorax_ft.interop.peft import load_peft
 from lorax_ft.models.model import LoadedModel
 from lorax_ft.template_limits import template_limits
@@ -72,6 +73,7 @@ class LoraxLM(TemplateLM):
         model = load_model(path, revision=revision, dtype=dtype, quant=QuantConfig(format=quant))
         params = model.params
         if adapter is not None:
+            model = with_tokens_of(adapter, model)
             params = load_peft(adapter, model)
         self._set(model, params, batch_tokens=int(batch_tokens), batch_size=batch_size)
 

@@ -16,19 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.files import read_json, within
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import stacks_experts
 from lorax_ft.interop.lazy_tensor import lazy_tensors
 from lorax_ft.interop.model_card import adapter_card, write_card
+from lorax_ft.interop.peft_checks import check_adaptable, check_base, check_complete, read_config
 from lorax_ft.interop.peft_collect import collect_adapters, differ
 from lorax_ft.interop.peft_config import (
-    BIN,
-    CONFIG,
     WEIGHTS,
-    check_fields,
     is_fused,
-    without_tensors,
 )
 from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
 from lorax_ft.interop.peft_folder import Contents, folder_contents, write_contents
@@ -38,7 +34,6 @@ from lorax_ft.interop.peft_methods.lora import invocation_of
 from lorax_ft.interop.peft_names import Place, all_modules, find_module, known_modules
 from lorax_ft.interop.peft_prompts import (
     BESIDE,
-    check_prompt_config,
     holds_soft_prompt,
     load_soft_prompt,
     prompt_contents,
@@ -50,6 +45,12 @@ from lorax_ft.interop.peft_tensors import (
     adapter_tensors,
     shared_tensors,
 )
+from lorax_ft.interop.peft_tokens import (
+    beside_adapter,
+    tokens_alone,
+    trains_tokens_alone,
+    with_tokens,
+)
 from lorax_ft.interop.text_part import place_in
 from lorax_ft.interop.tokenizer import ALL_FILES, save_tokenizer
 from lorax_ft.lowrank.activation import INVOCATION, check_activated
@@ -57,10 +58,9 @@ from lorax_ft.lowrank.shared import shared_leaves
 from lorax_ft.lowrank.spec import base_shape
 from lorax_ft.models.model import HEAD, TABLE, LoadedModel, Model
 from lorax_ft.models.soft_prompt import soft_prompt_of
-from lorax_ft.schema import is_adapter, leaf_schema
+from lorax_ft.models.trainable_tokens import trainable_tokens_of
+from lorax_ft.schema import is_adapter
 from lorax_ft.tree import Layer, Tree, combine, flatten, from_modules, modules
-
-BASE = "nf4_base"  # the folder beside a run's adapter with its base, if no other checkpoint is it
 
 
 def save_peft(
@@ -78,6 +78,7 @@ def save_peft(
     Fully trained modules are written too, and biases beside a LoRA adapter. A start (PiSSA) becomes
     plain LoRA of twice the rank on the original, and nothing on `base`. Alpha is the scale times
     the rank. Experts and routers all get one rank and one alpha, since PEFT fuses them.
+    Trainable tokens stand beside a LoRA adapter, or alone in a folder of PEFT's type for them.
     A soft prompt is a folder too: this one, or `soft_prompt` in it where there is an adapter, since
     PEFT loads one at a time. The model's tokenizer and a model card, README.md, lie beside the
     adapter.
@@ -101,9 +102,20 @@ def save_peft(
         needed, or the folder holds other files.
     """
     prompt, params = soft_prompt_of(params)
-    if prompt and not any(map(is_adapter, flatten(params))):
-        contents = prompt_contents(prompt, model)
-        _write(folder, contents, model=model, others=others, training_notes=training_notes)
+    tokens, params = trainable_tokens_of(params)
+    alone = None
+    if not any(map(is_adapter, flatten(params))):
+        if tokens and prompt:
+            raise ValueError(
+                "save_peft: a soft prompt and trainable tokens without an adapter are two folders "
+                "in PEFT; save them one by one"
+            )
+        if prompt:
+            alone = prompt_contents(prompt, model)
+        elif tokens:
+            alone = tokens_alone(tokens, model)
+    if alone is not None:
+        _write(folder, alone, model=model, others=others, training_notes=training_notes)
         return
     adapters, whole = collect_adapters(params, model, config, base=base)
     fully_trained: dict[str, Matrix] = {}
@@ -124,6 +136,7 @@ def save_peft(
         others=others,
         training_notes=training_notes,
         prompt=prompt,
+        tokens=tokens,
     )
 
 
@@ -141,15 +154,18 @@ def write_adapter(
     others: Literal["refuse", "keep"] = "refuse",
     training_notes: str = "",
     prompt: Tree | None = None,
+    tokens: Tree | None = None,
 ) -> None:
     """Writes what `collect_adapters` returns.
 
-    `known` are Hugging Face's names of all modules, `shared` the leaves that all layers share, and
-    `prompt` those of a soft prompt.
+    `known` are Hugging Face's names of all modules, `shared` the leaves that all layers share,
+    `prompt` those of a soft prompt and `tokens` those of trainable tokens.
     """
     contents = folder_contents(
         adapters, whole, known=known, model=model, base=base, dropout=dropout, shared=shared
     )
+    if tokens:
+        contents = beside_adapter(contents, tokens, model)
     _write(
         folder,
         contents,
@@ -200,12 +216,14 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     config = read_config(folder)
     if holds_soft_prompt(config):
         return combine(model.params, load_soft_prompt(folder, config, model))
+    if trains_tokens_alone(config):
+        return from_modules(with_tokens(modules(model.params), folder, config, model))
     method = method_of_config(config, folder)
     place_there = place_in(
         key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes)
     )
     known = known_modules(model, model.params, place=place_there)
-    _check_base(config, folder, model)
+    check_base(config, folder, model)
     layers = modules(model.params)
     raw: dict[Place, Matrix] = {}
     targets: dict[Place, Entry] = {}
@@ -216,13 +234,13 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
         if entry.leaf in OWN_SUFFIXES.values():
             layers |= with_own_weight(layers, place, entry, model.layout, where=folder)
         else:
-            _check_adaptable(entry, layers.get(place[0], {}), where=folder)
+            check_adaptable(entry, layers.get(place[0], {}), where=folder)
             raw.setdefault(place, {})[entry.leaf] = entry.value
     if model.config.tied and HEAD in layers:
         table = layers[TABLE]["embedding"].T
         if not differ(layers[HEAD]["kernel"], table):
             del layers[HEAD]
-    _check_complete(config, targets, known, folder)
+    check_complete(config, targets, known, folder)
     stacks: dict[str, dict[tuple[int, ...], Matrix]] = {}
     for place, matrix in raw.items():
         path, index = place
@@ -241,6 +259,7 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
             invocation_of(config, folder, vocab_size=model.config.vocab_size), jnp.int32
         )
     check_shared(layers, stacks, model.layout, where=folder)
+    layers = with_tokens(layers, folder, config, model)
     params = from_modules(layers)
     if INVOCATION in params:
         check_activated(params)
@@ -248,50 +267,6 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     if not beside.is_dir():
         return params
     return combine(params, load_soft_prompt(beside, read_config(beside), model))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a folder.
-
-    Raises:
-      ValueError: it is missing, the weights are only there as a pickle, its type is not supported,
-        or it has an option that changes numbers and is not supported.
-    """
-    if (folder / BIN).is_file() and not (folder / WEIGHTS).is_file():
-        raise ValueError(
-            f"{folder} holds an adapter as {BIN}, a pickle that could run code and is not read; "
-            f"load it in PEFT and save it again, which writes {WEIGHTS}"
-        )
-    in_run = folder / "adapter"
-    if (in_run / CONFIG).is_file() and not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is the output folder of a run; its adapter is in {in_run}")
-    config = read_json(within(folder, CONFIG))
-    within(folder, WEIGHTS)
-    check_fields(config, folder)
-    if holds_soft_prompt(config):
-        check_prompt_config(config, folder)
-    else:
-        method_of_config(config, folder).check_config(config, folder)
-    return config
-
-
-def _check_base(config: Mapping[str, Any], folder: Path, model: Model) -> None:
-    """Raise where the adapter is for a base without its start and the model is not that base.
-
-    Likewise where the model is such a base, and the adapter is for another.
-    """
-    # PEFT allows null here.
-    named = Path(config.get("base_model_name_or_path") or "")
-    source = Path(model.source).resolve()
-    beside_folder = folder.resolve().parent / BASE
-    is_own_base = source in (named.resolve(), beside_folder)
-    if model.without_start and not is_own_base:
-        raise ValueError(
-            f"{model.source} is the base of another adapter, without its start; {folder} was "
-            f"trained on {named}: load that"
-        )
-    if named.name == BASE and not (is_own_base and model.without_start):
-        raise ValueError(f"{folder} was trained on {named}, not on {model.source}; load {named}")
 
 
 def _completed(
@@ -316,33 +291,3 @@ def _sides(layers: Mapping[str, Layer], path: str, model: Model) -> tuple[int, i
     spec = model.layout[path]
     _, inputs, outputs = spec.sizes(base_shape(layers, path, spec))
     return inputs, outputs
-
-
-def _check_adaptable(entry: Entry, layer: Layer, *, where: Path) -> None:
-    """Raise where a tensor belongs to a norm, or has the wrong number of axes."""
-    if "scale" in layer:
-        raise ValueError(f"{where}: {entry.key} adapts a norm, which is not supported")
-    # Magnitudes are vectors; PEFT has a vector of IA3 as a matrix with one row or column.
-    is_vector = len(leaf_schema(entry.leaf).axes) == 2
-    if entry.value.ndim != 2 and not is_vector:
-        raise ValueError(
-            f"{where}: {entry.key} has the shape {entry.value.shape}; it must be a matrix"
-        )
-
-
-def _check_complete(
-    config: Mapping[str, Any],
-    targets: Mapping[Place, Entry],
-    known: Mapping[str, Place],
-    folder: Path,
-) -> None:
-    """Raise where the folder lacks tensors of its targets, or has no tensors at all."""
-    with_tensors = [entry.target for entry in targets.values()]
-    missing = without_tensors(config, with_tensors, known)
-    if missing:
-        raise ValueError(
-            f"{folder}: {CONFIG} targets {missing[0]}, but {WEIGHTS} holds no tensor for it; is it "
-            "another model's?"
-        )
-    if not targets:
-        raise ValueError(f"{folder}: {WEIGHTS} holds no adapter")

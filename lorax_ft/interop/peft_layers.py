@@ -42,14 +42,17 @@ def with_own_weight(
     expected = old[index].shape
     if name == "kernel":
         expected = expected[::-1]  # torch's Linear has [out, in]
-    if expected != value.shape:
+    # A table may have grown further than PEFT's, which ends with the last token.
+    ends_before = path in (TABLE, HEAD) and value.shape[0] < expected[0]
+    if expected != value.shape and not (ends_before and value.shape[1:] == expected[1:]):
         raise ValueError(
             f"{where}: {entry.key} has the shape {value.shape}; the model's is {expected}"
         )
     if name == "kernel":
         value = value.T
     dtype = jnp.promote_types(old.dtype, value.dtype)
-    replaced = jnp.asarray(old, dtype).at[index].set(jnp.asarray(value, dtype))
+    own = index + tuple(slice(size) for size in value.shape)
+    replaced = jnp.asarray(old, dtype).at[own].set(jnp.asarray(value, dtype))
     new = {path: layer | {name: replaced}}
     if entry.leaf == "whole" and path == TABLE and HEAD not in layers:
         # PEFT trains a copy of the table, so a tied head keeps the original.

@@ -28,7 +28,13 @@ from lorax_ft.models.model import Model
 from lorax_ft.tree import Layer
 
 PREFIX = "base_model.model."
+TENSOR = "trainable_tokens_delta"
+"""The rows of trainable tokens (`lorax_ft.interop.peft_tokens`)."""
+WRAPPER = ".token_adapter"
+"""What PEFT puts between a module's name and its tensors where its tokens train beside LoRA."""
 OWN_SUFFIXES = {
+    # The table under trainable tokens, which PEFT saves where the vocabulary has grown.
+    f"{WRAPPER}.base_layer.weight": "base",
     # The weight under an adapted embedding, which PEFT saves beside the adapter.
     ".base_layer.weight": "base",
     # The bias of an adapted module that trains beside the adapter: bias="lora_only" or "all".
@@ -74,7 +80,7 @@ def adapter_tensors(
         number that is not finite.
     """
     for key, lazy in sorted(lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes).items()):
-        if key in method.shared:
+        if key in method.shared or key.endswith(f".{TENSOR}"):
             continue
         module, leaf = _parse(key, method, folder)
         target = module

@@ -34,6 +34,7 @@ from lorax_ft.lowrank.terms import (
     kept_start,
     low_rank,
     scale_leaves,
+    tokens,
 )
 from lorax_ft.lowrank.terms import magnitude as magnitude_term
 from lorax_ft.quant.kernels import Quantized
@@ -310,6 +311,11 @@ def _original(originals: Mapping[str, Original], path: str, layer: Layer) -> Ori
 def _unadapted_layer(layers: Mapping[str, Layer], path: str) -> Layer:
     """The leaves of the module at `path`, which must not have an adapter yet."""
     layer = layers.get(path, {})
+    if tokens.IDS in layer:
+        raise ValueError(
+            f"{path} has trainable tokens, so it can have no other adapter; leave it out of "
+            "adapter.targets"
+        )
     if is_adapted(layer):
         raise ValueError(f"{path} has an adapter already; merge it first (lorax_ft.merge_adapters)")
     return layer

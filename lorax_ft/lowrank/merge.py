@@ -17,7 +17,7 @@ from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.linear import merged_layer
 from lorax_ft.lowrank.shared import shared_leaves, with_shared
 from lorax_ft.lowrank.spec import BIAS, LayerSpec, as_canonical, base_kernel
-from lorax_ft.lowrank.terms import check_layer, is_adapted, terms_of
+from lorax_ft.lowrank.terms import check_layer, is_adapted, terms_of, tokens
 from lorax_ft.quant.kernels import dense
 from lorax_ft.schema import is_base
 from lorax_ft.soft_prompts.door import virtual_tokens
@@ -141,8 +141,9 @@ def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout) -> Tree:
       layout: the layers of the model.
 
     Raises:
-      ValueError: an adapter multiplies W (DoRA, IA3, HiRA, OFT), or an embedding or a tied head is
-        adapted: W cannot be computed from the merged weights.
+      ValueError: an adapter multiplies W (DoRA, IA3, HiRA, OFT) or replaces parts of it (trainable
+        tokens), or an embedding or a tied head is adapted: W cannot be computed from the merged
+        weights.
     """
     layers = modules(merged)
     shared = shared_leaves(params)
@@ -150,11 +151,11 @@ def unmerge_adapters(merged: Tree, params: Tree, *, layout: Layout) -> Tree:
         if not is_adapted(layer):
             continue
         terms = terms_of(layer)
-        multiplied = any(term.multiplies for term in terms)
-        if "kernel" not in layer or multiplied:
+        is_lost = any(term.loses_base for term in terms)
+        if "kernel" not in layer or is_lost:
             raise ValueError(
                 f"{path}: the base cannot be recovered from the merged weights of DoRA, IA3, HiRA, "
-                "OFT, an embedding or a tied head"
+                "OFT, trainable tokens, an embedding or a tied head"
             )
         # Merging the negative of what was added takes it away.
         inverse = layer | {"kernel": layers[path]["kernel"]}
@@ -212,7 +213,9 @@ def _differs_from_table(layers: Mapping[str, Layer], path: str, spec: LayerSpec)
     assert spec.tied_to is not None
     head = layers.get(path, {})
     table = layers.get(spec.tied_to, {})
-    return is_adapted(head) or is_adapted(table) or spec.weight in head
+    # Rows of trainable tokens are the head's columns, too.
+    table_differs = is_adapted(table) and tokens.ROWS not in table
+    return is_adapted(head) or table_differs or spec.weight in head
 
 
 def _with_heads(

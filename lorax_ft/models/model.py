@@ -21,7 +21,7 @@ from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.shared import shared_leaves, with_shared
 from lorax_ft.lowrank.spec import LayerSpec, with_kernel
-from lorax_ft.lowrank.terms import check_layer, magnitude
+from lorax_ft.lowrank.terms import check_layer, is_adapted, magnitude, tokens
 from lorax_ft.models.cache import Cache
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.decoder import Decoder, Entry, scan_step
@@ -160,11 +160,22 @@ class CausalLM:
         """The output head as a layer for `linear`, with its adapter.
 
         Its kernel `[D, V]`, which may be the embedding's, has the dtype of the activations.
+
+        Raises:
+          ValueError: it has an adapter, and the embedding that it is tied to has trainable tokens.
         """
         layers = {path: params.get(path, {}) for path in (TABLE, HEAD)}
         check_layer(layers[HEAD], HEAD)
         spec = self.layout[HEAD]
         layer = magnitude.with_norm(with_kernel(layers, HEAD, spec))
+        if spec.tied_to is not None and spec.weight not in layers[HEAD]:
+            of_table = tokens.tied_leaves(layers[TABLE])
+            if of_table and is_adapted(layers[HEAD]):
+                raise ValueError(
+                    f"{HEAD} has an adapter, and the embedding that it is tied to has trainable "
+                    "tokens; leave out one of the two"
+                )
+            layer = layer | of_table
         layer = with_shared(layer, shared_leaves(params), spec, layer["kernel"].shape)
         return layer | {"kernel": layer["kernel"].astype(self.config.dtype)}
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from lorax_ft import sharding
@@ -17,16 +15,17 @@ from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
 from lorax_ft.evaluation.benchmark import Benchmark, read_benchmark
 from lorax_ft.evaluation.multiple_choice import Encoded, encode_benchmark
 from lorax_ft.interop.load import load_model
-from lorax_ft.interop.peft import load_peft, read_config
+from lorax_ft.interop.peft import load_peft
+from lorax_ft.interop.peft_checks import read_config
 from lorax_ft.interop.peft_methods import method_name
 from lorax_ft.interop.peft_prompts import holds_soft_prompt
-from lorax_ft.lowrank.activation import INVOCATION, with_invocation
+from lorax_ft.interop.peft_tokens import trains_tokens_alone
 from lorax_ft.lowrank.groups import fully_trained
 from lorax_ft.models import splash
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.grouped import check_expert_axis
 from lorax_ft.models.model import HEAD, LoadedModel, Model
-from lorax_ft.models.soft_prompt import add_soft_prompt
+from lorax_ft.run.additions import check_additions, with_additions, with_new_tokens
 from lorax_ft.schema import METHODS, init_schema
 from lorax_ft.sharding import DECODER_RULES
 from lorax_ft.soft_prompts.door import virtual_ids, virtual_tokens
@@ -76,39 +75,12 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
         raise ValueError(
             f"{config.model.path} holds no tokenizer; put its tokenizer.json beside the weights"
         )
+    with jax.set_mesh(mesh):
+        model = with_new_tokens(model, config)
     if config.adapter.continue_from is not None:
         model = _load_adapter(model, Path(config.adapter.continue_from), config)
     with jax.set_mesh(mesh):
-        return with_prompt_and_invocation(model, config)
-
-
-def with_prompt_and_invocation(model: LoadedModel, config: Config) -> LoadedModel:
-    """The model with what of a new run's adapter is beside no kernel: soft prompt, invocation.
-
-    Raises:
-      ValueError: as `add_soft_prompt`, or the text of the invocation has no tokens.
-    """
-    params = model.params
-    text = config.adapter.invocation
-    if text is not None and config.adapter.continue_from is None:
-        params = with_invocation(params, invocation_tokens(text, model))
-    if config.prompt.kind != "none":
-        # A stream of random numbers of its own, beside those of adapters and steps.
-        key = jax.random.fold_in(jax.random.key(config.train.seed), 2)
-        params = add_soft_prompt(params, config.prompt, model, key=key)
-    return dataclasses.replace(model, params=params)
-
-
-def invocation_tokens(text: str, model: Model) -> list[int]:
-    """The token ids of an activated LoRA's invocation.
-
-    Raises:
-      ValueError: there are none.
-    """
-    ids: list[int] = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(f"adapter.invocation {text!r} has no tokens")
-    return ids
+        return with_additions(model, config)
 
 
 def load_questions(config: EvalConfig, model: Model) -> Encoded | None:
@@ -153,8 +125,7 @@ def load_dataset(config: Config, model: LoadedModel) -> Dataset:
     _check_samples(data.train, model, "training rows", virtual=virtual)
     for name, split in data.validation_sets.items():
         _check_samples(split, model, f"validation rows {name}".rstrip(), virtual=virtual)
-    if INVOCATION in model.params:
-        _check_invocations(data.train, np.asarray(model.params[INVOCATION]))
+    check_additions(config, model, data.train)
     for option in ("load_best", "patience"):
         value = getattr(config.train, option)
         if value and not data.validation.rows:
@@ -163,35 +134,6 @@ def load_dataset(config: Config, model: LoadedModel) -> Dataset:
                 "checkpoints by; give data.validation or data.validation_rows"
             )
     return data
-
-
-def _check_invocations(split: Split, invocation: np.ndarray) -> None:
-    """Warn of training samples in which an activated LoRA never acts; raise if it acts in none."""
-    count = lacking = 0
-    for row in split.rows:
-        for sample in row:
-            count += 1
-            lacking += not contains(sample.tokens, invocation)
-    if not lacking:
-        return
-    found = f"{lacking:,} of {count:,} training samples have no invocation (adapter.invocation)"
-    if lacking == count:
-        raise ValueError(
-            f"{found}, so the adapter would act in none; give a text that the chat template writes"
-        )
-    warnings.warn(f"{found}: the adapter does not act in them", stacklevel=2)
-
-
-def contains(tokens: np.ndarray, wanted: np.ndarray) -> bool:
-    """Whether some tokens occur in others, one after the other.
-
-    >>> contains(np.array([1, 2, 3]), np.array([2, 3])), contains(np.array([1]), np.array([1, 2]))
-    (True, False)
-    """
-    if len(tokens) < len(wanted):
-        return False
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(wanted))
-    return bool((windows == wanted).all(axis=1).any())
 
 
 def _check_length(data: DataConfig, positions: int) -> None:
@@ -231,7 +173,7 @@ def _load_adapter(model: LoadedModel, folder: Path, config: Config) -> LoadedMod
     """The model with the adapter of `adapter.continue_from`."""
     params = load_peft(folder, model)
     peft_config = read_config(folder)
-    if not holds_soft_prompt(peft_config):
+    if not holds_soft_prompt(peft_config) and not trains_tokens_alone(peft_config):
         _check_method(method_name(peft_config, folder), folder, config)
     for module in peft_config.get("modules_to_save") or ():
         # PEFT saves a copy of a tied head; here the head and the embeddings are one leaf.

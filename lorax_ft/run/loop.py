@@ -17,7 +17,8 @@ from lorax_ft.config import Config
 from lorax_ft.evaluation.exact_match import evaluate_answers
 from lorax_ft.interop.bucket import HUB, local_copy, output_path
 from lorax_ft.interop.hub import missing_base, prepare_repo, push_folder
-from lorax_ft.interop.peft import BASE, save_peft
+from lorax_ft.interop.peft import save_peft
+from lorax_ft.interop.peft_checks import BASE
 from lorax_ft.interop.save import save_model, save_quantized
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.requantize import is_requantized

@@ -125,6 +125,7 @@ def load_with_adapter(args: ModelArgs, *, mesh: Mesh | None = None) -> tuple[Loa
         print(f"checkpoint of step {step} of {run}", file=sys.stderr)
         return load_checkpoint(run, config, step=step)
     from lorax_ft.interop.load import load_model
+    from lorax_ft.interop.new_tokens import with_tokens_of
     from lorax_ft.interop.peft import load_peft
     from lorax_ft.models.grouped import check_expert_axis
 
@@ -145,6 +146,7 @@ def load_with_adapter(args: ModelArgs, *, mesh: Mesh | None = None) -> tuple[Loa
     )
     if adapter is None:
         return model, model.params
+    model = with_tokens_of(adapter, model)
     return model, load_peft(adapter, model)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.spec import base_shape
-from lorax_ft.lowrank.terms import TERMS, active_leaf, is_adapted, low_rank, magnitude
+from lorax_ft.lowrank.terms import TERMS, active_leaf, is_adapted, low_rank, magnitude, tokens
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import is_base, is_soft_prompt, leaf_schema
 from lorax_ft.tree import Layer, Tree, flatten, modules
@@ -94,6 +94,8 @@ def _adapter_row(
     adapted = active != 0
     count = int(adapted.sum())
     matrices = f"{count}" if adapted.all() else f"{count} of {adapted.size}"
+    if tokens.IDS in layer:
+        matrices = f"{layer[tokens.IDS].size} tokens"
     ranks = matrix_ranks(layer)[adapted]
     # Padding of the ranks, and factors frozen by adapter.freeze, are not counted.
     sides = {"in": inputs, "out": outputs}

@@ -10,11 +10,12 @@ import jax
 
 from lorax_ft.config import Config, MeshConfig
 from lorax_ft.interop.load import load_model
-from lorax_ft.interop.peft import BASE, load_peft
+from lorax_ft.interop.peft import load_peft
+from lorax_ft.interop.peft_checks import BASE
 from lorax_ft.lowrank.terms import kept_start
 from lorax_ft.models.model import LoadedModel
+from lorax_ft.run.additions import with_additions, with_new_tokens
 from lorax_ft.run.checkpoints import FOLDER, Checkpoints
-from lorax_ft.run.inputs import with_prompt_and_invocation
 from lorax_ft.sharding import make_mesh
 from lorax_ft.training.optimizer import make_optimizer
 from lorax_ft.training.state import abstract_state, owned_leaves, resumed_state
@@ -46,10 +47,11 @@ def load_checkpoint(run: Path, config: Config, *, step: int) -> tuple[LoadedMode
         dtype=config.model.dtype,
         quant=config.quant,
     )
+    model = with_new_tokens(model, config)
     started = model
     if config.adapter.continue_from is not None:
         started = dataclasses.replace(model, params=load_peft(config.adapter.continue_from, model))
-    started = with_prompt_and_invocation(started, config)
+    started = with_additions(started, config)
     checkpoints = Checkpoints(run / FOLDER, keep=config.train.keep_checkpoints)
     return model, _params(started, config, checkpoints, step=step, own_base=own_base.is_dir())
 

@@ -62,8 +62,9 @@ def _method(config: Config) -> str:
         soft_prompt = f"soft {prompt.kind} of {prompt.virtual_tokens} virtual tokens"
         if prompt.encoder != "none":
             soft_prompt += f", encoder {prompt.encoder}"
-    if soft_prompt and not adapter.targets:
-        return soft_prompt
+    tokens = _trained_tokens(config)
+    if not adapter.targets and not adapter.train_whole:
+        return soft_prompt or tokens
     if not adapter.targets:
         return f"full fine-tuning of {_codes(adapter.train_whole)}"
     parts: list[str] = [adapter.method]
@@ -80,9 +81,19 @@ def _method(config: Config) -> str:
     parts.append(f"targets {_codes(adapter.targets)}")
     if soft_prompt:
         parts.append(soft_prompt)
+    if tokens:
+        parts.append(tokens)
     if adapter.train_whole:
         parts.append(f"fully trained {_codes(adapter.train_whole)}")
     return ", ".join(parts)
+
+
+def _trained_tokens(config: Config) -> str:
+    """Which tokens' rows train, in words."""
+    tokens = (*config.data.new_tokens, *config.adapter.trainable_tokens)
+    if not tokens:
+        return ""
+    return f"rows of the tokens {_codes(tuple(map(str, tokens)))}"
 
 
 def _data(config: Config, data: Dataset) -> dict[str, str]:

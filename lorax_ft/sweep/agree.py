@@ -77,6 +77,10 @@ def check_trained(config: Config) -> None:
         option = "prompt.kind"
     elif config.adapter.invocation is not None:
         option = "adapter.invocation"
+    elif config.adapter.trainable_tokens:
+        option = "adapter.trainable_tokens"
+    elif config.data.new_tokens:
+        option = "data.new_tokens"
     if option is not None:
         raise ValueError(
             f"{option} is set, which sweeps, comparisons and optim.learning_rate find do not "

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from lorax_ft.config.python_file import config_file
 from lorax_ft.files import write_file
-from lorax_ft.interop.peft import BASE, save_peft
+from lorax_ft.interop.peft import save_peft
+from lorax_ft.interop.peft_checks import BASE
 from lorax_ft.interop.save import save_quantized
 from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.models.model import Model

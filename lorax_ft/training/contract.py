@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from lorax_ft.lowrank.terms import active_leaf, is_adapted, low_rank, magnitude
+from lorax_ft.schema import leaf_name, leaf_schema
 from lorax_ft.tree import Tree, flatten, modules
 
 
@@ -130,7 +131,7 @@ def check_moved(report: Mapping[str, Any], *, updates: int) -> None:
             "lower the learning rate"
         )
     if updates >= 2:
-        still = [path for path, (_, changed) in report.items() if not changed]
+        still = [path for path, (_, changed) in report.items() if not changed and _must(path)]
     else:
         still = _idle_modules(report)
     if still:
@@ -138,6 +139,11 @@ def check_moved(report: Mapping[str, Any], *, updates: int) -> None:
             f"after update {updates}, {_some(still)} did not move: its gradient is zero, or the "
             "learning rate is too small"
         )
+
+
+def _must(path: str) -> bool:
+    """Whether any batch moves the leaf; rows of tokens move where a batch has one of the tokens."""
+    return "token" not in leaf_schema(leaf_name(path)).axes
 
 
 def _idle_modules(report: Mapping[str, Any]) -> list[str]:

@@ -20,9 +20,11 @@ from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig
 from lorax_ft.interop.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
 from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.interop.load import load_model
+from lorax_ft.interop.new_tokens import add_tokens
 from lorax_ft.interop.save_gguf import save_gguf
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.models.model import LoadedModel, abstract_params
+from lorax_ft.models.trainable_tokens import add_trainable_tokens
 from lorax_ft.tree import flatten, unflatten
 
 HF_CONFIG = {
@@ -43,18 +45,24 @@ QUESTION = (
 )
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
-def test_llama_cpp_answers_as_we_do(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "new"), [("F16", ()), ("Q8_0", ()), ("F16", ("apples", "How"))])
+def test_llama_cpp_answers_as_we_do(tmp_path: Path, kind: Any, new: tuple[str, ...]) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     model = load_model(EMBEDDED_MODEL)
+    params = model.params
+    if new:
+        model = add_tokens(model, new)
+        ids = model.tokenizer.convert_tokens_to_ids(list(new))
+        params = add_trainable_tokens(model.params, ids, model)
     config = AdapterConfig(rank=4, init="pissa")
-    params = add_adapters(model.params, config, layout=model.layout, key=jax.random.key(0))
+    params = add_adapters(params, config, layout=model.layout, key=jax.random.key(0))
     save_gguf(tmp_path / "tiny.gguf", params, model, kind=kind)
     ours = load_model(tmp_path / "tiny.gguf")  # with the same rounding
     theirs = llama_cpp.Llama(str(tmp_path / "tiny.gguf"), n_ctx=256, verbose=False, logits_all=True)
     for number in range(10, 90, 20):
         text = QUESTION.format(number)
         ids = ours.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == model.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert theirs.tokenize(text.encode(), add_bos=False, special=True) == ids
         theirs.reset()
         theirs.eval(ids)

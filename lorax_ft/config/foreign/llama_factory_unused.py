@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorax_ft.config.foreign.rules import Rule, holds, refused, unused
+from lorax_ft.config.foreign.rules import Rule, holds, refused, same, unused
 
 _TEXT_ONLY = "models are trained on text only"
 _OTHER_STAGE = "it belongs to another stage than sft"
 _GENERATION = "a run generates no texts; lorax-ft generate and evaluate do"
 _TORCH = "it is about PyTorch"
 _HUB = "it is about the Hub; HF_TOKEN, HF_HOME and train.push_to_hub are used here"
-_VOCABULARY = "the vocabulary is that of the checkpoint; add the tokens to it first"
 _LOSS = "the loss is the cross-entropy"
 _OPTIMIZER = "it is another optimizer; optim.optimizer lists those of lorax_ft"
 _COMPILED = "the step is compiled by XLA, with kernels of its own"
@@ -25,11 +24,11 @@ UNUSED: Mapping[str, Rule] = {
     "ms_hub_token": unused("models come from disk or from the Hugging Face Hub"),
     "om_hub_token": unused("models come from disk or from the Hugging Face Hub"),
     "use_fast_tokenizer": holds("tokenizers are the fast ones"),
-    "resize_vocab": refused(_VOCABULARY),
-    "add_tokens": refused(_VOCABULARY),
-    "add_special_tokens": refused(_VOCABULARY),
-    "new_special_tokens_config": refused(_VOCABULARY),
-    "init_special_tokens": unused(_VOCABULARY),
+    "resize_vocab": holds("the tables grow with data.new_tokens"),
+    "add_tokens": same("data.new_tokens", "names"),
+    "add_special_tokens": refused("add_tokens has those of a text", harmless=([], "")),
+    "new_special_tokens_config": refused("name the tokens in add_tokens"),
+    "init_special_tokens": unused("new tokens start as the mean of their pieces"),
     "split_special_tokens": unused("rows with special tokens are as data.control_tokens says"),
     "low_cpu_mem_usage": holds("weights go to the devices one by one"),
     "rope_scaling": refused("positions are those of the model's config.json; set it there"),

@@ -135,6 +135,18 @@ def layers(keys: Keys) -> Options:
     return {"adapter.layers": tuple(value) if isinstance(value, list) else (value,)}
 
 
+def trained_tokens(keys: Keys) -> Options:
+    """The tokens that train, the same ones in the embedding and the head."""
+    key = "trainable_token_indices"
+    value = keys.read(key, "any")
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    first = lists[0] if lists else []
+    valid = isinstance(first, list) and all(type(token) is int for token in first)
+    if not valid or any(other != first for other in lists):
+        raise keys.error(key, f"{key} is {value!r:.80}; it must be one list of ids")
+    return {"adapter.trainable_tokens": tuple(first)}
+
+
 _given = functools.partial(together, absent=False)
 
 _KIND = together(kind, remark="LORA and CAUSAL_LM")
@@ -170,7 +182,7 @@ TABLE: Mapping[str, Rule] = {
     "lora_bias": refused(_ONLY_LORA),
     "target_parameters": refused("name modules in target_modules", harmless=([],)),
     "layer_replication": refused("the layers are those of the model", harmless=([],)),
-    "trainable_token_indices": refused("adapter.train_whole trains all tokens", harmless=([],)),
+    "trainable_token_indices": _given(trained_tokens, "adapter.trainable_tokens"),
     "use_qalora": refused(_ONLY_LORA),
     "use_bdlora": refused(_ONLY_LORA),
     "alora_invocation_tokens": refused("give their text as adapter.invocation", harmless=([],)),

@@ -38,7 +38,6 @@ UNSUPPORTED_LORA = (
     "layer_replication",
     "lora_bias",
     "monteclora_config",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
 )

@@ -3,7 +3,7 @@
     y = l ⊙ (b + (m / n) · (x W − s₀ x A₀ B₀ + s x̃ A B) + x̃ ΔW)
 
 ΔW is that of MiSS, VeRA, LoHa, LoKr, SHiRA or HiRA, OFT rotates x first, and a bottleneck acts on
-the sum.
+the sum. Trained tokens have values of their own in the place of y's.
 
 A layer is computed (`linear`) and merged (`merged_layer`) by folding over those terms whose leaves
 it has. The file of a term says which leaves it needs, how it acts and how it merges.
@@ -26,6 +26,7 @@ from lorax_ft.lowrank.terms import (
     miss,
     oft,
     shira,
+    tokens,
     vera,
 )
 from lorax_ft.lowrank.terms.term import Term
@@ -47,6 +48,7 @@ TERMS: tuple[Term, ...] = (
     bias.TERM,
     bottleneck.TERM,
     ia3.TERM,
+    tokens.TERM,
 )
 
 

@@ -90,7 +90,7 @@ def ranks(layer: Layer) -> np.ndarray:
 TERM = Term(
     leaves=(A, B, ACTIVE),
     active=ACTIVE,
-    multiplies=True,
+    loses_base=True,
     takes_dropout=True,
     planned=planned,
     initial=initial,

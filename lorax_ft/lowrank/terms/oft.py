@@ -119,7 +119,7 @@ def side(pairs: int) -> int:
 TERM = Term(
     leaves=(PAIRS, ACTIVE),
     active=ACTIVE,
-    multiplies=True,
+    loses_base=True,
     planned=planned,
     sizes=own_sizes,
     initial=initial,

@@ -75,8 +75,8 @@ class Term(NamedTuple):
     """Leaves of other terms that the layer must have too."""
     active: str | None = None
     """The leaf `[*L]` that is 0 for those matrices of a stack that are not adapted."""
-    multiplies: bool = False
-    """Whether it multiplies, so that the base cannot be computed from merged weights."""
+    loses_base: bool = False
+    """Whether W cannot be computed from merged weights, as where it multiplies W."""
     negated: tuple[str, ...] = ()
     """Leaves whose negative makes merging subtract what the term adds."""
     takes_dropout: bool = False
