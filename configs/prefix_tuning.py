@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/prefix_tuning.py
 
-300 steps of 32 rows: validation loss 5.2256 (with the prefix that it starts from) to 0.0501.
-Exact match on unseen questions: 0 % before, 69 % after; more steps were not tried.
+600 steps of 32 rows: validation loss 5.2256 (with the prefix that it starts from) to 0.0151.
+Exact match on unseen questions: 0 % before, 92 % after (69 % after 300 steps).
 """
 
 from lorax_ft.config import (
@@ -23,6 +23,6 @@ def get_config() -> Config:
         prompt=PromptConfig(kind="prefix", virtual_tokens=20, encoder="mlp"),
         data=DataConfig(max_length=100),
         optim=OptimConfig(learning_rate=1e-2),
-        train=TrainConfig(output="out/prefix_tuning", steps=300, batch_size=32, eval_every=30),
+        train=TrainConfig(output="out/prefix_tuning", steps=600, batch_size=32, eval_every=30),
         eval=EvalConfig(answer_pattern=r"#### (-?\d+)", max_new_tokens=32),
     )

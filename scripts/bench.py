@@ -36,11 +36,16 @@ from lorax_ft import cli
 
 HERE = Path(__file__).parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-ROWS, TOKENS = 4, 256
+ROWS = 4
 WARMUP = 2  # steps before the first one that is measured
 LARGEST = 6e9  # bytes: an upper bound per process, kept free before another one starts
 CALLS = {"pissa": 2, "compile": 0}  # calls of a process that lives for one turn
-PEERS = {**bench_peft.STEPS, **bench_peft.INITS, **bench_peft.SERVES}
+PEERS = {
+    **bench_peft.STEPS,
+    **bench_peft.METHODS,
+    **bench_peft.INITS,
+    **bench_peft.SERVES,
+}
 Sample = dict[str, Any]
 Samples = dict[str, list[Sample]]
 Product = Callable[[], float]
@@ -52,6 +57,7 @@ COLUMNS: list[Column] = [
     ("least", "seconds", min, ".2f"),
     ("ratio", "ratio", statistics.median, ".2f"),
     ("peak GB", "peak", max, ".2f"),
+    ("trained M", "trained", max, ".3f"),
     ("temporaries GB", "temporaries", max, ".2f"),
     ("trace s", "trace", statistics.median, ".1f"),
     ("compile s", "compile", statistics.median, ".1f"),
@@ -67,12 +73,15 @@ class Args:
     """Base model: a Hugging Face folder or a .gguf file."""
     peer: str | None = None
     """Python with torch, transformers and peft; None measures only this library."""
-    what: Literal["step", "pissa", "serve", "compile"] = "step"
+    what: Literal["step", "methods", "pissa", "serve", "compile"] = "step"
     """What to measure.
-    step: the training step; pissa: PiSSA initialization of all matrices;
+    step: the training step; methods: the same for the methods beside LoRA, each beside PEFT's;
+    pissa: PiSSA initialization of all matrices;
     serve: loading, decoding and merging; compile: compilation by number of layers."""
     rounds: int = 5
     """Number of turns per variant."""
+    tokens: int = 256
+    """Tokens of each of the 4 rows of a step."""
     variants: str | None = None
     """Comma-separated variants; ratios refer to the first one. None measures all."""
     memory: float | None = None
@@ -119,12 +128,14 @@ def main(args: Args) -> None:
 
     ours = {
         "step": bench_ours.STEPS,
+        "methods": {"lora": {}, **bench_ours.METHODS},
         "pissa": bench_ours.INITS,
         "serve": bench_ours.SERVES,
         "compile": bench_ours.COMPILES,
     }
     peers = {
         "step": bench_peft.STEPS,
+        "methods": {"peft_lora": {}, **bench_peft.METHODS},
         "pissa": bench_peft.INITS,
         "serve": bench_peft.SERVES,
         "compile": {},
@@ -135,7 +146,7 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(bench_ours.model_config(args.model)))
-        samples = (_together if args.what in ("step", "serve") else _afresh)(
+        samples = (_together if args.what in ("step", "methods", "serve") else _afresh)(
             args, names, config, product=bench_ours.make_product(), console=console
         )
     versions = {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")}
@@ -221,7 +232,7 @@ def _process(args: Args, name: str, config: Path, *, warmup: int = 0) -> Iterato
         command += ["--cores", str(CORES)]
     else:
         command = [sys.executable, str(HERE / "bench_ours.py"), name]
-    command += ["--model", args.model, "--batch", str(ROWS), "--tokens", str(TOKENS)]
+    command += ["--model", args.model, "--batch", str(ROWS), "--tokens", str(args.tokens)]
     options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     options["env"] = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     with (

@@ -41,6 +41,23 @@ STEPS: dict[str, dict[str, dict[str, Any]]] = {
         for remat in ("none", "products", "mlp", "full")
     },
 }
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "ia3": {"adapter": {"method": "ia3", "feedforward": ("down_proj",)}},
+    "miss": {"adapter": {"method": "miss"}},
+    "vera": {"adapter": {"method": "vera", "rank": 256}},
+    "loha": {"adapter": {"method": "loha"}},
+    "lokr": {"adapter": {"method": "lokr"}},
+    "shira": {"adapter": {"method": "shira"}},
+    "hira": {"adapter": {"method": "hira"}},
+    "oft": {"adapter": {"method": "oft"}},
+    "bottleneck": {"adapter": {"method": "bottleneck"}},
+    "tokens": {"tokens": {"trained": 16}},
+    "prompt_tuning": {"adapter": {"targets": ()}, "prompt": {"kind": "prompt"}},
+    "p_tuning": {"adapter": {"targets": ()}, "prompt": {"kind": "prompt", "encoder": "mlp"}},
+    "p_tuning_v2": {"adapter": {"targets": ()}, "prompt": {"kind": "prefix"}},
+    "prefix_tuning": {"adapter": {"targets": ()}, "prompt": {"kind": "prefix", "encoder": "mlp"}},
+}
+"""The other methods, each with as much as its default trains."""
 INITS: dict[str, dict[str, Any]] = {
     "pissa_exact": {"init": "pissa"},
     "pissa_niter_4": {"init": "pissa", "svd_iterations": 4},
@@ -62,7 +79,7 @@ Facts = dict[str, Any]
 def main() -> None:
     """Build a variant, then serve its calls."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("variant", choices=[*STEPS, *INITS, *SERVES, *COMPILES])
+    parser.add_argument("variant", choices=[*STEPS, *METHODS, *INITS, *SERVES, *COMPILES])
     parser.add_argument("--model", required=True)
     parser.add_argument("--batch", required=True, type=int)
     parser.add_argument("--tokens", required=True, type=int)
@@ -74,8 +91,8 @@ def main() -> None:
     elif args.variant in SERVES:
         call = _serving(args.model, **SERVES[args.variant])
         serve(lambda: call, {})
-    elif args.variant in STEPS:
-        step, facts = _step(args.model, STEPS[args.variant], shape)
+    elif args.variant in STEPS or args.variant in METHODS:
+        step, facts = _step(args.model, {**STEPS, **METHODS}[args.variant], shape)
         serve(lambda: step, facts)
     else:
         serve(lambda: lambda: None, _compiling(args.model, COMPILES[args.variant], shape))
@@ -109,17 +126,29 @@ def _step(
         adapter=lft.AdapterConfig(**{"rank": 8} | changes.get("adapter", {})),
         optim=lft.OptimConfig(**changes.get("optim", {})),
         quant=lft.QuantConfig(**changes.get("quant", {})),
+        prompt=lft.PromptConfig(**changes.get("prompt", {})),
     )
     remat: Any = config.model.remat
     if remat == "auto":
         remat = "products"  # what a run of this size takes
     model = lft.load_model(path, dtype=config.model.dtype, remat=remat, quant=config.quant)
     tx = lft.make_optimizer(config.optim, steps=1000)
+    virtual = 0
+    if config.prompt.kind != "none":
+        virtual = config.prompt.virtual_tokens
+        key = jax.random.key(3)
+        with_prompt = lft.add_soft_prompt(model.params, config.prompt, model, key=key)
+        model = dataclasses.replace(model, params=with_prompt)
+    if "tokens" in changes:
+        ids = range(changes["tokens"]["trained"])
+        with_tokens = lft.add_trainable_tokens(model.params, ids, model)
+        model = dataclasses.replace(model, params=with_tokens)
     state, frozen = _state(model, config.adapter, tx)
     # The parameters are in state and frozen; PiSSA changed the base, so this would be a copy.
     model = dataclasses.replace(model, params={})
-    batch, key = _batch(model.config.vocab_size, shape), jax.random.key(2)
+    batch, key = _batch(model.config.vocab_size, shape, virtual=virtual), jax.random.key(2)
     compiled, facts = _compile(model, tx, state, frozen, batch)
+    facts["trained"] = sum(leaf.size for leaf in jax.tree.leaves(state.trained)) / 1e6
 
     def step() -> None:
         nonlocal state
@@ -207,13 +236,19 @@ def _compile(
     return compiled, facts
 
 
-def _batch(vocabulary: int, shape: tuple[int, ...]) -> dict[str, Array]:
-    """Random tokens `[1, B, T]`, one sample per row; all count in the loss."""
-    tokens = jax.random.randint(jax.random.key(0), shape, 0, vocabulary)
+def _batch(vocabulary: int, shape: tuple[int, ...], *, virtual: int = 0) -> dict[str, Array]:
+    """Random tokens `[1, B, T]`, one sample per row; all count in the loss.
+
+    Behind as many virtual tokens of a soft prompt, which do not.
+    """
+    texts = jax.random.randint(jax.random.key(0), shape, 0, vocabulary)
+    prompt = jnp.broadcast_to(vocabulary + jnp.arange(virtual), (*shape[:-1], virtual))
+    tokens = jnp.concatenate([prompt, texts], axis=-1)
+    shape = tokens.shape
     return {
         "tokens": tokens,
         "targets": jnp.roll(tokens, -1, axis=-1),
-        "weights": jnp.ones(shape, jnp.float32),
+        "weights": (tokens < vocabulary).astype(jnp.float32),
         "positions": jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape),
         "segment_ids": jnp.ones(shape, jnp.int32),
     }

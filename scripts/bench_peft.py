@@ -33,6 +33,32 @@ STEPS: dict[str, dict[str, Any]] = {
     "peft_lora_mkl_avx512": {"avx512": True},
     "torch_full": {"full": True},
 }
+PROJECTIONS = [
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+]
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "peft_ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
+    "peft_miss": ("MissConfig", {"r": 8}),
+    "peft_vera": ("VeraConfig", {"r": 256}),
+    "peft_loha": ("LoHaConfig", {"r": 8}),
+    "peft_lokr": ("LoKrConfig", {"r": 8}),
+    "peft_shira": ("ShiraConfig", {"r": 8}),
+    "peft_hira": ("HiraConfig", {"r": 8}),
+    "peft_oft": ("OFTConfig", {"oft_block_size": 32}),
+    "peft_tokens": (
+        "LoraConfig",
+        {"r": 8, "lora_alpha": 16, "trainable_token_indices": list(range(16))},
+    ),
+    "peft_prompt_tuning": ("PromptTuningConfig", {"num_virtual_tokens": 20}),
+    "peft_p_tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 20}),
+    "peft_p_tuning_v2": ("PrefixTuningConfig", {"num_virtual_tokens": 20}),
+    "peft_prefix_tuning": (
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 20, "prefix_projection": True},
+    ),
+}
+"""PEFT's config of each of the other methods, on the same modules as ours."""
 INITS: dict[str, dict[str, Any]] = {
     "peft_pissa": {"init_lora_weights": "pissa"},
     "peft_pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
@@ -60,7 +86,7 @@ SHIM = (
 def main() -> None:
     """Build a variant, then serve its calls."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("variant", choices=[*STEPS, *INITS, *SERVES])
+    parser.add_argument("variant", choices=[*STEPS, *METHODS, *INITS, *SERVES])
     parser.add_argument("--model-config", required=True, type=Path)
     parser.add_argument("--model", required=True)
     for name in ("cores", "batch", "tokens"):
@@ -86,7 +112,8 @@ def main() -> None:
     elif args.variant in INITS:
         serve(_init(model, INITS[args.variant]), facts)
     else:
-        step = _step(model, batch=args.batch, tokens=args.tokens, **STEPS[args.variant])
+        options: dict[str, Any] = STEPS.get(args.variant, {"method": METHODS.get(args.variant)})
+        step = _step(model, batch=args.batch, tokens=args.tokens, **options)
         serve(lambda: step, facts)
 
 
@@ -117,6 +144,7 @@ def _step(
     checkpointing: bool = False,
     bf16: bool = False,
     avx512: bool = False,
+    method: tuple[str, dict[str, Any]] | None = None,
 ) -> Callable[[], None]:
     """A training step with AdamW on random tokens, all of which count in the loss."""
     import peft
@@ -124,7 +152,14 @@ def _step(
 
     if avx512:
         _check_avx512()
-    if not full:
+    if method is not None:
+        name, fields = method
+        on_tokens = "num_virtual_tokens" in fields
+        targets = {} if on_tokens else {"target_modules": PROJECTIONS}
+        model = peft.get_peft_model(
+            model, getattr(peft, name)(task_type="CAUSAL_LM", **fields, **targets)
+        )
+    elif not full:
         lora = peft.LoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora
         )

@@ -259,7 +259,7 @@ class Readers:
         load_model(self._json(draws, area, "model", "config.json"))
 
     def read_adapter_config(self, draws: random.Random, area: Path) -> None:
-        from lorax_ft.interop.peft import read_config
+        from lorax_ft.interop.peft_checks import read_config
         from lorax_ft.interop.peft_config import is_excluded, rank_and_scale, without_tensors
 
         config = read_config(self._json(draws, area, "adapter", "adapter_config.json"))

@@ -43,7 +43,7 @@ from lorax_ft.interop.huggingface import INDEX, decoder_config, read_folder
 from lorax_ft.interop.lazy_tensor import lazy_tensors
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.locate import read_model_config
-from lorax_ft.interop.peft import read_config
+from lorax_ft.interop.peft_checks import read_config
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.interop.tokenizer_check import repeats_repeats
 from lorax_ft.lowrank.patterns import matches

@@ -12,7 +12,7 @@ from rich.console import Console
 from lorax_ft.config import Config
 from lorax_ft.data.dataset import Dataset, Split
 from lorax_ft.interop.bucket import is_remote
-from lorax_ft.interop.peft import BASE
+from lorax_ft.interop.peft_checks import BASE
 from lorax_ft.run import report
 from lorax_ft.run.diagnosis import diagnose
 from lorax_ft.run.log import LOG, PLOT, read_log

@@ -15,7 +15,7 @@ import jax
 
 from lorax_ft.config import Config
 from lorax_ft.interop.bucket import is_remote
-from lorax_ft.interop.peft import BASE
+from lorax_ft.interop.peft_checks import BASE
 from lorax_ft.run.checkpoints import FOLDER as CHECKPOINTS
 from lorax_ft.run.folder import check_same_run, is_empty, write_text
 from lorax_ft.sweep.results import LOSSES, RESULTS
