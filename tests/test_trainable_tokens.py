@@ -17,6 +17,9 @@ from zoo import built_decoder
 
 import lorax_ft as lft
 from lorax_ft import sharding
+from lorax_ft.config import EMBEDDED_MODEL
+from lorax_ft.interop.load import load_model
+from lorax_ft.interop.vllm import save_for_vllm
 from lorax_ft.lowrank.terms.tokens import COLUMNS, IDS, ROWS
 from lorax_ft.tree import Tree, flatten
 
@@ -125,7 +128,7 @@ def test_gradients_are_those_of_the_rows(tied: bool) -> None:
         np.testing.assert_allclose(got["lm_head"][COLUMNS], columns, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_mesh_changes_no_gradient(tied: bool) -> None:
     model = model_of(tied=tied)
     params = moved(with_tokens(tied=tied))
@@ -185,6 +188,22 @@ def test_alone_they_are_a_folder_of_their_own(tmp_path: Path) -> None:
     lft.save_peft(tmp_path / "adapter", params, model)
     again = lft.load_peft(tmp_path / "adapter", model)
     np.testing.assert_array_equal(logits(model, again), logits(model, params))
+
+
+def test_vllm_gets_them_merged(tmp_path: Path) -> None:
+    model = load_model(EMBEDDED_MODEL)
+    grown = lft.add_tokens(model, ["apples"])
+    ids = grown.tokenizer.convert_tokens_to_ids(["apples"])
+    params = moved(lft.add_trainable_tokens(grown.params, ids, grown))
+    lora = lft.AdapterConfig(rank=2)
+    params = lft.add_adapters(params, lora, layout=grown.layout, key=KEY)
+    assert save_for_vllm(tmp_path / "out", params, grown) == "model"
+    merged = load_model(tmp_path / "out")
+    text = jnp.asarray([merged.tokenizer("five apples are")["input_ids"]])
+    assert ids[0] in text[0]
+    np.testing.assert_allclose(
+        logits(merged, merged.params, text), logits(grown, params, text), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_what_cannot_be() -> None:

@@ -17,6 +17,7 @@ from lorax_ft.interop.peft_names import all_modules
 from lorax_ft.interop.save import save_model
 from lorax_ft.lowrank.activation import INVOCATION
 from lorax_ft.models.model import Model
+from lorax_ft.models.trainable_tokens import trainable_tokens_of
 from lorax_ft.soft_prompts.door import virtual_tokens
 from lorax_ft.tree import Tree
 
@@ -37,8 +38,8 @@ def save_for_vllm(
     """Writes an adapter that vLLM's loader accepts, or the merged model if it has no form for it.
 
     Only plain LoRA on linear layers stays an adapter, with one rank and one alpha: smaller ranks
-    are padded, and scales that differ go into B. DoRA, IA3, MiSS, fully trained modules, and
-    adapters on embeddings, the output head or gpt-oss's experts are merged.
+    are padded, and scales that differ go into B. DoRA, IA3, MiSS, fully trained modules,
+    trainable tokens, and adapters on embeddings, the output head or gpt-oss's experts are merged.
 
     Args:
       folder: the place; the files are written next to it and then renamed.
@@ -63,6 +64,11 @@ def save_for_vllm(
         raise ValueError(
             f"no {kind} is written for vLLM, and it cannot be merged; export it with --target peft"
         )
+    tokens, _ = trainable_tokens_of(params)
+    if tokens:
+        # vLLM's adapters have no rows of tokens, and its base no new ones.
+        save_model(folder, params, model, training_notes=training_notes)
+        return "model"
     adapters, modules_to_save = collect_adapters(params, model, None)
     is_plain_lora = all(matrix.keys() == PLAIN_LORA for matrix in adapters.values())
     # vLLM's form of adapters on experts that a checkpoint stacks is another than PEFT's.
