@@ -1,9 +1,7 @@
-"""NNX twins of the zoo's linen models: the same layers by the same names, so the same parameters."""
+"""NNX twins of the zoo's linen models: layers of the same names, so the same parameters."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 

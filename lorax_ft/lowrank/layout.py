@@ -16,9 +16,9 @@ import jax
 from lorax_ft.lowrank import intercept
 from lorax_ft.lowrank.layer_call import Traced
 from lorax_ft.lowrank.spec import LayerSpec
-from lorax_ft.lowrank.watch import SeeCalls, check_function, watched
+from lorax_ft.lowrank.watch import SeeCalls, check_function, check_tree, watched
 from lorax_ft.schema import is_base
-from lorax_ft.tree import Layer, Shape, Tree, flatten, modules, unflatten, with_layer_numbers
+from lorax_ft.tree import Layer, Shape, Tree, flatten, join, modules, unflatten, with_layer_numbers
 
 Layout = dict[str, LayerSpec]
 Views = dict[str, list[dict[str, int]]]
@@ -29,7 +29,7 @@ class TracedLayout(Layout):
     """The layout that a trace found, and what it did not find."""
 
     unseen: dict[str, str]
-    """Why the modules with other matrices cannot be adapted, by slash path."""
+    """Why the model's other matrices cannot be adapted, by slash path."""
 
 
 def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) -> TracedLayout:
@@ -43,8 +43,8 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
 
     Returns:
       A `LayerSpec` for every Dense, DenseGeneral, Einsum, Conv and Embed that the trace calls (in
-      NNX Linear, LinearGeneral, Einsum, Conv and Embed). Its `unseen` says for the other modules
-      with matrices why they cannot be adapted. A method under `nn.jit` that has run with these
+      NNX Linear, LinearGeneral, Einsum, Conv and Embed). Its `unseen` says of the model's
+      other matrices why they cannot be adapted. A method under `nn.jit` that has run with these
       shapes before is not traced again, so its layers are not seen.
 
     Raises:
@@ -58,6 +58,7 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
     'dense'
     """
     check_function(apply, name="layout")
+    check_tree(params, name="layout")
     base = _base_shapes(params)
     calls = _Calls()
 
@@ -124,14 +125,19 @@ class _Calls:
 
 
 def _unseen(
-    layers: Mapping[str, Layer], found: Layout, reasons: Mapping[str, str]
+    layers: Mapping[str, Layer],
+    found: Layout,
+    reasons: Mapping[str, str],
 ) -> dict[str, str]:
-    """Why the modules that have a matrix, but are not in the layout, cannot be adapted."""
+    """Why the matrices that are not in the layout cannot be adapted; `reasons` are by module."""
     unseen = {}
     for path, layer in layers.items():
-        has_matrix = any(len(leaf.shape) > 1 for leaf in layer.values())
-        if has_matrix and path not in found:
-            unseen[path] = reasons.get(path, "no call of a layer with this weight was seen")
+        if path in found:
+            continue
+        for name, leaf in layer.items():
+            if len(leaf.shape) > 1:
+                default = "no call of a layer with this weight was seen"
+                unseen[join(path, name)] = reasons.get(path, default)
     return unseen
 
 

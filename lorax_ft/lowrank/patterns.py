@@ -89,7 +89,7 @@ def check_coverage(
       hit: whether a pattern matches something.
       names: the modules that exist, by logical path.
       where: the option's name, for the error.
-      unseen: why other modules of the model cannot be adapted, by slash path.
+      unseen: why the model's other matrices cannot be adapted, by slash path.
 
     Raises:
       ValueError: with the modules that exist and the nearest name.
@@ -107,8 +107,11 @@ def check_coverage(
                 f"as in {' '.join(separate)}"
             )
         for path, why in unseen.items():
-            if matches(pattern, path):
-                raise ValueError(f"{where}: {pattern!r} is {path}, which cannot be adapted: {why}")
+            module, _, _ = path.rpartition("/")
+            if matches(pattern, path) or matches(pattern, module):
+                raise ValueError(
+                    f"{where}: {pattern!r} matches {path}, which cannot be adapted: {why}"
+                )
         known = sorted(last_parts | set(existing))
         near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}? There are" if near else "; there are"

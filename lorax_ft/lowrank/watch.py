@@ -34,6 +34,7 @@ class SeeCalls:
 
 
 Watch = SeeAdapters | SeeCalls
+_FROM_NNX = "write apply, params = lft.from_nnx(model), and give these"
 _watches: ContextVar[tuple[Watch, ...]] = ContextVar("lorax_ft_watches", default=())
 
 
@@ -60,8 +61,13 @@ def check_function(apply: Any, *, name: str) -> None:
       name: the function that it was given to.
     """
     nnx = sys.modules.get("flax.nnx")
+    # Also a method of the model.
     if nnx is not None and isinstance(getattr(apply, "__self__", apply), nnx.Module):
-        raise ValueError(
-            f"{name} was given an nnx.Module; write apply, params = lft.from_nnx(model), and give "
-            "apply"
-        )
+        raise ValueError(f"{name} was given an nnx.Module; {_FROM_NNX}")
+
+
+def check_tree(params: Any, *, name: str) -> None:
+    """Raise for the state of an NNX model in place of a nested dict of its parameters."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(params, nnx.State):
+        raise ValueError(f"{name} was given an nnx.State; {_FROM_NNX}")

@@ -56,9 +56,10 @@ def from_nnx(
     if not isinstance(model, nnx.Module):
         raise ValueError(f"from_nnx needs an nnx.Module, not {type(model).__name__}")
     kinds = dict(KINDS)
-    for cls, (module, attribute) in layers.items():
-        kinds[cls] = Kind(module, attribute)
-    graphdef, param_state, other_state = nnx.split(model, nnx.Param, ...)
+    for cls, (layer_type, attribute) in layers.items():
+        kinds[cls] = Kind(layer_type, attribute)
+    parts: Any = nnx.split(model, nnx.Param, ...)
+    graphdef, param_state, other_state = parts
     renamed = _renamed(model, kinds)
     params, places = _values(param_state, renamed)
     state, state_places = _values(other_state, {})
@@ -110,8 +111,9 @@ class NnxApply:
         new_state = self._state(model)
         if "state" in variables:
             return output, unflatten(new_state)
+        only_traced = any(isinstance(watch, SeeCalls) for watch in watches())
         for path, leaf in new_state.items():
-            if leaf is not state[path]:
+            if leaf is not state[path] and not only_traced:
                 raise ValueError(
                     f"the call changes {path} of the model, which would be lost; call model.eval() "
                     'before from_nnx, or give apply the state: output, state = apply({"params": '
