@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lorax_ft.lowrank.nnx.hooks import AdaptedCall, RecordedCall, Shared, add_hook
@@ -254,7 +256,9 @@ def _values(state: nnx.State, renamed: Mapping[str, str]) -> tuple[dict[str, Any
     for keys, variable in nnx.to_flat_state(state):
         path = _slash_path(keys)
         path = renamed.get(path, path)
-        values[path] = variable.get_raw_value()
+        value = variable.get_raw_value()
+        # Some loaders leave NumPy arrays in the model.
+        values[path] = jnp.asarray(value) if isinstance(value, np.ndarray) else value
         places[path] = (keys, variable.replace(None))
     return values, places
 
