@@ -48,7 +48,9 @@ KINDS: dict[type[nnx.Module], Kind] = {
 def kind_of(module: nnx.Module, kinds: Mapping[type[nnx.Module], Kind]) -> Kind | None:
     """The kind of a module: that of a class in `kinds` whose `__call__` it has."""
     for cls, kind in kinds.items():
-        if isinstance(module, cls) and type(module).__call__ is cls.__call__:
+        same_call = isinstance(module, cls) and type(module).__call__ is cls.__call__
+        # Some make a frozen weight a variable of another class.
+        if same_call and isinstance(vars(module)[kind.attribute], nnx.Param):
             return kind
     return None
 

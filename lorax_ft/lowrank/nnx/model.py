@@ -14,13 +14,15 @@ from flax import nnx
 from lorax_ft.lowrank.nnx.hooks import AdaptedCall, RecordedCall, Shared, add_hook
 from lorax_ft.lowrank.nnx.kinds import KINDS, Kind, kind_of
 from lorax_ft.lowrank.shared import shared_leaves
-from lorax_ft.lowrank.spec import Module
+from lorax_ft.lowrank.spec import BIAS, Module
 from lorax_ft.lowrank.terms import is_adapted
 from lorax_ft.lowrank.watch import SeeAdapters, SeeCalls, watches
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import is_base
 from lorax_ft.tree import Layer, Tree, flatten, from_modules, join, modules, unflatten
 
+OTHERS = ("dense", "einsum", "embed")
+"""What classes that are not nnx's own can be."""
 Variables = dict[str, tuple[tuple[Any, ...], nnx.Variable]]
 """By slash path, the keys by which NNX finds a variable, and the variable without its value."""
 
@@ -38,9 +40,10 @@ def from_nnx(
       call: a function of the model and the inputs, for example of another method than `__call__`;
         None: the model's `__call__`.
       layers: what other classes than nnx's own compute, by class: the kind of layer and the name of
-        the `nnx.Param` that holds its weight, as in `{Einsum: ("einsum", "w")}`. An "einsum" must
-        have an `einsum_str`; such a class takes the input as first argument, and may have a `bias`
-        that it can do without.
+        the `nnx.Param` that holds its weight, as in `{Einsum: ("einsum", "w")}`. A "dense" layer
+        multiplies by a weight `[I, O]`, an "embed" looks up rows of it, and an "einsum" has the
+        equation as `einsum_str`. The input is the first argument of such a class, which may have a
+        `bias` that it can do without.
 
     Returns:
       `apply`, which computes `apply({"params": params}, *inputs)`, and `params`. Both are for
@@ -48,7 +51,7 @@ def from_nnx(
 
     Raises:
       ValueError: a parameter has the name of an adapter's leaf, as in `nnx.LoRA`, or a class in
-        `layers` has no such parameter.
+        `layers` is not what it is said to be.
 
     >>> import jax.numpy as jnp
     >>> apply, params = from_nnx(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
@@ -57,12 +60,16 @@ def from_nnx(
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(f"from_nnx needs an nnx.Module, not {type(model).__name__}")
-    kinds = dict(KINDS)
+    others = {}
     for cls, (layer_type, attribute) in layers.items():
-        kinds[cls] = Kind(layer_type, attribute)
+        if layer_type not in OTHERS:
+            raise ValueError(
+                f"layers: {cls.__name__} is said to be {layer_type!r}, and can be one of {OTHERS}"
+            )
+        others[cls] = Kind(layer_type, attribute)
     parts: Any = nnx.split(model, nnx.Param, ...)
     graphdef, param_state, other_state = parts
-    renamed = _renamed(model, kinds)
+    renamed = _renamed(model, others)
     params, places = _values(param_state, renamed)
     state, state_places = _values(other_state, {})
     for path in params:
@@ -74,7 +81,7 @@ def from_nnx(
     apply = NnxApply(
         graphdef=graphdef,
         call=call or _call,
-        kinds=kinds,
+        kinds=KINDS | others,
         places=places,
         state_places=state_places,
         state=unflatten(state),
@@ -234,19 +241,36 @@ def _renamed(
     model: nnx.Module,
     kinds: Mapping[type[nnx.Module], Kind],
 ) -> dict[str, str]:
-    """The paths of weights that have another name in the tree of parameters, by their own."""
+    """The paths in the tree of the weights of these classes, by those that they have in the model.
+
+    Raises:
+      ValueError: as `_check_layer`.
+    """
     paths = {}
     for path, module in _by_path(model):
-        kind = kind_of(module, kinds)
-        if kind is None:
-            continue
-        if not isinstance(getattr(module, kind.attribute, None), nnx.Param):
-            raise ValueError(
-                f"{path}, a {type(module).__name__}, has no nnx.Param called {kind.attribute!r}; "
-                "give the name of its weight in layers"
-            )
-        paths[join(path, kind.attribute)] = join(path, kind.weight)
+        kind = kinds.get(type(module))
+        if kind is not None:
+            _check_layer(path, module, kind)
+            paths[join(path, kind.attribute)] = join(path, kind.weight)
     return paths
+
+
+def _check_layer(path: str, module: Any, kind: Kind) -> None:
+    """Raise where a layer is not what its kind says."""
+    where = f"{path or 'the model'}, a {type(module).__name__},"
+    own = {name for name, value in vars(module).items() if isinstance(value, nnx.Param)}
+    if kind.attribute not in own:
+        raise ValueError(
+            f"{where} has no nnx.Param called {kind.attribute!r}; give the name of its weight in "
+            f"layers: {' or '.join(sorted(own)) or 'it has none'}"
+        )
+    if others := own - {kind.attribute, BIAS}:
+        raise ValueError(
+            f"{where} has {' and '.join(sorted(others))} beside its weight {kind.attribute!r}; "
+            "only a product with one weight, and perhaps a bias, can take an adapter"
+        )
+    if kind.module == "einsum" and not hasattr(module, "einsum_str"):
+        raise ValueError(f"{where} has no einsum_str, which a layer of the kind 'einsum' needs")
 
 
 def _values(state: nnx.State, renamed: Mapping[str, str]) -> tuple[dict[str, Any], Variables]:
