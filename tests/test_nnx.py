@@ -209,7 +209,7 @@ def test_what_cannot_be_adapted_is_named_with_its_reason(randomize: Any) -> None
     reasons = {
         "table/embedding": "without a call",
         "left/kernel": "of left and right",
-        "idle/kernel": "no call",
+        "idle/kernel": "no call of a layer",
         "raw": "Recurrent is no layer",
     }
     assert set(layout.unseen) == set(reasons)

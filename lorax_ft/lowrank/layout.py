@@ -136,7 +136,7 @@ def _unseen(
             continue
         for name, leaf in layer.items():
             if len(leaf.shape) > 1:
-                default = "no call of a layer with this weight was seen"
+                default = "no call of a layer that takes adapters uses it"
                 unseen[join(path, name)] = reasons.get(path, default)
     return unseen
 

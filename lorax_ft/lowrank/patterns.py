@@ -116,7 +116,8 @@ def check_coverage(
         near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}? There are" if near else "; there are"
         listed = ", ".join(existing) or "none"
-        others = "".join(f"; {path} cannot be adapted: {why}" for path, why in unseen.items())
-        raise ValueError(
-            f"{where}: {pattern!r} matches no module{hint} {listed}{'' if existing else others}"
-        )
+        if not existing:
+            # Why there are none: the first reasons are enough.
+            first = list(unseen.items())[:3]
+            listed += "".join(f"; {path} cannot be adapted: {why}" for path, why in first)
+        raise ValueError(f"{where}: {pattern!r} matches no module{hint} {listed}")
