@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,6 +226,17 @@ def test_what_cannot_be_adapted_is_named_with_its_reason(randomize: Any) -> None
     merged = lft.merge_adapters(changed, layout=layout)
     assert distance(apply.model(merged)(TOKENS), y) < 1e-5
     assert distance(model(TOKENS), y) > 1e-2
+
+
+def test_a_linen_model_inside_nnx_is_named() -> None:
+    x = jnp.ones((2, 4))
+    bridge = nnx.bridge.ToNNX(linen.Dense(3), rngs=RNGS()).lazy_init(x)
+    cases = {"kernel": bridge, "inner/kernel": nnx.Dict(inner=bridge)}
+    for path, model in cases.items():
+        apply, params = lft.from_nnx(model, lambda model, x: getattr(model, "inner", model)(x))
+        found = lft.layout(apply, params, x)
+        assert found == {}
+        assert "adapt the linen model itself" in found.unseen[path]
 
 
 class Product(nnx.Module):

@@ -70,7 +70,9 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
     layers = modules(base)
     found = TracedLayout()
     for path, traced in calls.traced.items():
-        if path not in calls.unseen:
+        # A linen module inside an NNX model (nnx.bridge.ToNNX) has a path of its own.
+        is_known = traced.spec.weight in layers.get(path, {})
+        if is_known and path not in calls.unseen:
             found[path] = _stacked_spec(path, traced, layers, calls.views)
     found.unseen = _unseen(layers, found, calls.unseen)
     if not found and calls.bridged:

@@ -26,6 +26,12 @@ OTHERS = ("dense", "einsum", "embed")
 Variables = dict[str, tuple[tuple[Any, ...], nnx.Variable]]
 """By slash path, the keys by which NNX finds a variable, and the variable without its value."""
 
+_IN_LINEN = "it is in a linen model inside NNX (nnx.bridge.ToNNX); adapt the linen model itself"
+_UNKNOWN = (
+    "{0} is no layer that takes adapters; if it computes a product with one weight, say so: "
+    'from_nnx(model, layers={{{0}: ("einsum", "w")}})'
+)
+
 
 def from_nnx(
     model: nnx.Module,
@@ -189,19 +195,15 @@ class NnxApply:
         holders = _holders(model)
         for path, module in _by_path(model):
             kind = kind_of(module, self.kinds)
-            name = type(module).__name__
-            if kind is None:
-                watch.unseen(
-                    path,
-                    f"{name} is no layer that takes adapters; if it computes a product with one "
-                    f'weight, say so: from_nnx(model, layers={{{name}: ("einsum", "w")}})',
-                )
-                continue
-            owners = holders[id(getattr(module, kind.attribute))]
-            if len(owners) > 1:
+            if isinstance(module, nnx.bridge.ToNNX):
+                for inside in _modules_below(path, self.places):
+                    watch.unseen(inside, _IN_LINEN)
+            elif kind is None:
+                watch.unseen(path, _UNKNOWN.format(type(module).__name__))
+            elif len(owners := holders[id(getattr(module, kind.attribute))]) > 1:
                 watch.unseen(path, f"its weight is that of {' and '.join(owners)} too")
-                continue
-            add_hook(module, kind, RecordedCall(path, kind, watch), {})
+            else:
+                add_hook(module, kind, RecordedCall(path, kind, watch), {})
 
     def _state(self, model: nnx.Module) -> dict[str, Any]:
         """What the model has beside its parameters, by slash path."""
@@ -225,6 +227,12 @@ def _by_path(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """The modules of a model, each once, by slash path."""
     for keys, module in nnx.iter_modules(model):
         yield _slash_path(keys), module
+
+
+def _modules_below(path: str, places: Variables) -> set[str]:
+    """The paths of the modules at or below a path that hold parameters."""
+    prefix = join(path, "")
+    return {place.rpartition("/")[0] for place in places if place.startswith(prefix)}
 
 
 def _holders(model: nnx.Module) -> dict[int, list[str]]:
