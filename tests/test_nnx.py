@@ -22,6 +22,10 @@ from lorax_ft.tree import Tree, flatten
 
 pytestmark = pytest.mark.usefixtures("strict")
 
+CASES = [
+    *((name, method) for name in TWINS for method in (*EVERYWHERE, "vera-standard")),
+    *(("vit_rematted", name) for name in TABLE if "standard" in name and name not in EVERYWHERE),
+]
 RNGS = functools.partial(nnx.Rngs, 0)
 
 
@@ -48,12 +52,8 @@ def test_a_models_parameters_layers_and_output(zoo: Any, name: str) -> None:
     np.testing.assert_array_equal(model(*case.example), y)
 
 
-@pytest.mark.sampled(12)
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [(name, method) for name in TWINS for method in (*EVERYWHERE, "vera-standard")]
-    + [("vit_rematted", method) for method in TABLE if "standard" in method],
-)
+@pytest.mark.sampled(18)
+@pytest.mark.parametrize(("name", "method"), CASES)
 def test_an_adapter_computes_what_it_does_in_linen(
     zoo: Any, adapted: Adapted, randomize: Any, name: str, method: str
 ) -> None:
