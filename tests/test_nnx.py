@@ -200,6 +200,40 @@ def test_state_is_handed_on() -> None:
         apply({"params": params}, TOKENS)
 
 
+class Wrapped(nnx.Module):
+    """A layer with state inside a transformation."""
+
+    def __init__(self, how: str, rngs: nnx.Rngs):
+        self.how = how
+        self.block = nnx.Sequential(
+            nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        )
+
+    def __call__(self, x: Array) -> Array:
+        def call(block: nnx.Module, x: Array) -> Array:
+            return block(x)
+
+        if self.how == "scan":
+            in_axes = (None, nnx.Carry)
+            return nnx.scan(call, in_axes=in_axes, out_axes=nnx.Carry, length=2)(self.block, x)
+        return {"jit": nnx.jit, "remat": nnx.remat}[self.how](call)(self.block, x)
+
+
+@pytest.mark.parametrize("how", ["jit", "remat", "scan"])
+def test_state_that_is_not_set_is_no_change(how: str) -> None:
+    """Also where a transformation takes it along and puts it back."""
+    model = Wrapped(how, RNGS())
+    x = jnp.ones((2, 4))
+    for _ in range(2):  # the second time nnx.jit has the program
+        apply, params = lft.from_nnx(model)
+        with pytest.raises(ValueError, match="the call changes block/layers/1/rngs/count"):
+            apply({"params": params}, x)
+    model.eval()
+    apply, params = lft.from_nnx(model)
+    for function in (apply, jax.jit(apply)):
+        assert distance(function({"params": params}, x), model(x)) < 1e-6
+
+
 def test_what_cannot_be_adapted_is_named_with_its_reason(randomize: Any) -> None:
     model = Recurrent(RNGS())
     model.eval()

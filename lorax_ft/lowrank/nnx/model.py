@@ -122,18 +122,18 @@ class NnxApply:
             )
         state = flatten(variables.get("state", self.state))
         model = self._watched(modules(variables["params"]), state)
-        output = self.call(model, *inputs, **named)
-        new_state = self._state(model)
         if "state" in variables:
-            return output, unflatten(new_state)
+            output = self.call(model, *inputs, **named)
+            return output, unflatten(self._state(model))
+        writes = _note_writes(model, self.state_places)
+        output = self.call(model, *inputs, **named)
         only_traced = any(isinstance(watch, SeeCalls) for watch in watches())
-        for path, leaf in new_state.items():
-            if leaf is not state[path] and not only_traced:
-                raise ValueError(
-                    f"the call changes {path} of the model, which would be lost; call model.eval() "
-                    'before from_nnx, or give apply the state: output, state = apply({"params": '
-                    'params, "state": state}, ...), with apply.state at first'
-                )
+        if writes and not only_traced:
+            raise ValueError(
+                f"the call changes {writes[0]} of the model, which would be lost; call model.eval()"
+                ' before from_nnx, or give apply the state: output, state = apply({"params": '
+                'params, "state": state}, ...), with apply.state at first'
+            )
         return output
 
     def model(self, params: Tree, state: Tree | None = None) -> nnx.Module:
@@ -227,6 +227,29 @@ def _by_path(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """The modules of a model, each once, by slash path."""
     for keys, module in nnx.iter_modules(model):
         yield _slash_path(keys), module
+
+
+def _note_writes(model: nnx.Module, places: Variables) -> list[str]:
+    """The paths of the state that the model's code sets, a list that grows while it runs.
+
+    A variable that a transformation such as `nnx.jit` takes along and puts back is not set.
+    """
+    writes: list[str] = []
+
+    def note(path: str) -> Callable[[nnx.Variable, Any], Any]:
+        def on_set_value(variable: nnx.Variable, value: Any) -> Any:
+            writes.append(path)
+            return value
+
+        return on_set_value
+
+    paths = {keys: path for path, (keys, _) in places.items()}
+    for keys, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Variable) and keys in paths:
+            own = node.get_metadata().get("on_set_value", ())
+            hooks = own if isinstance(own, tuple) else (own,)
+            node.set_metadata(on_set_value=(*hooks, note(paths[keys])))
+    return writes
 
 
 def _modules_below(path: str, places: Variables) -> set[str]:
