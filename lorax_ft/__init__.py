@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lorax_ft.lowrank.layout import layout
     from lorax_ft.lowrank.linear import linear, merged_kernel
     from lorax_ft.lowrank.merge import merge_adapters, merge_weighted, unmerge_adapters
+    from lorax_ft.lowrank.nnx.model import from_nnx
     from lorax_ft.lowrank.quantize import quantize_base
     from lorax_ft.models.soft_prompt import add_soft_prompt
     from lorax_ft.models.trainable_tokens import add_trainable_tokens
@@ -75,6 +76,7 @@ _ROOMS = {
     "lowrank.intercept": ("adapt",),
     "lowrank.layout": ("layout",),
     "lowrank.linear": ("linear", "merged_kernel"),
+    "lowrank.nnx.model": ("from_nnx",),
     "lowrank.quantize": ("quantize_base",),
     "interop.load": ("load_model",),
     "interop.new_tokens": ("add_tokens", "with_tokens_of"),

@@ -17,10 +17,10 @@ NAV = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
 RECIPES = {"own", "qwen2_5_7b_ceval", "smollm2_gsm8k"}
 
 
-def run_example(page: str) -> dict[str, Any]:
-    """The names that a page's tested block defines."""
+def run_example(page: str, *, place: int = 0) -> dict[str, Any]:
+    """The names that a tested block of a page defines."""
     text = (DOCS / page).read_text()
-    (code,) = re.findall(r"<!-- tested -->\n```python\n(.*?)```", text, re.DOTALL)
+    code = re.findall(r"<!-- tested -->\n```python\n(.*?)```", text, re.DOTALL)[place]
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(code, page, "exec"), names)
     return names
@@ -33,9 +33,12 @@ def test_the_loop_learns_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_flax_model_starts_as_its_base_learns_and_merges() -> None:
-    names = run_example("own_model.md")
-    base_logits = names["model"].apply({"params": names["base"]}, names["x"])
+@pytest.mark.parametrize(("place", "name"), enumerate(["linen", "nnx"]))
+def test_a_flax_model_starts_as_its_base_learns_and_merges(place: int, name: str) -> None:
+    names = run_example("own_model.md", place=place)
+    apply = names["model"].apply if name == "linen" else names["model"]
+    arguments = ({"params": names["base"]}, names["x"]) if name == "linen" else (names["x"],)
+    base_logits = apply(*arguments)
     np.testing.assert_allclose(names["start"], base_logits, atol=1e-6)
     assert names["losses"][-1] < names["losses"][0]
     np.testing.assert_allclose(names["merged_logits"], names["adapted_logits"], atol=1e-5)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from jax import Array
 
+from lorax_ft.config import AdapterConfig
 from lorax_ft.lowrank.layout import layout, logical_paths
+from lorax_ft.lowrank.targets import plan_adapters
 
 KEY = jax.random.key(0)
 
@@ -158,7 +160,18 @@ def test_a_scan_over_another_axis_raises() -> None:
 )
 def test_what_cannot_be_adapted_is_left_out(module: nn.Module) -> None:
     x = jnp.ones((2, 5, 4))
-    assert layout(module.apply, module.init(KEY, x)["params"], x) == {}
+    params = module.init(KEY, x)["params"]
+    found = layout(module.apply, params, x)
+    assert found == {}
+    if isinstance(module, nn.LayerNorm):  # it has no matrix
+        assert found.unseen == {}
+        return
+    reason = "no call of a layer" if isinstance(module, nn.ConvTranspose) else "this form"
+    assert found.unseen["kernel"].startswith(reason)
+    with pytest.raises(ValueError, match=f"'kernel' matches kernel, .* {reason}"):
+        plan_adapters(AdapterConfig(targets=("kernel",)), params, layout=found)
+    with pytest.raises(ValueError, match=f"there are none; .*kernel cannot be adapted: {reason}"):
+        plan_adapters(AdapterConfig(), params, layout=found)
 
 
 def test_a_table_that_is_an_output_head_too_is_left_out() -> None:
@@ -171,7 +184,9 @@ def test_a_table_that_is_an_output_head_too_is_left_out() -> None:
             return table.attend(nn.Dense(8, name="inner")(table(tokens)))
 
     tokens = jnp.arange(4)[None]
-    assert set(layout(Tied().apply, Tied().init(KEY, tokens)["params"], tokens)) == {"inner"}
+    found = layout(Tied().apply, Tied().init(KEY, tokens)["params"], tokens)
+    assert set(found) == {"inner"}
+    assert found.unseen == {"table/embedding": "its table is an output head too (attend)"}
 
 
 def test_a_layer_without_a_path() -> None:

@@ -14,70 +14,133 @@ import flax.linen as nn
 import jax
 
 from lorax_ft.lowrank import intercept
+from lorax_ft.lowrank.layer_call import Traced
 from lorax_ft.lowrank.spec import LayerSpec
+from lorax_ft.lowrank.watch import SeeCalls, check_function, check_tree, watched
 from lorax_ft.schema import is_base
-from lorax_ft.tree import Layer, Shape, Tree, flatten, modules, unflatten, with_layer_numbers
+from lorax_ft.tree import Layer, Shape, Tree, flatten, join, modules, unflatten, with_layer_numbers
 
 Layout = dict[str, LayerSpec]
 Views = dict[str, list[dict[str, int]]]
 """By module path, the leaves that the module saw in each call, with the number of their axes."""
 
 
-def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) -> Layout:
-    """The layers of a linen model that can be adapted, by slash path.
+class TracedLayout(Layout):
+    """The layout that a trace found, and what it did not find."""
+
+    unseen: dict[str, str]
+    """Why the model's other matrices cannot be adapted, by slash path."""
+
+
+def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) -> TracedLayout:
+    """The layers of a Flax model that can be adapted, by slash path.
 
     Args:
-      apply: `model.apply`, or any function of `{"params": params}` and the example.
+      apply: `model.apply` of a linen model, what `from_nnx` gave for an NNX model, or any function
+        of `{"params": params}` and the example that calls one.
       params: the parameters, or their shapes.
       *example: inputs, or their shapes (`jax.ShapeDtypeStruct`).
 
     Returns:
-      A `LayerSpec` for every Dense, DenseGeneral, Einsum, Conv and Embed that the trace calls. A
-      method under `nn.jit` that has run with these shapes before is not traced again, so its layers
-      are not seen.
+      A `LayerSpec` for every Dense, DenseGeneral, Einsum, Conv and Embed that the trace calls (in
+      NNX Linear, LinearGeneral, Einsum, Conv and Embed). Its `unseen` says of the model's
+      other matrices why they cannot be adapted. A method under `nn.jit` that has run with these
+      shapes before is not traced again, so its layers are not seen.
 
     Raises:
-      ValueError: a scan slices the parameters along another axis than the first. This is detected
-        by their shapes, so not for a kernel with as many rows as the scan has layers.
+      ValueError: `apply` is an NNX model, or one inside linen has all the layers; or a scan slices
+        the parameters along another axis than the first. This is detected by their shapes, so not
+        for a kernel with as many rows as the scan has layers.
 
     >>> model = nn.Dense(3)
     >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 2)))["params"]
     >>> layout(model.apply, params, jax.numpy.ones((1, 2)))[""].module
     'dense'
     """
+    check_function(apply, name="layout")
+    check_tree(params, name="layout")
     base = _base_shapes(params)
-    traced: dict[str, intercept.Traced] = {}
-    attended: set[str] = set()
-    views: Views = {}
+    calls = _Calls()
 
-    def record(
+    def run(params: Any, *example: Any) -> Any:
+        with nn.intercept_methods(calls.record_linen), watched(calls.watch):
+            return apply({"params": params}, *example)
+
+    jax.eval_shape(run, base, *example)
+    layers = modules(base)
+    found = TracedLayout()
+    for path, traced in calls.traced.items():
+        # A linen module inside an NNX model (nnx.bridge.ToNNX) has a path of its own.
+        is_known = traced.spec.weight in layers.get(path, {})
+        if is_known and path not in calls.unseen:
+            found[path] = _stacked_spec(path, traced, layers, calls.views)
+    found.unseen = _unseen(layers, found, calls.unseen)
+    if not found and calls.bridged:
+        raise ValueError(
+            f"{calls.bridged[0] or 'the model'} is an NNX model inside linen (nnx.bridge.ToLinen), "
+            "whose layers cannot be seen; write apply, params = lft.from_nnx(model) with the NNX "
+            "model itself"
+        )
+    return found
+
+
+class _Calls:
+    """What the calls of a model's layers say, recorded while it is traced."""
+
+    def __init__(self) -> None:
+        self.traced: dict[str, Traced] = {}
+        self.unseen: dict[str, str] = {}
+        """Why modules cannot be adapted, by slash path."""
+        self.views: Views = {}
+        """Of linen modules."""
+        self.bridged: list[str] = []
+        """The paths of NNX modules inside linen."""
+        self.watch = SeeCalls(self.called, self.unseen.__setitem__)
+
+    def called(self, path: str, traced: Traced | None) -> None:
+        """Record the call of a layer."""
+        if traced is None:
+            self.unseen[path] = "this form of the layer supports no adapter"
+        else:
+            self.traced[path] = traced
+
+    def record_linen(
+        self,
         next_fun: Callable[..., Any],
         args: Any,
         kwargs: Any,
         context: nn.module.InterceptorContext,
     ) -> Any:
+        """The interceptor of linen's methods."""
         module = context.module
         path = "/".join(module.path)
         if context.method_name == "attend":
-            # The table is an output head too, which an adapter on the lookup would not change.
-            attended.add(path)
+            # An adapter on the lookup would not change it.
+            self.unseen[path] = "its table is an output head too (attend)"
         if context.method_name == "__call__":
-            views.setdefault(path, []).append(_axes_in_view(module))
-            if found := intercept.trace(module, args, kwargs):
-                traced[path] = found
+            self.views.setdefault(path, []).append(_axes_in_view(module))
+            if type(module) in intercept.MODULES:
+                self.called(path, intercept.trace(module, args, kwargs))
+            elif type(module).__module__.startswith("flax.nnx"):
+                self.bridged.append(path)
         return next_fun(*args, **kwargs)
 
-    def run(params: Any, *example: Any) -> Any:
-        with nn.intercept_methods(record):
-            return apply({"params": params}, *example)
 
-    jax.eval_shape(run, base, *example)
-    layers = modules(base)
-    specs = {}
-    for path, found in traced.items():
-        if path not in attended:
-            specs[path] = _stacked_spec(path, found, layers[path], views)
-    return specs
+def _unseen(
+    layers: Mapping[str, Layer],
+    found: Layout,
+    reasons: Mapping[str, str],
+) -> dict[str, str]:
+    """Why the matrices that are not in the layout cannot be adapted; `reasons` are by module."""
+    unseen = {}
+    for path, layer in layers.items():
+        if path in found:
+            continue
+        for name, leaf in layer.items():
+            if len(leaf.shape) > 1:
+                default = "no call of a layer that takes adapters uses it"
+                unseen[join(path, name)] = reasons.get(path, default)
+    return unseen
 
 
 def _base_shapes(params: Mapping[str, Any]) -> Tree:
@@ -125,25 +188,29 @@ def logical_paths(path: str, spec: LayerSpec, shape: Shape) -> list[str]:
 
 def _stacked_spec(
     path: str,
-    traced: intercept.Traced,
-    layer: Layer,
+    traced: Traced,
+    layers: Mapping[str, Layer],
     views: Views,
 ) -> LayerSpec:
     """The spec of the whole leaf, from that of the slice which the model sees inside its scans."""
     name = traced.spec.weight
-    shape = layer[name].shape
+    shape = layers[path][name].shape
     local = traced.shape
     n = len(shape) - len(local)  # scans that contain the module
     if shape[n:] != local:
         raise ValueError(
             f"{path}: its kernel {shape} is seen as {local} inside the model; lift modules over "
-            'the first axis of their parameters (nn.scan(variable_axes={"params": 0}))'
+            'the first axis of their parameters (nn.scan(variable_axes={"params": 0}), '
+            "nnx.scan(in_axes=0))"
         )
     scanned = []
     for scan in range(n):
         # Each scan hides one axis of the leaf from what is inside it, the outermost first.
         axes_inside = len(shape) - 1 - scan
-        scanned.append(_scan_place(path, name, axes_inside, views))
+        if path in views:
+            scanned.append(_scan_place(path, name, axes_inside, views))
+        else:
+            scanned.append(_stack_place(path, name, scan, layers))
     return traced.spec.inside_scans(tuple(scanned))
 
 
@@ -165,3 +232,26 @@ def _scan_place(
             if inner in view and view[inner] <= ndim:
                 return n
     return len(parts)
+
+
+def _stack_place(path: str, name: str, axis: int, layers: Mapping[str, Layer]) -> int:
+    """The same where modules have no path inside a scan, as in NNX: by what is stacked together.
+
+    It is the length of the shortest prefix whose leaves all have the stack's axis, or of a longer
+    one with the same leaves: of {encoder: {blocks: {up, down}}} the blocks.
+    """
+    size = layers[path][name].shape[axis]
+    parts = path.split("/")
+    place, count = len(parts), 0
+    for n in range(1, len(parts)):
+        prefix = "/".join(parts[:n])
+        leaves = flatten(_below(layers, prefix)).values()
+        stacked = all(leaf.shape[axis : axis + 1] == (size,) for leaf in leaves)
+        if stacked and count in (0, len(leaves)):
+            place, count = n, len(leaves)
+    return place
+
+
+def _below(layers: Mapping[str, Layer], prefix: str) -> dict[str, Layer]:
+    """The modules at or below a path."""
+    return {path: layer for path, layer in layers.items() if f"{path}/".startswith(f"{prefix}/")}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 from lorax_ft import regexes
@@ -79,6 +80,7 @@ def check_coverage(
     *,
     names: Iterable[str],
     where: str,
+    unseen: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Raise where a pattern matches none of the modules.
 
@@ -87,6 +89,7 @@ def check_coverage(
       hit: whether a pattern matches something.
       names: the modules that exist, by logical path.
       where: the option's name, for the error.
+      unseen: why the model's other matrices cannot be adapted, by slash path.
 
     Raises:
       ValueError: with the modules that exist and the nearest name.
@@ -103,8 +106,18 @@ def check_coverage(
                 f"{where}: {pattern!r} matches no module; give several names without commas, "
                 f"as in {' '.join(separate)}"
             )
+        for path, why in unseen.items():
+            module, _, _ = path.rpartition("/")
+            if matches(pattern, path) or matches(pattern, module):
+                raise ValueError(
+                    f"{where}: {pattern!r} matches {path}, which cannot be adapted: {why}"
+                )
         known = sorted(last_parts | set(existing))
         near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}? There are" if near else "; there are"
         listed = ", ".join(existing) or "none"
+        if not existing:
+            # Why there are none: the first reasons are enough.
+            first = list(unseen.items())[:3]
+            listed += "".join(f"; {path} cannot be adapted: {why}" for path, why in first)
         raise ValueError(f"{where}: {pattern!r} matches no module{hint} {listed}")

@@ -8,7 +8,7 @@ import flax.linen as nn
 import numpy as np
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.lowrank.layout import Layout, logical_paths
+from lorax_ft.lowrank.layout import Layout, TracedLayout, logical_paths
 from lorax_ft.lowrank.patterns import (
     check_coverage,
     first_value,
@@ -173,8 +173,10 @@ def _check_patterns(config: AdapterConfig, layout: Layout, paths: dict[str, list
     def matched(pattern: str) -> bool:
         return any(matches(pattern, name) for name in specs)
 
+    unseen = layout.unseen if isinstance(layout, TracedLayout) else {}
     for field, patterns in config.module_patterns().items():
-        check_coverage(patterns, targeted, names=specs, where=f"adapter.{field}")
+        where = f"adapter.{field}"
+        check_coverage(patterns, targeted, names=specs, where=where, unseen=unseen)
     rank_patterns = [pattern for pattern, _ in config.patterns("rank_pattern")]
     check_coverage(rank_patterns, matched, names=specs, where="adapter.rank_pattern")
     alpha_patterns = [pattern for pattern, _ in config.patterns("alpha_pattern")]

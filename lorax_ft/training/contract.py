@@ -40,7 +40,7 @@ def check_read(loss: Callable[[Tree], Any], trained: Tree) -> None:
     if unread:
         raise ValueError(
             f"the loss never reads {_some(unread)}: these layers are called in a way that adapters "
-            "cannot see; exclude them (adapter.exclude), or call them as linen layers inside "
+            "cannot see; exclude them (adapter.exclude), or call them as Flax's layers inside "
             "adapt(apply)"
         )
 

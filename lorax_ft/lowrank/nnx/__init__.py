@@ -1,0 +1,1 @@
+"""Models of flax.nnx, as functions of their parameters."""

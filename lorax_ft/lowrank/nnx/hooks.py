@@ -1,0 +1,150 @@
+"""Hooks on the calls of NNX modules, for which flax has none of its own.
+
+A hooked module has a subclass of its class, whose `__call__` goes to the hook. Transformations such
+as `nnx.scan` take a module apart into its class, its static attributes and its arrays, so the hook
+and the adapter's leaves, which lie in the module, are there inside them too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+from flax import nnx
+from jax import Array
+
+from lorax_ft.lowrank.nnx.kinds import Kind, bound, layer_call, trace
+from lorax_ft.lowrank.shared import with_shared
+from lorax_ft.lowrank.spec import BIAS
+from lorax_ft.lowrank.terms import check_layer
+from lorax_ft.lowrank.watch import SeeAdapters, SeeCalls
+from lorax_ft.tree import Layer
+
+HOOK = "lorax_ft_hook"
+LEAVES = "lorax_ft_leaves"
+"""The module's attributes that hold its hook and the adapter's leaves."""
+
+
+class Hook(Protocol):
+    """What a hooked module's call goes to."""
+
+    def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call's result."""
+        ...
+
+    def read(self, name: str) -> None:
+        """An attribute of the module is read, by its own call or by the model's code."""
+        ...
+
+
+def add_hook(module: nnx.Module, kind: Kind, hook: Hook, leaves: Layer) -> None:
+    """Let the calls of a module of a model that was just merged go to a hook.
+
+    Args:
+      module: it is changed.
+      kind: its kind.
+      hook: gets its calls.
+      leaves: of its adapter, which come to lie beside its weight.
+    """
+    # In variables of the weight's own class, so that a scan which stacks the weight stacks them.
+    variable = type(getattr(module, kind.attribute))
+    setattr(module, HOOK, nnx.static(hook))
+    setattr(module, LEAVES, nnx.data({name: variable(leaf) for name, leaf in leaves.items()}))
+    object.__setattr__(module, "__class__", _hooked(type(module)))
+
+
+@functools.cache
+def _hooked(cls: type[nnx.Module]) -> type[nnx.Module]:
+    """The subclass whose `__call__` goes to the module's hook."""
+
+    class Hooked(cls):  # type: ignore[misc, valid-type]
+        own_call = cls.__call__
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return vars(self)[HOOK].call(self, args, kwargs)
+
+        def __getattribute__(self, name: str) -> Any:
+            if not name.startswith("_"):
+                vars(self)[HOOK].read(name)
+            return super().__getattribute__(name)
+
+    Hooked.__name__ = cls.__name__
+    Hooked.__qualname__ = cls.__qualname__
+    return Hooked
+
+
+class Shared(dict[str, Array]):
+    """Leaves that all layers share. Each is equal to itself alone.
+
+    The arrays are part of the program that a transformation such as `nnx.jit` makes of the module,
+    so it must not take one made with others.
+    """
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedCall:
+    """The layer computes with its adapter, or from its quantized kernel."""
+
+    path: str
+    kind: Kind
+    watch: SeeAdapters
+    shared: Shared | None
+
+    def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        """The adapted layer's output."""
+        x, extra = bound(module.own_call, args, kwargs)
+        traced = trace(module, self.kind, x, extra)
+        if traced is None:
+            raise ValueError(
+                f"{self.path} has an adapter, but this form of the layer supports none"
+            )
+        layer = {name: leaf.get_value() for name, leaf in getattr(module, LEAVES).items()}
+        layer[self.kind.weight] = getattr(module, self.kind.attribute).get_value()
+        bias = getattr(module, BIAS, None)
+        if bias is not None:
+            layer[BIAS] = bias.get_value()
+        check_layer(layer, self.path)
+        layer = with_shared(layer, self.shared or {}, traced.spec, traced.shape)
+        own = layer_call(module, self.kind, traced, extra, path=self.path, gather=self.watch.gather)
+        return own.output(layer, x)
+
+    def read(self, name: str) -> None:
+        """Nothing: `layout` has seen to it that calls alone read a weight that is adapted."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordedCall:
+    """The calls of the layer are recorded, and the layer computes as it is."""
+
+    path: str
+    kind: Kind
+    watch: SeeCalls
+    calls: list[None] = dataclasses.field(default_factory=list)
+    """As many as are running."""
+
+    def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's own output."""
+        own_call = module.own_call
+        self.calls.append(None)
+        try:
+            x, extra = bound(own_call, args, kwargs)
+            self.watch.called(self.path, trace(module, self.kind, x, extra))
+            return own_call(*args, **kwargs)
+        finally:
+            self.calls.pop()
+
+    def read(self, name: str) -> None:
+        """A table that is read without a call, such as by `attend`, is an output head too.
+
+        An adapter on the lookup would not change it there. Other kernels are read for their shapes.
+        """
+        if name == self.kind.attribute and self.kind.module == "embed" and not self.calls:
+            self.watch.unseen(
+                self.path, f"its {name} is read without a call of the layer, as by attend"
+            )
