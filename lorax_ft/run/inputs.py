@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from lorax_ft import sharding
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig
-from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
+from lorax_ft.data.dataset import BLOCK, Dataset, Split, check_sources, load_data
 from lorax_ft.evaluation.benchmark import Benchmark, read_benchmark
 from lorax_ft.evaluation.multiple_choice import Encoded, encode_benchmark
 from lorax_ft.interop.load import load_model
@@ -62,6 +62,7 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
     model = load_model(
         config.model.path,
         revision=config.model.revision,
+        chat_template=config.model.chat_template,
         dtype=config.model.dtype,
         attention=config.model.attention,
         expert_products=config.model.expert_products,
@@ -148,6 +149,8 @@ def load_dataset(config: Config, model: LoadedModel) -> Dataset:
         seed=config.train.seed,
         positions=positions,
         prompt=virtual_ids(virtual, vocab_size=model.config.vocab_size),
+        # Each device along the axis has whole blocks.
+        blocks=BLOCK * config.mesh.context,
     )
     config.mesh.check_length(data.max_length)
     _check_samples(data.train, model, "training rows", virtual=virtual)
