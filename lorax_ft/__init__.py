@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorax_ft.inference.generate import generate, stream
     from lorax_ft.inference.sampling import Sampling
     from lorax_ft.inference.texts import answer, stream_texts
+    from lorax_ft.interop.adapter_folder import load_adapter, save_adapter
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.peft import load_peft, save_peft
     from lorax_ft.interop.save import save_model, save_quantized
@@ -74,6 +75,7 @@ _ROOMS = {
     "lowrank.layout": ("layout",),
     "lowrank.linear": ("linear", "merged_kernel"),
     "lowrank.quantize": ("quantize_base",),
+    "interop.adapter_folder": ("load_adapter", "save_adapter"),
     "interop.load": ("load_model",),
     "interop.peft": ("load_peft", "save_peft"),
     "interop.save": ("save_model", "save_quantized"),
