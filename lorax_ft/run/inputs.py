@@ -27,6 +27,7 @@ from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.grouped import check_expert_axis
 from lorax_ft.models.model import HEAD, LoadedModel, Model
 from lorax_ft.models.soft_prompt import add_soft_prompt
+from lorax_ft.program import command
 from lorax_ft.schema import METHODS, init_schema
 from lorax_ft.sharding import DECODER_RULES
 from lorax_ft.soft_prompts.door import virtual_ids, virtual_tokens
@@ -253,7 +254,7 @@ def _load_adapter(model: LoadedModel, folder: Path, config: Config) -> LoadedMod
         if is_trained and not fully_trained(module, config.adapter.train_whole):
             raise ValueError(
                 f"{folder} holds trained biases (bias {peft_config.get('bias')!r}), which do not "
-                "train here; export it merged (scripts/export.py --target hf) and train on that"
+                f"train here; export it merged ({command('export')} --target hf) and train on that"
             )
     return dataclasses.replace(model, params=params)
 
