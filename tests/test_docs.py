@@ -92,7 +92,8 @@ def test_our_side_of_the_migration_tables_exists() -> None:
 # The log is history.
 PAGES = (ROOT / "README.md", *sorted({*DOCS.rglob("*.md")} - {DOCS / "LOG.md"}))
 COMMAND = re.compile(
-    r"(?:python scripts/(\w+)\.py|lorax-ft ([a-z-]+))\s+((?:--|\$\w+ --|[^\s`|]+\.\w+ --)[^`\n|;#]*)"
+    r"(?:python scripts/(\w+)\.py|lorax-ft ([a-z-]+))\s+"
+    r"((?:--|\$\w+ --|[^\s`|]+\.\w+ --)[^`\n|;#]*)"
 )
 
 
@@ -108,7 +109,7 @@ def commands_of(page: Path) -> list[tuple[str, list[str]]]:
 
 
 def test_the_pages_have_commands() -> None:
-    assert sum(len(commands_of(page)) for page in PAGES) > 60
+    assert sum(len(commands_of(page)) for page in PAGES) > 50
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
