@@ -25,6 +25,6 @@ def test_qlora(tmp_path: Path) -> None:
 
 
 def test_a_comparison(tmp_path: Path) -> None:
-    printed = executed("compare_methods", tmp_path, {"steps=20": "steps=4"})
-    assert "Each at its best rate" in printed
-    assert (tmp_path / "out/methods-comparison/comparison.md").is_file()
+    executed("compare_methods", tmp_path, {"steps=20": "steps=4"})
+    report = (tmp_path / "out/methods-comparison/comparison.md").read_text()
+    assert "| PiSSA | 0.003 |" in report
