@@ -542,6 +542,9 @@ def test_options_of_autotrain() -> None:
     assert config.train.report_to == ("wandb",)
     assert dict(source.remarks())["padding"].startswith("not honored")
     assert autotrain("--model m --data-path d --peft")[0].quant.format == "nf4"
+    for template, used in (("chatml", "chatml"), ("tokenizer", None)):
+        config = autotrain(f"--model m --data-path d --chat-template {template}")[0]
+        assert config.model.chat_template == used
 
 
 @pytest.mark.parametrize(
