@@ -76,7 +76,9 @@ def _options(given: dict[str, str]) -> str:
         return ""
     texts = _field_texts(REPOSITORY / "lorax_ft" / "config" / "adapter.py")
     rows = [f"| `--adapter.{name}` | {texts[name]} |" for name in named]
-    return "\n".join(["## Options", "", "| option | |", "|---|---|", *rows])
+    table = ["| option | |", "|---|---|", *rows]
+    # narrow.css shows it otherwise on a phone.
+    return "\n".join(["## Options", "", '<div class="options" markdown>', "", *table, "", "</div>"])
 
 
 def _field_texts(file: Path) -> dict[str, str]:

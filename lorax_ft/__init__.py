@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorax_ft.inference.generate import generate, stream
     from lorax_ft.inference.sampling import Sampling
     from lorax_ft.inference.texts import answer, stream_texts
+    from lorax_ft.interop.adapter_folder import load_adapter, save_adapter
     from lorax_ft.interop.load import load_model
     from lorax_ft.interop.new_tokens import add_tokens, with_tokens_of
     from lorax_ft.interop.peft import load_peft, save_peft
@@ -78,6 +79,7 @@ _ROOMS = {
     "lowrank.linear": ("linear", "merged_kernel"),
     "lowrank.nnx.model": ("from_nnx",),
     "lowrank.quantize": ("quantize_base",),
+    "interop.adapter_folder": ("load_adapter", "save_adapter"),
     "interop.load": ("load_model",),
     "interop.new_tokens": ("add_tokens", "with_tokens_of"),
     "interop.peft": ("load_peft", "save_peft"),

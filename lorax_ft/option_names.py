@@ -10,7 +10,6 @@ from __future__ import annotations
 _GLOBAL_BATCH = "batch_size is global: per-device size x devices x accumulation steps"
 _ROWS = "a number of rows, or a fraction of them below 1"
 _STEPS_OR_EPOCH = "a number of steps, or epoch"
-_TOKENIZER = "the chat template comes from the tokenizer in the model's folder"
 
 TRAINING = {
     # The model.
@@ -31,9 +30,9 @@ TRAINING = {
     "use_flash_attention_2": "--model.attention cudnn; auto, the default, picks it where it runs",
     "gradient_checkpointing": "--model.remat; auto, the default, recomputes as little as fits",
     "use_gradient_checkpointing": "--model.remat; auto, the default, recomputes as little as fits",
-    "chat_template": f"--model.path; {_TOKENIZER}",
-    "chat_template_path": f"--model.path; {_TOKENIZER}",
-    "template": f"--model.path; {_TOKENIZER}",
+    "chat_template": "--model.chat_template",
+    "chat_template_path": "--model.chat_template",
+    "template": "--model.chat_template",
     # Quantization of the base.
     "load_in_4bit": "--quant.format nf4",
     "load_in_8bit": "--quant.format int8",

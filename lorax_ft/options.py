@@ -111,7 +111,7 @@ def wrong_value(argv: Sequence[str], args_type: type) -> str | None:
             hint = typing.get_args(hint)[0]
         elif not values:
             return f"--{name} needs a value: {_takes(hint)}"
-        # What follows the value of an option may be a question (scripts/generate.py).
+        # What follows the value of an option may be a question (lorax-ft generate).
         for value in values if several else values[:1]:
             if _fits(value, hint):
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from run_cases import ROOT, script_main
 import lorax_ft as lft
 from lorax_ft import cli
 from lorax_ft.__main__ import COMMANDS, main
+from lorax_ft.program import command
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
@@ -25,13 +27,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_has_help_and_a_script(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, command, "--help") == 0
-    assert f"usage: lorax-ft {command}" in capsys.readouterr().out
-    module = command.replace("-", "_")
+    assert run(monkeypatch, name, "--help") == 0
+    assert f"usage: lorax-ft {name}" in capsys.readouterr().out
+    module = name.replace("-", "_")
     spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / f"{module}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -106,3 +108,21 @@ def test_bad_config_files(
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         lft.load_config(name)
+
+
+def test_messages_name_the_command_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {
+        "lorax-ft train": "lorax-ft convert-config",
+        "/usr/lib/ipykernel_launcher.py": "lorax-ft convert-config",
+        str(ROOT / "scripts/train.py"): f"python {ROOT}/scripts/convert_config.py",
+    }
+    for program, expected in names.items():
+        monkeypatch.setattr(sys, "argv", [program, "--config", "lora"])
+        assert command("convert-config") == expected
+
+
+def test_no_message_names_a_script_that_a_pip_user_does_not_have() -> None:
+    for file in (ROOT / "lorax_ft").rglob("*.py"):
+        if file.name != "program.py":
+            found = re.findall(r"scripts/\w+\.py|\w+\.py --\w+", file.read_text())
+            assert not found, (file, found)

@@ -363,3 +363,14 @@ def _dying_process(process: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         ["sh", "-c", "kill -9 $$"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+
+
+def test_rows_are_no_longer_than_the_longest_sample_needs(questions: str) -> None:
+    tokens = {
+        (length, pack): load(questions, max_length=length, pack=pack).max_length
+        for length in (64, 8192)
+        for pack in (False, True)
+    }
+    assert tokens == {(64, False): 64, (64, True): 64, (8192, False): 128, (8192, True): 8192}
+    config = DataConfig(train=(questions,), max_length=8192)
+    assert load_data(config, BYTES, seed=0, blocks=512).max_length == 512

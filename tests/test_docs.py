@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 import lorax_ft
 from lorax_ft.config import load_config
+from lorax_ft.options import flag_with_value, given_options, options
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -88,3 +90,44 @@ def test_our_side_of_the_migration_tables_exists() -> None:
         assert hasattr(getattr(config, section), field), option
     for name in {name for side in sides for name in re.findall(r"lorax-ft (\w+)", side)}:
         assert (ROOT / "lorax_ft" / "commands" / f"{name}.py").is_file(), name
+
+
+# The log is history.
+PAGES = (ROOT / "README.md", *sorted({*DOCS.rglob("*.md")} - {DOCS / "LOG.md"}))
+COMMAND = re.compile(
+    r"(?:python scripts/(\w+)\.py|lorax-ft ([a-z-]+))\s+"
+    r"((?:--|\$\w+ --|[^\s`|]+\.\w+ --)[^`\n|;#]*)"
+)
+
+
+def commands_of(page: Path) -> list[tuple[str, list[str]]]:
+    """The commands of a page with their arguments, in blocks and in lines of text."""
+    text = page.read_text().replace("\\\n", " ")
+    found = []
+    for script, command, arguments in COMMAND.findall(text):
+        # One of the commands is the last argument of another, in quotes.
+        argv = shlex.split(arguments if arguments.count("'") % 2 == 0 else arguments.rstrip("'"))
+        found.append(((script or command).replace("-", "_"), argv))
+    return found
+
+
+def test_the_pages_have_commands() -> None:
+    assert sum(len(commands_of(page)) for page in PAGES) > 50
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_take_their_options(page: Path) -> None:
+    for name, argv in commands_of(page):
+        if not (ROOT / "lorax_ft" / "commands" / f"{name}.py").is_file():
+            assert (ROOT / "scripts" / f"{name}.py").is_file(), name
+            continue
+        if name == "autotrain":
+            continue
+        args_type = importlib.import_module(f"lorax_ft.commands.{name}").Args
+        known = options(args_type)
+        given = {re.sub(r"(^|\.)no_", r"\1", option) for option in given_options(argv)}
+        assert given <= {*known, "help", "multihost"}, (name, argv)
+        assert flag_with_value(argv, args_type) is None, argv
+        config = argv[argv.index("--config") + 1] if "--config" in argv else ""
+        if config.startswith("configs/"):
+            assert (ROOT / config).is_file(), config

@@ -117,6 +117,11 @@ def test_absent_keys_have_the_defaults_of_llama_factory() -> None:
         ({"train_on_prompt": True}, "data.loss_on", "all"),
         ({"mask_history": True}, "data.loss_on", "last"),
         ({"enable_thinking": False}, "data.template_args", ("enable_thinking=false",)),
+        ({"template": "qwen"}, "model.chat_template", "qwen"),
+        ({"template": "qwen"}, "data.reasoning_loss", "data"),
+        ({"template": "qwen3"}, "data.reasoning_loss", "all"),
+        ({"template": "qwen3", "enable_thinking": False}, "data.reasoning_loss", "data"),
+        ({"template": "kimi_vl"}, "model.chat_template", None),
         ({"default_system": "Be brief."}, "data.system", "Be brief."),
         ({"preprocessing_num_workers": 16}, "data.num_proc", 16),
         ({"max_samples": 30}, "data.train", ("data/sums.json[:30]",)),
@@ -176,11 +181,11 @@ def test_keys_of_llama_factory(keys: dict[str, Any], option: str, value: Any) ->
 
 
 def test_what_is_not_obvious_or_not_honored_is_said() -> None:
-    keys = {"template": "qwen", "fp16": True, "packing": True, "report_to": "mlflow"}
+    keys = {"template": "kimi_vl", "fp16": True, "packing": True, "report_to": "mlflow"}
     keys |= {"ddp_timeout": 9, "dataloader_num_workers": 4, "use_unsloth": True, "plot_loss": True}
     keys |= {"quantization_bit": 4, "quantization_method": "hqq", "val_size": 500, "galore_rank": 3}
     said = remarks(read(yaml_of(SHORT | keys)))
-    assert said["template"] == "qwen is not used: the model's tokenizer has the chat template"
+    assert said["template"].startswith("kimi_vl is unknown here, so the tokenizer's own")
     assert "there is no float16" in said["fp16"]
     assert "do not attend" in said["packing"]
     assert "without mlflow" in said["report_to"]
@@ -537,6 +542,9 @@ def test_options_of_autotrain() -> None:
     assert config.train.report_to == ("wandb",)
     assert dict(source.remarks())["padding"].startswith("not honored")
     assert autotrain("--model m --data-path d --peft")[0].quant.format == "nf4"
+    for template, used in (("chatml", "chatml"), ("tokenizer", None)):
+        config = autotrain(f"--model m --data-path d --chat-template {template}")[0]
+        assert config.model.chat_template == used
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
     assert said.startswith("error: the memory is too small: Out of memory allocating")
     # 2^44 numbers of 4 bytes.
     assert "allocating 70,368.74 GB, but this machine has" in said
-    assert "scripts/plan.py" in said
+    assert "lorax-ft plan finds what fits" in said
     assert said.count("\n") == 1
 
 
@@ -333,7 +333,7 @@ def test_too_little_memory_of_the_host_is_one_line(capsys: pytest.CaptureFixture
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: the memory is too small: Unable to allocate 64.0 TiB")
-    assert "scripts/plan.py" in said
+    assert "lorax-ft plan finds what fits" in said
     assert said.count("\n") == 1
 
 

@@ -14,6 +14,7 @@ from lorax_ft.config.foreign.source import for_devices
 from lorax_ft.config.load import read_config
 from lorax_ft.config.python_file import WIDTH, config_file
 from lorax_ft.files import write_file
+from lorax_ft.program import command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +52,14 @@ def convert(args: Args) -> None:
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: the folder {output.parent} does not exist")
     write_file(output, text)
-    print(f"{output}: python scripts/train.py --config {output}")
+    print(f"{output}: {command('train')} --config {output}")
 
 
 def converted(path: str, output: str, *, devices: int) -> str:
     """A config file as Python, with what became of its keys in the docstring."""
     config, source = read_config(path)
     lines = [f"{Path(path).name} as a config of lorax_ft.", ""]
-    lines += [f"    python scripts/train.py --config {output}", ""]
+    lines += [f"    {command('train')} --config {output}", ""]
     if source is not None:
         config, of_devices = for_devices(config, source, devices)
         lines[0] = f"{Path(path).name}, a config of {source.trainer}."

@@ -150,7 +150,12 @@ def _base_of_whole(args: Args, *, dtype: Literal["float32", "bfloat16"]) -> Load
         assert args.base is not None
         return load_model(args.base, dtype=dtype)
     source = load_config(Path(args.run) / "config.json").model
-    return load_model(source.path, revision=source.revision, dtype=dtype)
+    return load_model(
+        source.path,
+        revision=source.revision,
+        chat_template=source.chat_template,
+        dtype=dtype,
+    )
 
 
 def _export(output: Path, model: Model, params: Tree, args: Args) -> Literal["adapter", "model"]:

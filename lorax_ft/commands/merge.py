@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lorax_ft import cli
 from lorax_ft.interop.bucket import is_hub, output_path
+from lorax_ft.program import command
 from lorax_ft.run.model_args import ModelArgs, check_contains, load_with_adapter, locate
 
 
@@ -52,7 +53,7 @@ def merge(args: Args) -> None:
     if adapter is None:
         raise ValueError(
             f"there is no adapter to merge: {args.name_of(config.model.path)} is a whole model; "
-            "save it with export.py --target hf"
+            f"save it with {command('export')} --target hf"
         )
     for folder in args.also:
         check_contains(Path(folder), "adapter", "adapter_config.json")

@@ -1,4 +1,4 @@
-"""A comparison from its config to the report: what `scripts/compare.py` calls."""
+"""A comparison from its config to the report: what `lorax-ft compare` calls."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ class DataConfig:
     template_args: tuple[str, ...] = ()
     """Variables of the chat template, each as "name=value", such as "enable_thinking=false"."""
     max_length: int | Literal["auto"] = 256
-    """Tokens per row; longer samples are truncated.
+    """Tokens per row; longer samples are truncated. Where all are shorter, and not packed, rows are
+    too: a multiple of 128.
     auto: as long as the longest sample, rounded up, and at most the model's positions."""
     pack: bool = False
     """Pack several samples into each row; samples do not attend to one another.

@@ -20,6 +20,9 @@ class ModelConfig:
     """Base model to fine-tune: a Hugging Face folder, a .gguf file or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit, if model.path is a Hub id."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: a Jinja file, or a name that LLaMA-Factory has
+    for it, such as chatml, llama3 or alpaca. A base model, whose tokenizer has none, needs one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of base weights and activations; adapters and optimizer state are always float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"

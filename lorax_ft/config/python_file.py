@@ -1,4 +1,4 @@
-"""A `Config` as a Python file that scripts/train.py takes."""
+"""A `Config` as a Python file that `lorax-ft train` takes."""
 
 from __future__ import annotations
 

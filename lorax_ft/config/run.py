@@ -15,6 +15,7 @@ from lorax_ft.config.model import MeshConfig, ModelConfig, QuantConfig
 from lorax_ft.config.prompt import PromptConfig
 from lorax_ft.config.training import EvalConfig, OptimConfig, TrainConfig
 from lorax_ft.files import parse_json
+from lorax_ft.program import command
 from lorax_ft.schema import INITS
 from lorax_ft.secrets import redacted
 
@@ -106,7 +107,7 @@ class Config:
             self.train.push_to_hub is None or not changes_base or self.quant.format == "none",
             f"train.push_to_hub: adapter.init {adapter.init} changes the quantized base, which is "
             "not uploaded, so nobody could use the adapter; use another adapter.init, or upload "
-            "the merged model with scripts/merge.py --output hf://owner/name",
+            f"the merged model with {command('merge')} --output hf://owner/name",
         )
 
     def to_json(self) -> str:

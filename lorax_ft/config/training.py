@@ -16,6 +16,7 @@ from lorax_ft.checks import (
     compile_pattern,
     divisors,
 )
+from lorax_ft.program import command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class OptimConfig:
         if isinstance(self.learning_rate, str):
             raise ValueError(
                 f"optim.learning_rate is {self.learning_rate}, which lorax_ft.train and "
-                "scripts/train.py resolve; give a number here"
+                f"{command('train')} resolve; give a number here"
             )
         return self.learning_rate
 

@@ -19,6 +19,9 @@ from lorax_ft.data.sources import has_split, parse_sources, split_limit
 from lorax_ft.data.splits import Split, make_split, read_split, row_length
 from lorax_ft.data.store import NO_PROMPT
 
+BLOCK = 128
+"""Tokens; kernels of attention compute rows in blocks of so many."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
@@ -48,6 +51,7 @@ def load_data(
     seed: int,
     positions: int | None = None,
     prompt: np.ndarray = NO_PROMPT,
+    blocks: int = BLOCK,
 ) -> Dataset:
     """Reads, converts and tokenizes the data of a run, a part at a time.
 
@@ -61,6 +65,8 @@ def load_data(
       positions: the longest sample that the model takes, for `max_length` auto; None: any length.
       prompt: the virtual tokens of a soft prompt (`virtual_ids`), which stand before each sample
         and take their part of a row.
+      blocks: rows that are shorter than `max_length`, as no sample is so long, have a multiple of
+        so many tokens.
 
     Raises:
       ValueError: a source or a row cannot be used (see `read_rows`, `to_example`, `encode`),
@@ -87,9 +93,8 @@ def load_data(
         validation_sets[name] = read_split(
             its_rows, config, tokenizer, bad, keep=True, prompt=prompt
         )
-    max_length = config.max_length
-    if max_length == "auto":
-        max_length = row_length([train, *validation_sets.values()], positions)
+    longest = row_length([train, *validation_sets.values()], positions)
+    max_length = _tokens_of_rows(config, longest, blocks)
     weights = [source.weight for source in parse_sources(config.train)]
     return Dataset(
         train=make_split(train, max_length, weights=weights, packed=config.pack),
@@ -100,6 +105,16 @@ def load_data(
         max_length=max_length,
         bad_rows=bad,
     )
+
+
+def _tokens_of_rows(config: DataConfig, longest: int, blocks: int) -> int:
+    """The tokens of a row, where rows of `longest` tokens hold every sample."""
+    if config.max_length == "auto":
+        return longest
+    if config.pack:
+        return config.max_length
+    # Nobody pays for padding that no sample needs.
+    return min(config.max_length, math.ceil(longest / blocks) * blocks)
 
 
 def load_split(

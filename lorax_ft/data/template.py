@@ -66,7 +66,7 @@ def check_tokenizer(tokenizer: Tokenizer, *, chat: bool = True) -> None:
     if chat and tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {name} has no chat template; use an instruction-tuned checkpoint, "
-            "or put a chat_template.jinja next to its tokenizer.json"
+            "or give model.chat_template, such as chatml"
         )
     # Only the tokenizers of the Rust library return the offsets that locate assistant turns.
     if not tokenizer.is_fast:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lorax_ft.interop.bucket import repo_id
 from lorax_ft.interop.model_card import CARD, hub_id, is_generated
+from lorax_ft.program import command
 
 LOGIN = "run `hf auth login` or set HF_TOKEN"
 
@@ -69,7 +70,7 @@ def missing_base(source: str) -> str | None:
         return None
     return (
         f"The adapter's base is {source}, which others do not have: name the base by its hub id, "
-        "or upload the merged model (scripts/merge.py --output hf://owner/name)."
+        f"or upload the merged model ({command('merge')} --output hf://owner/name)."
     )
 
 

@@ -31,6 +31,7 @@ from lorax_ft.interop.text_part import text_config, text_tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import PART_OF
+from lorax_ft.program import command
 from lorax_ft.tree import Shape, with_layer_numbers
 
 Names = Mapping[str, str]
@@ -114,7 +115,7 @@ def decoder_config(hf_config: Mapping[str, Any], *, source: str, **computing: An
     if {"model", "adapter", "train"} <= set(hf_config):
         raise ValueError(
             f"{source} is the output folder of a training run, not a model; give the run's base "
-            "model, or export the run with scripts/export.py --target hf"
+            f"model, or export the run with {command('export')} --target hf"
         )
     if model_type is None:
         raise ValueError(f"{source}: its config.json has no model_type; it describes no model")

@@ -16,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from lorax_ft.config import ModelConfig, QuantConfig
 from lorax_ft.files import read_json, within
 from lorax_ft.interop.bitsandbytes import NF4Tensor
+from lorax_ft.interop.chat_template import use_template
 from lorax_ft.interop.expert_stacks import split_experts
 from lorax_ft.interop.gguf import read_gguf
 from lorax_ft.interop.huggingface import (
@@ -44,6 +45,7 @@ def load_model(
     path: str | Path,
     *,
     revision: str | None = None,
+    chat_template: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto",
     expert_products: Literal["auto", "dense", "blocks", "ragged"] = "auto",
@@ -59,6 +61,7 @@ def load_model(
     Args:
       path: a Hugging Face folder, a .gguf file, or a hub id such as "HuggingFaceTB/SmolLM2-135M".
       revision: branch, tag or commit of a hub id.
+      chat_template: in place of the tokenizer's own, as `ModelConfig` says.
       dtype: of the parameters and the activations.
       attention: the attention kernel, as `ModelConfig` says.
       expert_products: how the experts of a sparse model multiply, as `ModelConfig` says.
@@ -79,12 +82,14 @@ def load_model(
         "remat": remat,
     }
     # Its constructor validates these values.
-    ModelConfig(path=str(path), revision=revision, **computing)
+    ModelConfig(path=str(path), revision=revision, chat_template=chat_template, **computing)
     _check_quant(quant)
     _check_attention(attention)
 
     location, source = locate(path, revision), str(path)
     hf_config, tensors, tokenizer = _read(location)
+    if chat_template is not None and tokenizer is not None:
+        use_template(tokenizer, chat_template)
     config = decoder_config(hf_config, source=source, **computing)
     config, hf_config = _with_own_head(config, hf_config, tensors)
     check(config)

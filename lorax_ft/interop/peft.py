@@ -101,6 +101,11 @@ def save_peft(
       ValueError: there is no adapter, a module is both adapted and trained in full, `base` is
         needed, or the folder holds other files.
     """
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"save_peft writes adapters of the decoders that load_model returns, and the model is "
+            f"a {type(model).__name__}; save_adapter writes those of any Flax model"
+        )
     prompt, params = soft_prompt_of(params)
     tokens, params = trainable_tokens_of(params)
     alone = None

@@ -1,4 +1,4 @@
-"""A plan from a config to its report: what `scripts/plan.py` calls."""
+"""A plan from a config to its report: what `lorax-ft plan` calls."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from lorax_ft import sharding
 from lorax_ft.config import AdapterConfig, Config, DataConfig, EvalConfig
-from lorax_ft.data.dataset import Dataset, Split, check_sources, load_data
+from lorax_ft.data.dataset import BLOCK, Dataset, Split, check_sources, load_data
 from lorax_ft.evaluation.benchmark import Benchmark, read_benchmark
 from lorax_ft.evaluation.multiple_choice import Encoded, encode_benchmark
 from lorax_ft.interop.load import load_model
@@ -25,6 +25,7 @@ from lorax_ft.models import splash
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.grouped import check_expert_axis
 from lorax_ft.models.model import HEAD, LoadedModel, Model
+from lorax_ft.program import command
 from lorax_ft.run.additions import check_additions, with_additions, with_new_tokens
 from lorax_ft.schema import METHODS, init_schema
 from lorax_ft.sharding import DECODER_RULES
@@ -61,6 +62,7 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
     model = load_model(
         config.model.path,
         revision=config.model.revision,
+        chat_template=config.model.chat_template,
         dtype=config.model.dtype,
         attention=config.model.attention,
         expert_products=config.model.expert_products,
@@ -120,6 +122,8 @@ def load_dataset(config: Config, model: LoadedModel) -> Dataset:
         seed=config.train.seed,
         positions=positions,
         prompt=virtual_ids(virtual, vocab_size=model.config.vocab_size),
+        # Each device along the axis has whole blocks.
+        blocks=BLOCK * config.mesh.context,
     )
     config.mesh.check_length(data.max_length)
     _check_samples(data.train, model, "training rows", virtual=virtual)
@@ -192,7 +196,7 @@ def _load_adapter(model: LoadedModel, folder: Path, config: Config) -> LoadedMod
         if is_trained and not fully_trained(module, config.adapter.train_whole):
             raise ValueError(
                 f"{folder} holds trained biases (bias {peft_config.get('bias')!r}), which do not "
-                "train here; export it merged (scripts/export.py --target hf) and train on that"
+                f"train here; export it merged ({command('export')} --target hf) and train on that"
             )
     return dataclasses.replace(model, params=params)
 

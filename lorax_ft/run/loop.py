@@ -1,4 +1,4 @@
-"""A run from its config to the saved adapter: what `scripts/train.py` calls."""
+"""A run from its config to the saved adapter: what `lorax-ft train` calls."""
 
 from __future__ import annotations
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import jax
 
+from lorax_ft.program import command
+
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 ADVICE = (
     "use a smaller --train.batch_size, --model.remat full, more --train.microbatches, "
-    "--quant.format nf4, or more --mesh.fsdp, which splits the weights; scripts/plan.py finds what "
-    "fits"
+    f"--quant.format nf4, or more --mesh.fsdp, which splits the weights; {command('plan')} finds "
+    "what fits"
 )
 """What to do where memory is too small."""
 UNKNOWN_MEMORY = 8e9  # a guess, where the system does not say

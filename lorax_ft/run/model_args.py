@@ -138,6 +138,7 @@ def load_with_adapter(args: ModelArgs, *, mesh: Mesh | None = None) -> tuple[Loa
     model = load_model(
         config.model.path,
         revision=config.model.revision,
+        chat_template=config.model.chat_template,
         dtype=config.model.dtype,
         expert_products=config.model.expert_products,
         quant=config.quant,

@@ -44,6 +44,7 @@ def load_checkpoint(run: Path, config: Config, *, step: int) -> tuple[LoadedMode
     model = load_model(
         path,
         revision=revision,
+        chat_template=config.model.chat_template,
         dtype=config.model.dtype,
         quant=config.quant,
     )

@@ -13,6 +13,7 @@ from lorax_ft.config import Config
 from lorax_ft.data.dataset import Dataset, Split
 from lorax_ft.interop.bucket import is_remote
 from lorax_ft.interop.peft_checks import BASE
+from lorax_ft.program import command
 from lorax_ft.run import report
 from lorax_ft.run.diagnosis import diagnose
 from lorax_ft.run.log import LOG, PLOT, read_log
@@ -24,9 +25,7 @@ from lorax_ft.run.trace import PROFILE
 from lorax_ft.run.validation import ACCURACY, Evaluation, describe_metrics, first_metric
 from lorax_ft.tree import combine
 
-OWN_RUN = (
-    "--config configs/own.py --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
-)
+OWN_RUN = "--config own --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
 
 MUCH_PADDING = 0.5
 """A batch with a larger fraction of padding is warned of."""
@@ -160,14 +159,14 @@ def print_result(console: Console, job: Job, result: Result) -> None:
         loaded = f'AutoModelForCausalLM.from_pretrained("{base}")'
         console.print(f'  PeftModel.from_pretrained({loaded}, "{result.saved}")', soft_wrap=True)
     console.print("Next commands", style="bold")
-    commands = (
-        f'generate.py --run {result.folder} "your question"',
-        f"chat.py --run {result.folder}",
-        f"merge.py --run {result.folder} --output {result.folder}/merged",
-        f"train.py {OWN_RUN}",
-    )
-    for command in commands:
-        console.print(f"  python scripts/{command}", soft_wrap=True)
+    commands = {
+        "generate": f'--run {result.folder} "your question"',
+        "chat": f"--run {result.folder}",
+        "merge": f"--run {result.folder} --output {result.folder}/merged",
+        "train": OWN_RUN,
+    }
+    for name, options in commands.items():
+        console.print(f"  {command(name)} {options}", soft_wrap=True)
 
 
 def _print_samples(console: Console, job: Job, result: Result) -> None:

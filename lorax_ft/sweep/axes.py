@@ -20,6 +20,7 @@ from typing import Any
 from lorax_ft import cli
 from lorax_ft.config import Config
 from lorax_ft.options import advice, options, takes_several
+from lorax_ft.program import command
 
 RATE = "optim.learning_rate"
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -194,12 +195,14 @@ def _kind(field: str) -> Any:
         return float  # a sweep has no rate to find
     if field in known:
         return known[field]
-    # As scripts/train.py answers to names of another trainer, such as per_device_train_batch_size.
+    # As `lorax-ft train` answers to names of another trainer, such as per_device_train_batch_size.
     message = advice([f"--{field}"], Config)
     if message is None:
         near = difflib.get_close_matches(field, known, n=1)
         message = f"Unrecognized option: --{field}"
-        message += f"; did you mean {near[0]}?" if near else "; scripts/train.py --help lists all"
+        message += (
+            f"; did you mean {near[0]}?" if near else f"; {command('train')} --help lists all"
+        )
     raise ValueError(f"{field}: {message}")
 
 
@@ -243,7 +246,7 @@ def _parse_range(field: str, kind: type, first: str, last: str, count: str | Non
 
 
 def _parse_value(field: str, kind: Any, text: str) -> Any:
-    """One value, parsed as scripts/train.py parses it."""
+    """One value, parsed as `lorax-ft train` parses it."""
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{field}: {text!r} is not true or false")

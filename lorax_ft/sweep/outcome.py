@@ -16,6 +16,7 @@ from lorax_ft.interop.peft_checks import BASE
 from lorax_ft.interop.save import save_quantized
 from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.models.model import Model
+from lorax_ft.program import command
 from lorax_ft.run.report import print_summary
 from lorax_ft.run.training_notes import training_notes
 from lorax_ft.sweep.axes import Point, describe
@@ -52,7 +53,7 @@ def save_best(session: Session, job: SweepJob, state: TrainState, k: int, *, los
     folder = session.folder
     heading = (
         f"The best point of a sweep: {point.name}.\n\n"
-        f"    python scripts/train.py --config {folder / BEST}\n\n"
+        f"    {command('train')} --config {folder / BEST}\n\n"
         f"Validation loss {loss:.4f} after {job.steps} steps.\n"
     )
     write_file(folder / BEST, config_file(point.config, docstring=heading))
@@ -126,7 +127,7 @@ def finish(
         plot_sweep(results, folder / PLOT, steps=steps, title=folder.name)
     rows = [
         ("best", f"{describe(point.settings)}: validation loss {loss:.4f}"),
-        ("config", f"{folder / BEST} for scripts/train.py --config"),
+        ("config", f"{folder / BEST} for {command('train')} --config"),
     ]
     # Full fine-tuning leaves no adapter (`save_best`).
     if point.config.adapter.targets:

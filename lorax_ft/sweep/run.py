@@ -1,4 +1,4 @@
-"""A sweep from its config to the best adapter: what `scripts/sweep.py` calls."""
+"""A sweep from its config to the best adapter: what `lorax-ft sweep` calls."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from lorax_ft import program
 from lorax_ft.config import Config
 from lorax_ft.run import report
 from lorax_ft.run.folder import check_writable
@@ -62,7 +63,7 @@ def sweep(
     if jax.process_count() > 1:
         raise ValueError(
             f"a sweep runs in one process, and here are {jax.process_count()}; start it on one "
-            "host, or train its points as runs with scripts/train.py --multihost"
+            f"host, or train its points as runs with {program.command('train')} --multihost"
         )
     axes = _checked_axes(config, entries, parallel=parallel, budget=budget, trials=trials)
     folder = sweep_folder(config)

@@ -22,6 +22,7 @@ from lorax_ft.data.conversation import Conversation, Message
 from lorax_ft.data.located import Located
 from lorax_ft.data.masks import TurnFinder
 from lorax_ft.data.template import render
+from lorax_ft.interop.chat_template import use_template
 
 DOCS = Path(__file__).parents[2] / "docs" / "CHAT_TEMPLATES.md"
 SPECIAL = re.compile(
@@ -314,3 +315,37 @@ its texts, which show where the template put them. `{{% generation %}}` marks in
 first. A thought that the template adds, such as Qwen3's empty `<think></think>`, does not count
 unless `--data.reasoning_loss all` is given; `none` leaves out all reasoning.
 """
+
+
+# LLaMA-Factory's name for a model's template, the model's own one, and how the two differ.
+NAMED = (
+    ("cohere", "cohere", ""),
+    ("deepseek3", "deepseekv3", ""),
+    ("deepseekr1", "deepseek_r1_distill", r"writes '.*<think>.* where"),
+    ("gemma", "gemma", r"an error \(System role"),
+    ("gemma3", "gemma3", ""),
+    ("lfm2", "lfm2", r"writes '<\|im_start\|>system.* where that writes '<bos>"),
+    ("llama3", "llama3", ""),
+    ("llama3", "llama3_1", "user.* where that writes '.*system"),
+    ("llama3", "llama3_2", "user.* where that writes '.*system"),
+    ("phi", "phi3", r"where that writes '.*<\|endoftext\|>"),
+    ("qwen", "qwen2_5", ""),
+    ("qwen2_vl", "qwen2_5_vl", ""),
+    ("qwen3", "qwen3", ""),
+    ("qwen3_nothink", "qwen3_instruct_2507", ""),
+)
+
+
+@pytest.mark.parametrize(("theirs", "own", "difference"), NAMED)
+def test_templates_of_llama_factory_beside_the_own_ones(
+    theirs: str, own: str, difference: str
+) -> None:
+    """What docs/OTHER_CONFIGS.md says of them."""
+    tokenizer = make_tokenizer(own)
+    if not difference:
+        use_template(tokenizer, theirs)
+        assert tokenizer.chat_template == TEMPLATES[own]
+        return
+    with pytest.warns(UserWarning, match=difference):
+        use_template(tokenizer, theirs)
+    assert tokenizer.chat_template != TEMPLATES[own]

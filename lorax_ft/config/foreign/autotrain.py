@@ -120,8 +120,11 @@ def columns(keys: Keys) -> Options:
     column = keys.read("text_column", "text")
     template = keys.read("chat_template", "text", "none")
     if template not in ("none", "None"):
+        options: Options = {"data.fields": (f"messages={column}",)} if column else {}
+        if template == "chatml":
+            return options | {"model.chat_template": template}
         keys.note("chat_template", f"{template}: the model's tokenizer has the chat template")
-        return {"data.fields": (f"messages={column}",)} if column else {}
+        return options
     if column in (None, "text"):
         return {}
     return {"data.shape": "text", "data.fields": (f"text={column}",)}
@@ -181,8 +184,9 @@ _VALIDATION = together(
 )
 _COLUMNS = together(
     columns,
-    *("data.fields", "data.shape"),
-    remark="with a chat template a conversation, else plain text",
+    *("data.fields", "data.shape", "model.chat_template"),
+    remark="with a chat template a conversation, else plain text; templates: chatml, or the "
+    "tokenizer's own",
 )
 _BATCH = together(
     batch,

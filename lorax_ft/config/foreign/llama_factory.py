@@ -55,7 +55,9 @@ _VALIDATION = together(
 _LOSS = together(data.loss_on, "data.loss_on", remark="all, or last")
 _PACKING = together(data.packing, "data.pack", remark="samples never attend to one another")
 _TEMPLATE = together(
-    data.template, remark="the chat template is that of the model's tokenizer; it is not replaced"
+    data.template,
+    *("model.chat_template", "data.reasoning_loss"),
+    remark="the text is LLaMA-Factory's; names that are not known here: the tokenizer's own",
 )
 _BATCH = together(
     rules.batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorax_ft.config.foreign.dataset_info import Described, common_fields, describe
+from lorax_ft.config.foreign.llama_factory_templates import FORMATS
 from lorax_ft.config.foreign.rules import Keys, Options
 
 
@@ -67,22 +68,24 @@ def packing(keys: Keys) -> Options:
     apart = keys.read("neat_packing", "flag", False)
     if packs and not apart:
         keys.note("packing", "data.pack, where samples do not attend to one another (neat_packing)")
-    if not packs and not apart:
-        length = keys.read("cutoff_len", "whole", 2048)
-        keys.note(
-            "cutoff_len",
-            f"all rows are padded to {length} tokens; with --data.max_length auto only to the "
-            "longest sample",
-        )
     return {"data.pack": packs or apart}
 
 
 def template(keys: Keys) -> Options:
-    """Says that the tokenizer's own template is used."""
+    """The chat template, by its name there; with it, whether empty thoughts count in the loss."""
     name = keys.read("template", "text")
-    if name is not None:
-        keys.note("template", f"{name} is not used: the model's tokenizer has the chat template")
-    return {}
+    if name is None:
+        return {}
+    if name not in FORMATS:
+        keys.note(
+            "template",
+            f"{name} is unknown here, so the tokenizer's own is used (model.chat_template)",
+        )
+        return {}
+    options = {"model.chat_template": name}
+    if FORMATS[name].thinks and keys.read("enable_thinking", "flag", True):
+        options["data.reasoning_loss"] = "all"
+    return options
 
 
 def thinking(keys: Keys) -> Options:
