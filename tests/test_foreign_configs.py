@@ -94,6 +94,7 @@ def test_absent_keys_have_the_defaults_of_llama_factory() -> None:
         ({"lora_target": ["q_proj"]}, "adapter.targets", ("q_proj",)),
         ({"additional_target": "lm_head"}, "adapter.train_whole", ("lm_head",)),
         ({"use_rslora": True}, "adapter.scaling", "rank_stabilized"),
+        ({"add_tokens": "<a>, <b>", "resize_vocab": True}, "data.new_tokens", ("<a>", "<b>")),
         ({"use_dora": True}, "adapter.dora", True),
         ({"pissa_init": True}, "adapter.svd_iterations", 16),
         ({"pissa_init": True, "pissa_iter": -1}, "adapter.svd_iterations", None),
@@ -445,6 +446,12 @@ def peft(**keys: Any) -> lft.Config:
         ({"lora_dropout": 0.1}, "adapter.dropout", 0.1),
         ({"modules_to_save": ["lm_head"]}, "adapter.train_whole", ("lm_head",)),
         ({"layers_to_transform": 3}, "adapter.layers", (3,)),
+        ({"trainable_token_indices": [5, 7]}, "adapter.trainable_tokens", (5, 7)),
+        (
+            {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [5]}},
+            "adapter.trainable_tokens",
+            (5,),
+        ),
         ({"layers_to_transform": [0, 1]}, "adapter.layers", (0, 1)),
         ({"rank_pattern": {"q_proj": 4}}, "adapter.rank_pattern", ("q_proj=4",)),
         (

@@ -260,7 +260,7 @@ def test_refusals() -> None:
         lft.PromptConfig(kind="prompt", init="text")
     with pytest.raises(ValueError, match=r"leaves fewer than 8 tokens of data.max_length 256"):
         lft.Config(prompt=lft.PromptConfig(kind="prompt", virtual_tokens=250))
-    with pytest.raises(ValueError, match=r"nothing would train; give one of them, or prompt.kind"):
+    with pytest.raises(ValueError, match=r"nothing would train; .* or prompt.kind"):
         lft.Config(adapter=lft.AdapterConfig(targets=()))
     with pytest.raises(ValueError, match=r"which sweeps, .* and optim\.learning_rate find"):
         find_rate(lft.Config(prompt=lft.PromptConfig(kind="prompt")))

@@ -205,6 +205,11 @@ class AdapterConfig:
             "remove one of them",
         )
         check(
+            not self.trainable_tokens or self.continue_from is None,
+            "adapter.trainable_tokens is set, but an adapter to continue from "
+            "(adapter.continue_from) has its own; remove it",
+        )
+        check(
             not self.trainable_tokens or self.method == "lora" or not self.targets,
             f"adapter.trainable_tokens is set, which PEFT knows beside LoRA only, and "
             f"adapter.method is {self.method}; remove one of them",

@@ -80,7 +80,8 @@ def adapter_tensors(
         number that is not finite.
     """
     for key, lazy in sorted(lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes).items()):
-        if key in method.shared or key.endswith(f".{TENSOR}"):
+        of_tokens = key.endswith(f".{TENSOR}") and config.get("trainable_token_indices")
+        if key in method.shared or of_tokens:
             continue
         module, leaf = _parse(key, method, folder)
         target = module

@@ -90,6 +90,8 @@ def with_tokens(
       ValueError: the tensors do not fit the config or the model, or the folder's tokenizer calls
         one of the tokens by another name than the model's.
     """
+    if not config.get(FIELD) and not trains_tokens_alone(config):
+        return dict(layers)
     found: dict[str, Layer] = {}
     names = family_names(model.hf_config)
     for path in (TABLE, HEAD):
@@ -104,9 +106,7 @@ def with_tokens(
         sorted_rows = jnp.asarray(rows[order], jnp.float32)
         found[path] = own | ({ROWS: sorted_rows} if path == TABLE else {COLUMNS: sorted_rows.T})
     if not found:
-        if config.get(FIELD) or trains_tokens_alone(config):
-            raise ValueError(f"{folder}: {CONFIG} names tokens, but {WEIGHTS} has no {TENSOR}")
-        return dict(layers)
+        raise ValueError(f"{folder}: {CONFIG} names tokens, but {WEIGHTS} has no {TENSOR}")
     _check_names(found, folder, model)
     if model.config.tied and HEAD in found:
         # PEFT repeats the rows of a tied table.

@@ -23,13 +23,20 @@ def with_new_tokens(model: LoadedModel, config: Config) -> LoadedModel:
     """The model with the tokens of data.new_tokens, and those of the adapter to continue from.
 
     Raises:
-      ValueError: as `add_tokens` and `with_tokens_of`.
+      ValueError: as `add_tokens` and `with_tokens_of`, or the adapter to continue from has not all
+        of the tokens.
     """
     if config.adapter.continue_from is not None:
         model = with_tokens_of(config.adapter.continue_from, model)
     # An adapter that was trained with them has them in its folder's tokenizer.
     known = model.tokenizer.get_vocab()
     new = [text for text in config.data.new_tokens if text not in known]
+    if new and config.adapter.continue_from is not None:
+        raise ValueError(
+            f"data.new_tokens: {new[0]!r} is not one of the tokens of the adapter in "
+            f"{config.adapter.continue_from}, which trains its own only; merge it first, and train "
+            "a new adapter on that"
+        )
     return add_tokens(model, new) if new else model
 
 
