@@ -49,6 +49,8 @@ def test_a_config_of_llama_factory_trains(
 
 
 @pytest.mark.skipif(not MIRROR, reason="LORAX_FT_LLAMA_FACTORY is not set")
+# The examples name templates of other models than the embedded one.
+@pytest.mark.filterwarnings("ignore:model.chat_template")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_of_llama_factory_is_a_dry_run(
     name: str,
