@@ -296,6 +296,21 @@ def test_an_adapter_brings_its_tokens(tmp_path: Path) -> None:
         lft.load_peft(tmp_path / "adapter", other)
 
 
+def test_spare_rows_stay_unless_the_adapter_has_them(tmp_path: Path) -> None:
+    """A folder's tokenizer may have tokens that its adapter did not train, as in PEFT."""
+    model = model_of(tied=True)
+    grown = lft.add_tokens(model, ["<one>", "<two>"])
+    one, two = grown.tokenizer.convert_tokens_to_ids(["<one>", "<two>"])
+    assert two < model.config.vocab_size
+    params = moved(lft.add_trainable_tokens(grown.params, [one], grown))
+    lft.save_peft(tmp_path / "adapter", params, grown)
+    again = lft.with_tokens_of(tmp_path / "adapter", model)
+    table, before = (m.params["embed_tokens"]["embedding"] for m in (again, model))
+    np.testing.assert_array_equal(table, before)
+    loaded = lft.load_peft(tmp_path / "adapter", again)
+    np.testing.assert_array_equal(loaded["embed_tokens"][ROWS], params["embed_tokens"][ROWS])
+
+
 @pytest.mark.slow
 def test_a_run_resumes_bitwise(main: Main, tmp_path: Path) -> None:
     steps = [*config("new_tokens"), *SHORT, "--optim.schedule", "constant"]

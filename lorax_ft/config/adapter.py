@@ -209,11 +209,6 @@ class AdapterConfig:
             "adapter.trainable_tokens is set, but an adapter to continue from "
             "(adapter.continue_from) has its own; remove it",
         )
-        check(
-            not self.trainable_tokens or self.method == "lora" or not self.targets,
-            f"adapter.trainable_tokens is set, which PEFT knows beside LoRA only, and "
-            f"adapter.method is {self.method}; remove one of them",
-        )
         needed = INITS[self.init].frozen
         check(
             needed is None or needed in self.freeze,

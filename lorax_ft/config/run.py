@@ -78,9 +78,9 @@ class Config:
             "give one of them, adapter.trainable_tokens, or prompt.kind",
         )
         check(
-            not self.data.new_tokens or adapter.method == "lora" or not adapter.targets,
-            "data.new_tokens is set, whose rows PEFT knows beside LoRA only, and adapter.method is "
-            f"{adapter.method}; remove one of them",
+            not has_tokens or adapter.method == "lora" or not adapter.targets,
+            "tokens train (data.new_tokens, adapter.trainable_tokens), which PEFT knows beside "
+            f"LoRA only, and adapter.method is {adapter.method}; remove one of them",
         )
         check(
             not has_tokens or prompt.kind == "none" or bool(adapter.targets),

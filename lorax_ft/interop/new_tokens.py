@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +47,14 @@ def add_tokens(model: LoadedModel, tokens: Sequence[str]) -> LoadedModel:
     _check_new(tokens, model.tokenizer)
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.add_tokens(list(tokens))
-    return _with_tokenizer(model, tokenizer, tokens)
+    return _with_tokenizer(model, tokenizer, tokens, spare_rows="start")
 
 
 def with_tokens_of(folder: str | Path, model: LoadedModel) -> LoadedModel:
     """The model with the tokenizer of an adapter's folder, where that has further tokens.
+
+    The adapter has the rows of the tokens that it trained. Rows that the tables had to spare stay
+    as they are otherwise, as in PEFT; rows by which they grow start as in `add_tokens`.
 
     Raises:
       ValueError: the folder's tokenizer cannot be read, or is another model's.
@@ -68,7 +71,7 @@ def with_tokens_of(folder: str | Path, model: LoadedModel) -> LoadedModel:
                 f"with new ones: {text!r} is token {number} of the model"
             )
     further = [text for text in there if text not in own]
-    return _with_tokenizer(model, tokenizer, further)
+    return _with_tokenizer(model, tokenizer, further, spare_rows="keep")
 
 
 def _check_new(tokens: Sequence[str], tokenizer: Any) -> None:
@@ -88,15 +91,24 @@ def _check_new(tokens: Sequence[str], tokenizer: Any) -> None:
         raise ValueError(f"data.new_tokens: {text!r} {problem}")
 
 
-def _with_tokenizer(model: LoadedModel, tokenizer: Any, tokens: Sequence[str]) -> LoadedModel:
-    """The model with a tokenizer that has these new tokens."""
+def _with_tokenizer(
+    model: LoadedModel,
+    tokenizer: Any,
+    tokens: Sequence[str],
+    *,
+    spare_rows: Literal["start", "keep"],
+) -> LoadedModel:
+    """The model with a tokenizer that has these new tokens, some of them in rows to spare."""
     vocabulary = tokenizer.get_vocab()
+    size = model.config.vocab_size
+    needed = max(vocabulary[text] for text in tokens) + 1
     pieces = {}
     for text in tokens:
+        token = vocabulary[text]
         ids = run_tokenizer(model.tokenizer, text, add_special_tokens=False)["input_ids"]
-        pieces[vocabulary[text]] = ids
-    size = model.config.vocab_size
-    needed = max(pieces) + 1
+        # A normalizer may leave nothing of a text, which then has no mean.
+        if ids and (token >= size or spare_rows == "start"):
+            pieces[token] = ids
     if needed > size:
         size = -(-needed // MULTIPLE) * MULTIPLE
     return dataclasses.replace(
@@ -129,4 +141,6 @@ def _grown(table: Array, *, pieces: Pieces, size: int) -> Array:
     mean = table.astype(jnp.float32).mean(0).astype(table.dtype)
     rest = jnp.broadcast_to(mean, (size - len(table), len(mean)))
     grown = jnp.concatenate([table, rest])
+    if not means:
+        return grown
     return grown.at[np.asarray(list(pieces))].set(jnp.stack(means))

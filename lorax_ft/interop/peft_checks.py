@@ -11,8 +11,8 @@ from lorax_ft.interop.peft_config import BIN, CONFIG, WEIGHTS, check_fields, wit
 from lorax_ft.interop.peft_methods import method_of_config
 from lorax_ft.interop.peft_names import Place
 from lorax_ft.interop.peft_prompts import check_prompt_config, holds_soft_prompt
-from lorax_ft.interop.peft_tensors import Entry
-from lorax_ft.interop.peft_tokens import FIELD, trains_tokens_alone
+from lorax_ft.interop.peft_tensors import FIELD, Entry
+from lorax_ft.interop.peft_tokens import trains_tokens_alone
 from lorax_ft.models.model import Model
 from lorax_ft.schema import leaf_schema
 from lorax_ft.tree import Layer

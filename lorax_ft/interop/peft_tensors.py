@@ -30,6 +30,8 @@ from lorax_ft.tree import Layer
 PREFIX = "base_model.model."
 TENSOR = "trainable_tokens_delta"
 """The rows of trainable tokens (`lorax_ft.interop.peft_tokens`)."""
+FIELD = "trainable_token_indices"
+"""Their ids, in a LoRA's adapter_config.json."""
 WRAPPER = ".token_adapter"
 """What PEFT puts between a module's name and its tensors where its tokens train beside LoRA."""
 OWN_SUFFIXES = {
@@ -80,7 +82,7 @@ def adapter_tensors(
         number that is not finite.
     """
     for key, lazy in sorted(lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes).items()):
-        of_tokens = key.endswith(f".{TENSOR}") and config.get("trainable_token_indices")
+        of_tokens = key.endswith(f".{TENSOR}") and config.get(FIELD)
         if key in method.shared or of_tokens:
             continue
         module, leaf = _parse(key, method, folder)

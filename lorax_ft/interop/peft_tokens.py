@@ -20,7 +20,7 @@ from lorax_ft.interop.huggingface import family_names, hf_module
 from lorax_ft.interop.lazy_tensor import all_finite, lazy_tensors
 from lorax_ft.interop.peft_config import CONFIG, WEIGHTS, is_target
 from lorax_ft.interop.peft_folder import Contents
-from lorax_ft.interop.peft_tensors import PREFIX, TENSOR, WRAPPER
+from lorax_ft.interop.peft_tensors import FIELD, PREFIX, TENSOR, WRAPPER
 from lorax_ft.interop.text_part import peft_place
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.lowrank.terms.tokens import ACTIVE, COLUMNS, IDS, ROWS
@@ -28,7 +28,6 @@ from lorax_ft.models.model import HEAD, TABLE, Model
 from lorax_ft.tree import Layer, Tree, modules
 
 TYPE = "TRAINABLE_TOKENS"
-FIELD = "trainable_token_indices"
 
 
 def trains_tokens_alone(config: Mapping[str, Any]) -> bool:

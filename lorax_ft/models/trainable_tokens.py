@@ -9,10 +9,10 @@ import numpy as np
 
 from lorax_ft.lowrank.spec import base_kernel
 from lorax_ft.lowrank.terms import is_adapted
-from lorax_ft.lowrank.terms.tokens import IDS, leaves_of_head, leaves_of_table
+from lorax_ft.lowrank.terms.tokens import TERM, leaves_of_head, leaves_of_table
 from lorax_ft.models.model import HEAD, TABLE, CausalLM
 from lorax_ft.quant.kernels import Quantized
-from lorax_ft.schema import is_adapter, leaf_name
+from lorax_ft.schema import leaf_name
 from lorax_ft.tree import Tree, from_modules, modules, split
 
 
@@ -63,10 +63,4 @@ def add_trainable_tokens(params: Tree, ids: Sequence[int] | np.ndarray, model: C
 
 def trainable_tokens_of(params: Tree) -> tuple[Tree, Tree]:
     """The leaves of trainable tokens, and all others."""
-    modules_with_tokens = {path for path, layer in modules(params).items() if IDS in layer}
-
-    def is_of_tokens(path: str) -> bool:
-        module = path.removesuffix(f"/{leaf_name(path)}")
-        return module in modules_with_tokens and is_adapter(path)
-
-    return split(params, is_of_tokens)
+    return split(params, lambda path: leaf_name(path) in TERM.all_leaves)
