@@ -104,6 +104,56 @@ def test_gradients_equal_a_float64_reference(randomize: Any, method: str) -> Non
     assert distance(got[1], want[1]) < 5e-6
 
 
+def call(module: nn.Module, params: Tree, x: jax.Array, **options: Any) -> Any:
+    """Adapters on a module, and a function of its parameters."""
+    config = lft.AdapterConfig(**options)
+    layout = lft.layout(module.apply, params, x)
+    params = lft.add_adapters(params, config, layout=layout, key=KEY)
+    return params, lambda params: lft.adapt(module.apply)({"params": params}, x)
+
+
+@pytest.mark.parametrize(("method", "products"), [("hira", 2), ("shira", 1)])
+def test_whole_updates_are_added_to_the_weight_before_the_one_product(
+    randomize: Any, method: str, products: int
+) -> None:
+    """HiRA has a second one, A B, which no token is in."""
+    dense = nn.Dense(12)
+    x = jax.random.normal(KEY, (4, 8))
+    params, apply = call(dense, dense.init(KEY, x)["params"], x, method=method, rank=2)
+    program = str(jax.make_jaxpr(apply)(params))
+    assert program.count("dot_general[") == products
+
+    # Dropout acts on the input of ΔW alone, which takes a product of its own.
+    params = randomize(params)
+    base = x @ params["kernel"] + params["bias"]
+    all_dropped = lft.with_dropout(params, KEY, rate=1 - 1e-6)
+    assert distance(apply(all_dropped), base) < 1e-6
+    assert distance(apply(params), base) > 1e-3
+
+
+def test_bfloat16_keeps_changes_that_it_would_lose_in_the_sum_with_the_weight() -> None:
+    """1 + 2⁻¹⁰ is 1 in bfloat16, so W + ΔW would be W."""
+    dense = nn.Dense(1, use_bias=False, dtype=jnp.bfloat16)
+    x = jnp.asarray([[1, -1]], jnp.bfloat16)
+    weight = {"kernel": jnp.ones((2, 1), jnp.bfloat16)}
+    params, apply = call(dense, weight, x, method="hira", rank=1)
+    change = {"hira_a": jnp.asarray([[2**-10], [0]]), "hira_b": jnp.ones((1, 1))}
+    y = apply(params | change)
+    assert y.dtype == jnp.bfloat16
+    assert float(y[0, 0]) == 2**-10
+
+
+@pytest.mark.parametrize("method", ["hira", "shira"])
+def test_whole_updates_of_an_einsum_with_two_axes_of_outputs(randomize: Any, method: str) -> None:
+    module = nn.Einsum((8, 3, 4), "bi,iho->bho", use_bias=False)
+    x = jax.random.normal(KEY, (5, 8))
+    params, apply = call(module, module.init(KEY, x)["params"], x, method=method, rank=2)
+    params = randomize(params)
+    merged = lft.merge_adapters(params, layout=lft.layout(module.apply, params, x))
+    assert distance(apply(params), module.apply({"params": merged}, x)) < 1e-5
+    assert distance(merged["kernel"], params["kernel"]) > 1e-3
+
+
 def as_float64(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 

@@ -21,6 +21,7 @@ from lorax_ft.config import EMBEDDED_MODEL
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.vllm import save_for_vllm
 from lorax_ft.lowrank.terms.tokens import COLUMNS, IDS, ROWS
+from lorax_ft.run.additions import with_new_tokens
 from lorax_ft.tree import Tree, flatten
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -272,6 +273,13 @@ def test_tables_grow_when_they_are_full() -> None:
 def test_new_tokens_that_are_none(tokens: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lft.add_tokens(model_of(tied=True), tokens)
+
+
+def test_a_run_says_that_a_new_token_is_no_new_one() -> None:
+    config = lft.Config(data=lft.DataConfig(new_tokens=("<a>", "w5")))
+    with pytest.warns(UserWarning, match="'w5' is a token of the model already"):
+        model = with_new_tokens(model_of(tied=True), config)
+    assert len(model.tokenizer(["<a>"], add_special_tokens=False)["input_ids"][0]) == 1
 
 
 def test_an_adapter_brings_its_tokens(tmp_path: Path) -> None:

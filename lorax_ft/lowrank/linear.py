@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from lorax_ft.lowrank.experts import Grouped
 from lorax_ft.lowrank.matrices import matrices_of, over_stack
-from lorax_ft.lowrank.terms import magnitude, terms_of
+from lorax_ft.lowrank.terms import dropout, magnitude, terms_of
 from lorax_ft.lowrank.terms.term import Dot, Product, Term
 from lorax_ft.quant.kernels import dense
 from lorax_ft.tree import Layer, Shape
@@ -68,10 +69,34 @@ def linear(
     terms = terms_of(layer)
     for term in terms:
         x = term.before(layer, x)
-    y = dot(x, layer["kernel"])
+    y = _base_product(layer, x, product, terms)
     for term in terms:
         y = term.after(layer, x, y, product)
     return y
+
+
+def _base_product(layer: Layer, x: Array, product: Product, terms: list[Term]) -> Array:
+    """x W + x̃ ΔW, with the ΔW of a term that forms it as a whole."""
+    updates = [term.update for term in terms if term.update is not None]
+    if not updates:
+        return product.dot(x, layer["kernel"])
+    (update,) = updates
+    dtype = jax.eval_shape(lambda: product.dot(x, layer["kernel"])).dtype
+    # 16 bits would lose small changes in W + ΔW, and dropout acts on the input of ΔW alone.
+    in_one_product = jnp.finfo(dtype).bits > 16 and dropout.KEY not in layer
+
+    def changed(layer: Layer, x: Array) -> Array:
+        w = product.weights(layer["kernel"]).astype(dtype)  # [*E, *in, O]
+        n_stack = w.ndim - 1 - len(product.in_shape)
+        matrices = w.reshape(*w.shape[:n_stack], -1, w.shape[-1])
+        delta = update(layer, matrices)
+        kernel = matrices + delta if in_one_product else delta
+        return product.dot(x, kernel.reshape(w.shape))
+
+    # Without this the changes of all layers would be kept for the backward pass.
+    y = jax.checkpoint(changed)(layer, dropout.dropped(layer, x))
+    y = y.reshape(*y.shape[:-1], *product.out_shape).astype(dtype)
+    return y if in_one_product else product.dot(x, layer["kernel"]) + y
 
 
 def merged_kernel(layer: Layer) -> Array:
@@ -124,6 +149,8 @@ def _merge_matrix(layer: Layer, terms: tuple[Term, ...]) -> Layer:
     if "bias" in layer:
         base["bias"] = layer["bias"].astype(jnp.float32)
     for term in terms:
+        if term.update is not None:
+            base["kernel"] += term.update(layer, base["kernel"])
         assert term.merge is not None
         base = term.merge(layer, base)
     # Cast here, while only one matrix is held in float32.

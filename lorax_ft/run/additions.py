@@ -30,8 +30,18 @@ def with_new_tokens(model: LoadedModel, config: Config) -> LoadedModel:
         model = with_tokens_of(config.adapter.continue_from, model)
     # An adapter that was trained with them has them in its folder's tokenizer.
     known = model.tokenizer.get_vocab()
-    new = [text for text in config.data.new_tokens if text not in known]
-    if new and config.adapter.continue_from is not None:
+    continues = config.adapter.continue_from is not None
+    new = []
+    for text in config.data.new_tokens:
+        if text not in known:
+            new.append(text)
+        elif not continues:
+            warnings.warn(
+                f"data.new_tokens: {text!r} is a token of the model already, so its row trains "
+                "from what it is",
+                stacklevel=2,
+            )
+    if new and continues:
         raise ValueError(
             f"data.new_tokens: {new[0]!r} is not one of the tokens of the adapter in "
             f"{config.adapter.continue_from}, which trains its own only; merge it first, and train "

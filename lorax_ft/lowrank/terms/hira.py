@@ -2,17 +2,15 @@
 
     y = x W + x̃ (W ∘ (A B))
 
-The second product costs as much as the base's, and the backward pass forms the gradient of ΔW as
-full fine-tuning does. ΔW is held for one layer at a time, and computed again in the backward pass.
+The backward pass forms the gradient of ΔW, as full fine-tuning does. ΔW is held for one layer at a
+time, and computed again in the backward pass.
 Letters: I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -23,8 +21,7 @@ from lorax_ft.lowrank.inits.random import uniform_a
 from lorax_ft.lowrank.keys import drawn
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import low_rank
-from lorax_ft.lowrank.terms.dropout import dropped
-from lorax_ft.lowrank.terms.term import Product, Term, check_single_matrix
+from lorax_ft.lowrank.terms.term import Term, check_single_matrix
 from lorax_ft.tree import Layer, Shape
 
 A, B, ACTIVE = "hira_a", "hira_b", "hira_active"
@@ -53,33 +50,14 @@ def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape], key: Array) -> L
     }
 
 
-def after(
-    layer: Layer,
-    x: Array,
-    y: Array,
-    product: Product,
-) -> Array:
-    """y + x̃ (W ∘ (A B))."""
-    stack = layer[ACTIVE].shape
+def update(layer: Layer, w: Array) -> Array:
+    """W ∘ (A B)."""
+    *stack, rows, columns = w.shape
     rank = layer[A].shape[-1]
-    a = layer[A].reshape(*stack, -1, rank).astype(y.dtype)
-    active = low_rank.expanded_to(layer[ACTIVE], len(stack) + 2)
-    b = (active * layer[B].reshape(*stack, rank, -1)).astype(y.dtype)
-
-    def change(kernel: Any, a: Array, b: Array, x: Array) -> Array:
-        w = product.weights(kernel).astype(y.dtype)  # [*E, *in, O]
-        factor = jnp.matmul(a, b, precision=product.precision)
-        return product.dot(x, w * factor.reshape(w.shape))
-
-    # Without this the products of all layers would be kept for the backward pass.
-    z = jax.checkpoint(change)(layer["kernel"], a, b, dropped(layer, x))
-    return y + z.reshape(y.shape).astype(y.dtype)
-
-
-def merge(layer: Layer, base: Layer) -> Layer:
-    """W ∘ (1 + A B)."""
-    factor = layer[ACTIVE] * highest_matmul(layer[A], layer[B])
-    return base | {"kernel": base["kernel"] * (1 + factor)}
+    active = low_rank.expanded_to(layer[ACTIVE], w.ndim)
+    a = active * layer[A].reshape(*stack, rows, rank)
+    b = layer[B].reshape(*stack, rank, columns)
+    return w * highest_matmul(a, b).astype(w.dtype)
 
 
 def ranks(layer: Layer) -> np.ndarray:
@@ -94,7 +72,6 @@ TERM = Term(
     takes_dropout=True,
     planned=planned,
     initial=initial,
-    after=after,
-    merge=merge,
+    update=update,
     ranks=ranks,
 )

@@ -4,13 +4,11 @@
 
 S has a high rank, and merging changes 1 to 2 % of the weights, so that several adapters hardly
 meet. S is formed as a whole matrix, for one layer at a time, and computed again in the backward
-pass: it costs a second product with a matrix of W's size, and the whole gradient of W, of which
-r (I + O) elements are used. Letters: I inputs, O outputs.
+pass, which forms the whole gradient of W, of which r (I + O) elements are used. Letters: I inputs,
+O outputs.
 """
 
 from __future__ import annotations
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +18,7 @@ from jax import Array
 from lorax_ft.lowrank.keys import drawn
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import low_rank
-from lorax_ft.lowrank.terms.dropout import dropped
-from lorax_ft.lowrank.terms.term import Product, Term, check_single_matrix
+from lorax_ft.lowrank.terms.term import Term, check_single_matrix
 from lorax_ft.schema import Axis
 from lorax_ft.tree import Layer, Shape
 
@@ -74,32 +71,10 @@ def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape], key: Array) -> L
     }
 
 
-def after(
-    layer: Layer,
-    x: Array,
-    y: Array,
-    product: Product,
-) -> Array:
-    """y + x̃ S."""
-    value = active_value(layer).astype(y.dtype)
-    stack = layer[RANK].shape
-    rows = math.prod(product.in_shape)
-    columns = math.prod(product.out_shape)
-
-    def change(value: Array, row: Array, column: Array, x: Array) -> Array:
-        s = scattered(value, row, column, shape=(*stack, rows, columns))
-        return product.dot(x, s.reshape(*stack, *product.in_shape, columns))
-
-    # Without this the matrices of all layers would be kept for the backward pass.
-    z = jax.checkpoint(change)(value, layer[ROW], layer[COLUMN], dropped(layer, x))
-    return y + z.reshape(y.shape).astype(y.dtype)
-
-
-def merge(layer: Layer, base: Layer) -> Layer:
-    """W + S."""
-    kernel = base["kernel"]
-    s = scattered(active_value(layer), layer[ROW], layer[COLUMN], shape=kernel.shape)
-    return base | {"kernel": kernel + s}
+def update(layer: Layer, w: Array) -> Array:
+    """S."""
+    value = active_value(layer).astype(w.dtype)
+    return scattered(value, layer[ROW], layer[COLUMN], shape=w.shape)
 
 
 def active_value(layer: Layer) -> Array:
@@ -135,7 +110,6 @@ TERM = Term(
     planned=planned,
     sizes=own_sizes,
     initial=initial,
-    after=after,
-    merge=merge,
+    update=update,
     ranks=ranks,
 )

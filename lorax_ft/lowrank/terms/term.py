@@ -96,6 +96,9 @@ class Term(NamedTuple):
     """The values of the shared leaves: (shapes, key) -> leaves."""
     before: Callable[[Layer, Array], Array] = _unchanged_input
     """What it does to the layer's input."""
+    update: Callable[[Layer, Array], Array] | None = None
+    """ΔW of a term that forms it as a whole: (layer, W `[*E, I, O]`) -> `[*E, I, O]`, in W's dtype.
+    It acts before all that `after` does, and merging adds it to W."""
     after: Callable[[Layer, Array, Array, Product], Array] = _unchanged_output
     """What it makes of the output so far: (layer, x, y, product) -> y."""
     merge: Callable[[Layer, Layer], Layer] | None = _unchanged_base
@@ -112,7 +115,7 @@ class Term(NamedTuple):
     @property
     def changes_kernel(self) -> bool:
         """Whether merging does anything."""
-        return self.merge is not _unchanged_base
+        return self.merge is not _unchanged_base or self.update is not None
 
 
 def check_no_embedding(plan: Plan) -> None:
