@@ -37,6 +37,13 @@ def split_embedded(x: Array) -> Array:
     return split_tokens(lax.with_sharding_constraint(x, spec))
 
 
+def whole(x: Array) -> Array:
+    """x whole on every device of the ambient mesh."""
+    if math.prod(ambient_sizes().values()) == 1:
+        return x
+    return lax.with_sharding_constraint(x, P())
+
+
 def gather_inputs(kernel: Array) -> Array:
     """A kernel `[I, O]` with its inputs whole on every device, and its outputs split over tensor.
 

@@ -13,6 +13,8 @@ import pytest
 from method_cases import KEY, distance
 
 import lorax_ft as lft
+from lorax_ft import sharding
+from lorax_ft.config import MeshConfig
 from lorax_ft.interop.huggingface import decoder_config
 from lorax_ft.models.config import Experts
 from lorax_ft.models.decoder import Decoder
@@ -304,6 +306,28 @@ def test_a_layer_of_vera_alone_lacks_what_all_layers_share(adapted: Any) -> None
     for compute in (lft.merged_kernel, lambda layer: lft.linear(layer, jnp.ones((1, 16)), jnp.dot)):
         with pytest.raises(ValueError, match="vera_lambda_d but no vera_a and vera_b, which lie"):
             compute(layer)
+
+
+def test_a_mesh_does_not_change_what_layers_use_of_a_shared_matrix(
+    decoder: Any, randomize: Any
+) -> None:
+    """q_proj uses some rows of A, and down_proj all: XLA took other rows on such a mesh."""
+    model = decoder()
+    config = lft.AdapterConfig(method="vera", rank=16, targets=("q_proj", "down_proj"))
+    params = randomize(lft.add_adapters(model.params, config, layout=model.layout, key=KEY))
+    tokens = jnp.arange(64).reshape(8, 8)
+
+    @jax.jit
+    def features(params: Tree) -> jax.Array:
+        return model.apply({"params": params}, tokens)
+
+    want = features(params)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    rules = sharding.DECODER_RULES
+    places = sharding.param_shardings(params, rules, layout=model.layout, mesh=mesh)
+    with jax.set_mesh(mesh):
+        got = features(jax.device_put(params, places))
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", UPDATES)

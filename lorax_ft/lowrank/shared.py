@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 
 from jax import Array
 
+from lorax_ft.constraints import whole
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.spec import LayerSpec
 from lorax_ft.lowrank.terms import TERMS
@@ -84,4 +85,6 @@ def _part(name: str, leaf: Array, sizes: Mapping[Axis, Shape]) -> Array:
         own = sizes.get(axis, (size,))
         first.append(slice(math.prod(own)))
         shape += own
+    # Without this XLA (jaxlib 0.10.2) may split an axis before it is cut, and get other elements.
+    leaf = whole(leaf)
     return leaf[tuple(first)].reshape(shape)

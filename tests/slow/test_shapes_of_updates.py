@@ -72,6 +72,8 @@ def test_layers_that_are_not_adapted_have_no_gradient(
         assert not gradient[0].any(), path
         assert not gradient[2].any(), path
         assert gradient[1].any(), path
+    if method == "bottleneck":  # It merges into no kernel.
+        return
     merged = lft.merge_adapters(params, layout=model.layout)["layers"]["mlp"]["down_proj"]
     base = model.params["layers"]["mlp"]["down_proj"]
     np.testing.assert_array_equal(merged["kernel"][::2], base["kernel"][::2])
