@@ -46,6 +46,7 @@ def adapted(base: Tree, **options: Any) -> tuple[Tree, lft.AdapterConfig, Any]:
         {"train_whole": ("classes",)},
         {"method": "vera"},
         {"method": "shira"},
+        {"method": "bottleneck", "targets": ("up",)},
     ],
 )
 def test_adapters_of_a_vision_transformer_come_back_bitwise(
@@ -94,3 +95,15 @@ def test_a_folder_that_does_not_fit_is_refused(base: Tree, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="cannot be read"):
         lft.load_adapter(tmp_path / "nowhere", base, layout=layout)
     assert jnp.isfinite(lft.adapt(VIT.apply)({"params": params}, IMAGES)).all()
+
+
+def test_a_folder_with_values_that_are_not_finite_is_refused(base: Tree, tmp_path: Path) -> None:
+    params, _, layout = adapted(base)
+    lft.save_adapter(tmp_path / "vit", params)
+    file = tmp_path / "vit" / WEIGHTS
+    tensors = load_file(file)
+    path = next(path for path in tensors if path.endswith("lora_a"))
+    tensors[path][0] = np.nan
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"{path} has values that are not finite"):
+        lft.load_adapter(tmp_path / "vit", base, layout=layout)

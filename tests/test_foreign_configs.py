@@ -222,6 +222,21 @@ def test_the_batch_is_that_of_all_devices() -> None:
     assert for_devices(config, source, 8) == (config, [])
 
 
+def test_an_option_of_the_command_line_replaces_what_it_says_alone() -> None:
+    """The keys of a translation in common that say something else hold."""
+    keys = {"lora_target": "q_proj", "additional_target": "lm_head", "quantization_bit": 4}
+    keys |= {"double_quantization": False, "gradient_accumulation_steps": 8}
+    given = {"adapter.method", "quant.format", "train.batch_size"}
+    config = read(yaml_of(SHORT | keys), overridden=given).config
+    assert config.adapter.targets == ("q_proj",)
+    assert config.adapter.train_whole == ("lm_head",)
+    assert not config.quant.double
+    assert config.train.microbatches == 8
+    # A method beside finetuning_type full is an adapter.
+    config = read(yaml_of(SHORT | {"finetuning_type": "full"}), overridden=given).config
+    assert config.adapter.train_whole == ()
+
+
 @pytest.mark.parametrize(
     ("keys", "splits"),
     [

@@ -336,3 +336,12 @@ def test_embeddings_are_refused(decoder: Any, method: str) -> None:
     config = lft.AdapterConfig(method=method, targets=("embed_tokens",))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"embed_tokens: {method} is not for embeddings; exclude"):
         lft.add_adapters(model.params, config, layout=model.layout, key=KEY)
+
+
+def test_oft_refuses_blocks_that_cannot_rotate() -> None:
+    """97 inputs divide into blocks of 1 or of 97, and a block of 1 has no angle."""
+    dense = nn.Dense(3)
+    x = jnp.ones((1, 97))
+    params = dense.init(KEY, x)["params"]
+    with pytest.raises(ValueError, match="OFT would have blocks of one of its 97 inputs"):
+        call(dense, params, x, method="oft", oft_block_size=32)

@@ -311,11 +311,18 @@ def test_gradients_do_not_depend_on_the_mesh(kind: str, randomize: Any) -> None:
         np.testing.assert_allclose(got[path], leaf, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
-def test_a_run_learns(main: Main, tmp_path: Path) -> None:
+def test_a_run_learns(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    assert main(*config("p_tuning_v2"), *SHORT, "--train.steps", 3, "--train.output", out) == 0
+    steps = [*config("p_tuning_v2"), *SHORT, "--data.max_length", 80]
+    assert main(*steps, "--train.steps", 3, "--train.output", out) == 0
     found = losses(out)
     assert found[3] < found[1]
+    said = " ".join(capsys.readouterr().out.split())
+    # 68 tokens of a sample, behind 20 virtual ones.
+    assert "95% of the samples would fit in 88" in said
+    # It cannot be merged, so that no command says to.
+    assert f"generate --run {out}" in said
+    assert f"merge --run {out}" not in said
 
 
 @pytest.mark.slow

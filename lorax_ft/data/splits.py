@@ -168,13 +168,15 @@ def make_split(
             "raise data.max_length"
         )
     pieces = list(itertools.chain.from_iterable(made))
-    lengths, count = samples.lengths, len(samples) - read.bad + seen.empty
+    # As rows count them: behind the virtual tokens of a soft prompt.
+    lengths = samples.lengths + len(samples.prompt)
+    count = len(samples) - read.bad + seen.empty
     return Split(
         rows=store_rows(samples, made),
         sets=tuple(sets),
         count=count,
         copies=len(seen.hashes) - len(np.unique(np.frombuffer(seen.hashes, np.int64))),
-        cut=int((lengths[~documents] > max_length - len(samples.prompt)).sum()),
+        cut=int((lengths[~documents] > max_length).sum()),
         dropped=count - len({piece.sample for piece in pieces}),
         usual_length=int(np.quantile(lengths, 0.95, method="higher")) if len(lengths) else 0,
         tokens=sum(piece.stop - piece.start for piece in pieces),

@@ -30,7 +30,10 @@ from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.merge import merge_adapters
 from lorax_ft.lowrank.requantize import Original
+from lorax_ft.lowrank.terms import TERMS
+from lorax_ft.lowrank.terms.low_rank import INVOCATION
 from lorax_ft.schema import is_adapter
+from lorax_ft.soft_prompts.door import virtual_tokens
 from lorax_ft.tree import Tree, combine, flatten, modules, split, unflatten
 
 WEIGHTS = "adapter.safetensors"
@@ -51,7 +54,7 @@ def save_adapter(folder: str | Path, params: Tree, *, config: AdapterConfig | No
         (`train_whole`). None writes the adapters alone.
 
     Raises:
-      ValueError: there is no adapter, or the folder holds other files.
+      ValueError: there is no adapter, there is a soft prompt, or the folder holds other files.
 
     >>> import tempfile
     >>> from lorax_ft.lowrank.adapters import add_adapters
@@ -67,6 +70,8 @@ def save_adapter(folder: str | Path, params: Tree, *, config: AdapterConfig | No
     >>> bool((again["kernel"] == params["kernel"]).all()), sorted(again) == sorted(params)
     (True, True)
     """
+    if virtual_tokens(params):
+        raise ValueError("a soft prompt is a decoder's; save it by lorax_ft.save_peft")
     whole = config.train_whole if config is not None else ()
     ours, _ = partition(params, by="ownership", whole=whole)
     leaves = flatten(nn.meta.unbox(ours))
@@ -113,7 +118,7 @@ def load_adapter(
     adapters, whole = split(unflatten(leaves), is_adapter)
     _check_shapes(flatten(whole), flatten(base), where=file)
     loaded = unflatten({**flatten(base), **flatten(whole)})
-    _check_merges(combine(loaded, adapters), base, layout=layout, where=file)
+    _check_fits(combine(loaded, adapters), base, layout=layout, where=file)
     return attach_adapters(loaded, adapters, layout=layout, originals=originals)
 
 
@@ -125,8 +130,12 @@ def _check_shapes(leaves: Mapping[str, Any], base: Mapping[str, Any], *, where: 
             raise ValueError(f"{where}: {path} has the shape {leaf.shape}, and {there}")
 
 
-def _check_merges(params: Tree, base: Tree, *, layout: Layout, where: Path) -> None:
-    """Raise where the shapes of adapters do not fit their kernels."""
+def _check_fits(params: Tree, base: Tree, *, layout: Layout, where: Path) -> None:
+    """Raise where values are not finite, or the shapes of adapters do not fit their kernels."""
+    for path, leaf in flatten(params).items():
+        if is_adapter(path) and not np.isfinite(leaf).all():
+            raise ValueError(f"{where}: {path} has values that are not finite")
+    params = _mergeable(params)
     try:
         merged = jax.eval_shape(functools.partial(merge_adapters, layout=layout), params)
     # Shapes that do not fit are whatever the operation on them raises.
@@ -134,3 +143,10 @@ def _check_merges(params: Tree, base: Tree, *, layout: Layout, where: Path) -> N
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{where}: the adapters do not fit the model: {reason}") from error
     _check_shapes(flatten(merged), flatten(base), where=where)
+
+
+def _mergeable(params: Tree) -> Tree:
+    """The parameters without what no kernel can take, whose shapes are not checked."""
+    bottlenecks = {name for term in TERMS if term.merge is None for name in term.all_leaves}
+    kept, _ = split(params, lambda path: path.rpartition("/")[2] not in {*bottlenecks, INVOCATION})
+    return kept

@@ -45,10 +45,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 adapter = "."  # this folder, or the name of its repository on the hub
-model = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(model, adapter)
 tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = AutoModelForCausalLM.from_pretrained("{base}")
+{grow}model = PeftModel.from_pretrained(model, adapter)
 ```
+"""
+GROW = """\
+if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens are new
+    model.resize_token_embeddings(len(tokenizer))
 """
 USE_OWN_ADAPTER = """
 ## Use
@@ -103,7 +107,8 @@ def adapter_card(
     title = f"{TITLES.get(method, method)} adapter of {Path(base).name}"
     text = f"# {title}\n\nBase model: {_link(base)}\n"
     is_own = method.startswith("lorax_ft")
-    text += (USE_OWN_ADAPTER if is_own else USE_ADAPTER).format(base=base)
+    grow = GROW if peft_config.get("trainable_token_indices") else ""
+    text += (USE_OWN_ADAPTER if is_own else USE_ADAPTER).format(base=base, grow=grow)
     library = "lorax_ft" if is_own else "peft"
     return _card(text, base_id, library=library, tags=tags, training_notes=training_notes)
 

@@ -44,9 +44,14 @@ def add_tokens(model: LoadedModel, tokens: Sequence[str]) -> LoadedModel:
     """
     if model.tokenizer is None:
         raise ValueError(f"{model.source} holds no tokenizer to add tokens to")
+    from transformers import AddedToken
+
+    if not tokens:
+        return model
     _check_new(tokens, model.tokenizer)
     tokenizer = copy.deepcopy(model.tokenizer)
-    tokenizer.add_tokens(list(tokens))
+    # A normalizer that writes ▁ for spaces would hide them behind another character.
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in tokens])
     return _with_tokenizer(model, tokenizer, tokens, spare_rows="start")
 
 

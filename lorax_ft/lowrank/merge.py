@@ -56,7 +56,7 @@ def merged_leaves(
       layout: the layers of the model.
       dtype: of the merged leaves; None: their own.
     """
-    _check_mergeable(params)
+    check_mergeable(params)
     shared = shared_leaves(params)
     for path, layer in _untied(params, layout).items():
         check_layer(layer, path)
@@ -68,8 +68,12 @@ def merged_leaves(
                 yield join(path, name), dense(merged[name])
 
 
-def _check_mergeable(params: Tree) -> None:
-    """Raise where the parameters hold what no kernel can take."""
+def check_mergeable(params: Tree) -> None:
+    """Check that kernels can take all that the parameters hold.
+
+    Raises:
+      ValueError: a soft prompt, an activated LoRA or a bottleneck, which no kernel can.
+    """
     if virtual_tokens(params):
         raise ValueError(
             "a soft prompt cannot be merged: it stands before the tokens, and in no weight; save "

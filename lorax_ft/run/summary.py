@@ -13,6 +13,7 @@ from lorax_ft.config import Config
 from lorax_ft.data.dataset import Dataset, Split
 from lorax_ft.interop.bucket import is_remote
 from lorax_ft.interop.peft_checks import BASE
+from lorax_ft.lowrank.merge import check_mergeable
 from lorax_ft.program import command
 from lorax_ft.run import report
 from lorax_ft.run.diagnosis import diagnose
@@ -162,11 +163,21 @@ def print_result(console: Console, job: Job, result: Result) -> None:
     commands = {
         "generate": f'--run {result.folder} "your question"',
         "chat": f"--run {result.folder}",
-        "merge": f"--run {result.folder} --output {result.folder}/merged",
-        "train": OWN_RUN,
     }
+    if _is_mergeable(job):
+        commands["merge"] = f"--run {result.folder} --output {result.folder}/merged"
+    commands["train"] = OWN_RUN
     for name, options in commands.items():
         console.print(f"  {command(name)} {options}", soft_wrap=True)
+
+
+def _is_mergeable(job: Job) -> bool:
+    """Whether the adapter can be merged, as a soft prompt cannot."""
+    try:
+        check_mergeable(combine(job.state.trained, job.frozen))
+    except ValueError:
+        return False
+    return True
 
 
 def _print_samples(console: Console, job: Job, result: Result) -> None:

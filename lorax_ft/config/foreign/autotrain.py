@@ -172,6 +172,7 @@ _METHOD = together(
     method,
     *("adapter.targets", "adapter.train_whole"),
     remark="absent: all linear layers; without --peft or an option of LoRA, all weights train",
+    others_hold=True,
 )
 _QUANTIZATION = together(
     quantization, "quant.format", remark="int4: nf4; absent: int4 with LoRA; none: none"
@@ -192,6 +193,7 @@ _BATCH = together(
     batch,
     *("train.batch_size", "train.microbatches"),
     remark="batch_size = per device × accumulation × devices",
+    others_hold=True,
 )
 _EVALUATION = together(evaluation, "train.eval_every", remark="epoch with --valid-split")
 _UPLOAD = together(upload, "train.push_to_hub", remark="to username/project-name")

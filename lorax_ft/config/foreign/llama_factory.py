@@ -24,6 +24,7 @@ _METHOD = together(
     rules.method,
     *("adapter.method", "adapter.targets", "adapter.train_whole"),
     remark="lora, oft or full; freeze is refused",
+    others_hold=True,
 )
 _SCALE = together(rules.scale, "adapter.alpha", remark="absent: twice lora_rank")
 _PISSA = together(
@@ -35,6 +36,7 @@ _QUANTIZATION = together(
     rules.quantization,
     *("quant.format", "quant.double"),
     remark="4 bits: nf4, 8 bits: int8; others are refused",
+    others_hold=True,
 )
 _DTYPE = together(
     rules.dtype,
@@ -63,6 +65,7 @@ _BATCH = together(
     rules.batch,
     *("train.batch_size", "train.microbatches"),
     remark="batch_size = per device × accumulation × devices; microbatches = accumulation",
+    others_hold=True,
 )
 _DURATION = together(
     rules.duration, *("train.epochs", "train.steps"), remark="max_steps above 0 wins"

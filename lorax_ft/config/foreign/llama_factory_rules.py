@@ -75,6 +75,8 @@ def method(keys: Keys) -> Options:
             "'layers/(30|31)/.*'",
         )
     if name == "full":
+        if "adapter.method" in keys.overridden:
+            return {}
         return {"adapter.targets": (), "adapter.train_whole": ("all",)}
     targets = keys.read(f"{name}_target", "names", ("all",))
     whole = keys.read("additional_target", "names", ())
@@ -299,7 +301,8 @@ def _is_stage_3(wanted: Any) -> bool:
             return "z3" in file.name
         try:
             wanted = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+        # A file of very many brackets exceeds Python's recursion.
+        except (ValueError, RecursionError):
             return False
     zero = wanted.get("zero_optimization") if isinstance(wanted, dict) else None
     return isinstance(zero, dict) and zero.get("stage") == 3

@@ -24,7 +24,9 @@ UNUSED: Mapping[str, Rule] = {
     "ms_hub_token": unused("models come from disk or from the Hugging Face Hub"),
     "om_hub_token": unused("models come from disk or from the Hugging Face Hub"),
     "use_fast_tokenizer": holds("tokenizers are the fast ones"),
-    "resize_vocab": holds("the tables grow with data.new_tokens"),
+    "resize_vocab": holds(
+        "the tables grow with data.new_tokens, whose rows train alone, not the whole tables"
+    ),
     "add_tokens": same("data.new_tokens", "names"),
     "add_special_tokens": refused("add_tokens has those of a text", harmless=([], "")),
     "new_special_tokens_config": refused("name the tokens in add_tokens"),

@@ -103,6 +103,8 @@ class Rule(NamedTuple):
     honored: bool = True
     shared: bool = False
     """Whether it is applied once for all keys that have it."""
+    others_hold: bool = False
+    """Whether its other options hold where the main one is given beside the file."""
 
 
 Table = Mapping[str, Rule]
@@ -148,6 +150,7 @@ def together(
     *options: str,
     remark: str = "",
     absent: bool = True,
+    others_hold: bool = False,
 ) -> Rule:
     """A key that a function translates, often with others that have the same rule.
 
@@ -157,7 +160,7 @@ def together(
     def apply(key: str, keys: Keys) -> Options:
         return function(keys)
 
-    return Rule(apply, options, remark, absent=absent, shared=True)
+    return Rule(apply, options, remark, absent=absent, shared=True, others_hold=others_hold)
 
 
 def holds(remark: str) -> Rule:
@@ -211,13 +214,16 @@ def translate(
     for key, rule in rules.items():
         with_it = [other for other in rules if rules[other] is rule] if rule.shared else [key]
         given = [other for other in with_it if keys.given(other)]
-        if key != with_it[0] or (rule.options and rule.options[0] in keys.overridden):
+        is_overridden = bool(rule.options) and rule.options[0] in keys.overridden
+        if key != with_it[0] or (is_overridden and not rule.others_hold):
             continue
         if given and not rule.honored and keys.document.values[key] is not False:
             not_used[key] = rule.remark
         if not given and not rule.absent:
             continue
         for option, value in rule.apply(key, keys).items():
+            if option in keys.overridden:
+                continue
             options[option] = value
             sources[option] = given[0] if given else key
     return Translation(options, sources, keys.notes, not_used)

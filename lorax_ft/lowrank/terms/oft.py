@@ -30,11 +30,16 @@ def planned(plan: Plan) -> tuple[str, ...]:
     """The elements of Q, where the method is OFT.
 
     Raises:
-      ValueError: the module is not a dense layer.
+      ValueError: the module is not a dense layer, or its blocks have one row, which cannot rotate.
     """
     if plan.config.method != "oft":
         return ()
     check_dense(plan)
+    if block_size(plan.rows, plan.config.oft_block_size) == 1:
+        raise ValueError(
+            f"{plan.paths[0]}: OFT would have blocks of one of its {plan.rows} inputs, which "
+            "cannot rotate; give an adapter.oft_block_size near a divisor of them, or exclude it"
+        )
     return (PAIRS, ACTIVE)
 
 
