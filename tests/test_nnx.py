@@ -52,7 +52,7 @@ def test_a_models_parameters_layers_and_output(zoo: Any, name: str) -> None:
     np.testing.assert_array_equal(model(*case.example), y)
 
 
-@pytest.mark.sampled(18)
+@pytest.mark.sampled(36)
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_an_adapter_computes_what_it_does_in_linen(
     zoo: Any, adapted: Adapted, randomize: Any, name: str, method: str
