@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from generation_cases import make_tokenizer
 from run_cases import SHORT, Main, config, losses
+from tokenizers import normalizers
 from zoo import built_decoder
 
 import lorax_ft as lft
@@ -273,6 +275,18 @@ def test_tables_grow_when_they_are_full() -> None:
 def test_new_tokens_that_are_none(tokens: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lft.add_tokens(model_of(tied=True), tokens)
+
+
+def test_new_tokens_are_found_within_words_where_spaces_are_written_as_a_character() -> None:
+    """As by Llama 2's tokenizer, whose normalizer would write the new token's text otherwise."""
+    model = model_of(tied=True)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    written = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(written)
+    grown = lft.add_tokens(dataclasses.replace(model, tokenizer=tokenizer), ["<X>"])
+    token = grown.tokenizer.convert_tokens_to_ids("<X>")
+    for text in ("a<X>b", "a <X> b", "a\n<X>"):
+        assert token in grown.tokenizer(text)["input_ids"], text
 
 
 def test_a_run_says_that_a_new_token_is_no_new_one() -> None:
