@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import itertools
 import os
@@ -118,15 +119,21 @@ def _options(given: dict[str, str]) -> str:
 def _text(option: str) -> str:
     """The help text and the default of an option such as "prompt.kind"."""
     section, name = option.split(".")
+    return _texts(section)[name]
+
+
+@functools.cache
+def _texts(section: str) -> dict[str, str]:
+    """The help text and the default of each field of a section of `Config`."""
     (tree,) = ast.parse(inspect.getsource(type(getattr(Config(), section)))).body
     assert isinstance(tree, ast.ClassDef)
+    texts = {}
     for field, text in itertools.pairwise(tree.body):
-        if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == name:
-            assert isinstance(text, ast.Expr)
-            words = " ".join(ast.literal_eval(text.value).split()).replace("|", "\\|")
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             default = ast.unparse(field.value) if field.value else ""
-            return f"{words} Default: `{default}`."
-    raise ValueError(f"there is no option {option}")
+            words = " ".join(ast.literal_eval(text.value).split()).replace("|", "\\|")
+            texts[ast.unparse(field.target)] = f"{words} Default: `{default}`."
+    return texts
 
 
 def _link(match: re.Match[str], folder: str, repo_url: str | None) -> str:
