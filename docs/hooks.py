@@ -78,8 +78,9 @@ def _step(method: str) -> str:
         found[names.index(name)] for name in ("trained, million", "against LoRA", "peak GB")
     )
     return (
-        f"A training step of {method} on SmolLM2-135M takes {times} × LoRA's time and {memory} GB at "
-        f"its peak; {trained} million numbers train ([every method](../PERFORMANCE.md#every-method))."
+        f"A training step of {method} on SmolLM2-135M takes {times} × LoRA's time and {memory} GB "
+        f"at its peak; {trained} million numbers train "
+        "([every method](../PERFORMANCE.md#every-method))."
     )
 
 
@@ -96,7 +97,7 @@ def _math(line: str) -> str:
 
 
 def _options(given: dict[str, str]) -> str:
-    """A table of the page's own options, and those that the schema lists for a method or an init."""
+    """A table of the page's own options, and the schema's for its method and its init."""
     named = given["options"].split(",") if "options" in given else []
     chosen = []
     if (method := given.get("method")) is not None:
