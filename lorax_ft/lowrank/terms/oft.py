@@ -113,7 +113,7 @@ def skew_symmetric(pairs: Array) -> Array:
     sign = np.zeros((b, b), np.float32)
     sign[rows, columns] = 1
     # To gather is several times as fast as to scatter.
-    return (sign - sign.T) * pairs[:, pair + pair.T]
+    return jnp.asarray(sign - sign.T) * pairs[:, pair + pair.T]
 
 
 def side(pairs: int) -> int:
