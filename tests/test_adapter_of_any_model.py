@@ -73,6 +73,8 @@ def test_save_peft_says_what_to_use(base: Tree, tmp_path: Path) -> None:
         ValueError, match=r"is no module of the model, so PEFT has no name.*save_adapter"
     ):
         lft.save_peft(tmp_path / "vit", params, built_decoder())
+    with pytest.raises(ValueError, match=r"save_model writes the .* a VisionTransformer; save"):
+        lft.save_model(tmp_path / "vit", base, VIT)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="hold no adapter"):
         lft.save_adapter(tmp_path / "vit", base)
 
@@ -144,6 +146,8 @@ def test_a_folder_that_does_not_fit_is_refused(base: Tree, tmp_path: Path) -> No
         ({"layers/up/vera_a": np.ones((16, 2), np.float32)}, "vera_a lies beside a layer"),
         ({"layers/up/hira_a": np.ones((3, 16, 2), np.float32)}, "'hira_a' but no 'hira_b'"),
         ({"classes/gamma": np.zeros(2, np.float32)}, r"classes/gamma is not there in the model"),
+        # Infinite as a float32.
+        ({"layers/up/lora_scale": np.full(3, 1e300)}, "lora_scale has values that are not finite"),
     ):
         with pytest.raises(ValueError, match=problem) as error:
             load(**changed)
@@ -151,6 +155,13 @@ def test_a_folder_that_does_not_fit_is_refused(base: Tree, tmp_path: Path) -> No
         assert str(error.value).startswith(str(tmp_path / WEIGHTS))
     with pytest.raises(ValueError, match=r"the base has layers/.* already; give the parameters as"):
         lft.load_adapter(tmp_path, load(), layout=layout)
+    below = {**saved, "layers/up/lora_a/lora_b": number}
+    save_file(below, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="'layers/up/lora_a' is a leaf in one tree and holds"):
+        lft.load_adapter(tmp_path, base, layout=layout)
+    save_file(saved, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=r"^layout is a method; give layout=lft.layout\("):
+        lft.load_adapter(tmp_path, base, layout=VIT.apply)  # type: ignore[arg-type]
     assert jnp.isfinite(lft.adapt(VIT.apply)({"params": params}, IMAGES)).all()
 
 
@@ -216,6 +227,20 @@ def test_indices_counts_and_flags_out_of_range_are_refused(
     assert "\n" not in str(error.value)
 
 
+def test_leaves_of_which_others_are_missing(base: Tree, tmp_path: Path) -> None:
+    for method, missing, problem in (
+        ("vera", "vera_a", "vera_lambda_d is there, but no 'vera_a', which all layers share"),
+        ("lokr", "layers/up/lokr_right_b", r"'lokr_right_a' but no 'lokr_right_b'"),
+    ):
+        params, _, layout = adapted(base, method=method, rank=1, targets=("up",))
+        lft.save_adapter(tmp_path / method, params)
+        tensors = load_file(tmp_path / method / WEIGHTS)
+        del tensors[missing]
+        save_file(tensors, tmp_path / method / WEIGHTS)
+        with pytest.raises(ValueError, match=problem):
+            lft.load_adapter(tmp_path / method, base, layout=layout)
+
+
 @pytest.mark.parametrize(
     ("name", "values", "problem"),
     [
@@ -261,6 +286,8 @@ def test_what_is_no_folder_of_an_adapter(base: Tree, tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=problem) as error:
                 load(tmp_path / name)
             assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"base has no .*kernel; .* variables\['params'\]"):
+        lft.load_adapter(tmp_path / "out/vit", {"params": base}, layout=layout)
     with pytest.raises(ValueError, match=r"holds no adapter.safetensors, but a.txt; give"):
         lft.load_adapter(tmp_path / "notes", base, layout=layout)
     with pytest.raises(ValueError, match=r"is a folder of PEFT's.*; load it by load_peft"):

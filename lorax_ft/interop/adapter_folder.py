@@ -110,20 +110,26 @@ def load_adapter(
     own = flatten(nn.meta.unbox(base))
     if adapted := next(filter(is_adapter, own), None):
         raise ValueError(f"the base has {adapted} already; give the parameters as they were loaded")
-    leaves = {
-        path: np.asarray(tensor.read(()))
-        for path, tensor in lazy_tensors(file, dtypes=FLOATS_AND_INDICES).items()
-    }
+    leaves = {}
+    for path, tensor in lazy_tensors(file, dtypes=FLOATS_AND_INDICES).items():
+        leaf = tensor.read(())
+        # As JAX does, in which a large float64 becomes infinite.
+        with np.errstate(over="ignore"):
+            leaves[path] = np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
     whole = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
     for path, leaf in whole.items():
         _check_whole(path, leaf, own, where=file)
-    adapters = unflatten({path: leaves[path] for path in leaves if is_adapter(path)})
+    adapters = {path: leaf for path, leaf in leaves.items() if is_adapter(path)}
     if not leaves:
         raise ValueError(f"{file} holds no adapter")
-    loaded = unflatten({**own, **jax.tree.map(jnp.asarray, whole)})
+    loaded = {**own, **jax.tree.map(jnp.asarray, whole)}
     check_leaves(combine(loaded, adapters), layout=layout, where=file)
-    adapters = jax.tree.map(jnp.asarray, adapters)
-    params = attach_adapters(loaded, adapters, layout=layout, originals=originals)
+    params = attach_adapters(
+        unflatten(loaded),
+        unflatten(jax.tree.map(jnp.asarray, adapters)),
+        layout=layout,
+        originals=originals,
+    )
     if INVOCATION in params:
         check_activated(params)
     return params
@@ -140,9 +146,9 @@ def _weights(folder: str | Path) -> Path:
     if file.exists():
         return file
     if (found / PEFT_CONFIG).is_file():
-        raise ValueError(f"{folder} is a folder of PEFT's, without {WEIGHTS}; load it by load_peft")
+        raise ValueError(f"{found} is a folder of PEFT's, without {WEIGHTS}; load it by load_peft")
     raise ValueError(
-        f"{folder} holds no {WEIGHTS}, but {names_in(found)}; give the folder that save_adapter "
+        f"{found} holds no {WEIGHTS}, but {names_in(found)}; give the folder that save_adapter "
         "wrote"
     )
 

@@ -22,7 +22,7 @@ from lorax_ft.interop.lazy_tensor import all_finite
 from lorax_ft.lowrank.layout import Layout, TracedLayout
 from lorax_ft.lowrank.linear import merged_layer
 from lorax_ft.lowrank.shared import shared_leaves, with_shared
-from lorax_ft.lowrank.spec import LayerSpec, base_shape, with_kernel
+from lorax_ft.lowrank.spec import EMBEDDING, LayerSpec, base_shape, with_kernel
 from lorax_ft.lowrank.terms import TERMS, check_layer, is_adapted, shira, tokens
 from lorax_ft.schema import KERNEL_AXES, Axis, Place, is_adapter, is_soft_prompt, leaf_schema
 from lorax_ft.tree import Layer, Shape, Tree, join, modules
@@ -43,6 +43,11 @@ def check_leaves(params: Tree, *, layout: Layout, where: Path) -> None:
       ValueError: a leaf has another shape than its layer needs, or holds what its row in
         `lorax_ft.schema.LEAVES` does not allow, or leaves that belong together are missing.
     """
+    if not isinstance(layout, Mapping):
+        raise ValueError(
+            f"layout is a {type(layout).__name__}; give layout=lft.layout(apply, base, *example), "
+            "or a loaded model's own"
+        )
     layers = modules(params)
     for path, layer in layers.items():
         for name, leaf in layer.items():
@@ -53,6 +58,7 @@ def check_leaves(params: Tree, *, layout: Layout, where: Path) -> None:
         if not is_adapted(layer):
             continue
         check_layer(layer, f"{where}: {path}" if path else str(where))
+        _check_weight(layers, path, layout[path])
         kernel = base_shape(layers, path, layout[path])
         sizes = _own_sizes(layer, layout[path])
         _check_shapes(layer, path, layout[path], kernel, sizes, where)
@@ -90,6 +96,16 @@ def _check_place(path: str, name: str, layout: Layout, where: Path) -> None:
             hint = f": {reasons[path]}"
         raise ValueError(
             f"{where}: {leaf}: the model has no layer {path!r} that takes adapters{hint}"
+        )
+
+
+def _check_weight(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> None:
+    """Raise where the tree that the adapters are for has no matrix of the layer."""
+    tied = layers.get(spec.tied_to, {}) if spec.tied_to is not None else {}
+    if spec.weight not in layers[path] and EMBEDDING not in tied:
+        raise ValueError(
+            f"the base has no {join(path, spec.weight)}; give the model's parameters, which in "
+            "linen are variables['params']"
         )
 
 
@@ -196,7 +212,15 @@ def _check_distinct(layer: Layer, path: str, rows: int, columns: int, where: Pat
 
 
 def _check_shared(layers: Mapping[str, Layer], layout: Layout, where: Path) -> None:
-    """Raise where a leaf that all layers share does not fit them."""
+    """Raise where a leaf that all layers share is missing, or does not fit them."""
+    for path, layer in layers.items():
+        for term in TERMS:
+            missing = [name for name in term.shared if name not in layers.get("", {})]
+            if term.leaves[0] in layer and missing:
+                raise ValueError(
+                    f"{where}: {join(path, term.leaves[0])} is there, but no {missing[0]!r}, which "
+                    "all layers share"
+                )
     for name, leaf in shared_leaves(layers.get("", {})).items():
         row = leaf_schema(name)
         if leaf.ndim != len(row.axes):
@@ -255,7 +279,8 @@ def _check_together(layers: Mapping[str, Layer], path: str, spec: LayerSpec, whe
         jax.eval_shape(merged, used)
     except Exception as error:  # whatever operations on such shapes raise
         shapes = [f"{name} {leaf.shape}" for name, leaf in _beside_kernel(layers[path]).items()]
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{where}: {path}: {', '.join(shapes)} do not fit the model's {spec.weight} {kernel}: "
-            f"{ANOTHER_MODEL}"
+            f"{where}: {path}: {', '.join(shapes)} do not fit the model's {spec.weight} {kernel} "
+            f"({reason}): {ANOTHER_MODEL}"
         ) from error
