@@ -7,6 +7,7 @@ JSON without an end. What is refused here is refused before it is read.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import stat
@@ -54,6 +55,51 @@ def within(folder: str | Path, name: str) -> Path:
             f"{file} is a link to {target}, which is outside of its folder; put a copy there"
         )
     return file
+
+
+def existing_folder(folder: str | Path, *, holding: str) -> Path:
+    """The path of a folder on this machine.
+
+    Args:
+      folder: as a user gave it; ~ is the home folder.
+      holding: the file that it is wanted for, for errors.
+
+    Raises:
+      ValueError: there is no such folder, with the nearest name; or it is a file, a URL or empty.
+    """
+    if "://" in str(folder):
+        raise ValueError(f"{folder} is not on this machine; copy it to a local folder first")
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ValueError(f"{folder} is empty; give a folder that holds {holding}")
+        return path
+    if path.exists():
+        raise ValueError(
+            f"{folder} is a file; give the folder that holds {holding}, such as {path.parent}"
+        )
+    parent = path.parent
+    if not parent.is_dir():
+        raise ValueError(f"there is no folder {folder}, nor {parent}")
+    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.3)
+    hint = f"; did you mean {parent / near[0]}?" if near else ""
+    raise ValueError(f"there is no folder {folder}{hint}")
+
+
+def names_in(folder: Path) -> str:
+    """What a folder holds, for an error: at most three names.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in "abcd":
+    ...         Path(folder, name).touch()
+    ...     names_in(Path(folder))
+    'a, b, c and 1 more'
+    """
+    names = sorted(entry.name for entry in folder.iterdir())
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def check_regular(file: str | Path) -> None:

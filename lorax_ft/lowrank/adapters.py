@@ -37,6 +37,7 @@ from lorax_ft.lowrank.terms import (
     tokens,
 )
 from lorax_ft.lowrank.terms import magnitude as magnitude_term
+from lorax_ft.lowrank.watch import check_tree
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import init_schema, is_soft_prompt, leaf_schema
 from lorax_ft.tree import Layer, Tree, combine, from_modules, modules, split
@@ -95,6 +96,7 @@ def add_adapters(
     >>> float(add_adapters(params, config, layout=layers, key=key, init=ones)["lora_a"].sum())
     8.0
     """
+    check_tree(params, name="add_adapters")
     layers = modules(nn.meta.unbox(params))
     _check_init(config, init, layers)
     row = init_schema(config.init)

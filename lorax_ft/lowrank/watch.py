@@ -67,7 +67,8 @@ def check_function(apply: Any, *, name: str) -> None:
 
 
 def check_tree(params: Any, *, name: str) -> None:
-    """Raise for the state of an NNX model in place of a nested dict of its parameters."""
+    """Raise for an NNX model, or its state, in place of a nested dict of its parameters."""
+    check_function(params, name=name)
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(params, nnx.State):
         raise ValueError(f"{name} was given an nnx.State; {_FROM_NNX}")

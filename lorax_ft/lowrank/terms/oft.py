@@ -88,7 +88,7 @@ def merge(layer: Layer, base: Layer) -> Layer:
     kernel = base["kernel"]
     r = rotations(layer)
     blocks, b, _ = r.shape
-    w = kernel.reshape(blocks, b, -1)
+    w = kernel.reshape(blocks, b, kernel.shape[1])
     rotated = jnp.einsum("kbc,kco->kbo", r, w, precision=lax.Precision.HIGHEST)
     return base | {"kernel": rotated.reshape(kernel.shape)}
 
