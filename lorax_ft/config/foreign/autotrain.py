@@ -132,9 +132,9 @@ def columns(keys: Keys) -> Options:
 
 def batch(keys: Keys) -> Options:
     """The rows of a step on one device; the devices are counted when the run starts."""
-    accumulation = keys.read("gradient_accumulation", "whole", 4)
+    accumulation = keys.read("gradient_accumulation", "count", 4)
     keys.batch_per_device = True
-    size = keys.read("batch_size", "whole", 2) * accumulation
+    size = keys.read("batch_size", "count", 2) * accumulation
     return {"train.batch_size": size, "train.microbatches": accumulation}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lorax_ft.config.foreign.rules import Keys, Options, is_number
+from lorax_ft.files import read_json
 
 OTHER_STAGES = ("pt", "rm", "ppo", "dpo", "kto")
 _NAMES_OF_ADAMW = (
@@ -135,8 +135,8 @@ def quantization(keys: Keys) -> Options:
 
 def batch(keys: Keys) -> Options:
     """The rows of a step on one device; the devices are counted when the run starts."""
-    rows = keys.read("per_device_train_batch_size", "whole", 8)
-    accumulation = keys.read("gradient_accumulation_steps", "whole", 1)
+    rows = keys.read("per_device_train_batch_size", "count", 8)
+    accumulation = keys.read("gradient_accumulation_steps", "count", 1)
     keys.batch_per_device = True
     return {"train.batch_size": rows * accumulation, "train.microbatches": accumulation}
 
@@ -182,7 +182,8 @@ def _final_fraction(arguments: dict[str, Any], keys: Keys) -> float:
         if is_number(value) and over > 0:
             return value / over
     raise keys.error(
-        "lr_scheduler_kwargs", "lr_scheduler_kwargs needs min_lr or min_lr_rate, a number"
+        "lr_scheduler_kwargs",
+        f"lr_scheduler_kwargs needs min_lr or min_lr_rate, a number, and is {arguments!r:.80}",
     )
 
 
@@ -243,7 +244,8 @@ def _steps(keys: Keys, key: str, default: int) -> int:
     """A number of steps, which may be a fraction of all steps there and not here."""
     value = keys.read(key, "number", default)
     if value < 1:
-        raise keys.error(key, f"{key} is {value}, a fraction of all steps; give a number of steps")
+        fraction = ", a fraction of all steps" if value > 0 else ""
+        raise keys.error(key, f"{key} is {value}{fraction}; give a number of steps")
     return int(value)
 
 
@@ -283,26 +285,29 @@ def trackers(keys: Keys) -> Options:
 
 def shards(keys: Keys) -> Options:
     """Whether the weights are split over the devices, which are counted when the run starts."""
-    wanted = keys.read("deepspeed", "any")
     strategies = keys.read("fsdp", "any") or ""
+    if not isinstance(strategies, str | list | bool):
+        raise keys.error("fsdp", f"fsdp is {strategies!r:.80}; it must be names, or true or false")
     by_fsdp = strategies is True or _SHARDED in str(strategies)
-    keys.shards_weights = by_fsdp or _is_stage_3(wanted)
+    keys.shards_weights = by_fsdp or _is_stage_3(keys)
     if keys.given("deepspeed") and not keys.shards_weights:
         keys.note("deepspeed", "not needed: the batch is shared by all devices (mesh.data)")
     return {}
 
 
-def _is_stage_3(wanted: Any) -> bool:
+def _is_stage_3(keys: Keys) -> bool:
     """Whether a DeepSpeed config, or the file of one, splits the weights (ZeRO-3)."""
+    wanted = keys.read("deepspeed", "any") or {}
     if isinstance(wanted, str):
         file = Path(wanted)
-        if not file.is_file():
+        if not file.exists():
             # As LLaMA-Factory names its own files.
             return "z3" in file.name
         try:
-            wanted = json.loads(file.read_text(encoding="utf-8"))
-        # A file of very many brackets exceeds Python's recursion.
-        except (ValueError, RecursionError):
-            return False
-    zero = wanted.get("zero_optimization") if isinstance(wanted, dict) else None
+            wanted = read_json(file)
+        except ValueError as error:
+            raise keys.error("deepspeed", f"deepspeed: {error}") from error
+    if not isinstance(wanted, dict):
+        raise keys.error("deepspeed", f"deepspeed is {wanted!r:.80}; it must be a file or keys")
+    zero = wanted.get("zero_optimization")
     return isinstance(zero, dict) and zero.get("stage") == 3
