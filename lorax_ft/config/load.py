@@ -136,6 +136,8 @@ def _from_values(document: Document, overridden: Collection[str]) -> Loaded:
         return Loaded(_from_sections(document))
     if "peft_type" in keys:
         return Loaded(*read_foreign(document, peft_trainer(document), overridden))
+    if Path(document.path).name == "adapter_config.json":
+        raise ValueError(f"{document.path} has no peft_type; add it, such as LORA")
     for key, (trainer, advice) in _NOT_READ.items():
         if key in keys:
             raise ValueError(f"{document.where(key)}: a YAML of {trainer} is not read; {advice}")
@@ -152,7 +154,7 @@ def _from_values(document: Document, overridden: Collection[str]) -> Loaded:
     near = difflib.get_close_matches(unknown[0], known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ValueError(
-        f"{document.where(unknown[0])}: unknown key {unknown[0]!r}{hint}; a config has our "
+        f"{document.where(unknown[0])}: unknown key {unknown[0]!r:.80}{hint}; a config has our "
         f"sections ({', '.join(_SECTIONS)}), LLaMA-Factory's keys (model_name_or_path, …) or those "
         "of a PEFT adapter_config.json (peft_type, …)"
     )

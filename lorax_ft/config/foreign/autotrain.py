@@ -17,6 +17,7 @@ from lorax_ft.config.foreign.rules import (
     holds,
     refused,
     same,
+    shown,
     together,
     unused,
 )
@@ -40,7 +41,7 @@ def kind(keys: Keys) -> Options:
             raise keys.error(name, f"--{name}: only --train is run")
     trainer = keys.read("trainer", "text", "default")
     if trainer not in ("default", "sft"):
-        raise keys.error("trainer", f"trainer {trainer} cannot be run: sft only")
+        raise keys.error("trainer", f"trainer {shown(trainer)} cannot be run: sft only")
     return {}
 
 

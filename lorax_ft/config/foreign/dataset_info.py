@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from lorax_ft.config.foreign.rules import Keys, closest, is_number
+from lorax_ft.config.foreign.rules import Keys, closest, is_number, shown
 from lorax_ft.files import read_json
 
 FILE = "dataset_info.json"
@@ -85,13 +85,16 @@ def describe(
     if folder == ONLINE:
         return [Described(name, _limited(name, most), key) for name in names]
     if folder.startswith("REMOTE:"):
-        raise keys.error("dataset_dir", f"dataset_dir {folder}: download it, and name its folder")
+        raise keys.error(
+            "dataset_dir", f"dataset_dir {shown(folder)}: download it, and name its folder"
+        )
     file = Path(os.path.expanduser(folder)) / FILE
-    if not file.is_file():
+    if not os.path.isfile(file):  # false for names that no disk has
         raise keys.error(
             key,
-            f"{key}: there is no {file}, which says what {', '.join(names)} is; start where it "
-            f"is, set dataset_dir, or give --data.{'train' if key == 'dataset' else 'validation'}",
+            f"{key}: there is no {shown(file)}, which says what {shown(', '.join(names))} is; "
+            "start where it is, set dataset_dir, or give "
+            f"--data.{'train' if key == 'dataset' else 'validation'}",
         )
     try:
         known = read_json(file, unique=True)
@@ -126,8 +129,8 @@ def _described(
 ) -> Described:
     """The dataset of this name."""
     if name not in known:
-        hint = closest(name, known) or f"; it has {', '.join(list(known)[:20])}"
-        raise ValueError(f"{file} has no dataset {name!r}{hint}")
+        hint = closest(name, known) or f"; it has {', '.join(map(shown, list(known)[:20]))}"
+        raise ValueError(f"{file} has no dataset {name!r:.80}{hint}")
     entry = known[name]
     where = f"{file}: {name}"
     _check(entry, where)
@@ -135,7 +138,7 @@ def _described(
     # Its own name for ShareGPT with other tags.
     shape = "sharegpt" if shape == "openai" else shape
     if shape not in _COLUMNS:
-        raise ValueError(f"{where}: formatting is {shape!r}; it can be {' or '.join(_COLUMNS)}")
+        raise ValueError(f"{where}: formatting is {shape!r:.80}; it can be {' or '.join(_COLUMNS)}")
     rows = [number for number in (entry.get("num_samples"), most) if number is not None]
     source = _limited(_source(entry, file.parent, where), min(rows, default=None))
     fields = _fields(entry, shape, where)
@@ -152,7 +155,7 @@ def _check(entry: Any, where: str) -> None:
     for name, value in entry.items():
         if name not in _KNOWN:
             hint = closest(name, _KNOWN) or f"; known: {', '.join(_KNOWN)}"
-            raise ValueError(f"{where}: there is no {name!r}{hint}")
+            raise ValueError(f"{where}: there is no {name!r:.80}{hint}")
         _check_value(name, value, where)
         # Those of columns and tags are names.
         for inner, own in value.items() if isinstance(value, dict) else ():
@@ -217,7 +220,9 @@ def _fields(entry: Mapping[str, Any], shape: str, where: str) -> dict[str, str]:
     fields = {ours[name]: own for name, own in columns.items() if name in ours and own}
     unknown = sorted(set(columns) - {*_COLUMNS["alpaca"], *_COLUMNS["sharegpt"], *_OTHER_DATA})
     if unknown:
-        raise ValueError(f"{where}: there is no column {unknown[0]!r}; known: {', '.join(ours)}")
+        raise ValueError(
+            f"{where}: there is no column {unknown[0]!r:.80}; known: {', '.join(ours)}"
+        )
     if shape != "sharegpt":
         return fields
     fields |= {ours: ours for ours in _TURN.values()}
@@ -226,9 +231,9 @@ def _fields(entry: Mapping[str, Any], shape: str, where: str) -> dict[str, str]:
             if own and own not in _FOUND:
                 fields[_TURN[name]] = own
         elif name not in _ROLES:
-            raise ValueError(f"{where}: there is no tag {name!r}; known: {', '.join(_ROLES)}")
+            raise ValueError(f"{where}: there is no tag {name!r:.80}; known: {', '.join(_ROLES)}")
         elif own and own not in _ROLES[name]:
             raise ValueError(
-                f"{where}: {name} is {own!r}; the role can be named {', '.join(_ROLES[name])}"
+                f"{where}: {name} is {own!r:.80}; the role can be named {', '.join(_ROLES[name])}"
             )
     return fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorax_ft.config.foreign.dataset_info import Described, common_fields, describe
 from lorax_ft.config.foreign.llama_factory_templates import FORMATS
-from lorax_ft.config.foreign.rules import Keys, Options
+from lorax_ft.config.foreign.rules import Keys, Options, shown
 
 
 def training_data(keys: Keys) -> Options:
@@ -84,7 +84,7 @@ def template(keys: Keys) -> Options:
     if name not in FORMATS:
         keys.note(
             "template",
-            f"{name} is unknown here, so the tokenizer's own is used (model.chat_template)",
+            f"{shown(name)} is unknown here, so the tokenizer's own is used (model.chat_template)",
         )
         return {}
     options = {"model.chat_template": name}

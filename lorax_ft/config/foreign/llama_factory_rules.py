@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from lorax_ft.config.foreign.rules import Keys, Options, is_number
+from lorax_ft.config.foreign.rules import Keys, Options, is_number, shown
 from lorax_ft.files import read_json
 
 OTHER_STAGES = ("pt", "rm", "ppo", "dpo", "kto")
@@ -112,7 +113,7 @@ def continued(keys: Keys) -> Options:
     key = "adapter_name_or_path"
     if len(adapters) > 1 or keys.read("create_new_adapter", "flag", False):
         raise keys.error(
-            key, f"{key}: merge {', '.join(adapters)} into the model first (lorax-ft merge)"
+            key, f"{key}: merge {shown(', '.join(adapters))} into the model first (lorax-ft merge)"
         )
     folder = keys.read("adapter_folder", "text", "")
     return {"adapter.continue_from": str(Path(adapters[0], folder))}
@@ -169,7 +170,7 @@ def schedule(keys: Keys) -> Options:
     if arguments:
         raise keys.error(
             "lr_scheduler_kwargs",
-            f"lr_scheduler_kwargs {', '.join(arguments)}: {name} takes none here",
+            f"lr_scheduler_kwargs {shown(', '.join(arguments))}: {name} takes none here",
         )
     return {"optim.schedule": ours, "optim.final_fraction": last}
 
@@ -179,11 +180,12 @@ def _final_fraction(arguments: dict[str, Any], keys: Keys) -> float:
     peak = keys.read("learning_rate", "number", 5e-5)
     for name, over in (("min_lr_rate", 1.0), ("min_lr", peak)):
         value: Any = arguments.get(name)
-        if is_number(value) and over > 0:
+        if is_number(value) and 0 <= value <= over and over > 0:
             return value / over
     raise keys.error(
         "lr_scheduler_kwargs",
-        f"lr_scheduler_kwargs needs min_lr or min_lr_rate, a number, and is {arguments!r:.80}",
+        f"lr_scheduler_kwargs is {arguments!r:.80}; it needs min_lr, from 0 to learning_rate, or "
+        "min_lr_rate, from 0 to 1",
     )
 
 
@@ -255,8 +257,8 @@ def resume(keys: Keys) -> Options:
     if not isinstance(value, bool):
         raise keys.error(
             "resume_from_checkpoint",
-            f"resume_from_checkpoint {value}: a checkpoint of another trainer cannot be resumed; "
-            "adapter.continue_from takes the adapter in it",
+            f"resume_from_checkpoint {shown(value)}: a checkpoint of another trainer cannot be "
+            "resumed; adapter.continue_from takes the adapter in it",
         )
     if value:
         return {"train.resume": "always"}
@@ -279,7 +281,9 @@ def trackers(keys: Keys) -> Options:
     known = _TRACKERS if names == ("all",) else tuple(name for name in names if name in _TRACKERS)
     others = [name for name in names if name not in (*_TRACKERS, "all", "none")]
     if others:
-        keys.note("report_to", f"without {', '.join(others)}: trackers are tensorboard and wandb")
+        keys.note(
+            "report_to", f"without {shown(', '.join(others))}: trackers are tensorboard and wandb"
+        )
     return {"train.report_to": known}
 
 
@@ -290,7 +294,7 @@ def shards(keys: Keys) -> Options:
         raise keys.error("fsdp", f"fsdp is {strategies!r:.80}; it must be names, or true or false")
     by_fsdp = strategies is True or _SHARDED in str(strategies)
     keys.shards_weights = by_fsdp or _is_stage_3(keys)
-    if keys.given("deepspeed") and not keys.shards_weights:
+    if keys.read("deepspeed", "any") and not keys.shards_weights:
         keys.note("deepspeed", "not needed: the batch is shared by all devices (mesh.data)")
     return {}
 
@@ -300,7 +304,7 @@ def _is_stage_3(keys: Keys) -> bool:
     wanted = keys.read("deepspeed", "any") or {}
     if isinstance(wanted, str):
         file = Path(wanted)
-        if not file.exists():
+        if not os.path.exists(wanted):  # false for names that no disk has
             # As LLaMA-Factory names its own files.
             return "z3" in file.name
         try:
@@ -310,4 +314,4 @@ def _is_stage_3(keys: Keys) -> bool:
     if not isinstance(wanted, dict):
         raise keys.error("deepspeed", f"deepspeed is {wanted!r:.80}; it must be a file or keys")
     zero = wanted.get("zero_optimization")
-    return isinstance(zero, dict) and zero.get("stage") == 3
+    return isinstance(zero, dict) and zero.get("stage") in (3, "3")

@@ -11,13 +11,16 @@ import re
 from collections.abc import Mapping
 
 from lorax_ft.config.foreign.rules import (
+    KINDS,
     Keys,
+    Kind,
     Options,
     Rule,
     holds,
-    is_number,
+    is_kind,
     refused,
     same,
+    shown,
     together,
     unused,
 )
@@ -34,7 +37,7 @@ def kind(options: Options) -> Rule:
     def apply(keys: Keys) -> Options:
         task = keys.read("task_type", "text", "CAUSAL_LM")
         if task.upper() != "CAUSAL_LM":
-            raise keys.error("task_type", f"task_type {task} cannot be run: CAUSAL_LM only")
+            raise keys.error("task_type", f"task_type {shown(task)} cannot be run: CAUSAL_LM only")
         return dict(options)
 
     return together(apply, *options, remark="CAUSAL_LM only", others_hold=True)
@@ -61,12 +64,12 @@ def layers(keys: Keys) -> Options:
 
 def ranks(keys: Keys) -> Options:
     """The ranks of single modules."""
-    return {"adapter.rank_pattern": _patterns(keys, "rank_pattern")}
+    return {"adapter.rank_pattern": _patterns(keys, "rank_pattern", "count")}
 
 
 def alphas(keys: Keys) -> Options:
     """The alphas of single modules."""
-    return {"adapter.alpha_pattern": _patterns(keys, "alpha_pattern")}
+    return {"adapter.alpha_pattern": _patterns(keys, "alpha_pattern", "number")}
 
 
 def modules(keys: Keys, key: str) -> tuple[str, ...]:
@@ -117,12 +120,13 @@ ADAPTER: Mapping[str, Rule] = {
 """The keys of every type that adapts modules."""
 
 
-def _patterns(keys: Keys, key: str) -> tuple[str, ...]:
+def _patterns(keys: Keys, key: str, kind: Kind) -> tuple[str, ...]:
     """Entries "pattern=value" of a table of PEFT, which may leave out the first parts of a name."""
     entries = []
     for pattern, value in keys.read(key, "object").items():
-        if not is_number(value):
-            raise keys.error(key, f"{key}: {pattern} is {value!r:.80}; it must be a number")
+        if not is_kind(value, kind):
+            problem = f"{key}: {shown(pattern)} is {value!r:.80}; it must be {KINDS[kind]}"
+            raise keys.error(key, problem)
         is_name = re.fullmatch(r"[\w.]+", pattern) is not None
         own = _without_root(pattern) if is_name else rf"(.*\.)?({_pattern(pattern)})"
         entries.append(f"{own}={int(value) if value == int(value) else value}")

@@ -19,6 +19,7 @@ from lorax_ft.config.foreign.rules import (
     holds,
     refused,
     same,
+    shown,
     together,
     unused,
 )
@@ -92,7 +93,7 @@ def tokens_alone(keys: Keys) -> Options:
     if others:
         raise keys.error(
             "target_modules",
-            f"target_modules {', '.join(others)}: tokens are in embed_tokens and lm_head",
+            f"target_modules {shown(others[0])}: tokens are in embed_tokens and lm_head",
         )
     if not keys.given("token_indices"):
         raise keys.error("token_indices", "token_indices is missing; it is a list of ids")
@@ -288,6 +289,6 @@ def peft_type(document: Document) -> str:
     hint, known = closest(found.upper(), TABLES), ", ".join(TABLES)
     raise keys.error(
         "peft_type",
-        f"peft_type {found} has no method here; the types that have one are {known}; "
+        f"peft_type {shown(found)} has no method here; the types that have one are {known}; "
         f"adapter.continue_from takes the folder of a trained adapter{hint}",
     )

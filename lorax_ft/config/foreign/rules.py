@@ -18,7 +18,7 @@ Kind = Literal["text", "whole", "count", "number", "flag", "names", "object", "a
 Options = dict[str, Any]
 """Values by option, such as "adapter.rank"."""
 
-_KINDS: Mapping[Kind, str] = {
+KINDS: Mapping[Kind, str] = {
     "text": "a text",
     "whole": "a whole number",
     "count": "a whole number above 0",
@@ -61,9 +61,9 @@ class Keys:
             return default
         if kind == "names":
             value = _split_names(value)
-        if not _is_kind(value, kind):
-            shown = self.document.values[key]
-            raise self.error(key, f"{key} is {shown!r:.80}; it must be {_KINDS[kind]}")
+        if not is_kind(value, kind):
+            given = self.document.values[key]
+            raise self.error(key, f"{key} is {given!r:.80}; it must be {KINDS[kind]}")
         # A whole number may be written as one with a point, such as 3.0.
         return int(value) if kind in ("whole", "count") else value
 
@@ -77,8 +77,8 @@ class Keys:
         try:
             return choices[value]
         except (KeyError, TypeError):  # a list is no key of a dict
-            known = alternatives(list(dict.fromkeys(map(_shown, choices))))
-            raise self.error(key, f"{key} is {_shown(value)}; it can be {known}") from None
+            known = alternatives(list(dict.fromkeys(map(shown, choices))))
+            raise self.error(key, f"{key} is {shown(value)}; it can be {known}") from None
 
     def note(self, key: str, text: str) -> None:
         """Say what became of a key where that is not obvious."""
@@ -130,7 +130,7 @@ def same(option: str, kind: Kind, *, default: Any = None, remark: str = "") -> R
         return {option: keys.read(key, kind, default)}
 
     if default is not None and not remark:
-        remark = f"absent: {_shown(default)}"
+        remark = f"absent: {shown(default)}"
     return Rule(apply, (option,), remark, absent=default is not None)
 
 
@@ -142,7 +142,7 @@ def choice(
     def apply(key: str, keys: Keys) -> Options:
         return {option: keys.choose(key, choices, default)}
 
-    pairs = [f"{_shown(theirs)}: {_shown(ours)}" for theirs, ours in choices.items()]
+    pairs = [f"{shown(theirs)}: {shown(ours)}" for theirs, ours in choices.items()]
     return Rule(apply, (option,), remark or ", ".join(pairs), absent=default is not None)
 
 
@@ -181,7 +181,7 @@ def refused(reason: str, *, harmless: Sequence[Any] = (False,)) -> Rule:
         value = keys.read(key, "any")
         if value in harmless:
             return {}
-        raise keys.error(key, f"{key} {_shown(value)} cannot be honored: {reason}")
+        raise keys.error(key, f"{key} {shown(value)} cannot be honored: {reason}")
 
     return Rule(apply, (), reason, refuses=True)
 
@@ -237,7 +237,7 @@ def _rule_of_family(
     for beginning, rule in families.items():
         if key.startswith(beginning):
             return rule
-    raise keys.error(key, f"{trainer} has no key {key!r}{closest(key, table)}")
+    raise keys.error(key, f"{trainer} has no key {key!r:.80}{closest(key, table)}")
 
 
 def closest(name: str, known: Collection[str]) -> str:
@@ -260,7 +260,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
 
 
-def _is_kind(value: Any, kind: Kind) -> bool:
+def is_kind(value: Any, kind: Kind) -> bool:
+    """Whether a value is of a type."""
     match kind:
         case "text":
             return isinstance(value, str)
@@ -279,7 +280,7 @@ def _is_kind(value: Any, kind: Kind) -> bool:
     return True
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as YAML has it."""
     if isinstance(value, bool):
         return str(value).lower()
