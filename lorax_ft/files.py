@@ -132,8 +132,8 @@ def read_text(file: str | Path, *, longest: int = LONGEST_JSON) -> str:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a small JSON file.
+def read_json(file: Path, *, unique: bool = False) -> dict[str, Any]:
+    """The object in a small JSON file; `unique` is as in `parse_json`.
 
     Raises:
       ValueError: the file is missing or malformed, or holds something else.
@@ -142,24 +142,39 @@ def read_json(file: Path) -> dict[str, Any]:
         text = read_text(file)
     except FileNotFoundError as error:
         raise ValueError(f"{file.parent} holds no {file.name}") from error
-    content = parse_json(text, str(file))
+    content = parse_json(text, str(file), unique=unique)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
     return content
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, *, unique: bool = False) -> Any:
     """The value of JSON text; `where` is for errors.
+
+    Args:
+      text: the JSON.
+      where: its place, for errors.
+      unique: whether a repeated key is an error; else the last of them counts.
 
     Raises:
       ValueError: it is malformed, or nested too deeply.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{where} is not valid JSON: nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"{key!r:.80} is given twice; give it once")
+        content[key] = value
+    return content
 
 
 @contextlib.contextmanager

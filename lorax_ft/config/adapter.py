@@ -195,8 +195,9 @@ class AdapterConfig:
             )
 
     def _check_trained_modules(self) -> None:
-        for pattern in (*self.targets, *self.exclude, *self.feedforward, *self.train_whole):
-            compile_pattern(pattern, "adapter.targets, exclude or train_whole")
+        for field in ("targets", "exclude", "feedforward", "train_whole"):
+            for pattern in getattr(self, field):
+                compile_pattern(pattern, f"adapter.{field}")
         changes_base = INITS[self.init].changes_base
         check(
             self.invocation is None or not (self.dora or changes_base),
