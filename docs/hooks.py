@@ -7,13 +7,17 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 import itertools
 import os
 import posixpath
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+from lorax_ft.config import AdapterConfig, Config
 from lorax_ft.schema import INITS, METHODS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -29,14 +33,18 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
 
 
 def facts(marker: str) -> str:
-    """The Markdown that replaces a marker: result, equation and options, from the code.
+    """The Markdown that replaces a marker: result, step, equation and options, from the code.
 
     Args:
-      marker: `key=value` pairs. config: the name of a config; source: a file below lorax_ft/lowrank
-        whose docstring has the equation; method or init: its name in the schema.
+      marker: `key=value` pairs. config: the name of a config; step: the method's name in the table
+        of docs/PERFORMANCE.md; source: a file below lorax_ft/lowrank whose docstring has the
+        equation; options: names such as prompt.kind, with commas between; method or init: its name
+        in the schema, whose options follow.
     """
-    given = dict(pair.split("=", 1) for pair in marker.split())
+    given = dict(pair.split("=", 1) for pair in shlex.split(marker))
     parts = [_card(given["config"])]
+    if "step" in given:
+        parts.append(_step(given["step"]))
     if "source" in given:
         parts.append(_equation(given["source"]))
     if options := _options(given):
@@ -55,6 +63,26 @@ def _card(name: str) -> str:
     return f"## Config and result\n\n{body}"
 
 
+def _step(method: str) -> str:
+    """The measured cost of a training step: the method's row in the table of every method."""
+    text = (REPOSITORY / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")
+    section = text.partition("\n### Every method\n")[2].partition("\n#")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
+    names = rows[0]
+    (found,) = [row for row in rows if row[0] == method]
+    trained, times, memory = (
+        found[names.index(name)] for name in ("trained, million", "against LoRA", "peak GB")
+    )
+    return (
+        f"A training step of {method} on SmolLM2-135M takes {times} × LoRA's time and {memory} GB at "
+        f"its peak; {trained} million numbers train ([every method](../PERFORMANCE.md#every-method))."
+    )
+
+
 def _equation(source: str) -> str:
     text = _docstring(REPOSITORY / "lorax_ft" / "lowrank" / source)
     lines = [_math(line) for line in text.splitlines()]
@@ -68,25 +96,39 @@ def _math(line: str) -> str:
 
 
 def _options(given: dict[str, str]) -> str:
-    """A table of the options that the schema lists for a method or an init."""
-    named = METHODS[given["method"]] if "method" in given else ()
-    if "init" in given:
-        named = (*named, *INITS[given["init"]].options)
+    """A table of the page's own options, and those that the schema lists for a method or an init."""
+    named = given["options"].split(",") if "options" in given else []
+    chosen = []
+    if (method := given.get("method")) is not None:
+        named += [f"adapter.{name}" for name in METHODS[method]]
+        if method != AdapterConfig.method:
+            chosen.append(f"`--adapter.method {method}`")
+    if (init := given.get("init")) is not None:
+        named += [f"adapter.{name}" for name in INITS[init].options]
+        chosen.append(f"`--adapter.init {init}`")
     if not named:
         return ""
-    texts = _field_texts(REPOSITORY / "lorax_ft" / "config" / "adapter.py")
-    rows = [f"| `--adapter.{name}` | {texts[name]} |" for name in named]
+    rows = [f"| `--{name}` | {_text(name)} |" for name in dict.fromkeys(named)]
     table = ["| option | |", "|---|---|", *rows]
+    intro = [f"{' '.join(chosen)}, and:", ""] if chosen else []
     # narrow.css shows it otherwise on a phone.
-    return "\n".join(["## Options", "", '<div class="options" markdown>', "", *table, "", "</div>"])
+    start = ["## Options", "", *intro, '<div class="options" markdown>', ""]
+    return "\n".join([*start, *table, "", "</div>"])
 
 
-def _field_texts(file: Path) -> dict[str, str]:
-    """The default and the help text of each field of a file's dataclass."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef))
+def _text(option: str) -> str:
+    """The help text and the default of an option such as "prompt.kind"."""
+    section, name = option.split(".")
+    return _texts(section)[name]
+
+
+@functools.cache
+def _texts(section: str) -> dict[str, str]:
+    """The help text and the default of each field of a section of `Config`."""
+    (tree,) = ast.parse(inspect.getsource(type(getattr(Config(), section)))).body
+    assert isinstance(tree, ast.ClassDef)
     texts = {}
-    for field, text in itertools.pairwise(body):
+    for field, text in itertools.pairwise(tree.body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             default = ast.unparse(field.value) if field.value else ""
             words = " ".join(ast.literal_eval(text.value).split()).replace("|", "\\|")
