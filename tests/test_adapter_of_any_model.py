@@ -47,6 +47,7 @@ def adapted(base: Tree, **options: Any) -> tuple[Tree, lft.AdapterConfig, Any]:
         {"method": "vera"},
         {"method": "shira"},
         {"method": "bottleneck", "targets": ("up",)},
+        {"method": "bottleneck", "targets": ("attention",)},
     ],
 )
 def test_adapters_of_a_vision_transformer_come_back_bitwise(

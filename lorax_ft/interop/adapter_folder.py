@@ -27,7 +27,7 @@ from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.lazy_tensor import FLOATS_AND_INDICES, lazy_tensors
 from lorax_ft.lowrank.adapters import attach_adapters
 from lorax_ft.lowrank.groups import partition
-from lorax_ft.lowrank.layout import Layout
+from lorax_ft.lowrank.layout import Layout, blocks_of
 from lorax_ft.lowrank.merge import merge_adapters
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.terms import TERMS
@@ -108,7 +108,7 @@ def load_adapter(
     tensors = lazy_tensors(file, dtypes=FLOATS_AND_INDICES)
     leaves = {path: jnp.asarray(tensor.read(())) for path, tensor in tensors.items()}
     base = nn.meta.unbox(base)
-    known = modules(base)
+    known = [*modules(base), *blocks_of(layout)]
     for path in leaves:
         module = path.rpartition("/")[0]
         if module and module not in known:

@@ -89,7 +89,7 @@ def check_mergeable(params: Tree) -> None:
         if any(term.merge is None for term in terms_of(layer)):
             raise ValueError(
                 f"{path}: a bottleneck adapter cannot be merged: it is a network behind or beside "
-                "the layer, and no change of its kernel; use it as an adapter (save_peft, "
+                "the layer or module, and no change of a kernel; use it as an adapter (save_peft, "
                 f"{command('export')} --target peft)"
             )
 
