@@ -98,6 +98,18 @@ def test_a_folder_that_does_not_fit_is_refused(base: Tree, tmp_path: Path) -> No
     assert jnp.isfinite(lft.adapt(VIT.apply)({"params": params}, IMAGES)).all()
 
 
+@pytest.mark.parametrize("target", ["up", "attention"])
+def test_a_bottleneck_that_does_not_fit_is_refused(base: Tree, tmp_path: Path, target: str) -> None:
+    params, _, layout = adapted(base, method="bottleneck", targets=(target,))
+    lft.save_adapter(tmp_path / "vit", params)
+    file = tmp_path / "vit" / WEIGHTS
+    tensors = load_file(file)
+    path = f"layers/{target}/bottleneck_bias_b"
+    save_file({**tensors, path: tensors[path][:, :3]}, file)
+    with pytest.raises(ValueError, match=rf"{path} has the shape \(3, 3\); the model needs \(3, "):
+        lft.load_adapter(tmp_path / "vit", base, layout=layout)
+
+
 def test_a_folder_with_values_that_are_not_finite_is_refused(base: Tree, tmp_path: Path) -> None:
     params, _, layout = adapted(base)
     lft.save_adapter(tmp_path / "vit", params)

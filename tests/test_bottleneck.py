@@ -263,8 +263,8 @@ def test_a_module_of_another_width_or_without_parameters() -> None:
         "wider": r"wider, which gives \(2, 5\) of \(2, 3\).*; name its layers: up",
         "drop": "'drop' matches no module",
     }.items():
+        config = config_of("input", targets=(target,))
         with pytest.raises(ValueError, match=problem):
-            config = config_of("input", targets=(target,))
             lft.add_adapters(params, config, layout=layout, key=KEY)
 
 

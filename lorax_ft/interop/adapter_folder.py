@@ -30,11 +30,12 @@ from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.layout import Layout, blocks_of
 from lorax_ft.lowrank.merge import merge_adapters
 from lorax_ft.lowrank.requantize import Original
-from lorax_ft.lowrank.terms import TERMS
+from lorax_ft.lowrank.spec import base_shape
+from lorax_ft.lowrank.terms import TERMS, bottleneck
 from lorax_ft.lowrank.terms.low_rank import INVOCATION
 from lorax_ft.schema import is_adapter
 from lorax_ft.soft_prompts.door import virtual_tokens
-from lorax_ft.tree import Tree, combine, flatten, modules, split, unflatten
+from lorax_ft.tree import Layer, Tree, combine, flatten, modules, split, unflatten
 
 WEIGHTS = "adapter.safetensors"
 CONFIG = "adapter.json"
@@ -135,6 +136,7 @@ def _check_fits(params: Tree, base: Tree, *, layout: Layout, where: Path) -> Non
     for path, leaf in flatten(params).items():
         if is_adapter(path) and not np.isfinite(leaf).all():
             raise ValueError(f"{where}: {path} has values that are not finite")
+    _check_bottlenecks(modules(params), layout, where=where)
     params = _mergeable(params)
     try:
         merged = jax.eval_shape(functools.partial(merge_adapters, layout=layout), params)
@@ -145,8 +147,27 @@ def _check_fits(params: Tree, base: Tree, *, layout: Layout, where: Path) -> Non
     _check_shapes(flatten(merged), flatten(base), where=where)
 
 
+def _check_bottlenecks(layers: Mapping[str, Layer], layout: Layout, *, where: Path) -> None:
+    """Raise where the leaves of a bottleneck do not fit the module beside which they stand."""
+    for path, layer in layers.items():
+        if bottleneck.B not in layer:
+            continue
+        spec = layout.get(path) or blocks_of(layout).get(path)
+        if spec is None:
+            raise ValueError(f"{where}: no bottleneck can stand beside the model's {path}")
+        kernel = base_shape(layers, path, spec)
+        rank = layer[bottleneck.B].shape[-2]
+        for name in bottleneck.TERM.all_leaves:
+            shape = layer[name].shape if name in layer else None
+            needed = spec.leaf_shape(name, kernel, sizes={"rank": rank})
+            if shape not in (None, needed):
+                raise ValueError(
+                    f"{where}: {path}/{name} has the shape {shape}; the model needs {needed}"
+                )
+
+
 def _mergeable(params: Tree) -> Tree:
-    """The parameters without what no kernel can take, whose shapes are not checked."""
+    """The parameters without what no kernel can take, whose shapes merging does not check."""
     bottlenecks = {name for term in TERMS if term.merge is None for name in term.all_leaves}
     kept, _ = split(params, lambda path: path.rpartition("/")[2] not in {*bottlenecks, INVOCATION})
     return kept

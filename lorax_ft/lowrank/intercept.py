@@ -90,8 +90,9 @@ def adapt(
                 y = next_fun(*args, **kwargs)
             if not is_outermost or bottleneck.ACTIVE not in boxed:
                 return y
-            check_layer(boxed, "/".join(module.path))
-            return bottleneck.with_bottleneck(boxed, arrays_of(args, kwargs)[0], y)
+            layer = dict(boxed)
+            check_layer(layer, "/".join(module.path))
+            return bottleneck.with_bottleneck(layer, arrays_of(args, kwargs)[0], y)
         layer = nn.meta.unbox(boxed)
         if not is_adapted(layer) and not isinstance(layer.get("kernel"), Quantized):
             return next_fun(*args, **kwargs)

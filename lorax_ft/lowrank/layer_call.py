@@ -145,12 +145,11 @@ def trace_axes(layer_type: Module, shape: Shape, *, n_in: int) -> Traced:
     return Traced(spec=spec, shape=shape)
 
 
-def arrays_of(args: Any, kwargs: Mapping[str, Any]) -> list[Array]:
+def arrays_of(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
     """The arrays with axes among a call's arguments, in their order."""
     leaves = jax.tree.leaves((args, list(kwargs.values())))
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
-    # Keys of random numbers have none, and `nn.remat` makes arrays of numbers.
-    return [array for array in arrays if array.ndim]
+    # Keys of random numbers have no axes, and `nn.remat` makes arrays of numbers.
+    return [leaf for leaf in leaves if isinstance(leaf, Array | np.ndarray) and leaf.ndim]
 
 
 def trace_block(args: Any, kwargs: Mapping[str, Any], output: Any) -> Traced | str:
@@ -158,7 +157,7 @@ def trace_block(args: Any, kwargs: Mapping[str, Any], output: Any) -> Traced | s
     inputs = arrays_of(args, kwargs)
     if len(inputs) != 1:
         return f"is called with {len(inputs)} arrays, not one"
-    if not isinstance(output, jax.Array):
+    if not isinstance(output, Array):
         return f"gives a {type(output).__name__}, not one array"
     (x,) = inputs
     if x.shape != output.shape:

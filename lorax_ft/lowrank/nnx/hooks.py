@@ -22,7 +22,6 @@ from lorax_ft.lowrank.spec import BIAS
 from lorax_ft.lowrank.terms import check_layer
 from lorax_ft.lowrank.terms.bottleneck import with_bottleneck
 from lorax_ft.lowrank.watch import SeeAdapters, SeeCalls
-from lorax_ft.tree import Layer
 
 HOOK = "lorax_ft_hook"
 LEAVES = "lorax_ft_leaves"
