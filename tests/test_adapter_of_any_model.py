@@ -48,6 +48,7 @@ def adapted(base: Tree, **options: Any) -> tuple[Tree, lft.AdapterConfig, Any]:
         {"method": "vera"},
         {"method": "shira"},
         {"method": "bottleneck", "targets": ("up",)},
+        {"method": "bottleneck", "targets": ("attention",)},
     ],
 )
 def test_adapters_of_a_vision_transformer_come_back_bitwise(
@@ -296,6 +297,18 @@ def test_what_is_no_folder_of_an_adapter(base: Tree, tmp_path: Path) -> None:
         lft.load_peft(tmp_path / "out/vit", model)
     with pytest.raises(ValueError, match=r"^gs://b/vit is not on this machine; copy it"):
         lft.load_adapter("gs://b/vit", base, layout=layout)
+
+
+@pytest.mark.parametrize("target", ["up", "attention"])
+def test_a_bottleneck_that_does_not_fit_is_refused(base: Tree, tmp_path: Path, target: str) -> None:
+    params, _, layout = adapted(base, method="bottleneck", targets=(target,))
+    lft.save_adapter(tmp_path / "vit", params)
+    file = tmp_path / "vit" / WEIGHTS
+    tensors = load_file(file)
+    path = f"layers/{target}/bottleneck_bias_b"
+    save_file({**tensors, path: tensors[path][:, :3]}, file)
+    with pytest.raises(ValueError, match=rf"{path} has the shape \(3, 3\); .* it must be \(3, "):
+        lft.load_adapter(tmp_path / "vit", base, layout=layout)
 
 
 def test_a_folder_with_values_that_are_not_finite_is_refused(base: Tree, tmp_path: Path) -> None:

@@ -104,6 +104,25 @@ def test_gradients_are_those_of_linen_also_on_a_quantized_base(
         assert distance(got[path], want[path]) < 1e-5, path
 
 
+@pytest.mark.parametrize("targets", [("attention",), ("LayerNorm_1", "down")])
+def test_a_bottleneck_beside_a_module_computes_what_it_does_in_linen(
+    zoo: Any, randomize: Any, targets: tuple[str, ...]
+) -> None:
+    case, apply = zoo("vit_rematted"), twin("vit_rematted")
+    config = lft.AdapterConfig(
+        method="bottleneck", rank=3, bottleneck_input="input", targets=targets
+    )
+    layout = lft.layout(apply, case.params, *case.example)
+    trees = [
+        randomize(lft.add_adapters(case.params, config, layout=each, key=KEY))
+        for each in (layout, case.layout)
+    ]
+    assert leaves(trees[0]) == leaves(trees[1])
+    y = jax.jit(lft.adapt(apply))({"params": trees[1]}, *case.example)
+    assert distance(y, case.forward(trees[1])) < 1e-6
+    assert distance(y, case.plain(case.params)) > 1e-3
+
+
 def test_our_step_trains_it_and_leaves_the_frozen_leaves_unchanged(zoo: Any) -> None:
     case = zoo("einsums")
     apply = lft.adapt(twin("einsums"))

@@ -71,7 +71,8 @@ class AdapterConfig:
     """OFT: the size of the rotated blocks, or the nearest that divides the inputs."""
     targets: tuple[str, ...] = ("all-linear",)
     """Modules to adapt: names, suffixes, regular expressions, or all-linear
-    (every layer except embeddings, routers and the language model head)."""
+    (every layer except embeddings, routers and the language model head). A bottleneck may stand
+    beside a whole module, such as mlp."""
     exclude: tuple[str, ...] = ()
     """Modules to exclude from adapter.targets, in the same syntax."""
     layers: tuple[int, ...] = ()

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.interop.lazy_tensor import all_finite
-from lorax_ft.lowrank.layout import Layout, TracedLayout
+from lorax_ft.lowrank.layout import Layout, TracedLayout, blocks_of
 from lorax_ft.lowrank.linear import merged_layer
 from lorax_ft.lowrank.shared import shared_leaves, with_shared
 from lorax_ft.lowrank.spec import EMBEDDING, LayerSpec, base_shape, with_kernel
-from lorax_ft.lowrank.terms import TERMS, check_layer, is_adapted, shira, tokens
+from lorax_ft.lowrank.terms import TERMS, bottleneck, check_layer, is_adapted, shira, tokens
 from lorax_ft.schema import KERNEL_AXES, Axis, Place, is_adapter, is_soft_prompt, leaf_schema
 from lorax_ft.tree import Layer, Shape, Tree, join, modules
 
@@ -58,14 +58,15 @@ def check_leaves(params: Tree, *, layout: Layout, where: Path) -> None:
         if not is_adapted(layer):
             continue
         check_layer(layer, f"{where}: {path}" if path else str(where))
-        _check_weight(layers, path, layout[path])
+        if layout[path].module != "block":
+            _check_weight(layers, path, layout[path])
         kernel = base_shape(layers, path, layout[path])
         sizes = _own_sizes(layer, layout[path])
         _check_shapes(layer, path, layout[path], kernel, sizes, where)
         _check_values(layer, path, layout[path].sizes(kernel), sizes, where)
     _check_shared(layers, layout, where)
     for path, layer in layers.items():
-        if is_adapted(layer):
+        if is_adapted(layer) and layout[path].module != "block":
             _check_together(layers, path, layout[path], where)
 
 
@@ -88,9 +89,13 @@ def _check_place(path: str, name: str, layout: Layout, where: Path) -> None:
     if leaf_schema(name).place is Place.ROOT:
         if path:
             raise ValueError(f"{where}: {leaf} lies beside a layer, but all layers share it")
-    elif path not in layout:
+        return
+    places = [*layout]
+    if name in bottleneck.TERM.all_leaves:
+        places += blocks_of(layout)
+    if path not in places:
         reasons = {key.rpartition("/")[0]: why for key, why in _unseen(layout).items()}
-        near = difflib.get_close_matches(path, layout, n=1)
+        near = difflib.get_close_matches(path, places, n=1)
         hint = f"; the nearest is {near[0]}" if near else ""
         if path in reasons:
             hint = f": {reasons[path]}"
@@ -153,9 +158,10 @@ def _check_shapes(
     for name, leaf in _beside_kernel(layer).items():
         expected = spec.stored_shape(name, spec.leaf_shape(name, kernel, sizes=sizes))
         if leaf.shape != expected:
+            weight = "" if spec.module == "block" else f"{join(path, spec.weight)} "
             raise ValueError(
                 f"{where}: {join(path, name)} has the shape {leaf.shape}; beside the model's "
-                f"{join(path, spec.weight)} {kernel} it must be {expected}: {ANOTHER_MODEL}"
+                f"{weight}{kernel} it must be {expected}: {ANOTHER_MODEL}"
             )
 
 

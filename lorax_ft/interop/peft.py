@@ -35,6 +35,7 @@ from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
 from lorax_ft.interop.peft_folder import Contents, folder_contents, write_contents
 from lorax_ft.interop.peft_layers import check_shared, stacked_leaves, with_own_weight
 from lorax_ft.interop.peft_methods import Matrix, PeftMethod, method_of_config
+from lorax_ft.interop.peft_methods.bottleneck import BOTTLENECK
 from lorax_ft.interop.peft_methods.lora import invocation_of
 from lorax_ft.interop.peft_names import Place, all_modules, find_module, known_modules
 from lorax_ft.interop.peft_prompts import (
@@ -245,7 +246,8 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     place_there = place_in(
         key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes)
     )
-    known = known_modules(model, model.params, place=place_there)
+    blocks = model.layout.blocks if method is BOTTLENECK else ()
+    known = known_modules(model, model.params, place=place_there, blocks=blocks)
     check_base(config, folder, model)
     layers = modules(model.params)
     raw: dict[Place, Matrix] = {}

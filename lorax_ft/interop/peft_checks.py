@@ -34,7 +34,7 @@ def check_decoder(model: Any, function: str) -> None:
 def check_modules(params: Tree, model: Model) -> None:
     """Raise where the parameters are not those of the model, such as of one from `from_nnx`."""
     own = model.params if isinstance(model, LoadedModel) else abstract_params(model.config)
-    known = {"", *modules(own), *model.layout}
+    known = {"", *modules(own), *model.layout, *model.layout.blocks}
     for path in modules(params):
         if path not in known:
             raise ValueError(

@@ -58,6 +58,8 @@ def add_adapters(
 ) -> Tree:
     """The parameters with adapter leaves beside the kernels that `config.targets` matches.
 
+    A bottleneck beside a whole module, such as an MLP, has its leaves at the module's own path.
+
     Args:
       params: a tree of arrays; its leaves are shared with the result, not copied.
       config: which modules, rank and init. Its `train_whole` and `freeze` are for `partition`, and
@@ -127,7 +129,7 @@ def add_adapters(
     # The base stays until all is measured.
     for path, plan in plans.items():
         layers[path] = layers.get(path, {}) | adapter_leaves(
-            base_kernel(layers, path, layout[path]),
+            None if plan.spec.module == "block" else base_kernel(layers, path, plan.spec),
             plan=plan,
             start=starts.pop(path, None),
             key=key,

@@ -88,7 +88,7 @@ def check_mergeable(params: Tree) -> None:
         if any(term.merge is None for term in terms_of(layer)):
             raise ValueError(
                 f"{path}: a bottleneck adapter cannot be merged: it is a network behind or beside "
-                f"the layer, and no change of its kernel; {_as_adapter()}"
+                f"the layer or module, and no change of a kernel; {_as_adapter()}"
             )
 
 
