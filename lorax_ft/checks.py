@@ -92,7 +92,7 @@ def alternatives(values: Sequence[object]) -> str:
 
 
 def one_line(text: str) -> str:
-    """A message whose values may hold line ends and control characters, which are escaped.
+    r"""A message whose values may hold line ends and control characters, which are escaped.
 
     >>> one_line("rank is a" + chr(10) + "b")
     'rank is a\\nb'
