@@ -91,6 +91,15 @@ def alternatives(values: Sequence[object]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def one_line(text: str) -> str:
+    r"""A message whose values may hold line ends and control characters, which are escaped.
+
+    >>> one_line("rank is a" + chr(10) + "b")
+    'rank is a\\nb'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def section_name(config: Any) -> str:
     """The option prefix of a config: "adapter" for an `AdapterConfig`, "" for a `Config`."""
     return type(config).__name__.removesuffix("Config").lower()

@@ -7,6 +7,7 @@ JSON without an end. What is refused here is refused before it is read.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import stat
@@ -56,6 +57,51 @@ def within(folder: str | Path, name: str) -> Path:
     return file
 
 
+def existing_folder(folder: str | Path, *, holding: str) -> Path:
+    """The path of a folder on this machine.
+
+    Args:
+      folder: as a user gave it; ~ is the home folder.
+      holding: the file that it is wanted for, for errors.
+
+    Raises:
+      ValueError: there is no such folder, with the nearest name; or it is a file, a URL or empty.
+    """
+    if "://" in str(folder):
+        raise ValueError(f"{folder} is not on this machine; copy it to a local folder first")
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ValueError(f"{folder} is empty; give a folder that holds {holding}")
+        return path
+    if path.exists():
+        raise ValueError(
+            f"{folder} is a file; give the folder that holds {holding}, such as {path.parent}"
+        )
+    parent = path.parent
+    if not parent.is_dir():
+        raise ValueError(f"there is no folder {folder}, nor {parent}")
+    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.3)
+    hint = f"; did you mean {parent / near[0]}?" if near else ""
+    raise ValueError(f"there is no folder {folder}{hint}")
+
+
+def names_in(folder: Path) -> str:
+    """What a folder holds, for an error: at most three names.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in "abcd":
+    ...         Path(folder, name).touch()
+    ...     names_in(Path(folder))
+    'a, b, c and 1 more'
+    """
+    names = sorted(entry.name for entry in folder.iterdir())
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def check_regular(file: str | Path) -> None:
     """Raise unless a path is that of a file, after following links.
 
@@ -86,8 +132,8 @@ def read_text(file: str | Path, *, longest: int = LONGEST_JSON) -> str:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a small JSON file.
+def read_json(file: Path, *, unique: bool = False) -> dict[str, Any]:
+    """The object in a small JSON file; `unique` is as in `parse_json`.
 
     Raises:
       ValueError: the file is missing or malformed, or holds something else.
@@ -96,24 +142,39 @@ def read_json(file: Path) -> dict[str, Any]:
         text = read_text(file)
     except FileNotFoundError as error:
         raise ValueError(f"{file.parent} holds no {file.name}") from error
-    content = parse_json(text, str(file))
+    content = parse_json(text, str(file), unique=unique)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
     return content
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, *, unique: bool = False) -> Any:
     """The value of JSON text; `where` is for errors.
+
+    Args:
+      text: the JSON.
+      where: its place, for errors.
+      unique: whether a repeated key is an error; else the last of them counts.
 
     Raises:
       ValueError: it is malformed, or nested too deeply.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{where} is not valid JSON: nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"{key!r:.80} is given twice; give it once")
+        content[key] = value
+    return content
 
 
 @contextlib.contextmanager

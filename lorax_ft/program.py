@@ -14,8 +14,23 @@ def command(name: str) -> str:
     >>> command("merge")
     'lorax-ft merge'
     """
+    script = _script(name)
+    return f"python {script}" if script is not None else f"lorax-ft {name}"
+
+
+def either(python: str, shell: str) -> str:
+    """What a message says to do: in a command what the shell takes, elsewhere Python.
+
+    >>> either("save_peft writes it", "--target peft writes it")
+    'save_peft writes it'
+    """
+    # `lorax-ft` sets its name to that of the command, "lorax-ft merge".
+    is_command = sys.argv[0].startswith("lorax-ft ") or _script("convert-config") is not None
+    return shell if is_command else python
+
+
+def _script(name: str) -> Path | None:
+    """The script of a command beside the one that this process runs, if it runs one."""
     program = Path(sys.argv[0])
     script = program.with_name(f"{name.replace('-', '_')}.py")
-    if program.parent.name == "scripts" and script.is_file():
-        return f"python {script}"
-    return f"lorax-ft {name}"
+    return script if program.parent.name == "scripts" and script.is_file() else None

@@ -91,6 +91,10 @@ class LeafSchema(NamedTuple):
     """Where it lies."""
     indexes: KernelAxis | Literal["vocabulary"] | None = None
     """What it holds indices of, as int32; None: it holds numbers, as float32."""
+    counts: OwnAxis | None = None
+    """The axis of which it says how much each matrix uses, in whole numbers that are float32."""
+    is_flag: bool = False
+    """Whether it is 1, or 0 for matrices of a stack that are not adapted, as float32."""
 
     @property
     def dtype(self) -> str:
@@ -128,16 +132,16 @@ LEAVES: Mapping[str, LeafSchema] = {
     # IA3: a vector l for the input or the output; `ia3_active` is 0 where a matrix has none.
     "ia3_in": LeafSchema(("stack", "in"), ADAPTER, Group.VECTOR),
     "ia3_out": LeafSchema(("stack", "out"), ADAPTER, Group.VECTOR),
-    "ia3_active": LeafSchema(("stack",), ADAPTER),
+    "ia3_active": LeafSchema(("stack",), ADAPTER, is_flag=True),
     # MiSS: D, and each matrix's own rank r, 0 where it is not adapted.
     "miss_block": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.WEIGHT),
-    "miss_rank": LeafSchema(("stack",), ADAPTER),
+    "miss_rank": LeafSchema(("stack",), ADAPTER, counts="rank"),
     # VeRA: A and B of the whole model, and each layer's d and b.
     "vera_a": LeafSchema(("in", "rank"), ADAPTER, place=Place.ROOT),
     "vera_b": LeafSchema(("rank", "out"), ADAPTER, place=Place.ROOT),
     "vera_lambda_d": LeafSchema(("stack", "rank"), ADAPTER, Group.VECTOR),
     "vera_lambda_b": LeafSchema(("stack", "out"), ADAPTER, Group.VECTOR),
-    "vera_active": LeafSchema(("stack",), ADAPTER),
+    "vera_active": LeafSchema(("stack",), ADAPTER, is_flag=True),
     # LoHa: two products A B, and s.
     "loha_a1": LeafSchema(("stack", "in", "rank"), ADAPTER, Group.WEIGHT),
     "loha_b1": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.WEIGHT),
@@ -154,26 +158,26 @@ LEAVES: Mapping[str, LeafSchema] = {
     "shira_value": LeafSchema(("stack", "entry"), ADAPTER, Group.WEIGHT),
     "shira_row": LeafSchema(("stack", "entry"), ADAPTER, indexes="in"),
     "shira_column": LeafSchema(("stack", "entry"), ADAPTER, indexes="out"),
-    "shira_rank": LeafSchema(("stack",), ADAPTER),
+    "shira_rank": LeafSchema(("stack",), ADAPTER, counts="entry"),
     # HiRA: A and B of a product that multiplies W elementwise.
     "hira_a": LeafSchema(("stack", "in", "rank"), ADAPTER, Group.WEIGHT),
     "hira_b": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.WEIGHT),
-    "hira_active": LeafSchema(("stack",), ADAPTER),
+    "hira_active": LeafSchema(("stack",), ADAPTER, is_flag=True),
     # OFT: the elements above the diagonal of the skew-symmetric matrices.
     "oft_pairs": LeafSchema(("stack", "block", "pair"), ADAPTER, Group.WEIGHT),
-    "oft_active": LeafSchema(("stack",), ADAPTER),
+    "oft_active": LeafSchema(("stack",), ADAPTER, is_flag=True),
     # Bottleneck adapters: A of the layer's output or of its input, B, and their biases.
     "bottleneck_a_output": LeafSchema(("stack", "out", "rank"), ADAPTER, Group.WEIGHT),
     "bottleneck_a_input": LeafSchema(("stack", "in", "rank"), ADAPTER, Group.WEIGHT),
     "bottleneck_b": LeafSchema(("stack", "rank", "out"), ADAPTER, Group.WEIGHT),
     "bottleneck_bias_a": LeafSchema(("stack", "rank"), ADAPTER, Group.VECTOR),
     "bottleneck_bias_b": LeafSchema(("stack", "out"), ADAPTER, Group.VECTOR),
-    "bottleneck_active": LeafSchema(("stack",), ADAPTER),
+    "bottleneck_active": LeafSchema(("stack",), ADAPTER, is_flag=True),
     # Trainable tokens: their ids, and their rows of an embedding or columns of a head.
     "token_rows": LeafSchema(("stack", "token", "out"), ADAPTER, Group.WEIGHT),
     "token_columns": LeafSchema(("stack", "in", "token"), ADAPTER, Group.WEIGHT),
     "token_ids": LeafSchema(("stack", "token"), ADAPTER, indexes="vocabulary"),
-    "token_active": LeafSchema(("stack",), ADAPTER),
+    "token_active": LeafSchema(("stack",), ADAPTER, is_flag=True),
     # DoRA: m, and n = ‖W + s A B‖ of the current step.
     "magnitude": LeafSchema(("stack", "out"), ADAPTER, Group.MAGNITUDE),
     "norm": LeafSchema(("stack", "out"), STEP),

@@ -51,6 +51,8 @@ DECODER_RULES: Rules = (
     (r"layers/.*/in_proj_(a|b)/kernel", (None, SHARDS, None)),
     (r"layers/.*/(o|out|down)_proj/kernel", (None, "tensor", SHARDS)),
     (r"layers/.*/(o|down)_proj/bias", ()),
+    # There is none; an adapter beside the whole MLP is split as it would be.
+    (r"layers/(.*/)?mlp/kernel", (None, SHARDS, SHARDS)),
     (r"layers/(.*/)?mlp/gate/(kernel|bias)", ()),
     (r"layers/(.*/)?(self_attn/sinks|layer_scalar)", ()),
     (r"layers/(.*/)?linear_attn/(conv1d/kernel|A_log|dt_bias)", ()),

@@ -137,6 +137,9 @@ def test_folders_and_refusals(speaker: Any, tmp_path: Path, trees: tuple[Tree, T
     read = lft.load_peft(tmp_path / "adapter", model)
     assert read[INVOCATION].tolist() == list(CALL)
     assert {*flatten(read)} == {*flatten(activated)}
+    for wrong in ([1.5], [-1], [[7, 8]]):
+        with pytest.raises(ValueError, match=r"the invocation is .*; it must be a list of token"):
+            with_invocation(model.params, wrong)
     with pytest.raises(ValueError, match=r"activated LoRA .* cannot be merged"):
         lft.merge_adapters(activated, layout=model.layout)
     with pytest.raises(ValueError, match=r"invocation is 'x', .* adapter.dora changes"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from zoo import TINY
 
+import lorax_ft as lft
 from lorax_ft.config import EMBEDDED_MODEL, Config, MeshConfig, ModelConfig
 from lorax_ft.interop.load import load_model
 from lorax_ft.models import attend, attend_in_blocks, splash
@@ -124,6 +125,34 @@ def test_each_kind_saves_what_it_says(kind: str) -> None:
     assert found == 2 * 64 * (expected + statistics)
 
 
+@pytest.mark.parametrize("kind", ["full", "mlp", "products"])
+def test_what_magnitudes_need_is_counted(kind: str) -> None:
+    """The outputs that DoRA scales, as many numbers a token as `saved_per_token` counts."""
+    config = dataclasses.replace(TINY, remat=kind)
+    decoder, tokens = Decoder(config), jnp.zeros((2, 64), jnp.int32)
+    params = decoder.init(jax.random.key(0), tokens)["params"]
+    layout = lft.layout(decoder.apply, params, tokens)
+    of_tokens = {(config.layers, 2, 64), (config.layers, 128)}
+
+    def saved(*, dora: bool) -> int:
+        adapter = lft.AdapterConfig(rank=2, dora=dora)
+        adapted = lft.add_adapters(params, adapter, layout=layout, key=jax.random.key(1))
+        adapted = lft.with_norms(adapted, layout=layout)
+        trained, frozen = lft.partition(adapted)
+
+        def loss(trained: Any) -> jax.Array:
+            all_params = {"params": lft.combine(trained, frozen)}
+            return jnp.sum(lft.adapt(decoder.apply)(all_params, tokens)[0])
+
+        held = jax.eval_shape(lambda trained: jax.vjp(loss, trained)[1], trained)
+        leaves = jax.tree.leaves(held)
+        return sum(leaf.size for leaf in leaves if leaf.shape[:-1] in of_tokens)
+
+    more = saved_per_token(config, kind, scaled=True) - saved_per_token(config, kind)
+    assert saved(dora=True) - saved(dora=False) == 2 * 64 * more
+    assert (more > 0) == (kind == "products")
+
+
 def test_auto_takes_the_fastest_that_fits() -> None:
     decoder = TINY
     tokens = 4096
@@ -142,6 +171,8 @@ def test_auto_takes_the_fastest_that_fits() -> None:
     half = dataclasses.replace(decoder, dtype="bfloat16")
     assert remat.choose(half, tokens, memory=1e12, on_cpu=True) == "full"
     assert remat.choose(half, tokens, memory=1e12, on_cpu=False) == "products"
+    memory = needed("products")
+    assert remat.choose(decoder, tokens, memory=memory, on_cpu=True, scaled=True) == "mlp"
     assert Config().model.remat == "auto"
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 from method_cases import DENSE, KEY, distance
+from zoo import TINY
 
 import lorax_ft as lft
 from lorax_ft.config import QuantConfig
 from lorax_ft.lowrank.quantize import quantize_base
+from lorax_ft.models.config import Experts
+from lorax_ft.models.model import CausalLM, abstract_params
 from lorax_ft.tree import flatten, unflatten
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -50,14 +56,64 @@ def test_a_layer_computes_the_equation(sees: str) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+class FeedForward(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array, *, scale: float = 1.0) -> Array:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (8, 6))
+        return scale * jnp.tanh(nn.Dense(8, name="up")(x)) @ kernel
+
+
+class Doubled(FeedForward):
+    def __call__(self, x: Array, **options: Any) -> Array:
+        return 2 * super().__call__(x, **options)
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return x + nn.remat(Doubled)(name="mlp")(x, scale=0.5)
+
+
+@pytest.mark.parametrize("sees", INPUTS)
+def test_a_whole_module_computes_the_equation_and_all_of_it_trains(
+    randomize: Any, sees: str
+) -> None:
+    x = jax.random.normal(KEY, (2, 3, 6))
+    model = Residual()
+    base = model.init(KEY, x)["params"]
+    layout = lft.layout(model.apply, base, x)
+    added = lft.add_adapters(base, config_of(sees, targets=("mlp",)), layout=layout, key=KEY)
+    apply, plain = jax.jit(lft.adapt(model.apply)), jax.jit(model.apply)
+    np.testing.assert_array_equal(apply({"params": added}, x), plain({"params": base}, x))
+    params = randomize(added)
+    leaves = params["mlp"]
+    h = Doubled().apply({"params": base["mlp"]}, x, scale=0.5)
+    u = h if sees == "output" else x
+    hidden = jax.nn.relu(u @ leaves[f"bottleneck_a_{sees}"] + leaves["bottleneck_bias_a"])
+    expected = x + h + hidden @ leaves["bottleneck_b"] + leaves["bottleneck_bias_b"]
+    found = apply({"params": params}, x)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    trained, frozen = lft.partition(params)
+
+    def loss(trained: Any) -> Array:
+        return jnp.sum(jnp.sin(apply({"params": lft.combine(trained, frozen)}, x)))
+
+    gradients = jax.jit(jax.grad(loss))(trained)["mlp"]
+    assert set(gradients) == set(leaves) - {"bottleneck_active", "kernel", "up"}
+    assert all(jnp.any(leaf != 0) for leaf in gradients.values())
+    off = lft.disable_adapters(params, base, layout=layout)
+    np.testing.assert_array_equal(apply({"params": off}, x), plain({"params": base}, x))
+
+
+@pytest.mark.parametrize("targets", [DENSE, ("attention",)])
 @pytest.mark.parametrize("sees", INPUTS)
 def test_scanned_layers_start_as_the_base_and_equal_single_ones(
-    zoo: Any, randomize: Any, sees: str
+    zoo: Any, randomize: Any, sees: str, targets: tuple[str, ...]
 ) -> None:
     outputs = []
     for name in ("vit_scanned", "vit_unrolled"):
         case = zoo(name)
-        config = config_of(sees)
+        config = config_of(sees, targets=targets)
         params = lft.add_adapters(case.params, config, layout=case.layout, key=KEY)
         np.testing.assert_array_equal(case.forward(params), case.plain(case.params))
         # The same values in both: every leaf is what its start is, plus one number.
@@ -91,12 +147,13 @@ def test_padding_and_layers_without_one_get_no_gradient(zoo: Any, randomize: Any
         assert np.any(leaf[0] != 0), name
 
 
+@pytest.mark.parametrize("targets", [("o_proj", "down_proj"), ("mlp", "q_proj")])
 @pytest.mark.parametrize("sees", INPUTS)
 def test_a_folder_keeps_logits_and_says_who_reads_it(
-    speaker: Any, tmp_path: Path, randomize: Any, sees: str
+    speaker: Any, tmp_path: Path, randomize: Any, sees: str, targets: tuple[str, ...]
 ) -> None:
     model = speaker
-    config = config_of(sees, targets=("o_proj", "down_proj"), rank_pattern=("layers/1/.*=2",))
+    config = config_of(sees, targets=targets, rank_pattern=("layers/1/.*=2",))
     added = lft.add_adapters(model.params, config, layout=model.layout, key=KEY)
     params = randomize(added)
     with jax.numpy_dtype_promotion("standard"):
@@ -127,10 +184,96 @@ def test_on_a_quantized_base(decoder: Any, randomize: Any) -> None:
     assert distance(moved, base) > 1e-3
 
 
+def test_beside_the_mlps_of_some_layers(decoder: Any, randomize: Any) -> None:
+    model = decoder()
+    config = config_of("input", targets=("mlp", "layers/1/.*/q_proj"), exclude=("layers/0/mlp",))
+    params = lft.add_adapters(model.params, config, layout=model.layout, key=KEY)
+    active = {
+        path: leaf.tolist() for path, leaf in flatten(params).items() if path.endswith("_active")
+    }
+    assert active == {
+        "layers/mlp/bottleneck_active": [0, 1, 1],
+        "layers/self_attn/q_proj/bottleneck_active": [0, 1, 0],
+    }
+    with pytest.raises(ValueError, match=r"layers/mlp: a bottleneck adapter cannot be merged"):
+        lft.merge_adapters(params, layout=model.layout)
+
+
+def test_beside_sparse_mlps(randomize: Any) -> None:
+    """Also where the router's loss gives them a second array."""
+    changed = {"experts": Experts(count=4, top_k=2, renormalized=True), "expert_products": "dense"}
+    model = CausalLM(config=dataclasses.replace(TINY, layers=1, **changed))
+    shapes = abstract_params(model.config)
+    base = jax.tree.map(lambda leaf: jax.random.normal(KEY, leaf.shape) / 6, shapes)
+    config = config_of("input", targets=("mlp",))
+    added = lft.add_adapters(base, config, layout=model.layout, key=KEY)
+    tokens = jnp.arange(16).reshape(2, 8)
+
+    @jax.jit
+    def features(params: Any) -> tuple[Array, Array]:
+        counted = jnp.ones((2, 8), bool)
+        with_usage, _ = model.features_and_usage(params, tokens, counted=counted)
+        return with_usage, model.features(params, tokens)[0]
+
+    start, _ = features(added)
+    np.testing.assert_array_equal(start, features(base)[0])
+    moved, plain = features(randomize(added))
+    assert distance(moved, start) > 1e-3
+    np.testing.assert_allclose(moved, plain, atol=1e-6)
+
+
+def test_modules_beside_which_none_can_stand(zoo: Any) -> None:
+    case, vit = zoo("decoder"), zoo("vit_unrolled")
+
+    def refuse(case: Any, target: str, problem: str, **fields: Any) -> None:
+        config = config_of("input", targets=(target,), **fields)
+        with pytest.raises(ValueError, match=problem) as error:
+            lft.add_adapters(case.params, config, layout=case.layout, key=KEY)
+        assert "\n" not in str(error.value)
+
+    refuse(case, "self_attn", r"'self_attn' matches layers/self_attn, which is called with \d+ arr")
+    refuse(case, "self_attn", r"; name its layers: q_proj k_proj v_proj o_proj$")
+    refuse(case, "input_layernorm", "is not the MLP of a layer, so that no bottleneck")
+    refuse(case, "mpl", "'mpl' matches no module")
+    refuse(vit, "layers/1", r"matches layers/1, which gives a tuple, not one array")
+    config = lft.AdapterConfig(targets=("mlp",))
+    with pytest.raises(
+        ValueError,
+        match=r"'mlp' matches layers/mlp, a whole module, and lora adapts layers; name its layers: "
+        "gate_proj up_proj down_proj",
+    ):
+        lft.add_adapters(case.params, config, layout=case.layout, key=KEY)
+
+
+def test_a_module_of_another_width_or_without_parameters() -> None:
+    class Wider(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return nn.Dense(5, name="up")(x)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return nn.Dropout(0.1, deterministic=True, name="drop")(Wider(name="wider")(x))
+
+    x = jnp.ones((2, 3))
+    params = Model().init(KEY, x)["params"]
+    layout = lft.layout(Model().apply, params, x)
+    for target, problem in {
+        "wider": r"wider, which gives \(2, 5\) of \(2, 3\).*; name its layers: up",
+        "drop": "'drop' matches no module",
+    }.items():
+        config = config_of("input", targets=(target,))
+        with pytest.raises(ValueError, match=problem):
+            lft.add_adapters(params, config, layout=layout, key=KEY)
+
+
 def test_refusals(zoo: Any) -> None:
     case = zoo("decoder")
     params = lft.add_adapters(case.params, config_of("output"), layout=case.layout, key=KEY)
-    with pytest.raises(ValueError, match=r"a bottleneck adapter cannot be merged.*--target peft"):
+    with pytest.raises(
+        ValueError, match=r"a bottleneck adapter cannot be merged.*; save_peft writes it"
+    ):
         lft.merge_adapters(params, layout=case.layout)
     config = config_of("output", targets=("embed_tokens",))
     with pytest.raises(ValueError, match=r"bottleneck is not for embeddings; exclude them"):

@@ -14,7 +14,7 @@ from run_cases import ROOT, script_main
 import lorax_ft as lft
 from lorax_ft import cli
 from lorax_ft.__main__ import COMMANDS, main
-from lorax_ft.program import command
+from lorax_ft.program import command, either
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
@@ -126,3 +126,12 @@ def test_no_message_names_a_script_that_a_pip_user_does_not_have() -> None:
         if file.name != "program.py":
             found = re.findall(r"scripts/\w+\.py|\w+\.py --\w+", file.read_text())
             assert not found, (file, found)
+
+
+def test_a_refusal_says_what_the_user_can_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in ("lorax-ft merge", str(ROOT / "scripts/merge.py")):
+        monkeypatch.setattr(sys, "argv", [program])
+        assert either("save_peft(...)", "--target peft") == "--target peft"
+    for program in ("/usr/lib/ipykernel_launcher.py", "/home/scripts/my.py", "/usr/bin/pytest"):
+        monkeypatch.setattr(sys, "argv", [program])
+        assert either("save_peft(...)", "--target peft") == "save_peft(...)"

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,9 @@ from run_cases import ROOT
 import lorax_ft as lft
 from lorax_ft.__main__ import main
 from lorax_ft.commands.convert_config import converted
-from lorax_ft.config.foreign import llama_factory, peft_lora
+from lorax_ft.config.foreign import llama_factory
 from lorax_ft.config.foreign.autotrain import FLAGS, TABLE, read_flags
+from lorax_ft.config.foreign.peft_types import TABLES
 from lorax_ft.config.foreign.source import (
     AUTOTRAIN,
     LLAMA_FACTORY,
@@ -28,6 +30,9 @@ from lorax_ft.config.foreign.source import (
     read_foreign,
 )
 from lorax_ft.config.load import Loaded, read_config
+from lorax_ft.interop.peft_methods import METHODS
+from lorax_ft.interop.peft_prompts import KINDS
+from lorax_ft.interop.peft_tokens import TYPE as TRAINABLE_TOKENS
 from lorax_ft.sweep import rate
 
 MIRROR = os.environ.get("LORAX_FT_LLAMA_FACTORY", "")
@@ -196,6 +201,12 @@ def test_what_is_not_obvious_or_not_honored_is_said() -> None:
     assert said["use_unsloth"].startswith("not honored: ")
     assert "plot_loss" not in said  # it is always drawn
     assert "galore_rank" in said
+    resized = {"add_tokens": "<a>", "resize_vocab": True}
+    said = remarks(read(yaml_of(SHORT | resized)))
+    assert said["resize_vocab"].startswith("the rows of new tokens train alone")
+    # Its tables train there only where nothing else is named.
+    resized["additional_target"] = "embed_tokens"
+    assert "resize_vocab" not in remarks(read(yaml_of(SHORT | resized)))
     # A switch that is off asks for nothing.
     assert "use_unsloth" not in remarks(read(yaml_of(SHORT | {"use_unsloth": False})))
 
@@ -243,6 +254,8 @@ def test_an_option_of_the_command_line_replaces_what_it_says_alone() -> None:
         ({"deepspeed": "examples/ds_z3_config.json"}, True),
         ({"deepspeed": "data/stage.json"}, True),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, False),
+        ({"deepspeed": {"zero_optimization": {"stage": "3"}}}, True),
+        ({"deepspeed": "x" * 5000}, False),
         ({"fsdp": ["full_shard", "auto_wrap"]}, True),
         ({"fsdp": ""}, False),
         ({"fsdp": True}, True),
@@ -267,6 +280,7 @@ def test_datasets_of_dataset_info() -> None:
         openai={"hf_hub_url": "o/n", "formatting": "sharegpt", "columns": {"messages": "messages"}},
         part={"hf_hub_url": "o/n", "subset": "en", "split": "dev"},
         files={"file_name": "many"},
+        more={"file_name": "more.jsonl", "num_samples": 3},
     )
     Path("data/many").mkdir()
     Path("data/many/a.jsonl").write_text("")
@@ -282,15 +296,16 @@ def test_datasets_of_dataset_info() -> None:
     assert (data.train, data.split) == (("o/n:en",), "dev")
     assert llama(dataset="files").data.train == ("data/many/*.jsonl",)
     assert llama(dataset="a/b", dataset_dir="ONLINE").data.train == ("a/b",)
-    data = llama(dataset="qa", eval_dataset="qa,files", eval_on_each_dataset=True).data
-    assert data.validation == ("qa=data/qa.jsonl[:9]", "files=data/many/*.jsonl")
+    sets = {"eval_dataset": "files,more", "eval_on_each_dataset": True}
+    data = llama(dataset="files", **sets).data
+    assert data.validation == ("files=data/many/*.jsonl", "more=data/more.jsonl[:3]")
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
         (None, "data/dataset_info.json has no dataset 'sums'; did you mean sum?"),
-        ({"file_name": 3}, "file_name is 3, not of the type str"),
+        ({"file_name": 3}, "file_name is 3; it must be a text"),
         ({"file": "a.json"}, "there is no 'file'; did you mean file_name?"),
         ({}, "has no file_name and no hf_hub_url"),
         ({"ms_hub_url": "a/b"}, "ms_hub_url cannot be read; download it"),
@@ -298,6 +313,14 @@ def test_datasets_of_dataset_info() -> None:
         ({"file_name": "a.json", "ranking": True}, "has ranking, and only texts with one answer"),
         ({"file_name": "a.json", "columns": {"images": "images"}}, "has images, and only texts"),
         ({"file_name": "a.json", "columns": {"promt": "q"}}, "there is no column 'promt'"),
+        ({"file_name": "a.json", "columns": {"prompt": 3}}, "prompt is 3; it must be a text"),
+        ({"file_name": "a.json", "columns": "q"}, "columns is 'q'; it must be keys with names"),
+        ({"file_name": "a.json", "num_samples": True}, "num_samples is True; it must be a whole"),
+        ({"file_name": "a.json", "num_samples": -5}, "num_samples is -5; it must be a whole num"),
+        ({"file_name": "a.json", "num_samples": 0}, "num_samples is 0; it must be a whole number"),
+        ({"file_name": "a.json", "num_samples": 2.5}, "num_samples is 2.5; it must be a whole"),
+        ({"file_name": "a.json", "num_samples": "9"}, "num_samples is '9'; it must be a whole"),
+        (["a.json"], "sums is ['a.json']; it must be keys with values"),
         (
             {"file_name": "a.json", "formatting": "sharegpt", "tags": {"user_tag": "client"}},
             "user_tag is 'client'; the role can be named human, user",
@@ -306,22 +329,36 @@ def test_datasets_of_dataset_info() -> None:
 )
 def test_datasets_that_cannot_be_read(entry: dict[str, Any] | None, message: str) -> None:
     write_info(**({"sum": {}} if entry is None else {"sums": entry}))
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+    with pytest.raises(ValueError, match="run.yaml, line 2: dataset: .*" + re.escape(message)):
         llama()
 
 
 def test_datasets_with_other_names_of_a_field() -> None:
-    columns = {"prompt": "question", "response": "output"}
-    write_info(a={"file_name": "a.json", "columns": columns}, b={"file_name": "b.json"})
-    # b has the default names, so nothing of it contradicts a.
-    assert llama(dataset="a,b").data.fields == ("instruction=question",)
     columns = {"prompt": "q", "response": "output"}
+    same = {"prompt": "instruction", "response": "output"}
+    turns = {"file_name": "t.json", "formatting": "sharegpt"}
     write_info(
         a={"file_name": "a.json", "columns": columns},
-        b={"file_name": "b.json", "columns": {"prompt": "instruction", "response": "output"}},
+        # Absent columns have the default names.
+        b={"file_name": "b.json"},
+        c={"file_name": "c.json", "columns": same},
+        turns=turns,
+        said=turns | {"tags": {"content_tag": "said"}},
+        dev={"file_name": "d.json", "split": "dev"},
     )
-    with pytest.raises(ValueError, match="a calls the field instruction q, and b calls it"):
-        llama(dataset="a,b")
+    for other in ("b", "c"):
+        message = f"line 2: dataset: a has instruction in the field 'q', and {other} in 'instruct"
+        with pytest.raises(ValueError, match=message):
+            llama(dataset=f"a,{other}")
+    with pytest.raises(ValueError, match="eval_dataset: a has instruction in the field 'q', and b"):
+        llama(dataset="a", eval_dataset="b")
+    with pytest.raises(ValueError, match=r"turns has content in .* 'content', and said in 'said'"):
+        llama(dataset="turns,said")
+    with pytest.raises(ValueError, match=r"eval_dataset: one split for all of them, not .'dev'"):
+        llama(dataset="b", eval_dataset="dev,b")
+    # Rows of other shapes have other fields.
+    assert llama(dataset="b,c,turns").data.fields == ()
+    assert llama(dataset="a,said").data.fields == ("instruction=q", "content=said")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +403,18 @@ def test_datasets_with_other_names_of_a_field() -> None:
         ("lr_scheduler_type: polynomial\n", "line 1: lr_scheduler_type is polynomial"),
         ("lr_scheduler_kwargs: {power: 2}\n", "line 1: lr_scheduler_kwargs power"),
         ("lr_scheduler_kwargs: 3\n", "line 1: lr_scheduler_kwargs is 3; it must be keys with"),
-        ("lr_scheduler_type: cosine_with_min_lr\n", "lr_scheduler_kwargs needs min_lr"),
+        ("lr_scheduler_type: cosine_with_min_lr\n", "lr_scheduler_kwargs is {}; it needs min_lr"),
+        (
+            "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: 2}\n",
+            "line 2: lr_scheduler_kwargs is {'min_lr_rate': 2}; it needs",
+        ),
+        (f"dataset_dir: {'x' * 5000}\ndataset: a\n", "line 2: dataset: there is no xxx"),
+        (f"output_dir: a\nlora_rank: 3\nstage: {'x' * 5000}\n", r"line 3: stage is x{80};"),
+        ("model_name_or_path: a\nlora_target: '('\n", r"line 2 \(lora_target\): adapter.targets: "),
+        (
+            "model_name_or_path: a\nadditional_target: '('\n",
+            r"line 2 \(additional_target\): adapter.train_whole: '\('",
+        ),
         ("val_size: .inf\n", "line 1: val_size is inf; it must be a number"),
         ("learning_rate: .nan\n", "line 1: learning_rate is nan; it must be a number"),
         ("lora_alpha: 1" + "0" * 400 + "\n", "line 1: lora_alpha is 1000"),
@@ -375,6 +423,25 @@ def test_datasets_with_other_names_of_a_field() -> None:
         ("on: 3\nstage: sft\n", "line 1: YAML reads the key on as something else than a text"),
         ("model: a\nquant: b\nstage: sft\n", "section 'model' of the config is not an object"),
         ("logging_steps: 0.1\n", "line 1: logging_steps is 0.1, a fraction of all steps"),
+        ("logging_steps: -1\n", "line 1: logging_steps is -1; give a number of steps"),
+        ("dataset: sums\nmax_samples: -3\n", "line 2: max_samples is -3; .* number above 0"),
+        ("dataset: sums\nmax_samples: true\n", "line 2: max_samples is True; .* number above 0"),
+        (
+            "per_device_train_batch_size: 4\ngradient_accumulation_steps: 0\n",
+            "line 2: gradient_accumulation_steps is 0; it must be a whole number above 0",
+        ),
+        (
+            "pissa_init: true\npissa_iter: -2\n",
+            r"line 2 \(pissa_iter\): adapter.svd_iterations is -2",
+        ),
+        (
+            "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: true}\n",
+            "line 2: lr_scheduler_kwargs is {'min_lr': True}; it needs min_lr, from 0",
+        ),
+        ("deepspeed: 3\nstage: sft\n", "line 1: deepspeed is 3; it must be a file or keys"),
+        ("deepspeed: data\nstage: sft\n", "line 1: deepspeed: data is a folder, not a file"),
+        ("fsdp: 3\nstage: sft\n", "line 1: fsdp is 3; it must be names, or true or false"),
+        ("resize_vocab: 3\nstage: sft\n", "line 1: resize_vocab is 3; it must be true or false"),
         ("resume_from_checkpoint: out/checkpoint-5\n", "cannot be resumed"),
         ("adapter_name_or_path: a,b\n", "line 1: adapter_name_or_path: merge a, b"),
         ("mix_strategy: interleave_under\n", "line 1: mix_strategy interleave_under cannot"),
@@ -402,6 +469,91 @@ def test_bad_yaml_is_one_line_with_its_place(text: str, message: str) -> None:
         overridden.add("data.train")
     with pytest.raises(ValueError, match=message):
         read(text, overridden=overridden)
+
+
+NESTED = "[" * 1500
+DEEP = "[" * 900 + "]" * 900
+"""Python reads it, and has too little room left to write it into a message."""
+
+
+@pytest.mark.parametrize("value", [NESTED, "{'a': " * 1500, DEEP], ids=["list", "object", "deep"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.yaml", "stage: sft\nlora_rank: {}"),
+        ("run.json", '{{"stage": "sft", "model_name_or_path": {}}}'),
+        ("own.yaml", "adapter: {{rank: {}}}"),
+        ("own.json", '{{"adapter": {{"rank": {}}}}}'),
+        ("adapter_config.json", '{{"peft_type": "LORA", "target_modules": {}}}'),
+        ("data/dataset_info.json", '{{"sums": {{"file_name": {}}}}}'),
+        ("data/ds.json", '{{"zero_optimization": {{"stage": {}}}}}'),
+    ],
+)
+def test_what_is_nested_too_deeply_is_one_line(name: str, text: str, value: str) -> None:
+    Path(name).write_text(text.format(value.replace("'", '"')))
+    read_from = name
+    if name.startswith("data"):
+        read_from = "run.yaml"
+        Path(read_from).write_text(yaml_of(SHORT | {"deepspeed": "data/ds.json"}))
+        if name == "data/ds.json" and value == DEEP:
+            # A stage that is no number splits nothing.
+            assert read_config(read_from).source is not None
+            return
+    with pytest.raises(ValueError, match=f"^{read_from}.* (nested too deeply|must be)") as raised:
+        read_config(read_from)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("run.yaml", {"stage": "s\nft"}),
+        ("run.yaml", {"lora_rank": "a\rb"}),
+        ("run.yaml", {"rope_scaling": "a\nb"}),
+        ("run.yaml", {"dataset": "a\u2028b"}),
+        ("run.yaml", {"dataset_dir": "REMOTE:a\nb"}),
+        ("run.yaml", {"adapter_name_or_path": ["a\nb", "c"]}),
+        ("run.yaml", {"resume_from_checkpoint": "a\nb"}),
+        ("run.yaml", {"lora_target": "a\n("}),
+        ("run.yaml", {"sta\nge": 3}),
+        ("run.json", {"stage": "s\nft"}),
+        ("own.yaml", {"train": {"report_to": ["a\nb"]}}),
+        ("own.json", {"model": {"pa\nth": "a"}}),
+        ("adapter_config.json", {"peft_type": "a\nb"}),
+        ("adapter_config.json", {"peft_type": "LORA", "task_type": "a\nb"}),
+        ("adapter_config.json", {"peft_type": "LORA", "init_lora_weights": "a\nb"}),
+        ("adapter_config.json", {"peft_type": "LORA", "rank_pattern": {"a\nb": "c"}}),
+    ],
+)
+def test_values_with_line_ends_make_errors_of_one_line(name: str, keys: dict[str, Any]) -> None:
+    text = json.dumps(keys) if name.endswith("json") else yaml_of(keys)
+    if name == "run.yaml":
+        text += yaml_of({key: value for key, value in SHORT.items() if key not in keys})
+    with pytest.raises(ValueError, match=f"^{name}") as raised:
+        read(text, name)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_notes_of_values_with_line_ends_are_one_line() -> None:
+    said = remarks(read(yaml_of(SHORT | {"template": "a\nb", "report_to": ["c\nd"]})))
+    assert said["template"].startswith(r"a\nb is unknown here")
+    assert r"c\nd" in said["report_to"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("adapter_config.json", '{"peft_type": "LORA", "r": 8, "r": 16}'),
+        ("run.json", '{"stage": "sft", "r": {"r": 1, "r": 2}}'),
+        ("own.json", '{"adapter": {"r": 8, "r": 9}}'),
+        ("data/dataset_info.json", '{"sums": {}, "r": {}, "r": {}}'),
+    ],
+)
+def test_repeated_keys_of_json_are_refused(name: str, text: str) -> None:
+    Path(name).write_text(text)
+    Path("run.yaml").write_text(yaml_of(SHORT))
+    with pytest.raises(ValueError, match=f"{name} is not valid JSON: 'r' is given twice"):
+        read_config("run.yaml" if name.startswith("data") else name)
 
 
 def test_anchors_that_explode() -> None:
@@ -493,6 +645,134 @@ def test_fields_of_a_lora_config(keys: dict[str, Any], option: str, value: Any) 
     assert getattr(getattr(peft(**keys), section), field) == value
 
 
+@pytest.mark.parametrize(
+    ("kind", "keys", "expected"),
+    [
+        (
+            "IA3",
+            {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+            {"targets": ("k_proj", "down_proj"), "feedforward": ("down_proj",)},
+        ),
+        ("MISS", {"init_weights": True, "miss_dropout": 0.1}, {"rank": 64, "dropout": 0.1}),
+        ("BONE", {"r": 4, "bias": "none"}, {"rank": 4}),
+        ("VERA", {"d_initial": 0.2}, {"rank": 256, "vera_d_initial": 0.2}),
+        ("VERA", {"r": 4, "save_projection": True, "vera_dropout": 0.1}, {"rank": 4}),
+        ("LOHA", {}, {"rank": 8, "alpha": 8}),
+        ("LOHA", {"rank_pattern": {"q_proj": 4}, "r": 2}, {"rank_pattern": ("q_proj=4",)}),
+        ("LOKR", {"alpha": 4, "decompose_factor": 3}, {"alpha": 4, "lokr_factor": 3}),
+        ("LOKR", {"decompose_factor": -1, "decompose_both": False}, {"lokr_factor": None}),
+        ("SHIRA", {"r": 3, "layers_to_transform": [1]}, {"rank": 3, "layers": (1,)}),
+        ("HIRA", {"exclude_modules": "lm_head"}, {"rank": 32, "exclude": ("lm_head",)}),
+        ("OFT", {"r": 0, "coft": False, "oft_block_size": 16}, {"oft_block_size": 16}),
+        ("OFT", {"modules_to_save": ["norm"]}, {"oft_block_size": 32, "train_whole": ("norm",)}),
+        ("TRAINABLE_TOKENS", {"token_indices": [3, 5]}, {"trainable_tokens": (3, 5)}),
+        ("TRAINABLE_TOKENS", {"token_indices": [3], "target_modules": ["a.lm_head"]}, {}),
+    ],
+)
+def test_other_types_of_adapters(kind: str, keys: dict[str, Any], expected: dict[str, Any]) -> None:
+    adapter = read(json.dumps({"peft_type": kind} | keys), "adapter_config.json").config.adapter
+    if kind == "TRAINABLE_TOKENS":
+        assert adapter.targets == ()
+    else:
+        assert adapter.method == {"BONE": "miss"}.get(kind, kind.lower())
+    assert {name: getattr(adapter, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "expected"),
+    [
+        ("PROMPT_TUNING", {}, {"kind": "prompt", "init": "random"}),
+        (
+            "PROMPT_TUNING",
+            {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Add.", "token_dim": 9},
+            {"kind": "prompt", "init": "text", "text": "Add."},
+        ),
+        ("PROMPT_TUNING", {"prompt_tuning_init": "SAMPLE_VOCAB"}, {"kind": "prompt"}),
+        (
+            "P_TUNING",
+            {"encoder_hidden_size": 9},
+            {"kind": "prompt", "encoder": "mlp", "encoder_width": 9},
+        ),
+        (
+            "P_TUNING",
+            {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2},
+            {"kind": "prompt", "encoder": "lstm"},
+        ),
+        # A width without a projection is that of nothing.
+        ("PREFIX_TUNING", {"encoder_hidden_size": 9}, {"kind": "prefix", "init": "random"}),
+        (
+            "PREFIX_TUNING",
+            {"encoder_hidden_size": 9, "prefix_projection": True},
+            {"kind": "prefix", "encoder": "mlp", "encoder_width": 9},
+        ),
+    ],
+)
+def test_types_of_soft_prompts(kind: str, keys: dict[str, Any], expected: dict[str, Any]) -> None:
+    text = json.dumps({"peft_type": kind, "num_virtual_tokens": 5} | keys)
+    config = read(text, "adapter_config.json").config
+    assert config.prompt == lft.PromptConfig(virtual_tokens=5, **expected)
+    assert config.adapter == lft.AdapterConfig(targets=())
+    # Beside an adapter.
+    config = read(text, "adapter_config.json", overridden={"adapter.targets"}).config
+    assert config.adapter == lft.AdapterConfig()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"peft_type": "IA3", "r": 8}, "PEFT's IA3 has no key 'r'"),
+        ({"peft_type": "VERA", "task_type": "SEQ_CLS"}, "task_type SEQ_CLS cannot be run"),
+        ({"peft_type": "VERA", "init_weights": False}, "init_weights false cannot be honored"),
+        ({"peft_type": "MISS", "init_weights": "bat"}, "init_weights bat cannot be honored"),
+        ({"peft_type": "LOHA", "module_dropout": 0.1}, "module_dropout 0.1 cannot be honored"),
+        ({"peft_type": "LOKR", "decompose_both": True}, "decompose_both true cannot be honored"),
+        ({"peft_type": "LOKR", "decompose_factor": 0}, r".decompose_factor.: adapter.lokr_factor"),
+        ({"peft_type": "OFT", "r": 8, "oft_block_size": 0}, "r 8 cannot be honored: blocks are"),
+        ({"peft_type": "OFT", "use_cayley_neumann": False}, "use_cayley_neumann false cannot"),
+        ({"peft_type": "PROMPT_TUNING"}, "num_virtual_tokens is missing"),
+        ({"peft_type": "P_TUNING", "num_virtual_tokens": 0}, "num_virtual_tokens is 0; it must"),
+        (
+            {
+                "peft_type": "P_TUNING",
+                "num_virtual_tokens": 4,
+                "encoder_reparameterization_type": "LSTM",
+                "encoder_num_layers": 3,
+            },
+            "encoder_num_layers is 3; an LSTM here has 2",
+        ),
+        ({"peft_type": "TRAINABLE_TOKENS"}, "token_indices is missing"),
+        (
+            {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1], "target_modules": ["q_proj"]},
+            "target_modules q_proj: tokens are in",
+        ),
+        ({"peft_type": "LORA", "rank_pattern": {"q": "a=4"}}, "rank_pattern: q is 'a=4'; it must"),
+        ({"peft_type": "LORA", "rank_pattern": {"q": True}}, "rank_pattern: q is True; it must"),
+        ({"peft_type": "LORA", "layers_to_transform": ["a"]}, ".*it must be a list, each entry"),
+        ({"peft_type": "LORA", "init_lora_weights": "x"}, ".* it can be true, gaussian, ortho"),
+    ],
+)
+def test_other_types_that_cannot_be_honored(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^adapter_config.json:? ?{message}"):
+        read(json.dumps(keys), "adapter_config.json")
+
+
+def test_a_config_of_peft_without_its_type() -> None:
+    with pytest.raises(ValueError, match=r"adapter_config.json has no peft_type; add it"):
+        read(json.dumps({"r": 8, "lora_alpha": 16}), "adapter_config.json")
+
+
+def test_each_type_that_folders_have_is_read() -> None:
+    ours = {method.peft_type: name for name, method in METHODS.items() if name != "bottleneck"}
+    assert {*ours, *KINDS, TRAINABLE_TOKENS, "BONE"} == set(TABLES)
+
+
+def test_absent_targets_are_said() -> None:
+    assert (
+        "PEFT chooses by the model"
+        in remarks(read(json.dumps(LORA), "adapter_config.json"))["target_modules"]
+    )
+
+
 def test_objects_of_starts_in_a_lora_config() -> None:
     keys = {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "tau": 0.9}}
     keys |= {"corda_config": {"corda_method": "kpm"}, "loftq_config": {}}
@@ -507,14 +787,19 @@ def test_objects_of_starts_in_a_lora_config() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type IA3: only a LoraConfig"),
+        ({"peft_type": "ADALORA"}, "peft_type ADALORA has no method here; .* are LORA, IA3, MISS"),
+        ({"peft_type": "LORRA"}, "peft_type LORRA has no .*; did you mean LORA"),
+        ({"peft_type": 3}, "peft_type is 3; it must be a text"),
+        ({"peft_type": "x" * 5000}, "peft_type x{80} has no method here"),
+        ({"rank_pattern": {"q_proj": 4.5}}, "rank_pattern: q_proj is 4.5; it must be a whole num"),
+        ({"modules_to_save": ["("]}, ".modules_to_save.: adapter.train_whole: '.' is not a"),
         ({"task_type": "SEQ_CLS"}, "task_type SEQ_CLS cannot be run"),
         ({"bias": "all"}, "bias all cannot be honored: biases do not train"),
         ({"init_lora_weights": False}, "init_lora_weights false"),
         ({"init_lora_weights": "pizza"}, "init_lora_weights is pizza; it can be"),
-        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*it must be an object"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*it must be keys with values"),
         ({"target_modules": 3}, "target_modules is 3; it must be names or"),
-        ({"lora_alpah": 3}, "PEFT has no key 'lora_alpah'; did you mean lora_alpha"),
+        ({"lora_alpah": 3}, "PEFT's LORA has no key 'lora_alpah'; did you mean lora_alpha"),
         ({"eva_config": 3, "init_lora_weights": "eva"}, "eva_config is 3; it must be keys with"),
         (
             {"loftq_config": {"loftq_bits": [4]}, "init_lora_weights": "loftq"},
@@ -524,7 +809,7 @@ def test_objects_of_starts_in_a_lora_config() -> None:
     ],
 )
 def test_lora_configs_that_cannot_be_honored(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"adapter_config.json: {message}"):
+    with pytest.raises(ValueError, match=f"adapter_config.json:? ?{message}"):
         peft(**keys)
 
 
@@ -660,9 +945,27 @@ def test_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert command(monkeypatch, "convert-config", "run.yaml", "--output", "run.txt") == 2
 
 
+def test_errors_of_a_run_name_the_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*args: object, **options: object) -> None:
+        raise ValueError("adapter.train_whole: 'lm_head' matches no module")
+
+    monkeypatch.setattr(rate, "train", train)
+    Path("run.yaml").write_text(yaml_of(SHORT | {"additional_target": "embed_tokens,lm_head"}))
+    options = ["--config", "run.yaml", "--dry-run"]
+    assert command(monkeypatch, "train", *options) == 2
+    place = "run.yaml, line 4 (additional_target)"
+    assert capsys.readouterr().err.startswith(f"error: {place}: adapter.train_whole: 'lm_head'")
+    # An option of the command line is no key of the file.
+    options += ["--adapter.train_whole", "lm_head"]
+    assert command(monkeypatch, "train", *options) == 2
+    assert capsys.readouterr().err.startswith("error: adapter.train_whole: 'lm_head'")
+
+
 def test_the_documentation_has_all_keys() -> None:
     text = (ROOT / "docs" / "OTHER_CONFIGS.md").read_text()
-    for table in (llama_factory.TABLE, peft_lora.TABLE, TABLE):
+    for table in (llama_factory.TABLE, *TABLES.values(), TABLE):
         for name, rule in table.items():
             shown = f"--{name.replace('_', '-')}" if table is TABLE else name
             rows = [line for line in text.splitlines() if f"`{shown}`" in line]

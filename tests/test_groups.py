@@ -5,10 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import optax
 import pytest
 from method_cases import KEY, TABLE, Adapted
 
-from lorax_ft import combine, label, merge_adapters, partition, with_dropout, with_norms
+from lorax_ft import (
+    AdapterConfig,
+    MeshConfig,
+    combine,
+    label,
+    merge_adapters,
+    partition,
+    with_dropout,
+    with_norms,
+)
+from lorax_ft.sharding import make_mesh
+from lorax_ft.training.state import abstract_state
 from lorax_ft.tree import flatten
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -58,6 +70,22 @@ def test_a_module_trained_whole_takes_what_stands_in_it(zoo: Any) -> None:
 def test_unknown_whole_modules_raise_with_the_nearest_name(zoo: Any) -> None:
     with pytest.raises(ValueError, match=r"train_whole: 'clases' matches no module.*'classes'"):
         label(zoo("vit_scanned").params, whole=("clases",))
+
+
+def test_a_tied_head_does_not_train_whole_by_its_name(decoder: Any) -> None:
+    model, mesh = decoder(tied=True), make_mesh(MeshConfig())
+
+    def trained(*whole: str) -> set[str]:
+        config = AdapterConfig(targets=("q_proj",), train_whole=whole)
+        state, _ = abstract_state(
+            model.params, config, optax.sgd(1.0), layout=model.layout, mesh=mesh
+        )
+        return {path for path in flatten(state.trained) if "lora" not in path}
+
+    with pytest.raises(ValueError, match=r"'lm_head' has no weight .* name embed_tokens alone"):
+        trained("embed_tokens", "lm_head")
+    for whole in ("embed_tokens", "embed_tokens|lm_head"):
+        assert trained(whole) == {"embed_tokens/embedding"}
 
 
 @pytest.mark.parametrize("by", ["training", "ownership"])

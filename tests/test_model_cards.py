@@ -45,6 +45,69 @@ def test_the_metadata_of_an_adapter() -> None:
     assert "## Training\n\n- **A:** b\n" in card.text
 
 
+def test_the_metadata_of_an_activated_lora() -> None:
+    card = ModelCard(adapter_card(lora(alora_invocation_tokens=[7, 8])))
+    assert card.data.tags[1:] == ["lora", "alora", "lorax_ft"]
+    assert "# aLoRA adapter of base\n" in card.text
+    assert "acts from the tokens [7, 8] on" in card.text
+    assert "PeftModel.from_pretrained(model, adapter)\n" in card.text
+
+
+GROWS = "model.resize_token_embeddings("
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows", "said"),
+    [
+        ({"trainable_token_indices": {"embed_tokens": [9]}}, None, f"{GROWS}len(tokenizer))"),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [9]}, None, f"{GROWS}len(tokenizer))"),
+        # A table that was trained in full has its own number of rows.
+        ({"modules_to_save": ["embed_tokens"]}, 128, f"{GROWS}128)"),
+        (
+            {"peft_type": "LORAX_FT_BOTTLENECK", "trainable_token_indices": {"embed_tokens": [9]}},
+            None,
+            "model = lft.with_tokens_of(adapter, model)\nparams = lft.load_peft(adapter, model)",
+        ),
+        ({}, None, None),
+    ],
+)
+def test_a_card_grows_the_tables_for_new_tokens(
+    fields: dict[str, Any], rows: int | None, said: str | None
+) -> None:
+    card = adapter_card(lora(**fields), table_rows=rows)
+    if said is None:
+        assert GROWS not in card
+        return
+    assert said in card
+    # Before the adapter is loaded, whose rows would have no place otherwise.
+    loaded = "lft.load_peft(" if "lft" in said else "PeftModel.from_pretrained("
+    assert card.index(said.partition("\n")[0]) < card.index(loaded)
+    assert ("# Trainable tokens adapter of base" in card) == ("token_indices" in fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "in_peft"),
+    [
+        ({"target_modules": ["q_proj"]}, True),
+        ({"target_modules": ["q_proj", "lm_head"]}, False),
+        ({"alora_invocation_tokens": [7]}, False),
+        ({"trainable_token_indices": {"embed_tokens": [9]}}, False),
+        ({"peft_type": "LORAX_FT_BOTTLENECK"}, False),
+    ],
+)
+def test_a_card_loads_a_soft_prompt_beside_an_adapter(
+    fields: dict[str, Any], in_peft: bool
+) -> None:
+    """PEFT holds one of the two, so the adapter is merged first, where PEFT merges it rightly."""
+    card = adapter_card(lora(**fields), beside_prompt=True)
+    assert "A soft prompt, in the folder soft_prompt, was trained together with" in card
+    assert ('from_pretrained(model, adapter, subfolder="soft_prompt")' in card) is in_peft
+    assert ("lft.load_peft(adapter, model)" in card) is not in_peft
+    library = "peft" if in_peft else "lorax_ft"
+    assert ModelCard(card).data.library_name == library
+    assert "soft prompt" not in adapter_card(lora(**fields))
+
+
 def test_a_base_on_this_machine_is_no_metadata(tmp_path: Path) -> None:
     """The hub refuses a card whose base_model is a path."""
     card = ModelCard(adapter_card(lora(str(tmp_path))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import flax.linen as linen
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checkpoint_cases import assert_trees_equal
 from flax import nnx
 from jax import Array
 from method_cases import EVERYWHERE, KEY, TABLE, Adapted, adapter_config, distance
@@ -100,6 +102,25 @@ def test_gradients_are_those_of_linen_also_on_a_quantized_base(
     assert set(got) == set(want)
     for path in want:
         assert distance(got[path], want[path]) < 1e-5, path
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("LayerNorm_1", "down")])
+def test_a_bottleneck_beside_a_module_computes_what_it_does_in_linen(
+    zoo: Any, randomize: Any, targets: tuple[str, ...]
+) -> None:
+    case, apply = zoo("vit_rematted"), twin("vit_rematted")
+    config = lft.AdapterConfig(
+        method="bottleneck", rank=3, bottleneck_input="input", targets=targets
+    )
+    layout = lft.layout(apply, case.params, *case.example)
+    trees = [
+        randomize(lft.add_adapters(case.params, config, layout=each, key=KEY))
+        for each in (layout, case.layout)
+    ]
+    assert leaves(trees[0]) == leaves(trees[1])
+    y = jax.jit(lft.adapt(apply))({"params": trees[1]}, *case.example)
+    assert distance(y, case.forward(trees[1])) < 1e-6
+    assert distance(y, case.plain(case.params)) > 1e-3
 
 
 def test_our_step_trains_it_and_leaves_the_frozen_leaves_unchanged(zoo: Any) -> None:
@@ -382,13 +403,31 @@ def test_quantized_layers_inside_a_scan(randomize: Any, quant: Any) -> None:
         apply({"params": base}, x)
 
 
+@pytest.mark.parametrize("options", [{"init": "pissa"}, {"method": "vera"}])
+def test_adapters_come_back_from_their_folder(
+    tmp_path: Path, randomize: Any, options: dict[str, Any]
+) -> None:
+    """Of a model with names of its own, stacked layers and a layer class that is not nnx's."""
+    for model, kinds, x in (
+        (Stacked(RNGS()), {}, jnp.ones((2, 4))),
+        (Own(RNGS()), {Product: ("einsum", "w")}, jnp.ones((2, 3, 6))),
+    ):
+        apply, base = lft.from_nnx(model, layers=kinds)
+        layout = lft.layout(apply, base, x)
+        config = lft.AdapterConfig(rank=2, **options)
+        params = randomize(lft.add_adapters(base, config, layout=layout, key=KEY))
+        folder = tmp_path / type(model).__name__
+        lft.save_adapter(folder, params, config=config)
+        again = lft.load_adapter(folder, base, layout=layout)
+        assert_trees_equal(again, params)
+
+
 def test_mistakes_are_one_line() -> None:
     model = nnx.Linear(4, 3, rngs=RNGS())
     x = jnp.ones((2, 4))
     apply, params = lft.from_nnx(model)
-    changed = lft.add_adapters(
-        params, lft.AdapterConfig(rank=2), layout=lft.layout(apply, params, x), key=KEY
-    )
+    layout = lft.layout(apply, params, x)
+    changed = lft.add_adapters(params, lft.AdapterConfig(rank=2), layout=layout, key=KEY)
     bridge = nnx.bridge.ToLinen(nnx.Linear, args=(4, 3))
     variables = bridge.init(KEY, x)
     lora = nnx.LoRALinear(4, 3, lora_rank=2, rngs=RNGS())
@@ -397,6 +436,19 @@ def test_mistakes_are_one_line() -> None:
         (lambda: lft.layout(model.__call__, params, x), "layout was given an nnx.Module"),
         (lambda: lft.adapt(model), "adapt was given an nnx.Module.*from_nnx"),
         (lambda: lft.layout(apply, nnx.state(model), x), "an nnx.State.*from_nnx"),
+        (lambda: lft.layout(apply, model, x), "layout was given an nnx.Module.*from_nnx"),
+        (lambda: lft.save_adapter("out", nnx.state(model)), "save_adapter was given an nnx.State"),
+        (lambda: lft.save_peft("out", changed, apply), "is a NnxApply; save_adapter writes"),
+        (lambda: lft.save_peft("out", changed, model), "is a Linear; save_adapter writes"),
+        (lambda: lft.load_peft("out", model), "load_peft is for .* load_adapter reads them"),
+        (
+            lambda: lft.add_adapters(model, lft.AdapterConfig(), layout=layout, key=KEY),
+            "add_adapters was given an nnx.Module",
+        ),
+        (
+            lambda: lft.load_adapter("out", nnx.state(model), layout=layout),
+            "load_adapter was given an nnx.State",
+        ),
         (lambda: lft.layout(bridge.apply, variables["params"], x), "ToLinen.*from_nnx"),
         (lambda: lft.from_nnx(apply), "needs an nnx.Module, not NnxApply"),
         (lambda: lft.from_nnx(lora), "'lora/lora_a' has the name of a leaf"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from method_cases import KEY, Adapted, distance
 from run_cases import SHORT, Main, config
+from safetensors.numpy import load_file, save_file
 
 import lorax_ft as lft
 from lorax_ft.interop.peft import load_peft
@@ -190,3 +191,24 @@ def test_folders_of_peft_that_are_wrong(decoder: Any, speaker: Any, tmp_path: Pa
         file.write_text(json.dumps(whole | {"feedforward_modules": value}))
         with pytest.raises(ValueError, match=said):
             load_peft(tmp_path / "adapter", speaker)
+
+
+def test_elements_of_shira_that_are_wrong(speaker: Any, tmp_path: Path) -> None:
+    adapters = lft.AdapterConfig(method="shira", rank=1, targets=("layers/0/self_attn/q_proj",))
+    params = lft.add_adapters(speaker.params, adapters, layout=speaker.layout, key=KEY)
+    lft.save_peft(tmp_path, params, speaker)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("shira_indices"))
+    places = tensors[name]
+    for value, said in ((-1, "are from -1"), (0.5, "are no whole numbers")):
+        wrong = places.astype(np.float32)
+        wrong[1, 0] = value
+        save_file({**tensors, name: wrong}, file)
+        with pytest.raises(ValueError, match=f"shira_indices {said}"):
+            load_peft(tmp_path, speaker)
+    save_file(tensors, file)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 2}))
+    with pytest.raises(ValueError, match=r"elements; rank 2 of a module with 32 inputs"):
+        load_peft(tmp_path, speaker)

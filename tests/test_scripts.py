@@ -23,7 +23,7 @@ from generation_cases import asked
 
 from lorax_ft import cli
 from lorax_ft.commands import export as export_command
-from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig, Config, ModelConfig
+from lorax_ft.config import EMBEDDED_MODEL, AdapterConfig, Config, ModelConfig, PromptConfig
 from lorax_ft.inference.texts import answer
 from lorax_ft.interop.load import load_model
 from lorax_ft.interop.peft import load_peft, save_peft
@@ -31,6 +31,7 @@ from lorax_ft.interop.save import save_model
 from lorax_ft.interop.save_gguf import save_gguf
 from lorax_ft.lowrank.adapters import add_adapters
 from lorax_ft.models.model import Model
+from lorax_ft.models.soft_prompt import add_soft_prompt
 from lorax_ft.run.memory import describe_memory
 from lorax_ft.run.model_args import ModelArgs, locate
 from lorax_ft.tree import Tree, flatten
@@ -197,7 +198,7 @@ def test_scripts(speaker: Model, params: Callable[[str], Tree], tmp_path: Path) 
     assert lines[7:] == ["adapter: on; /adapter on, off or PATH changes this"]
     wrong = errors.splitlines()
     assert wrong[0] == "error: unknown command /nonsense; /help lists the commands"
-    assert wrong[1].startswith("error: nowhere holds no adapter_config.json")
+    assert wrong[1].startswith("error: there is no folder nowhere")
     assert len(wrong) == 2
     # The same adapter twice.
     for weights, text in (
@@ -280,6 +281,41 @@ def test_export(
         export("lora", "gguf", "tuned.bin")
     assert not (tmp_path / "other").exists()
     assert not (tmp_path / "tuned.gguf").exists()
+
+
+def test_export_says_how_an_adapter_is_loaded(
+    speaker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT would load the LoRA without its soft prompt, and has no bottleneck adapters."""
+    save_model(tmp_path / "base", speaker.params, speaker)
+    model = load_model(tmp_path / "base")
+    key = jax.random.key(0)
+
+    def export(name: str, target: str, *, method: Any = "lora", prompt: bool = False) -> str:
+        config = AdapterConfig(rank=2, method=method, targets=("q_proj",))
+        tree = add_adapters(model.params, config, layout=model.layout, key=key)
+        if prompt:
+            tree = add_soft_prompt(tree, PromptConfig(kind="prompt", init="random"), model, key=key)
+        save_peft(tmp_path / name, tree, model)
+        given = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / name)]
+        output = str(tmp_path / f"{name}_{target}")
+        monkeypatch.setattr(sys, "argv", ["lorax-ft export"])
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            argv = [*given, "--target", target, "--output", output]
+            export_command.export(cli.parse(export_command.Args, argv=argv))
+        assert "load_peft" in (Path(output) / "README.md").read_text() or method == "lora"
+        return said.getvalue()
+
+    assert export("lora", "peft").endswith("load it with PeftModel.from_pretrained\n")
+    said = export("both", "peft", prompt=True)
+    assert "its soft prompt lies in soft_prompt, and PeftModel.from_pretrained would" in said
+    assert 'subfolder="soft_prompt"' in (tmp_path / "both_peft/README.md").read_text()
+    assert "README.md shows how lorax_ft loads it" in export("net", "peft", method="bottleneck")
+    with pytest.raises(ValueError, match=r"merged.*; lorax-ft export --target peft writes it"):
+        export("both", "hf", prompt=True)
+    with pytest.raises(ValueError, match=r"no soft prompt is written for vLLM.*--target peft"):
+        export("both", "vllm", prompt=True)
 
 
 def logits(model: Model, params: Tree | None = None) -> np.ndarray:

@@ -245,7 +245,7 @@ def test_a_question_that_has_no_room_beside_the_prompt_is_left_out() -> None:
 
 def test_refusals() -> None:
     model = model_of("plain")
-    with pytest.raises(ValueError, match=r"cannot be merged.*--target peft"):
+    with pytest.raises(ValueError, match=r"cannot be merged.*; save_peft writes it"):
         lft.merge_adapters(with_prompt("prompt"), layout=model.layout)
     with pytest.raises(ValueError, match="have a soft prompt already"):
         lft.add_soft_prompt(with_prompt("prompt"), prompt_config("prefix"), model, key=KEY)

@@ -289,6 +289,20 @@ def test_new_tokens_are_found_within_words_where_spaces_are_written_as_a_charact
         assert token in grown.tokenizer(text)["input_ids"], text
 
 
+def test_tokens_to_train_are_ids() -> None:
+    model = model_of(tied=True)
+    for wrong, said in (([1.7], "must be ids"), (["w5"], "must be ids"), ([2**33], "not one of")):
+        with pytest.raises(ValueError, match=said):
+            lft.add_trainable_tokens(model.params, wrong, model)
+
+
+def test_no_new_tokens_are_no_change() -> None:
+    model = model_of(tied=True)
+    assert lft.add_tokens(model, []) is model
+    with pytest.raises(ValueError, match="holds no tokenizer to add tokens to"):
+        lft.add_tokens(dataclasses.replace(model, tokenizer=None), [])
+
+
 def test_a_run_says_that_a_new_token_is_no_new_one() -> None:
     config = lft.Config(data=lft.DataConfig(new_tokens=("<a>", "w5")))
     with pytest.warns(UserWarning, match="'w5' is a token of the model already"):

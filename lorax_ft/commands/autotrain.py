@@ -8,7 +8,7 @@ import sys
 from lorax_ft import cli
 from lorax_ft.config import Config
 from lorax_ft.config.foreign.autotrain import TABLE, read_flags
-from lorax_ft.config.foreign.source import AUTOTRAIN, read_foreign
+from lorax_ft.config.foreign.source import AUTOTRAIN, named_keys, read_foreign
 from lorax_ft.config.load import Loaded
 from lorax_ft.options import given_options
 
@@ -36,7 +36,8 @@ def main() -> None:
         from lorax_ft.sweep.rate import train
 
         config = announced(run.config, run.source)
-        train(config, dry_run=run.args.dry_run, command=cli.command_line())
+        with named_keys(run.source):
+            train(config, dry_run=run.args.dry_run, command=cli.command_line())
 
 
 def _parse(arguments: list[str]) -> cli.Run[Args]:

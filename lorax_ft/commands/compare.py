@@ -7,6 +7,7 @@ import dataclasses
 from lorax_ft import cli
 from lorax_ft.comparison.methods import DEFAULT
 from lorax_ft.config import Config
+from lorax_ft.config.foreign.source import named_keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,11 @@ def main() -> None:
             benchmark=args.benchmark,
             benchmark_limit=args.benchmark_limit,
         )
-        compare(
-            announced(config, source),
-            design,
-            methods=args.methods,
-            parallel=args.parallel,
-            command=cli.command_line(),
-        )
+        with named_keys(source):
+            compare(
+                announced(config, source),
+                design,
+                methods=args.methods,
+                parallel=args.parallel,
+                command=cli.command_line(),
+            )

@@ -168,7 +168,7 @@ def _export(output: Path, model: Model, params: Tree, args: Args) -> Literal["ad
     notes = training_notes_of(_trained_folder(args))
     if args.target == "peft":
         save_peft(output, params, model, training_notes=notes)
-        print(f"saved the adapter to {output}; load it with PeftModel.from_pretrained")
+        print(f"saved the adapter to {output}; {_way_to_load(params)}")
         return "adapter"
     if args.target == "vllm":
         return _export_for_vllm(output, model, params, args, notes=notes)
@@ -184,6 +184,26 @@ def _export(output: Path, model: Model, params: Tree, args: Args) -> Literal["ad
             f"llama-cli -m {output}"
         )
     return "model"
+
+
+def _way_to_load(params: Tree) -> str:
+    """How to load an adapter's folder."""
+    from lorax_ft.interop.peft_prompts import BESIDE
+    from lorax_ft.lowrank.terms import terms_of
+    from lorax_ft.models.soft_prompt import soft_prompt_of
+    from lorax_ft.schema import is_adapter
+    from lorax_ft.tree import flatten, modules
+
+    prompt, others = soft_prompt_of(params)
+    layers = modules(others).values()
+    if any(term.merge is None for layer in layers for term in terms_of(layer)):
+        return "PEFT has no bottleneck adapters; its README.md shows how lorax_ft loads it"
+    if prompt and any(map(is_adapter, flatten(others))):
+        return (
+            f"its soft prompt lies in {BESIDE}, and PeftModel.from_pretrained would leave it out: "
+            "README.md shows how to load both"
+        )
+    return "load it with PeftModel.from_pretrained"
 
 
 def _trained_folder(args: Args) -> str | Path:

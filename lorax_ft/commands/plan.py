@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lorax_ft import cli
 from lorax_ft.config import Config
+from lorax_ft.config.foreign.source import named_keys
 from lorax_ft.plan.chips import parse_topology
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -56,16 +57,17 @@ def main() -> None:
         from lorax_ft.plan.run import plan
         from lorax_ft.run.translated import announced
 
-        plan(
-            announced(config, source, devices=topologies[0].devices),
-            topologies,
-            tries=args.tries,
-            always_search=args.search,
-            tokens=args.tokens,
-            price=args.price,
-            json_file=args.json,
-            plot_file=args.plot,
-        )
+        with named_keys(source):
+            plan(
+                announced(config, source, devices=topologies[0].devices),
+                topologies,
+                tries=args.tries,
+                always_search=args.search,
+                tokens=args.tokens,
+                price=args.price,
+                json_file=args.json,
+                plot_file=args.plot,
+            )
 
 
 def _check(args: Args) -> None:

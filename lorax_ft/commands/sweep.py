@@ -7,6 +7,7 @@ import sys
 
 from lorax_ft import cli
 from lorax_ft.config import Config
+from lorax_ft.config.foreign.source import named_keys
 from lorax_ft.sweep.halving import Budget
 
 
@@ -46,11 +47,12 @@ def main() -> None:
         from lorax_ft.run.translated import announced
         from lorax_ft.sweep.run import sweep
 
-        sweep(
-            announced(config, source),
-            args.sweep,
-            parallel=args.parallel,
-            budget=args.budget,
-            trials=args.trials,
-            command=cli.command_line(),
-        )
+        with named_keys(source):
+            sweep(
+                announced(config, source),
+                args.sweep,
+                parallel=args.parallel,
+                budget=args.budget,
+                trials=args.trials,
+                command=cli.command_line(),
+            )

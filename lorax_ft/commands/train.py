@@ -6,6 +6,7 @@ import dataclasses
 
 from lorax_ft import cli
 from lorax_ft.config import Config
+from lorax_ft.config.foreign.source import named_keys
 
 HEARTBEAT_SECONDS = 30
 """A process that says nothing for so long is taken for dead, and JAX ends the others."""
@@ -39,7 +40,8 @@ def main() -> None:
 
         config = announced(config, source)
         command = cli.command_line()
-        train(config, dry_run=args.dry_run, command=command)
+        with named_keys(source):
+            train(config, dry_run=args.dry_run, command=command)
 
 
 def _join_processes() -> None:

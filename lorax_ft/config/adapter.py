@@ -71,7 +71,8 @@ class AdapterConfig:
     """OFT: the size of the rotated blocks, or the nearest that divides the inputs."""
     targets: tuple[str, ...] = ("all-linear",)
     """Modules to adapt: names, suffixes, regular expressions, or all-linear
-    (every layer except embeddings, routers and the language model head)."""
+    (every layer except embeddings, routers and the language model head). A bottleneck may stand
+    beside a whole module, such as mlp."""
     exclude: tuple[str, ...] = ()
     """Modules to exclude from adapter.targets, in the same syntax."""
     layers: tuple[int, ...] = ()
@@ -195,8 +196,9 @@ class AdapterConfig:
             )
 
     def _check_trained_modules(self) -> None:
-        for pattern in (*self.targets, *self.exclude, *self.feedforward, *self.train_whole):
-            compile_pattern(pattern, "adapter.targets, exclude or train_whole")
+        for field in ("targets", "exclude", "feedforward", "train_whole"):
+            for pattern in getattr(self, field):
+                compile_pattern(pattern, f"adapter.{field}")
         changes_base = INITS[self.init].changes_base
         check(
             self.invocation is None or not (self.dora or changes_base),

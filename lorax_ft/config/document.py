@@ -43,7 +43,7 @@ def read_document(path: str) -> Document:
     """
     text = read_text(path, longest=LONGEST)
     if path.endswith(".json"):
-        return _mapping(path, parse_json(text, path), {})
+        return _mapping(path, parse_json(text, path, unique=True), {})
     try:
         return _parse(path, text)
     except yaml.MarkedYAMLError as error:

@@ -11,9 +11,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from lorax_ft.checks import check
+from lorax_ft.checks import check, one_line
 from lorax_ft.config.document import Document, read_document
-from lorax_ft.config.foreign.source import LLAMA_FACTORY, PEFT, Source, read_foreign
+from lorax_ft.config.foreign.source import LLAMA_FACTORY, Source, peft_trainer, read_foreign
 from lorax_ft.config.run import Config
 
 PACKAGE = Path(__file__).parents[1]
@@ -67,7 +67,12 @@ def read_config(path: str | Path, overridden: Collection[str] = ()) -> Loaded:
     """
     path = _locate(Path(path))
     if path.suffix in SUFFIXES:
-        return _from_values(read_document(str(path)), overridden)
+        try:
+            return _from_values(read_document(str(path)), overridden)
+        except ValueError as error:  # names values of the file
+            raise ValueError(one_line(str(error))) from error
+        except RecursionError as error:
+            raise ValueError(f"{path}: a value is nested too deeply") from error
     # importlib returns no loader for other suffixes.
     check(
         path.suffix == ".py",
@@ -130,7 +135,9 @@ def _from_values(document: Document, overridden: Collection[str]) -> Loaded:
     if all(key in _SECTIONS for key in keys):
         return Loaded(_from_sections(document))
     if "peft_type" in keys:
-        return Loaded(*read_foreign(document, PEFT, overridden))
+        return Loaded(*read_foreign(document, peft_trainer(document), overridden))
+    if Path(document.path).name == "adapter_config.json":
+        raise ValueError(f"{document.path} has no peft_type; add it, such as LORA")
     for key, (trainer, advice) in _NOT_READ.items():
         if key in keys:
             raise ValueError(f"{document.where(key)}: a YAML of {trainer} is not read; {advice}")
@@ -147,7 +154,7 @@ def _from_values(document: Document, overridden: Collection[str]) -> Loaded:
     near = difflib.get_close_matches(unknown[0], known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ValueError(
-        f"{document.where(unknown[0])}: unknown key {unknown[0]!r}{hint}; a config has our "
+        f"{document.where(unknown[0])}: unknown key {unknown[0]!r:.80}{hint}; a config has our "
         f"sections ({', '.join(_SECTIONS)}), LLaMA-Factory's keys (model_name_or_path, …) or those "
         "of a PEFT adapter_config.json (peft_type, …)"
     )

@@ -16,7 +16,7 @@ from lorax_ft.checks import (
     compile_pattern,
     divisors,
 )
-from lorax_ft.program import command
+from lorax_ft.program import command, either
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +99,8 @@ class OptimConfig:
         """
         if isinstance(self.learning_rate, str):
             raise ValueError(
-                f"optim.learning_rate is {self.learning_rate}, which lorax_ft.train and "
-                f"{command('train')} resolve; give a number here"
+                f"optim.learning_rate is {self.learning_rate}, which "
+                f"{either('lorax_ft.train', command('train'))} resolves; give a number here"
             )
         return self.learning_rate
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,19 +21,20 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.files import within
+from lorax_ft.files import existing_folder, names_in, within
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.lazy_tensor import FLOATS_AND_INDICES, lazy_tensors
+from lorax_ft.interop.leaf_checks import ANOTHER_MODEL, check_leaves, check_numbers
+from lorax_ft.interop.peft_config import CONFIG as PEFT_CONFIG
+from lorax_ft.lowrank.activation import INVOCATION, check_activated
 from lorax_ft.lowrank.adapters import attach_adapters
 from lorax_ft.lowrank.groups import partition
 from lorax_ft.lowrank.layout import Layout
-from lorax_ft.lowrank.merge import merge_adapters
 from lorax_ft.lowrank.requantize import Original
-from lorax_ft.lowrank.terms import TERMS
-from lorax_ft.lowrank.terms.low_rank import INVOCATION
+from lorax_ft.lowrank.watch import check_tree
 from lorax_ft.schema import is_adapter
 from lorax_ft.soft_prompts.door import virtual_tokens
-from lorax_ft.tree import Tree, combine, flatten, modules, split, unflatten
+from lorax_ft.tree import Tree, combine, flatten, unflatten
 
 WEIGHTS = "adapter.safetensors"
 CONFIG = "adapter.json"
@@ -70,6 +70,7 @@ def save_adapter(folder: str | Path, params: Tree, *, config: AdapterConfig | No
     >>> bool((again["kernel"] == params["kernel"]).all()), sorted(again) == sorted(params)
     (True, True)
     """
+    check_tree(params, name="save_adapter")
     if virtual_tokens(params):
         raise ValueError("a soft prompt is a decoder's; save it by lorax_ft.save_peft")
     whole = config.train_whole if config is not None else ()
@@ -96,57 +97,72 @@ def load_adapter(
     A base that the init changed (PiSSA) is computed again from the start, which is in the folder.
 
     Args:
-      folder: what `save_adapter` wrote.
+      folder: what `save_adapter` wrote, on a disk.
       base: the parameters that the adapters were made for, as they were loaded.
       layout: the layers of the model.
       originals: as in `add_adapters`, if the base is quantized and the init changed it.
 
     Raises:
-      ValueError: the folder is damaged, or does not fit the base.
+      ValueError: there is no such folder, or it is damaged, or does not fit the base.
     """
-    file = within(Path(folder), WEIGHTS)
-    tensors = lazy_tensors(file, dtypes=FLOATS_AND_INDICES)
-    leaves = {path: jnp.asarray(tensor.read(())) for path, tensor in tensors.items()}
-    base = nn.meta.unbox(base)
-    known = modules(base)
-    for path in leaves:
-        module = path.rpartition("/")[0]
-        if module and module not in known:
-            near = difflib.get_close_matches(module, known, n=1)
-            hint = f"; the nearest is {near[0]}" if near else ""
-            raise ValueError(f"{file}: {path}: the model has no module {module}{hint}")
-    adapters, whole = split(unflatten(leaves), is_adapter)
-    _check_shapes(flatten(whole), flatten(base), where=file)
-    loaded = unflatten({**flatten(base), **flatten(whole)})
-    _check_fits(combine(loaded, adapters), base, layout=layout, where=file)
-    return attach_adapters(loaded, adapters, layout=layout, originals=originals)
+    check_tree(base, name="load_adapter")
+    file = _weights(folder)
+    own = flatten(nn.meta.unbox(base))
+    if adapted := next(filter(is_adapter, own), None):
+        raise ValueError(f"the base has {adapted} already; give the parameters as they were loaded")
+    leaves = {}
+    for path, tensor in lazy_tensors(file, dtypes=FLOATS_AND_INDICES).items():
+        leaf = tensor.read(())
+        # As JAX does, in which a large float64 becomes infinite.
+        with np.errstate(over="ignore"):
+            leaves[path] = np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
+    whole = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
+    for path, leaf in whole.items():
+        _check_whole(path, leaf, own, where=file)
+    adapters = {path: leaf for path, leaf in leaves.items() if is_adapter(path)}
+    if not leaves:
+        raise ValueError(f"{file} holds no adapter")
+    loaded = {**own, **jax.tree.map(jnp.asarray, whole)}
+    check_leaves(combine(loaded, adapters), layout=layout, where=file)
+    params = attach_adapters(
+        unflatten(loaded),
+        unflatten(jax.tree.map(jnp.asarray, adapters)),
+        layout=layout,
+        originals=originals,
+    )
+    if INVOCATION in params:
+        check_activated(params)
+    return params
 
 
-def _check_shapes(leaves: Mapping[str, Any], base: Mapping[str, Any], *, where: Path) -> None:
+def _weights(folder: str | Path) -> Path:
+    """The file of the leaves in a folder.
+
+    Raises:
+      ValueError: there is no such folder or file.
+    """
+    found = existing_folder(folder, holding=WEIGHTS)
+    file = within(found, WEIGHTS)
+    if file.exists():
+        return file
+    if (found / PEFT_CONFIG).is_file():
+        raise ValueError(f"{found} is a folder of PEFT's, without {WEIGHTS}; load it by load_peft")
+    raise ValueError(
+        f"{found} holds no {WEIGHTS}, but {names_in(found)}; give the folder that save_adapter "
+        "wrote"
+    )
+
+
+def _check_whole(path: str, leaf: np.ndarray, base: Mapping[str, Any], *, where: Path) -> None:
     """Raise where a weight that trained in full is not one of the base."""
-    for path, leaf in leaves.items():
-        if path not in base or base[path].shape != leaf.shape:
-            there = f"has the shape {base[path].shape} there" if path in base else "is not there"
-            raise ValueError(f"{where}: {path} has the shape {leaf.shape}, and {there}")
-
-
-def _check_fits(params: Tree, base: Tree, *, layout: Layout, where: Path) -> None:
-    """Raise where values are not finite, or the shapes of adapters do not fit their kernels."""
-    for path, leaf in flatten(params).items():
-        if is_adapter(path) and not np.isfinite(leaf).all():
-            raise ValueError(f"{where}: {path} has values that are not finite")
-    params = _mergeable(params)
-    try:
-        merged = jax.eval_shape(functools.partial(merge_adapters, layout=layout), params)
-    # Shapes that do not fit are whatever the operation on them raises.
-    except (TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{where}: the adapters do not fit the model: {reason}") from error
-    _check_shapes(flatten(merged), flatten(base), where=where)
-
-
-def _mergeable(params: Tree) -> Tree:
-    """The parameters without what no kernel can take, whose shapes are not checked."""
-    bottlenecks = {name for term in TERMS if term.merge is None for name in term.all_leaves}
-    kept, _ = split(params, lambda path: path.rpartition("/")[2] not in {*bottlenecks, INVOCATION})
-    return kept
+    if path not in base:
+        near = difflib.get_close_matches(path, base, n=1)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise ValueError(f"{where}: {path} is not there in the model{hint}")
+    shape = base[path].shape
+    if leaf.shape != shape:
+        raise ValueError(
+            f"{where}: {path} has the shape {leaf.shape}, and the model's has {shape}: "
+            f"{ANOTHER_MODEL}"
+        )
+    check_numbers(leaf, path, base[path].dtype, where=where)

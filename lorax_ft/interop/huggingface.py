@@ -31,7 +31,7 @@ from lorax_ft.interop.text_part import text_config, text_tensors
 from lorax_ft.interop.tokenizer import import_transformers
 from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.model import PART_OF
-from lorax_ft.program import command
+from lorax_ft.program import command, either
 from lorax_ft.tree import Shape, with_layer_numbers
 
 Names = Mapping[str, str]
@@ -53,9 +53,13 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """
     is_adapter = any(folder.glob("adapter_*"))
     if is_adapter and not (folder / "config.json").is_file():
+        way = either(
+            "adapter.continue_from or load_peft",
+            "--adapter.continue_from to train it, or --adapter to use it",
+        )
         raise ValueError(
             f"{folder} holds an adapter, not a model; give its base model, and the adapter with "
-            "--adapter.continue_from to train it, with --adapter to use it, or with load_peft"
+            f"{way}"
         )
     config = text_config(read_json(within(folder, "config.json")))
     quantization = config.pop("quantization_config", None)

@@ -34,12 +34,13 @@ TITLES = {
     "prompt_tuning": "Prompt tuning",
     "p_tuning": "P-tuning",
     "prefix_tuning": "Prefix tuning",
+    "trainable_tokens": "Trainable tokens",
 }
 """The names of the adapters' types, by PEFT's, with which the names of their leaves begin."""
 
-USE_ADAPTER = """
+USE_IN_PEFT = """
 ## Use
-
+{notes}
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,26 +48,44 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 adapter = "."  # this folder, or the name of its repository on the hub
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 model = AutoModelForCausalLM.from_pretrained("{base}")
-{grow}model = PeftModel.from_pretrained(model, adapter)
-```
+{grow}{load}```
 """
 GROW = """\
-if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens are new
-    model.resize_token_embeddings(len(tokenizer))
+if {rows} > model.get_input_embeddings().num_embeddings:  # tokens are new
+    model.resize_token_embeddings({rows})
 """
-USE_OWN_ADAPTER = """
+LOAD = """\
+model = PeftModel.from_pretrained(model, adapter)
+"""
+LOAD_WITH_PROMPT = """\
+# PEFT loads one of the two at a time, so the adapter is merged before the soft prompt is loaded.
+model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+model = PeftModel.from_pretrained(model, adapter, subfolder="soft_prompt")
+"""
+USE_HERE = """
 ## Use
-
-PEFT has no such adapter. lorax_ft, which trained it, loads it:
-
+{notes}
 ```python
 import lorax_ft as lft
 
 adapter = "."  # this folder
 model = lft.load_model("{base}")
-params = lft.load_peft(adapter, model)
+{grow}params = lft.load_peft(adapter, model)
 ```
 """
+GROW_HERE = """\
+model = lft.with_tokens_of(adapter, model)
+"""
+PROMPT_BESIDE = "A soft prompt, in the folder soft_prompt, was trained together with the adapter."
+OWN_TYPE = "PEFT has no such adapter. lorax_ft, which trained it, loads it:"
+ONLY_ALONE = (
+    "PEFT loads the adapter without the prompt, or the prompt alone. lorax_ft, which trained them, "
+    "loads both:"
+)
+INVOKED = (
+    "The adapter acts from the tokens {} on. What stands before them, or a text without them, is "
+    "computed by the base alone, so the adapter cannot be merged."
+)
 USE_MODEL = """
 ## Use
 
@@ -85,6 +104,8 @@ def adapter_card(
     *,
     init: str | None = None,
     training_notes: str = "",
+    table_rows: int | None = None,
+    beside_prompt: bool = False,
 ) -> str:
     """The card of a PEFT folder.
 
@@ -92,10 +113,15 @@ def adapter_card(
       peft_config: the folder's adapter_config.json.
       init: the initialization of A and B, a tag of the card where it has a name of its own.
       training_notes: Markdown about the run that trained the adapter.
+      table_rows: how many rows the embedding has, if it was trained in full.
+      beside_prompt: whether the folder holds a soft prompt beside the adapter.
     """
     base = str(peft_config["base_model_name_or_path"] or "")
-    method = str(peft_config["peft_type"]).lower()
-    tags = [method]
+    peft_type = str(peft_config["peft_type"]).lower()
+    invocation = peft_config.get("alora_invocation_tokens")
+    tags = [peft_type]
+    if invocation:
+        tags.append("alora")
     for option, tag in {"use_dora": "dora", "use_rslora": "rslora"}.items():
         if peft_config.get(option):
             tags.append(tag)
@@ -104,13 +130,70 @@ def adapter_card(
     base_id = hub_id(base)
     if base_id:
         tags.insert(0, f"base_model:adapter:{base_id}")
-    title = f"{TITLES.get(method, method)} adapter of {Path(base).name}"
-    text = f"# {title}\n\nBase model: {_link(base)}\n"
-    is_own = method.startswith("lorax_ft")
-    grow = GROW if peft_config.get("trainable_token_indices") else ""
-    text += (USE_OWN_ADAPTER if is_own else USE_ADAPTER).format(base=base, grow=grow)
-    library = "lorax_ft" if is_own else "peft"
+    title = "aLoRA" if invocation else TITLES.get(peft_type, peft_type)
+    text = f"# {title} adapter of {Path(base).name}\n\nBase model: {_link(base)}\n"
+    library = _library(peft_config, beside_prompt=beside_prompt)
+    notes = _notes(peft_config, library=library, beside_prompt=beside_prompt)
+    text += _use(peft_config, notes, library, table_rows=table_rows, beside_prompt=beside_prompt)
     return _card(text, base_id, library=library, tags=tags, training_notes=training_notes)
+
+
+def _library(peft_config: Mapping[str, Any], *, beside_prompt: bool) -> str:
+    """The library that loads a folder: PEFT wherever it can."""
+    if _is_own(peft_config):
+        return "lorax_ft"
+    # PEFT loads a prompt on a merged adapter alone; it merges tables that are tied wrongly, and an
+    # activated LoRA cannot be merged.
+    tables = {"embed_tokens", "lm_head"} & {
+        name.rpartition(".")[2] for name in peft_config.get("target_modules") or ()
+    }
+    unmerged = tables or _trains_tokens(peft_config) or peft_config.get("alora_invocation_tokens")
+    return "lorax_ft" if beside_prompt and unmerged else "peft"
+
+
+def _notes(peft_config: Mapping[str, Any], *, library: str, beside_prompt: bool) -> list[str]:
+    """What to know before loading a folder."""
+    notes = []
+    if beside_prompt:
+        notes.append(PROMPT_BESIDE)
+    if invocation := peft_config.get("alora_invocation_tokens"):
+        notes.append(INVOKED.format(invocation))
+    if _is_own(peft_config):
+        notes.append(OWN_TYPE)
+    elif library == "lorax_ft":
+        notes.append(ONLY_ALONE)
+    return notes
+
+
+def _use(
+    peft_config: Mapping[str, Any],
+    notes: Sequence[str],
+    library: str,
+    *,
+    table_rows: int | None,
+    beside_prompt: bool,
+) -> str:
+    """The section that shows how to load a folder."""
+    base = str(peft_config["base_model_name_or_path"] or "")
+    paragraphs = "".join(f"\n{note}\n" for note in notes)
+    grows = _trains_tokens(peft_config) or table_rows is not None
+    if library == "lorax_ft":
+        return USE_HERE.format(notes=paragraphs, base=base, grow=GROW_HERE if grows else "")
+    # A table that was trained in full must have as many rows as in the folder.
+    grow = GROW.format(rows=table_rows or "len(tokenizer)") if grows else ""
+    load = LOAD_WITH_PROMPT if beside_prompt else LOAD
+    return USE_IN_PEFT.format(notes=paragraphs, base=base, grow=grow, load=load)
+
+
+def _is_own(peft_config: Mapping[str, Any]) -> bool:
+    """Whether PEFT has no such type of adapter."""
+    return str(peft_config["peft_type"]).lower().startswith("lorax_ft")
+
+
+def _trains_tokens(peft_config: Mapping[str, Any]) -> bool:
+    """Whether single tokens train, which may be new ones."""
+    fields = ("trainable_token_indices", "token_indices")
+    return any(peft_config.get(field) for field in fields)
 
 
 def model_card(model: Model, *, training_notes: str = "") -> str:

@@ -16,20 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.config import AdapterConfig
+from lorax_ft.files import existing_folder
 from lorax_ft.interop.folder import new_folder
 from lorax_ft.interop.huggingface import stacks_experts
 from lorax_ft.interop.lazy_tensor import lazy_tensors
 from lorax_ft.interop.model_card import adapter_card, write_card
-from lorax_ft.interop.peft_checks import check_adaptable, check_base, check_complete, read_config
-from lorax_ft.interop.peft_collect import collect_adapters, differ
-from lorax_ft.interop.peft_config import (
-    WEIGHTS,
-    is_fused,
+from lorax_ft.interop.peft_checks import (
+    check_adaptable,
+    check_base,
+    check_complete,
+    check_decoder,
+    check_modules,
+    read_config,
 )
+from lorax_ft.interop.peft_collect import collect_adapters, differ
+from lorax_ft.interop.peft_config import CONFIG, WEIGHTS, is_fused
 from lorax_ft.interop.peft_experts import check_fused, fit_fused, is_filled
 from lorax_ft.interop.peft_folder import Contents, folder_contents, write_contents
 from lorax_ft.interop.peft_layers import check_shared, stacked_leaves, with_own_weight
 from lorax_ft.interop.peft_methods import Matrix, PeftMethod, method_of_config
+from lorax_ft.interop.peft_methods.bottleneck import BOTTLENECK
 from lorax_ft.interop.peft_methods.lora import invocation_of
 from lorax_ft.interop.peft_names import Place, all_modules, find_module, known_modules
 from lorax_ft.interop.peft_prompts import (
@@ -98,21 +104,19 @@ def save_peft(
         is kept as it is.
 
     Raises:
-      ValueError: there is no adapter, a module is both adapted and trained in full, `base` is
-        needed, or the folder holds other files.
+      ValueError: the model or the parameters are not those of `load_model`, there is no adapter, a
+        module is both adapted and trained in full, `base` is needed, or the folder holds other
+        files.
     """
-    if not isinstance(model, Model):
-        raise ValueError(
-            f"save_peft writes adapters of the decoders that load_model returns, and the model is "
-            f"a {type(model).__name__}; save_adapter writes those of any Flax model"
-        )
+    check_decoder(model, "save_peft")
     prompt, params = soft_prompt_of(params)
     tokens, params = trainable_tokens_of(params)
+    check_modules(params, model)
     alone = None
     if not any(map(is_adapter, flatten(params))):
         if tokens and prompt:
             raise ValueError(
-                "save_peft: a soft prompt and trainable tokens without an adapter are two folders "
+                "a soft prompt and trainable tokens without an adapter are two folders "
                 "in PEFT; save them one by one"
             )
         if prompt:
@@ -193,8 +197,14 @@ def _write(
     beside: Contents | None = None,
 ) -> None:
     """Writes a folder of tensors and a config, and a soft prompt beside them."""
-    _, peft_config = contents
-    card = adapter_card(peft_config, init=init, training_notes=training_notes)
+    tensors, peft_config = contents
+    card = adapter_card(
+        peft_config,
+        init=init,
+        training_notes=training_notes,
+        table_rows=_table_rows(tensors),
+        beside_prompt=beside is not None,
+    )
     replaces = ALL_FILES if model.tokenizer is not None else ()
     with new_folder(folder, replaces=(*replaces, BESIDE), others=others) as new:
         write_contents(new, contents)
@@ -204,6 +214,14 @@ def _write(
         write_card(new, card, target=folder)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, new)
+
+
+def _table_rows(tensors: Mapping[str, np.ndarray]) -> int | None:
+    """How many rows the embedding has, if the folder holds all of it."""
+    for name, tensor in tensors.items():
+        if name.endswith("embed_tokens.weight"):
+            return len(tensor)
+    return None
 
 
 def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
@@ -217,7 +235,8 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
       ValueError: the folder is damaged, its type or an option of it is not supported, or it does
         not fit the model.
     """
-    folder = Path(folder)
+    check_decoder(model, "load_peft")
+    folder = existing_folder(folder, holding=CONFIG)
     config = read_config(folder)
     if holds_soft_prompt(config):
         return combine(model.params, load_soft_prompt(folder, config, model))
@@ -227,7 +246,8 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
     place_there = place_in(
         key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes)
     )
-    known = known_modules(model, model.params, place=place_there)
+    blocks = model.layout.blocks if method is BOTTLENECK else ()
+    known = known_modules(model, model.params, place=place_there, blocks=blocks)
     check_base(config, folder, model)
     layers = modules(model.params)
     raw: dict[Place, Matrix] = {}

@@ -6,18 +6,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorax_ft.files import read_json, within
+from lorax_ft.files import existing_folder, read_json, within
+from lorax_ft.interop.adapter_folder import WEIGHTS as OWN_WEIGHTS
 from lorax_ft.interop.peft_config import BIN, CONFIG, WEIGHTS, check_fields, without_tensors
 from lorax_ft.interop.peft_methods import method_of_config
 from lorax_ft.interop.peft_names import Place
 from lorax_ft.interop.peft_prompts import check_prompt_config, holds_soft_prompt
 from lorax_ft.interop.peft_tensors import FIELD, Entry
 from lorax_ft.interop.peft_tokens import trains_tokens_alone
-from lorax_ft.models.model import Model
+from lorax_ft.models.model import LoadedModel, Model, abstract_params
 from lorax_ft.schema import leaf_schema
-from lorax_ft.tree import Layer
+from lorax_ft.tree import Layer, Tree, modules
 
 BASE = "nf4_base"  # the folder beside a run's adapter with its base, if no other checkpoint is it
+OTHER_MODELS = "save_adapter writes adapters of any Flax model, and load_adapter reads them"
+
+
+def check_decoder(model: Any, function: str) -> None:
+    """Raise where the model is not one of this library's, whose modules PEFT knows by name."""
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"{function} is for the decoders that load_model returns, whose modules PEFT knows, "
+            f"and the model is a {type(model).__name__}; {OTHER_MODELS}"
+        )
+
+
+def check_modules(params: Tree, model: Model) -> None:
+    """Raise where the parameters are not those of the model, such as of one from `from_nnx`."""
+    own = model.params if isinstance(model, LoadedModel) else abstract_params(model.config)
+    known = {"", *modules(own), *model.layout, *model.layout.blocks}
+    for path in modules(params):
+        if path not in known:
+            raise ValueError(
+                f"{path} is no module of {model.source or 'the model'}, so PEFT has no name for "
+                f"it; {OTHER_MODELS}"
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -27,6 +50,9 @@ def read_config(folder: Path) -> dict[str, Any]:
       ValueError: it is missing, the weights are only there as a pickle, its type is not supported,
         or it has an option that changes numbers and is not supported.
     """
+    existing_folder(folder, holding=CONFIG)
+    if (folder / OWN_WEIGHTS).is_file() and not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is what save_adapter wrote; load it by load_adapter")
     if (folder / BIN).is_file() and not (folder / WEIGHTS).is_file():
         raise ValueError(
             f"{folder} holds an adapter as {BIN}, a pickle that could run code and is not read; "

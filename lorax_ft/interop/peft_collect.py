@@ -17,6 +17,7 @@ from lorax_ft.lowrank.requantize import is_requantized
 from lorax_ft.lowrank.spec import base_kernel
 from lorax_ft.lowrank.terms import active_leaf, check_layer, is_adapted, kept_start
 from lorax_ft.models.model import HEAD, TABLE, LoadedModel, Model
+from lorax_ft.program import command, either
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import is_adapter, is_base
 from lorax_ft.tree import Layer, Tree, modules
@@ -39,10 +40,13 @@ def collect_adapters(
     layers = modules(params)
     requantized = [path for path, layer in layers.items() if is_requantized(layer)]
     if base is None and requantized:
+        way_out = either(
+            "write it with save_quantized and give its folder as base, or start with keep_base",
+            "--target hf writes the merged model; or train with --adapter.keep_base",
+        )
         raise ValueError(
-            f"save_peft: {requantized[0]} was quantized without its start, so its adapter works on "
-            "that base alone: write it with save_quantized and give its folder as base, or start "
-            "with keep_base"
+            f"{requantized[0]} was quantized without its start, so its adapter works on that base "
+            f"alone: {way_out}"
         )
     adapters: dict[str, Matrix] = {}
     whole: dict[str, np.ndarray] = {}
@@ -57,8 +61,7 @@ def collect_adapters(
             continue
         if changed and not has_biases_alone:
             raise ValueError(
-                f"save_peft: {path} is adapted and its own weights changed too; PEFT supports one "
-                "of the two"
+                f"{path} is adapted and its own weights changed too; PEFT supports one of the two"
             )
         adapters |= _adapters_of_stack(path, layer, base_without_start=base is not None)
     has_own_head = "kernel" in layers.get(HEAD, {})
@@ -93,7 +96,7 @@ def _changed_weights(
         return {}
     if config is None and not isinstance(model, LoadedModel):
         raise ValueError(
-            "save_peft: without config= the weights are compared with the model's own; give a "
+            "without config= the weights are compared with the model's own; give a "
             "model from load_model, or the config that the adapters were made from"
         )
     own = {}
@@ -143,16 +146,14 @@ def _adapters_of_stack(path: str, layer: Layer, *, base_without_start: bool) -> 
 def _check(adapters: dict[str, Matrix], whole: dict[str, np.ndarray]) -> None:
     """Raise where PEFT has no form for what was collected."""
     if not adapters:
-        raise ValueError(
-            "save_peft: the parameters hold no adapter; save_model writes whole models"
-        )
+        writer = either("save_model", f"{command('export')} --target hf")
+        raise ValueError(f"the parameters hold no adapter; {writer} writes whole models")
     for path in sorted(whole):
         parent, _, leaf = path.rpartition("/")
         has_lora = "lora_a" in adapters.get(parent, {})
         if parent in adapters and not (leaf == "bias" and has_lora):
             raise ValueError(
-                f"save_peft: {path} is trained in full and its module is adapted; PEFT supports "
-                "one of the two"
+                f"{path} is trained in full and its module is adapted; PEFT supports one of the two"
             )
     if len({method_of_matrix(matrix).peft_type for matrix in adapters.values()}) > 1:
-        raise ValueError("save_peft: the adapters are of several types; PEFT needs one")
+        raise ValueError("the adapters are of several types; PEFT needs one")

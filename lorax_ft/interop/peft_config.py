@@ -235,7 +235,7 @@ def one_rank(ranks: Collection[int], method: str) -> int:
     """The rank of all adapters of a type for which PEFT has no `rank_pattern`."""
     if len(ranks) > 1:
         found = ", ".join(map(str, sorted(ranks)))
-        raise ValueError(f"save_peft: PEFT's {method} has one rank, and the adapters have {found}")
+        raise ValueError(f"PEFT's {method} has one rank, and the adapters have {found}")
     [rank] = ranks
     return rank
 

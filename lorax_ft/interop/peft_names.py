@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lorax_ft.interop.huggingface import family_names, hf_module, stacks_experts, unstacked
@@ -29,8 +29,17 @@ def all_modules(model: Model, params: Tree) -> list[str]:
     return names + elsewhere
 
 
-def known_modules(model: Model, params: Tree, *, place: str = "model") -> dict[str, Place]:
-    """Where the modules of the model stand, by Hugging Face's names."""
+def known_modules(
+    model: Model,
+    params: Tree,
+    *,
+    place: str = "model",
+    blocks: Iterable[str] = (),
+) -> dict[str, Place]:
+    """Where the modules of the model stand, by Hugging Face's names.
+
+    `blocks` are the paths of those that have no leaves of their own.
+    """
     experts = 1
     if model.config.experts:
         experts = model.config.experts.count
@@ -39,7 +48,7 @@ def known_modules(model: Model, params: Tree, *, place: str = "model") -> dict[s
     names = family_names(model.hf_config)
     known = {}
     # A tied head is not in the tree, but a folder may untie it.
-    for path in {HEAD: {}} | modules(params):
+    for path in dict.fromkeys((HEAD, *blocks, *modules(params))):
         for logical, index in unstacked(path, stack):
             known[hf_module(logical, names, place=place)] = (path, index)
     return known

@@ -25,6 +25,7 @@ from lorax_ft.interop.text_part import peft_place
 from lorax_ft.interop.tokenizer import load_tokenizer
 from lorax_ft.lowrank.terms.tokens import ACTIVE, COLUMNS, IDS, ROWS
 from lorax_ft.models.model import HEAD, TABLE, Model
+from lorax_ft.program import either
 from lorax_ft.tree import Layer, Tree, modules
 
 TYPE = "TRAINABLE_TOKENS"
@@ -44,7 +45,7 @@ def tokens_alone(tokens: Tree, model: Model) -> Contents:
     tensors, ids = _tensors(tokens, model, wrapper="")
     first, *others = ids.values()
     if any(other != first for other in others):
-        raise ValueError("save_peft: the embedding and the head train different tokens")
+        raise ValueError("the embedding and the head train different tokens")
     config = {
         "peft_type": TYPE,
         "task_type": "CAUSAL_LM",
@@ -156,7 +157,7 @@ def _check(rows: np.ndarray, ids: list[int], module: str, folder: Path, model: M
     if max(ids) >= model.config.vocab_size:
         raise ValueError(
             f"{folder} trains token {max(ids)}, and the model has {model.config.vocab_size} "
-            "tokens; give it the adapter's tokens first: model = lft.with_tokens_of(folder, model)"
+            f"tokens; {_way_to_tokens()}"
         )
 
 
@@ -171,6 +172,14 @@ def _check_names(found: Mapping[str, Layer], folder: Path, model: Model) -> None
             if text != own:
                 raise ValueError(
                     f"{folder} trains token {i}, which is {text!r} there and {own!r} in the model; "
-                    "give the model the adapter's tokens first: "
-                    "model = lft.with_tokens_of(folder, model)"
+                    f"{_way_to_tokens()}"
                 )
+
+
+def _way_to_tokens() -> str:
+    """How a model gets the tokens of an adapter."""
+    return either(
+        "give the model the adapter's tokens first: model = lft.with_tokens_of(folder, model)",
+        "the model gets the tokens of the tokenizer in the folder of --run, --adapter or "
+        "--adapter.continue_from alone, which must have them",
+    )

@@ -77,6 +77,7 @@ def save_model(
         other files or is where the model was loaded from.
       OSError: the disk is full or not writable.
     """
+    _check_model(model, "save_model")
     card = model_card(model, training_notes=training_notes)
     tensors = _tensors(params, model, dtype)
     _write(folder, tensors, model, shard_bytes=shard_bytes, others=others, card=card)
@@ -106,6 +107,7 @@ def save_quantized(
       ValueError: no kernel is in NF4, or one is in int8; and as `save_model`.
       OSError: the disk is full or not writable.
     """
+    _check_model(model, "save_quantized")
     leaves = {path: leaf for path, leaf in flatten(params).items() if is_base(path)}
     nf4_kernels = [leaf for leaf in leaves.values() if isinstance(leaf, NF4)]
     if not nf4_kernels or any(isinstance(leaf, Int8) for leaf in leaves.values()):
@@ -123,6 +125,15 @@ def save_quantized(
     if model.without_start or any(map(is_requantized, modules(params).values())):
         fields[WITHOUT_START] = True
     _write(folder, _quantized_tensors(leaves, model), model, shard_bytes=shard_bytes, fields=fields)
+
+
+def _check_model(model: Any, function: str) -> None:
+    """Raise where the model is not one of this library's, whose tensors have known names."""
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"{function} writes the decoders that load_model returns, and the model is a "
+            f"{type(model).__name__}; save the tree of merge_adapters as that model's library does"
+        )
 
 
 def _skipped_modules(leaves: Mapping[str, Any], model: Model) -> list[str]:

@@ -26,11 +26,14 @@ def with_invocation(params: Tree, tokens: Sequence[int] | np.ndarray) -> Tree:
       tokens: the invocation's token ids, `[K]`; the last place in a sample where they stand counts.
 
     Raises:
-      ValueError: there are no tokens, or the parameters have an invocation already.
+      ValueError: there are no tokens or no ids, or the parameters have an invocation already.
     """
-    if len(tokens) == 0:
+    ids = np.asarray(tokens)
+    if ids.size == 0:
         raise ValueError("the invocation has no tokens")
-    return combine(params, {INVOCATION: jnp.asarray(tokens, jnp.int32)})
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0:
+        raise ValueError(f"the invocation is {tokens}; it must be a list of token ids")
+    return combine(params, {INVOCATION: jnp.asarray(ids, jnp.int32)})
 
 
 def active_rows(tokens: Array, invocation: Array, segment_ids: Array | None = None) -> Array:

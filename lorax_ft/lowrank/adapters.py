@@ -37,6 +37,7 @@ from lorax_ft.lowrank.terms import (
     tokens,
 )
 from lorax_ft.lowrank.terms import magnitude as magnitude_term
+from lorax_ft.lowrank.watch import check_tree
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import init_schema, is_soft_prompt, leaf_schema
 from lorax_ft.tree import Layer, Tree, combine, from_modules, modules, split
@@ -56,6 +57,8 @@ def add_adapters(
     advance: Callable[[float], None] = lambda share: None,
 ) -> Tree:
     """The parameters with adapter leaves beside the kernels that `config.targets` matches.
+
+    A bottleneck beside a whole module, such as an MLP, has its leaves at the module's own path.
 
     Args:
       params: a tree of arrays; its leaves are shared with the result, not copied.
@@ -95,6 +98,7 @@ def add_adapters(
     >>> float(add_adapters(params, config, layout=layers, key=key, init=ones)["lora_a"].sum())
     8.0
     """
+    check_tree(params, name="add_adapters")
     layers = modules(nn.meta.unbox(params))
     _check_init(config, init, layers)
     row = init_schema(config.init)
@@ -125,7 +129,7 @@ def add_adapters(
     # The base stays until all is measured.
     for path, plan in plans.items():
         layers[path] = layers.get(path, {}) | adapter_leaves(
-            base_kernel(layers, path, layout[path]),
+            None if plan.spec.module == "block" else base_kernel(layers, path, plan.spec),
             plan=plan,
             start=starts.pop(path, None),
             key=key,

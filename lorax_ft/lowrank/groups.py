@@ -33,7 +33,7 @@ def label(params: Tree, *, whole: Sequence[str] = (), freeze: Sequence[str] = ()
     def hit(pattern: str) -> bool:
         return any(fully_trained(path, (pattern,)) for path in bases)
 
-    check_coverage(patterns, hit, names=bases, where="train_whole")
+    check_coverage(patterns, hit, names=bases, where="adapter.train_whole")
     labels: dict[str, Tree] = {}
     for path, layer in layers.items():
         trains_whole = fully_trained(path, whole)

@@ -6,8 +6,9 @@ with other features), so its dtype, precision, padding and `dot_general` are hon
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,12 +22,13 @@ from lorax_ft.lowrank.layer_call import (
     Promote,
     Run,
     Traced,
+    arrays_of,
     trace_axes,
     trace_einsum,
 )
 from lorax_ft.lowrank.shared import shared_leaves, with_shared
 from lorax_ft.lowrank.spec import LayerSpec, Module
-from lorax_ft.lowrank.terms import check_layer, is_adapted
+from lorax_ft.lowrank.terms import bottleneck, check_layer, is_adapted
 from lorax_ft.lowrank.watch import SeeAdapters, check_function, watched
 from lorax_ft.quant.kernels import Quantized, dense
 from lorax_ft.soft_prompts.door import VirtualTokens, pass_door
@@ -67,6 +69,7 @@ def adapt(
 
     def intercept(
         shared: Layer,
+        running: list[nn.Module],
         next_fun: Callable[..., Any],
         args: Any,
         kwargs: Any,
@@ -79,9 +82,17 @@ def adapt(
         if context.method_name == "__call__" and isinstance(module, VirtualTokens):
             numbers, *arrays = args
             return pass_door(dict(module.variables.get("params", {})), numbers, tuple(arrays))
-        if context.method_name != "__call__" or type(module) not in MODULES:
+        if context.method_name != "__call__":
             return next_fun(*args, **kwargs)
         boxed = module.variables.get("params", {})
+        if type(module) not in MODULES:
+            with outermost(module, running) as is_outermost:
+                y = next_fun(*args, **kwargs)
+            if not is_outermost or bottleneck.ACTIVE not in boxed:
+                return y
+            layer = dict(boxed)
+            check_layer(layer, "/".join(module.path))
+            return bottleneck.with_bottleneck(layer, arrays_of(args, kwargs)[0], y)
         layer = nn.meta.unbox(boxed)
         if not is_adapted(layer) and not isinstance(layer.get("kernel"), Quantized):
             return next_fun(*args, **kwargs)
@@ -111,10 +122,22 @@ def adapt(
 
     def adapted(*args: Any, **kwargs: Any) -> Any:
         # A dict for each call, which the model fills before any of its layers reads it.
-        with nn.intercept_methods(functools.partial(intercept, {})), watched(SeeAdapters(gather)):
+        own = functools.partial(intercept, {}, [])
+        with nn.intercept_methods(own), watched(SeeAdapters(gather)):
             return apply(*args, **kwargs)
 
     return adapted
+
+
+@contextlib.contextmanager
+def outermost(module: nn.Module, running: list[nn.Module]) -> Iterator[bool]:
+    """Inside, a call of a module runs; whether it is in no other of the same, as by `super()`."""
+    is_outermost = not any(other is module for other in running)
+    running.append(module)
+    try:
+        yield is_outermost
+    finally:
+        running.pop()
 
 
 def trace(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Traced | None:

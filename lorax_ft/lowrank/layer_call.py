@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lorax_ft.lowrank.experts import Grouped
@@ -140,6 +142,28 @@ def trace_axes(layer_type: Module, shape: Shape, *, n_in: int) -> Traced:
     """A layer whose kernel has its in axes first, and then its out axes."""
     axes = tuple(range(len(shape)))
     spec = LayerSpec(module=layer_type, stack=(), ins=axes[:n_in], outs=axes[n_in:])
+    return Traced(spec=spec, shape=shape)
+
+
+def arrays_of(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arrays with axes among a call's arguments, in their order."""
+    leaves = jax.tree.leaves((args, list(kwargs.values())))
+    # Keys of random numbers have no axes, and `nn.remat` makes arrays of numbers.
+    return [leaf for leaf in leaves if isinstance(leaf, Array | np.ndarray) and leaf.ndim]
+
+
+def trace_block(args: Any, kwargs: Mapping[str, Any], output: Any) -> Traced | str:
+    """What a call says of a module that is no layer; or why no bottleneck can stand beside it."""
+    inputs = arrays_of(args, kwargs)
+    if len(inputs) != 1:
+        return f"is called with {len(inputs)} arrays, not one"
+    if not isinstance(output, Array):
+        return f"gives a {type(output).__name__}, not one array"
+    (x,) = inputs
+    if x.shape != output.shape:
+        return f"gives {output.shape} of {x.shape}, not an array of the same shape"
+    shape = (x.shape[-1], x.shape[-1])
+    spec = LayerSpec(module="block", stack=(), ins=(0,), outs=(1,), by_name=True)
     return Traced(spec=spec, shape=shape)
 
 

@@ -5,6 +5,7 @@ A tree does not say whether `[3, 16, 32]` is three scanned Dense layers or one D
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -14,22 +15,34 @@ import flax.linen as nn
 import jax
 
 from lorax_ft.lowrank import intercept
-from lorax_ft.lowrank.layer_call import Traced
+from lorax_ft.lowrank.layer_call import Traced, trace_block
 from lorax_ft.lowrank.spec import LayerSpec
 from lorax_ft.lowrank.watch import SeeCalls, check_function, check_tree, watched
 from lorax_ft.schema import is_base
 from lorax_ft.tree import Layer, Shape, Tree, flatten, join, modules, unflatten, with_layer_numbers
 
 Layout = dict[str, LayerSpec]
-Views = dict[str, list[dict[str, int]]]
-"""By module path, the leaves that the module saw in each call, with the number of their axes."""
+View = dict[str, Shape]
+"""The leaves at and below a module as it sees them in a call, with their shapes."""
+Views = dict[str, list[View]]
+"""By module path, those of each call."""
 
 
 class TracedLayout(Layout):
     """The layout that a trace found, and what it did not find."""
 
-    unseen: dict[str, str]
-    """Why the model's other matrices cannot be adapted, by slash path."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.unseen: dict[str, str] = {}
+        """Why the model's other matrices cannot be adapted, by slash path."""
+        self.blocks: Layout = {}
+        """The modules beside which a bottleneck can stand, by slash path. They are no layers, so
+        they are not among the items; `layout[path]` finds them."""
+        self.refused: dict[str, str] = {}
+        """What the other modules do that a bottleneck cannot stand beside, by slash path."""
+
+    def __missing__(self, path: str) -> LayerSpec:
+        return self.blocks[path]
 
 
 def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) -> TracedLayout:
@@ -44,8 +57,9 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
     Returns:
       A `LayerSpec` for every Dense, DenseGeneral, Einsum, Conv and Embed that the trace calls (in
       NNX Linear, LinearGeneral, Einsum, Conv and Embed). Its `unseen` says of the model's
-      other matrices why they cannot be adapted. A method under `nn.jit` that has run with these
-      shapes before is not traced again, so its layers are not seen.
+      other matrices why they cannot be adapted, and its `blocks` are the modules of several layers
+      beside which a bottleneck can stand. A method under `nn.jit` that has run with these shapes
+      before is not traced again, so its layers are not seen.
 
     Raises:
       ValueError: `apply` is an NNX model, or one inside linen has all the layers; or a scan slices
@@ -75,6 +89,16 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
         if is_known and path not in calls.unseen:
             found[path] = _stacked_spec(path, traced, layers, calls.views)
     found.unseen = _unseen(layers, found, calls.unseen)
+    known = flatten(base).keys()
+    for path, (view, block) in calls.blocks.items():
+        # As above.
+        if not known >= {join(path, name) for name in view}:
+            continue
+        spec = _stacked_block(path, view, block, layers, calls.views)
+        if isinstance(spec, LayerSpec):
+            found.blocks[path] = spec
+        else:
+            found.refused[path] = spec
     if not found and calls.bridged:
         raise ValueError(
             f"{calls.bridged[0] or 'the model'} is an NNX model inside linen (nnx.bridge.ToLinen), "
@@ -95,7 +119,10 @@ class _Calls:
         """Of linen modules."""
         self.bridged: list[str] = []
         """The paths of NNX modules inside linen."""
-        self.watch = SeeCalls(self.called, self.unseen.__setitem__)
+        self.blocks: dict[str, tuple[View, Traced | str]] = {}
+        """What modules that are no layers see, and what their calls say, by slash path."""
+        self.running: list[nn.Module] = []
+        self.watch = SeeCalls(self.called, self.unseen.__setitem__, self.called_block)
 
     def called(self, path: str, traced: Traced | None) -> None:
         """Record the call of a layer."""
@@ -103,6 +130,13 @@ class _Calls:
             self.unseen[path] = "this form of the layer supports no adapter"
         else:
             self.traced[path] = traced
+
+    def called_block(self, path: str, view: View, block: Traced | str) -> None:
+        """Record the call of a module that is no layer."""
+        _, before = self.blocks.get(path, (view, block))
+        if isinstance(before, Traced) and before != block:
+            block = "is called in several ways"
+        self.blocks[path] = (view, block if isinstance(before, Traced) else before)
 
     def record_linen(
         self,
@@ -117,13 +151,21 @@ class _Calls:
         if context.method_name == "attend":
             # An adapter on the lookup would not change it.
             self.unseen[path] = "its table is an output head too (attend)"
-        if context.method_name == "__call__":
-            self.views.setdefault(path, []).append(_axes_in_view(module))
-            if type(module) in intercept.MODULES:
-                self.called(path, intercept.trace(module, args, kwargs))
-            elif type(module).__module__.startswith("flax.nnx"):
-                self.bridged.append(path)
-        return next_fun(*args, **kwargs)
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        view = _view(module)
+        self.views.setdefault(path, []).append(view)
+        if type(module) in intercept.MODULES:
+            self.called(path, intercept.trace(module, args, kwargs))
+            return next_fun(*args, **kwargs)
+        if type(module).__module__.startswith("flax.nnx"):
+            self.bridged.append(path)
+            return next_fun(*args, **kwargs)
+        with intercept.outermost(module, self.running) as is_outermost:
+            output = next_fun(*args, **kwargs)
+        if path and view and is_outermost:
+            self.called_block(path, view, trace_block(args, kwargs, output))
+        return output
 
 
 def _unseen(
@@ -153,11 +195,16 @@ def _base_shapes(params: Mapping[str, Any]) -> Tree:
     return unflatten(shapes)
 
 
-def _axes_in_view(module: nn.Module) -> dict[str, int]:
-    """The number of axes of each leaf that a module sees while it is traced."""
+def _view(module: nn.Module) -> View:
+    """The leaves that a module sees while it is traced."""
     params = module.variables.get("params", {})
     leaves = flatten(nn.meta.unbox(params))
-    return {name: leaf.ndim for name, leaf in leaves.items()}
+    return {name: leaf.shape for name, leaf in leaves.items()}
+
+
+def blocks_of(layout: Layout) -> Layout:
+    """The modules of a layout that are no layers, beside which a bottleneck can stand."""
+    return layout.blocks if isinstance(layout, TracedLayout) else {}
 
 
 def logical_paths(path: str, spec: LayerSpec, shape: Shape) -> list[str]:
@@ -203,6 +250,52 @@ def _stacked_spec(
             'the first axis of their parameters (nn.scan(variable_axes={"params": 0}), '
             "nnx.scan(in_axes=0))"
         )
+    return traced.spec.inside_scans(_scans(path, name, shape, n, layers, views))
+
+
+def _stacked_block(
+    path: str,
+    view: View,
+    traced: Traced | str,
+    layers: Mapping[str, Layer],
+    views: Views,
+) -> LayerSpec | str:
+    """The same for a module that is no layer, by the leaves in it; or why there is none."""
+    if isinstance(traced, str):
+        return traced
+    stacks = set()
+    for name, local in view.items():
+        parent, _, leaf = join(path, name).rpartition("/")
+        shape = layers[parent][leaf].shape
+        n = len(shape) - len(local)
+        if shape[n:] != local:
+            return "is in a scan over another axis of its parameters than the first"
+        stacks.add(shape[:n])
+    if len(stacks) > 1:
+        return "has parameters of which a scan slices some alone"
+    (stack,) = stacks
+    spec = traced.spec.inside_scans(_scans(path, name, shape, n, layers, views))
+    return dataclasses.replace(spec, block_shape=stack + traced.shape)
+
+
+def _scans(
+    path: str,
+    name: str,
+    shape: Shape,
+    n: int,
+    layers: Mapping[str, Layer],
+    views: Views,
+) -> tuple[int, ...]:
+    """For each of n scans that contain the module at `path`, its place in the path.
+
+    Args:
+      path: of the module.
+      name: the path of a leaf in it.
+      shape: of that leaf.
+      n: how many scans slice it.
+      layers: the leaves of all modules.
+      views: of linen modules.
+    """
     scanned = []
     for scan in range(n):
         # Each scan hides one axis of the leaf from what is inside it, the outermost first.
@@ -211,7 +304,7 @@ def _stacked_spec(
             scanned.append(_scan_place(path, name, axes_inside, views))
         else:
             scanned.append(_stack_place(path, name, scan, layers))
-    return traced.spec.inside_scans(tuple(scanned))
+    return tuple(scanned)
 
 
 def _scan_place(
@@ -229,7 +322,7 @@ def _scan_place(
         prefix = "/".join(parts[:n])
         inner = "/".join([*parts[n:], name])
         for view in views.get(prefix, ()):
-            if inner in view and view[inner] <= ndim:
+            if inner in view and len(view[inner]) <= ndim:
                 return n
     return len(parts)
 
@@ -240,7 +333,8 @@ def _stack_place(path: str, name: str, axis: int, layers: Mapping[str, Layer]) -
     It is the length of the shortest prefix whose leaves all have the stack's axis, or of a longer
     one with the same leaves: of {encoder: {blocks: {up, down}}} the blocks.
     """
-    size = layers[path][name].shape[axis]
+    parent, _, leaf = join(path, name).rpartition("/")
+    size = layers[parent][leaf].shape[axis]
     parts = path.split("/")
     place, count = len(parts), 0
     for n in range(1, len(parts)):

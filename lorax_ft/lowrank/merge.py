@@ -18,7 +18,7 @@ from lorax_ft.lowrank.linear import merged_layer
 from lorax_ft.lowrank.shared import shared_leaves, with_shared
 from lorax_ft.lowrank.spec import BIAS, LayerSpec, as_canonical, base_kernel
 from lorax_ft.lowrank.terms import check_layer, is_adapted, terms_of, tokens
-from lorax_ft.program import command
+from lorax_ft.program import command, either
 from lorax_ft.quant.kernels import dense
 from lorax_ft.schema import is_base
 from lorax_ft.soft_prompts.door import virtual_tokens
@@ -76,22 +76,28 @@ def check_mergeable(params: Tree) -> None:
     """
     if virtual_tokens(params):
         raise ValueError(
-            "a soft prompt cannot be merged: it stands before the tokens, and in no weight; save "
-            f"it as a PEFT folder (save_peft, {command('export')} --target peft)"
+            "a soft prompt cannot be merged: it stands before the tokens, and in no weight; "
+            f"{_as_adapter()}"
         )
     if INVOCATION in params:
         raise ValueError(
             "an activated LoRA (adapter.invocation) cannot be merged: a merged kernel acts in all "
-            "tokens, also before the invocation; use it as an adapter (save_peft, "
-            f"{command('export')} --target peft)"
+            f"tokens, also before the invocation; {_as_adapter()}"
         )
     for path, layer in modules(params).items():
         if any(term.merge is None for term in terms_of(layer)):
             raise ValueError(
                 f"{path}: a bottleneck adapter cannot be merged: it is a network behind or beside "
-                "the layer, and no change of its kernel; use it as an adapter (save_peft, "
-                f"{command('export')} --target peft)"
+                f"the layer or module, and no change of a kernel; {_as_adapter()}"
             )
+
+
+def _as_adapter() -> str:
+    """How to write what cannot be merged."""
+    return either(
+        "save_peft writes it as an adapter",
+        f"{command('export')} --target peft writes it as an adapter",
+    )
 
 
 def merge_weighted(

@@ -35,7 +35,7 @@ def leaf_shapes(plan: Plan, kernel: Shape) -> dict[str, Shape]:
 
 
 def adapter_leaves(
-    kernel: Array | Quantized,
+    kernel: Array | Quantized | None,
     *,
     plan: Plan,
     start: InitResult | None,
@@ -46,7 +46,7 @@ def adapter_leaves(
     """The leaves that a module gets, and its kernel where the init changes it.
 
     Args:
-      kernel: W, in the order of axes that `spec` says.
+      kernel: W, in the order of axes that `spec` says; None: the module is no layer.
       plan: the meaning of the kernel's axes, the method, ranks and scales of its matrices.
       start: what the init returned for the stack, for LoRA.
       key: every matrix's randomness is folded from it and the matrix's path.
@@ -54,6 +54,10 @@ def adapter_leaves(
       donate: whether a kernel that changes is consumed.
     """
     spec = plan.spec
+    if kernel is None:
+        assert spec.block_shape is not None
+        shapes = leaf_shapes(plan, spec.block_shape)
+        return _initial({}, plan, shapes, key)
     layer: Layer = {"kernel": spec.canonical("kernel", kernel)}
     if start is not None:
         layer |= _factor_leaves(start, plan, layer["kernel"].shape)
@@ -64,13 +68,19 @@ def adapter_leaves(
                 "only the inits of this library can requantize it"
             )
         layer["kernel"] = _minus_start(layer, spec, original, donate=donate)
-    shapes = leaf_shapes(plan, kernel.shape)
-    for term in TERMS:
-        layer |= term.initial(layer, plan, shapes, key)
+    layer |= _initial(layer, plan, leaf_shapes(plan, kernel.shape), key)
     leaves = {name: spec.restored(name, leaf) for name, leaf in layer.items()}
     changed = leaves.pop("kernel")
     if kept_start.is_in_base(layer):
         leaves[spec.weight] = changed
+    return leaves
+
+
+def _initial(layer: Layer, plan: Plan, shapes: dict[str, Shape], key: Array) -> Layer:
+    """The leaves that no init gives."""
+    leaves: Layer = {}
+    for term in TERMS:
+        leaves |= term.initial(layer | leaves, plan, shapes, key)
     return leaves
 
 

@@ -13,7 +13,7 @@ from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import Axis, leaf_schema
 from lorax_ft.tree import Layer, Shape
 
-Module = Literal["dense", "general", "einsum", "experts", "conv", "embed"]
+Module = Literal["dense", "general", "einsum", "experts", "conv", "embed", "block"]
 Axes = tuple[int, ...]
 KERNEL = "kernel"
 EMBEDDING = "embedding"
@@ -22,10 +22,14 @@ BIAS = "bias"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One layer that can be adapted: the meaning of its kernel's axes."""
+    """One layer that can be adapted: the meaning of its kernel's axes.
+
+    Or a whole module (a "block"), beside which a bottleneck can stand. It has no kernel of its own;
+    its axes are those of a kernel from its inputs to its outputs.
+    """
 
     module: Module
-    """The linen module: Dense, DenseGeneral, Einsum, our ExpertDense, Conv or Embed."""
+    """The linen module: Dense, DenseGeneral, Einsum, our ExpertDense, Conv or Embed, or a block."""
     stack: Axes
     """Axes that count layers of a scan, then experts."""
     ins: Axes
@@ -43,6 +47,8 @@ class LayerSpec:
     of its own."""
     bias_axes: Axes | None = None
     """For each axis of the bias, the kernel's axis of the same meaning; None: stack, then out."""
+    block_shape: Shape | None = None
+    """Of a block: the shape that its kernel would have."""
 
     @property
     def weight(self) -> str:
@@ -221,7 +227,9 @@ def base_kernel(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> Arra
 
 
 def base_shape(layers: Mapping[str, Layer], path: str, spec: LayerSpec) -> Shape:
-    """The shape of `base_kernel`, also where `layers` hold shapes only."""
+    """The shape of `base_kernel`, also where `layers` hold shapes only; of a block, its own."""
+    if spec.block_shape is not None:
+        return spec.block_shape
     layer = layers.get(path, {})
     if spec.weight not in layer and spec.tied_to is not None:
         table = layers[spec.tied_to][EMBEDDING]

@@ -8,7 +8,7 @@ import flax.linen as nn
 import numpy as np
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.lowrank.layout import Layout, TracedLayout, logical_paths
+from lorax_ft.lowrank.layout import Layout, TracedLayout, blocks_of, logical_paths
 from lorax_ft.lowrank.patterns import (
     check_coverage,
     first_value,
@@ -45,15 +45,19 @@ def plan_adapters(
     if changes_base is None:
         changes_base = init_schema(config.init).changes_base
     layers = modules(nn.meta.unbox(params))
+    unseen = layout.unseen if isinstance(layout, TracedLayout) else {}
+    of_blocks = _targets_of_blocks(config, layers, layout)
+    layout = {**layout, **_named_blocks(config, of_blocks, layout)}
     shapes = {}
     paths = {}
     for path, spec in layout.items():
         shapes[path] = base_shape(layers, path, spec)
         paths[path] = logical_paths(path, spec, shapes[path])
-    _check_patterns(config, layout, paths)
+    _check_patterns(config, layout, paths, unseen)
     plans = {}
     for path, spec in layout.items():
-        ranks = np.array([_rank(config, name, spec) for name in paths[path]])
+        targets = of_blocks if spec.module == "block" else config.targets
+        ranks = np.array([_rank(config, name, spec, targets) for name in paths[path]])
         if not ranks.any():
             continue
         start = _start(config, spec, layers.get(path, {}), changes_base=changes_base)
@@ -142,10 +146,74 @@ def _start(
     return "kept" if config.keep_base or is_tied else "in_base"
 
 
-def _rank(config: AdapterConfig, path: str, spec: LayerSpec) -> int:
+def _targets_of_blocks(
+    config: AdapterConfig,
+    layers: Mapping[str, Layer],
+    layout: Layout,
+) -> tuple[str, ...]:
+    """The targets that match no layer, and may so mean whole modules."""
+    specs = {}
+    for path, spec in layout.items():
+        for name in logical_paths(path, spec, base_shape(layers, path, spec)):
+            specs[name] = spec
+    return tuple(
+        target
+        for target in config.targets
+        if not any(is_target(name, spec, (target,)) for name, spec in specs.items())
+    )
+
+
+def _named_blocks(config: AdapterConfig, targets: tuple[str, ...], layout: Layout) -> Layout:
+    """The whole modules that these targets match.
+
+    Raises:
+      ValueError: no bottleneck can stand beside one of them, or the method is another.
+    """
+    refused = layout.refused if isinstance(layout, TracedLayout) else {}
+    found = {}
+    for target in targets:
+        for path, spec in blocks_of(layout).items():
+            names = logical_paths(path, spec, base_shape({}, path, spec))
+            if any(matches(target, name) for name in names):
+                found[path] = spec
+                _check_bottleneck(config, target, path, layout)
+        for path, why in refused.items():
+            if not matches(target, path):
+                continue
+            _check_bottleneck(config, target, path, layout)
+            if config.method == "bottleneck":
+                raise ValueError(
+                    f"adapter.targets: {target!r} matches {path}, which {why}, so that no "
+                    f"bottleneck can stand beside it; {_instead(path, layout)}"
+                )
+    return found if config.method == "bottleneck" else {}
+
+
+def _check_bottleneck(config: AdapterConfig, target: str, path: str, layout: Layout) -> None:
+    """Raise where a method for layers alone would adapt a module that has some."""
+    has_layers = any(name.startswith(f"{path}/") for name in layout)
+    if config.method != "bottleneck" and has_layers:
+        raise ValueError(
+            f"adapter.targets: {target!r} matches {path}, a whole module, and {config.method} "
+            f"adapts layers; {_instead(path, layout)}"
+        )
+
+
+def _instead(path: str, layout: Layout) -> str:
+    """What to target in the place of a module: the layers in it."""
+    inside = [name.rpartition("/")[2] for name in layout if name.startswith(f"{path}/")]
+    return f"name its layers: {' '.join(dict.fromkeys(inside))}" if inside else "name a layer"
+
+
+def _rank(
+    config: AdapterConfig,
+    path: str,
+    spec: LayerSpec,
+    targets: tuple[str, ...],
+) -> int:
     """The rank of one matrix, 0 where it is not adapted."""
     # `exclude` wins over `targets`.
-    if not is_target(path, spec, config.targets) or is_target(path, spec, config.exclude):
+    if not is_target(path, spec, targets) or is_target(path, spec, config.exclude):
         return 0
     if config.layers and layer_index(path) not in config.layers:
         return 0
@@ -163,7 +231,12 @@ def _check_within_targets(config: AdapterConfig, layout: Layout, plans: Mapping[
         check_coverage(patterns, targeted, names=specs, where=f"adapter.{field}")
 
 
-def _check_patterns(config: AdapterConfig, layout: Layout, paths: dict[str, list[str]]) -> None:
+def _check_patterns(
+    config: AdapterConfig,
+    layout: Layout,
+    paths: dict[str, list[str]],
+    unseen: Mapping[str, str],
+) -> None:
     """Raise where an option matches nothing in the model."""
     specs = {name: layout[path] for path, names in paths.items() for name in names}
 
@@ -173,7 +246,6 @@ def _check_patterns(config: AdapterConfig, layout: Layout, paths: dict[str, list
     def matched(pattern: str) -> bool:
         return any(matches(pattern, name) for name in specs)
 
-    unseen = layout.unseen if isinstance(layout, TracedLayout) else {}
     for field, patterns in config.module_patterns().items():
         where = f"adapter.{field}"
         check_coverage(patterns, targeted, names=specs, where=where, unseen=unseen)

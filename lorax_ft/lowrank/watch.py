@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from lorax_ft.lowrank.layer_call import Gather, Traced
+from lorax_ft.tree import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,9 @@ class SeeCalls:
     """Gets a layer's path, and what its call says of its kernel's axes."""
     unseen: Callable[[str, str], None]
     """Gets the path of a module whose weights no adapter can be added to, and the reason."""
+    called_block: Callable[[str, dict[str, Shape], Traced | str], None]
+    """Gets the path of a module that is no layer, the shapes of the leaves in it as its call sees
+    them, and what the call says (`lorax_ft.lowrank.layer_call.trace_block`)."""
 
 
 Watch = SeeAdapters | SeeCalls
@@ -67,7 +71,8 @@ def check_function(apply: Any, *, name: str) -> None:
 
 
 def check_tree(params: Any, *, name: str) -> None:
-    """Raise for the state of an NNX model in place of a nested dict of its parameters."""
+    """Raise for an NNX model, or its state, in place of a nested dict of its parameters."""
+    check_function(params, name=name)
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(params, nnx.State):
         raise ValueError(f"{name} was given an nnx.State; {_FROM_NNX}")

@@ -30,13 +30,19 @@ from lorax_ft.tree import member
 SAVED_NAMES: dict[str, tuple[str, ...]] = {
     "full": (),
     "mlp": ("mlp",),
-    # What the products with the kernels make of these is not computed again.
-    "products": ("mlp", "qkv", "attended", "residual"),
+    # No product with a kernel is computed again. "adapter" is what a term's gradient needs of one.
+    "products": ("mlp", "qkv", "attended", "residual", "adapter"),
 }
 """The named values of a layer that each kind of rematerialization saves."""
 
 
-def saved_per_token(config: DecoderConfig, remat: str, expert_devices: int = 1) -> int:
+def saved_per_token(
+    config: DecoderConfig,
+    remat: str,
+    expert_devices: int = 1,
+    *,
+    scaled: bool = False,
+) -> int:
     """The numbers that a kind of rematerialization saves of each token, in all layers.
 
     Args:
@@ -44,6 +50,8 @@ def saved_per_token(config: DecoderConfig, remat: str, expert_devices: int = 1) 
       remat: the kind.
       expert_devices: how many devices the experts are split over. Each has room for all copies of
         all their tokens that may choose its experts.
+      scaled: whether adapters scale the outputs of projections, as DoRA's magnitudes do, whose
+        gradients need the outputs before it; those of all projections are counted.
     """
     total = 0
     for layer_type in config.each_layer:
@@ -55,6 +63,9 @@ def saved_per_token(config: DecoderConfig, remat: str, expert_devices: int = 1) 
             heads = config.heads_of(layer_type)
             widths["attended"] = config.heads * heads.dim
             widths["qkv"] = (config.heads + 2 * heads.count) * heads.dim
+        if scaled:
+            outputs_of_mlp = widths["mlp"] + copies * config.width
+            widths["adapter"] = widths.get("qkv", 0) + config.width + outputs_of_mlp
         for name in SAVED_NAMES[remat]:
             total += widths.get(name, 0)
     return total

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from lorax_ft.lowrank.activation import INVOCATION, active_rows, with_rows
 from lorax_ft.lowrank.intercept import adapt
-from lorax_ft.lowrank.layout import Layout, layout
+from lorax_ft.lowrank.layout import TracedLayout, layout
 from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.shared import shared_leaves, with_shared
@@ -52,7 +52,7 @@ class CausalLM:
         return Decoder(self.config)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> TracedLayout:
         """The layers that can be adapted, by slash path (see `lorax_ft.layout`)."""
         return decoder_layout(self.config)
 
@@ -260,13 +260,17 @@ class LoadedModel(Model):
 
 
 @functools.cache
-def decoder_layout(config: DecoderConfig) -> Layout:
+def decoder_layout(config: DecoderConfig) -> TracedLayout:
     """The layers of a decoder, traced once, and its output head, which is applied outside of it."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     found = layout(Decoder(config).apply, abstract_params(config), tokens)
     for path, spec in found.items():
         if path.endswith("mlp/gate"):  # a router, which "all-linear" leaves out
             found[path] = dataclasses.replace(spec, by_name=True)
+    for path in list(found.blocks):
+        if not path.endswith("mlp"):
+            del found.blocks[path]
+            found.refused[path] = "is not the MLP of a layer"
     tied_to = TABLE if config.tied else None
     found[HEAD] = LayerSpec(
         module="dense",

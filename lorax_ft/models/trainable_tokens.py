@@ -37,10 +37,12 @@ def add_trainable_tokens(params: Tree, ids: Sequence[int] | np.ndarray, model: C
 
     Source: PEFT's `trainable_token_indices`.
     """
-    unique = np.unique(np.asarray(ids, np.int32))
+    unique = np.unique(np.asarray(ids))
     vocabulary = model.config.vocab_size
     if not len(unique):
         raise ValueError("there are no tokens to train")
+    if not np.issubdtype(unique.dtype, np.integer):
+        raise ValueError(f"the tokens to train are {ids}; they must be ids")
     if unique[0] < 0 or unique[-1] >= vocabulary:
         wrong = unique[0] if unique[0] < 0 else unique[-1]
         raise ValueError(f"token {wrong} is not one of the model's {vocabulary} tokens")
@@ -51,7 +53,7 @@ def add_trainable_tokens(params: Tree, ids: Sequence[int] | np.ndarray, model: C
                 f"{path} has an adapter already, so none of its tokens can train alone; leave it "
                 "out of adapter.targets"
             )
-    order = jnp.asarray(unique)
+    order = jnp.asarray(unique, jnp.int32)
     layers[TABLE] = layers[TABLE] | leaves_of_table(layers[TABLE]["embedding"], order)
     # A tied head has no leaves of its own: it takes the embedding's.
     if HEAD in layers:

@@ -27,7 +27,7 @@ from lorax_ft.plan.program import (
 )
 from lorax_ft.plan.report import as_json, options, print_plan, print_scaling, print_search
 from lorax_ft.plan.search import Candidate, fastest, search
-from lorax_ft.run.remat import choose, tokens_a_device
+from lorax_ft.run.remat import choose, scales_outputs, tokens_a_device
 from lorax_ft.run.report import make_console
 
 Planned = tuple[Topology, Candidate]
@@ -142,6 +142,7 @@ def _with_remat(config: Config, topology: Topology, fields: Mapping[str, Any]) -
         memory=free,
         on_cpu=False,
         expert_devices=config.mesh.expert,
+        scaled=scales_outputs(config),
     )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=kind))
 

@@ -45,6 +45,7 @@ def with_remat(model: Model, config: Config, *, tokens: int, held: float) -> Mod
         memory=float(smallest) - held,
         on_cpu=on_cpu,
         expert_devices=config.mesh.expert,
+        scaled=scales_outputs(config),
     )
     decoder = dataclasses.replace(model.config, remat=kind)
     return dataclasses.replace(model, config=decoder)
@@ -57,6 +58,7 @@ def choose(
     memory: float,
     on_cpu: bool,
     expert_devices: int = 1,
+    scaled: bool = False,
 ) -> Remat:
     """The first of `KINDS` that saves at most a share of the memory.
 
@@ -68,20 +70,35 @@ def choose(
       memory: of a device in bytes, beside what it holds anyway.
       on_cpu: whether the devices are CPUs.
       expert_devices: mesh.expert.
+      scaled: `scales_outputs`.
     """
     # On a CPU XLA converts a whole stack of bfloat16 to float32 to write one layer (jaxlib 0.10.2).
     if on_cpu and decoder.dtype == "bfloat16":
         return "full"
     for kind in KINDS:
-        if saved_bytes(decoder, kind, tokens, expert_devices) <= SHARE * memory:
+        saved = saved_bytes(decoder, kind, tokens, expert_devices, scaled=scaled)
+        if saved <= SHARE * memory:
             return kind
     return "full"
 
 
-def saved_bytes(decoder: DecoderConfig, kind: str, tokens: int, expert_devices: int = 1) -> float:
+def saved_bytes(
+    decoder: DecoderConfig,
+    kind: str,
+    tokens: int,
+    expert_devices: int = 1,
+    *,
+    scaled: bool = False,
+) -> float:
     """The bytes that a kind of rematerialization saves of so many tokens."""
     size = jnp.dtype(decoder.dtype).itemsize
-    return float(saved_per_token(decoder, kind, expert_devices) * tokens * size)
+    numbers = saved_per_token(decoder, kind, expert_devices, scaled=scaled)
+    return float(numbers * tokens * size)
+
+
+def scales_outputs(config: Config) -> bool:
+    """Whether the adapters scale outputs of projections by what trains: DoRA and IA3."""
+    return config.adapter.dora or config.adapter.method == "ia3"
 
 
 def tokens_a_device(config: Config, mesh: Mesh, length: int) -> int:

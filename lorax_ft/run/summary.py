@@ -24,6 +24,7 @@ from lorax_ft.run.setup import Job, count_steps
 from lorax_ft.run.steps import Trained
 from lorax_ft.run.trace import PROFILE
 from lorax_ft.run.validation import ACCURACY, Evaluation, describe_metrics, first_metric
+from lorax_ft.soft_prompts.door import virtual_tokens
 from lorax_ft.tree import combine
 
 OWN_RUN = "--config own --model.path MODEL --data.train FILE.jsonl --train.output out/mine"
@@ -155,7 +156,8 @@ def print_result(console: Console, job: Job, result: Result) -> None:
         return
     base = result.folder / BASE
     # Lines to copy are not wrapped.
-    if base.is_dir():
+    # PEFT would load the adapter without the soft prompt beside it.
+    if base.is_dir() and not virtual_tokens(job.state.trained):
         console.print("In Python, with PEFT and bitsandbytes", style="bold")
         loaded = f'AutoModelForCausalLM.from_pretrained("{base}")'
         console.print(f'  PeftModel.from_pretrained({loaded}, "{result.saved}")', soft_wrap=True)

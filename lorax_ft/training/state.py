@@ -176,6 +176,7 @@ def _abstract_leaves(
     if config.continue_from is None:
         shapes = combine(shapes, abstract_adapters(config, params, layout=layout))
     _check_targets(shapes, config)
+    _check_tied(shapes, config, layout)
     trained, frozen = _partition(shapes, config)
     trained = jax.tree.map(_float32, trained)
     places = sharding.param_shardings(
@@ -199,6 +200,22 @@ def _check_targets(params: Tree, config: AdapterConfig) -> None:
                 f"{path} is matched by adapter.targets and by adapter.train_whole; "
                 "remove it from one of them"
             )
+
+
+def _check_tied(params: Tree, config: AdapterConfig, layout: Layout) -> None:
+    """Raise where a head without a weight of its own is named to train in full."""
+    layers = modules(params)
+    own = [path for path, layer in layers.items() if any(map(is_base, layer))]
+    for path, spec in layout.items():
+        if spec.tied_to is None or path in own:
+            continue
+        for pattern in config.train_whole:
+            hits = [name for name in (path, *own) if fully_trained(name, (pattern,))]
+            if hits == [path]:
+                raise ValueError(
+                    f"adapter.train_whole: {pattern!r} has no weight of its own, as it is tied to "
+                    f"{spec.tied_to}; name {spec.tied_to} alone, which trains both"
+                )
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

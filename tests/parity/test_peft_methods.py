@@ -17,6 +17,9 @@ import transformers  # noqa: E402
 from peft_logits import our_logits, qwen2_with_biases, their_logits  # noqa: E402
 
 import lorax_ft as lft  # noqa: E402
+from lorax_ft.config.foreign.peft import ADAPTER as LORA_ADAPTER  # noqa: E402
+from lorax_ft.config.foreign.peft_types import TABLES  # noqa: E402
+from lorax_ft.config.load import read_config  # noqa: E402
 from lorax_ft.interop.load import load_model  # noqa: E402
 from lorax_ft.interop.peft import load_peft, save_peft  # noqa: E402
 from lorax_ft.lowrank.groups import adapter_leaves_of  # noqa: E402
@@ -205,3 +208,27 @@ def test_variants_whose_blocks_mean_something_else_are_refused(
         file.write_text(json.dumps(json.loads(file.read_text()) | {"init_weights": value}))
         with pytest.raises(ValueError, match=f"init_weights '{value}'.*not supported"):
             load_peft(tmp_path / "adapter", model)
+
+
+SOFT_PROMPT = {"num_virtual_tokens": 4, "encoder_hidden_size": 8}
+THEIR_DEFAULTS: dict[str, dict[str, Any]] = {
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "P_TUNING": SOFT_PROMPT,
+    "PREFIX_TUNING": SOFT_PROMPT,
+    "TRAINABLE_TOKENS": {"token_indices": [1]},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(set(TABLES) - {"BONE"}))
+def test_a_config_that_peft_writes_is_one_of_a_run(kind: str, tmp_path: Path) -> None:
+    """All of its fields are known, and its defaults ask for nothing that there is not."""
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](
+        task_type="CAUSAL_LM", **THEIR_DEFAULTS.get(kind, {})
+    )
+    config.save_pretrained(tmp_path)
+    read = read_config(tmp_path / "adapter_config.json")
+    assert read.source is not None
+    assert not read.config.adapter.train_whole
+    fields = set(json.loads((tmp_path / "adapter_config.json").read_text()))
+    assert fields <= set(TABLES[kind])
+    assert set(TABLES[kind]) - fields <= {*LORA_ADAPTER, "r", "bias"}, "not PEFT's"

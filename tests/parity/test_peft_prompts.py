@@ -100,6 +100,35 @@ def test_peft_loads_ours(name: str, family: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(ours_of(model, tree), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("prompt_tuning", "lora"), ("p_tuning", "ia3"), ("prefix_tuning", "shira")],
+)
+def test_peft_loads_a_prompt_on_the_merged_adapter(name: str, method: Any, tmp_path: Path) -> None:
+    """As the card says, since PEFT holds one of the two at a time."""
+    folder = checkpoint(tmp_path / "model", "llama")
+    model = lft.load_model(folder)
+    start = lft.PromptConfig(virtual_tokens=VIRTUAL, **OURS[name])
+    key = jax.random.key(0)
+    params = lft.add_soft_prompt(model.params, start, model, key=key)
+    adapters = lft.AdapterConfig(method=method)
+    params = lft.add_adapters(params, adapters, layout=model.layout, key=key)
+    trained, frozen = lft.partition(params)
+    params = lft.combine(jax.tree.map(lambda leaf: leaf + 0.05, trained), frozen)
+    adapter = tmp_path / "adapter"
+    lft.save_peft(adapter, params, model)
+    card = (adapter / "README.md").read_text()
+    # transformers' default attention is as exact here, so that the card's own lines run.
+    lines = card.partition("```python\n")[2].partition("```")[0].splitlines()
+    shown = [line for line in lines if not line.startswith("tokenizer = ")]
+    names: dict[str, Any] = {}
+    exec("\n".join(shown).replace('adapter = "."', f"adapter = {str(adapter)!r}"), names)
+    expected = last(their_logits(names["model"]))
+    alone = peft.PeftModel.from_pretrained(theirs_of(folder), adapter)
+    assert np.abs(expected - their_logits(alone)).max() > 0.05
+    np.testing.assert_allclose(ours_of(model, params), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", THEIRS)
 def test_we_load_theirs(name: str, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "model", "llama")

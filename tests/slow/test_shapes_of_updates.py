@@ -24,13 +24,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "hira": {"rank": 2},
     "oft": {"oft_block_size": 8},
     "bottleneck": {"rank": 2},
+    "parallel": {
+        "method": "bottleneck",
+        "rank": 2,
+        "bottleneck_input": "input",
+        "targets": ("mlp",),
+    },
 }
+
+
+def config_of(name: str, **fields: Any) -> lft.AdapterConfig:
+    return lft.AdapterConfig(**{"method": name, **METHODS[name], **fields})
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_do_not_depend_on_the_mesh(decoder: Any, randomize: Any, method: str) -> None:
     model = decoder()
-    config = lft.AdapterConfig(method=method, **METHODS[method])  # type: ignore[arg-type]
+    config = config_of(method)
     params = randomize(lft.add_adapters(model.params, config, layout=model.layout, key=KEY))
     tokens = jnp.arange(64).reshape(8, 8)
 
@@ -59,8 +69,8 @@ def test_layers_that_are_not_adapted_have_no_gradient(
     decoder: Any, randomize: Any, method: str
 ) -> None:
     model = decoder()
-    options = METHODS[method] | {"targets": ("down_proj",), "layers": (1,)}
-    config = lft.AdapterConfig(method=method, **options)  # type: ignore[arg-type]
+    target = "mlp" if method == "parallel" else "down_proj"
+    config = config_of(method, targets=(target,), layers=(1,))
     params = randomize(lft.add_adapters(model.params, config, layout=model.layout, key=KEY))
     trained, frozen = lft.partition(params)
     tokens = jnp.arange(16).reshape(2, 8)
@@ -72,20 +82,20 @@ def test_layers_that_are_not_adapted_have_no_gradient(
         assert not gradient[0].any(), path
         assert not gradient[2].any(), path
         assert gradient[1].any(), path
-    if method == "bottleneck":  # It merges into no kernel.
+    if config.method == "bottleneck":  # It merges into no kernel.
         return
     merged = lft.merge_adapters(params, layout=model.layout)["layers"]["mlp"]["down_proj"]
     base = model.params["layers"]["mlp"]["down_proj"]
     np.testing.assert_array_equal(merged["kernel"][::2], base["kernel"][::2])
 
 
-@pytest.mark.parametrize("method", ["vera", "shira", "hira"])
+@pytest.mark.parametrize("method", ["vera", "shira", "hira", "parallel"])
 def test_a_whole_matrix_or_a_shared_leaf_in_a_vmapped_sweep(
     decoder: Any, randomize: Any, method: str
 ) -> None:
     """Adapters side by side, as a sweep computes them, equal each by itself."""
     model = decoder()
-    config = lft.AdapterConfig(method=method, **METHODS[method])  # type: ignore[arg-type]
+    config = config_of(method)
     fresh = lft.add_adapters(model.params, config, layout=model.layout, key=KEY)
     owned = []
     for seed in range(2):

@@ -17,6 +17,7 @@ from lorax_ft.config.foreign.rules import (
     holds,
     refused,
     same,
+    shown,
     together,
     unused,
 )
@@ -40,7 +41,7 @@ def kind(keys: Keys) -> Options:
             raise keys.error(name, f"--{name}: only --train is run")
     trainer = keys.read("trainer", "text", "default")
     if trainer not in ("default", "sft"):
-        raise keys.error("trainer", f"trainer {trainer} cannot be run: sft only")
+        raise keys.error("trainer", f"trainer {shown(trainer)} cannot be run: sft only")
     return {}
 
 
@@ -132,9 +133,9 @@ def columns(keys: Keys) -> Options:
 
 def batch(keys: Keys) -> Options:
     """The rows of a step on one device; the devices are counted when the run starts."""
-    accumulation = keys.read("gradient_accumulation", "whole", 4)
+    accumulation = keys.read("gradient_accumulation", "count", 4)
     keys.batch_per_device = True
-    size = keys.read("batch_size", "whole", 2) * accumulation
+    size = keys.read("batch_size", "count", 2) * accumulation
     return {"train.batch_size": size, "train.microbatches": accumulation}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorax_ft.config.foreign.dataset_info import Described, common_fields, describe
 from lorax_ft.config.foreign.llama_factory_templates import FORMATS
-from lorax_ft.config.foreign.rules import Keys, Options
+from lorax_ft.config.foreign.rules import Keys, Options, shown
 
 
 def training_data(keys: Keys) -> Options:
@@ -14,13 +14,10 @@ def training_data(keys: Keys) -> Options:
         raise keys.error("dataset", "dataset is missing; add it, or give --data.train")
     train = _described(keys, "dataset")
     validation = [] if "data.validation" in keys.overridden else _described(keys, "eval_dataset")
-    splits = {one.split for one in train}
-    if len(splits) > 1:
-        raise keys.error("dataset", f"dataset: one split for all of them, not {sorted(splits)}")
     shapes = {one.shape for one in (*train, *validation)}
     return {
         "data.train": tuple(one.source for one in train),
-        "data.split": splits.pop(),
+        "data.split": _one_split(train, keys),
         "data.shape": shapes.pop() if len(shapes) == 1 else "auto",
         "data.fields": common_fields((*train, *validation), keys),
     }
@@ -37,7 +34,7 @@ def validation_data(keys: Keys) -> Options:
         paths = tuple(f"{one.name}={one.source}" if apart else one.source for one in sets)
         return {
             "data.validation": paths,
-            "data.validation_split": sets[0].split,
+            "data.validation_split": _one_split(sets, keys),
             "data.validation_rows": 0,
         }
     if size >= 1:
@@ -46,11 +43,19 @@ def validation_data(keys: Keys) -> Options:
     return {"data.validation_rows": size}
 
 
+def _one_split(datasets: list[Described], keys: Keys) -> str:
+    """The split of all of these datasets."""
+    key, splits = datasets[0].key, {one.split for one in datasets}
+    if len(splits) > 1:
+        raise keys.error(key, f"{key}: one split for all of them, not {sorted(splits)}")
+    return splits.pop()
+
+
 def _described(keys: Keys, key: str) -> list[Described]:
     """The datasets that a key names."""
     names = keys.read(key, "names", ())
     folder = keys.read("dataset_dir", "text", "data")
-    return describe(names, folder, keys, key=key, most=keys.read("max_samples", "whole"))
+    return describe(names, folder, keys, key=key, most=keys.read("max_samples", "count"))
 
 
 def loss_on(keys: Keys) -> Options:
@@ -79,7 +84,7 @@ def template(keys: Keys) -> Options:
     if name not in FORMATS:
         keys.note(
             "template",
-            f"{name} is unknown here, so the tokenizer's own is used (model.chat_template)",
+            f"{shown(name)} is unknown here, so the tokenizer's own is used (model.chat_template)",
         )
         return {}
     options = {"model.chat_template": name}

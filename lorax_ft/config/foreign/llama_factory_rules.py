@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
-from lorax_ft.config.foreign.rules import Keys, Options, is_number
+from lorax_ft.config.foreign.rules import Keys, Options, is_number, shown
+from lorax_ft.files import read_json
 
 OTHER_STAGES = ("pt", "rm", "ppo", "dpo", "kto")
 _NAMES_OF_ADAMW = (
@@ -112,7 +113,7 @@ def continued(keys: Keys) -> Options:
     key = "adapter_name_or_path"
     if len(adapters) > 1 or keys.read("create_new_adapter", "flag", False):
         raise keys.error(
-            key, f"{key}: merge {', '.join(adapters)} into the model first (lorax-ft merge)"
+            key, f"{key}: merge {shown(', '.join(adapters))} into the model first (lorax-ft merge)"
         )
     folder = keys.read("adapter_folder", "text", "")
     return {"adapter.continue_from": str(Path(adapters[0], folder))}
@@ -135,8 +136,8 @@ def quantization(keys: Keys) -> Options:
 
 def batch(keys: Keys) -> Options:
     """The rows of a step on one device; the devices are counted when the run starts."""
-    rows = keys.read("per_device_train_batch_size", "whole", 8)
-    accumulation = keys.read("gradient_accumulation_steps", "whole", 1)
+    rows = keys.read("per_device_train_batch_size", "count", 8)
+    accumulation = keys.read("gradient_accumulation_steps", "count", 1)
     keys.batch_per_device = True
     return {"train.batch_size": rows * accumulation, "train.microbatches": accumulation}
 
@@ -169,7 +170,7 @@ def schedule(keys: Keys) -> Options:
     if arguments:
         raise keys.error(
             "lr_scheduler_kwargs",
-            f"lr_scheduler_kwargs {', '.join(arguments)}: {name} takes none here",
+            f"lr_scheduler_kwargs {shown(', '.join(arguments))}: {name} takes none here",
         )
     return {"optim.schedule": ours, "optim.final_fraction": last}
 
@@ -179,10 +180,12 @@ def _final_fraction(arguments: dict[str, Any], keys: Keys) -> float:
     peak = keys.read("learning_rate", "number", 5e-5)
     for name, over in (("min_lr_rate", 1.0), ("min_lr", peak)):
         value: Any = arguments.get(name)
-        if is_number(value) and over > 0:
+        if is_number(value) and 0 <= value <= over and over > 0:
             return value / over
     raise keys.error(
-        "lr_scheduler_kwargs", "lr_scheduler_kwargs needs min_lr or min_lr_rate, a number"
+        "lr_scheduler_kwargs",
+        f"lr_scheduler_kwargs is {arguments!r:.80}; it needs min_lr, from 0 to learning_rate, or "
+        "min_lr_rate, from 0 to 1",
     )
 
 
@@ -243,7 +246,8 @@ def _steps(keys: Keys, key: str, default: int) -> int:
     """A number of steps, which may be a fraction of all steps there and not here."""
     value = keys.read(key, "number", default)
     if value < 1:
-        raise keys.error(key, f"{key} is {value}, a fraction of all steps; give a number of steps")
+        fraction = ", a fraction of all steps" if value > 0 else ""
+        raise keys.error(key, f"{key} is {value}{fraction}; give a number of steps")
     return int(value)
 
 
@@ -253,8 +257,8 @@ def resume(keys: Keys) -> Options:
     if not isinstance(value, bool):
         raise keys.error(
             "resume_from_checkpoint",
-            f"resume_from_checkpoint {value}: a checkpoint of another trainer cannot be resumed; "
-            "adapter.continue_from takes the adapter in it",
+            f"resume_from_checkpoint {shown(value)}: a checkpoint of another trainer cannot be "
+            "resumed; adapter.continue_from takes the adapter in it",
         )
     if value:
         return {"train.resume": "always"}
@@ -277,32 +281,37 @@ def trackers(keys: Keys) -> Options:
     known = _TRACKERS if names == ("all",) else tuple(name for name in names if name in _TRACKERS)
     others = [name for name in names if name not in (*_TRACKERS, "all", "none")]
     if others:
-        keys.note("report_to", f"without {', '.join(others)}: trackers are tensorboard and wandb")
+        keys.note(
+            "report_to", f"without {shown(', '.join(others))}: trackers are tensorboard and wandb"
+        )
     return {"train.report_to": known}
 
 
 def shards(keys: Keys) -> Options:
     """Whether the weights are split over the devices, which are counted when the run starts."""
-    wanted = keys.read("deepspeed", "any")
     strategies = keys.read("fsdp", "any") or ""
+    if not isinstance(strategies, str | list | bool):
+        raise keys.error("fsdp", f"fsdp is {strategies!r:.80}; it must be names, or true or false")
     by_fsdp = strategies is True or _SHARDED in str(strategies)
-    keys.shards_weights = by_fsdp or _is_stage_3(wanted)
-    if keys.given("deepspeed") and not keys.shards_weights:
+    keys.shards_weights = by_fsdp or _is_stage_3(keys)
+    if keys.read("deepspeed", "any") and not keys.shards_weights:
         keys.note("deepspeed", "not needed: the batch is shared by all devices (mesh.data)")
     return {}
 
 
-def _is_stage_3(wanted: Any) -> bool:
+def _is_stage_3(keys: Keys) -> bool:
     """Whether a DeepSpeed config, or the file of one, splits the weights (ZeRO-3)."""
+    wanted = keys.read("deepspeed", "any") or {}
     if isinstance(wanted, str):
         file = Path(wanted)
-        if not file.is_file():
+        if not os.path.exists(wanted):  # false for names that no disk has
             # As LLaMA-Factory names its own files.
             return "z3" in file.name
         try:
-            wanted = json.loads(file.read_text(encoding="utf-8"))
-        # A file of very many brackets exceeds Python's recursion.
-        except (ValueError, RecursionError):
-            return False
-    zero = wanted.get("zero_optimization") if isinstance(wanted, dict) else None
-    return isinstance(zero, dict) and zero.get("stage") == 3
+            wanted = read_json(file)
+        except ValueError as error:
+            raise keys.error("deepspeed", f"deepspeed: {error}") from error
+    if not isinstance(wanted, dict):
+        raise keys.error("deepspeed", f"deepspeed is {wanted!r:.80}; it must be a file or keys")
+    zero = wanted.get("zero_optimization")
+    return isinstance(zero, dict) and zero.get("stage") in (3, "3")

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorax_ft.config.foreign.rules import Rule, holds, refused, same, unused
+from lorax_ft.config.foreign.rules import (
+    Keys,
+    Options,
+    Rule,
+    holds,
+    refused,
+    same,
+    together,
+    unused,
+)
 
 _TEXT_ONLY = "models are trained on text only"
 _OTHER_STAGE = "it belongs to another stage than sft"
@@ -16,6 +25,18 @@ _OPTIMIZER = "it is another optimizer; optim.optimizer lists those of lorax_ft"
 _COMPILED = "the step is compiled by XLA, with kernels of its own"
 _LOG = "it only changes what is logged"
 
+
+def _resize(keys: Keys) -> Options:
+    """Says that the tables do not train as wholes, as they do there unless modules are named."""
+    if keys.read("resize_vocab", "flag", False) and not keys.given("additional_target"):
+        keys.note(
+            "resize_vocab",
+            "the rows of new tokens train alone (data.new_tokens), not the whole tables as there; "
+            "additional_target embed_tokens,lm_head (of a tied model embed_tokens) trains those",
+        )
+    return {}
+
+
 UNUSED: Mapping[str, Rule] = {
     # The model.
     "trust_remote_code": unused("no code of a checkpoint is ever run"),
@@ -24,8 +45,8 @@ UNUSED: Mapping[str, Rule] = {
     "ms_hub_token": unused("models come from disk or from the Hugging Face Hub"),
     "om_hub_token": unused("models come from disk or from the Hugging Face Hub"),
     "use_fast_tokenizer": holds("tokenizers are the fast ones"),
-    "resize_vocab": holds(
-        "the tables grow with data.new_tokens, whose rows train alone, not the whole tables"
+    "resize_vocab": together(
+        _resize, remark="the tables grow with data.new_tokens, whose rows train alone"
     ),
     "add_tokens": same("data.new_tokens", "names"),
     "add_special_tokens": refused("add_tokens has those of a text", harmless=([], "")),

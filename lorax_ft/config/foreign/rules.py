@@ -10,17 +10,18 @@ import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from lorax_ft.checks import alternatives
+from lorax_ft.checks import alternatives, one_line
 from lorax_ft.config.document import Document
 
-Kind = Literal["text", "whole", "number", "flag", "names", "object", "any"]
-"""The type of a value; names: a list, or a text with commas between them."""
+Kind = Literal["text", "whole", "count", "number", "flag", "names", "object", "any"]
+"""The type of a value; count: 1 or more; names: a list, or a text with commas between them."""
 Options = dict[str, Any]
 """Values by option, such as "adapter.rank"."""
 
-_KINDS: Mapping[Kind, str] = {
+KINDS: Mapping[Kind, str] = {
     "text": "a text",
     "whole": "a whole number",
+    "count": "a whole number above 0",
     "number": "a number",
     "flag": "true or false",
     "names": "names, as a list or with commas between them",
@@ -60,11 +61,11 @@ class Keys:
             return default
         if kind == "names":
             value = _split_names(value)
-        if not _is_kind(value, kind):
-            shown = self.document.values[key]
-            raise self.error(key, f"{key} is {shown!r:.80}; it must be {_KINDS[kind]}")
+        if not is_kind(value, kind):
+            given = self.document.values[key]
+            raise self.error(key, f"{key} is {given!r:.80}; it must be {KINDS[kind]}")
         # A whole number may be written as one with a point, such as 3.0.
-        return int(value) if kind == "whole" else value
+        return int(value) if kind in ("whole", "count") else value
 
     def choose(self, key: str, choices: Mapping[Any, Any], default: Any) -> Any:
         """What the value of a key stands for.
@@ -76,16 +77,16 @@ class Keys:
         try:
             return choices[value]
         except (KeyError, TypeError):  # a list is no key of a dict
-            known = alternatives([_shown(choice) for choice in choices])
-            raise self.error(key, f"{key} is {_shown(value)}; it can be {known}") from None
+            known = alternatives(list(dict.fromkeys(map(shown, choices))))
+            raise self.error(key, f"{key} is {shown(value)}; it can be {known}") from None
 
     def note(self, key: str, text: str) -> None:
         """Say what became of a key where that is not obvious."""
-        self.notes[key] = text
+        self.notes[key] = one_line(text)
 
     def error(self, key: str, problem: str) -> ValueError:
         """An error about a key, with its line."""
-        return ValueError(f"{self.document.where(key)}: {problem}")
+        return ValueError(one_line(f"{self.document.where(key)}: {problem}"))
 
 
 class Rule(NamedTuple):
@@ -114,8 +115,8 @@ class Translation(NamedTuple):
     """What becomes of a file of another trainer."""
 
     options: Options
-    keys: Mapping[str, str]
-    """The key that each option comes from."""
+    keys: Mapping[str, Sequence[str]]
+    """The keys that each option comes from."""
     notes: Mapping[str, str]
     """What became of keys where it is not obvious, by key."""
     unused: Mapping[str, str]
@@ -129,7 +130,7 @@ def same(option: str, kind: Kind, *, default: Any = None, remark: str = "") -> R
         return {option: keys.read(key, kind, default)}
 
     if default is not None and not remark:
-        remark = f"absent: {_shown(default)}"
+        remark = f"absent: {shown(default)}"
     return Rule(apply, (option,), remark, absent=default is not None)
 
 
@@ -141,7 +142,7 @@ def choice(
     def apply(key: str, keys: Keys) -> Options:
         return {option: keys.choose(key, choices, default)}
 
-    pairs = [f"{_shown(theirs)}: {_shown(ours)}" for theirs, ours in choices.items()]
+    pairs = [f"{shown(theirs)}: {shown(ours)}" for theirs, ours in choices.items()]
     return Rule(apply, (option,), remark or ", ".join(pairs), absent=default is not None)
 
 
@@ -180,7 +181,7 @@ def refused(reason: str, *, harmless: Sequence[Any] = (False,)) -> Rule:
         value = keys.read(key, "any")
         if value in harmless:
             return {}
-        raise keys.error(key, f"{key} {_shown(value)} cannot be honored: {reason}")
+        raise keys.error(key, f"{key} {shown(value)} cannot be honored: {reason}")
 
     return Rule(apply, (), reason, refuses=True)
 
@@ -209,7 +210,7 @@ def translate(
         if key not in rules:
             rules[key] = _rule_of_family(key, keys, table, families, trainer)
     options: Options = {}
-    sources: dict[str, str] = {}
+    sources: dict[str, Sequence[str]] = {}
     not_used: dict[str, str] = {}
     for key, rule in rules.items():
         with_it = [other for other in rules if rules[other] is rule] if rule.shared else [key]
@@ -225,7 +226,7 @@ def translate(
             if option in keys.overridden:
                 continue
             options[option] = value
-            sources[option] = given[0] if given else key
+            sources[option] = given or [key]
     return Translation(options, sources, keys.notes, not_used)
 
 
@@ -236,9 +237,13 @@ def _rule_of_family(
     for beginning, rule in families.items():
         if key.startswith(beginning):
             return rule
-    near = difflib.get_close_matches(key, list(table), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise keys.error(key, f"{trainer} has no key {key!r}{hint}")
+    raise keys.error(key, f"{trainer} has no key {key!r:.80}{closest(key, table)}")
+
+
+def closest(name: str, known: Collection[str]) -> str:
+    """What a name that is not known may mean, for the end of an error."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _split_names(value: Any) -> Any:
@@ -255,7 +260,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
 
 
-def _is_kind(value: Any, kind: Kind) -> bool:
+def is_kind(value: Any, kind: Kind) -> bool:
+    """Whether a value is of a type."""
     match kind:
         case "text":
             return isinstance(value, str)
@@ -267,12 +273,14 @@ def _is_kind(value: Any, kind: Kind) -> bool:
             return is_number(value)
         case "whole":
             return is_number(value) and value == int(value)
+        case "count":
+            return is_number(value) and value == int(value) and value > 0
         case "object":
             return isinstance(value, dict)
     return True
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as YAML has it."""
     if isinstance(value, bool):
         return str(value).lower()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lorax_ft.checks import one_line
 from lorax_ft.config.document import Document
-from lorax_ft.config.foreign import autotrain, llama_factory, peft_lora
+from lorax_ft.config.foreign import autotrain, llama_factory, peft, peft_types
 from lorax_ft.config.foreign.rules import Keys, Options, Rule, Table, translate
 from lorax_ft.config.run import Config
 
@@ -22,6 +24,8 @@ class Trainer(NamedTuple):
     """The rules of keys that begin alike, by their beginning."""
     beside: Mapping[str, Any] = {}
     """Options that no key sets, and that its runs have otherwise than ours."""
+    kind: str = ""
+    """Which of its configs the keys belong to, if it has several."""
 
     def knows(self, key: str) -> bool:
         """Whether it has a key of this name."""
@@ -31,7 +35,6 @@ class Trainer(NamedTuple):
 LLAMA_FACTORY = Trainer(
     llama_factory.NAME, llama_factory.TABLE, llama_factory.FAMILIES, llama_factory.BESIDE
 )
-PEFT = Trainer(peft_lora.NAME, peft_lora.TABLE)
 AUTOTRAIN = Trainer(autotrain.NAME, autotrain.TABLE, beside=autotrain.BESIDE)
 
 
@@ -49,6 +52,8 @@ class Source:
     """Whether train.batch_size is that of one device, to be multiplied by their number."""
     shards_weights: bool
     """Whether the weights are to be split over all devices (mesh.fsdp)."""
+    places: Mapping[str, str]
+    """The place in the file, with the key, that each option comes from."""
 
     def remarks(self) -> list[tuple[str, str]]:
         """What a user should know of the translation: keys, and what became of them."""
@@ -58,6 +63,29 @@ class Source:
             by_reason.setdefault(reason, []).append(key)
         remarks += [(", ".join(keys), f"not honored: {why}") for why, keys in by_reason.items()]
         return remarks
+
+
+def peft_trainer(document: Document) -> Trainer:
+    """PEFT with the keys of the type of a file.
+
+    Raises:
+      ValueError: the type is none that is read.
+    """
+    kind = peft_types.peft_type(document)
+    return Trainer(peft.NAME, peft_types.TABLES[kind], kind=kind)
+
+
+@contextlib.contextmanager
+def named_keys(source: Source | None) -> Iterator[None]:
+    """Raises the block's errors about an option with the key of the file that it comes from."""
+    try:
+        yield
+    except ValueError as error:
+        named = re.match(r"\w+\.\w+", str(error))
+        place = source.places.get(named[0]) if named and source else None
+        if place is None:
+            raise
+        raise ValueError(f"{place}: {error}") from error
 
 
 def read_foreign(
@@ -74,7 +102,8 @@ def read_foreign(
       ValueError: a key is unknown or cannot be honored, or a value is invalid; with its line.
     """
     keys = Keys(document, overridden)
-    translation = translate(keys, trainer.table, families=trainer.families, trainer=trainer.name)
+    owner = f"{trainer.name}'s {trainer.kind}" if trainer.kind else trainer.name
+    translation = translate(keys, trainer.table, families=trainer.families, trainer=owner)
     config = _config({**trainer.beside, **translation.options}, translation.keys, document)
     return config, Source(
         path=document.path,
@@ -83,6 +112,7 @@ def read_foreign(
         unused=translation.unused,
         batch_per_device=keys.batch_per_device and "train.batch_size" not in overridden,
         shards_weights=keys.shards_weights and "mesh.fsdp" not in overridden,
+        places={name: _place(found[0], document) for name, found in translation.keys.items()},
     )
 
 
@@ -115,7 +145,7 @@ def for_devices(
     return dataclasses.replace(config, mesh=mesh, train=train), remarks
 
 
-def _config(options: Options, keys: Mapping[str, str], document: Document) -> Config:
+def _config(options: Options, keys: Mapping[str, Sequence[str]], document: Document) -> Config:
     """The config with these options."""
     sections: dict[str, dict[str, Any]] = {}
     for option, value in options.items():
@@ -125,7 +155,15 @@ def _config(options: Options, keys: Mapping[str, str], document: Document) -> Co
         return Config.from_sections(sections)
     except ValueError as error:
         named = re.match(r"\w+\.\w+", str(error))
-        key = keys.get(named[0]) if named else None
-        if key is None:
-            raise ValueError(f"{document.path}: {error}") from error
-        raise ValueError(f"{document.where(key)} ({key}): {error}") from error
+        found = keys.get(named[0], ()) if named else ()
+        # Of several keys that set the option together, the one with its very value.
+        shown = [key for key in found if f" is {document.values.get(key)!r}" in str(error)]
+        place = _place([*shown, *found][0], document) if found else document.path
+        # YAML and JSON have lists.
+        message = str(error).replace("it must be a tuple", "it must be a list")
+        raise ValueError(one_line(f"{place}: {message}")) from error
+
+
+def _place(key: str, document: Document) -> str:
+    """A key and where it is."""
+    return f"{document.where(key)} ({key})"

@@ -61,4 +61,4 @@ def method_of_matrix(matrix: Matrix) -> PeftMethod:
     for method in METHODS.values():
         if method.marker in matrix:
             return method
-    raise ValueError(f"save_peft: PEFT has no adapter with the leaves {', '.join(matrix)}")
+    raise ValueError(f"PEFT has no adapter with the leaves {', '.join(matrix)}")

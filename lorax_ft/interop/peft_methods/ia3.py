@@ -28,7 +28,7 @@ def ia3_tensors(matrix: Matrix, is_embedding: bool) -> dict[str, np.ndarray]:
       ValueError: PEFT's IA3 has no embeddings.
     """
     if is_embedding:
-        raise ValueError("save_peft: PEFT has no IA3 for embeddings; exclude them")
+        raise ValueError("PEFT has no IA3 for embeddings; exclude them")
     if "ia3_in" in matrix:
         return {"ia3_l": matrix["ia3_in"][None]}
     return {"ia3_l": matrix["ia3_out"][:, None]}

@@ -149,6 +149,6 @@ def _factor(adapters: Matrices) -> int:
         if all(split(first * second, factor) == (first, second) for first, second in sizes):
             return -1 if factor is None else factor
     raise ValueError(
-        "save_peft: PEFT's LoKr has one decompose_factor, and the adapters have matrices of "
+        "PEFT's LoKr has one decompose_factor, and the adapters have matrices of "
         f"different splits: {sorted(sizes)}"
     )

@@ -95,8 +95,7 @@ def lora_config(adapters: Matrices, modules: Iterable[str]) -> dict[str, Any]:
     """
     if len({"magnitude" in matrix for matrix in adapters.values()}) > 1:
         raise ValueError(
-            "save_peft: some adapters have a DoRA magnitude and some have none; PEFT needs all or "
-            "none"
+            "some adapters have a DoRA magnitude and some have none; PEFT needs all or none"
         )
     ranks = {}
     alphas = {}

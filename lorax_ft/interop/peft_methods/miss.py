@@ -27,7 +27,7 @@ def miss_tensors(matrix: Matrix, is_embedding: bool) -> dict[str, np.ndarray]:
       ValueError: PEFT's MiSS has no embeddings.
     """
     if is_embedding:
-        raise ValueError("save_peft: PEFT has no MiSS for embeddings; exclude them")
+        raise ValueError("PEFT has no MiSS for embeddings; exclude them")
     return {"miss_block": matrix["miss_block"]}
 
 

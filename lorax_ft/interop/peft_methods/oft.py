@@ -107,6 +107,6 @@ def _block_size(adapters: Matrices) -> int:
         if all(block_size(inputs, wanted) == b for inputs, b in sizes):
             return wanted
     raise ValueError(
-        "save_peft: PEFT's OFT has one oft_block_size, and the adapters have blocks of several "
+        "PEFT's OFT has one oft_block_size, and the adapters have blocks of several "
         f"sizes by inputs: {sorted(sizes)}"
     )

@@ -61,7 +61,10 @@ def complete_shira(
             raise ValueError(f"{where} has no {name}")
     value = matrix["shira_value"]
     # PEFT writes floats on Windows.
-    places = matrix["shira_indices"].astype(np.int32)
+    given = matrix["shira_indices"]
+    places = given.astype(np.int32)
+    if np.any(places != given):
+        raise ValueError(f"{where}: shira_indices are no whole numbers")
     if places.shape != (2, *value.shape):
         raise ValueError(
             f"{where} has {value.size} elements, and places of the shape {places.shape}"
@@ -76,7 +79,13 @@ def complete_shira(
 
 
 def check_shira_fits(matrix: Matrix, inputs: int, outputs: int, where: str) -> None:
-    """Raise where an element lies outside the module's weight."""
+    """Raise where an element lies outside the module's weight, or the rank has another number."""
+    rank, given = int(matrix["shira_rank"]), matrix["shira_value"].size
+    if given != rank * (inputs + outputs):
+        raise ValueError(
+            f"{where} has {given} elements; rank {rank} of a module with {inputs} inputs and "
+            f"{outputs} outputs has {rank * (inputs + outputs)}"
+        )
     for name, size in (("shira_row", inputs), ("shira_column", outputs)):
         places = matrix[name]
         if places.size and not 0 <= places.min() <= places.max() < size:

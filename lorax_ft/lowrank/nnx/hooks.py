@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from flax import nnx
 from jax import Array
 
+from lorax_ft.lowrank.layer_call import arrays_of, trace_block
 from lorax_ft.lowrank.nnx.kinds import Kind, bound, layer_call, trace
 from lorax_ft.lowrank.shared import with_shared
 from lorax_ft.lowrank.spec import BIAS
 from lorax_ft.lowrank.terms import check_layer
+from lorax_ft.lowrank.terms.bottleneck import with_bottleneck
 from lorax_ft.lowrank.watch import SeeAdapters, SeeCalls
-from lorax_ft.tree import Layer
 
 HOOK = "lorax_ft_hook"
 LEAVES = "lorax_ft_leaves"
@@ -38,17 +40,22 @@ class Hook(Protocol):
         ...
 
 
-def add_hook(module: nnx.Module, kind: Kind, hook: Hook, leaves: Layer) -> None:
+def add_hook(
+    module: nnx.Module,
+    kind: Kind | None,
+    hook: Hook,
+    leaves: Mapping[str, Array],
+) -> None:
     """Let the calls of a module of a model that was just merged go to a hook.
 
     Args:
       module: it is changed.
-      kind: its kind.
+      kind: its kind; None: it is no layer.
       hook: gets its calls.
       leaves: of its adapter, which come to lie beside its weight.
     """
     # In variables of the weight's own class, so that a scan which stacks the weight stacks them.
-    variable = type(getattr(module, kind.attribute))
+    variable = nnx.Param if kind is None else type(getattr(module, kind.attribute))
     setattr(module, HOOK, nnx.static(hook))
     setattr(module, LEAVES, nnx.data({name: variable(leaf) for name, leaf in leaves.items()}))
     object.__setattr__(module, "__class__", _hooked(type(module)))
@@ -116,6 +123,48 @@ class AdaptedCall:
 
     def read(self, name: str) -> None:
         """Nothing: `layout` has seen to it that calls alone read a weight that is adapted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedBlock:
+    """A bottleneck stands beside the module, which is no layer."""
+
+    path: str
+
+    def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        """The module's output with the bottleneck."""
+        layer = {name: leaf.get_value() for name, leaf in getattr(module, LEAVES).items()}
+        check_layer(layer, self.path)
+        y = module.own_call(*args, **kwargs)
+        return with_bottleneck(layer, arrays_of(args, kwargs)[0], y)
+
+    def read(self, name: str) -> None:
+        """Nothing."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordedBlock:
+    """The calls of a module that is no layer are recorded, and it computes as it is."""
+
+    path: str
+    watch: SeeCalls
+    names: Mapping[str, str]
+    """The paths of the parameters in the tree, by those in the model."""
+
+    def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's own output."""
+        view = {}
+        for keys, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+            name = self.names.get("/".join(map(str, (self.path, *keys))))
+            if name is not None:
+                view[name.removeprefix(f"{self.path}/")] = variable.get_raw_value().shape
+        output = module.own_call(*args, **kwargs)
+        if view:
+            self.watch.called_block(self.path, view, trace_block(args, kwargs, output))
+        return output
+
+    def read(self, name: str) -> None:
+        """Nothing."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,11 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorax_ft.lowrank.nnx.hooks import AdaptedCall, RecordedCall, Shared, add_hook
+from lorax_ft.lowrank.nnx.hooks import (
+    AdaptedBlock,
+    AdaptedCall,
+    RecordedBlock,
+    RecordedCall,
+    Shared,
+    add_hook,
+)
 from lorax_ft.lowrank.nnx.kinds import KINDS, Kind, kind_of
 from lorax_ft.lowrank.shared import shared_leaves
 from lorax_ft.lowrank.spec import BIAS, Module
-from lorax_ft.lowrank.terms import is_adapted
+from lorax_ft.lowrank.terms import bottleneck, is_adapted
 from lorax_ft.lowrank.watch import SeeAdapters, SeeCalls, watches
 from lorax_ft.quant.kernels import Quantized
 from lorax_ft.schema import is_base
@@ -184,22 +191,28 @@ class NnxApply:
             if not is_adapted(layer) and not _is_quantized(layer):
                 continue
             kind = kind_of(found[path], self.kinds) if path in found else None
+            own = {name: leaf for name, leaf in layer.items() if not is_base(name)}
+            if path in found and kind is None and bottleneck.ACTIVE in own:
+                add_hook(found[path], None, AdaptedBlock(path), own)
+                continue
             if kind is None:
                 raise ValueError(f"{path} has an adapter, but the model has no such layer there")
-            own = {name: leaf for name, leaf in layer.items() if not is_base(name)}
             hook = AdaptedCall(path, kind, watch, shared or None)
             add_hook(found[path], kind, hook, own)
 
     def _record(self, model: nnx.Module, watch: SeeCalls) -> None:
         """Hook the layers that could be adapted, and say of the other modules why they cannot."""
         holders = _holders(model)
-        for path, module in _by_path(model):
+        names = {_slash_path(keys): path for path, (keys, _) in self.places.items()}
+        for path, module in list(_by_path(model)):
             kind = kind_of(module, self.kinds)
             if isinstance(module, nnx.bridge.ToNNX):
                 for inside in _modules_below(path, self.places):
                     watch.unseen(inside, _IN_LINEN)
             elif kind is None:
                 watch.unseen(path, _UNKNOWN.format(type(module).__name__))
+                if path and callable(module):
+                    add_hook(module, None, RecordedBlock(path, watch, names), {})
             elif len(owners := holders[id(getattr(module, kind.attribute))]) > 1:
                 watch.unseen(path, f"its weight is that of {' and '.join(owners)} too")
             else:

@@ -3,8 +3,9 @@
     y = h + max(0, ũ A + a) B + b,    h = x W + b₀,    u = h behind the layer, or x beside it
 
 Houlsby's stand behind o_proj and down_proj, Pfeiffer's behind down_proj alone; beside a layer it is
-the parallel adapter (2110.04366), which differs from LoRA by the ReLU and the biases. No kernel can
-hold them, so they are merged into nothing. Letters: I inputs, O outputs, R rank.
+the parallel adapter (2110.04366), which differs from LoRA by the ReLU and the biases. Its paper has
+it beside the whole MLP: h is then what a module computes of its one input, whatever is inside. No
+kernel can hold them, so they are merged into nothing. Letters: I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from lorax_ft.lowrank.inits.context import within_ranks
 from lorax_ft.lowrank.inits.random import uniform_a
@@ -35,7 +36,8 @@ def planned(plan: Plan) -> tuple[str, ...]:
     """A, B and their biases, where the method is a bottleneck."""
     if plan.config.method != "bottleneck":
         return ()
-    check_dense(plan)
+    if plan.spec.module != "block":
+        check_dense(plan)
     a = BEHIND if plan.config.bottleneck_input == "output" else BESIDE
     return (a, B, BIAS_A, BIAS_B, ACTIVE)
 
@@ -59,23 +61,36 @@ def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape], key: Array) -> L
     }
 
 
-def after(
+def with_bottleneck(
     layer: Layer,
     x: Array,
     y: Array,
-    product: Product,
+    *,
+    precision: lax.PrecisionLike = None,
 ) -> Array:
-    """h + max(0, ũ A + a) B + b."""
+    """h + max(0, ũ A + a) B + b, of a layer or of a whole module.
+
+    Args:
+      layer: the bottleneck's leaves.
+      x: the input, `[..., I]`.
+      y: h, `[..., O]`.
+      precision: of the products.
+    """
     u, a = (y, layer[BEHIND]) if BEHIND in layer else (x, layer[BESIDE])
 
     def dense(u: Array, kernel: Array, bias: Array) -> Array:
-        product_with_kernel = jnp.matmul(u, kernel.astype(y.dtype), precision=product.precision)
+        product_with_kernel = jnp.matmul(u, kernel.astype(y.dtype), precision=precision)
         return product_with_kernel + bias.astype(y.dtype)
 
     hidden = jax.nn.relu(dense(dropped(layer, u).astype(y.dtype), a, layer[BIAS_A]))
     change = dense(hidden, layer[B], layer[BIAS_B])
     # 0 for the layers of a stack that have none; their bias would train otherwise.
     return y + layer[ACTIVE].astype(y.dtype) * change
+
+
+def after(layer: Layer, x: Array, y: Array, product: Product) -> Array:
+    """The output of a layer with its bottleneck."""
+    return with_bottleneck(layer, x, y, precision=product.precision)
 
 
 def ranks(layer: Layer) -> np.ndarray:

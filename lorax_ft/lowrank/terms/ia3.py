@@ -13,7 +13,7 @@ from jax import Array
 from lorax_ft.lowrank.patterns import is_target
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.low_rank import expanded_to
-from lorax_ft.lowrank.terms.term import Product, Term
+from lorax_ft.lowrank.terms.term import Product, Term, saved
 from lorax_ft.tree import Layer, Shape
 
 INPUT, OUTPUT, ACTIVE = "ia3_in", "ia3_out", "ia3_active"
@@ -75,7 +75,9 @@ def after(
     """l ⊙ y."""
     if OUTPUT not in layer:
         return y
-    scaled = product.leaf(vector(layer, OUTPUT)) * y.astype(jnp.float32)
+    l_out = product.leaf(vector(layer, OUTPUT))
+    # The gradient of l needs y.
+    scaled = l_out * saved(y).astype(jnp.float32)
     return scaled.astype(y.dtype)
 
 

@@ -17,7 +17,7 @@ from lorax_ft.lowrank.matrices import matrices_of, over_stack
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import kept_start, low_rank
 from lorax_ft.lowrank.terms.dropout import dropped
-from lorax_ft.lowrank.terms.term import Product, Term
+from lorax_ft.lowrank.terms.term import Product, Term, saved
 from lorax_ft.quant.kernels import dense
 from lorax_ft.schema import leaf_schema
 from lorax_ft.tree import Layer, Shape
@@ -51,7 +51,8 @@ def after(
             "call lorax_ft.with_norms(params, layout=layout) first"
         )
     g = product.leaf(gain(layer))
-    scaled = g * y.astype(jnp.float32)
+    # The gradient of m needs y.
+    scaled = g * saved(y).astype(jnp.float32)
     x_dropped = dropped(layer, x)
     # Without dropout `dropped` returns x itself, and the second product with W is not needed.
     if x_dropped is not x:

@@ -19,7 +19,7 @@ from jax import Array, lax
 from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms.low_rank import expanded_to
-from lorax_ft.lowrank.terms.term import Term, check_dense
+from lorax_ft.lowrank.terms.term import Term, check_dense, saved
 from lorax_ft.schema import Axis
 from lorax_ft.tree import Layer, Shape
 
@@ -74,11 +74,13 @@ def initial(layer: Layer, plan: Plan, shapes: dict[str, Shape], key: Array) -> L
 
 def before(layer: Layer, x: Array) -> Array:
     """x R, in float32 and then in the dtype of x."""
-    r = rotations(layer)
+    r = saved(rotations(layer))
     blocks, b, _ = r.shape
     x_blocks = x.reshape(*x.shape[:-1], blocks, b).astype(jnp.float32)
-    rotated = jnp.einsum("...kb,kbc->...kc", x_blocks, r, precision=lax.Precision.HIGHEST)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    # With the blocks in front, neither this product nor those of its gradient transpose x again.
+    x_blocks = jnp.moveaxis(x_blocks, -2, 0)  # [K, ..., b]
+    rotated = jnp.einsum("k...b,kbc->k...c", x_blocks, r, precision=lax.Precision.HIGHEST)
+    return jnp.moveaxis(rotated, 0, -2).reshape(x.shape).astype(x.dtype)
 
 
 def merge(layer: Layer, base: Layer) -> Layer:
@@ -86,7 +88,7 @@ def merge(layer: Layer, base: Layer) -> Layer:
     kernel = base["kernel"]
     r = rotations(layer)
     blocks, b, _ = r.shape
-    w = kernel.reshape(blocks, b, -1)
+    w = kernel.reshape(blocks, b, kernel.shape[1])
     rotated = jnp.einsum("kbc,kco->kbo", r, w, precision=lax.Precision.HIGHEST)
     return base | {"kernel": rotated.reshape(kernel.shape)}
 
@@ -96,20 +98,22 @@ def rotations(layer: Layer) -> Array:
     pairs = layer[PAIRS]
     active = expanded_to(layer[ACTIVE], pairs.ndim)
     q = skew_symmetric(active * pairs)
-    identity = jnp.eye(q.shape[-1])
     squared = highest_matmul(q, q)
-    cubed = highest_matmul(squared, q)
-    fourth = highest_matmul(squared, squared)
-    return identity + 2 * (q + squared + cubed) + fourth
+    # (I + 2 Q + Q²) (I + Q²)
+    change = 2 * (q + squared) + highest_matmul(2 * q + squared, squared)
+    return jnp.eye(q.shape[-1]) + change
 
 
 def skew_symmetric(pairs: Array) -> Array:
     """Q `[K, b, b]` of its elements above the diagonal `[K, P]`, row by row."""
-    blocks, count = pairs.shape
-    b = side(count)
+    b = side(pairs.shape[-1])
     rows, columns = np.triu_indices(b, 1)
-    upper = jnp.zeros((blocks, b, b), pairs.dtype).at[:, rows, columns].set(pairs)
-    return upper - upper.transpose(0, 2, 1)
+    pair = np.zeros((b, b), int)
+    pair[rows, columns] = np.arange(len(rows))
+    sign = np.zeros((b, b), np.float32)
+    sign[rows, columns] = 1
+    # To gather is several times as fast as to scatter.
+    return jnp.asarray(sign - sign.T) * pairs[:, pair + pair.T]
 
 
 def side(pairs: int) -> int:

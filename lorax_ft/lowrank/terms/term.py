@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lorax_ft.lowrank.experts import Grouped
 from lorax_ft.lowrank.plan import Plan
@@ -19,6 +20,11 @@ from lorax_ft.tree import Layer, Shape
 
 Dot = Callable[[Array, Any], Array]
 """`dot(x, k)`: the layer's product of its input with a kernel that has W's in axes."""
+
+
+def saved(value: Array) -> Array:
+    """The value, which the backward pass needs and policies of rematerialization may save."""
+    return checkpoint_name(value, "adapter")
 
 
 class Product(NamedTuple):
