@@ -26,6 +26,7 @@ from lorax_ft.config import Config, MeshConfig, ModelConfig, TrainConfig, load_c
 from lorax_ft.models import splash
 from lorax_ft.models.config import Experts
 from lorax_ft.models.model import CausalLM, abstract_params
+from lorax_ft.models.parts import rows_dot_general
 from lorax_ft.plan.chips import parse_topology
 from lorax_ft.plan.estimate import estimate
 from lorax_ft.plan.flops import count_flops
@@ -107,6 +108,25 @@ def test_operations_by_hand() -> None:
     kernels = jnp.ones((2, 4, 5))
     # Each of the three rows meets one of the two matrices.
     assert count(lambda x: lax.ragged_dot(x, kernels, rows), x) == 2 * 60
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_frozen_kernel_has_no_gradient_among_the_operations(dtype: str) -> None:
+    """In 16 bits, too, where CPUs have a product with a backward pass of its own."""
+    x, w = jnp.ones((3, 4), dtype), jnp.ones((4, 4), dtype)
+
+    def loss(x: Any, w: Any) -> Any:
+        layers = jax.checkpoint(lambda x, w: rows_dot_general(x, w, None))
+        y, _ = lax.scan(lambda x, w: (layers(x, w), None), x, jnp.stack([w, w]))
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    def count(argnums: tuple[int, ...]) -> float:
+        return count_flops(jax.make_jaxpr(jax.grad(loss, argnums))(x, w).jaxpr)
+
+    # Two layers: 96 each forward, backward to x, and backward to W. A product that is recomputed
+    # for W alone counts too.
+    assert count((0,)) == 2 * 2 * 96
+    assert count((0, 1)) >= 3 * 2 * 96
 
 
 def test_operations_of_experts_on_a_mesh() -> None:

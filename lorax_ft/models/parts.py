@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from lorax_ft.mesh_axes import token_devices
 from lorax_ft.models.config import DecoderConfig
@@ -143,16 +144,26 @@ def _bfloat16_product(x: Array, kernel: Array) -> Array:
     return y.astype(x.dtype)
 
 
-def _bfloat16_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _bfloat16_product(x, kernel), (x, kernel)
+def _bfloat16_forward(x: Any, kernel: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
+    # What a frozen kernel, or an input without a gradient, does not need: a product that is dropped
+    # later would count in the estimates of plans.
+    for_kernel = x.value if kernel.perturbed else None
+    for_x = kernel.value if x.perturbed else None
+    return _bfloat16_product(x.value, kernel.value), (for_kernel, for_x)
 
 
-def _bfloat16_backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+def _bfloat16_backward(
+    residuals: tuple[Array | None, Array | None], d_y: Any
+) -> tuple[Array | None, Array | None]:
     x, kernel = residuals
-    return _bfloat16_product(d_y, kernel.T), _bfloat16_product(x.T, d_y)
+    if isinstance(d_y, SymbolicZero):
+        return None, None
+    d_x = None if kernel is None else _bfloat16_product(d_y, kernel.T)
+    d_kernel = None if x is None else _bfloat16_product(x.T, d_y)
+    return d_x, d_kernel
 
 
-_bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward)
+_bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward, symbolic_zeros=True)
 
 
 def softcap(x: Array, cap: float | None) -> Array:
