@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_cases import assert_trees_equal
+from jax import Array
 from safetensors.numpy import load_file, save_file
 from zoo import VisionTransformer, built_decoder
 
@@ -321,3 +322,37 @@ def test_a_folder_with_values_that_are_not_finite_is_refused(base: Tree, tmp_pat
     save_file(tensors, file)
     with pytest.raises(ValueError, match=f"{path} has values that are not finite"):
         lft.load_adapter(tmp_path / "vit", base, layout=layout)
+
+
+def test_a_folder_in_the_home_folder(
+    base: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    params, _, layout = adapted(base)
+    lft.save_adapter("~/mine", params)
+    assert (tmp_path / "mine" / WEIGHTS).is_file()
+    assert_trees_equal(lft.load_adapter("~/mine", base, layout=layout), params)
+
+
+def test_parameters_of_ones_own_that_train_in_full(tmp_path: Path) -> None:
+    """A mask of infinities, and a parameter without elements."""
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            mask = self.param("mask", lambda key: jnp.full(3, -jnp.inf))
+            self.param("none", lambda key: jnp.zeros((0, 3)))
+            return jnp.maximum(x, mask)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return Own(name="own")(nn.Dense(3, name="dense")(x))
+
+    x, key = jnp.ones((1, 4)), jax.random.key(0)
+    base = Model().init(key, x)["params"]
+    layout = lft.layout(Model().apply, base, x)
+    config = lft.AdapterConfig(rank=1, train_whole=("own",))
+    params = lft.add_adapters(base, config, layout=layout, key=key)
+    lft.save_adapter(tmp_path / "own", params, config=config)
+    assert_trees_equal(lft.load_adapter(tmp_path / "own", base, layout=layout), params)

@@ -280,3 +280,52 @@ def test_refusals(zoo: Any) -> None:
         lft.add_adapters(case.params, config, layout=case.layout, key=KEY)
     with pytest.raises(ValueError, match=r"adapter.alpha is 2.* does not use it"):
         config_of("output", alpha=2.0)
+
+
+def test_a_module_that_shares_its_layers_scope_has_one_bottleneck() -> None:
+    class Wrap(nn.Module):
+        def setup(self) -> None:
+            self.inner = nn.Dense(6)
+            nn.share_scope(self, self.inner)
+
+        def __call__(self, x: Array) -> Array:
+            return self.inner(x)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return Wrap(name="wrap")(x)
+
+    x = jax.random.normal(KEY, (2, 6))
+    params = Model().init(KEY, x)["params"]
+    layout = lft.layout(Model().apply, params, x)
+    adapted = lft.add_adapters(
+        params, config_of("input", targets=("wrap",)), layout=layout, key=KEY
+    )
+    layer = adapted["wrap"]
+    layer["bottleneck_b"] = jax.random.normal(KEY, layer["bottleneck_b"].shape)
+    hidden = jax.nn.relu(x @ layer["bottleneck_a_input"] + layer["bottleneck_bias_a"])
+    expected = x @ layer["kernel"] + layer["bias"] + hidden @ layer["bottleneck_b"]
+    found = lft.adapt(Model().apply)({"params": adapted}, x)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_second_array_of_the_outputs_shape_is_refused() -> None:
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, mask: Any = None) -> Array:
+            y = nn.Dense(3, name="up")(x)
+            return y if mask is None else y * mask
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, mask: Any = None) -> Array:
+            return Masked(name="masked")(mask=mask, x=x)
+
+    x = jnp.ones((2, 3))
+    params = Model().init(KEY, x)["params"]
+    layout = lft.layout(Model().apply, params, x)
+    config = config_of("input", targets=("masked",))
+    adapted = lft.add_adapters(params, config, layout=layout, key=KEY)
+    with pytest.raises(ValueError, match="called with 2 arrays of its output's shape"):
+        lft.adapt(Model().apply)({"params": adapted}, x, x)

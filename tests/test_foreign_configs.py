@@ -787,7 +787,10 @@ def test_objects_of_starts_in_a_lora_config() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"peft_type": "ADALORA"}, "peft_type ADALORA has no method here; .* are LORA, IA3, MISS"),
+        (
+            {"peft_type": "ADALORA"},
+            "peft_type ADALORA has no method here; did you mean LORA.; .* are LORA, IA3, MISS",
+        ),
         ({"peft_type": "LORRA"}, "peft_type LORRA has no .*; did you mean LORA"),
         ({"peft_type": 3}, "peft_type is 3; it must be a text"),
         ({"peft_type": "x" * 5000}, "peft_type x{80} has no method here"),

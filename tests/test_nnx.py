@@ -484,3 +484,50 @@ def test_mistakes_are_one_line() -> None:
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+def test_modules_whose_classes_take_no_hook_keep_their_layers() -> None:
+    """A class that is no pytree, one with its own subclasses' check, one that guards attributes."""
+
+    class Plain(nnx.Module, pytree=False):
+        def __init__(self) -> None:
+            self.layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(0))]
+
+        @nnx.jit
+        def __call__(self, x: Array) -> Array:
+            return self.layers[0](x)
+
+    class Named(nnx.Module):
+        def __init_subclass__(cls, *, kind: str, **options: Any) -> None:
+            super().__init_subclass__(**options)
+
+    class OfAKind(Named, kind="dense"):
+        def __init__(self) -> None:
+            self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(1))
+
+        def __call__(self, x: Array) -> Array:
+            return self.layer(x)
+
+    class Guarded(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(2))
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if "hook" in name:
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+        def __call__(self, x: Array) -> Array:
+            return self.layer(x)
+
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.plain, self.kind, self.guarded = Plain(), OfAKind(), Guarded()
+
+        def __call__(self, x: Array) -> Array:
+            return self.guarded(self.kind(self.plain(x)))
+
+    apply, params = lft.from_nnx(Model())
+    found = lft.layout(apply, params, jnp.ones((2, 4)))
+    assert set(found) == {"plain/layers/0", "kind/layer", "guarded/layer"}
+    assert not found.blocks

@@ -49,7 +49,7 @@ def new_folder(
         with _new_remote_folder(output_path(folder), replaces=replaces, others=others) as fresh:
             yield fresh
         return
-    target = Path(folder).resolve()
+    target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to write to")
     with scratch_beside(target, given=folder) as scratch:

@@ -22,7 +22,7 @@ from lorax_ft.lowrank.layer_call import (
     Promote,
     Run,
     Traced,
-    arrays_of,
+    block_input,
     trace_axes,
     trace_einsum,
 )
@@ -70,6 +70,7 @@ def adapt(
     def intercept(
         shared: Layer,
         running: list[nn.Module],
+        layers: set[tuple[str, ...]],
         next_fun: Callable[..., Any],
         args: Any,
         kwargs: Any,
@@ -88,11 +89,13 @@ def adapt(
         if type(module) not in MODULES:
             with outermost(module, running) as is_outermost:
                 y = next_fun(*args, **kwargs)
-            if not is_outermost or bottleneck.ACTIVE not in boxed:
+            # A layer that shares its scope with this module has taken its leaves.
+            if not is_outermost or bottleneck.ACTIVE not in boxed or module.path in layers:
                 return y
             layer = dict(boxed)
             check_layer(layer, "/".join(module.path))
-            return bottleneck.with_bottleneck(layer, arrays_of(args, kwargs)[0], y)
+            return bottleneck.with_bottleneck(layer, block_input(args, kwargs, y), y)
+        layers.add(module.path)
         layer = nn.meta.unbox(boxed)
         if not is_adapted(layer) and not isinstance(layer.get("kernel"), Quantized):
             return next_fun(*args, **kwargs)
@@ -121,8 +124,8 @@ def adapt(
         return call.output(layer, x)
 
     def adapted(*args: Any, **kwargs: Any) -> Any:
-        # A dict for each call, which the model fills before any of its layers reads it.
-        own = functools.partial(intercept, {}, [])
+        # Those of each call, which the model fills before any of its layers reads them.
+        own = functools.partial(intercept, {}, [], set())
         with nn.intercept_methods(own), watched(SeeAdapters(gather)):
             return apply(*args, **kwargs)
 

@@ -147,9 +147,27 @@ def trace_axes(layer_type: Module, shape: Shape, *, n_in: int) -> Traced:
 
 def arrays_of(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
     """The arrays with axes among a call's arguments, in their order."""
-    leaves = jax.tree.leaves((args, list(kwargs.values())))
+    try:
+        leaves = jax.tree.leaves((args, list(kwargs.values())))
+    except ValueError:  # keys of a dict that cannot be sorted
+        return []
     # Keys of random numbers have no axes, and `nn.remat` makes arrays of numbers.
     return [leaf for leaf in leaves if isinstance(leaf, Array | np.ndarray) and leaf.ndim]
+
+
+def block_input(args: Any, kwargs: Mapping[str, Any], y: Array) -> Array:
+    """The array that a bottleneck beside a module takes: the one of its output's shape.
+
+    Raises:
+      ValueError: several arrays have it, which the trace of the layout has not seen.
+    """
+    inputs = [x for x in arrays_of(args, kwargs) if x.shape == y.shape]
+    if len(inputs) != 1:
+        raise ValueError(
+            f"a module with a bottleneck beside it is called with {len(inputs)} arrays of its "
+            f"output's shape {y.shape}; one of them alone must be its input"
+        )
+    return inputs[0]
 
 
 def trace_block(args: Any, kwargs: Mapping[str, Any], output: Any) -> Traced | str:

@@ -91,8 +91,8 @@ def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) 
     found.unseen = _unseen(layers, found, calls.unseen)
     known = flatten(base).keys()
     for path, (view, block) in calls.blocks.items():
-        # As above.
-        if not known >= {join(path, name) for name in view}:
+        # As above. A module that shares its scope with a layer has the layer's path.
+        if path in found or not known >= {join(path, name) for name in view}:
             continue
         spec = _stacked_block(path, view, block, layers, calls.views)
         if isinstance(spec, LayerSpec):

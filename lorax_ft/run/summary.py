@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from lorax_ft.config import Config
-from lorax_ft.data.dataset import Dataset, Split
+from lorax_ft.data.dataset import Dataset
 from lorax_ft.interop.bucket import is_remote
 from lorax_ft.interop.peft_checks import BASE
 from lorax_ft.lowrank.merge import check_mergeable
@@ -66,7 +66,7 @@ def print_setup(console: Console, job: Job, *, dry_run: bool) -> None:
 
     A dry run also prints the memory and the first batch.
     """
-    _print_data(console, job.data, packed=job.config.data.pack)
+    _print_data(console, job.data, job.config)
     config = job.config.train
     steps, rows = counted(job.steps, "step"), counted(config.batch_size, "row")
     console.print(f"{steps} of {rows}.\n")
@@ -244,11 +244,13 @@ def _first_metrics(job: Job, folder: Path, before: Evaluation) -> dict[str, floa
     return metrics(before)
 
 
-def _print_data(console: Console, data: Dataset, *, packed: bool) -> None:
+def _print_data(console: Console, data: Dataset, config: Config) -> None:
     """Print the size of the data, and warnings if much of it is truncated or much is padding."""
     train = data.train
+    virtual = 0 if config.prompt.kind == "none" else config.prompt.virtual_tokens
+    filled = train.tokens + virtual * train.count
     room = len(train.rows) * data.max_length
-    padding = 1 - train.tokens / room
+    padding = 1 - filled / room
     console.print(
         f"Training: {counted(train.count, 'sample')} in {counted(len(train.rows), 'row')} of "
         f"{data.max_length:,} tokens, {train.tokens:,} tokens ({train.labels:,} labeled), "
@@ -290,14 +292,18 @@ def _print_data(console: Console, data: Dataset, *, packed: bool) -> None:
             f"samples would fit in {train.usual_length}.\n",
             style="yellow",
         )
-    if padding > MUCH_PADDING and not packed:
-        _print_padding(console, train, padding=padding, max_length=data.max_length)
+    if padding > MUCH_PADDING and not config.data.pack:
+        # Packed rows have the length that the config gives; those of single samples may be shorter.
+        longest = config.data.max_length
+        packed_length = longest if isinstance(longest, int) else data.max_length
+        packed_rows = math.ceil(filled / packed_length)
+        _print_padding(console, data, padding=padding, packed_rows=packed_rows)
 
 
-def _print_padding(console: Console, train: Split, *, padding: float, max_length: int) -> None:
+def _print_padding(console: Console, data: Dataset, *, padding: float, packed_rows: int) -> None:
     """Warn that most of each batch is padding, which costs as much time as tokens do."""
+    train, max_length = data.train, data.max_length
     lengths = [len(sample) for row in train.rows for sample in row]
-    packed_rows = math.ceil(train.tokens / max_length)
     console.print(
         f"{padding:.0%} of each batch is padding: rows have {max_length:,} tokens, samples "
         f"{np.mean(lengths):.0f} on average and {max(lengths):,} at most. --data.pack puts several "

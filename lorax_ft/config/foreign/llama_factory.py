@@ -115,7 +115,7 @@ TABLE: Mapping[str, Rule] = {
     "finetuning_type": _METHOD,
     "lora_target": _METHOD,
     "oft_target": _METHOD,
-    "additional_target": _METHOD,
+    "additional_target": together(rules.whole_modules, "adapter.train_whole", absent=False),
     "lora_rank": same("adapter.rank", "whole", default=8),
     "lora_alpha": _SCALE,
     "lora_dropout": same("adapter.dropout", "number"),

@@ -80,12 +80,18 @@ def method(keys: Keys) -> Options:
             return {}
         return {"adapter.targets": (), "adapter.train_whole": ("all",)}
     targets = keys.read(f"{name}_target", "names", ("all",))
-    whole = keys.read("additional_target", "names", ())
     return {
         "adapter.method": name,
         "adapter.targets": ("all-linear",) if targets == ("all",) else targets,
-        "adapter.train_whole": whole,
     }
+
+
+def whole_modules(keys: Keys) -> Options:
+    """The modules that train in full beside an adapter."""
+    if keys.read("finetuning_type", "text", "lora") == "full":
+        keys.note("additional_target", "not needed: finetuning_type full trains all modules")
+        return {}
+    return {"adapter.train_whole": keys.read("additional_target", "names", ())}
 
 
 def scale(keys: Keys) -> Options:

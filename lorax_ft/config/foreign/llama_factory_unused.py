@@ -28,12 +28,17 @@ _LOG = "it only changes what is logged"
 
 def _resize(keys: Keys) -> Options:
     """Says that the tables do not train as wholes, as they do there unless modules are named."""
-    if keys.read("resize_vocab", "flag", False) and not keys.given("additional_target"):
-        keys.note(
-            "resize_vocab",
-            "the rows of new tokens train alone (data.new_tokens), not the whole tables as there; "
-            "additional_target embed_tokens,lm_head (of a tied model embed_tokens) trains those",
-        )
+    tokens = keys.read("add_tokens", "names", ())
+    grows = bool(tokens) or keys.read("resize_vocab", "flag", False)
+    is_full = keys.read("finetuning_type", "text", "lora") == "full"
+    if not grows or is_full or keys.given("additional_target"):
+        return {}
+    rows = "the rows of new tokens train alone (data.new_tokens)" if tokens else "no rows are new"
+    keys.note(
+        "resize_vocab" if keys.given("resize_vocab") else "add_tokens",
+        f"{rows}, and not the whole tables as there; additional_target embed_tokens,lm_head (of a "
+        "tied model embed_tokens) trains those",
+    )
     return {}
 
 

@@ -289,6 +289,5 @@ def peft_type(document: Document) -> str:
     hint, known = closest(found.upper(), TABLES), ", ".join(TABLES)
     raise keys.error(
         "peft_type",
-        f"peft_type {shown(found)} has no method here; the types that have one are {known}; "
-        f"adapter.continue_from takes the folder of a trained adapter{hint}",
+        f"peft_type {shown(found)} has no method here{hint}; the types that have one are {known}",
     )

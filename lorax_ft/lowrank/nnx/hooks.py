@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from flax import nnx
 from jax import Array
 
-from lorax_ft.lowrank.layer_call import arrays_of, trace_block
+from lorax_ft.lowrank.layer_call import block_input, trace_block
 from lorax_ft.lowrank.nnx.kinds import Kind, bound, layer_call, trace
 from lorax_ft.lowrank.shared import with_shared
 from lorax_ft.lowrank.spec import BIAS
@@ -59,6 +59,19 @@ def add_hook(
     setattr(module, HOOK, nnx.static(hook))
     setattr(module, LEAVES, nnx.data({name: variable(leaf) for name, leaf in leaves.items()}))
     object.__setattr__(module, "__class__", _hooked(type(module)))
+
+
+_INIT_SUBCLASS = getattr(nnx.Module.__init_subclass__, "__func__", None)
+
+
+def can_hook_block(module: nnx.Module) -> bool:
+    """Whether a module that is no layer can take a hook: its class must be as nnx makes classes."""
+    cls = type(module)
+    return (
+        cls._pytree__is_pytree
+        and cls.__setattr__ is nnx.Module.__setattr__
+        and getattr(cls.__init_subclass__, "__func__", None) is _INIT_SUBCLASS
+    )
 
 
 @functools.cache
@@ -136,7 +149,7 @@ class AdaptedBlock:
         layer = {name: leaf.get_value() for name, leaf in getattr(module, LEAVES).items()}
         check_layer(layer, self.path)
         y = module.own_call(*args, **kwargs)
-        return with_bottleneck(layer, arrays_of(args, kwargs)[0], y)
+        return with_bottleneck(layer, block_input(args, kwargs, y), y)
 
     def read(self, name: str) -> None:
         """Nothing."""

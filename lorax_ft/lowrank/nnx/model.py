@@ -18,6 +18,7 @@ from lorax_ft.lowrank.nnx.hooks import (
     RecordedCall,
     Shared,
     add_hook,
+    can_hook_block,
 )
 from lorax_ft.lowrank.nnx.kinds import KINDS, Kind, kind_of
 from lorax_ft.lowrank.shared import shared_leaves
@@ -211,7 +212,7 @@ class NnxApply:
                     watch.unseen(inside, _IN_LINEN)
             elif kind is None:
                 watch.unseen(path, _UNKNOWN.format(type(module).__name__))
-                if path and callable(module):
+                if path and callable(module) and can_hook_block(module):
                     add_hook(module, None, RecordedBlock(path, watch, names), {})
             elif len(owners := holders[id(getattr(module, kind.attribute))]) > 1:
                 watch.unseen(path, f"its weight is that of {' and '.join(owners)} too")
