@@ -45,7 +45,9 @@ QUESTION = (
 )
 
 
-@pytest.mark.parametrize(("kind", "new"), [("F16", ()), ("Q8_0", ()), ("F16", ("apples", "How many"))])
+@pytest.mark.parametrize(
+    ("kind", "new"), [("F16", ()), ("Q8_0", ()), ("F16", ("apples", "How many"))]
+)
 def test_llama_cpp_answers_as_we_do(tmp_path: Path, kind: Any, new: tuple[str, ...]) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     model = load_model(EMBEDDED_MODEL)
