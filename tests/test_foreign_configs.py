@@ -207,6 +207,16 @@ def test_what_is_not_obvious_or_not_honored_is_said() -> None:
     # Its tables train there only where nothing else is named.
     resized["additional_target"] = "embed_tokens"
     assert "resize_vocab" not in remarks(read(yaml_of(SHORT | resized)))
+    # There, tokens alone grow the tables too; with all modules trained there is nothing to say.
+    added = {"add_tokens": "<a>"}
+    assert "not the whole tables" in remarks(read(yaml_of(SHORT | added)))["add_tokens"]
+    full = {"finetuning_type": "full", "resize_vocab": True, **added}
+    assert not {"add_tokens", "resize_vocab"} & set(remarks(read(yaml_of(SHORT | full))))
+    alone = remarks(read(yaml_of(SHORT | {"resize_vocab": True})))["resize_vocab"]
+    assert alone.startswith("no rows are new")
+    named = full | {"additional_target": "lm_head"}
+    said = remarks(read(yaml_of(SHORT | named)))
+    assert said["additional_target"] == "not needed: finetuning_type full trains all modules"
     # A switch that is off asks for nothing.
     assert "use_unsloth" not in remarks(read(yaml_of(SHORT | {"use_unsloth": False})))
 
