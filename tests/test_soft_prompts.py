@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from generation_cases import make_tokenizer
+from rich.console import Console
 from run_cases import SHORT, Main, config, losses
 from zoo import TINY, built_decoder
 
 import lorax_ft as lft
 from lorax_ft import sharding
+from lorax_ft.config import EMBEDDED_MODEL
 from lorax_ft.data.chat import Sample
 from lorax_ft.data.conversation import Conversation
+from lorax_ft.data.dataset import load_data
 from lorax_ft.data.packing import collate
 from lorax_ft.evaluation.likelihood import token_scores
 from lorax_ft.evaluation.next_token import next_tokens
@@ -28,6 +32,7 @@ from lorax_ft.models.config import LayerType, LinearAttention
 from lorax_ft.models.model import Model
 from lorax_ft.models.rope import Rope
 from lorax_ft.models.soft_prompt import soft_prompt_of
+from lorax_ft.run.summary import _print_data
 from lorax_ft.run.validation import choose_questions
 from lorax_ft.schema import is_soft_prompt
 from lorax_ft.soft_prompts.door import virtual_ids, virtual_tokens
@@ -346,3 +351,20 @@ def test_a_run_resumes_bitwise(
     assert main(*stopped, "--optim.schedule", "constant") == 0
     file = "adapter/adapter_model.safetensors"
     assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def test_padding_counts_the_virtual_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    model = lft.load_model(EMBEDDED_MODEL)
+    count = 4  # with more, too little is padding for the advice
+    data_config = lft.DataConfig(max_length=256, limit=64)
+    prompt = lft.PromptConfig(kind="prompt", virtual_tokens=count)
+    run = lft.Config(data=data_config, prompt=prompt)
+    ids = virtual_ids(count, vocab_size=model.config.vocab_size)
+    data = load_data(data_config, model.tokenizer, seed=0, prompt=ids)
+    _print_data(Console(width=1000), data, run)
+    lengths = [len(sample) for row in data.train.rows for sample in row]
+    padding = 1 - sum(lengths) / (len(data.train.rows) * data.max_length)
+    packed = math.ceil(sum(lengths) / 256)
+    said = capsys.readouterr().out
+    assert f"{padding:.0%} padding" in said
+    assert f"about {packed} rows instead of {len(data.train.rows)}" in said
