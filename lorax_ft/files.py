@@ -82,7 +82,7 @@ def existing_folder(folder: str | Path, *, holding: str) -> Path:
     if not parent.is_dir():
         raise ValueError(f"there is no folder {folder}, nor {parent}")
     siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.3)
+    near = difflib.get_close_matches(path.name, siblings, n=1)
     hint = f"; did you mean {parent / near[0]}?" if near else ""
     raise ValueError(f"there is no folder {folder}{hint}")
 
