@@ -53,8 +53,7 @@ LONGROPE = {
 }
 GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24, "num_hidden_layers": 4}
 QWEN3_5 = {
-    # With 0.2, transformers in float32 is off by up to 6e-4 of itself in float64: by how much depends
-    # on the processor.
+    # With 0.2, transformers in float32 is off by up to 6e-4 of itself in float64.
     "initializer_range": 0.1,
     "num_hidden_layers": 4,
     "head_dim": 16,
@@ -230,6 +229,15 @@ def reference(model: torch.nn.Module, tokens: np.ndarray, **options: torch.Tenso
         return model(torch.as_tensor(tokens), **options).logits.float().numpy()
 
 
+def assert_same_logits(ours: np.ndarray, theirs: np.ndarray, case: str) -> None:
+    """Equal within 1e-4; of linear attention, whose norms divide by small numbers, within 5e-4.
+
+    There transformers in float32 is 3e-5 away from itself in float64, and more on some processors.
+    """
+    atol = 5e-4 if case.startswith("qwen3_5") else 1e-4
+    np.testing.assert_allclose(ours, theirs, atol=atol, rtol=1e-4)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits(tmp_path: Path, case: str) -> None:
     theirs = checkpoint(tmp_path / "model", case)
@@ -237,20 +245,20 @@ def test_logits(tmp_path: Path, case: str) -> None:
     apply = jax.jit(lambda *inputs: ours.apply({"params": ours.params}, *inputs))
     expected = reference(theirs, TOKENS)
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(apply(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    assert_same_logits(apply(TOKENS), expected, case)
     far = np.broadcast_to(np.arange(2000, 2021), TOKENS.shape)
     expected = reference(theirs, TOKENS, position_ids=torch.as_tensor(far.copy()))
-    np.testing.assert_allclose(apply(TOKENS, far), expected, atol=1e-4, rtol=1e-4)
+    assert_same_logits(apply(TOKENS, far), expected, case)
     padding = np.arange(21) < np.array([21, 9])[:, None]
     expected = reference(theirs, TOKENS, attention_mask=torch.as_tensor(padding.astype(int)))
     padded = np.asarray(apply(TOKENS, None, padding.astype(int)))
-    np.testing.assert_allclose(padded[padding], expected[padding], atol=1e-4, rtol=1e-4)
+    assert_same_logits(padded[padding], expected[padding], case)
     positions = np.broadcast_to(np.concatenate([np.arange(8), np.arange(13)]), TOKENS.shape)
     segments = np.broadcast_to(np.repeat([1, 2], [8, 13]), TOKENS.shape)
     expected = np.concatenate(
         [reference(theirs, part) for part in (TOKENS[:, :8], TOKENS[:, 8:])], axis=1
     )
-    np.testing.assert_allclose(apply(TOKENS, positions, segments), expected, atol=1e-4, rtol=1e-4)
+    assert_same_logits(apply(TOKENS, positions, segments), expected, case)
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
