@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 import transformers  # noqa: E402
+from test_transformers import assert_same_logits  # noqa: E402
 
 from lorax_ft import adapt  # noqa: E402
 from lorax_ft.config import AdapterConfig  # noqa: E402
@@ -86,7 +87,7 @@ def test_long_texts(checkpoint: Path) -> None:
     """Of several chunks."""
     model = load_model(checkpoint)
     expected = their_logits(their_model(checkpoint))
-    np.testing.assert_allclose(our_logits(model, model.params), expected, atol=1e-4, rtol=1e-4)
+    assert_same_logits(our_logits(model, model.params), expected, "qwen3_5")
 
 
 def test_peft_loads_ours(checkpoint: Path, tmp_path: Path) -> None:
@@ -100,9 +101,9 @@ def test_peft_loads_ours(checkpoint: Path, tmp_path: Path) -> None:
     plain = their_logits(base)
     expected = their_logits(peft.PeftModel.from_pretrained(base, tmp_path))
     assert np.abs(expected - plain).max() > 0.1
-    np.testing.assert_allclose(our_logits(model, params), expected, atol=1e-4, rtol=1e-4)
+    assert_same_logits(our_logits(model, params), expected, "qwen3_5")
     again = load_peft(tmp_path, model)
-    np.testing.assert_allclose(our_logits(model, again), expected, atol=1e-4, rtol=1e-4)
+    assert_same_logits(our_logits(model, again), expected, "qwen3_5")
 
 
 def test_all_linear_is_pefts(checkpoint: Path, tmp_path: Path) -> None:
@@ -118,9 +119,7 @@ def test_all_linear_is_pefts(checkpoint: Path, tmp_path: Path) -> None:
         model.params, AdapterConfig(rank=3), layout=model.layout, key=jax.random.key(0)
     )
     assert flatten(params).keys() == flatten(ours).keys()
-    np.testing.assert_allclose(
-        our_logits(model, params), their_logits(theirs), atol=1e-4, rtol=1e-4
-    )
+    assert_same_logits(our_logits(model, params), their_logits(theirs), "qwen3_5")
 
 
 def test_gradients_are_pefts(checkpoint: Path, tmp_path: Path) -> None:
