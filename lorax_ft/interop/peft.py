@@ -242,15 +242,28 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
         return combine(model.params, load_soft_prompt(folder, config, model))
     if trains_tokens_alone(config):
         return from_modules(with_tokens(modules(model.params), folder, config, model))
+    layers = _with_adapters(modules(model.params), folder, config, model)
+    layers = with_tokens(layers, folder, config, model)
+    params = from_modules(layers)
+    if INVOCATION in params:
+        check_activated(params)
+    beside = folder / BESIDE
+    if not beside.is_dir():
+        return params
+    return combine(params, load_soft_prompt(beside, read_config(beside), model))
+
+
+def _with_adapters(
+    layers: dict[str, Layer],
+    folder: Path,
+    config: Mapping[str, Any],
+    model: LoadedModel,
+) -> dict[str, Layer]:
+    """The layers with the adapters of a folder, and with the weights that it trained in full."""
     method = method_of_config(config, folder)
-    place_there = place_in(
-        key.removeprefix(PREFIX) for key in lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes)
-    )
-    blocks = model.layout.blocks if method is BOTTLENECK else ()
-    known = known_modules(model, model.params, place=place_there, blocks=blocks)
+    known = _known_modules(folder, method, model)
     check_base(config, folder, model)
-    layers = modules(model.params)
-    raw: dict[Place, Matrix] = {}
+    tensors: dict[Place, Matrix] = {}
     targets: dict[Place, Entry] = {}
     for entry in adapter_tensors(folder, config, method, model):
         place = find_module(entry.module, known, where=folder)
@@ -260,14 +273,13 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
             layers |= with_own_weight(layers, place, entry, model.layout, where=folder)
         else:
             check_adaptable(entry, layers.get(place[0], {}), where=folder)
-            raw.setdefault(place, {})[entry.leaf] = entry.value
-    if model.config.tied and HEAD in layers:
-        table = layers[TABLE]["embedding"].T
-        if not differ(layers[HEAD]["kernel"], table):
-            del layers[HEAD]
+            tensors.setdefault(place, {})[entry.leaf] = entry.value
+    if model.config.tied and _is_table(layers.get(HEAD), layers[TABLE]):
+        del layers[HEAD]
     check_complete(config, targets, known, folder)
+
     stacks: dict[str, dict[tuple[int, ...], Matrix]] = {}
-    for place, matrix in raw.items():
+    for place, matrix in tensors.items():
         path, index = place
         sides = _sides(layers, path, model)
         complete = _completed(matrix, targets[place], sides, method, config, where=folder)
@@ -275,23 +287,30 @@ def load_peft(folder: str | Path, model: LoadedModel) -> Tree:
             continue
         stacks.setdefault(path, {})[index] = complete
     for path, matrices in stacks.items():
-        layers[path] = layers.get(path, {}) | stacked_leaves(
-            matrices, layers, path, model.layout[path], where=folder
-        )
-    layers[""] = layers.get("", {}) | shared_tensors(folder, method)
+        spec = model.layout[path]
+        leaves = stacked_leaves(matrices, layers, path, spec, where=folder)
+        layers[path] = layers.get(path, {}) | leaves
+
+    shared = shared_tensors(folder, method)
     if config.get("alora_invocation_tokens"):
-        layers[""][INVOCATION] = jnp.asarray(
-            invocation_of(config, folder, vocab_size=model.config.vocab_size), jnp.int32
-        )
+        invocation = invocation_of(config, folder, vocab_size=model.config.vocab_size)
+        shared[INVOCATION] = jnp.asarray(invocation, jnp.int32)
+    layers[""] = layers.get("", {}) | shared
     check_shared(layers, stacks, model.layout, where=folder)
-    layers = with_tokens(layers, folder, config, model)
-    params = from_modules(layers)
-    if INVOCATION in params:
-        check_activated(params)
-    beside = folder / BESIDE
-    if not beside.is_dir():
-        return params
-    return combine(params, load_soft_prompt(beside, read_config(beside), model))
+    return layers
+
+
+def _known_modules(folder: Path, method: PeftMethod, model: LoadedModel) -> dict[str, Place]:
+    """Where the modules lie that a folder may name."""
+    names = lazy_tensors(folder / WEIGHTS, dtypes=method.dtypes)
+    place_there = place_in(name.removeprefix(PREFIX) for name in names)
+    blocks = model.layout.blocks if method is BOTTLENECK else ()
+    return known_modules(model, model.params, place=place_there, blocks=blocks)
+
+
+def _is_table(head: Layer | None, embedding: Layer) -> bool:
+    """Whether a folder's own head is the table that it is tied to."""
+    return head is not None and not differ(head["kernel"], embedding["embedding"].T)
 
 
 def _completed(
