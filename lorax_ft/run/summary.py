@@ -262,42 +262,46 @@ def _print_data(console: Console, data: Dataset, config: Config) -> None:
         # A single set has no name.
         sizes.append(f"{name} {counted(len(split.rows), 'row')}".strip())
     console.print(f"Validation: {', '.join(sizes)}.")
-    bad = data.bad_rows
-    if bad.count:
-        console.print(
-            f"Left out: {counted(bad.count, 'row')} that cannot be used (data.bad_rows skip); the "
-            f"first: {bad.problems[0]}",
-            style="yellow",
-            markup=False,
-        )
-    if train.copies:
-        console.print(
-            f"Exact copies of earlier samples: {train.copies:,} of {train.count:,}. They are "
-            "trained on as any other; remove them from the data if they are not meant.",
-            style="yellow",
-        )
-    if train.unused:
-        parts = [f"{name} ({count:,} times)" for name, count in train.unused.items()]
-        console.print(f"Not used: {', '.join(parts)}.", style="yellow")
-    if train.endless:
-        console.print(
-            f"{train.endless:,} answers end without an end-of-turn token, so the model does not "
-            "learn where to stop; --data.append_end appends the end-of-sequence token to the last "
-            "answer of a conversation.",
-            style="yellow",
-        )
-    if train.cut > 0.1 * train.count:
-        console.print(
-            f"Many samples are truncated: --data.max_length is {data.max_length}, and 95% of the "
-            f"samples would fit in {train.usual_length}.\n",
-            style="yellow",
-        )
+    for remark in _remarks(data):
+        console.print(remark, style="yellow", markup=False)
     if padding > MUCH_PADDING and not config.data.pack:
         # Packed rows have the length that the config gives; those of single samples may be shorter.
         longest = config.data.max_length
         packed_length = longest if isinstance(longest, int) else data.max_length
         packed_rows = math.ceil(filled / packed_length)
         _print_padding(console, data, padding=padding, packed_rows=packed_rows)
+
+
+def _remarks(data: Dataset) -> list[str]:
+    """What a user should know of samples that are left out, repeated, endless or truncated."""
+    train = data.train
+    bad = data.bad_rows
+    remarks = []
+    if bad.count:
+        remarks.append(
+            f"Left out: {counted(bad.count, 'row')} that cannot be used (data.bad_rows skip); the "
+            f"first: {bad.problems[0]}"
+        )
+    if train.copies:
+        remarks.append(
+            f"Exact copies of earlier samples: {train.copies:,} of {train.count:,}. They are "
+            "trained on as any other; remove them from the data if they are not meant."
+        )
+    if train.unused:
+        parts = [f"{name} ({count:,} times)" for name, count in train.unused.items()]
+        remarks.append(f"Not used: {', '.join(parts)}.")
+    if train.endless:
+        remarks.append(
+            f"{train.endless:,} answers end without an end-of-turn token, so the model does not "
+            "learn where to stop; --data.append_end appends the end-of-sequence token to the last "
+            "answer of a conversation."
+        )
+    if train.cut > 0.1 * train.count:
+        remarks.append(
+            f"Many samples are truncated: --data.max_length is {data.max_length}, and 95% of the "
+            f"samples would fit in {train.usual_length}.\n"
+        )
+    return remarks
 
 
 def _print_padding(console: Console, data: Dataset, *, padding: float, packed_rows: int) -> None:
