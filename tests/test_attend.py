@@ -263,6 +263,16 @@ def test_splash_attention_says_what_it_needs() -> None:
     assert not attend.needs_no_mask(TINY, tokens=128, cached=False)  # this is no TPU
 
 
+def test_one_query_is_not_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "_missing_for_cudnn", lambda *args, **kwargs: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    chosen = [
+        attend._implementation(TINY, dim=64, queries=queries, keys=64, masked=True)
+        for queries in (64, 8, 1)
+    ]
+    assert chosen == ["cudnn", "cudnn", "xla"]
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("attention", ["splash", "cudnn"])
 def test_a_run_is_used_on_another_machine(tmp_path: Path, attention: Any) -> None:

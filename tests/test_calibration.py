@@ -17,7 +17,7 @@ from lorax_ft.config import MeshConfig
 from lorax_ft.lowrank.inits.eva import redistributed
 from lorax_ft.lowrank.intercept import adapt
 from lorax_ft.models.attention import make_rope_and_mask
-from lorax_ft.models.decoder import Block, Shared
+from lorax_ft.models.decoder import Block, Carry, Shared, Step
 from lorax_ft.models.linear_attention import make_rows
 from lorax_ft.models.model import Model
 from lorax_ft.models.parts import norm
@@ -56,7 +56,8 @@ def inputs_of(model: Model, batch: dict[str, np.ndarray]) -> dict[str, Array]:
         for i in range(c.layers):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
             block = Block(c, c.each_layer[i])
-            x, _ = block.apply({"params": layer}, x, shared, types[i], None)
+            step = Step(jnp.int32(i), types[i])
+            (x, _), _ = block.apply({"params": layer}, Carry(x, None), shared, step)
     features = norm(c, "norm").apply({"params": params["norm"]}, x)
     stacked = {path: np.stack(xs) for path, xs in seen.items()} | {"lm_head": np.float64(features)}
     inside = batch["segment_ids"].reshape(-1) > 0

@@ -245,6 +245,18 @@ def test_no_parameter_is_a_constant(model: Model) -> None:
     assert "97x32xf32>" in text
 
 
+def test_a_token_copies_no_cache(model: Model) -> None:
+    """Beside the cache, which is donated, a step has room for the keys of a layer."""
+    tokens = jax.ShapeDtypeStruct((4, 2048), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((4,), jnp.int32)
+    options = {"config": model.config, "greedy": True, "mesh": None}
+    start = functools.partial(prefill, max_new_tokens=32, **options)
+    state = jax.eval_shape(start, model.params, tokens, lengths, draw())
+    compiled = decode.lower(model.params, state, np.int32(4), draw(), **options).compile()
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
+    assert compiled.memory_analysis().temp_size_in_bytes < size / 2
+
+
 def test_on_eight_devices(model: Model, params: Callable[[str], Tree]) -> None:
     """Sharded parameters; 4 rows divide over data and fsdp, 3 do not."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))

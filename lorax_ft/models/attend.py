@@ -154,10 +154,11 @@ def _implementation(
     if config.attention == "xla":
         return "xla"
     missing = _missing_for_cudnn(config, dim=dim, queries=queries, keys=keys, masked=masked)
-    if missing is None:
-        return "cudnn"
-    if config.attention == "cudnn":
+    if missing is not None and config.attention == "cudnn":
         raise ValueError(f"model.attention is cudnn, which needs {missing}; use auto")
+    # For one query cuDNN does the same products, and the cache would be transposed for it.
+    if missing is None and queries > 1:
+        return "cudnn"
     if jax.default_backend() == "cpu":
         return "blocks"
     return "xla"

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from lorax_ft.models import layer_cache
 from lorax_ft.models.attend import attend, needs_no_mask
 from lorax_ft.models.attend_in_blocks import causal
 from lorax_ft.models.config import DecoderConfig, Heads, LayerType
@@ -56,6 +57,7 @@ class Attention(nn.Module):
         rope_and_mask: RopeAndMask,
         positions: Array,
         virtual: Array,
+        layer: Array,
         cache: KeysAndValues | None,
     ) -> tuple[Array, KeysAndValues | None]:
         """`[B, T, D]` to `[B, T, D]`, and the cache with the new keys and values.
@@ -65,7 +67,8 @@ class Attention(nn.Module):
           rope_and_mask: of this layer's type, without the axis N.
           positions: `[B, T]`.
           virtual: `[B, T]`, the numbers of virtual tokens; below 0 at all other tokens.
-          cache: keys and values `[B, S, K, C]`, or `[1, S, K, C]` of a start that all rows share.
+          layer: the number of this layer in the cache.
+          cache: keys and values of all layers, `[L, B, K, S, C]`; see `layer_cache`.
         """
         c = self.config
         cos, sin, mask, segment_ids, layer_type = rope_and_mask
@@ -83,9 +86,10 @@ class Attention(nn.Module):
         k = checkpoint_name(k, "qkv")
         v = checkpoint_name(v, "qkv")
         if cache is not None:
-            k = _write(cache["k"], k, positions)
-            v = _write(cache["v"], v, positions)
-            cache = {"k": k, "v": v}
+            new = {"k": k, "v": v}
+            own, cache = layer_cache.with_tokens(cache, new, layer, positions)
+            k = own["k"].swapaxes(1, 2)
+            v = own["v"].swapaxes(1, 2)
         sinks = None
         if c.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (c.heads,))
@@ -231,21 +235,9 @@ def empty_keys_and_values(
     batch: int,
     slots: int,
 ) -> KeysAndValues:
-    """A layer's cache without content: keys and values `[B, S, K, C]` of zeros."""
-    shape = (batch, slots, heads.count, heads.dim)
+    """A layer's cache without content: keys and values `[B, K, S, C]` of zeros."""
+    shape = (batch, heads.count, slots, heads.dim)
     return {
         "k": jnp.zeros(shape, config.dtype),
         "v": jnp.zeros(shape, config.dtype),
     }
-
-
-def _write(cache: Array, new: Array, positions: Array) -> Array:
-    """The cache `[B, S, K, C]` with `new` `[B, T, K, C]` from each row's first position on."""
-    # One layer's copy of a shared start, not one of all layers.
-    cache = jnp.broadcast_to(cache, (len(new), *cache.shape[1:]))
-
-    def write_row(slots: Array, part: Array, start: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(slots, part, start, axis=0)
-
-    starts = positions[:, 0]
-    return jax.vmap(write_row)(cache, new, starts)

@@ -40,7 +40,7 @@ def with_slots(cache: Cache, count: int) -> Cache:
     for path, leaf in flatten(cache).items():
         if _has_slots(path):
             widths = [(0, 0)] * leaf.ndim
-            widths[2] = (0, count)
+            widths[3] = (0, count)
             leaf = jnp.pad(leaf, widths)
         leaves[path] = leaf
     return unflatten(leaves)
@@ -50,12 +50,12 @@ def slots_of(cache: Cache) -> int | None:
     """The slots for keys and values; None if no layer has any."""
     for path, leaf in flatten(cache).items():
         if _has_slots(path):
-            return leaf.shape[2]
+            return leaf.shape[3]
     return None
 
 
 def _has_slots(path: str) -> bool:
-    """Whether a leaf of a cache holds keys or values, `[L, B, S, K, C]`."""
+    """Whether a leaf of a cache holds keys or values, `[L, B, K, S, C]`."""
     return path.rpartition("/")[2] in ("k", "v")
 
 

@@ -18,6 +18,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from lorax_ft.constraints import split_embedded, split_tokens
+from lorax_ft.models import layer_cache
 from lorax_ft.models.attention import Attention, RopeAndMask, make_rope_and_mask
 from lorax_ft.models.cache import Cache, slots_of
 from lorax_ft.models.config import DecoderConfig, LayerType
@@ -85,30 +86,36 @@ class Shared(NamedTuple):
     counted: Array | None
 
 
+class Step(NamedTuple):
+    """What differs between the steps of the scan."""
+
+    # Its number, and that of its layer in the cache.
+    number: Array
+    # An index into the N layer types; of a period, one for each of its layers `[P]`.
+    layer_type: Array
+
+
+class Carry(NamedTuple):
+    """What a layer gives to the next."""
+
+    # [B, T, D]
+    x: Array
+    # Of all layers.
+    cache: Cache | None
+
+
 class Block(nn.Module):
     """One layer: attention and MLP with residual connections, and the norms of its family."""
 
     config: DecoderConfig
-    # Its parameters depend on it. What else layers of one scan differ in, `type_index` says.
+    # Its parameters depend on it. What else layers of one scan differ in, `Step` says.
     layer_type: LayerType
 
     @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        shared: Shared,
-        type_index: Array,
-        cache: Cache | None,
-    ) -> tuple[Array, Cache | None]:
-        """`[B, T, D]` to `[B, T, D]`, and the cache with the layer's tokens.
-
-        Args:
-          x: `[B, T, D]`.
-          shared: what all layers share.
-          type_index: this layer's type, an index into the axis N.
-          cache: of this layer.
-        """
+    def __call__(self, carry: Carry, shared: Shared, step: Step) -> tuple[Carry, None]:
+        """`[B, T, D]` to `[B, T, D]`, and the cache with the layer's tokens."""
         c = self.config
+        x, cache = carry
         norm_before = c.norms in ("before", "around")
         norm_after = c.norms in ("after", "around")
 
@@ -118,11 +125,16 @@ class Block(nn.Module):
             y = norm(c, "input_layernorm")(y)
         linear = self.layer_type.linear
         if linear:
-            y, cache = GatedDeltaNet(c, linear, name="linear_attn")(y, shared.rows, cache)
+            state = None if cache is None else layer_cache.read(cache, step.number)
+            y, state = GatedDeltaNet(c, linear, name="linear_attn")(y, shared.rows, state)
+            if cache is not None and state is not None:
+                cache = layer_cache.written(cache, state, step.number)
         else:
-            rope_and_mask = _of_type(shared.rope_and_mask, type_index)
+            rope_and_mask = _of_type(shared.rope_and_mask, step.layer_type)
             attention = Attention(c, c.heads_of(self.layer_type), name="self_attn")
-            y, cache = attention(y, rope_and_mask, shared.positions, shared.virtual, cache)
+            y, cache = attention(
+                y, rope_and_mask, shared.positions, shared.virtual, step.number, cache
+            )
         if norm_after:
             y = norm(c, "post_attention_layernorm")(y)
         x = checkpoint_name(x + y, "residual")
@@ -140,7 +152,7 @@ class Block(nn.Module):
         if c.layer_scalar:
             scalar = self.param("layer_scalar", nn.initializers.ones, (1,))
             x = x * scalar.astype(x.dtype)
-        return x, cache
+        return Carry(x, cache), None
 
 
 def _of_type(rope_and_mask: RopeAndMask, type_index: Array) -> RopeAndMask:
@@ -162,22 +174,17 @@ class Period(nn.Module):
     block: Any
 
     @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        shared: Shared,
-        type_indices: Array,
-        cache: Cache | None,
-    ) -> tuple[Array, Cache | None]:
-        """As `Block`, with types `[P]`, and the cache of each layer by its name."""
+    def __call__(self, carry: Carry, shared: Shared, step: Step) -> tuple[Carry, None]:
+        """As `Block`, with types `[P]`, and the cache of each place by its name."""
         c = self.config
+        x, cache = carry
         caches = {}
         for place, layer_type in enumerate(c.each_layer[: c.period]):
             name = member(place, c.period)
             block = self.block(c, layer_type, name=name)
-            own = cache and cache[name]
-            x, caches[name] = block(x, shared, type_indices[place], own)
-        return x, caches if cache else None
+            own = Carry(x, cache and cache[name])
+            (x, caches[name]), _ = block(own, shared, Step(step.number, step.layer_type[place]))
+        return Carry(x, caches if cache else None), None
 
 
 def scan_step(config: DecoderConfig, *, recompute: bool = False) -> tuple[Any, tuple[Any, ...]]:
@@ -203,7 +210,7 @@ def _scanned_layers(config: DecoderConfig, *, recompute: bool) -> Any:
         body,
         variable_axes={"params": 0, ROUTER: 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0, 0),
+        in_axes=(nn.broadcast, 0),
         length=config.layers // config.period,
     )
     return scanned(*fields, name="layers")
@@ -215,8 +222,8 @@ class Entry(NamedTuple):
     # [B, T, D]
     x: Array
     shared: Shared
-    # Of each step of the scan: [L], or [L / P, P].
-    type_indices: Array
+    # Of all steps of the scan: numbers [L / P], and types [L] or [L / P, P].
+    steps: Step
 
 
 class Decoder(nn.Module):
@@ -259,7 +266,7 @@ class Decoder(nn.Module):
           counted: `[B, T]`, the tokens whose use of experts goes into the collection `ROUTER`, if
             that is mutable; None: it is not needed.
         """
-        x, shared, type_indices = self.enter(
+        x, shared, steps = self.enter(
             tokens,
             positions,
             segment_ids,
@@ -270,7 +277,7 @@ class Decoder(nn.Module):
             counted=counted,
         )
         layers = _scanned_layers(self.config, recompute=cache is None)
-        x, cache = layers(x, shared, type_indices, cache)
+        (x, cache), _ = layers(Carry(x, cache), shared, steps)
         return self.leave(x), cache
 
     def enter(
@@ -309,7 +316,8 @@ class Decoder(nn.Module):
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         (x,) = self.soft_prompt(virtual, x)
-        return Entry(x, shared, type_indices)
+        steps = Step(jnp.arange(len(type_indices)), type_indices)
+        return Entry(x, shared, steps)
 
     def leave(self, x: Array) -> Array:
         """Features `[B, T, D]` of what the last layer gives."""

@@ -24,7 +24,7 @@ from lorax_ft.lowrank.spec import LayerSpec, with_kernel
 from lorax_ft.lowrank.terms import check_layer, is_adapted, magnitude, tokens
 from lorax_ft.models.cache import Cache
 from lorax_ft.models.config import DecoderConfig
-from lorax_ft.models.decoder import Decoder, Entry, scan_step
+from lorax_ft.models.decoder import Carry, Decoder, Entry, scan_step
 from lorax_ft.models.mlp import ROUTER, Usage
 from lorax_ft.models.parts import rows_dot_general, softcap
 from lorax_ft.quant.kernels import Format, Quantized
@@ -148,7 +148,8 @@ class CausalLM:
         apply = adapt(module(*fields).apply, gather=gather)
         of_step = jax.tree.map(own, params[LAYERS])
         variables = {"params": of_step | shared_leaves(params)}
-        x, _ = apply(variables, entry.x, entry.shared, own(entry.type_indices), None)
+        steps = jax.tree.map(own, entry.steps)
+        (x, _), _ = apply(variables, Carry(entry.x, None), entry.shared, steps)
         return x
 
     def leave(self, params: Tree, x: Array) -> Array:

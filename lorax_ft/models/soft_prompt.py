@@ -108,26 +108,30 @@ def _prefix(params: Tree, config: PromptConfig, model: CausalLM, key: Array) -> 
         leaves = initial_encoder(shapes, key)
         return unflatten({join(doors[0], name): leaf for name, leaf in leaves.items()})
     if config.init == "random":
-        shapes_of_cache = jax.eval_shape(lambda: empty_cache(c, 1, count))
-        leaves_of_cache, structure = jax.tree.flatten(shapes_of_cache)
-        drawn: list[Array] = []
-        for i, leaf in enumerate(leaves_of_cache):
-            own = jax.random.fold_in(key, i)
-            drawn.append(PREFIX_STD * jax.random.normal(own, leaf.shape))
-        cache = jax.tree.unflatten(structure, drawn)
-    else:
-        tokens = _start_tokens(config, model, key)
-        cache = _cache_of(params, tokens[None], config=c)
-    return prefix_of_cache(cache, c)
+        return _random_prefix(c, count, key)
+    tokens = _start_tokens(config, model, key)
+    return _prefix_of_cache(_cache_of(params, tokens[None], config=c), c)
 
 
-def prefix_of_cache(cache: Cache, config: DecoderConfig) -> Tree:
-    """The leaves of a prefix that is the cache of one row, `[L / P, 1, V, K, C]`."""
+def _random_prefix(config: DecoderConfig, count: int, key: Array) -> Tree:
+    """A prefix of small keys and values."""
+    shapes = jax.eval_shape(lambda: _prefix_of_cache(empty_cache(config, 1, count), config))
+    leaves, structure = jax.tree.flatten(shapes)
+    drawn: list[Array] = []
+    for i, leaf in enumerate(leaves):
+        own = jax.random.fold_in(key, i)
+        drawn.append(PREFIX_STD * jax.random.normal(own, leaf.shape))
+    prefix: Tree = jax.tree.unflatten(structure, drawn)
+    return prefix
+
+
+def _prefix_of_cache(cache: Cache, config: DecoderConfig) -> Tree:
+    """The leaves `[L / P, V, K, C]` of a prefix that is the cache `[L / P, 1, K, V, C]`."""
     leaves: dict[str, Any] = {}
     for place, door in enumerate(prefix_doors(config)):
         own = cache if config.period == 1 else cache[member(place, config.period)]
         for name, part in ((KEY, "k"), (VALUE, "v")):
-            leaves[join(door, name)] = own[part][:, 0].astype(jnp.float32)
+            leaves[join(door, name)] = own[part][:, 0].swapaxes(1, 2).astype(jnp.float32)
     return unflatten(leaves)
 
 
