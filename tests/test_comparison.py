@@ -12,12 +12,13 @@ import pytest
 from rich.console import Console
 from run_cases import ROOT, SHORT, config, script_main
 
+from lorax_ft.comparison import runs as runs_room
 from lorax_ft.comparison.cost import Cost
 from lorax_ft.comparison.design import Design, points, with_two_sets
 from lorax_ft.comparison.document import describe_difference
 from lorax_ft.comparison.intervals import Interval, mean_interval, paired_interval
 from lorax_ft.comparison.methods import METHODS, chosen_methods, config_of, reference_of
-from lorax_ft.comparison.run import prepare
+from lorax_ft.comparison.run import compare, prepare
 from lorax_ft.comparison.runs import MethodRuns, Run, Runner, best_rate
 from lorax_ft.comparison.table import rows_at_best_rates, rows_at_common_rate
 from lorax_ft.config import AdapterConfig, Config, DataConfig, TrainConfig, load_config
@@ -119,6 +120,42 @@ def test_every_method_is_a_valid_config(name: str) -> None:
     assert found["lora"] == common
     assert found["miss"].adapter.rank == common.adapter.rank
     assert found["ia3"].adapter.rank == AdapterConfig().rank
+
+
+def test_virtual_tokens_stand_beside_the_tokens_of_a_row() -> None:
+    common = load_config(ROOT / "configs/lora.py")
+    length = common.data.max_length
+    assert isinstance(length, int)
+    entries = ["prompt_tuning", "long=p_tuning_v2 prompt.virtual_tokens=50", "lora"]
+    entries.append("own=prefix_tuning data.max_length=90")
+    found = {name: config_of(its, common) for name, its in chosen_methods(entries).items()}
+    lengths = [its.data.max_length for its in found.values()]
+    assert lengths == [length + 20, length + 50, length, 90]
+    assert found["long"].prompt.kind == "prefix"
+    # The config's own virtual tokens are in its length already.
+    own = load_config(ROOT / "configs/prompt_tuning.py")
+    assert config_of(METHODS["p_tuning"], own).data.max_length == own.data.max_length
+    with pytest.raises(ValueError, match=r"LoRA: adapter\.targets of the config is empty"):
+        config_of(METHODS["lora"], own)
+
+
+def test_virtual_tokens_beyond_the_models_positions_are_an_error_before_training(
+    tmp_path: Path,
+) -> None:
+    data = dataclasses.replace(load_config(ROOT / "configs/lora.py").data, max_length=500)
+    train = TrainConfig(output=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"prompt tuning: .* 512 positions; give 492 or less"):
+        compare(Config(data=data, train=train), DESIGN, methods=["lora", "prompt_tuning"])
+    assert not (tmp_path / "run-comparison").exists()
+
+
+def test_methods_that_continue_other_adapters_do_not_share_a_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_room, "load", lambda config: config.adapter.continue_from)
+    runner = Runner(DESIGN, Console(), tmp_path, parallel=2)
+    for folder in (None, "out/one", "out/two"):
+        assert runner._load(Config(adapter=AdapterConfig(continue_from=folder))) == folder
 
 
 def test_seeds_that_quantize_the_base_anew_do_not_share_it(tmp_path: Path) -> None:
@@ -273,6 +310,7 @@ def test_the_script_compares_and_resumes(
             "--methods",
             "lora",
             "neftune",
+            "prompt_tuning",
             "--rates",
             "1e-3",
             "3e-3",
@@ -288,6 +326,8 @@ def test_the_script_compares_and_resumes(
     folder = tmp_path / "run-comparison"
     report = (folder / "comparison.md").read_text()
     assert "| NEFTune |" in report
+    assert "| prompt tuning | 2,560 |" in report  # what trains
+    assert "prompt tuning: 20 virtual tokens before each sample" in report
     assert "compare.py" in report  # its command
     figures = json.loads((folder / "comparison.json").read_text())
     seeds = [run["seed"] for run in figures["methods"]["neftune"]["runs"] if run["rate"] == 3e-3]

@@ -78,6 +78,7 @@ def test_auto_is_the_rule_by_width(
     for option, said in (
         (("--adapter.alpha", "16"), "is a rule for adapter.alpha 32, and it is 16"),
         (("--adapter.scaling", "rank_stabilized"), "adapter.scaling standard, and it is"),
+        (("--prompt.kind", "prompt", "--adapter.targets"), "rule for LoRA, and adapter.targets"),
         (("--optim.optimizer", "lion"), "is a rule for Adam, and optim.optimizer is lion"),
     ):
         assert main(*argv, *option, "--train.output", tmp_path / "run") == 2

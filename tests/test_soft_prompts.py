@@ -36,7 +36,6 @@ from lorax_ft.run.summary import _print_data
 from lorax_ft.run.validation import choose_questions
 from lorax_ft.schema import is_soft_prompt
 from lorax_ft.soft_prompts.door import virtual_ids, virtual_tokens
-from lorax_ft.sweep.rate import find_rate
 from lorax_ft.training.losses import neftune, supervised_loss
 from lorax_ft.tree import Tree, flatten, split
 
@@ -267,8 +266,6 @@ def test_refusals() -> None:
         lft.Config(prompt=lft.PromptConfig(kind="prompt", virtual_tokens=250))
     with pytest.raises(ValueError, match=r"nothing would train; .* or prompt.kind"):
         lft.Config(adapter=lft.AdapterConfig(targets=()))
-    with pytest.raises(ValueError, match=r"which sweeps, .* and optim\.learning_rate find"):
-        find_rate(lft.Config(prompt=lft.PromptConfig(kind="prompt")))
     hybrid = built_decoder(layer_types=(LayerType(rope=None, linear=LINEAR), FULL, FULL))
     with pytest.raises(ValueError, match="have linear attention, which has none"):
         lft.add_soft_prompt(hybrid.params, prompt_config("prefix"), hybrid, key=KEY)

@@ -23,6 +23,7 @@ from lorax_ft.config.python_file import config_file
 from lorax_ft.run import setup as run_setup
 from lorax_ft.run.program import step_key
 from lorax_ft.run.stop_signal import StopSignal
+from lorax_ft.schema import is_adapter
 from lorax_ft.sweep import setup
 from lorax_ft.sweep.agree import check_axes, with_shared_base
 from lorax_ft.sweep.axes import Axis, parse_axes, product
@@ -97,6 +98,7 @@ def solo_curve(config: Config, folder: Path) -> tuple[list[float], Any]:
     return losses, combine(state.trained, job.frozen)
 
 
+SOFT_PROMPT = {"prompt__kind": "prompt", "prompt__virtual_tokens": 4}
 CASES: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "rates": (
         {"train__neftune_alpha": 5.0, "adapter__dropout": 0.1},
@@ -113,6 +115,32 @@ CASES: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "miss": ({"adapter__method": "miss", "train__microbatches": 2}, ["adapter.rank=2,4"]),
     "pissa on nf4": (
         {"quant__format": "nf4", "adapter__init": "pissa"},
+        ["optim.learning_rate=1e-3,1e-2"],
+    ),
+    "prompt tuning": (
+        {**SOFT_PROMPT, "adapter__targets": ()},
+        ["prompt.init=random", "train.seed=0,1"],
+    ),
+    "p-tuning": (
+        {**SOFT_PROMPT, "prompt__encoder": "lstm", "adapter__targets": (), "data__pack": True},
+        ["optim.learning_rate=1e-3,1e-2"],
+    ),
+    "prefix tuning beside lora": (
+        {**SOFT_PROMPT, "prompt__kind": "prefix", "prompt__encoder": "mlp"},
+        ["optim.prompt_ratio=1,10", "adapter.rank=2,4"],
+    ),
+    "p-tuning v2, sharded": (
+        {**SOFT_PROMPT, "prompt__kind": "prefix", "adapter__targets": (), "mesh__fsdp": 4},
+        ["prompt.init=vocabulary,random", "train.seed=0,1"],
+    ),
+    "bottleneck": ({"adapter__method": "bottleneck"}, ["adapter.rank=2,4"]),
+    "alora": ({"adapter__invocation": "<|im_start|>assistant"}, ["adapter.rank=2,4"]),
+    "tokens": (
+        {"data__new_tokens": ("+1?",), "adapter__trainable_tokens": ("<|im_end|>",)},
+        ["optim.learning_rate=1e-3,1e-2", "train.seed=0,1"],
+    ),
+    "tokens alone": (
+        {"adapter__trainable_tokens": ("<|im_end|>", 5), "adapter__targets": ()},
         ["optim.learning_rate=1e-3,1e-2"],
     ),
 }
@@ -135,7 +163,7 @@ def test_each_curve_is_that_of_a_run_of_its_own(folder: Path, tmp_path: Path, ca
         theirs = flatten(params)
         assert mine.keys() == theirs.keys()
         for path, leaf in theirs.items():
-            if "lora" in path:
+            if is_adapter(path):
                 np.testing.assert_allclose(mine[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
@@ -217,6 +245,17 @@ def _loss(line: dict[str, Any]) -> float:
     return float(line["validation_loss"])
 
 
+def test_a_sweep_saves_the_best_soft_prompt(folder: Path, tmp_path: Path) -> None:
+    """Without targets it is no adapter of a kernel, and no model that trained in full."""
+    config = base_config(folder, **SOFT_PROMPT, adapter__targets=(), train__steps=2)
+    config = changed(config, train__output=str(tmp_path / "run"))
+    result = run_sweep(config, "optim.learning_rate=1e-3,3e-2")
+    assert load_config(result.folder / "best.py") == result.best.config
+    model = lft.load_model(config.model.path)
+    params = lft.load_peft(result.folder / "adapter", model)
+    assert params["soft_prompt"]["prompt_embedding"].shape == (4, model.config.width)
+
+
 def test_a_sweep_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="a sweep runs in one process, and here are 2"):
@@ -294,6 +333,10 @@ MISTAKES = {
     "optim.schedule=cosine,linear": "run a sweep for each value",
     "data.max_length=16,32": "data.max_length has the values 16, 32",
     "adapter.dora=true,false": "decides which leaves an adapter has",
+    "prompt.kind=prompt,prefix": "decides which leaves an adapter has",
+    "prompt.virtual_tokens=4,8": "decides which leaves an adapter has",
+    "adapter.invocation=a,b": "decides which leaves an adapter has",
+    "adapter.trainable_tokens=1,2": "decides which leaves an adapter has",
 }
 
 
@@ -309,11 +352,6 @@ def test_options_that_a_sweep_does_not_follow_are_errors(folder: Path, tmp_path:
     best = changed(base_config(folder), train__eval_every=1)
     with pytest.raises(ValueError, match=r"train\.load_best is True, but a sweep"):
         run_sweep(changed(best, train__load_best=True), rates)
-    prompt = dataclasses.replace(best, prompt=lft.PromptConfig(kind="prompt"))
-    with pytest.raises(ValueError, match=r"prompt\.kind is set, which sweeps, .* do not train"):
-        run_sweep(prompt, rates)
-    with pytest.raises(ValueError, match=r"adapter\.invocation is set, which sweeps"):
-        run_sweep(changed(best, adapter__invocation="<s>"), rates)
     with pytest.raises(ValueError, match="no sweep to resume"):
         run_sweep(base_config(folder, train__resume="always"), rates)
     with pytest.raises(ValueError, match="pissa changes the quantized base"):

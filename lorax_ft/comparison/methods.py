@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-from lorax_ft.config import AdapterConfig, Config
+from lorax_ft.config import AdapterConfig, Config, PromptConfig
 from lorax_ft.schema import INITS, Factor
 from lorax_ft.schema import METHODS as ADAPTER_METHODS
 from lorax_ft.sweep.axes import RATE, make_point, parse_setting
@@ -28,6 +28,11 @@ class Method:
     """Its name in tables."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Values by field, such as "adapter.dora"."""
+
+
+def _soft_prompt(kind: str, encoder: str) -> dict[str, Any]:
+    """The settings of a soft prompt that trains alone."""
+    return {"adapter.targets": (), "prompt.kind": kind, "prompt.encoder": encoder}
 
 
 METHODS: Mapping[str, Method] = {
@@ -67,6 +72,14 @@ METHODS: Mapping[str, Method] = {
     "shira": Method(label="SHiRA", settings={"adapter.method": "shira"}),
     "hira": Method(label="HiRA", settings={"adapter.method": "hira"}),
     "oft": Method(label="OFT", settings={"adapter.method": "oft"}),
+    "bottleneck": Method(
+        label="bottleneck",
+        settings={"adapter.method": "bottleneck", "adapter.targets": ("o_proj", "down_proj")},
+    ),
+    "prompt_tuning": Method(label="prompt tuning", settings=_soft_prompt("prompt", "none")),
+    "p_tuning": Method(label="P-tuning", settings=_soft_prompt("prompt", "mlp")),
+    "prefix_tuning": Method(label="prefix tuning", settings=_soft_prompt("prefix", "mlp")),
+    "p_tuning_v2": Method(label="P-tuning v2", settings=_soft_prompt("prefix", "none")),
 }
 """By the name that `--methods` takes."""
 DEFAULT = ("full", "lora", "lora_plus", "rslora", "dora", "pissa", "qlora", "neftune")
@@ -81,12 +94,19 @@ DATA = "data"
 def config_of(method: Method, config: Config) -> Config:
     """The common config with the method's settings.
 
-    Options that the method does not use, such as alpha beside IA3, go back to their defaults.
+    Options that the method does not use, such as alpha beside IA3, go back to their defaults. The
+    virtual tokens of a soft prompt stand beside those of data.max_length, so that each sample is
+    trained on as with the other methods.
 
     Raises:
-      ValueError: the settings do not fit the config.
+      ValueError: the settings do not fit the config, or it has no modules for them to adapt.
     """
     settings = dict(method.settings)
+    if not config.adapter.targets and "adapter.targets" not in settings:
+        raise ValueError(
+            f"{method.label}: adapter.targets of the config is empty, so there is nothing to "
+            "adapt; give --adapter.targets all-linear, or another --config"
+        )
     kind = settings.get("adapter.method", config.adapter.method)
     init = settings.get("adapter.init", config.adapter.init)
     used_by_init = {name: row.options for name, row in INITS.items()}
@@ -95,10 +115,15 @@ def config_of(method: Method, config: Config) -> Config:
             for option in set(options) - set(used_by[chosen]):
                 default = getattr(AdapterConfig, option)
                 settings.setdefault(f"adapter.{option}", default)
+    length = config.data.max_length
     try:
+        if isinstance(length, int):
+            more = _prompt_of(settings, config).count - config.prompt.count
+            settings.setdefault("data.max_length", length + more)
         return make_point(config, settings, number=0).config
     except ValueError as error:
-        raise ValueError(f"{method.label}: {error}") from None
+        # Without the defaults that were set above (`make_point`).
+        raise ValueError(f"{method.label}: {error.__cause__ or error}") from None
 
 
 def chosen_methods(entries: Sequence[str]) -> dict[str, Method]:
@@ -124,6 +149,13 @@ def reference_of(names: Iterable[str]) -> str:
     """The name of the method that the others are compared with."""
     listed = list(names)
     return REFERENCE if REFERENCE in listed else listed[0]
+
+
+def _prompt_of(settings: Mapping[str, Any], config: Config) -> PromptConfig:
+    """The soft prompt of the config with these settings."""
+    section = "prompt."
+    own = {f.removeprefix(section): v for f, v in settings.items() if f.startswith(section)}
+    return dataclasses.replace(config.prompt, **own)
 
 
 def _parse(entry: str) -> tuple[str, Method]:

@@ -46,6 +46,8 @@ from lorax_ft.comparison.table import (
 )
 from lorax_ft.config import Config
 from lorax_ft.files import write_file
+from lorax_ft.interop.huggingface import decoder_config
+from lorax_ft.interop.locate import read_model_config
 from lorax_ft.run.folder import is_empty, write_text
 from lorax_ft.run.inputs import check_inputs
 from lorax_ft.run.report import make_console, make_table
@@ -94,8 +96,7 @@ def compare(
     folder = Path(config.train.output + SUFFIX)
     console = make_console()
     # Checked before the first of them is trained, and before a folder is overwritten.
-    for method in chosen.values():
-        config_of(method, config)
+    _check_methods(chosen.values(), config)
     task = _read_inputs(config, design)
     prepare(folder, config, design, chosen)
     if task is None:
@@ -116,6 +117,23 @@ def compare(
     _print(console, best, title="Each at its best rate")
     console.print(f"\n{folder / REPORT} has the report, {folder / FIGURES} all figures.")
     return result
+
+
+def _check_methods(methods: Iterable[Method], config: Config) -> None:
+    """Raise if a method does not fit the config, or its virtual tokens the model's positions."""
+    model = config.model
+    fields = read_model_config(model.path, revision=model.revision)
+    positions = decoder_config(fields, source=model.path).max_positions
+    for method in methods:
+        its = config_of(method, config)
+        count, length = its.prompt.count, its.data.max_length
+        # The positions of a packed row start anew in each sample.
+        if count and length != "auto" and length > positions and not its.data.pack:
+            raise ValueError(
+                f"{method.label}: data.max_length {length}, {count} of them virtual tokens, is "
+                f"above the model's {positions} positions; give {positions - count} or less to all "
+                "methods, or auto"
+            )
 
 
 def _read_inputs(config: Config, design: Design) -> Task | None:
@@ -256,6 +274,11 @@ def _notes(config: Config, methods: Mapping[str, MethodRuns]) -> list[str]:
         f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, jax "
         f"{jax.__version__}.",
     ]
+    for its in methods.values():
+        if count := config_of(its.method, config).prompt.count:
+            notes.append(
+                f"{its.method.label}: {count} virtual tokens before each sample, beside its own."
+            )
     # Others are known by their names.
     for name, its in methods.items():
         if name not in METHODS:

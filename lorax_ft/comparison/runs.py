@@ -240,7 +240,7 @@ class Runner:
     def _load(self, config: Config) -> Loaded:
         """The base and the data, loaded once for each format."""
         # Methods may differ in their data too, as in the length of its rows.
-        key = (config.model, config.quant, config.data)
+        key = (config.model, config.quant, config.data, config.adapter.continue_from)
         if key not in self._loaded:
             # One base at a time: a large model would not fit twice.
             self._loaded = {key: load(config)}

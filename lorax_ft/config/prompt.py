@@ -31,6 +31,11 @@ class PromptConfig:
     encoder_width: int | None = None
     """Hidden width of the encoder; None: the model's width."""
 
+    @property
+    def count(self) -> int:
+        """How many virtual tokens stand before each sample: 0 without a soft prompt."""
+        return 0 if self.kind == "none" else self.virtual_tokens
+
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "virtual_tokens")

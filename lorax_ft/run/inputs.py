@@ -26,7 +26,7 @@ from lorax_ft.models.config import DecoderConfig
 from lorax_ft.models.grouped import check_expert_axis
 from lorax_ft.models.model import HEAD, LoadedModel, Model
 from lorax_ft.program import command
-from lorax_ft.run.additions import check_additions, with_additions, with_new_tokens
+from lorax_ft.run.additions import check_additions, with_new_tokens
 from lorax_ft.schema import METHODS, init_schema
 from lorax_ft.sharding import DECODER_RULES
 from lorax_ft.soft_prompts.door import virtual_ids, virtual_tokens
@@ -43,10 +43,12 @@ def check_inputs(config: Config) -> None:
 
 
 def load_base(config: Config, mesh: Mesh) -> LoadedModel:
-    """The model on its devices, with its soft prompt, or the adapter that the run continues.
+    """The model on its devices, with its new tokens and the adapter that the run continues.
+
+    What else a run adds is of its seed (`with_additions`): the runs of a sweep share this.
 
     Raises:
-      ValueError: as `load_model`, `load_peft` and `add_soft_prompt`, or the model does not fit the
+      ValueError: as `load_model`, `load_peft` and `with_new_tokens`, or the model does not fit the
         rows or the mesh.
     """
 
@@ -81,8 +83,7 @@ def load_base(config: Config, mesh: Mesh) -> LoadedModel:
         model = with_new_tokens(model, config)
     if config.adapter.continue_from is not None:
         model = _load_adapter(model, Path(config.adapter.continue_from), config)
-    with jax.set_mesh(mesh):
-        return with_additions(model, config)
+    return model
 
 
 def load_questions(config: EvalConfig, model: Model) -> Encoded | None:

@@ -24,6 +24,7 @@ from lorax_ft.interop.peft_experts import check_fused
 from lorax_ft.lowrank.statistics import Measured
 from lorax_ft.mesh_axes import ROW_AXES, row_devices
 from lorax_ft.models.model import LoadedModel, Model
+from lorax_ft.run.additions import with_additions
 from lorax_ft.run.checkpoints import FOLDER, Checkpoints
 from lorax_ft.run.fingerprint import fingerprint, leaf_checksums
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset, load_questions
@@ -113,6 +114,8 @@ def set_up(config: Config, *, folder: Path, resume: int | None = None) -> Job:
     mesh = run_mesh(config)
     check_inputs(config)
     model = load_base(config, mesh)
+    with jax.set_mesh(mesh):
+        model = with_additions(model, config)
     data = load_dataset(config, model)
     questions = load_questions(config.eval, model)
     timer.lap("model and data")

@@ -247,8 +247,7 @@ def _first_metrics(job: Job, folder: Path, before: Evaluation) -> dict[str, floa
 def _print_data(console: Console, data: Dataset, config: Config) -> None:
     """Print the size of the data, and warnings if much of it is truncated or much is padding."""
     train = data.train
-    virtual = 0 if config.prompt.kind == "none" else config.prompt.virtual_tokens
-    filled = train.tokens + virtual * train.count
+    filled = train.tokens + config.prompt.count * train.count
     room = len(train.rows) * data.max_length
     padding = 1 - filled / room
     console.print(

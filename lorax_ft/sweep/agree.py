@@ -13,7 +13,10 @@ from lorax_ft.config import AdapterConfig, Config
 from lorax_ft.schema import INITS
 from lorax_ft.sweep.axes import Axis, Point, Range, describe_value
 
-RATES = ("optim.learning_rate", "optim.lora_plus_ratio", "optim.magnitude_ratio")
+RATES = (
+    *("optim.learning_rate", "optim.lora_plus_ratio", "optim.magnitude_ratio"),
+    "optim.prompt_ratio",
+)
 """Numbers in the optimizer's state."""
 STARTS = (
     *("adapter.rank", "adapter.alpha", "adapter.scaling", "adapter.init"),
@@ -24,11 +27,17 @@ STARTS = (
     *("adapter.vera_d_initial", "adapter.lokr_factor", "adapter.oft_block_size"),
 )
 """What the leaves of an adapter hold, and how many of them are not zero."""
+PROMPT_STARTS = ("prompt.init", "prompt.text")
+"""What the leaves of a soft prompt hold."""
 SEED = "train.seed"
-VARIED = (*RATES, *STARTS, SEED)
+VARIED = (*RATES, *STARTS, *PROMPT_STARTS, SEED)
 """The fields that may differ."""
-OTHER_LEAVES = ("adapter.method", "adapter.dora", "adapter.freeze", "adapter.train_whole")
-"""Fields that decide which leaves there are, or which of them train."""
+OTHER_LEAVES = (
+    *("adapter.method", "adapter.dora", "adapter.freeze", "adapter.train_whole"),
+    *("prompt.kind", "prompt.virtual_tokens", "prompt.encoder", "prompt.encoder_width"),
+    *("adapter.invocation", "adapter.trainable_tokens", "data.new_tokens"),
+)
+"""Fields that decide which leaves there are, how long they are, or which of them train."""
 UNUSED = (
     *("train.load_best", "train.patience", "train.max_minutes", "train.profile"),
     "eval.choices",
@@ -64,28 +73,6 @@ def shared_values(config: Config) -> str:
         section, _, name = field.partition(".")
         del sections[section][name]
     return json.dumps(sections)
-
-
-def check_trained(config: Config) -> None:
-    """Raise if the config trains what stands beside no kernel, which is not stacked.
-
-    Raises:
-      ValueError: with the option.
-    """
-    option = None
-    if config.prompt.kind != "none":
-        option = "prompt.kind"
-    elif config.adapter.invocation is not None:
-        option = "adapter.invocation"
-    elif config.adapter.trainable_tokens:
-        option = "adapter.trainable_tokens"
-    elif config.data.new_tokens:
-        option = "data.new_tokens"
-    if option is not None:
-        raise ValueError(
-            f"{option} is set, which sweeps, comparisons and optim.learning_rate find do not "
-            "train; use a run for each value"
-        )
 
 
 def check_config(config: Config, axes: Sequence[Axis | Range]) -> None:

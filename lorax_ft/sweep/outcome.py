@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from lorax_ft.config import Config
 from lorax_ft.config.python_file import config_file
 from lorax_ft.files import write_file
 from lorax_ft.interop.peft import save_peft
@@ -58,7 +59,7 @@ def save_best(session: Session, job: SweepJob, state: TrainState, k: int, *, los
     )
     write_file(folder / BEST, config_file(point.config, docstring=heading))
     # The weights of full fine-tuning are no adapter; best.py trains them again.
-    if not point.config.adapter.targets:
+    if _trains_the_model(point.config):
         return
     params = job.params(state, k)
     notes = training_notes(
@@ -130,7 +131,7 @@ def finish(
         ("config", f"{folder / BEST} for {command('train')} --config"),
     ]
     # Full fine-tuning leaves no adapter (`save_best`).
-    if point.config.adapter.targets:
+    if not _trains_the_model(point.config):
         rows.append(("adapter", str(folder / ADAPTER)))
     rows += [
         ("results", f"{folder / RESULTS}, {folder / PLOT}"),
@@ -169,6 +170,11 @@ def merged(parts: Sequence[Results]) -> Results:
             whole.trained[first + k] = loss
         first += len(part.points)
     return whole
+
+
+def _trains_the_model(config: Config) -> bool:
+    """Whether a run saves a model and not an adapter."""
+    return "all" in config.adapter.train_whole and not config.adapter.targets
 
 
 def _last_loss(results: Results, k: int) -> float:

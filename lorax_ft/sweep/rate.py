@@ -98,6 +98,11 @@ def with_rule(config: Config) -> Config:
         "adapter.alpha": (f"{adapter.alpha:g}", "32"),
         "adapter.scaling": (adapter.scaling, "standard"),
     }
+    if not adapter.targets and not in_full:
+        raise ValueError(
+            "optim.learning_rate auto is a rule for LoRA, and adapter.targets is empty; give find, "
+            "or a number"
+        )
     for option, (value, needed) in needs.items():
         if value != needed and not in_full:
             raise ValueError(

@@ -22,13 +22,14 @@ from lorax_ft.data.batches import Batches, evaluation_batches
 from lorax_ft.data.dataset import Dataset, depends_on_seed
 from lorax_ft.mesh_axes import ROW_AXES, TOKEN_AXIS
 from lorax_ft.models.model import LoadedModel, Model
+from lorax_ft.run.additions import with_additions
 from lorax_ft.run.inputs import check_inputs, load_base, load_dataset
 from lorax_ft.run.program import check_contract, step_key
 from lorax_ft.run.remat import tokens_a_device, with_remat
 from lorax_ft.run.room import check_room
 from lorax_ft.run.setup import count_steps, make_batches, run_mesh
 from lorax_ft.run.validation import METRIC
-from lorax_ft.sweep.agree import check_trained, shared_values
+from lorax_ft.sweep.agree import shared_values
 from lorax_ft.sweep.axes import Point
 from lorax_ft.sweep.program import Program, compile_program
 from lorax_ft.sweep.stack import Shapes, shapes_of, stack, take, unstack
@@ -47,17 +48,23 @@ class Loaded:
 
     mesh: Mesh
     model: LoadedModel
-    datasets: dict[int, Dataset]
-    """By seed. Seeds share a dataset unless its validation rows are held out by the seed."""
+    """What all points share; each has additions of its own (`with_additions`)."""
+    datasets: dict[Any, Dataset]
+    """By all of a run that its data depend on (`Loaded.dataset`)."""
     programs: dict[Any, Program]
     """By all that a program depends on (`SweepJob.compile`)."""
 
     def dataset(self, config: Config) -> Dataset:
-        """The data of a run, loaded at the first call for its seed."""
+        """The data of a run, loaded at the first call for its like."""
+        # Seeds share a dataset unless its validation rows are held out by the seed.
         seed = config.train.seed if depends_on_seed(config.data) else 0
-        if seed not in self.datasets:
-            self.datasets[seed] = load_dataset(config, self.model)
-        return self.datasets[seed]
+        # The invocation is looked for in the samples.
+        kind = (seed, config.prompt.count, config.adapter.invocation)
+        if kind not in self.datasets:
+            with jax.set_mesh(self.mesh):
+                model = with_additions(self.model, config)
+            self.datasets[kind] = load_dataset(config, model)
+        return self.datasets[kind]
 
     def steps(self, config: Config) -> int:
         """The steps of a run."""
@@ -188,7 +195,6 @@ def load(config: Config) -> Loaded:
     Raises:
       ValueError: as for a single run, before any data is read but the first row.
     """
-    check_trained(config)
     mesh = run_mesh(config)
     check_inputs(config)
     return Loaded(mesh=mesh, model=load_base(config, mesh), datasets={}, programs={})

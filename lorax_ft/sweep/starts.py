@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from lorax_ft.config import Config
 from lorax_ft.data.batches import Batches
 from lorax_ft.models.model import LoadedModel
+from lorax_ft.run.additions import with_additions
 from lorax_ft.run.progress import progress_bar
 from lorax_ft.run.report import make_console
 from lorax_ft.run.setup import run_statistics
@@ -33,14 +34,16 @@ def make_leaves(
             config = point.config
             start = start_key(config)
             if start not in made:
+                with jax.set_mesh(mesh):
+                    started = with_additions(model, config)
                 made[start] = fresh_leaves(
-                    model,
+                    started,
                     config.adapter,
                     mesh=mesh,
                     # The key of a run of its own.
                     key=jax.random.fold_in(jax.random.key(config.train.seed), 0),
                     rounds=config.quant.rounds,
-                    statistics=run_statistics(model, config, its_batches, mesh),
+                    statistics=run_statistics(started, config, its_batches, mesh),
                 )
             advance(1 / len(points))
     return [made[start_key(point.config)] for point in points]
@@ -48,7 +51,7 @@ def make_leaves(
 
 def start_key(config: Config) -> tuple[Any, ...]:
     """What the leaves and the data of a point depend on: points with the same key start alike."""
-    return config.adapter, config.train.seed
+    return config.adapter, config.prompt, config.train.seed
 
 
 def shared_base(owned: Sequence[Tree], frozen: Sequence[Tree]) -> Tree:
