@@ -19,6 +19,7 @@ from lorax_ft.inference.decode import SamplingParams, decode, prefill, sample_to
 from lorax_ft.inference.generate import generate, stream
 from lorax_ft.inference.sampling import Sampling
 from lorax_ft.lowrank.adapters import with_norms
+from lorax_ft.models import layer_cache
 from lorax_ft.models.model import Model
 from lorax_ft.sharding import DECODER_RULES, make_mesh, param_shardings
 from lorax_ft.tree import Tree
@@ -255,6 +256,23 @@ def test_a_token_copies_no_cache(model: Model) -> None:
     compiled = decode.lower(model.params, state, np.int32(4), draw(), **options).compile()
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
     assert compiled.memory_analysis().temp_size_in_bytes < size / 2
+
+
+def test_a_token_is_written_alike_on_all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    cache = {name: jnp.asarray(rng.normal(size=(3, 2, 4, 8, 5))) for name in ("k", "v")}
+    new = {name: jnp.asarray(rng.normal(size=(2, 1, 4, 5))) for name in ("k", "v")}
+    positions = jnp.asarray([[6], [2]])
+    written = []
+    for backend in ("cpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        written.append(layer_cache.with_tokens(cache, new, jnp.int32(1), positions))
+    jax.tree.map(np.testing.assert_array_equal, *written)
+    own, whole = written[0]
+    expected = np.array(cache["k"])
+    expected[1, 0, :, 6], expected[1, 1, :, 2] = new["k"][:, 0]
+    np.testing.assert_array_equal(whole["k"], expected)
+    np.testing.assert_array_equal(own["k"], expected[1])
 
 
 def test_on_eight_devices(model: Model, params: Callable[[str], Tree]) -> None:
