@@ -127,7 +127,11 @@ TABLE: Mapping[str, Rule] = {
         "the saved adapter is plain LoRA of twice the rank for the original base"
     ),
     "oft_block_size": same("adapter.oft_block_size", "whole"),
-    "oft_rank": refused("blocks are given by their size, oft_block_size", harmless=(0,)),
+    "oft_rank": refused(
+        "blocks are given by their size, oft_block_size",
+        harmless=(0,),
+        instead="adapter.oft_block_size",
+    ),
     "module_dropout": refused("OFT has no dropout here", harmless=(0,)),
     "loraplus_lr_ratio": same("optim.lora_plus_ratio", "number"),
     "neftune_noise_alpha": same("train.neftune_alpha", "number"),
