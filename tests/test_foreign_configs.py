@@ -868,7 +868,7 @@ def test_a_config_of_peft_without_its_type() -> None:
     with pytest.raises(ValueError, match=r"adapter_config.json has no peft_type; add it"):
         read(json.dumps({"r": 8, "lora_alpha": 16}), "adapter_config.json")
     keys = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
-    with pytest.raises(ValueError, match="other.json has no peft_type; add it"):
+    with pytest.raises(ValueError, match=r"other.json has no peft_type; add it"):
         read(json.dumps(keys), "other.json")
 
 
@@ -1001,6 +1001,8 @@ def test_options_of_autotrain() -> None:
     ("text", "message"),
     [
         ("--train --model m", "--data-path is missing"),
+        ("--model m --data-path d --lora-r -1", r"autotrain llm .--lora-r.: adapter.rank is -1;"),
+        ("--model m --data-path d --scheduler x", "it can be .* .--optim.schedule replaces it"),
         ("--model m --data-path d --lora-r eight", "lora_r is 'eight'; it must be a whole number"),
         ("--model m --data-path d --trainer dpo", "trainer dpo cannot be run: sft only"),
         ("--model m --data-path d --deploy", "--deploy: only --train is run"),
@@ -1133,6 +1135,7 @@ def test_errors_of_a_run_name_the_key(
     assert capsys.readouterr().err.startswith(f"error: {place}: adapter.train_whole: 'lm_head'")
     # Errors of functions, which know no options, quote values; others name an option further on.
     keys = {"additional_target": "lm_head", "lora_rank": 99, "model_name_or_path": "no/where"}
+    keys |= {"finetuning_type": "lora", "lora_target": "all"}
     Path("run.yaml").write_text(yaml_of(SHORT | keys))
     tokens = {"peft_type": "LORA", "trainable_token_indices": [5, 999]}
     Path("adapter_config.json").write_text(json.dumps(tokens))
@@ -1140,10 +1143,12 @@ def test_errors_of_a_run_name_the_key(
         "no folder at no/where": "run.yaml, line 1 (model_name_or_path)",
         "no file data/sums.json": "run.yaml, line 2 (dataset)",
         "out/it is not empty": "run.yaml, line 3 (output_dir)",
+        "q_proj is in adapter.targets": "run.yaml, line 7 (lora_target)",
         "layers/q_proj: rank 99 is too large; lower adapter.rank": "run.yaml, line 5 (lora_rank)",
         "data.max_length is 2048, and 512 fit": "run.yaml (cutoff_len is absent)",
         "token 999 is not one of 768": "adapter_config.json (trainable_token_indices)",
         "data/sums.jsonl: no/wherever, out/it/a, token 9999": "",
+        "nothing has rank; give --adapter.rank": "",
     }
     for problem, place in cases.items():
         named = place.partition(" (")[0].partition(",")[0] or "run.yaml"

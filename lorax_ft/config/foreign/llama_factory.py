@@ -112,9 +112,9 @@ TABLE: Mapping[str, Rule] = {
     # The method.
     "stage": _STAGE,
     "do_train": _STAGE,
-    "finetuning_type": _METHOD,
     "lora_target": _METHOD,
     "oft_target": _METHOD,
+    "finetuning_type": _METHOD,
     "additional_target": together(rules.whole_modules, "adapter.train_whole", absent=False),
     "lora_rank": same("adapter.rank", "whole", default=8),
     "lora_alpha": _SCALE,

@@ -134,7 +134,7 @@ def read_foreign(
     owner = f"{trainer.name}'s {trainer.kind}" if trainer.kind else trainer.name
     translation = translate(keys, trainer.table, families=trainer.families, trainer=owner)
     places = {
-        option: _place(_key_of(option, translation, document), document)
+        option: _place(_key_of(option, translation, document), document, trainer)
         for option in translation.keys
     }
     options = {**trainer.beside, **translation.options}
@@ -236,11 +236,12 @@ def _readings(value: Any) -> tuple[Any, Any]:
     return value, split_names(value)
 
 
-def _place(key: str, document: Document) -> str:
+def _place(key: str, document: Document, trainer: Trainer) -> str:
     """A key and where it is."""
+    shown = f"--{key.replace('_', '-')}" if trainer is AUTOTRAIN else key
     if key not in document.values:
-        return f"{document.path} ({key} is absent)"
-    return f"{document.where(key)} ({key})"
+        return f"{document.path} ({shown} is absent)"
+    return f"{document.where(key)} ({shown})"
 
 
 def _paths(value: str | tuple[str, ...] | None) -> list[str]:
@@ -260,7 +261,8 @@ def _is_quoted(text: str, problem: str) -> bool:
     )
 
 
-_OPTION = r"\b[a-z]+\.\w+\b"
+# Options with dashes are those that an error proposes, or that the command line has.
+_OPTION = r"(?<!--)\b[a-z]+\.\w+\b"
 _OPTIONS = {
     f"{section.name}.{field.name}"
     for section in dataclasses.fields(Config)
