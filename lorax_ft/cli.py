@@ -18,8 +18,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import tyro
 
 from lorax_ft.config import Config
-from lorax_ft.config.foreign.source import Source
+from lorax_ft.config.foreign.source import Source, named_keys
 from lorax_ft.config.load import Loaded, read_config
+from lorax_ft.config.run import unchecked
 from lorax_ft.options import (
     advice,
     check_given_once,
@@ -162,7 +163,9 @@ def parse_over(
     Raises:
       ValueError: as `parse`.
     """
-    args = parse(args_type, default=args_type(**_sections(loaded.config), **others), argv=argv)
+    default = unchecked(args_type, {**_sections(loaded.config), **others})
+    with named_keys(loaded.source):
+        args = parse(args_type, default=default, argv=argv)
     return Run(args, Config(**_sections(args)), loaded.source)
 
 

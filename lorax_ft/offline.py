@@ -41,22 +41,21 @@ def hub_or_cache(
 
 
 def _problem(repo: str, repo_type: str, revision: str | None) -> str:
-    import huggingface_hub
+    # huggingface_hub 2.4 does not import its module constants by itself.
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if huggingface_hub.constants.is_offline_mode():
+    if constants.is_offline_mode():
         return ""
     try:
-        huggingface_hub.HfApi().repo_info(
-            repo, repo_type=repo_type, revision=revision, timeout=LIMIT
-        )
+        HfApi().repo_info(repo, repo_type=repo_type, revision=revision, timeout=LIMIT)
     except (HfHubHTTPError, HFValidationError):
         # It answers. The client that reads the repository says what is wrong.
         return ""
     except Exception as error:  # of the connection, whose library differs between versions
         # A timeout may have no message.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        endpoint = huggingface_hub.constants.ENDPOINT
+        endpoint = constants.ENDPOINT
         return f"the hub at {endpoint} cannot be reached ({reason}): {ADVICE}"
     return ""
 

@@ -37,6 +37,7 @@ TRAINING = {
     "load_in_4bit": "--quant.format nf4",
     "load_in_8bit": "--quant.format int8",
     "quantization_bit": "--quant.format nf4; or int8 for 8 bits",
+    "quantize": "--quant.format nf4; or int8 for 8 bits",
     "bnb_4bit_quant_type": "--quant.format nf4",
     "bnb_4bit_use_double_quant": "--quant.double; on by default",
     "use_bnb_nested_quant": "--quant.double; on by default",

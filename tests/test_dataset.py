@@ -73,6 +73,11 @@ def test_load_data(questions: str) -> None:
     assert packed.validation.tokens == 0
 
 
+def test_validation_rows_leave_rows_to_train_on(questions: str) -> None:
+    with pytest.raises(ValueError, match=r"data.validation_rows is 0.99, which leaves none of the"):
+        load_data(DataConfig(train=(questions,), validation_rows=0.99), BYTES, seed=0)
+
+
 def test_validation_rows_are_held_out_by_seed(questions: str) -> None:
     config = DataConfig(train=(questions,), validation_rows=2)
 

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,12 @@ def test_keys_of_llama_factory(keys: dict[str, Any], option: str, value: Any) ->
 
 
 def test_what_is_not_obvious_or_not_honored_is_said() -> None:
+    said = remarks(read(yaml_of(SHORT | {"bf16": False, "template": "qwen3_no_think"})))
+    assert said["bf16"].startswith("false, so model.dtype is float32")
+    assert said["template"].endswith("did you mean qwen3_nothink?")
+    assert remarks(read(yaml_of(SHORT | {"pure_bf16": False})))["pure_bf16"].startswith("false, ")
+    assert remarks(read(yaml_of(SHORT | {"bf16": None})))["bf16"].startswith("null, ")
+    assert remarks(read(yaml_of(SHORT)))["bf16"].startswith("absent, ")
     keys = {"template": "kimi_vl", "fp16": True, "packing": True, "report_to": "mlflow"}
     keys |= {"ddp_timeout": 9, "dataloader_num_workers": 4, "use_unsloth": True, "plot_loss": True}
     keys |= {"quantization_bit": 4, "quantization_method": "hqq", "val_size": 500, "galore_rank": 3}
@@ -253,9 +260,66 @@ def test_an_option_of_the_command_line_replaces_what_it_says_alone() -> None:
     assert config.adapter.train_whole == ("lm_head",)
     assert not config.quant.double
     assert config.train.microbatches == 8
+    # Its keys are said, once.
+    loaded = read(yaml_of(SHORT | {"lora_rank": 8}), overridden={"adapter.rank", "model.path"})
+    assert remarks(loaded)["model_name_or_path, lora_rank"] == (
+        "not read: --model.path, --adapter.rank are given"
+    )
     # A method beside finetuning_type full is an adapter.
     config = read(yaml_of(SHORT | {"finetuning_type": "full"}), overridden=given).config
     assert config.adapter.train_whole == ()
+
+
+@pytest.mark.parametrize(
+    ("keys", "option"),
+    [
+        ({"quantization_bit": 3}, "quant.format"),
+        ({"quantization_bit": 4, "quantization_method": "gptq"}, "quant.format"),
+        ({"quantization_bit": 4, "double_quantization": 3}, "quant.double"),
+        ({"finetuning_type": "freeze"}, "adapter.method"),
+        ({"lora_target": 3}, "adapter.targets"),
+        ({"pissa_init": True, "pissa_iter": "many"}, "adapter.svd_iterations"),
+        ({"use_dora": "yes"}, "adapter.no_dora"),
+        ({"oft_rank": 8}, "adapter.oft_block_size"),
+        ({"use_galore": True}, "optim.optimizer"),
+        ({"use_muon": True}, "optim.optimizer"),
+        ({"optim": "adafactor"}, "optim.optimizer"),
+        ({"lr_scheduler_type": "polynomial"}, "optim.schedule"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "optim.final_fraction"),
+        ({"warmup_ratio": "ten"}, "optim.warmup_steps"),
+        ({"add_special_tokens": "<a>"}, "data.new_tokens"),
+        ({"mix_strategy": "interleave_under"}, "data.train"),
+        ({"val_size": "a tenth"}, "data.validation_rows"),
+        ({"per_device_train_batch_size": 0}, "train.batch_size"),
+        ({"deepspeed": 3}, "mesh.fsdp"),
+        # What the file alone would not train, or could not compare.
+        ({"load_best_model_at_end": True}, "train.eval_every"),
+        ({"peft_type": "LORA", "target_parameters": ["experts.up"]}, "adapter.targets"),
+        ({"peft_type": "LORA", "init_lora_weights": False}, "adapter.init"),
+        (
+            {
+                "peft_type": "LORA",
+                "init_lora_weights": "loftq",
+                "loftq_config": {"loftq_bits": 2},
+            },
+            "quant.format",
+        ),
+        ({"peft_type": "LORA", "alora_invocation_tokens": [5]}, "adapter.invocation"),
+        ({"peft_type": "OFT", "r": 8}, "adapter.oft_block_size"),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": []}, "adapter.trainable_tokens"),
+    ],
+)
+def test_an_option_replaces_a_key_that_is_refused(keys: dict[str, Any], option: str) -> None:
+    text, name = yaml_of(SHORT | keys), "run.yaml"
+    if "peft_type" in keys:
+        text, name = json.dumps(keys), "adapter_config.json"
+    with pytest.raises(ValueError, match=name):
+        read(text, name)
+    source = read(text, name, overridden={option}).source
+    assert source is not None
+    # Others become valid by what the option says beside them.
+    if option not in ("train.eval_every", "optim.final_fraction", "quant.format"):
+        assert {*keys} & {*source.unread}
 
 
 @pytest.mark.parametrize(
@@ -364,8 +428,12 @@ def test_datasets_with_other_names_of_a_field() -> None:
         llama(dataset="a", eval_dataset="b")
     with pytest.raises(ValueError, match=r"turns has content in .* 'content', and said in 'said'"):
         llama(dataset="turns,said")
-    with pytest.raises(ValueError, match=r"eval_dataset: one split for all of them, not .'dev'"):
+    with pytest.raises(ValueError, match="eval_dataset: one split for all of them, not dev and"):
         llama(dataset="b", eval_dataset="dev,b")
+    # Options replace what differs.
+    overridden = {"data.split", "data.validation_split", "data.fields"}
+    for names in ("a,b", "dev,b"):
+        assert read(yaml_of(SHORT | {"dataset": names}), overridden=overridden).source is not None
     # Rows of other shapes have other fields.
     assert llama(dataset="b,c,turns").data.fields == ()
     assert llama(dataset="a,said").data.fields == ("instruction=q", "content=said")
@@ -394,7 +462,10 @@ def test_datasets_with_other_names_of_a_field() -> None:
         ("lora_rank: " + "9" * 5000 + "\n", "run.yaml is not valid YAML: .*4300 digits"),
         ("sgate: sft\nlora_rank: 8\n", "line 1: LLaMA-Factory has no key 'sgate'; .* mean stage"),
         ("stage: sft\nlora_rnak: 8\n", "line 2: .*did you mean lora_rank"),
-        ("stage: dpo\n", "line 1: stage dpo cannot be run: lorax_ft has stage sft only"),
+        (
+            "stage: dpo\n",
+            "line 1: stage dpo cannot be run: .* sft only, and no option changes that",
+        ),
         ("stage: pt\n", "line 1: stage pt cannot be run"),
         ("stage: sfft\n", "line 1: stage is sfft; it can be sft, pt, rm, ppo, dpo or kto"),
         ("do_train: false\n", "line 1: do_train is false"),
@@ -405,9 +476,10 @@ def test_datasets_with_other_names_of_a_field() -> None:
         ("use_dora: 'yes'\n", "line 1: use_dora is 'yes'; it must be true or false"),
         ("lora_target: 3\n", "line 1: lora_target is 3; it must be names"),
         ("finetuning_type: freeze\n", "line 1: finetuning_type freeze cannot be run"),
-        ("use_galore: true\n", "line 1: use_galore true cannot be honored: it is another opt"),
+        ("use_galore: true\n", "line 1: use_galore true cannot .*; --optim.optimizer replaces it"),
         ("use_dft_loss: true\n", "line 1: use_dft_loss true cannot be honored: the loss"),
-        ("quantization_bit: 3\n", "line 1: quantization_bit is 3; it can be 4 or 8"),
+        ("quantization_bit: 3\n", "is 3; it can be 4 or 8 .--quant.format replaces it"),
+        ("finetuning_type: full\nquantization_bit: 4\n", "line 2: quantization_bit and .* exclude"),
         ("quantization_bit: 4\nquantization_method: gptq\n", "line 2: quantization_method is gptq"),
         ("optim: adafactor\nseed: 1\n", "line 1: optim is adafactor; it can be"),
         ("lr_scheduler_type: polynomial\n", "line 1: lr_scheduler_type is polynomial"),
@@ -454,9 +526,10 @@ def test_datasets_with_other_names_of_a_field() -> None:
         ("resize_vocab: 3\nstage: sft\n", "line 1: resize_vocab is 3; it must be true or false"),
         ("resume_from_checkpoint: out/checkpoint-5\n", "cannot be resumed"),
         ("adapter_name_or_path: a,b\n", "line 1: adapter_name_or_path: merge a, b"),
-        ("mix_strategy: interleave_under\n", "line 1: mix_strategy interleave_under cannot"),
+        ("mixture_of_depths: load\n", "cannot be honored: .*; no option replaces it, so remove it"),
         ("dataset: suns\n", "line 1: dataset: data/dataset_info.json has no dataset 'suns'"),
         ("base_model: a/b\nadapter: lora\n", "line 1: a YAML of axolotl is not read"),
+        ("base_modle: a/b\nsequence_len: 9\n", "line 2: a YAML of axolotl is not read"),
         (
             "task: llm-sft\nbase_model: a/b\n",
             "line 1: a YAML of AutoTrain is not read; .*autotrain",
@@ -479,6 +552,14 @@ def test_bad_yaml_is_one_line_with_its_place(text: str, message: str) -> None:
         overridden.add("data.train")
     with pytest.raises(ValueError, match=message):
         read(text, overridden=overridden)
+
+
+@pytest.mark.parametrize("key", ["export_dir", "infer_backend"])
+def test_files_of_other_commands_are_said(key: str) -> None:
+    text = yaml_of({"model_name_or_path": "my/model", key: "x"})
+    with pytest.raises(ValueError, match=f"line 2: {key} without stage and dataset is no training"):
+        read(text)
+    assert read(text, overridden={"data.train"}).source is not None
 
 
 NESTED = "[" * 1500
@@ -731,6 +812,23 @@ def test_types_of_soft_prompts(kind: str, keys: dict[str, Any], expected: dict[s
     ("keys", "message"),
     [
         ({"peft_type": "IA3", "r": 8}, "PEFT's IA3 has no key 'r'"),
+        (
+            {
+                "peft_type": "IA3",
+                "target_modules": ["k"],
+                "feedforward_modules": ["up", "k", "down"],
+            },
+            "feedforward_modules must be a subset of target_modules, which lacks down, up$",
+        ),
+        (
+            {"peft_type": "IA3", "target_modules": ["k"], "feedforward_modules": "up"},
+            "feedforward_modules must be a subset of target_modules, which lacks up$",
+        ),
+        (
+            {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5, "prompt_tuning_init": "TEXT"},
+            "prompt_tuning_init TEXT needs prompt_tuning_init_text",
+        ),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": []}, r"token_indices is \[\]; it is"),
         ({"peft_type": "VERA", "task_type": "SEQ_CLS"}, "task_type SEQ_CLS cannot be run"),
         ({"peft_type": "VERA", "init_weights": False}, "init_weights false cannot be honored"),
         ({"peft_type": "MISS", "init_weights": "bat"}, "init_weights bat cannot be honored"),
@@ -769,6 +867,9 @@ def test_other_types_that_cannot_be_honored(keys: dict[str, Any], message: str) 
 def test_a_config_of_peft_without_its_type() -> None:
     with pytest.raises(ValueError, match=r"adapter_config.json has no peft_type; add it"):
         read(json.dumps({"r": 8, "lora_alpha": 16}), "adapter_config.json")
+    keys = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    with pytest.raises(ValueError, match=r"other.json has no peft_type; add it"):
+        read(json.dumps(keys), "other.json")
 
 
 def test_each_type_that_folders_have_is_read() -> None:
@@ -776,11 +877,30 @@ def test_each_type_that_folders_have_is_read() -> None:
     assert {*ours, *KINDS, TRAINABLE_TOKENS, "BONE"} == set(TABLES)
 
 
-def test_absent_targets_are_said() -> None:
-    assert (
-        "PEFT chooses by the model"
-        in remarks(read(json.dumps(LORA), "adapter_config.json"))["target_modules"]
-    )
+def test_absent_keys_of_peft_are_said() -> None:
+    keys = {"peft_type": "IA3", "feedforward_modules": None}
+    loaded = read(json.dumps(keys), "adapter_config.json")
+    said = remarks(loaded)
+    assert said["target_modules"].startswith("absent, so all linear layers; PEFT chooses by")
+    assert said["feedforward_modules"].startswith("null, so outputs are scaled only")
+    assert said["base_model_name_or_path"].startswith("absent, so the tiny model that comes with")
+    # Modules without names are no patterns, which would match everything or nothing.
+    adapter = peft(target_modules=["q_proj", ""], exclude_modules="").adapter
+    assert (adapter.targets, adapter.exclude) == (("q_proj",), ())
+
+
+def test_the_data_of_a_config_of_peft_is_said() -> None:
+    """A file of PEFT names no data, and of LLaMA-Factory always some."""
+    config, source = read(json.dumps(LORA), "adapter_config.json")
+    assert source is not None
+    said = dict(for_devices(config, source, 1)[1])
+    assert said["data.train"].startswith("the questions that come with lorax_ft")
+    own = dataclasses.replace(config, data=lft.DataConfig(train=("a.jsonl", "b.jsonl")))
+    said = dict(for_devices(own, source, 1)[1])
+    assert said["data.train"] == "a.jsonl, b.jsonl; a file of PEFT names no data"
+    config, source = read(yaml_of(SHORT))
+    assert source is not None
+    assert "data.train" not in dict(for_devices(config, source, 1)[1])
 
 
 def test_objects_of_starts_in_a_lora_config() -> None:
@@ -799,10 +919,20 @@ def test_objects_of_starts_in_a_lora_config() -> None:
     [
         (
             {"peft_type": "ADALORA"},
-            "peft_type ADALORA has no method here; did you mean LORA.; .* are LORA, IA3, MISS",
+            "peft_type ADALORA has no method here, and no option changes .* are LORA, IA3, MISS",
         ),
         ({"peft_type": "LORRA"}, "peft_type LORRA has no .*; did you mean LORA"),
         ({"peft_type": 3}, "peft_type is 3; it must be a text"),
+        ({"peft_type": None}, "peft_type is null; it must be one of LORA, IA3"),
+        ({"peft_type": ""}, "peft_type is empty; it must be one of LORA, IA3"),
+        ({"target_modules": ""}, 'target_modules is "", so nothing would train; name modules'),
+        ({"target_modules": []}, "target_modules is .., so nothing would train; name modules"),
+        ({"target_modules": [""]}, "target_modules is .*, so nothing would train; name modules"),
+        (
+            {"target_modules": [], "target_parameters": ["experts.up"]},
+            "target_parameters .*experts",
+        ),
+        ({"lora_r": 8}, "PEFT's LORA has no key 'lora_r'; did you mean r.$"),
         ({"peft_type": "x" * 5000}, "peft_type x{80} has no method here"),
         ({"rank_pattern": {"q_proj": 4.5}}, "rank_pattern: q_proj is 4.5; it must be a whole num"),
         ({"modules_to_save": ["("]}, ".modules_to_save.: adapter.train_whole: '.' is not a"),
@@ -871,6 +1001,8 @@ def test_options_of_autotrain() -> None:
     ("text", "message"),
     [
         ("--train --model m", "--data-path is missing"),
+        ("--model m --data-path d --lora-r -1", r"autotrain llm .--lora-r.: adapter.rank is -1;"),
+        ("--model m --data-path d --scheduler x", "it can be .* .--optim.schedule replaces it"),
         ("--model m --data-path d --lora-r eight", "lora_r is 'eight'; it must be a whole number"),
         ("--model m --data-path d --trainer dpo", "trainer dpo cannot be run: sft only"),
         ("--model m --data-path d --deploy", "--deploy: only --train is run"),
@@ -958,6 +1090,37 @@ def test_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert command(monkeypatch, "convert-config", "run.yaml", "--output", "run.txt") == 2
 
 
+def failing(problem: str) -> Callable[..., None]:
+    """A function that raises this problem."""
+
+    def train(*args: object, **options: object) -> None:
+        raise ValueError(problem)
+
+    return train
+
+
+def test_an_option_makes_the_values_of_a_file_valid(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file alone they are refused, and all together they are checked."""
+    trained: list[lft.Config] = []
+    monkeypatch.setattr(rate, "train", lambda config, **options: trained.append(config))
+    Path("run.yaml").write_text(yaml_of(SHORT | {"load_best_model_at_end": True}))
+    Path("own.yaml").write_text("adapter:\n  rank: -1\n  targets: []\n")
+    files = {"run.yaml": ("train.eval_every", "5"), "own.yaml": ("adapter.targets", "q_proj")}
+    for name, (option, value) in files.items():
+        options = ["train", "--config", name, "--adapter.rank", "3"]
+        assert command(monkeypatch, *options) == 2
+        assert capsys.readouterr().err.startswith(f"error: {name}, line ")
+        assert command(monkeypatch, *options, f"--{option}", value) == 0
+        assert trained[-1].adapter.rank == 3
+        # What is wrong for another reason stays so.
+        assert command(monkeypatch, *options, f"--{option}", value, "--optim.b2", "2") == 2
+        assert "optim.b2 is 2" in capsys.readouterr().err
+    assert trained[0].train.load_best
+    assert trained[1].adapter.targets == ("q_proj",)
+
+
 def test_errors_of_a_run_name_the_key(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -970,8 +1133,39 @@ def test_errors_of_a_run_name_the_key(
     assert command(monkeypatch, "train", *options) == 2
     place = "run.yaml, line 4 (additional_target)"
     assert capsys.readouterr().err.startswith(f"error: {place}: adapter.train_whole: 'lm_head'")
+    # Errors of functions, which know no options, quote values; others name an option further on.
+    keys = {"additional_target": "lm_head", "lora_rank": 99, "model_name_or_path": "no/where"}
+    keys |= {"finetuning_type": "lora", "lora_target": "all"}
+    Path("run.yaml").write_text(yaml_of(SHORT | keys))
+    tokens = {"peft_type": "LORA", "trainable_token_indices": [5, 999]}
+    Path("adapter_config.json").write_text(json.dumps(tokens))
+    cases = {
+        "no folder at no/where": "run.yaml, line 1 (model_name_or_path)",
+        "no file data/sums.json": "run.yaml, line 2 (dataset)",
+        "out/it is not empty": "run.yaml, line 3 (output_dir)",
+        "q_proj is in adapter.targets": "run.yaml, line 7 (lora_target)",
+        "layers/q_proj: rank 99 is too large; lower adapter.rank": "run.yaml, line 5 (lora_rank)",
+        "data.max_length is 2048, and 512 fit": "run.yaml (cutoff_len is absent)",
+        "token 999 is not one of 768": "adapter_config.json (trainable_token_indices)",
+        "data/sums.jsonl: no/wherever, out/it/a, token 9999": "",
+        "nothing has rank; give --adapter.rank": "",
+    }
+    for problem, place in cases.items():
+        named = place.partition(" (")[0].partition(",")[0] or "run.yaml"
+        monkeypatch.setattr(rate, "train", failing(problem))
+        assert command(monkeypatch, "train", "--config", named, "--dry-run") == 2
+        expected = f"error: {place}: {problem}\n" if place else f"error: {problem}\n"
+        assert capsys.readouterr().err == expected
+    # Of the file and the options together, too.
+    tokens = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [5]}
+    Path("adapter_config.json").write_text(json.dumps(tokens))
+    options = ["--config", "adapter_config.json", "--prompt.kind", "prompt"]
+    assert command(monkeypatch, "train", *options) == 2
+    place = "adapter_config.json (peft_type)"
+    assert capsys.readouterr().err.startswith(f"error: {place}: trainable tokens and a soft prom")
+    monkeypatch.setattr(rate, "train", train)
     # An option of the command line is no key of the file.
-    options += ["--adapter.train_whole", "lm_head"]
+    options = ["--config", "run.yaml", "--dry-run", "--adapter.train_whole", "lm_head"]
     assert command(monkeypatch, "train", *options) == 2
     assert capsys.readouterr().err.startswith("error: adapter.train_whole: 'lm_head'")
 

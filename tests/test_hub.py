@@ -159,6 +159,16 @@ def test_a_hub_that_cannot_be_reached(
     assert message.count("\n") == 1
 
 
+def test_the_hub_is_asked_before_its_client_is_imported() -> None:
+    """huggingface_hub 2.4 does not import its module constants by itself."""
+    lines = ["from lorax_ft.offline import hub_or_cache"]
+    lines += ["with hub_or_cache('a/b', repo_type='model') as problem: print([problem])"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (ran.stdout, ran.stderr) == ("['']\n", "")
+
+
 def test_what_is_no_repository(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     for url in ("hf://name", "hf://a/b/c", "hf://owner/", "hf://owner/a--b..c"):
         with pytest.raises(ValueError, match=r"^hf://"):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from lorax_ft.checks import check, one_line
 from lorax_ft.config.document import Document, read_document
+from lorax_ft.config.foreign.peft_types import TABLES
 from lorax_ft.config.foreign.source import LLAMA_FACTORY, Source, peft_trainer, read_foreign
 from lorax_ft.config.run import Config
 
@@ -23,7 +24,13 @@ _SECTIONS = [field.name for field in dataclasses.fields(Config)]
 # Keys that only files of other kinds have.
 _NOT_READ = {
     "task": ("AutoTrain", "give its values to lorax-ft autotrain llm"),
-    "base_model": ("axolotl", "lorax-ft train names its own option for most of axolotl's names"),
+    **dict.fromkeys(
+        ("base_model", "micro_batch_size", "sequence_len"),
+        (
+            "axolotl",
+            "lorax-ft train --NAME VALUE says which option is ours for a name of axolotl's",
+        ),
+    ),
     "model_class": ("LLaMA-Factory's v1", "its other form, with model_name_or_path, is"),
     "compute_environment": ("accelerate", "it starts processes, and mesh.* splits a run here"),
 }
@@ -133,15 +140,17 @@ def _from_values(document: Document, overridden: Collection[str]) -> Loaded:
     """The config of a file of ours or of another trainer: its keys decide."""
     keys = list(document.values)
     if all(key in _SECTIONS for key in keys):
-        return Loaded(_from_sections(document))
+        return Loaded(_from_sections(document, overridden))
     if "peft_type" in keys:
         return Loaded(*read_foreign(document, peft_trainer(document), overridden))
-    if Path(document.path).name == "adapter_config.json":
+    theirs = [key for key in keys if LLAMA_FACTORY.knows(key)]
+    of_peft = [key for key in keys if key in TABLES["LORA"]]
+    is_peft = len(of_peft) > max(len(theirs), len(keys) // 2)
+    if is_peft or Path(document.path).name == "adapter_config.json":
         raise ValueError(f"{document.path} has no peft_type; add it, such as LORA")
     for key, (trainer, advice) in _NOT_READ.items():
         if key in keys:
             raise ValueError(f"{document.where(key)}: a YAML of {trainer} is not read; {advice}")
-    theirs = [key for key in keys if LLAMA_FACTORY.knows(key)]
     # optim is a section of ours, and a text in LLaMA-Factory's files.
     values = document.values
     has_sections = any(key in _SECTIONS and isinstance(values[key], dict) for key in keys)
@@ -149,7 +158,7 @@ def _from_values(document: Document, overridden: Collection[str]) -> Loaded:
         return Loaded(*read_foreign(document, LLAMA_FACTORY, overridden))
     unknown = [key for key in keys if key not in _SECTIONS and (has_sections or key not in theirs)]
     if not unknown:  # names of sections with something else than a section behind them
-        return Loaded(_from_sections(document))
+        return Loaded(_from_sections(document, overridden))
     known = _SECTIONS if has_sections else [*_SECTIONS, *LLAMA_FACTORY.table]
     near = difflib.get_close_matches(unknown[0], known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
@@ -160,10 +169,16 @@ def _from_values(document: Document, overridden: Collection[str]) -> Loaded:
     )
 
 
-def _from_sections(document: Document) -> Config:
+def _from_sections(document: Document, overridden: Collection[str]) -> Config:
     """The config of our own sections."""
+    sections = {
+        name: {key: v for key, v in values.items() if f"{name}.{key}" not in overridden}
+        if isinstance(values, dict)
+        else values
+        for name, values in document.values.items()
+    }
     try:
-        return Config.from_sections(document.values)
+        return Config.from_sections(sections, overridden)
     except ValueError as error:
         option = re.match(r"[a-z]+\.\w+", str(error))
         place = document.where(option[0]) if option else document.path

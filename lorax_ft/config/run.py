@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 
 from lorax_ft.checks import check, check_types
 from lorax_ft.config.adapter import AdapterConfig
@@ -18,6 +19,8 @@ from lorax_ft.files import parse_json
 from lorax_ft.program import command
 from lorax_ft.schema import INITS
 from lorax_ft.secrets import redacted
+
+Values = TypeVar("Values")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,8 +131,13 @@ class Config:
         return Config.from_sections(content)
 
     @staticmethod
-    def from_sections(content: Mapping[str, Any]) -> Config:
+    def from_sections(content: Mapping[str, Any], overridden: Collection[str] = ()) -> Config:
         """The config of the sections in a JSON or YAML file, each with the values that are set.
+
+        Args:
+          content: the values by section and field.
+          overridden: options whose values are still to come. If the values are invalid for one of
+            them, they are not checked: the command line, which has them all, is.
 
         Raises:
           ValueError: a section or a field is unknown, or a value is invalid.
@@ -149,7 +157,20 @@ class Config:
                 hint = f"; did you mean {name}.{near[0]}?" if near else ""
                 check(key in known, f"{name}.{key} is no option{hint}")
             # JSON and YAML have no tuples.
-            sections[name] = section(
-                **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+            sections[name] = (
+                section,
+                {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()},
             )
-        return Config(**sections)
+        try:
+            return Config(**{name: kind(**values) for name, (kind, values) in sections.items()})
+        except ValueError as error:
+            if not set(re.findall(r"\w+\.\w+", str(error))).intersection(overridden):
+                raise
+            return unchecked(Config, {name: unchecked(*both) for name, both in sections.items()})
+
+
+def unchecked(kind: type[Values], values: Mapping[str, Any]) -> Values:
+    """A config with these values, as the defaults of a command line that is checked itself."""
+    made = object.__new__(kind)
+    vars(made).update({**vars(kind()), **values})
+    return made

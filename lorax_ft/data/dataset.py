@@ -220,6 +220,11 @@ def _choose_held_out(config: DataConfig, seed: int) -> set[int]:
     total = sum(1 for _ in rows)
     if config.validation_rows < 1:
         count = math.ceil(config.validation_rows * total)
+        if 0 < total <= count:
+            raise ValueError(
+                f"data.validation_rows is {config.validation_rows}, which leaves none of the "
+                f"{total} rows to train on; lower it"
+            )
     else:
         # A small dataset keeps nine tenths of its rows for training.
         count = min(int(config.validation_rows), total // 10)

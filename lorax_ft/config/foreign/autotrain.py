@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorax_ft.config.document import Document
-from lorax_ft.config.foreign.llama_factory_rules import optimizer_of
+from lorax_ft.config.foreign.llama_factory_rules import batch_of, optimizer_of
 from lorax_ft.config.foreign.rules import (
     Keys,
     Kind,
@@ -48,8 +48,10 @@ def kind(keys: Keys) -> Options:
 def method(keys: Keys) -> Options:
     """LoRA if --peft is given, else full fine-tuning."""
     if _is_lora(keys):
-        return {"adapter.targets": keys.read("target_modules", "names", ("all-linear",))}
-    keys.note("peft", "not given, so all weights train")
+        named = keys.read("target_modules", "names", ("all-linear",), unless="adapter.targets")
+        return {"adapter.targets": named}
+    state = keys.state("peft").replace("absent", "not given")
+    keys.note("peft", f"{state}, so all weights train")
     return {"adapter.targets": (), "adapter.train_whole": ("all",)}
 
 
@@ -133,10 +135,7 @@ def columns(keys: Keys) -> Options:
 
 def batch(keys: Keys) -> Options:
     """The rows of a step on one device; the devices are counted when the run starts."""
-    accumulation = keys.read("gradient_accumulation", "count", 4)
-    keys.batch_per_device = True
-    size = keys.read("batch_size", "count", 2) * accumulation
-    return {"train.batch_size": size, "train.microbatches": accumulation}
+    return batch_of("batch_size", 2, "gradient_accumulation", 4, keys)
 
 
 def optimizer(keys: Keys) -> Options:

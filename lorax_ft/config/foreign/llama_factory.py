@@ -112,9 +112,9 @@ TABLE: Mapping[str, Rule] = {
     # The method.
     "stage": _STAGE,
     "do_train": _STAGE,
-    "finetuning_type": _METHOD,
     "lora_target": _METHOD,
     "oft_target": _METHOD,
+    "finetuning_type": _METHOD,
     "additional_target": together(rules.whole_modules, "adapter.train_whole", absent=False),
     "lora_rank": same("adapter.rank", "whole", default=8),
     "lora_alpha": _SCALE,
@@ -127,7 +127,11 @@ TABLE: Mapping[str, Rule] = {
         "the saved adapter is plain LoRA of twice the rank for the original base"
     ),
     "oft_block_size": same("adapter.oft_block_size", "whole"),
-    "oft_rank": refused("blocks are given by their size, oft_block_size", harmless=(0,)),
+    "oft_rank": refused(
+        "blocks are given by their size, oft_block_size",
+        harmless=(0,),
+        instead="adapter.oft_block_size",
+    ),
     "module_dropout": refused("OFT has no dropout here", harmless=(0,)),
     "loraplus_lr_ratio": same("optim.lora_plus_ratio", "number"),
     "neftune_noise_alpha": same("train.neftune_alpha", "number"),

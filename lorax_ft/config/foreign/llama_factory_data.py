@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorax_ft.config.foreign.dataset_info import Described, common_fields, describe
 from lorax_ft.config.foreign.llama_factory_templates import FORMATS
-from lorax_ft.config.foreign.rules import Keys, Options, shown
+from lorax_ft.config.foreign.rules import Keys, Options, closest, shown
 
 
 def training_data(keys: Keys) -> Options:
@@ -17,7 +17,7 @@ def training_data(keys: Keys) -> Options:
     shapes = {one.shape for one in (*train, *validation)}
     return {
         "data.train": tuple(one.source for one in train),
-        "data.split": _one_split(train, keys),
+        "data.split": _one_split(train, keys, "data.split"),
         "data.shape": shapes.pop() if len(shapes) == 1 else "auto",
         "data.fields": common_fields((*train, *validation), keys),
     }
@@ -26,7 +26,7 @@ def training_data(keys: Keys) -> Options:
 def validation_data(keys: Keys) -> Options:
     """The validation data: sets of its own, or a part of the training rows."""
     sets = _described(keys, "eval_dataset")
-    size = keys.read("val_size", "number", 0)
+    size = keys.read("val_size", "number", 0, unless="data.validation_rows")
     if sets and size:
         raise keys.error("val_size", "val_size and eval_dataset exclude each other; give one")
     if sets:
@@ -34,7 +34,7 @@ def validation_data(keys: Keys) -> Options:
         paths = tuple(f"{one.name}={one.source}" if apart else one.source for one in sets)
         return {
             "data.validation": paths,
-            "data.validation_split": _one_split(sets, keys),
+            "data.validation_split": _one_split(sets, keys, "data.validation_split"),
             "data.validation_rows": 0,
         }
     if size >= 1:
@@ -43,11 +43,15 @@ def validation_data(keys: Keys) -> Options:
     return {"data.validation_rows": size}
 
 
-def _one_split(datasets: list[Described], keys: Keys) -> str:
-    """The split of all of these datasets."""
+def _one_split(datasets: list[Described], keys: Keys, option: str) -> str:
+    """The split of all of these datasets, unless an option says it."""
     key, splits = datasets[0].key, {one.split for one in datasets}
-    if len(splits) > 1:
-        raise keys.error(key, f"{key}: one split for all of them, not {sorted(splits)}")
+    if len(splits) > 1 and option not in keys.overridden:
+        raise keys.error(
+            key,
+            f"{key}: one split for all of them, not {' and '.join(sorted(splits))}; "
+            f"--{option} names one",
+        )
     return splits.pop()
 
 
@@ -84,7 +88,8 @@ def template(keys: Keys) -> Options:
     if name not in FORMATS:
         keys.note(
             "template",
-            f"{shown(name)} is unknown here, so the tokenizer's own is used (model.chat_template)",
+            f"{shown(name)} is unknown here, so the tokenizer's own is used (model.chat_template)"
+            f"{closest(name, FORMATS)}",
         )
         return {}
     options = {"model.chat_template": name}

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorax_ft.config.foreign.rules import Keys, Options, is_number, shown
 from lorax_ft.files import read_json
+from lorax_ft.program import command
 
 OTHER_STAGES = ("pt", "rm", "ppo", "dpo", "kto")
 _NAMES_OF_ADAMW = (
@@ -37,19 +38,30 @@ def stage(keys: Keys) -> Options:
     """Raises for stages other than supervised fine-tuning."""
     name = keys.choose("stage", {name: name for name in ("sft", *OTHER_STAGES)}, "sft")
     if name != "sft":
-        raise keys.error("stage", f"stage {name} cannot be run: lorax_ft has stage sft only")
+        raise keys.error(
+            "stage",
+            f"stage {name} cannot be run: lorax_ft has stage sft only, and no option changes that",
+        )
+    trains = "data.train" in keys.overridden or any(
+        map(keys.given, ("dataset", "do_train", "stage"))
+    )
+    for key, other in (("export_dir", "merge"), ("infer_backend", "chat")):
+        if keys.given(key) and not trains:
+            raise keys.error(
+                key, f"{key} without stage and dataset is no training: {command(other)}"
+            )
     if not keys.read("do_train", "flag", True):
-        raise keys.error("do_train", "do_train is false, so there is nothing to run")
+        raise keys.error("do_train", "do_train is false, so there is nothing to run; remove it")
     return {}
 
 
 def model(keys: Keys) -> Options:
     """The base model."""
-    path = keys.read("model_name_or_path", "text")
-    if path is None:
-        raise keys.error(
-            "model_name_or_path", "model_name_or_path is missing; add it, or give --model.path"
-        )
+    key = "model_name_or_path"
+    path = keys.read(key, "text")
+    if not path:
+        state = (keys.state(key) or "empty").replace("absent", "missing")
+        raise keys.error(key, f"{key} is {state}; add it, or give --model.path")
     return {"model.path": path}
 
 
@@ -60,30 +72,39 @@ def dtype(keys: Keys) -> Options:
     if keys.read("fp16", "flag", False):
         keys.note("fp16", "model.dtype bfloat16, as there is no float16")
         return {"model.dtype": "bfloat16"}
-    keys.note("bf16", "absent, so model.dtype is float32; bfloat16 takes half of the memory")
+    named = next(filter(keys.given, ("bf16", "pure_bf16", "fp16")), "bf16")
+    state = keys.state(named)
+    keys.note(named, f"{state}, so model.dtype is float32; bfloat16 takes half of the memory")
     return {"model.dtype": "float32"}
 
 
 def method(keys: Keys) -> Options:
     """The method, and the modules that it trains."""
-    known = {name: name for name in ("lora", "oft", "full", "freeze")}
-    name = keys.choose("finetuning_type", known, "lora")
-    if name == "freeze":
-        raise keys.error(
-            "finetuning_type",
-            "finetuning_type freeze cannot be run: name the modules that train in "
-            "adapter.train_whole, as in finetuning_type full with --adapter.train_whole "
-            "'layers/(30|31)/.*'",
-        )
+    name = _finetuning_type(keys)
     if name == "full":
-        if "adapter.method" in keys.overridden:
-            return {}
         return {"adapter.targets": (), "adapter.train_whole": ("all",)}
-    targets = keys.read(f"{name}_target", "names", ("all",))
+    targets = keys.read(f"{name}_target", "names", ("all",), unless="adapter.targets")
     return {
         "adapter.method": name,
         "adapter.targets": ("all-linear",) if targets == ("all",) else targets,
     }
+
+
+def _finetuning_type(keys: Keys) -> str:
+    """lora, oft or full."""
+    key = "finetuning_type"
+    if keys.replaced("adapter.method", key):
+        # The targets of the file hold for the method in its place.
+        return "oft" if keys.read(key, "any") == "oft" else "lora"
+    name: str = keys.choose(key, {n: n for n in ("lora", "oft", "full", "freeze")}, "lora")
+    if name == "freeze":
+        raise keys.error(
+            key,
+            "finetuning_type freeze cannot be run: modules train in all layers (finetuning_type "
+            "full with --adapter.train_whole down_proj), adapters in single ones (--adapter.method "
+            "lora --adapter.layers 30 31)",
+        )
+    return name
 
 
 def whole_modules(keys: Keys) -> Options:
@@ -104,7 +125,7 @@ def pissa(keys: Keys) -> Options:
     """PiSSA's start, from a randomized SVD."""
     if not keys.read("pissa_init", "flag", False):
         return {}
-    iterations = keys.read("pissa_iter", "whole", 16)
+    iterations = keys.read("pissa_iter", "whole", 16, unless="adapter.svd_iterations")
     return {
         "adapter.init": "pissa",
         "adapter.svd_iterations": None if iterations == -1 else iterations,
@@ -127,25 +148,50 @@ def continued(keys: Keys) -> Options:
 
 def quantization(keys: Keys) -> Options:
     """The format of the frozen base."""
-    bits = keys.read("quantization_bit", "whole")
-    if bits is None:
+    bits_and_how = ("quantization_bit", "quantization_method", "quantization_type")
+    double = keys.read("double_quantization", "flag", True, unless="quant.double")
+    if keys.replaced("quant.format", *bits_and_how):
+        return {"quant.double": double}
+    if keys.read("quantization_bit", "whole") is None:
         return {}
+    if keys.read("finetuning_type", "any") == "full" and "adapter.method" not in keys.overridden:
+        raise keys.error(
+            "quantization_bit",
+            "quantization_bit and finetuning_type full exclude each other, as quantized weights do "
+            "not train; remove one of them",
+        )
     formats = {4: "nf4", 8: "int8"}
-    format_ = keys.choose("quantization_bit", formats, None)
-    method_ = keys.choose("quantization_method", _QUANTIZATIONS, "bnb")
+    instead = "quant.format"
+    format_ = keys.choose("quantization_bit", formats, None, instead=instead)
+    method_ = keys.choose("quantization_method", _QUANTIZATIONS, "bnb", instead=instead)
     if method_:
         keys.note("quantization_method", f"quant.format {format_}, in place of {method_}")
     if keys.choose("quantization_type", {"nf4": "nf4", "fp4": "fp4"}, "nf4") == "fp4":
         keys.note("quantization_type", "quant.format nf4, as there is no fp4")
-    return {"quant.format": format_, "quant.double": keys.read("double_quantization", "flag", True)}
+    return {"quant.format": format_, "quant.double": double}
 
 
 def batch(keys: Keys) -> Options:
     """The rows of a step on one device; the devices are counted when the run starts."""
-    rows = keys.read("per_device_train_batch_size", "count", 8)
-    accumulation = keys.read("gradient_accumulation_steps", "count", 1)
+    return batch_of("per_device_train_batch_size", 8, "gradient_accumulation_steps", 1, keys)
+
+
+def batch_of(rows: str, of_rows: int, steps: str, of_steps: int, keys: Keys) -> Options:
+    """The batch of keys for the rows of a device and for the steps of accumulation.
+
+    Args:
+      rows: the key of the rows.
+      of_rows: its default.
+      steps: the key of accumulation.
+      of_steps: its default.
+      keys: of the file.
+    """
+    per_device = keys.read(rows, "count", of_rows, unless="train.batch_size")
+    # The rows of a step need it, whatever the microbatches are.
+    unless = "train.microbatches" if "train.batch_size" in keys.overridden else ""
+    accumulation = keys.read(steps, "count", of_steps, unless=unless)
     keys.batch_per_device = True
-    return {"train.batch_size": rows * accumulation, "train.microbatches": accumulation}
+    return {"train.batch_size": per_device * accumulation, "train.microbatches": accumulation}
 
 
 def optimizer(keys: Keys) -> Options:
@@ -155,7 +201,7 @@ def optimizer(keys: Keys) -> Options:
 
 def optimizer_of(key: str, keys: Keys) -> Options:
     """The optimizer that transformers' Trainer has under a name."""
-    ours = keys.choose(key, OPTIMIZERS, "adamw_torch")
+    ours = keys.choose(key, OPTIMIZERS, "adamw_torch", instead="optim.optimizer")
     if "8bit" in keys.read(key, "text", ""):
         keys.note(key, f"optim.optimizer {ours}, whose moments are in float32")
     return {"optim.optimizer": ours}
@@ -164,10 +210,11 @@ def optimizer_of(key: str, keys: Keys) -> Options:
 def schedule(keys: Keys) -> Options:
     """The schedule, and the fraction of the peak that it ends at."""
     name = keys.read("lr_scheduler_type", "any", "linear")
-    ours = keys.choose("lr_scheduler_type", _SCHEDULES, "linear")
-    arguments = dict(keys.read("lr_scheduler_kwargs", "object", {}))
+    ours = keys.choose("lr_scheduler_type", _SCHEDULES, "linear", instead="optim.schedule")
+    unless = "optim.final_fraction" if name == "cosine_with_min_lr" else ""
+    arguments = dict(keys.read("lr_scheduler_kwargs", "object", {}, unless=unless))
     last: Any = 0.0
-    if name == "cosine_with_min_lr":
+    if name == "cosine_with_min_lr" and unless not in keys.overridden:
         last = _final_fraction(arguments, keys)
         arguments = {}
     elif name == "warmup_stable_decay":
@@ -197,8 +244,8 @@ def _final_fraction(arguments: dict[str, Any], keys: Keys) -> float:
 
 def warmup(keys: Keys) -> Options:
     """The warm-up, in steps or as a fraction of all steps."""
-    ratio = keys.read("warmup_ratio", "number", 0.0)
-    steps = keys.read("warmup_steps", "number", 0)
+    ratio = keys.read("warmup_ratio", "number", 0.0, unless="optim.warmup_steps")
+    steps = keys.read("warmup_steps", "number", 0, unless="optim.warmup_steps")
     if keys.read("lr_scheduler_type", "any", "linear") == "constant" and (ratio or steps):
         key = "warmup_steps" if steps else "warmup_ratio"
         keys.note(key, "none, as lr_scheduler_type constant has no warm-up (constant_with_warmup)")
@@ -295,6 +342,8 @@ def trackers(keys: Keys) -> Options:
 
 def shards(keys: Keys) -> Options:
     """Whether the weights are split over the devices, which are counted when the run starts."""
+    if keys.replaced("mesh.fsdp", "fsdp", "deepspeed"):
+        return {}
     strategies = keys.read("fsdp", "any") or ""
     if not isinstance(strategies, str | list | bool):
         raise keys.error("fsdp", f"fsdp is {strategies!r:.80}; it must be names, or true or false")

@@ -21,7 +21,8 @@ _GENERATION = "a run generates no texts; lorax-ft generate and evaluate do"
 _TORCH = "it is about PyTorch"
 _HUB = "it is about the Hub; HF_TOKEN, HF_HOME and train.push_to_hub are used here"
 _LOSS = "the loss is the cross-entropy"
-_OPTIMIZER = "it is another optimizer; optim.optimizer lists those of lorax_ft"
+_NO_OPTIMIZER = refused("lorax_ft does not have this optimizer", instead="optim.optimizer")
+_MIXED = "sources are mixed by their weights, as in --data.train a.jsonl=2"
 _COMPILED = "the step is compiled by XLA, with kernels of its own"
 _LOG = "it only changes what is logged"
 
@@ -54,8 +55,12 @@ UNUSED: Mapping[str, Rule] = {
         _resize, remark="the tables grow with data.new_tokens, whose rows train alone"
     ),
     "add_tokens": same("data.new_tokens", "names"),
-    "add_special_tokens": refused("add_tokens has those of a text", harmless=([], "")),
-    "new_special_tokens_config": refused("name the tokens in add_tokens"),
+    "add_special_tokens": refused(
+        "add_tokens has those of a text", harmless=([], ""), instead="data.new_tokens"
+    ),
+    "new_special_tokens_config": refused(
+        "name the tokens in add_tokens", instead="data.new_tokens"
+    ),
     "init_special_tokens": unused("new tokens start as the mean of their pieces"),
     "split_special_tokens": unused("rows with special tokens are as data.control_tokens says"),
     "low_cpu_mem_usage": holds("weights go to the devices one by one"),
@@ -83,12 +88,14 @@ UNUSED: Mapping[str, Rule] = {
     "freeze_multi_modal_projector": unused(_TEXT_ONLY),
     "freeze_language_model": refused(_TEXT_ONLY),
     "use_llama_pro": refused("no method trains expanded blocks"),
-    "use_galore": refused(_OPTIMIZER),
-    "use_apollo": refused(_OPTIMIZER),
-    "use_badam": refused(_OPTIMIZER),
-    "use_adam_mini": refused(_OPTIMIZER),
-    "adafactor": refused(_OPTIMIZER),
-    "use_muon": refused("the nearest is optim.optimizer lora_muon, with larger learning rates"),
+    "use_galore": _NO_OPTIMIZER,
+    "use_apollo": _NO_OPTIMIZER,
+    "use_badam": _NO_OPTIMIZER,
+    "use_adam_mini": _NO_OPTIMIZER,
+    "adafactor": _NO_OPTIMIZER,
+    "use_muon": refused(
+        "the nearest is lora_muon, with larger learning rates", instead="optim.optimizer"
+    ),
     "use_dft_loss": refused(_LOSS),
     "use_asft_loss": refused(_LOSS),
     "use_eaft_loss": refused(_LOSS),
@@ -113,10 +120,8 @@ UNUSED: Mapping[str, Rule] = {
     "use_audio_in_video": unused(_TEXT_ONLY),
     "streaming": unused("rows are always read a part at a time"),
     "buffer_size": unused("all rows are shuffled"),
-    "mix_strategy": refused(
-        "sources are mixed by their weights, as in data.train a.jsonl=2", harmless=("concat",)
-    ),
-    "interleave_probs": refused("sources are mixed by their weights, as in data.train a.jsonl=2"),
+    "mix_strategy": refused(_MIXED, harmless=("concat",), instead="data.train"),
+    "interleave_probs": refused(_MIXED, instead="data.train"),
     "overwrite_cache": holds("kept tokens are found by the rows themselves, so none is stale"),
     "preprocessing_batch_size": unused("it only changes how rows are tokenized"),
     "eval_num_beams": unused(_GENERATION),

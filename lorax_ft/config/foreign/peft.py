@@ -7,6 +7,7 @@ beside it are not read: `adapter.continue_from` takes them.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Mapping
 
@@ -37,18 +38,40 @@ def kind(options: Options) -> Rule:
     def apply(keys: Keys) -> Options:
         task = keys.read("task_type", "text", "CAUSAL_LM")
         if task.upper() != "CAUSAL_LM":
-            raise keys.error("task_type", f"task_type {shown(task)} cannot be run: CAUSAL_LM only")
+            raise keys.error(
+                "task_type",
+                f"task_type {shown(task)} cannot be run: CAUSAL_LM only; no option changes that",
+            )
         return dict(options)
 
     return together(apply, *options, remark="CAUSAL_LM only", others_hold=True)
 
 
+def base(keys: Keys) -> Options:
+    """The base model."""
+    key = "base_model_name_or_path"
+    path = keys.read(key, "text")
+    if not path:
+        state = keys.state(key) or "empty"
+        keys.note(key, f"{state}, so the tiny model that comes with lorax_ft; give --model.path")
+        return {}
+    return {"model.path": path}
+
+
 def targets(keys: Keys) -> Options:
     """The modules to adapt."""
-    if not keys.given("target_modules"):
-        keys.note("target_modules", "absent, so all linear layers; PEFT chooses by the model")
+    key = "target_modules"
+    if not keys.given(key):
+        keys.note(key, f"{keys.state(key)}, so all linear layers; PEFT chooses by the model")
         return {}
-    return {"adapter.targets": modules(keys, "target_modules")}
+    named = modules(keys, key)
+    # Those of target_parameters are refused, or replaced by an option.
+    if not named and not keys.read("target_parameters", "any"):
+        value = json.dumps(keys.read(key, "any"))
+        raise keys.error(
+            key, f"{key} is {value}, so nothing would train; name modules, or give all-linear"
+        )
+    return {"adapter.targets": named}
 
 
 def excluded(keys: Keys) -> Options:
@@ -75,11 +98,13 @@ def alphas(keys: Keys) -> Options:
 def modules(keys: Keys, key: str) -> tuple[str, ...]:
     """The patterns of modules: a list of names, or one regular expression."""
     value = keys.read(key, "any")
-    if isinstance(value, str):
+    if isinstance(value, str) and value:
         return ("all-linear",) if value.lower() == "all-linear" else (_pattern(value),)
+    if value == "":
+        return ()
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise keys.error(key, f"{key} is {value!r:.80}; it must be names or a regular expression")
-    return tuple(map(_without_root, value))
+    return tuple(_without_root(name) for name in value if name)
 
 
 def tokens(keys: Keys, key: str) -> Options:
@@ -94,7 +119,7 @@ def tokens(keys: Keys, key: str) -> Options:
 
 
 SHARED: Mapping[str, Rule] = {
-    "base_model_name_or_path": same("model.path", "text"),
+    "base_model_name_or_path": together(base, "model.path"),
     "revision": same("model.revision", "text"),
     "modules_to_save": same("adapter.train_whole", "names"),
     "auto_mapping": holds("the model's family is found by its config.json"),

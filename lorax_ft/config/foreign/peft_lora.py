@@ -43,9 +43,9 @@ def init(keys: Keys) -> Options:
         raise keys.error(
             "init_lora_weights",
             "init_lora_weights false: A and B both random change the model; every start here "
-            "leaves it as it is",
+            "leaves it as it is; --adapter.init replaces it",
         )
-    chosen = keys.choose("init_lora_weights", _INITS, True)
+    chosen = keys.choose("init_lora_weights", _INITS, True, instead="adapter.init")
     options: Options = {"adapter.init": chosen}
     frozen = INITS[chosen].frozen
     if frozen is not None:
@@ -72,8 +72,11 @@ def _init_options(chosen: str, keys: Keys) -> Options:
             return {"adapter.lora_ga_gamma": own_values.get("stable_gamma", 16)}
         case "loftq":
             bits = own_values.get("loftq_bits", 4)
-            if bits not in (4, 8):
-                raise keys.error("loftq_config", f"loftq_bits is {bits}; it can be 4 or 8")
+            if bits not in (4, 8) and "quant.format" not in keys.overridden:
+                raise keys.error(
+                    "loftq_config",
+                    f"loftq_bits is {bits}; it can be 4 or 8 (--quant.format replaces it)",
+                )
             format_ = "nf4" if bits == 4 else "int8"
             return {"quant.format": format_, "quant.rounds": own_values.get("loftq_iter", 1)}
     return {}
@@ -109,12 +112,16 @@ LORA: Mapping[str, Rule] = {
     "loftq_config": _INIT,
     "lora_ga_config": _INIT,
     "lora_bias": refused(_ONLY_LORA),
-    "target_parameters": refused("name modules in target_modules", harmless=([],)),
+    "target_parameters": refused(
+        "name modules in target_modules", harmless=([],), instead="adapter.targets"
+    ),
     "layer_replication": refused("the layers are those of the model", harmless=([],)),
     "trainable_token_indices": given(trained_tokens, "adapter.trainable_tokens"),
     "use_qalora": refused(_ONLY_LORA),
     "use_bdlora": refused(_ONLY_LORA),
-    "alora_invocation_tokens": refused("give their text as adapter.invocation", harmless=([],)),
+    "alora_invocation_tokens": refused(
+        "their text is needed", harmless=([],), instead="adapter.invocation"
+    ),
     "arrow_config": refused(_ONLY_LORA),
     "kasa_config": refused(_ONLY_LORA),
     "velora_config": refused(_ONLY_LORA),

@@ -26,12 +26,24 @@ from lorax_ft.config.foreign.rules import (
 
 
 def feedforward(keys: Keys) -> Options:
-    """IA3's modules whose input is scaled."""
+    """IA3's modules whose input is scaled, which are targets."""
     key = "feedforward_modules"
     if not keys.given(key):
-        keys.note(key, "absent, so outputs are scaled only; PEFT chooses by the model")
+        state = keys.state(key)
+        keys.note(key, f"{state}, so outputs are scaled only; PEFT chooses by the model")
         return {}
-    return {"adapter.feedforward": peft.modules(keys, key)}
+    named = peft.modules(keys, key)
+    targets = keys.read("target_modules", "any", unless="adapter.targets")
+    # A regular expression may be any part of another one.
+    is_pattern = isinstance(keys.read(key, "any"), str) and not "".join(named).isidentifier()
+    if isinstance(targets, list) and not is_pattern:
+        others = sorted(set(named) - set(peft.modules(keys, "target_modules")))
+        if others:
+            raise keys.error(
+                key,
+                f"{key} must be a subset of target_modules, which lacks {shown(', '.join(others))}",
+            )
+    return {"adapter.feedforward": named}
 
 
 def lokr_factor(keys: Keys) -> Options:
@@ -56,6 +68,11 @@ def prompt_start(keys: Keys) -> Options:
     starts = {"RANDOM": "random", "SAMPLE_VOCAB": "vocabulary", "TEXT": "text"}
     start = keys.choose("prompt_tuning_init", starts, "RANDOM")
     text = keys.read("prompt_tuning_init_text", "text")
+    if start == "text" and not text:
+        raise keys.error(
+            "prompt_tuning_init",
+            "prompt_tuning_init TEXT needs prompt_tuning_init_text; add it, or give --prompt.init",
+        )
     if start == "text":
         return {"prompt.init": start, "prompt.text": text}
     if text is not None:
@@ -95,8 +112,9 @@ def tokens_alone(keys: Keys) -> Options:
             "target_modules",
             f"target_modules {shown(others[0])}: tokens are in embed_tokens and lm_head",
         )
-    if not keys.given("token_indices"):
-        raise keys.error("token_indices", "token_indices is missing; it is a list of ids")
+    if not keys.read("token_indices", "any"):
+        state = keys.state("token_indices").replace("absent", "missing")
+        raise keys.error("token_indices", f"token_indices is {state}; it is a list of ids")
     return peft.tokens(keys, "token_indices")
 
 
@@ -227,7 +245,7 @@ TABLES: Mapping[str, Table] = {
     "OFT": _adapter(
         "oft",
         {
-            "r": refused(_BLOCKS, harmless=(0,)),
+            "r": refused(_BLOCKS, harmless=(0,), instead="adapter.oft_block_size"),
             "oft_block_size": same("adapter.oft_block_size", "whole", default=32),
             "module_dropout": _NO_DROPOUT,
             "coft": refused("rotations are not constrained"),
@@ -274,6 +292,13 @@ TABLES: Mapping[str, Table] = {
     },
 }
 """The keys of each type that is read."""
+_WITHOUT_METHOD = (
+    *("MULTITASK_PROMPT_TUNING", "ADALORA", "ADAMSS", "BOFT", "ADAPTION_PROMPT", "BEFT", "LILY"),
+    *("POLY", "LN_TUNING", "FROD", "PVERA", "FOURIERFT", "GLORA", "XLORA", "HRA", "VBLORA"),
+    *("UNILORA", "CPT", "RANDLORA", "ROAD", "C3A", "WAVEFT", "OSF", "DELORA", "GRALORA"),
+    *("CARTRIDGE", "TINYLORA", "PSOFT", "PEANUT", "SHADOW", "SUPERTUNING", "DEFT"),
+)
+"""PEFT's other types."""
 
 
 def peft_type(document: Document) -> str:
@@ -283,10 +308,16 @@ def peft_type(document: Document) -> str:
       ValueError: it is none of those in `TABLES`.
     """
     keys = Keys(document)
-    found = keys.read("peft_type", "text", "LORA")
+    found = keys.read("peft_type", "text", "")
     if found.upper() in TABLES:
         return found.upper()
-    hint, known = closest(found.upper(), TABLES), ", ".join(TABLES)
+    known = ", ".join(TABLES)
+    if not found:
+        state = keys.state("peft_type") or "empty"
+        raise keys.error("peft_type", f"peft_type is {state}; it must be one of {known}")
+    hint = closest(found.upper(), TABLES)
+    if found.upper() in _WITHOUT_METHOD:  # no other is meant
+        hint = ", and no option changes that"
     raise keys.error(
         "peft_type",
         f"peft_type {shown(found)} has no method here{hint}; the types that have one are {known}",

@@ -39,8 +39,11 @@ class Keys:
 
     def __init__(self, document: Document, overridden: Collection[str] = ()) -> None:
         self.document = document
-        self.overridden = overridden
+        # A flag is switched off by --section.no-flag.
+        self.overridden = {option.replace(".no_", ".") for option in overridden}
         self.notes: dict[str, str] = {}
+        self.unread: dict[str, str] = {}
+        """The option that replaces a key, by key."""
         self.batch_per_device = False
         """Whether train.batch_size is that of one device."""
         self.shards_weights = False
@@ -50,25 +53,51 @@ class Keys:
         """Whether the file has a value for the key; null is none."""
         return self.document.values.get(key) is not None
 
-    def read(self, key: str, kind: Kind, default: Any = None) -> Any:
+    def state(self, key: str) -> str:
+        """The value of a key for a message; "absent" where the file does not have it."""
+        values = self.document.values
+        return shown(values[key]) if key in values else "absent"
+
+    def replaced(self, option: str, *names: str) -> bool:
+        """Whether an option that is given beside the file replaces these keys."""
+        if option not in self.overridden:
+            return False
+        self.unread |= {name: option for name in names if self.given(name)}
+        return True
+
+    def read(self, key: str, kind: Kind, default: Any = None, *, unless: str = "") -> Any:
         """The value of a key, or the default where it has none.
+
+        Args:
+          key: the key.
+          kind: the type of its value.
+          default: what its absence means.
+          unless: the option that replaces the key where it is given beside the file.
 
         Raises:
           ValueError: it is of another type.
         """
         value = self.document.values.get(key)
-        if value is None:
+        if value is None or self.replaced(unless, key):
             return default
         if kind == "names":
-            value = _split_names(value)
+            value = split_names(value)
         if not is_kind(value, kind):
             given = self.document.values[key]
             raise self.error(key, f"{key} is {given!r:.80}; it must be {KINDS[kind]}")
         # A whole number may be written as one with a point, such as 3.0.
         return int(value) if kind in ("whole", "count") else value
 
-    def choose(self, key: str, choices: Mapping[Any, Any], default: Any) -> Any:
+    def choose(
+        self, key: str, choices: Mapping[Any, Any], default: Any, *, instead: str = ""
+    ) -> Any:
         """What the value of a key stands for.
+
+        Args:
+          key: the key.
+          choices: what each value stands for.
+          default: the value that its absence means.
+          instead: the option that replaces the key, for the error.
 
         Raises:
           ValueError: it is none of the choices.
@@ -78,7 +107,8 @@ class Keys:
             return choices[value]
         except (KeyError, TypeError):  # a list is no key of a dict
             known = alternatives(list(dict.fromkeys(map(shown, choices))))
-            raise self.error(key, f"{key} is {shown(value)}; it can be {known}") from None
+            way = f" (--{instead} replaces it)" if instead else ""
+            raise self.error(key, f"{key} is {shown(value)}; it can be {known}{way}") from None
 
     def note(self, key: str, text: str) -> None:
         """Say what became of a key where that is not obvious."""
@@ -121,6 +151,8 @@ class Translation(NamedTuple):
     """What became of keys where it is not obvious, by key."""
     unused: Mapping[str, str]
     """Why keys are not honored, by key."""
+    unread: Mapping[str, str]
+    """The option beside the file that replaces a key, by key."""
 
 
 def same(option: str, kind: Kind, *, default: Any = None, remark: str = "") -> Rule:
@@ -140,7 +172,7 @@ def choice(
     """A key whose values have other names here."""
 
     def apply(key: str, keys: Keys) -> Options:
-        return {option: keys.choose(key, choices, default)}
+        return {option: keys.choose(key, choices, default, instead=option)}
 
     pairs = [f"{shown(theirs)}: {shown(ours)}" for theirs, ours in choices.items()]
     return Rule(apply, (option,), remark or ", ".join(pairs), absent=default is not None)
@@ -174,14 +206,21 @@ def unused(reason: str) -> Rule:
     return Rule(lambda key, keys: {}, (), reason, honored=False)
 
 
-def refused(reason: str, *, harmless: Sequence[Any] = (False,)) -> Rule:
-    """A key without which the run would be another one: an error, except for harmless values."""
+def refused(reason: str, *, harmless: Sequence[Any] = (False,), instead: str = "") -> Rule:
+    """A key without which the run would be another one: an error, except for harmless values.
+
+    Args:
+      reason: why it cannot be honored.
+      harmless: values that ask for nothing.
+      instead: the option that replaces the key, if there is one.
+    """
+    way = f"--{instead} replaces it" if instead else "no option replaces it, so remove it"
 
     def apply(key: str, keys: Keys) -> Options:
         value = keys.read(key, "any")
-        if value in harmless:
+        if value in harmless or keys.replaced(instead, key):
             return {}
-        raise keys.error(key, f"{key} {shown(value)} cannot be honored: {reason}")
+        raise keys.error(key, f"{key} {shown(value)} cannot be honored: {reason}; {way}")
 
     return Rule(apply, (), reason, refuses=True)
 
@@ -215,8 +254,9 @@ def translate(
     for key, rule in rules.items():
         with_it = [other for other in rules if rules[other] is rule] if rule.shared else [key]
         given = [other for other in with_it if keys.given(other)]
-        is_overridden = bool(rule.options) and rule.options[0] in keys.overridden
-        if key != with_it[0] or (is_overridden and not rule.others_hold):
+        if key != with_it[0]:
+            continue
+        if rule.options and not rule.others_hold and keys.replaced(rule.options[0], *given):
             continue
         if given and not rule.honored and keys.document.values[key] is not False:
             not_used[key] = rule.remark
@@ -227,7 +267,7 @@ def translate(
                 continue
             options[option] = value
             sources[option] = given or [key]
-    return Translation(options, sources, keys.notes, not_used)
+    return Translation(options, sources, keys.notes, not_used, keys.unread)
 
 
 def _rule_of_family(
@@ -242,12 +282,15 @@ def _rule_of_family(
 
 def closest(name: str, known: Collection[str]) -> str:
     """What a name that is not known may mean, for the end of an error."""
-    near = difflib.get_close_matches(name, known, n=1)
+    # lora_r is r, and dropout lora_dropout.
+    ends = [one for one in known if one.endswith(f"_{name}") or name.endswith(f"_{one}")]
+    near = difflib.get_close_matches(name, ends, n=1, cutoff=0.0)
+    near = near or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _split_names(value: Any) -> Any:
-    """The names in a text, or of a list."""
+def split_names(value: Any) -> Any:
+    """The names in a text, or of a list; another value as it is."""
     if isinstance(value, str):
         value = value.split(",")
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
