@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from bench_peft import NEW, PROMPT, serve
+from bench_peft import INVOCATION, NEW, PROMPT, serve
 from jax import Array
 
 import lorax_ft as lft
 from lorax_ft.interop.gguf import read_gguf
 from lorax_ft.interop.huggingface import decoder_config, read_folder
+from lorax_ft.lowrank.activation import with_invocation
 from lorax_ft.models.decoder import Decoder
 from lorax_ft.models.model import LoadedModel
 from lorax_ft.tree import Tree
@@ -52,6 +53,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "oft": {"adapter": {"method": "oft"}},
     "bottleneck": {"adapter": {"method": "bottleneck"}},
     "tokens": {"tokens": {"trained": 16}},
+    "alora": {"invocation": {"ids": INVOCATION}},
     "prompt_tuning": {"adapter": {"targets": ()}, "prompt": {"kind": "prompt"}},
     "p_tuning": {"adapter": {"targets": ()}, "prompt": {"kind": "prompt", "encoder": "mlp"}},
     "p_tuning_v2": {"adapter": {"targets": ()}, "prompt": {"kind": "prefix"}},
@@ -143,10 +145,16 @@ def _step(
         ids = range(changes["tokens"]["trained"])
         with_tokens = lft.add_trainable_tokens(model.params, ids, model)
         model = dataclasses.replace(model, params=with_tokens)
+    invocation = changes.get("invocation", {}).get("ids", ())
+    if invocation:
+        model = dataclasses.replace(model, params=with_invocation(model.params, invocation))
     state, frozen = _state(model, config.adapter, tx)
     # The parameters are in state and frozen; PiSSA changed the base, so this would be a copy.
     model = dataclasses.replace(model, params={})
     batch, key = _batch(model.config.vocab_size, shape, virtual=virtual), jax.random.key(2)
+    batch["tokens"] = (
+        batch["tokens"].at[..., : len(invocation)].set(jnp.array(invocation, jnp.int32))
+    )
     compiled, facts = _compile(model, tx, state, frozen, batch)
     facts["trained"] = sum(leaf.size for leaf in jax.tree.leaves(state.trained)) / 1e6
 

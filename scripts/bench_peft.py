@@ -37,6 +37,8 @@ PROJECTIONS = [
     *("q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),
 ]
+INVOCATION = [5, 6]
+"""The tokens from which an activated LoRA acts: the first ones of each row."""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft_ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
     "peft_miss": ("MissConfig", {"r": 8}),
@@ -49,6 +51,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft_tokens": (
         "LoraConfig",
         {"r": 8, "lora_alpha": 16, "trainable_token_indices": list(range(16))},
+    ),
+    "peft_alora": (
+        "LoraConfig",
+        {"r": 8, "lora_alpha": 16, "alora_invocation_tokens": INVOCATION},
     ),
     "peft_prompt_tuning": ("PromptTuningConfig", {"num_virtual_tokens": 20}),
     "peft_p_tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 20}),
@@ -170,6 +176,9 @@ def _step(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens))
+    if method is not None:
+        invocation = method[1].get("alora_invocation_tokens", [])
+        ids[:, : len(invocation)] = torch.tensor(invocation, dtype=ids.dtype)
 
     def step() -> None:
         optimizer.zero_grad()
