@@ -56,7 +56,7 @@ class TracedLayout(Layout):
         """The same, where the other is a plain dict."""
         return _union(other, self)
 
-    def __ior__(self, other: Mapping[str, LayerSpec]) -> TracedLayout:  # type: ignore[override, misc]
+    def __ior__(self, other: Mapping[str, LayerSpec]) -> TracedLayout:  # type: ignore[override]
         """The same in place."""
         joined = _union(self, other)
         self.update(joined)

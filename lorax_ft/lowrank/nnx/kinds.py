@@ -17,6 +17,7 @@ from jax import Array
 
 from lorax_ft.lowrank.layer_call import Gather, LayerCall, Traced, trace_axes, trace_einsum
 from lorax_ft.lowrank.spec import BIAS, EMBEDDING, KERNEL, Module
+from lorax_ft.mesh_axes import all_axes_are_auto
 from lorax_ft.quant.kernels import Quantized, dense
 from lorax_ft.tree import Shape
 
@@ -137,8 +138,8 @@ def layer_call(
         _set_fields(clone, fields)
         arguments = dict(extra)
         arguments.pop("einsum_str", None)
-        if kernel.shape != traced.shape:
-            # It is the sharding of the output of the layer's own kernel.
+        if kernel.shape != traced.shape or all_axes_are_auto():
+            # It is the sharding of the output of the layer's own kernel, on Explicit axes.
             arguments.pop("out_sharding", None)
         y: Array = own_call(clone)(x, **arguments)
         return y
