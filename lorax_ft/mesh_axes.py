@@ -6,10 +6,12 @@ The ambient mesh is that of `jax.set_mesh`: the model's functions find it there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 """The axes of a mesh. Neighbors along the last ones exchange most."""
@@ -64,3 +66,49 @@ def dividing(axis: MeshAxis, size: int) -> MeshAxis:
     if not present or size % devices_along(present, sizes):
         return None
     return present
+
+
+def in_auto_axes(
+    function: Callable[..., Any],
+    *args: Any,
+    like: Callable[..., Any],
+) -> Any:
+    """`function(*args)`, on a mesh of Explicit axes as on one of Auto axes.
+
+    JAX then decides how arrays inside are split, and the result is split as that of `like(*args)`,
+    which is not computed. Without Explicit axes it is a plain call.
+    """
+    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(args)]
+    if not any(AxisType.Explicit in sharding.mesh.axis_types for sharding in shardings):
+        return function(*args)
+    out_sharding = jax.tree.map(lambda y: y.sharding, jax.eval_shape(like, *args))
+    return jax.sharding.auto_axes(function, out_sharding=out_sharding)(*args)
+
+
+def all_axes_are_auto() -> bool:
+    """Whether the ambient mesh has axes, and all of them are Auto: no array may name its own."""
+    types = jax.sharding.get_abstract_mesh().axis_types
+    return bool(types) and AxisType.Explicit not in types
+
+
+def with_auto_axes(function: Callable[[Array], Any], array: Array) -> Any:
+    """`function(array)`, also where a reshape leaves it to JAX how the result is split.
+
+    An array on a mesh of Explicit axes lies on the same devices with Auto axes meanwhile; the
+    result's axes are Explicit again.
+    """
+    sharding = getattr(array, "sharding", None)
+    if isinstance(array, jax.core.Tracer) or not isinstance(sharding, NamedSharding):
+        return function(array)
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return function(array)
+    mesh = sharding.mesh
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    with jax.set_mesh(auto):
+        result = function(jax.device_put(array, NamedSharding(auto, sharding.spec)))
+
+    def again(leaf: Array) -> Array:
+        assert isinstance(leaf.sharding, NamedSharding)
+        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+
+    return jax.tree.map(again, result)

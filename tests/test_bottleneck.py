@@ -236,6 +236,11 @@ def test_modules_beside_which_none_can_stand(zoo: Any) -> None:
     refuse(case, "input_layernorm", "is not the MLP of a layer, so that no bottleneck")
     refuse(case, "mpl", "'mpl' matches no module")
     refuse(vit, "layers/1", r"matches layers/1, which gives a tuple, not one array")
+    # Of scanned layers the tree has no numbers.
+    refuse(case, "layers/1/self_attn", r"matches layers/self_attn, which is called with \d+ arr")
+    refuse(case, "layers/1/input_layernorm", "'.*' matches .*, which is not the MLP of a layer")
+    refuse(case, r"layers/\d/self_attn", r"matches layers/self_attn, which is called with \d+ arr")
+    refuse(case, "layers/3/self_attn", "'layers/3/self_attn' matches no module")
     config = lft.AdapterConfig(targets=("mlp",))
     with pytest.raises(
         ValueError,
@@ -272,7 +277,7 @@ def test_refusals(zoo: Any) -> None:
     case = zoo("decoder")
     params = lft.add_adapters(case.params, config_of("output"), layout=case.layout, key=KEY)
     with pytest.raises(
-        ValueError, match=r"a bottleneck adapter cannot be merged.*; save_peft writes it"
+        ValueError, match=r"a bottleneck adapter cannot be merged.*; save_peft or save_adapter"
     ):
         lft.merge_adapters(params, layout=case.layout)
     config = config_of("output", targets=("embed_tokens",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import pytest
 from jax import Array
 
 from lorax_ft.config import AdapterConfig
-from lorax_ft.lowrank.layout import layout, logical_paths
+from lorax_ft.lowrank.layout import TracedLayout, layout, logical_paths
 from lorax_ft.lowrank.targets import plan_adapters
 
 KEY = jax.random.key(0)
@@ -229,3 +230,36 @@ def test_scans_in_scans_have_an_index_each() -> None:
     names = logical_paths("outer/inner/dense", spec, (2, 3, 4, 4))
     assert len(set(names)) == 6
     assert names == [f"outer/{i}/inner/{j}/dense" for i in range(2) for j in range(3)]
+
+
+def test_copies_and_unions_keep_what_the_trace_did_not_find() -> None:
+    class Wrapped(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return nn.Dense(self.width, name="dense")(x)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            x = Wrapped(5, name="wide")(Wrapped(4, name="net")(x))
+            return x @ self.param("raw", nn.initializers.ones, (5, 2))
+
+    x = jnp.ones((2, 4))
+    found = layout(Model().apply, Model().init(KEY, x)["params"], x)
+    notes = vars(found)
+    assert [set(notes[name]) for name in ("unseen", "blocks", "refused")] == [
+        {"raw"},
+        {"net"},
+        {"wide"},
+    ]
+    few = {"net/dense": found["net/dense"]}
+    in_place = TracedLayout()
+    in_place |= found
+    for same in (found.copy(), found | few, few | found, in_place, copy.deepcopy(found)):
+        assert isinstance(same, TracedLayout)
+        assert same == found
+        assert vars(same) == notes
+    found.copy().blocks.clear()
+    assert found.blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -486,7 +487,7 @@ def test_mistakes_are_one_line() -> None:
         assert "\n" not in str(error.value)
 
 
-def test_modules_whose_classes_take_no_hook_keep_their_layers() -> None:
+def test_modules_of_unusual_classes_take_a_bottleneck(randomize: Any) -> None:
     """A class that is no pytree, one with its own subclasses' check, one that guards attributes."""
 
     class Plain(nnx.Module, pytree=False):
@@ -528,6 +529,84 @@ def test_modules_whose_classes_take_no_hook_keep_their_layers() -> None:
             return self.guarded(self.kind(self.plain(x)))
 
     apply, params = lft.from_nnx(Model())
-    found = lft.layout(apply, params, jnp.ones((2, 4)))
+    x = jax.random.normal(KEY, (2, 4))
+    found = lft.layout(apply, params, x)
     assert set(found) == {"plain/layers/0", "kind/layer", "guarded/layer"}
-    assert not found.blocks
+    assert set(found.blocks) == {"plain", "kind", "guarded"}
+    config = lft.AdapterConfig(
+        method="bottleneck", rank=2, bottleneck_input="input", targets=tuple(found.blocks)
+    )
+    changed = randomize(lft.add_adapters(params, config, layout=found, key=KEY))
+    want = x
+    for name in ("plain", "kind", "guarded"):
+        layer = changed[name]
+        (kernel,) = [leaf for path, leaf in flatten(params[name]).items() if "kernel" in path]
+        hidden = nnx.relu(want @ layer["bottleneck_a_input"] + layer["bottleneck_bias_a"])
+        want = want @ kernel + hidden @ layer["bottleneck_b"] + layer["bottleneck_bias_b"]
+    assert distance(lft.adapt(apply)({"params": changed}, x), want) < 1e-5
+
+
+class Dispatching(nnx.Module):
+    """It calls its layers by what `type` says, and a subclass that calls its base's `__call__`."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        class Doubled(nnx.Linear):
+            def __call__(self, x: Array) -> Array:
+                return 2 * super().__call__(x)
+
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs), Doubled(4, 4, rngs=rngs)])
+
+    def __call__(self, x: Array) -> Array:
+        for layer in self.layers:
+            x = nnx.tanh(layer(x)) if type(layer) is nnx.Linear else layer(x)
+        return x
+
+
+def test_a_layer_keeps_its_class_while_it_is_hooked(randomize: Any) -> None:
+    model, x = Dispatching(RNGS()), jax.random.normal(KEY, (2, 4))
+    own = vars(nnx.Linear)["__call__"]
+    apply, params = lft.from_nnx(model)
+    layout = lft.layout(apply, params, x)
+    assert set(layout) == {"layers/0"}
+    assert layout.unseen.keys() == {"layers/1/kernel"}
+    config = lft.AdapterConfig(rank=2, targets=("0",))
+    changed = randomize(lft.add_adapters(params, config, layout=layout, key=KEY))
+    y = lft.adapt(apply)({"params": changed}, x)
+    assert distance(y, apply.model(lft.merge_adapters(changed, layout=layout))(x)) < 1e-5
+    assert distance(y, model(x)) > 1e-2
+    assert vars(nnx.Linear)["__call__"] is own
+    assert "__getattribute__" not in vars(nnx.Linear)
+
+
+def test_another_thread_may_use_the_model_meanwhile(randomize: Any) -> None:
+    """It sees no adapter, and its end does not take away this one's."""
+
+    meanwhile: list[Any] = []
+
+    class Calling(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = nnx.Linear(4, 4, rngs=RNGS())
+
+        def __call__(self, x: Array) -> Array:
+            if meanwhile:
+                meanwhile.pop()()
+            return self.layer(x)
+
+    x = jax.random.normal(KEY, (2, 4))
+    apply, params = lft.from_nnx(Calling())
+    layout = lft.layout(apply, params, x)
+    config = lft.AdapterConfig(rank=2, targets=("layer",))
+    changed = randomize(lft.add_adapters(params, config, layout=layout, key=KEY))
+    adapted = lft.adapt(apply)
+    want = adapted({"params": changed}, x)
+    others = []
+
+    def in_another_thread() -> None:
+        with ThreadPoolExecutor() as pool:
+            for variables in ({"params": params}, {"params": changed}):
+                others.append(pool.submit(adapted, variables, x).result())
+
+    meanwhile.append(in_another_thread)
+    y = adapted({"params": changed}, x)
+    assert distance(y, want) == 0 == distance(others[1], want)
+    assert distance(others[0], x @ params["layer"]["kernel"]) < 1e-6

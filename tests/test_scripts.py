@@ -316,6 +316,12 @@ def test_export_says_how_an_adapter_is_loaded(
         export("both", "hf", prompt=True)
     with pytest.raises(ValueError, match=r"no soft prompt is written for vLLM.*--target peft"):
         export("both", "vllm", prompt=True)
+    for target in ("hf", "vllm"):
+        with pytest.raises(
+            ValueError, match=r"lorax-ft generate .* run it as it is; train"
+        ) as error:
+            export("net", target, method="bottleneck")
+        assert "peft" not in str(error.value)
 
 
 def logits(model: Model, params: Tree | None = None) -> np.ndarray:

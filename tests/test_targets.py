@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_ft import AdapterConfig, add_adapters
+from lorax_ft import AdapterConfig, add_adapters, layout
 from lorax_ft.lowrank.patterns import check_coverage, first_value, layer_index, matches
 from lorax_ft.tree import flatten
 
@@ -32,7 +33,10 @@ def test_every_suffix_means_its_module_with_slashes_or_dots(
 
 @given(PATHS, PATHS)
 def test_a_plain_name_means_nothing_but_suffixes(pattern: list[str], path: list[str]) -> None:
-    assert matches("/".join(pattern), "/".join(path)) == (path[-len(pattern) :] == pattern)
+    numbered = any(part.isdecimal() for part in pattern)
+    meant = path if numbered else [part for part in path if not part.isdecimal()]
+    is_suffix = path[-len(pattern) :] == pattern or meant[-len(pattern) :] == pattern
+    assert matches("/".join(pattern), "/".join(path)) == is_suffix
 
 
 @given(PATHS, PARTS)
@@ -57,6 +61,11 @@ def test_a_part_of_a_name_is_not_the_name(parts: list[str], more: str) -> None:
         (r"layers/[0-2]/.*", False),
         (r"(q|v)_proj", False),  # a regular expression must match the whole path, as in PEFT
         (r"layers/3", False),
+        # As the tree of scanned layers has it, and as errors do.
+        ("layers/self_attn/q_proj", True),
+        ("layers.self_attn.q_proj", True),
+        ("layers/*/self_attn/q_proj", True),
+        ("layers/4/self_attn/q_proj", False),
         ("", False),
     ],
 )
@@ -142,6 +151,29 @@ def test_layers_by_their_linen_names() -> None:
     assert [
         layer_index(path) for path in ("layers_1/mlp", "Block_12/Dense_0", "conv1", "mlp_x")
     ] == [1, 12, None, None]
+
+
+def test_a_stack_of_one_layer_is_found_by_its_name() -> None:
+    stacked = nn.vmap(
+        nn.Dense,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=3,
+    )
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return stacked(4, name="v")(x)
+
+    x = np.ones((2, 4), np.float32)
+    params = Model().init(jax.random.key(0), x)["params"]
+    found = layout(Model().apply, params, x)
+    for target, scales in {"v": [1, 1, 1], "v/1": [0, 1, 0], "v/*": [1, 1, 1]}.items():
+        config = AdapterConfig(rank=2, alpha=2.0, targets=(target,))
+        added = add_adapters(params, config, layout=found, key=jax.random.key(0))
+        np.testing.assert_array_equal(added["v"]["lora_scale"], scales)
 
 
 @pytest.mark.parametrize(

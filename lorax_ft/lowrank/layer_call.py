@@ -20,6 +20,7 @@ from lorax_ft.lowrank.experts import Grouped
 from lorax_ft.lowrank.linear import linear
 from lorax_ft.lowrank.spec import LayerSpec, Module, as_canonical
 from lorax_ft.lowrank.terms import bias, magnitude
+from lorax_ft.mesh_axes import in_auto_axes
 from lorax_ft.quant.kernels import Quantized, dense
 from lorax_ft.tree import Layer, Shape
 
@@ -63,6 +64,17 @@ class LayerCall:
           layer: its leaves, with the axes that a call inside its scans sees.
           x: its input.
         """
+        return in_auto_axes(self._output, layer, x, like=self._own_product)
+
+    def _own_product(self, layer: Layer, x: Array) -> Array:
+        """The layer's product with its own kernel."""
+        fields = {}
+        if self.traced.einsum is not None:
+            lhs, letters, result = self.traced.einsum
+            fields["einsum_str"] = f"{lhs},{letters}->{result}"
+        return self.run(fields, layer[self.traced.spec.weight], x)
+
+    def _output(self, layer: Layer, x: Array) -> Array:
         spec = self.traced.spec
         own_kernel = layer[spec.weight]
         # DoRA's norm is computed from the kernel in canonical order.

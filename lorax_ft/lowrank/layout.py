@@ -44,6 +44,37 @@ class TracedLayout(Layout):
     def __missing__(self, path: str) -> LayerSpec:
         return self.blocks[path]
 
+    def copy(self) -> TracedLayout:
+        """The same layout, for changes."""
+        return self | {}
+
+    def __or__(self, other: Mapping[str, LayerSpec]) -> TracedLayout:  # type: ignore[override]
+        """This layout with the layers of another; of both, what the traces did not find."""
+        return _union(self, other)
+
+    def __ror__(self, other: Mapping[str, LayerSpec]) -> TracedLayout:  # type: ignore[override]
+        """The same, where the other is a plain dict."""
+        return _union(other, self)
+
+    def __ior__(self, other: Mapping[str, LayerSpec]) -> TracedLayout:  # type: ignore[override]
+        """The same in place."""
+        joined = _union(self, other)
+        self.update(joined)
+        vars(self).update(vars(joined))
+        return self
+
+
+def _union(*layouts: Mapping[str, LayerSpec]) -> TracedLayout:
+    """The layers and notes of several layouts; the last wins."""
+    joined = TracedLayout()
+    for each in layouts:
+        joined.update(each)
+        if isinstance(each, TracedLayout):
+            joined.unseen.update(each.unseen)
+            joined.blocks.update(each.blocks)
+            joined.refused.update(each.refused)
+    return joined
+
 
 def layout(apply: Callable[..., Any], params: Mapping[str, Any], *example: Any) -> TracedLayout:
     """The layers of a Flax model that can be adapted, by slash path.

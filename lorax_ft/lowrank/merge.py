@@ -88,7 +88,7 @@ def check_mergeable(params: Tree) -> None:
         if any(term.merge is None for term in terms_of(layer)):
             raise ValueError(
                 f"{path}: a bottleneck adapter cannot be merged: it is a network behind or beside "
-                f"the layer or module, and no change of a kernel; {_as_adapter()}"
+                f"the layer or module, and no change of a kernel; {_bottleneck_instead()}"
             )
 
 
@@ -97,6 +97,15 @@ def _as_adapter() -> str:
     return either(
         "save_peft writes it as an adapter",
         f"{command('export')} --target peft writes it as an adapter",
+    )
+
+
+def _bottleneck_instead() -> str:
+    """What can be done with a bottleneck, which no other program has, PEFT neither."""
+    another = "another method, such as lora"
+    return either(
+        f"save_peft or save_adapter writes it for lorax_ft alone; train {another}, to merge",
+        f"{command('generate')} and {command('chat')} run it as it is; train {another}, to export",
     )
 
 

@@ -17,7 +17,9 @@ T = TypeVar("T")
 def matches(pattern: str, path: str) -> bool:
     """Whether a pattern matches a module: by name, by suffix, or as a whole regular expression.
 
-    Dots are understood in place of slashes, so that patterns written for PEFT work.
+    Dots are understood in place of slashes, so that patterns written for PEFT work. A name may
+    leave the numbers of layers out, as the tree of a scanned model does, or have `*` in their
+    place, as errors list them.
 
     >>> matches("q_proj", "layers/3/self_attn/q_proj")
     True
@@ -25,15 +27,20 @@ def matches(pattern: str, path: str) -> bool:
     True
     >>> matches("layers/[0-3]/.*", "layers/12/mlp/up_proj")
     False
+    >>> matches("layers/mlp/up_proj", "layers/12/mlp/up_proj"), matches("v", "v/2")
+    (True, True)
     """
-    parts = path.split("/")
     for name in (path, path.replace("/", ".")):
         if regexes.fullmatch(pattern, name):
             return True
-    for start in range(len(parts)):
-        suffix = "/".join(parts[start:])
-        if pattern in (suffix, suffix.replace("/", ".")):
-            return True
+    parts = path.split("/")
+    without_numbers = [part for part in parts if not part.isdecimal()]
+    with_stars = ["*" if part.isdecimal() else part for part in parts]
+    for spelled in (parts, without_numbers, with_stars):
+        for start in range(len(spelled)):
+            suffix = "/".join(spelled[start:])
+            if pattern in (suffix, suffix.replace("/", ".")):
+                return True
     return False
 
 

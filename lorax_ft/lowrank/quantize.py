@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import numpy as np
 from jax import Array
@@ -12,6 +14,7 @@ from jax import Array
 from lorax_ft.config import QuantConfig
 from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.requantize import Original
+from lorax_ft.mesh_axes import with_auto_axes
 from lorax_ft.quant.kernels import Quantized, quantize
 from lorax_ft.tree import Tree, from_modules, modules
 
@@ -52,13 +55,14 @@ def quantize_base(
             )
         if kernel is None or not spec.quantizable:
             continue
-        leaf = quantize(
-            kernel,
+        quantized = functools.partial(
+            quantize,
             format=config.format,
             double_quant=config.double,
             n_stack=len(spec.stack),
             n_in=len(spec.ins),
         )
+        leaf = with_auto_axes(quantized, kernel)
         layers[path] = layers[path] | {"kernel": leaf}
         originals[path] = _reader(kernel)
     if not originals:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -47,7 +49,7 @@ def plan_adapters(
     layers = modules(nn.meta.unbox(params))
     unseen = layout.unseen if isinstance(layout, TracedLayout) else {}
     of_blocks = _targets_of_blocks(config, layers, layout)
-    layout = {**layout, **_named_blocks(config, of_blocks, layout)}
+    layout = {**layout, **_named_blocks(config, of_blocks, layers, layout)}
     shapes = {}
     paths = {}
     for path, spec in layout.items():
@@ -163,7 +165,12 @@ def _targets_of_blocks(
     )
 
 
-def _named_blocks(config: AdapterConfig, targets: tuple[str, ...], layout: Layout) -> Layout:
+def _named_blocks(
+    config: AdapterConfig,
+    targets: tuple[str, ...],
+    layers: Mapping[str, Layer],
+    layout: Layout,
+) -> Layout:
     """The whole modules that these targets match.
 
     Raises:
@@ -178,7 +185,8 @@ def _named_blocks(config: AdapterConfig, targets: tuple[str, ...], layout: Layou
                 found[path] = spec
                 _check_bottleneck(config, target, path, layout)
         for path, why in refused.items():
-            if not matches(target, path):
+            names = _names_of_refused(path, layers, layout)
+            if not any(matches(target, name) for name in names):
                 continue
             _check_bottleneck(config, target, path, layout)
             if config.method == "bottleneck":
@@ -187,6 +195,23 @@ def _named_blocks(config: AdapterConfig, targets: tuple[str, ...], layout: Layou
                     f"bottleneck can stand beside it; {_instead(path, layout)}"
                 )
     return found if config.method == "bottleneck" else {}
+
+
+def _names_of_refused(path: str, layers: Mapping[str, Layer], layout: Layout) -> list[str]:
+    """The logical paths of a module that has no spec: it is in the scans of the layers near it."""
+    parts = path.split("/")
+
+    def shared_parts(other: str) -> int:
+        pairs = zip(parts, other.split("/"), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    nearest = max(layout, key=shared_parts, default=None)
+    if nearest is None:
+        return [path]
+    spec = layout[nearest]
+    scanned = tuple(place for place in spec.scanned if place <= shared_parts(nearest))
+    spec_of_scans = dataclasses.replace(spec, scanned=scanned)
+    return logical_paths(path, spec_of_scans, base_shape(layers, nearest, spec))
 
 
 def _check_bottleneck(config: AdapterConfig, target: str, path: str, layout: Layout) -> None:

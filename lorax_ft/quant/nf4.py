@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_ft.mesh_axes import MeshAxis, axis_names, devices_along
+from lorax_ft.mesh_axes import MeshAxis, axis_names, devices_along, in_auto_axes
 from lorax_ft.quant.double import DoubleQuantized
 from lorax_ft.tree import Shape
 
@@ -92,6 +92,24 @@ class NF4:
 
     def dequantized(self, dtype: Any = None) -> Array:
         """The kernel as an array of `dtype`, by default of its own dtype."""
+        kernel: Array = in_auto_axes(
+            lambda leaf: leaf._dequantized(dtype), self, like=NF4._split_as_the_kernel
+        )
+        return kernel
+
+    def _split_as_the_kernel(self) -> Array:
+        """An array of as many axes that are split over devices, on a mesh of Explicit axes."""
+        matrix = self.codes.swapaxes(-1, -2)  # [*L, I / 2, O]
+        if self.codes.shape[-2] == 1:
+            # The values of all rows are one row.
+            matrix = matrix.sum(-2, keepdims=True)
+        n_stack = self.codes.ndim - 2
+        n_in = len(self.ins)
+        further_ins = range(n_stack + 1, n_stack + n_in)
+        further_outs = range(n_stack + n_in + 1, self.ndim)
+        return jnp.expand_dims(matrix, (*further_ins, *further_outs))
+
+    def _dequantized(self, dtype: Any) -> Array:
         absmax = self.absmax
         if isinstance(absmax, DoubleQuantized):
             absmax = absmax.dequantized()

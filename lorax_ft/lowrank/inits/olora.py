@@ -13,7 +13,8 @@ from jax import Array
 
 from lorax_ft.lowrank.highest import highest_matmul
 from lorax_ft.lowrank.inits.context import InitContext, InitResult
-from lorax_ft.lowrank.inits.svd import Factors
+from lorax_ft.lowrank.inits.svd import Factors, factors_like
+from lorax_ft.mesh_axes import in_auto_axes
 
 
 def olora(context: InitContext) -> InitResult:
@@ -30,6 +31,11 @@ def qr_factors(w: Array, *, rank: int) -> Factors:
     The first r columns of Q are the Q of Wᵀ's first r columns, so only these are decomposed. The
     first r rows of R are then Qᵀ Wᵀ, so that A = W Q.
     """
+    factors: Factors = in_auto_axes(functools.partial(_qr_factors, rank=rank), w, like=factors_like)
+    return factors
+
+
+def _qr_factors(w: Array, *, rank: int) -> Factors:
     w = w.astype(jnp.float32)
     first_columns = w[:, :rank].swapaxes(1, 2)  # [L, O, r]
     q, _ = jnp.linalg.qr(first_columns)  # [L, O, r]

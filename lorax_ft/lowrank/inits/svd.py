@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from threadpoolctl import threadpool_limits
 
 from lorax_ft.lowrank.highest import highest_matmul
+from lorax_ft.mesh_axes import in_auto_axes
 
 OVERSAMPLING = (
     4  # extra columns of the randomized basis, so that the last ones it keeps are accurate
@@ -197,8 +198,18 @@ def randomized(
 ) -> Factors:
     """A randomized SVD with power iterations (Halko et al., 0909.4061) of each matrix."""
     one = functools.partial(_randomized_matrix, rank=rank, iterations=iterations)
-    # One matrix at a time, so that temporaries have the size of one.
-    return lax.map(lambda pair: one(*pair), (w, keys))
+
+    def each(w: Array, keys: Array) -> Factors:
+        # One matrix at a time, so that temporaries have the size of one.
+        return lax.map(lambda pair: one(*pair), (w, keys))
+
+    factors: Factors = in_auto_axes(each, w, keys, like=factors_like)
+    return factors
+
+
+def factors_like(w: Array, *_: Array) -> Factors:
+    """Arrays that are split over devices as A `[L, I, r]` and B `[L, r, O]` should be."""
+    return w.sum(2, keepdims=True), w.sum(1, keepdims=True)
 
 
 def _randomized_matrix(

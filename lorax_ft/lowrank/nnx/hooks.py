@@ -1,22 +1,27 @@
 """Hooks on the calls of NNX modules, for which flax has none of its own.
 
-A hooked module has a subclass of its class, whose `__call__` goes to the hook. Transformations such
-as `nnx.scan` take a module apart into its class, its static attributes and its arrays, so the hook
-and the adapter's leaves, which lie in the module, are there inside them too.
+A module with a hook has it in an attribute, and while the model runs its class has a `__call__`
+that goes there (`hooked`). So it keeps its class, which the model's code may compare, and its other
+modules are as they were. Transformations such as `nnx.scan` take a module apart into its class, its
+static attributes and its arrays, so the hook and the adapter's leaves, which lie in the module, are
+there inside them too.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from flax import nnx
 from jax import Array
 
 from lorax_ft.lowrank.layer_call import block_input, trace_block
-from lorax_ft.lowrank.nnx.kinds import Kind, bound, layer_call, trace
+from lorax_ft.lowrank.nnx.kinds import OWN, Kind, bound, layer_call, own_call, own_method, trace
 from lorax_ft.lowrank.shared import with_shared
 from lorax_ft.lowrank.spec import BIAS
 from lorax_ft.lowrank.terms import check_layer
@@ -26,6 +31,8 @@ from lorax_ft.lowrank.watch import SeeAdapters, SeeCalls
 HOOK = "lorax_ft_hook"
 LEAVES = "lorax_ft_leaves"
 """The module's attributes that hold its hook and the adapter's leaves."""
+REPLACED = "lorax_ft_replaced"
+"""The attribute of a method in place of a class's own that holds what the class had."""
 
 
 class Hook(Protocol):
@@ -56,42 +63,78 @@ def add_hook(
     """
     # In variables of the weight's own class, so that a scan which stacks the weight stacks them.
     variable = nnx.Param if kind is None else type(getattr(module, kind.attribute))
-    setattr(module, HOOK, nnx.static(hook))
-    setattr(module, LEAVES, nnx.data({name: variable(leaf) for name, leaf in leaves.items()}))
-    object.__setattr__(module, "__class__", _hooked(type(module)))
+    data = {name: variable(leaf) for name, leaf in leaves.items()}
+    # Not by a `__setattr__` of the module's own class, which may refuse them.
+    nnx.Module.__setattr__(module, HOOK, nnx.static(hook))
+    nnx.Module.__setattr__(module, LEAVES, nnx.data(data))
 
 
-_INIT_SUBCLASS = getattr(nnx.Module.__init_subclass__, "__func__", None)
+_lock = threading.Lock()
+_users: collections.Counter[type] = collections.Counter()
+"""How many running calls of `hooked` need a class to be changed."""
 
 
-def can_hook_block(module: nnx.Module) -> bool:
-    """Whether a module that is no layer can take a hook: its class must be as nnx makes classes."""
-    cls = type(module)
-    return (
-        cls._pytree__is_pytree
-        and cls.__setattr__ is nnx.Module.__setattr__
-        and getattr(cls.__init_subclass__, "__func__", None) is _INIT_SUBCLASS
-    )
+@contextlib.contextmanager
+def hooked(model: nnx.Module) -> Iterator[None]:
+    """Inside, the calls of those modules of a model that have a hook go to it.
+
+    Their classes are changed for that time, as `nnx.tabulate` does. Other modules of the same
+    classes, such as those of another thread, compute as they did.
+    """
+    classes = {type(module) for _, module in nnx.iter_modules(model) if HOOK in vars(module)}
+    with _lock:
+        for cls in classes:
+            if not _users[cls]:
+                _change(cls)
+            _users[cls] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for cls in classes:
+                _users[cls] -= 1
+                if not _users[cls]:
+                    del _users[cls]
+                    _restore(cls)
 
 
-@functools.cache
-def _hooked(cls: type[nnx.Module]) -> type[nnx.Module]:
-    """The subclass whose `__call__` goes to the module's hook."""
+def _change(cls: type) -> None:
+    """Give a class a `__call__` that goes to a module's hook, and one that says what is read."""
+    own_read = own_method(cls, "__getattribute__")
 
-    class Hooked(cls):  # type: ignore[misc, valid-type]
-        own_call = cls.__call__
+    def hook_of(module: Any) -> Hook | None:
+        # A subclass calls these methods by `super()`.
+        is_own = type(module) is cls
+        return object.__getattribute__(module, "__dict__").get(HOOK) if is_own else None
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return vars(self)[HOOK].call(self, args, kwargs)
+    @functools.wraps(cls.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hook = hook_of(self)
+        if hook is None:
+            return own_call(self, cls)(*args, **kwargs)
+        return hook.call(self, args, kwargs)
 
-        def __getattribute__(self, name: str) -> Any:
-            if not name.startswith("_"):
-                vars(self)[HOOK].read(name)
-            return super().__getattribute__(name)
+    def read(self: Any, name: str) -> Any:
+        hook = hook_of(self)
+        if hook is not None and not name.startswith("_"):
+            hook.read(name)
+        return own_read(self, name)
 
-    Hooked.__name__ = cls.__name__
-    Hooked.__qualname__ = cls.__qualname__
-    return Hooked
+    for name, method in (("__call__", call), ("__getattribute__", read)):
+        # What `_restore` puts back; None: the class inherits it.
+        setattr(method, REPLACED, vars(cls).get(name))
+        setattr(method, OWN, own_method(cls, name))
+        setattr(cls, name, method)
+
+
+def _restore(cls: type) -> None:
+    """Undo `_change`."""
+    for name in ("__call__", "__getattribute__"):
+        replaced = getattr(vars(cls)[name], REPLACED)
+        if replaced is None:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, replaced)
 
 
 class Shared(dict[str, Array]):
@@ -118,7 +161,7 @@ class AdaptedCall:
 
     def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         """The adapted layer's output."""
-        x, extra = bound(module.own_call, args, kwargs)
+        x, extra = bound(own_call(module), args, kwargs)
         traced = trace(module, self.kind, x, extra)
         if traced is None:
             raise ValueError(
@@ -148,7 +191,7 @@ class AdaptedBlock:
         """The module's output with the bottleneck."""
         layer = {name: leaf.get_value() for name, leaf in getattr(module, LEAVES).items()}
         check_layer(layer, self.path)
-        y = module.own_call(*args, **kwargs)
+        y = own_call(module)(*args, **kwargs)
         return with_bottleneck(layer, block_input(args, kwargs, y), y)
 
     def read(self, name: str) -> None:
@@ -171,7 +214,7 @@ class RecordedBlock:
             name = self.names.get("/".join(map(str, (self.path, *keys))))
             if name is not None:
                 view[name.removeprefix(f"{self.path}/")] = variable.get_raw_value().shape
-        output = module.own_call(*args, **kwargs)
+        output = own_call(module)(*args, **kwargs)
         if view:
             self.watch.called_block(self.path, view, trace_block(args, kwargs, output))
         return output
@@ -192,12 +235,12 @@ class RecordedCall:
 
     def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's own output."""
-        own_call = module.own_call
+        own = own_call(module)
         self.calls.append(None)
         try:
-            x, extra = bound(own_call, args, kwargs)
+            x, extra = bound(own, args, kwargs)
             self.watch.called(self.path, trace(module, self.kind, x, extra))
-            return own_call(*args, **kwargs)
+            return own(*args, **kwargs)
         finally:
             self.calls.pop()
 

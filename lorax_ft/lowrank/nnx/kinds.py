@@ -17,6 +17,7 @@ from jax import Array
 
 from lorax_ft.lowrank.layer_call import Gather, LayerCall, Traced, trace_axes, trace_einsum
 from lorax_ft.lowrank.spec import BIAS, EMBEDDING, KERNEL, Module
+from lorax_ft.mesh_axes import all_axes_are_auto
 from lorax_ft.quant.kernels import Quantized, dense
 from lorax_ft.tree import Shape
 
@@ -48,11 +49,27 @@ KINDS: dict[type[nnx.Module], Kind] = {
 def kind_of(module: nnx.Module, kinds: Mapping[type[nnx.Module], Kind]) -> Kind | None:
     """The kind of a module: that of a class in `kinds` whose `__call__` it has."""
     for cls, kind in kinds.items():
-        same_call = isinstance(module, cls) and type(module).__call__ is cls.__call__
+        same_call = isinstance(module, cls) and own_method(type(module)) is own_method(cls)
         # Some make a frozen weight a variable of another class.
         if same_call and isinstance(vars(module)[kind.attribute], nnx.Param):
             return kind
     return None
+
+
+OWN = "lorax_ft_own"
+"""The attribute of a method in place of a class's own (`hooks.hooked`) that holds its own."""
+
+
+def own_method(cls: type, name: str = "__call__") -> Any:
+    """The method that a class has or inherits, as it lies in the class, also while it is hooked."""
+    method = inspect.getattr_static(cls, name)
+    return getattr(method, OWN, method)
+
+
+def own_call(module: nnx.Module, cls: type | None = None) -> Any:
+    """The bound `__call__` of a module without its hook: that of its class, or of a base class."""
+    method = own_method(cls or type(module))
+    return method.__get__(module, type(module)) if hasattr(method, "__get__") else method
 
 
 def trace(module: Any, kind: Kind, x: Array, extra: Mapping[str, Any]) -> Traced | None:
@@ -121,10 +138,10 @@ def layer_call(
         _set_fields(clone, fields)
         arguments = dict(extra)
         arguments.pop("einsum_str", None)
-        if kernel.shape != traced.shape:
-            # It is the sharding of the output of the layer's own kernel.
+        if kernel.shape != traced.shape or all_axes_are_auto():
+            # It is the sharding of the output of the layer's own kernel, on Explicit axes.
             arguments.pop("out_sharding", None)
-        y: Array = clone.own_call(x, **arguments)
+        y: Array = own_call(clone)(x, **arguments)
         return y
 
     def run(fields: dict[str, Any], kernel: Array | Quantized, x: Array) -> Array:

@@ -18,7 +18,7 @@ from lorax_ft.lowrank.nnx.hooks import (
     RecordedCall,
     Shared,
     add_hook,
-    can_hook_block,
+    hooked,
 )
 from lorax_ft.lowrank.nnx.kinds import KINDS, Kind, kind_of
 from lorax_ft.lowrank.shared import shared_leaves
@@ -131,10 +131,12 @@ class NnxApply:
         state = flatten(variables.get("state", self.state))
         model = self._watched(modules(variables["params"]), state)
         if "state" in variables:
-            output = self.call(model, *inputs, **named)
+            with hooked(model):
+                output = self.call(model, *inputs, **named)
             return output, unflatten(self._state(model))
         writes = _note_writes(model, self.state_places)
-        output = self.call(model, *inputs, **named)
+        with hooked(model):
+            output = self.call(model, *inputs, **named)
         only_traced = any(isinstance(watch, SeeCalls) for watch in watches())
         if writes and not only_traced:
             raise ValueError(
@@ -212,7 +214,7 @@ class NnxApply:
                     watch.unseen(inside, _IN_LINEN)
             elif kind is None:
                 watch.unseen(path, _UNKNOWN.format(type(module).__name__))
-                if path and callable(module) and can_hook_block(module):
+                if path and callable(module):
                     add_hook(module, None, RecordedBlock(path, watch, names), {})
             elif len(owners := holders[id(getattr(module, kind.attribute))]) > 1:
                 watch.unseen(path, f"its weight is that of {' and '.join(owners)} too")

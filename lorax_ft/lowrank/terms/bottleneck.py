@@ -11,6 +11,7 @@ kernel can hold them, so they are merged into nothing. Letters: I inputs, O outp
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from lorax_ft.lowrank.plan import Plan
 from lorax_ft.lowrank.terms import low_rank
 from lorax_ft.lowrank.terms.dropout import dropped
 from lorax_ft.lowrank.terms.term import Product, Term, check_dense
+from lorax_ft.mesh_axes import in_auto_axes
 from lorax_ft.tree import Layer, Shape
 
 BEHIND, BESIDE = "bottleneck_a_output", "bottleneck_a_input"
@@ -76,6 +78,14 @@ def with_bottleneck(
       y: h, `[..., O]`.
       precision: of the products.
     """
+    change = functools.partial(_with_bottleneck, precision=precision)
+    # Not the modules inside a module.
+    leaves = {name: leaf for name, leaf in layer.items() if not isinstance(leaf, Mapping)}
+    result: Array = in_auto_axes(change, leaves, x, y, like=lambda layer, x, y: y)
+    return result
+
+
+def _with_bottleneck(layer: Layer, x: Array, y: Array, precision: lax.PrecisionLike) -> Array:
     u, a = (y, layer[BEHIND]) if BEHIND in layer else (x, layer[BESIDE])
 
     def dense(u: Array, kernel: Array, bias: Array) -> Array:
