@@ -79,7 +79,7 @@ def _step(method: str) -> str:
     )
     return (
         f"A training step of {method} on SmolLM2-135M takes {times} × LoRA's time and {memory} GB "
-        f"at its peak; {trained} million numbers train "
+        f"at its peak; {trained} million parameters train "
         "([every method](../PERFORMANCE.md#every-method))."
     )
 

@@ -9,16 +9,14 @@ The command is lm_eval's own, which finds this model only after this module was 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from lorax_ft.cli import one_line_errors
 from lorax_ft.config import QuantConfig
 from lorax_ft.evaluation.likelihood import TokenScores, token_scores
 from lorax_ft.evaluation.next_token import BATCH_TOKENS, next_tokens
@@ -32,6 +30,18 @@ from lorax_ft.interop.peft import load_peft
 from lorax_ft.models.model import LoadedModel
 from lorax_ft.template_limits import template_limits
 from lorax_ft.tree import Tree
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    MISSING = f'{error.name} is not installed; run pip install "lorax_ft[lm-eval]"'
+    if __name__ == "__main__":
+        print(f"error: {MISSING}", file=sys.stderr)
+        sys.exit(2)
+    raise ModuleNotFoundError(MISSING, name=error.name) from error
 
 MAX_GEN_TOKS = 256
 """New tokens of an answer where a task does not say how many."""
@@ -350,4 +360,5 @@ def _key(number: int) -> Any:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    with one_line_errors():
+        cli_evaluate()
