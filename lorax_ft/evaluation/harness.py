@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from lorax_ft.cli import one_line_errors
 from lorax_ft.config import QuantConfig
 from lorax_ft.evaluation.likelihood import TokenScores, token_scores
 from lorax_ft.evaluation.next_token import BATCH_TOKENS, next_tokens
@@ -360,5 +359,4 @@ def _key(number: int) -> Any:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    with one_line_errors():
-        cli_evaluate()
+    cli_evaluate()
