@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -91,24 +90,40 @@ def all_axes_are_auto() -> bool:
     return bool(types) and AxisType.Explicit not in types
 
 
-def with_auto_axes(function: Callable[[Array], Any], array: Array) -> Any:
-    """`function(array)`, also where a reshape leaves it to JAX how the result is split.
+def has_explicit_axes(tree: Any) -> bool:
+    """Whether arrays of a tree lie on a mesh of Explicit axes; not of those that are traced."""
+    return any(map(_is_explicit, jax.tree.leaves(tree)))
 
-    An array on a mesh of Explicit axes lies on the same devices with Auto axes meanwhile; the
-    result's axes are Explicit again.
+
+def with_auto_axes(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`function(tree)`, also where a reshape leaves it to JAX how the result is split.
+
+    Arrays on a mesh of Explicit axes lie on the same devices with Auto axes meanwhile; the axes of
+    the result are Explicit again.
     """
-    sharding = getattr(array, "sharding", None)
-    if isinstance(array, jax.core.Tracer) or not isinstance(sharding, NamedSharding):
-        return function(array)
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return function(array)
-    mesh = sharding.mesh
+    leaves = filter(_is_explicit, jax.tree.leaves(tree))
+    mesh = next((leaf.sharding.mesh for leaf in leaves), None)
+    if mesh is None:
+        return function(tree)
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+    def there(leaf: Any) -> Any:
+        is_split = _is_explicit(leaf)
+        return jax.device_put(leaf, NamedSharding(auto, leaf.sharding.spec)) if is_split else leaf
+
+    def back(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or sharding.mesh != auto:
+            return leaf
+        return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+
     with jax.set_mesh(auto):
-        result = function(jax.device_put(array, NamedSharding(auto, sharding.spec)))
+        result = function(jax.tree.map(there, tree))
+    return jax.tree.map(back, result)
 
-    def again(leaf: Array) -> Array:
-        assert isinstance(leaf.sharding, NamedSharding)
-        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
 
-    return jax.tree.map(again, result)
+def _is_explicit(leaf: Any) -> bool:
+    if isinstance(leaf, jax.core.Tracer):
+        return False
+    sharding = getattr(leaf, "sharding", None)
+    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types

@@ -16,12 +16,14 @@ import pytest
 from checkpoint_cases import assert_trees_equal
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from method_cases import EVERYWHERE, KEY, TABLE, Adapted, adapter_config, distance
 from nnx_models import TWINS
 
 import lorax_ft as lft
 from lorax_ft.lowrank.layout import logical_paths
-from lorax_ft.tree import Tree, flatten
+from lorax_ft.tree import Tree, flatten, unflatten
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -610,3 +612,79 @@ def test_another_thread_may_use_the_model_meanwhile(randomize: Any) -> None:
     y = adapted({"params": changed}, x)
     assert distance(y, want) == 0 == distance(others[1], want)
     assert distance(others[0], x @ params["layer"]["kernel"]) < 1e-6
+
+
+class Sharded(nnx.Module):
+    """A table, and products that are split over a mesh by columns and then by rows."""
+
+    def __init__(self, spec: P | None, rngs: nnx.Rngs):
+        self.spec = spec
+        self.table = nnx.Embed(11, 64, rngs=rngs)
+        self.up = nnx.Linear(64, 128, rngs=rngs)
+        self.down = nnx.Linear(128, 64, rngs=rngs)
+
+    def __call__(self, tokens: Array) -> Array:
+        x = self.table(tokens, out_sharding=self.spec)
+        return self.down(nnx.tanh(self.up(x)), out_sharding=self.spec)
+
+
+LINEAR = {"targets": ("up", "down"), "rank": 2}
+
+
+@pytest.mark.parametrize(
+    ("quant", "options"),
+    [
+        ("none", {"targets": ("table", "up", "down"), "rank": 2}),
+        ("nf4", {**LINEAR, "dora": True}),
+        pytest.param("int8", LINEAR, marks=pytest.mark.slow),
+        *(
+            pytest.param("none", {**LINEAR, **more}, marks=pytest.mark.slow)
+            for more in (
+                {"init": "olora"},
+                {"init": "pissa", "svd_iterations": 1},
+                {"method": "miss"},
+                {"method": "bottleneck"},
+            )
+        ),
+    ],
+)
+def test_a_mesh_of_explicit_axes(quant: Any, options: dict[str, Any]) -> None:
+    """What `jax.make_mesh` gives. Outputs and gradients are those without a mesh."""
+    mesh = jax.make_mesh((2, 2), ("rows", "columns"), devices=jax.devices()[:4])
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+    specs = {"up/kernel": P(None, "columns"), "up/bias": P("columns"), "down/kernel": P("columns")}
+    apply, base = lft.from_nnx(Sharded(P("rows"), RNGS()))
+    tokens = jnp.arange(12).reshape(4, 3) % 11
+
+    def loss(apply: Any, trained: Tree, frozen: Tree, tokens: Array) -> Array:
+        return jnp.sum(jnp.sin(lft.adapt(apply)({"params": lft.combine(trained, frozen)}, tokens)))
+
+    with jax.set_mesh(mesh):
+        placed = {
+            path: jax.device_put(leaf, NamedSharding(mesh, specs.get(path, P())))
+            for path, leaf in flatten(base).items()
+        }
+        rows = jax.device_put(tokens, NamedSharding(mesh, P("rows")))
+        base = unflatten(placed)
+        layout = lft.layout(apply, base, rows)
+        if quant != "none":
+            base, _ = lft.quantize_base(base, lft.QuantConfig(format=quant), layout=layout)
+        params = lft.add_adapters(base, lft.AdapterConfig(**options), layout=layout, key=KEY)
+        params = lft.with_norms(params, layout=layout)
+        trained, frozen = lft.partition(params)
+        trained = jax.tree.map(lambda leaf: leaf + 0.05, trained)
+        got, gradients = jax.jit(jax.value_and_grad(functools.partial(loss, apply)))(
+            trained, frozen, rows
+        )
+        if options.get("method") != "bottleneck":
+            merged = lft.merge_adapters(lft.combine(trained, frozen), layout=layout)
+            assert jax.typeof(merged["down"]["kernel"]).sharding.spec == P("columns", None)
+            assert abs(loss(apply, merged, {}, rows) - got) < 1e-3
+    trained, frozen, gradients = jax.device_get((trained, frozen, gradients))
+    apply, _ = lft.from_nnx(Sharded(None, RNGS()))
+    want, wanted = jax.jit(jax.value_and_grad(functools.partial(loss, apply)))(
+        trained, frozen, tokens
+    )
+    assert distance(got, want) < 1e-5
+    for path, leaf in flatten(wanted).items():
+        assert distance(flatten(gradients)[path], leaf) < 1e-4, path

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -22,7 +24,7 @@ from lorax_ft.lowrank.layout import Layout
 from lorax_ft.lowrank.module_leaves import adapter_leaves, leaf_shapes, without_start
 from lorax_ft.lowrank.requantize import Original
 from lorax_ft.lowrank.shared import initial_shared, shared_shapes
-from lorax_ft.lowrank.spec import base_kernel, base_shape, with_kernel
+from lorax_ft.lowrank.spec import LayerSpec, base_kernel, base_shape, with_kernel
 from lorax_ft.lowrank.starts import find_starts, stack_of
 from lorax_ft.lowrank.statistics import Statistics, needed_statistics, one_by_one
 from lorax_ft.lowrank.targets import plan_adapters
@@ -38,7 +40,8 @@ from lorax_ft.lowrank.terms import (
 )
 from lorax_ft.lowrank.terms import magnitude as magnitude_term
 from lorax_ft.lowrank.watch import check_tree
-from lorax_ft.quant.kernels import Quantized
+from lorax_ft.mesh_axes import has_explicit_axes, in_auto_axes, with_auto_axes
+from lorax_ft.quant.kernels import Quantized, dense
 from lorax_ft.schema import init_schema, is_soft_prompt, leaf_schema
 from lorax_ft.tree import Layer, Tree, combine, from_modules, modules, split
 
@@ -99,6 +102,25 @@ def add_adapters(
     8.0
     """
     check_tree(params, name="add_adapters")
+    if has_explicit_axes(params):
+        # Keys of random numbers may lie on the mesh too.
+        return cast(
+            Tree,
+            with_auto_axes(
+                lambda given: add_adapters(
+                    given[0],
+                    config,
+                    layout=layout,
+                    key=given[1],
+                    init=init,
+                    originals=originals,
+                    rounds=rounds,
+                    statistics=statistics,
+                    advance=advance,
+                ),
+                (params, key),
+            ),
+        )
     layers = modules(nn.meta.unbox(params))
     _check_init(config, init, layers)
     row = init_schema(config.init)
@@ -240,9 +262,19 @@ def norms(params: Tree, *, layout: Layout) -> Tree:
     for path, layer in layers.items():
         check_layer(layer, path)
         if magnitude_term.MAGNITUDE in layer and magnitude_term.NORM not in layer:
-            full = with_kernel(layers, path, layout[path])
-            found[path] = {magnitude_term.NORM: magnitude_term.column_norm(full)}
+            spec = layout[path]
+            full = with_kernel(layers, path, spec)
+            like = functools.partial(_sum_over_inputs, spec)
+            norm = in_auto_axes(magnitude_term.column_norm, full, like=like)
+            found[path] = {magnitude_term.NORM: norm}
     return from_modules(found)
+
+
+def _sum_over_inputs(spec: LayerSpec, layer: Layer) -> Array:
+    """An array of the norm's axes, split over devices as the norm should be."""
+    n_stack = len(spec.stack)
+    in_axes = tuple(range(n_stack, n_stack + len(spec.ins)))
+    return dense(layer["kernel"]).sum(in_axes)
 
 
 def with_dropout(params: Tree, key: Array, *, rate: float) -> Tree:

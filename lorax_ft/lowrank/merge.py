@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,6 +18,7 @@ from lorax_ft.lowrank.linear import merged_layer
 from lorax_ft.lowrank.shared import shared_leaves, with_shared
 from lorax_ft.lowrank.spec import BIAS, LayerSpec, as_canonical, base_kernel
 from lorax_ft.lowrank.terms import check_layer, is_adapted, terms_of, tokens
+from lorax_ft.mesh_axes import with_auto_axes
 from lorax_ft.program import command, either
 from lorax_ft.quant.kernels import dense
 from lorax_ft.schema import is_base
@@ -39,8 +40,12 @@ def merge_adapters(params: Tree, *, layout: Layout) -> Tree:
     Raises:
       ValueError: factors do not fit their kernel, or leaves that belong together are missing.
     """
-    flat = dict(merged_leaves(params, layout=layout))
-    return unflatten(flat)
+
+    def merged(params: Tree) -> Tree:
+        flat = dict(merged_leaves(params, layout=layout))
+        return unflatten(flat)
+
+    return cast(Tree, with_auto_axes(merged, params))
 
 
 def merged_leaves(

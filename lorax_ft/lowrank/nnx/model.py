@@ -35,10 +35,6 @@ Variables = dict[str, tuple[tuple[Any, ...], nnx.Variable]]
 """By slash path, the keys by which NNX finds a variable, and the variable without its value."""
 
 _IN_LINEN = "it is in a linen model inside NNX (nnx.bridge.ToNNX); adapt the linen model itself"
-_UNKNOWN = (
-    "{0} is no layer that takes adapters; if it computes a product with one weight, say so: "
-    'from_nnx(model, layers={{{0}: ("einsum", "w")}})'
-)
 
 
 def from_nnx(
@@ -213,7 +209,7 @@ class NnxApply:
                 for inside in _modules_below(path, self.places):
                     watch.unseen(inside, _IN_LINEN)
             elif kind is None:
-                watch.unseen(path, _UNKNOWN.format(type(module).__name__))
+                watch.unseen(path, _no_layer(module, self.kinds))
                 if path and callable(module):
                     add_hook(module, None, RecordedBlock(path, watch, names), {})
             elif len(owners := holders[id(getattr(module, kind.attribute))]) > 1:
@@ -300,6 +296,25 @@ def _renamed(
             _check_layer(path, module, kind)
             paths[join(path, kind.attribute)] = join(path, kind.weight)
     return paths
+
+
+def _no_layer(module: nnx.Module, kinds: Mapping[type[nnx.Module], Kind]) -> str:
+    """Why a module of a class that is in no kind takes no adapter, and what may help."""
+    name = type(module).__name__
+    why = f"{name} is no layer that takes adapters"
+    own = [key for key, value in vars(module).items() if isinstance(value, nnx.Param)]
+    weights = [key for key in own if key != BIAS]
+    if len(weights) != 1:
+        return why
+    (weight,) = weights
+    # A subclass of a layer, with a `__call__` of its own.
+    of_base = [kind.module for cls, kind in kinds.items() if isinstance(module, cls)]
+    likely = "einsum" if hasattr(module, "einsum_str") else "dense"
+    kind = next((kind for kind in of_base if kind in OTHERS), likely)
+    return (
+        f"{why}; if it computes a product with one weight, or looks up its rows, say so: "
+        f'from_nnx(model, layers={{{name}: ("{kind}", "{weight}")}})'
+    )
 
 
 def _check_layer(path: str, module: Any, kind: Kind) -> None:
