@@ -119,6 +119,7 @@ def add_adapters(
                     advance=advance,
                 ),
                 (params, key),
+                keep=params,
             ),
         )
     layers = modules(nn.meta.unbox(params))
