@@ -95,11 +95,12 @@ def has_explicit_axes(tree: Any) -> bool:
     return any(map(_is_explicit, jax.tree.leaves(tree)))
 
 
-def with_auto_axes(function: Callable[[Any], Any], tree: Any) -> Any:
+def with_auto_axes(function: Callable[[Any], Any], tree: Any, *, keep: Any = None) -> Any:
     """`function(tree)`, also where a reshape leaves it to JAX how the result is split.
 
     Arrays on a mesh of Explicit axes lie on the same devices with Auto axes meanwhile; the axes of
-    the result are Explicit again.
+    the result are Explicit again. A leaf of the result with the path and shape of one in `keep` is
+    split as that.
     """
     leaves = filter(_is_explicit, jax.tree.leaves(tree))
     mesh = next((leaf.sharding.mesh for leaf in leaves), None)
@@ -111,7 +112,12 @@ def with_auto_axes(function: Callable[[Any], Any], tree: Any) -> Any:
         is_split = _is_explicit(leaf)
         return jax.device_put(leaf, NamedSharding(auto, leaf.sharding.spec)) if is_split else leaf
 
-    def back(leaf: Any) -> Any:
+    kept = dict(jax.tree.leaves_with_path(keep))
+
+    def back(path: Any, leaf: Any) -> Any:
+        before = kept.get(path)
+        if before is not None and _is_explicit(before) and before.shape == leaf.shape:
+            return jax.device_put(leaf, before.sharding)
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding) or sharding.mesh != auto:
             return leaf
@@ -119,7 +125,7 @@ def with_auto_axes(function: Callable[[Any], Any], tree: Any) -> Any:
 
     with jax.set_mesh(auto):
         result = function(jax.tree.map(there, tree))
-    return jax.tree.map(back, result)
+    return jax.tree.map_with_path(back, result)
 
 
 def _is_explicit(leaf: Any) -> bool:

@@ -77,7 +77,8 @@ def add_adapters(
       statistics: what inits from data start from: by path (`lorax_ft.calibrate`), or one by one
         (`lorax_ft.training.calibration.measured`), of which one at a time is held.
       donate: whether the kernels of `params` that the init changes are consumed, as by `jax.jit`'s
-        `donate_argnums`: the old base is then not held beside the new one, and cannot be used.
+        `donate_argnums`: the old base is then not held beside the new one, and cannot be used. Not
+        on a mesh of Explicit axes.
       advance: called with a share of the work whenever it is done; the shares make up 1.
 
     Returns:
@@ -119,6 +120,7 @@ def add_adapters(
                     advance=advance,
                 ),
                 (params, key),
+                keep=params,
             ),
         )
     layers = modules(nn.meta.unbox(params))

@@ -45,7 +45,7 @@ def merge_adapters(params: Tree, *, layout: Layout) -> Tree:
         flat = dict(merged_leaves(params, layout=layout))
         return unflatten(flat)
 
-    return cast(Tree, with_auto_axes(merged, params))
+    return cast(Tree, with_auto_axes(merged, params, keep=params))
 
 
 def merged_leaves(
