@@ -4,7 +4,9 @@ import importlib
 import importlib.util
 import itertools
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,22 @@ def test_the_commands_of_a_page_take_their_options(page: Path) -> None:
         config = argv[argv.index("--config") + 1] if "--config" in argv else ""
         if config.startswith("configs/"):
             assert (ROOT / config).is_file(), config
+
+
+def test_the_command_of_lm_eval_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (command,) = re.findall(r"^python -m ([\w.]+) ", (DOCS / "EVALUATION.md").read_text(), re.M)
+    # As if it were not installed; both, as another test may have imported it.
+    for name in ("lm_eval", "lm_eval.api.instance"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, command, raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module(command, run_name="__main__")
+    said = 'error: lm_eval is not installed; run pip install "lorax_ft[lm-eval]"\n'
+    assert capsys.readouterr().err == said
+    with pytest.raises(ModuleNotFoundError, match="lm_eval is not installed"):
+        importlib.import_module(command)
 
 
 def test_the_rows_of_a_command_divide_over_its_mesh() -> None:

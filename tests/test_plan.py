@@ -364,7 +364,9 @@ def test_a_roofline_by_hand() -> None:
 def run_plan(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """scripts/plan.py with a command line, on the eight devices of the tests; its exit status."""
     # What the script sets for a process of its own goes back to what it was.
-    for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS"):
+    changed = ("JAX_PLATFORMS", "TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS")
+    tpu = ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
+    for name in (*changed, *tpu, "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     main = script_main("plan")
 

@@ -99,6 +99,11 @@ def _prepare(devices: int) -> None:
     """Set what JAX must know: to compile here, and to ask no machine of Google for its TPU."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # libtpu 0.0.52 complains where these are absent, and compiles the same program with any.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Else one process of a machine may load it at a time, and a second plan is an error.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # CPUs take the place of GPUs.
     flags = os.environ.get("XLA_FLAGS", "")

@@ -36,7 +36,8 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
-    MISSING = f'{error.name} is not installed; run pip install "lorax_ft[lm-eval]"'
+    package = str(error.name).partition(".")[0]
+    MISSING = f'{package} is not installed; run pip install "lorax_ft[lm-eval]"'
     if __name__ == "__main__":
         print(f"error: {MISSING}", file=sys.stderr)
         sys.exit(2)
