@@ -72,7 +72,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--train.output", "old", "--train.resume", "never"], "already holds a run"),
         (["--train.output", "old"], "but the run to resume in old had"),
         (["--train.output", "fresh", "--train.resume", "always"], "no run to resume"),
-        (["--config", "configs/lroa.py"], "no config file"),
+        (["--config", "configs/lroa.py"], "did you mean configs/lora.py?"),
         (["--config", "bad.jsonl"], "bad.jsonl is neither a .py file with get_config() nor"),
         (["--quant.rounds", "3"], "quant.rounds is 3, which has no effect here"),
         (

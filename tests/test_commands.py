@@ -91,7 +91,8 @@ def test_configs_by_name_and_of_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("lroa", None, "no config file lroa; configs of the library: .*lora"),
+        ("lroa", None, r"no config file lroa; did you mean lora\?"),
+        ("xyz", None, "no config file xyz; configs of the library: .*lora"),
         ("none.json", None, "no config file none.json"),
         ("c.toml", "", "neither a .py file with get_config"),
         ("c.json", "[1]", "c.json holds a list at the top"),

@@ -110,11 +110,16 @@ def _locate(path: Path) -> Path:
     if is_name and path.stem in packaged:
         return packaged[path.stem]
     siblings = sorted(file.name for file in path.parent.glob("*.py"))
-    message = f"there is no config file {path}"
+    known, place = list(packaged), "configs of the library"
     if path.parent != Path() and siblings:
-        message += f"; files in {path.parent}: {', '.join(siblings)}"
-    elif packaged:
-        message += f"; configs of the library: {', '.join(packaged)}"
+        known, place = siblings, f"files in {path.parent}"
+    message = f"there is no config file {path}"
+    by_stem = {Path(name).stem: name for name in known}
+    near = difflib.get_close_matches(path.stem, by_stem, n=1)
+    if near:
+        message += f"; did you mean {path.with_name(by_stem[near[0]])}?"
+    elif known:
+        message += f"; {place}: {', '.join(known)}"
     raise ValueError(message)
 
 
